@@ -1,0 +1,26 @@
+"""AlexNet in JAX and Flax: the network of Krizhevsky, Sutskever and Hinton (2012), its split, its update, its data."""
+
+from importlib import import_module
+
+__version__ = '0.1.0'
+
+_HOMES = {
+    'AlexNet': 'alexnet_jax.model',
+    'load_checkpoint': 'alexnet_jax.checkpoint',
+    'predict': 'alexnet_jax.predict',
+    'ten_views': 'alexnet_jax.augment',
+}
+__all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']  # noqa: F822, loaded below
+
+
+def __getattr__(name):
+    """Loads on first use: the processes of `alexnet_jax.prepare` should not each load JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,162 @@
+"""Checkpoints through orbax: the last two and the best are kept, and each alone can evaluate and predict.
+
+A step's folder holds `params`, `training` (step and optimiser state), `statistics` (mean image, colour components) and
+`meta` (config, class names, sizes). Parameters are stored in the global layout and restore on any mesh.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from alexnet_jax import model
+from alexnet_jax.errors import UserError
+from alexnet_jax.statistics import Statistics
+from alexnet_jax.steps import TrainState
+
+FOLDER = 'checkpoints'
+_ITEMS = ('params', 'training', 'statistics', 'meta')
+
+
+class Checkpoint(NamedTuple):
+    """A trained network with all it takes to use it."""
+
+    step: int
+    params: Any  # numpy, in the global layout
+    network: model.AlexNet
+    image_size: int  # side of the network's input, pixels
+    record_size: int  # side of the images its cut-outs are taken from, pixels
+    class_names: tuple[str, ...]
+    statistics: Statistics
+    config: dict[str, Any]
+
+
+def open_manager(workdir: str) -> ocp.CheckpointManager:
+    """Asynchronous manager of a workdir's checkpoints; keeps the last two and the one with the lowest val error."""
+    best = checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics['top1_error'], reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), best]),
+        best_fn=lambda metrics: metrics['top1_error'],
+        best_mode='min',
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(_path(os.path.join(workdir, FOLDER)), options=options, item_names=_ITEMS)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    statistics: Statistics,
+    meta: dict[str, Any],
+    top1_error: float | None,
+) -> None:
+    """Starts saving a state under its step; waits first for a save still under way (orbax would skip this one).
+
+    meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples'.
+    top1_error: of the validation just made, percent; None where there was none.
+    """
+    manager.wait_until_finished()
+    saved = manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+            statistics=ocp.args.StandardSave(statistics._asdict()),
+            meta=ocp.args.JsonSave(meta),
+        ),
+        metrics=None if top1_error is None else {'top1_error': top1_error},
+    )
+    if not saved:
+        raise RuntimeError(f'orbax did not save step {int(state.step)}')
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+    """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted."""
+    items = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(like.params),
+            training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
+        ),
+    )
+    return TrainState(items.training['step'], items.params, items.training['opt_state'])
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Statistics]:
+    """What lies beside a step's arrays: (meta, statistics)."""
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    meta = manager.restore(step, args=args).meta
+    side = meta['record_size']
+    like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
+    args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
+    return meta, Statistics(**manager.restore(step, args=args).statistics)
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Loads a network for evaluation, prediction or fine-tuning.
+
+    Args:
+      path: a workdir (its best step, else its latest), or one step's folder.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    root, step = _find(path)
+    try:
+        with open_manager(root) as manager:
+            if step is None:
+                step = manager.best_step()
+            if step is None:
+                step = manager.latest_step()
+            if step is None:
+                raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
+            meta, statistics = read_meta(manager, step)
+            network = model.from_config(meta['config']['model'])
+            shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
+            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+            params = manager.restore(step, args=args).params
+    except UserError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise many kinds for missing and damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'the checkpoint {path!r} (step {step}) cannot be read: {reason}') from error
+    return Checkpoint(
+        step=step,
+        params=params,
+        network=network,
+        image_size=meta['image_size'],
+        record_size=meta['record_size'],
+        class_names=tuple(meta['class_names']),
+        statistics=statistics,
+        config=meta['config'],
+    )
+
+
+def _find(path: str) -> tuple[str, int | None]:
+    """(workdir, step) of what a user may call a checkpoint."""
+    path = path.rstrip('/')
+    parent, name = os.path.split(path)
+    if name.isdigit() and os.path.basename(parent) == FOLDER and os.path.isdir(path):
+        return os.path.dirname(parent), int(name)
+    if os.path.isdir(os.path.join(path, FOLDER)):
+        return path, None
+    raise UserError(
+        f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax.main or one of its '
+        f'{FOLDER}/STEP folders.'
+    )
+
+
+def _path(path: str) -> str:
+    return path if '://' in path else os.path.abspath(path)  # orbax takes absolute paths only
+
+
+def config_to_json(config) -> dict[str, Any]:
+    """A ConfigDict as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())

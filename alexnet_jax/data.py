@@ -1,0 +1,154 @@
+"""The input pipeline: source -> shuffle -> decode -> draw -> cut -> batch, rebuilt from any step.
+
+The position of the data is the step: batch k holds positions kB to (k+1)B - 1 of an endless stream, reshuffled on
+every pass. What is random depends on (seed, position) alone; threads, processes and mesh do not change it.
+"""
+
+import functools
+import io
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import augment
+from alexnet_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def decode(record: dict) -> np.ndarray:
+    """uint8 [S, S, 3] of a record: its JPEG decoded, or its raw pixels as they are.
+
+    Raises:
+      UserError: the bytes are no image.
+    """
+    if isinstance(record['image'], np.ndarray):
+        return record['image']
+    try:
+        with Image.open(io.BytesIO(record['image'])) as image:
+            return np.asarray(image.convert('RGB'))
+    except (OSError, ValueError) as error:
+        name = record.get('file_name', b'').decode(errors='replace')
+        raise UserError(f'the record of image {name!r} cannot be decoded ({error}); prepare the data again.') from error
+
+
+def train_batches(
+    source: Sequence,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    record_size: int,
+    image_size: int,
+    reflect: bool,
+    colour_std: float,
+    shard: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    num_threads: int = 0,
+) -> Iterator[Batch]:
+    """Endless training batches from `start_step` on; they may straddle passes through the source.
+
+    Args:
+      source: records of the train split (see sources.py).
+      batch_size: of all processes together.
+      seed: of order and draws.
+      start_step: first batch wanted.
+      record_size, image_size: sides of a record and of the cut-out, pixels.
+      reflect, colour_std: see `augment.draw`.
+      shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
+      num_workers: 0 decodes in threads; else in so many processes.
+      num_threads: threads, in each process; 0 takes one a core.
+
+    Yields:
+      'image' uint8 [n, s, s, 3], 'offset' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3], 'label' int32 [n],
+      'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count.
+    """
+    element = functools.partial(
+        _train_element,
+        positions=augment.positions(record_size, image_size),
+        image_size=image_size,
+        reflect=reflect,
+        colour_std=colour_std,
+    )
+    # random_map before the batches are dealt out: its generator is keyed by the position in the whole stream.
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(element)
+    return _iterate(stream, batch_size, start_step, shard, num_workers, num_threads)
+
+
+def eval_batches(
+    source: Sequence,
+    *,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    num_threads: int = 0,
+) -> Iterator[Batch]:
+    """One pass over a split in order, every record once; the last batch is filled up with weight 0.
+
+    Arguments as for `train_batches`. All processes get the same number of batches.
+
+    Yields:
+      'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n].
+    """
+    padded = -(-len(source) // batch_size) * batch_size
+    element = functools.partial(_eval_element, source)
+    return _iterate(grain.MapDataset.range(padded).map(element), batch_size, 0, shard, num_workers, num_threads)
+
+
+def _train_element(record, rng, *, positions, image_size, reflect, colour_std) -> Batch:
+    drawn = augment.draw(rng, positions=positions, reflect=reflect, colour_std=colour_std)
+    return {
+        'image': augment.cut(decode(record), drawn, image_size),
+        **drawn._asdict(),
+        'label': np.int32(record['label']),
+        'weight': np.float32(1),
+    }
+
+
+def _eval_element(source, position) -> Batch:
+    record = source[min(position, len(source) - 1)]
+    return {
+        'image': decode(record),
+        'label': np.int32(record['label']),
+        'weight': np.float32(position < len(source)),
+    }
+
+
+def _iterate(stream, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
+    index, count = shard
+    threads = num_threads or os.cpu_count() or 1
+    # Rows of one process lie together in the global batch: batch first, then deal the parts out.
+    parts = stream.batch(batch_size // count)[start * count + index :: count]
+    # A thread fills a whole batch: so many are under way, and two more wait. (Grain's default holds 500 batches.)
+    dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
+    if num_workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_end_with_parent,
+        )
+    return _closing(iter(dataset))
+
+
+def _closing(iterator) -> Iterator[Batch]:
+    """Passes batches on and stops the workers when the consumer stops, by `close()` or by an exception."""
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Ends this worker when its parent is gone, however it went; a killed parent cannot end it itself."""
+    del worker_index, worker_count
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

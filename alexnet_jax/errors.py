@@ -1,0 +1,19 @@
+"""The two ways a run ends early that are not bugs. The commands turn them into one line and an exit code."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message names the value, what was expected and the remedy."""
+
+
+class DivergedError(FloatingPointError):
+    """Loss or gradient stopped being finite; the message names the step."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`" Did you mean 'pool'?"` for the nearest of `choices`, or a list of all of them when none is near."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f' Did you mean {near[0]!r}?' if near else f' Choose from: {", ".join(choices)}.'

@@ -1,0 +1,116 @@
+"""Evaluates a checkpoint on a split of prepared data.
+
+    python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import flags
+
+from alexnet_jax import cli, data, metrics, model, sharding, sources, steps
+from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
+from alexnet_jax.errors import UserError
+from alexnet_jax.statistics import Statistics
+
+
+def one_pass(
+    eval_step: Callable, params, statistics: Statistics, source: Sequence, mesh, *, batch_size: int, **pipeline
+) -> dict[str, float]:
+    """Counts every record of `source` once.
+
+    Args:
+      eval_step: jitted `steps.eval_step`.
+      params, statistics: on the mesh.
+      batch_size: images at a time; changes nothing in the result.
+      pipeline: num_workers, num_threads of `data.eval_batches`.
+
+    Returns:
+      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images).
+    """
+    total = previous = None
+    batches = data.eval_batches(source, batch_size=batch_size, shard=sharding.data_shard(mesh), **pipeline)
+    for batch in batches:
+        sums = eval_step(params, sharding.to_mesh(mesh, batch), statistics)
+        if previous is not None:
+            total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
+        previous = sums
+    total = metrics.merge(total, _host(previous))
+    return {**metrics.finish(total), 'count': round(total['weight'])}
+
+
+def _host(sums) -> dict[str, float]:
+    return {key: float(value) for key, value in jax.device_get(sums).items()}
+
+
+def evaluate(checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128) -> dict[str, float]:
+    """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
+    model.check(checkpoint.network, image_size=checkpoint.image_size, towers=mesh.shape['tower'])
+    sharding.check_batch(mesh, batch_size)
+    eval_step = jax.jit(
+        functools.partial(
+            steps.eval_step,
+            forward=sharding.forward(checkpoint.network, mesh),
+            image_size=checkpoint.image_size,
+            views=views,
+        ),
+        out_shardings=sharding.replicated(mesh),
+    )
+    params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
+    statistics = jax.device_put(checkpoint.statistics, sharding.replicated(mesh))
+    return one_pass(eval_step, params, statistics, source, mesh, batch_size=batch_size)
+
+
+def check_data(checkpoint: Checkpoint, dataset: sources.Dataset) -> None:
+    """Raises UserError where a checkpoint cannot be tested on these data."""
+    if len(dataset.class_names) != len(checkpoint.class_names):
+        raise UserError(
+            f'the data have {len(dataset.class_names)} classes, the checkpoint has {len(checkpoint.class_names)}.'
+        )
+    if dataset.class_names != checkpoint.class_names:
+        pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
+        raise UserError(f'the data call a class {pair[0]!r} where the checkpoint has {pair[1]!r}; labels would not match.')
+    if dataset.record_size != checkpoint.record_size:
+        raise UserError(
+            f'the data are prepared at {dataset.record_size} px, the checkpoint was trained at {checkpoint.record_size}; '
+            f'prepare them with --size={checkpoint.record_size}.'
+        )
+
+
+def main(arguments) -> None:
+    if arguments:
+        raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+    args = flags.FLAGS
+    for name in ('checkpoint', 'data'):
+        if not args[name].value:
+            raise UserError(f'--{name} is missing; see --help.')
+    if args.views not in (1, 10):
+        raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
+    cli.use_cpu_devices()
+    dataset = sources.open_dataset(args.data)
+    source = dataset.split(args.split)
+    checkpoint = load_checkpoint(args.checkpoint)
+    check_data(checkpoint, dataset)
+    mesh = sharding.make_mesh(data=0, tower=args.tower)
+    result = evaluate(checkpoint, source, mesh, views=args.views, batch_size=args.batch_size)
+    crops = 'centre crop' if args.views == 1 else 'ten views'
+    print(
+        f'{args.checkpoint} (step {checkpoint.step}) on {args.split} of {args.data}, {result["count"]} images, {crops}: '
+        f'top-1 error {result["top1_error"]:.2f}%, top-5 error {result["top5_error"]:.2f}%, loss {result["loss"]:.4f}'
+    )
+    if args.json:
+        print(json.dumps({**result, 'views': args.views}))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('checkpoint', None, 'A workdir (its best step, else its latest) or one step\'s folder.')
+    flags.DEFINE_string('data', None, "A prepared directory, or 'digits'.")
+    flags.DEFINE_string('split', 'val', 'The split to evaluate on.')
+    flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
+    flags.DEFINE_integer('batch_size', 128, 'Images at a time.')
+    flags.DEFINE_integer('tower', 1, 'Devices a network is split over: 1, or 2.')
+    flags.DEFINE_boolean('json', False, 'Print one JSON object as the last line.')
+    cli.define_cpu_devices()
+    cli.run(main)

@@ -1,0 +1,259 @@
+"""Finds the images that a raw input holds, and reads one: archives, image folders, TFDS datasets.
+
+Nothing is unpacked: an uncompressed archive is read at the offset where a member lies, by any number of processes.
+"""
+
+import functools
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
+
+_SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+_SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
+_TRAIN_TAR, _VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
+_VAL_PREFIX = 'ILSVRC2012_val_'
+_TFDS = 'tfds:'
+
+
+class Ref(NamedTuple):
+    """Where one image lies."""
+
+    path: str  # a file, or 'tfds:NAME'
+    offset: int  # bytes into the file; for TFDS the index
+    length: int  # bytes; -1 for a whole file
+    name: str  # for messages and for the record: the path below the input
+    label: int
+    split: str = ''  # of a TFDS dataset
+
+
+class Listing(NamedTuple):
+    splits: dict[str, list[Ref]]
+    class_names: tuple[str, ...]
+
+
+class _Found(NamedTuple):
+    """An image before the classes are numbered."""
+
+    ref: Ref
+    split: str
+    class_name: str
+
+
+def find(path: str) -> Listing:
+    """Lists an input's images by split, in a fixed order.
+
+    Args:
+      path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
+        folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`.
+
+    Raises:
+      UserError: nothing of the kind is there.
+    """
+    if path.startswith(_TFDS):
+        return _tfds(path)
+    if not os.path.exists(path):
+        raise UserError(f'there is no input {path!r}; expected an ImageNet archive, an image folder or tfds:NAME.')
+    if os.path.isfile(path):
+        found = list(_archive(path))
+        official = True
+    else:
+        found = list(_folder(path))
+        official = any(f.ref.path.endswith('.tar') or f.ref.name.startswith(_VAL_PREFIX) for f in found)
+    if not found:
+        raise UserError(
+            f'{path!r} holds no images; expected {_TRAIN_TAR}, {_VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
+            f'({", ".join(_SUFFIXES)}).'
+        )
+    class_names = imagenet_classes() if official else tuple(sorted({f.class_name for f in found}))
+    numbers = {name: i for i, name in enumerate(class_names)}
+    trained = {f.class_name for f in found if f.split == 'train'}
+    splits = {}
+    for ref, split, class_name in found:
+        if class_name not in numbers:
+            raise UserError(f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.')
+        if trained and not official and class_name not in trained:
+            raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
+        splits.setdefault(split, []).append(ref._replace(label=numbers[class_name]))
+    return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
+
+
+def read(ref: Ref) -> bytes | np.ndarray:
+    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded."""
+    if ref.path.startswith(_TFDS):
+        return _tfds_source(ref.path, ref.split)[ref.offset]['image']
+    with open(ref.path, 'rb') as file:
+        file.seek(ref.offset)
+        return file.read(ref.length)
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1,000 WordNet ids of ILSVRC-2012 in the order of their labels, from the list that ships with TFDS."""
+    return _shipped_lines('labels.txt')
+
+
+def _shipped_lines(name: str) -> tuple[str, ...]:
+    import tensorflow_datasets as tfds
+
+    return tuple(tfds.core.tfds_path(f'datasets/imagenet2012/{name}').read_text().split())
+
+
+@functools.cache
+def _validation_classes() -> tuple[str, ...]:
+    """Class of ILSVRC2012_val_00000001.JPEG, and so on."""
+    return _shipped_lines('validation_labels.txt')
+
+
+def _validation_class(name: str) -> str:
+    number = name.removeprefix(_VAL_PREFIX).split('.')[0]
+    if not number.isdigit() or not 1 <= int(number) <= len(_validation_classes()):
+        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {_VAL_PREFIX}00000001.JPEG ...')
+    return _validation_classes()[int(number) - 1]
+
+
+def _archive(path: str) -> Iterator[_Found]:
+    """The official archives: train holds an archive for each class, val holds images."""
+    name = os.path.basename(path)
+    if name not in (_TRAIN_TAR, _VAL_TAR) and not _is_class_tar(name):
+        raise UserError(f'{path!r} is not {_TRAIN_TAR} or {_VAL_TAR}; extract other archives and give the folder.')
+    try:
+        with tarfile.open(path, 'r:') as outer:
+            for member in outer:
+                if not member.isfile():
+                    continue
+                if _is_class_tar(member.name):
+                    with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
+                        for image in inner:
+                            if image.isfile():
+                                start = member.offset_data + image.offset_data
+                                yield _member(path, start, image, 'train', _stem(member.name))
+                elif _is_class_tar(name):
+                    yield _member(path, member.offset_data, member, 'train', _stem(name))
+                elif name == _VAL_TAR:
+                    yield _member(
+                        path, member.offset_data, member, 'val', _validation_class(os.path.basename(member.name))
+                    )
+    except tarfile.TarError as error:
+        raise UserError(f'{path!r} is no readable archive: {error}.') from error
+
+
+def _member(path: str, start: int, image: tarfile.TarInfo, split: str, class_name: str) -> _Found:
+    return _Found(Ref(path, start, image.size, os.path.basename(image.name), -1), split, class_name)
+
+
+def _is_class_tar(name: str) -> bool:
+    stem = _stem(name)
+    return name.endswith('.tar') and stem.startswith('n') and stem[1:].isdigit()
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]
+
+
+def _folder(path: str) -> Iterator[_Found]:
+    tars = [entry for entry in _entries(path) if entry.is_file() and entry.name.endswith('.tar')]
+    for entry in tars:
+        if entry.name in (_TRAIN_TAR, _VAL_TAR) or _is_class_tar(entry.name):
+            yield from _archive(entry.path)
+    splits = [entry for entry in _entries(path) if entry.is_dir() and _split_of(entry.name)]
+    for entry in splits:
+        yield from _split_folder(entry.path, path, _split_of(entry.name))
+    if not splits:
+        yield from _split_folder(path, path, None)
+
+
+def _split_of(folder: str) -> str | None:
+    """'train' of 'train' or 'ILSVRC2012_img_train'; None of any other name."""
+    return _SPLITS.get(folder.lower().removeprefix('ilsvrc2012_img_'))
+
+
+def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]:
+    """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
+    for entry in _entries(folder):
+        if entry.is_dir():
+            for image in _images_below(entry.path):
+                yield _file(image, root, split or 'train', entry.name)
+        elif entry.name.startswith(_VAL_PREFIX) and _is_image(entry.name):
+            yield _file(entry.path, folder, split or 'val', _validation_class(entry.name))
+        elif split == 'train' and _is_class_tar(entry.name):
+            yield from _archive(entry.path)
+
+
+def _file(path: str, root: str, split: str, class_name: str) -> _Found:
+    return _Found(Ref(path, 0, -1, os.path.relpath(path, root), -1), split, class_name)
+
+
+def _images_below(folder: str) -> Iterable[str]:
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _images_below(entry.path)
+        elif _is_image(entry.name):
+            yield entry.path
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """What a folder holds, but for hidden things, in the order of the names."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f'cannot read the folder {folder!r}: {error.strerror}.') from error
+
+
+def _tfds(path: str) -> Listing:
+    builder = _tfds_builder(path)
+    for name in ('image', 'label'):
+        if name not in builder.info.features:
+            raise UserError(f"{path} has no feature {name!r}; expected a dataset with 'image' and 'label'.")
+    splits = {}
+    for name, info in builder.info.splits.items():
+        split = _SPLITS.get(name)
+        if split is None or not info.num_examples:
+            continue
+        source = _tfds_source(path, name)
+        splits[split] = [
+            Ref(path, i, -1, f'{name}/{i}', int(source[i]['label']), name) for i in range(info.num_examples)
+        ]
+    if not splits:
+        raise UserError(f'{path} has none of the splits {", ".join(sorted(_SPLITS))}.')
+    return Listing(splits, tuple(builder.info.features['label'].names))
+
+
+@functools.cache
+def _tfds_builder(path: str):
+    """The dataset, generated before or, where TensorFlow is installed, now."""
+    import tensorflow_datasets as tfds
+
+    name = path.removeprefix(_TFDS)
+    try:
+        builder = tfds.builder(name, file_format='array_record')
+    except Exception as error:  # TFDS: unknown names, bad configs and versions, each its own kind
+        raise UserError(f'{path} cannot be opened: {str(error).splitlines()[0]}') from error
+    if not builder.info.splits:
+        try:
+            import tensorflow  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f'{path} is not there in the array_record format ({builder.data_dir}); generating it takes TensorFlow: '
+                f'pip install tensorflow, or generate it elsewhere and set TFDS_DATA_DIR.'
+            ) from None
+        builder.download_and_prepare(file_format='array_record')
+    return builder
+
+
+@functools.cache
+def _tfds_source(path: str, split: str):
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(path)
+    encoded = isinstance(builder.info.features['image'], tfds.features.Image)
+    decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
+    return builder.as_data_source(split, decoders=decoders)

@@ -1,0 +1,62 @@
+"""Loss and errors as sums over images; divide once, at the end."""
+
+import jax
+import jax.numpy as jnp
+
+Sums = dict[str, jax.Array]  # 'loss', 'top1', 'top5', 'weight': each summed over images
+
+
+def log_likelihood(logits_NK, label_N):
+    """Log-probability of the right class, float [N].  Paper, section 3.5 (softmax, multinomial log-likelihood).
+
+    Written without a gather along K: where the classes are split over devices, XLA adds all-reduces and nothing else.
+    """
+    return of_label(jax.nn.log_softmax(logits_NK), label_N)
+
+
+def of_label(x_NK, label_N):
+    classes = jnp.arange(x_NK.shape[-1])
+    return jnp.sum(jnp.where(classes == label_N[:, None], x_NK, 0), axis=-1)
+
+
+def top_k_error(score_NK, label_N, k: int):
+    """Error of the k best classes, float [N], 0 to 1, by counting the scores above the right one's.
+
+    A tie is decided by lot, so it counts its share: with `above` scores above and `tied` equal (the right one among
+    them), the label is among the first k with probability (k - above) / tied (`LogregCostLayer` in the authors'
+    src/layer.cu does the same). Scores that are not numbers count as errors.
+    """
+    score_N1 = of_label(score_NK, label_N)[:, None]
+    above = jnp.sum(score_NK > score_N1, axis=-1)
+    tied = jnp.sum(score_NK == score_N1, axis=-1)
+    hit = jnp.clip((k - above) / jnp.maximum(tied, 1), 0, 1)
+    return jnp.where(tied > 0, 1 - hit, 1.0)
+
+
+def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
+    """Weighted sums over a batch. Images of weight 0 (padding) count nowhere.
+
+    score_NK: logits or probabilities; only their order matters.
+    """
+    weight = weight_N.astype(log_likelihood_N.dtype)
+    total = lambda x_N: jnp.sum(jnp.where(weight > 0, x_N * weight, 0))  # noqa: E731
+    return {
+        'loss': total(-log_likelihood_N),
+        'top1': total(top_k_error(score_NK, label_N, 1)),
+        'top5': total(top_k_error(score_NK, label_N, 5)),
+        'weight': jnp.sum(weight),
+    }
+
+
+def merge(a: Sums | None, b: Sums) -> Sums:
+    return b if a is None else jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def finish(total: Sums) -> dict[str, float]:
+    """Means of summed sums: loss in nats, errors in percent (0 to 100) as in the paper."""
+    count = float(total['weight'])
+    return {
+        'loss': float(total['loss']) / count,
+        'top1_error': 100 * float(total['top1']) / count,
+        'top5_error': 100 * float(total['top5']) / count,
+    }

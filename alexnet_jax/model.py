@@ -1,0 +1,238 @@
+"""AlexNet as a table of layers: one Flax module for one device and for one tower of two.
+
+The defaults are the paper's network (section 3.5, figure 2). A variant is another table, never another class.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alexnet_jax import ops
+from alexnet_jax.errors import UserError, did_you_mean
+
+_CONV_STEPS = {'relu', 'lrn', 'pool'}
+_DENSE_STEPS = {'relu', 'dropout'}
+
+
+class Conv(NamedTuple):
+    """A convolutional layer; named conv1, conv2, ... by its place in the table."""
+
+    features: int  # kernels, both towers together
+    kernel: int  # side of the square window, pixels
+    stride: int
+    padding: tuple[int, int]  # zeros before and after, rows and columns alike
+    groups: int  # 1: reads every map below; 2: each half reads its own tower's half
+    init_std: float  # weights are drawn from N(0, init_std)
+    bias: float  # initial value of every bias
+    then: str  # what follows, in order: 'relu lrn pool'
+
+
+class Dense(NamedTuple):
+    """A fully-connected layer; numbered on from the convolutions (fc6, fc7)."""
+
+    features: int
+    groups: int
+    init_std: float
+    bias: float
+    then: str  # 'relu dropout'
+
+
+class Weights(nn.Module):
+    """Owns one layer's `kernel` and `bias`; what is done with them is for the network to say."""
+
+    shape: tuple[int, ...]
+    init_std: float
+    bias: float
+
+    @nn.compact
+    def __call__(self):
+        return (
+            self.param('kernel', nn.initializers.normal(self.init_std), self.shape),
+            self.param('bias', nn.initializers.constant(self.bias), self.shape[-1:]),
+        )
+
+
+class AlexNet(nn.Module):
+    """The network of section 3: 60,965,224 parameters with the defaults.
+
+    `model.apply({'params': params}, x_NHWC, masks)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to
+    float32 logits [N, num_classes]. `masks` (from `dropout_masks`) switches training on; None is test time.
+    With `mutable='intermediates'` it also returns every step's output: `conv1`, `conv1_relu`, `conv1_lrn`, ...
+
+    Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers: the module then sees its
+    tower's part of every parameter and map, and gathers before a layer with one group whose input is split.
+
+    Attributes:
+      conv, dense: the table; tuples in the order of `Conv` and `Dense`.
+      num_classes: outputs of the classifier, the last fully-connected layer (fc8).
+      classifier_init_std: its weights' standard deviation; its biases start at 0 (section 5).
+      pool_window, pool_stride: 3 and 2 overlap (section 3.4).
+      lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalisation (section 3.3).
+      norm_groups: parts of the channels that a normalisation window does not cross: 2, one for each GPU of the paper.
+      dropout_rate: probability that a hidden unit is silenced (section 4.2).
+      dtype: of the computation: 'float32', 'bfloat16', 'float64'. Parameters are float32.
+      tower_axis: None on one device.
+    """
+
+    conv: tuple[tuple, ...] = (
+        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'relu lrn pool'),
+        (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn pool'),
+        (384, 3, 1, (1, 1), 1, 0.01, 0.0, 'relu'),
+        (384, 3, 1, (1, 1), 2, 0.01, 1.0, 'relu'),
+        (256, 3, 1, (1, 1), 2, 0.01, 1.0, 'relu pool'),
+    )
+    dense: tuple[tuple, ...] = (
+        (4096, 1, 0.01, 1.0, 'relu dropout'),
+        (4096, 1, 0.01, 1.0, 'relu dropout'),
+    )
+    num_classes: int = 1000
+    classifier_init_std: float = 0.01
+    pool_window: int = 3
+    pool_stride: int = 2
+    lrn_n: int = 5
+    lrn_k: float = 2.0
+    lrn_alpha: float = 1e-4
+    lrn_beta: float = 0.75
+    norm_groups: int = 2
+    dropout_rate: float = 0.5
+    dtype: str = 'float32'
+    tower_axis: str | None = None
+
+    def table(self) -> dict[str, Conv | Dense]:
+        """Layers by name, in order: conv1 ... fc8."""
+        rows = [Conv(*row) for row in self.conv] + [Dense(*row) for row in self.dense]
+        rows.append(Dense(self.num_classes, 1, self.classifier_init_std, 0.0, ''))
+        return {f'{"conv" if isinstance(row, Conv) else "fc"}{i}': row for i, row in enumerate(rows, 1)}
+
+    @nn.compact
+    def __call__(self, x_NHWC, masks: dict[str, Any] | None = None):
+        towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
+        x = x_NHWC.astype(self.dtype)
+        split = False  # whether x holds only this tower's maps
+        for name, layer in self.table().items():
+            if split and layer.groups == 1:
+                x = lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)
+            groups, features = max(1, layer.groups // towers), layer.features // towers
+            inputs = x.shape[-1] // groups
+            if isinstance(layer, Conv):
+                shape = (layer.kernel, layer.kernel, inputs, features)
+            else:
+                shape = (x[0].size // groups, features)
+            kernel, bias = Weights(shape, layer.init_std, layer.bias, name=name)()
+            kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+            if isinstance(layer, Conv):
+                x = ops.conv(x, kernel, stride=layer.stride, padding=layer.padding, groups=groups)
+            else:
+                x = ops.dense(x, kernel, groups=groups)
+            x = x + jnp.expand_dims(bias, range(x.ndim - 1))
+            self.sow('intermediates', name, x)
+            for step in layer.then.split():
+                x = self._step(step, x, None if masks is None else masks.get(name), towers)
+                self.sow('intermediates', f'{name}_{step}', x)
+            split = towers > 1
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def _step(self, step: str, x, mask, towers: int):
+        match step:
+            case 'relu':
+                return nn.relu(x)
+            case 'lrn':
+                return ops.local_response_norm(
+                    x,
+                    n=self.lrn_n,
+                    k=self.lrn_k,
+                    alpha=self.lrn_alpha,
+                    beta=self.lrn_beta,
+                    groups=max(1, self.norm_groups // towers),
+                )
+            case 'pool':
+                return ops.max_pool(x, window=self.pool_window, stride=self.pool_stride)
+            case 'dropout':
+                return ops.dropout(x, mask, rate=self.dropout_rate)
+        raise AssertionError(step)  # check() admits no other
+
+
+def from_config(fields: dict[str, Any]) -> AlexNet:
+    """The network a config's `model` describes, also when JSON has turned its tuples into lists.
+
+    Raises:
+      UserError: a key that is no attribute of the network, or a row of the wrong length.
+    """
+    known = [name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis')]
+    for key in fields:
+        if key not in known:
+            raise UserError(f'model.{key} is unknown.{did_you_mean(key, known)}')
+    model = AlexNet(**{key: _tuples(value) for key, value in fields.items()})
+    for kind, rows in ((Conv, model.conv), (Dense, model.dense)):
+        for row in rows:
+            if len(row) != len(kind._fields):
+                raise UserError(f'model.{kind.__name__.lower()} has the row {row}; expected {", ".join(kind._fields)}.')
+    return model
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def check(model: AlexNet, *, image_size: int, towers: int = 1) -> None:
+    """Raises UserError where the table is no network: for this image size, or for this number of towers."""
+    size, channels = image_size, 3
+    for name, layer in model.table().items():
+        known = _CONV_STEPS if isinstance(layer, Conv) else _DENSE_STEPS
+        if unknown := set(layer.then.split()) - known:
+            raise UserError(f'{name} is followed by {unknown.pop()!r}; expected some of: {", ".join(sorted(known))}.')
+        for what, count in (('inputs', channels), ('features', layer.features)):
+            if count % layer.groups:
+                raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
+        if layer.features % towers or (layer.groups > 1 and layer.groups % towers):
+            raise UserError(
+                f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
+                f'{towers} towers; use --config.mesh.tower=1.'
+            )
+        channels = layer.features
+        if isinstance(layer, Dense):
+            continue
+        if size + sum(layer.padding) < layer.kernel:
+            raise UserError(
+                f'an image of {image_size} px does not fit the network: {name} looks through {layer.kernel} px '
+                f'windows at maps of {size} px; use a larger data.image_size.'
+            )
+        size = (size + sum(layer.padding) - layer.kernel) // layer.stride + 1
+        for step in layer.then.split():
+            if step == 'lrn' and (model.norm_groups % towers or channels % model.norm_groups):
+                raise UserError(
+                    f'{name} is normalised in {model.norm_groups} group(s) of its {channels} maps, which cannot be '
+                    f'split over {towers} towers; use --config.mesh.tower=1.'
+                )
+            if step == 'pool':
+                if size < model.pool_window:
+                    raise UserError(
+                        f'an image of {image_size} px does not fit the network: {name} pools {size} px maps through '
+                        f'{model.pool_window} px windows; use a larger data.image_size.'
+                    )
+                size = ops.pooled_size(size, model.pool_window, model.pool_stride)
+
+
+def init(model: AlexNet, key: chex.PRNGKey, image_size: int):
+    """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
+
+    Kernels are float32 HWIO (convolutions: I counts one group's inputs) or [inputs, outputs].
+    """
+    whole = model.clone(tower_axis=None)
+    return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
+
+
+def dropout_masks(model: AlexNet, key: chex.PRNGKey, batch_size: int) -> dict[str, chex.Array]:
+    """Bool [batch_size, features] for each layer followed by dropout: True keeps the unit (section 4.2).
+
+    Drawn in global shape, so that every mesh sees the same masks and no two towers share one.
+    """
+    return {
+        name: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - model.dropout_rate, (batch_size, layer.features))
+        for i, (name, layer) in enumerate(model.table().items())
+        if 'dropout' in layer.then.split()
+    }

@@ -1,0 +1,300 @@
+"""Turns raw images into what training reads: squares of one size, their mean image and their colour statistics.
+
+    python -m alexnet_jax.prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
+
+The shorter side becomes `size` pixels, the central square is kept (section 2). The output is a TFDS dataset that
+`tfds.builder_from_directory(DIR)` opens, with statistics.npz beside it where there are training images.
+"""
+
+import functools
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from PIL import Image, ImageOps
+
+from alexnet_jax import cli, listing, statistics
+from alexnet_jax.errors import UserError
+
+_NAME = 'images'  # of the TFDS dataset, and so of its files
+_JPEG_QUALITY = 95
+_MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
+
+
+class Shard(NamedTuple):
+    """One file to be written, by one process."""
+
+    path: str
+    refs: Sequence[listing.Ref]
+    size: int
+    format: str
+    class_names: tuple[str, ...]
+    counts: bool  # whether its pixels enter the statistics
+
+
+class Written(NamedTuple):
+    count: int
+    num_bytes: int
+    moments: statistics.Moments
+    bad: list[str]  # 'name: reason'
+
+
+def prepare(
+    source: str,
+    output: str,
+    *,
+    size: int = 256,
+    format: str = 'jpeg',
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    max_bad: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
+
+    Args:
+      source: see `listing.find`.
+      output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
+      size: side of the squares, pixels.
+      format: 'jpeg' (quality 95, about 40 kB each at 256 px) or 'raw' (uint8, 197 kB).
+      val_fraction: part of the training images to set aside as the val split.
+      seed: of the order in which images are written, and of the choice for val.
+      max_bad: unreadable images that are named, counted and left out; one more ends it.
+      workers: processes; all cores by default.
+
+    Raises:
+      UserError: an option out of its range, no images, too many bad ones, no space.
+    """
+    if size < 8:
+        raise UserError(f'--size={size}; expected at least 8 pixels.')
+    if format not in ('jpeg', 'raw'):
+        raise UserError(f'--format={format!r}; expected jpeg or raw.')
+    if not 0 <= val_fraction < 1:
+        raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
+    output = os.path.abspath(output)
+    if os.path.exists(output):
+        raise UserError(f'{output!r} exists already; remove it or choose another --output.')
+    splits, class_names = listing.find(source)
+    orders = _orders(splits, val_fraction, seed)
+    print('  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items()), flush=True)
+
+    partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        os.makedirs(partial)
+        _write_all(partial, orders, class_names, size, format, max_bad, workers)
+        os.rename(partial, output)
+    except OSError as error:
+        raise UserError(f'cannot write {error.filename or output!r}: {error.strerror or error}.') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f'{output} is ready.', flush=True)
+
+
+def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:
+    """Each split in a random order fixed by the seed; the head of train set aside as val if so wished."""
+    rng = np.random.default_rng(seed)
+    orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
+    if val_fraction:
+        if 'train' not in orders or 'val' in orders:
+            raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
+        count = round(val_fraction * len(orders['train']))
+        if not 0 < count < len(orders['train']):
+            raise UserError(f'--val_fraction={val_fraction} sets {count} of {len(orders["train"])} images aside.')
+        orders['val'], orders['train'] = orders['train'][:count], orders['train'][count:]
+    return orders
+
+
+def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> None:
+    import tensorflow_datasets as tfds
+
+    template = functools.partial(tfds.core.ShardedFileTemplate, data_dir=folder, dataset_name=_NAME)
+    shards = {}
+    for split, refs in orders.items():
+        number = max(-(-len(refs) // _MOST_IN_SHARD), min(_SHARDS, len(refs)))
+        cuts = [len(refs) * i // number for i in range(number + 1)]
+        files = template(split=split, filetype_suffix='array_record')
+        shards[split] = [
+            Shard(
+                os.fspath(files.sharded_filepath(shard_index=i, num_shards=number)),
+                refs[cuts[i] : cuts[i + 1]],
+                size,
+                format,
+                class_names,
+                split == 'train',
+            )
+            for i in range(number)
+        ]
+    results = _in_processes([s for split in shards.values() for s in split], max_bad, workers)
+    infos = []
+    for split, files in shards.items():
+        written = [results.pop(0) for _ in files]
+        if not any(w.count for w in written):
+            raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[w.count for w in written],
+                num_bytes=sum(w.num_bytes for w in written),
+                filename_template=template(split=split, filetype_suffix='array_record'),
+            )
+        )
+        if split == 'train':
+            moments = functools.reduce(statistics.Moments.merge, [w.moments for w in written])
+            statistics.save(folder, statistics.finish(moments))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=_features(size, format, class_names),
+        split_infos=infos,
+        filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+        check_data=False,
+        description=f'Images as central squares of {size} px, prepared by alexnet_jax.',
+    )
+
+
+def _in_processes(shards: list[Shard], max_bad: int, workers: int | None) -> list[Written]:
+    """Writes all shards on all cores; results in the order of the shards."""
+    total, began, done, bad = sum(len(s.refs) for s in shards), time.monotonic(), 0, 0
+    # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        futures = [pool.submit(_write, shard) for shard in shards]
+        pending = set(futures)
+        try:
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.5)
+                for written in [future.result() for future in finished]:
+                    for reason in written.bad:
+                        print(f'unreadable: {reason}', file=sys.stderr, flush=True)
+                    bad += len(written.bad)
+                    done += written.count + len(written.bad)
+                if bad > max_bad:
+                    raise UserError(
+                        f'{bad} of {done} images cannot be read (named above); put them right, or leave them out '
+                        f'with --max_bad={bad} or more.'
+                    )
+                if finished:
+                    speed = done / (time.monotonic() - began)
+                    print(
+                        f'{done}/{total} images  {speed:.0f} images/s  ETA {(total - done) / max(speed, 1e-9):.0f} s',
+                        flush=True,
+                    )
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if bad:
+        print(f'{bad} unreadable images were left out.', file=sys.stderr, flush=True)
+    return [future.result() for future in futures]
+
+
+@functools.cache
+def _features(size: int, format: str, class_names: tuple[str, ...]):
+    import tensorflow_datasets as tfds
+
+    shape = (size, size, 3)
+    if format == 'jpeg':
+        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
+    else:
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+    return tfds.features.FeaturesDict(
+        {'image': image, 'label': tfds.features.ClassLabel(names=class_names), 'file_name': tfds.features.Text()}
+    )
+
+
+def _write(shard: Shard) -> Written:
+    """Runs in a worker process: reads, squares, encodes and writes a shard's images."""
+    from array_record.python import array_record_module
+
+    features = _features(shard.size, shard.format, shard.class_names)
+    # One record a group: random access reads only what it needs. JPEGs do not compress further.
+    writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
+    moments, count, num_bytes, bad = statistics.no_moments(shard.size), 0, 0, []
+    for ref in shard.refs:
+        try:
+            pixels = square(listing.read(ref), shard.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's ways to refuse
+            bad.append(f'{ref.name}: {str(error).splitlines()[0]}')
+            continue
+        if shard.counts:
+            moments = moments.add(pixels)
+        record = features.serialize_example(
+            {'image': _jpeg(pixels) if shard.format == 'jpeg' else pixels, 'label': ref.label, 'file_name': ref.name}
+        )
+        writer.write(record)
+        count, num_bytes = count + 1, num_bytes + len(record)
+    writer.close()
+    return Written(count, num_bytes, moments, bad)
+
+
+def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """An image's central square with its shorter side resized to `size`, uint8 [size, size, 3].  Section 2.
+
+    Turned upright as its EXIF data say; grey, CMYK and palette images become RGB. Resized by Pillow's BILINEAR, whose
+    window widens with the reduction (antialiased).
+
+    Args:
+      image: a file's bytes, of any format Pillow reads whatever the file is called, or uint8 pixels [H, W, C].
+
+    Raises:
+      OSError, ValueError, SyntaxError, Image.DecompressionBombError: it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        opened = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    else:
+        opened = Image.open(io.BytesIO(image))
+    if opened.getexif():
+        opened = ImageOps.exif_transpose(opened)
+    if opened.mode.startswith(('I', 'F')):  # 16 bits a pixel: converting would clip, not scale
+        opened = Image.fromarray(np.uint8(np.asarray(opened, np.uint32).clip(0, 65535) >> 8))
+    rgb = opened.convert('RGB')
+    scale = size / min(rgb.size)
+    width, height = (max(size, round(side * scale)) for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    # The same pixels as resizing all of it to width x height and then cropping, without computing the rest.
+    x, y = rgb.width / width, rgb.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _jpeg(pixels: np.ndarray) -> io.BytesIO:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, 'JPEG', quality=_JPEG_QUALITY)
+    buffer.seek(0)
+    return buffer
+
+
+def main(arguments) -> None:
+    if arguments:
+        raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+    args = flags.FLAGS
+    for name in ('input', 'output'):
+        if not args[name].value:
+            raise UserError(f'--{name} is missing; see --help.')
+    prepare(
+        args.input,
+        args.output,
+        size=args.size,
+        format=args.format,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        max_bad=args.max_bad,
+    )
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.')
+    flags.DEFINE_string('output', None, 'Directory to write; must not exist.')
+    flags.DEFINE_integer('size', 256, 'Side of the prepared squares, pixels.')
+    flags.DEFINE_string('format', 'jpeg', 'jpeg: small; raw: no decoding in training.')
+    flags.DEFINE_float('val_fraction', 0.0, 'Part of the training images to set aside as the val split.')
+    flags.DEFINE_integer('seed', 0, 'Of the order of the images and of the choice for val.')
+    flags.DEFINE_integer('max_bad', 0, 'Unreadable images to leave out before giving up.')
+    cli.run(main)

@@ -1,0 +1,128 @@
+"""Two towers on two devices: the ('data', 'tower') mesh, and what of the state and the batch lies where.
+
+The only file that names PartitionSpec. Every function takes the mesh; there is no ambient one.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.model import AlexNet
+
+
+def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
+    """A mesh of `data` x `tower` devices: 1x1 is a laptop, 1x2 the paper, Nx2 and Nx1 a cluster.
+
+    Args:
+      data: equal parts of a batch; 0 takes as many as the devices give.
+      tower: 1, or 2 as in the paper (section 3.2). Where there is but one device it holds both towers.
+      devices: those to use; all of them by default.
+
+    Raises:
+      UserError: the devices do not make that mesh.
+    """
+    devices = jax.devices() if devices is None else devices
+    if tower not in (1, 2):
+        raise UserError(f'mesh.tower={tower}; the network has 1 tower or 2.')
+    if data < 0:
+        raise UserError(f'mesh.data={data}; expected a number of parts of the batch, or 0 for all devices.')
+    if tower == 2 and len(devices) == 1:
+        print('One device: it computes both towers (mesh.tower=1).', flush=True)
+        tower = 1
+    if data == 0 and len(devices) % tower:
+        raise UserError(
+            f'{len(devices)} devices do not pair up into two towers; set --config.mesh.data='
+            f'{len(devices) // tower} to leave one idle, or --config.mesh.tower=1.'
+        )
+    data = data or len(devices) // tower
+    if data * tower > len(devices):
+        raise UserError(
+            f'mesh.data={data} x mesh.tower={tower} needs {data * tower} devices; there are {len(devices)}. '
+            'Lower mesh.data, or make devices on a CPU with --cpu_devices=N.'
+        )
+    # Auto: XLA carries the shardings through what lies outside the mapped function (loss, update).
+    return jax.make_mesh(
+        (data, tower), ('data', 'tower'), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * tower]
+    )
+
+
+def forward(model: AlexNet, mesh: Mesh) -> Callable:
+    """The network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, in global shapes.
+
+    Each device computes its part of the batch (`data`) in its tower. The logits leave split both ways. Of
+    communication there is only what `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network.
+
+    Differentiate outside: `jax.grad` of a loss of these logits. (Inside the mapped function, after a gather, gradients
+    come out exactly two times too large, silently.)
+    """
+    mapped = model.clone(tower_axis='tower' if mesh.shape['tower'] > 1 else None)
+
+    def block(params, x_nHWC, masks):
+        return mapped.apply({'params': params}, x_nHWC, masks)
+
+    def apply(params, x_NHWC, masks=None):
+        return jax.shard_map(
+            block,
+            mesh=mesh,
+            in_specs=(jax.tree.map(_tower_spec, params), P('data'), P('data', 'tower')),
+            out_specs=P('data', 'tower'),
+        )(params, x_NHWC, masks)
+
+    return apply
+
+
+def _tower_spec(array) -> P:
+    """Kernels and biases are split along their last axis, the output channels; scalars are everywhere."""
+    return P(*[None] * (array.ndim - 1), 'tower') if array.ndim else P()
+
+
+def state_sharding(mesh: Mesh, state):
+    """NamedSharding for every leaf of a training state: what is not a scalar has the shape of a parameter."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _tower_spec(leaf)), state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over `data`; both towers see the same images."""
+    return NamedSharding(mesh, P('data'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises UserError where a batch does not divide into the mesh's parts."""
+    parts = mesh.shape['data']
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '
+            'or another --config.mesh.data.'
+        )
+
+
+def to_mesh(mesh: Mesh, batch: dict):
+    """Sends a host batch (numpy, this process's part of the data axis) to the devices; returns global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of every batch this process reads.
+
+    By position on the data axis, not by process: processes that hold two towers of the same part read the same images.
+
+    Raises:
+      UserError: the devices of this process lie scattered over the data axis.
+    """
+    rows = [
+        i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)
+    ]
+    if not rows:
+        raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
+    count, rest = divmod(mesh.shape['data'], len(rows))
+    if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
+        raise UserError(f'this process holds rows {rows} of {mesh.shape["data"]} on the data axis, not an even run.')
+    return rows[0] // len(rows), count

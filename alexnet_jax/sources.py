@@ -1,0 +1,99 @@
+"""Where records come from: prepared directories and the embedded digits. Random access, nothing decoded.
+
+A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a notebook may pass a list.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import statistics
+from alexnet_jax.errors import UserError
+
+DIGITS = 'digits'  # data.path of the embedded data
+
+
+class Dataset(NamedTuple):
+    """Splits of one set of images with what belongs to all of them."""
+
+    splits: dict[str, Sequence[dict[str, Any]]]  # 'train', 'val', 'test': those there are
+    class_names: tuple[str, ...]
+    record_size: int  # side of the square images, pixels
+    statistics: statistics.Statistics | None  # None where there is no train split
+
+    def split(self, name: str) -> Sequence[dict[str, Any]]:
+        """The records of a split.
+
+        Raises:
+          UserError: there is no such split.
+        """
+        if name not in self.splits:
+            raise UserError(f'there is no split {name!r} in this data; it has: {", ".join(sorted(self.splits))}.')
+        return self.splits[name]
+
+
+def open_dataset(path: str) -> Dataset:
+    """Opens what `alexnet_jax.prepare` wrote, or the embedded handwritten digits for the path 'digits'.
+
+    Raises:
+      UserError: nothing is there, or it is something else.
+    """
+    if path == DIGITS:
+        return _digits()
+    if not path:
+        raise UserError(
+            'no data given; pass --config.data.path=DIR, a directory that alexnet_jax.prepare wrote, or '
+            f'--config.data.path={DIGITS}.'
+        )
+    remedy = f'prepare one: python -m alexnet_jax.prepare --input=IMAGES --output={path}'
+    if not os.path.isdir(path):
+        raise UserError(f'there is no data directory {path!r}; {remedy}')
+    if not os.path.exists(os.path.join(path, 'dataset_info.json')):
+        raise UserError(f'{path!r} holds no prepared data (no dataset_info.json); {remedy}')
+    return _prepared(path)
+
+
+def _prepared(path: str) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(path)
+        features = builder.info.features
+        label, image = features['label'], features['image']
+        decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
+        splits = {
+            name: builder.as_data_source(name, decoders=decoders)
+            for name, split in builder.info.splits.items()
+            if split.num_examples
+        }
+        class_names, (side, width, channels) = tuple(label.names), image.shape
+    except Exception as error:  # whatever TFDS and array_record make of damaged files
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {str(error).splitlines()[0]}') from error
+    if side is None or (side, channels) != (width, 3):
+        raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
+    return Dataset(splits, class_names, side, statistics.load(path))
+
+
+def _digits() -> Dataset:
+    """1,797 handwritten digits that come with scikit-learn (8 x 8), enlarged to 32 px; 360 of them for validation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(
+            "the embedded digits come with scikit-learn, which is not installed: pip install 'alexnet_jax[quickstart]'"
+        ) from error
+    digits = load_digits()
+    records = []
+    for image, label in zip(digits.images, digits.target, strict=True):
+        grey = Image.fromarray(np.uint8(np.round(image * (255 / 16)))).resize((32, 32), Image.Resampling.BILINEAR)
+        records.append({'image': np.repeat(np.asarray(grey)[:, :, None], 3, axis=2), 'label': int(label)})
+    order = np.random.default_rng(0).permutation(len(records))
+    val, train = ([records[i] for i in part] for part in (order[:360], order[360:]))
+    moments = statistics.no_moments(32)
+    for record in train:
+        moments = moments.add(record['image'])
+    names = tuple(str(i) for i in range(10))
+    return Dataset({'train': train, 'val': val}, names, 32, statistics.finish(moments))

@@ -1,0 +1,85 @@
+"""What the training images say about their pixels: the mean image, and the principal components of RGB.
+
+Numpy only, so that the processes that prepare images need not load JAX.
+"""
+
+import io
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
+
+FILE_NAME = 'statistics.npz'
+
+
+class Statistics(NamedTuple):
+    """Preprocessing of section 2 (mean) and section 4.1 (colour), on the 0-255 scale."""
+
+    mean_image: np.ndarray  # float32 [S, S, 3]
+    eigenvalues: np.ndarray  # float32 [3], of the 3x3 covariance of RGB, ascending; grey levels squared
+    eigenvectors: np.ndarray  # float32 [3, 3]; column i belongs to eigenvalue i
+
+
+class Moments(NamedTuple):
+    """Sums that add up over processes: images, their pixels' sum, and the sum of r r^T over all pixels r."""
+
+    count: int
+    image: np.ndarray  # float64 [S, S, 3]
+    outer: np.ndarray  # float64 [3, 3]
+
+    def add(self, image_HWC: np.ndarray) -> 'Moments':
+        """Counts one more uint8 image in (the sums are changed in place)."""
+        pixels = image_HWC.reshape(-1, 3).astype(np.float32)
+        self.image.__iadd__(image_HWC)
+        self.outer.__iadd__(pixels.T @ pixels)  # below 2^32 an entry and image: float32 keeps 7 digits
+        return self._replace(count=self.count + 1)
+
+    def merge(self, other: 'Moments') -> 'Moments':
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def no_moments(size: int) -> Moments:
+    return Moments(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
+
+
+def finish(moments: Moments) -> Statistics:
+    """The mean image, and eigenvalues and eigenvectors of the covariance of all training pixels' RGB values."""
+    pixels = moments.count * moments.image.shape[0] * moments.image.shape[1]
+    mean_rgb = moments.image.sum((0, 1)) / pixels
+    covariance = moments.outer / pixels - np.outer(mean_rgb, mean_rgb)
+    values, vectors = np.linalg.eigh(covariance)
+    return Statistics(
+        (moments.image / moments.count).astype(np.float32),
+        np.maximum(values, 0).astype(np.float32),
+        vectors.astype(np.float32),
+    )
+
+
+def save(directory: str, statistics: Statistics) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **statistics._asdict())
+    with open(os.path.join(directory, FILE_NAME), 'wb') as file:
+        file.write(buffer.getvalue())
+
+
+def load(directory: str) -> Statistics | None:
+    """Statistics that lie beside a prepared dataset; None where it was prepared without a train split.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = os.path.join(directory, FILE_NAME)
+    if not os.path.exists(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            statistics = Statistics(*(np.asarray(file[name], np.float32) for name in Statistics._fields))
+        side = statistics.mean_image.shape[0]
+        shapes = [(side, side, 3), (3,), (3, 3)]
+        if [array.shape for array in statistics] != shapes or not all(np.isfinite(a).all() for a in statistics):
+            raise ValueError(f'shapes {[array.shape for array in statistics]}, or values that are not finite')
+    except Exception as error:  # zipfile, zlib, numpy and KeyError: each its own kind
+        raise UserError(f'{path} is damaged ({error}); run alexnet_jax.prepare again.') from error
+    return statistics

@@ -1,0 +1,99 @@
+"""Training state, one update and one evaluation batch: pure functions, no I/O, no config."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alexnet_jax import augment, metrics, model
+from alexnet_jax.optim import Optimizer
+from alexnet_jax.statistics import Statistics
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32: batches taken from the stream; the next is number `step`
+    params: Any
+    opt_state: Any
+
+
+def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: int) -> TrainState:
+    """A fresh state; jit it with `out_shardings` to lay it out on a mesh."""
+    params = model.init(network, key, image_size)
+    return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
+
+
+def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable):
+    """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
+
+    x_NHWC: float [N, s, s, 3] from `augment.finish`; batch: 'label' and 'weight', [N].
+    """
+    logits = forward(params, x_NHWC, masks)
+    likelihood = metrics.log_likelihood(logits, batch['label'])
+    sums = metrics.sums(likelihood, logits, batch['label'], batch['weight'])
+    return sums['loss'] / jnp.maximum(sums['weight'], 1), sums
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    statistics: Statistics,
+    key,
+    *,
+    network: model.AlexNet,
+    forward: Callable,
+    optimizer: Optimizer,
+) -> tuple[TrainState, dict]:
+    """Takes one batch: forward, backward, update.
+
+    Where loss or gradient norm is not finite, parameters and optimiser state stay as they were; `step`, the position
+    in the data, moves on.
+
+    Args:
+      state: on the mesh; donate it.
+      batch: from `data.train_batches`, on the mesh.
+      statistics: of the training set.
+      key: of the run; what is drawn here depends on it and on the step alone.
+      network: for the shape of its dropout masks.
+      forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
+      optimizer: from `optim.make_optimizer`.
+
+    Returns:
+      the new state, and sums of `metrics.sums` with 'gradient_norm', 'learning_rate' and 'finite'.
+    """
+    masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), batch['label'].shape[0])
+    x = augment.finish(batch, statistics, dtype=jnp.promote_types(network.dtype, jnp.float32))
+    grads, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    new = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state)
+    )
+    report = {
+        **sums,
+        'gradient_norm': norm,
+        'learning_rate': optimizer.learning_rate(state.opt_state),
+        'finite': finite,
+    }
+    return TrainState(state.step + 1, params, opt_state), report
+
+
+def log_probabilities(params, image_NHWC, statistics: Statistics, *, forward: Callable, image_size: int, views: int):
+    """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
+
+    image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the centre, 10 the paper's ten.
+    """
+    inputs = augment.views(image_NHWC, statistics, size=image_size, count=views)
+    each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
+    return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
+
+
+def eval_step(params, batch: dict, statistics: Statistics, *, forward: Callable, image_size: int, views: int):
+    """Metric sums (see metrics.py) of one batch from `data.eval_batches`."""
+    scores = log_probabilities(
+        params, batch['image'], statistics, forward=forward, image_size=image_size, views=views
+    )
+    return metrics.sums(metrics.of_label(scores, batch['label']), scores, batch['label'], batch['weight'])

@@ -1,0 +1,82 @@
+"""AlexNet as the paper states it: Krizhevsky, Sutskever and Hinton, NeurIPS 2012.
+
+    python -m alexnet_jax.main --config=configs/paper.py --workdir=runs/paper --config.data.path=DIR
+
+The paper reports, for one such network on the ILSVRC-2010 test set, ten views: 37.5% top-1 and 17.0% top-5 error; on the
+ILSVRC-2012 validation set, ten views: 40.7% and 18.2% (table 2, "1 CNN"). Five to six days on two GTX 580.
+
+The argument `init=authors` (configs/paper.py:init=authors) draws the weights of conv 3, 4 and 5 with the standard
+deviation 0.03 of the authors' released code instead of the printed 0.01. With 0.01 and biases of 1 the upper layers
+hardly depend on the image at first, and training may stall near ln(1000) = 6.91: this is the remedy.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """arg: None, 'init=paper' (the same) or 'init=authors'."""
+    upper_std = {None: 0.01, 'init=paper': 0.01, 'init=authors': 0.03}.get(arg)
+    if upper_std is None:
+        raise ValueError(f"configs/paper.py has no variant {arg!r}; expected 'init=paper' or 'init=authors'.")
+
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 128  # images an update, all devices together; section 5
+    config.num_epochs = 90.0  # passes through the training set; "roughly 90 cycles", section 5
+    config.num_steps = 0  # updates; if not 0, instead of num_epochs
+    config.log_every_steps = 1
+    config.eval_every_steps = 0  # 0: once an epoch
+    config.checkpoint_every_steps = 0  # 0: once an epoch
+    config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier for other classes starts afresh
+    config.on_nonfinite = 'stop'  # loss or gradient not finite: 'stop', or 'skip' the batch
+    config.debug = False  # stop at the first NaN and name the operation; slow
+
+    config.data = ml_collections.ConfigDict()
+    config.data.path = ''  # a directory written by alexnet_jax.prepare, or 'digits'
+    config.data.image_size = 224  # side of the random patches, pixels; section 4.1
+    config.data.reflect = True  # mirror half of them; section 4.1
+    config.data.colour_std = 0.1  # of the principal components' alphas, 0: off; section 4.1
+    config.data.num_workers = 0  # 0: decode in threads; else processes
+    config.data.num_threads = 0  # threads in each process; 0: one a core
+
+    config.model = ml_collections.ConfigDict()
+    config.model.conv = (  # section 3.5, figure 2; paddings are not stated there: the authors' code
+        # features, kernel px, stride px, padding px, groups, init std, bias (section 5), what follows
+        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'relu lrn pool'),
+        (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn pool'),
+        (384, 3, 1, (1, 1), 1, upper_std, 0.0, 'relu'),
+        (384, 3, 1, (1, 1), 2, upper_std, 1.0, 'relu'),
+        (256, 3, 1, (1, 1), 2, upper_std, 1.0, 'relu pool'),
+    )
+    config.model.dense = (
+        # features, groups, init std, bias, what follows
+        (4096, 1, 0.01, 1.0, 'relu dropout'),
+        (4096, 1, 0.01, 1.0, 'relu dropout'),
+    )
+    config.model.num_classes = 1000
+    config.model.classifier_init_std = 0.01  # section 5
+    config.model.pool_window = 3  # px; section 3.4
+    config.model.pool_stride = 2  # px; section 3.4
+    config.model.lrn_n = 5  # channels; section 3.3, with the next three
+    config.model.lrn_k = 2.0
+    config.model.lrn_alpha = 1e-4
+    config.model.lrn_beta = 0.75
+    config.model.norm_groups = 2  # normalisation stays within a tower (Deviation from the printed N)
+    config.model.dropout_rate = 0.5  # section 4.2
+    config.model.dtype = 'float32'  # of the computation; parameters are float32
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = 0  # parts of a batch; 0: as many as the devices give
+    config.mesh.tower = 2  # devices the network is split over; a single device holds both towers
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.learning_rate = 0.01  # section 5
+    config.optim.momentum = 0.9  # section 5
+    config.optim.weight_decay = 5e-4  # an update, of weights (not biases), times the learning rate; section 5
+    config.optim.schedule = 'plateau'  # 'plateau': follows the validation error; 'epochs': at drop_epochs
+    config.optim.drop_factor = 0.1  # section 5
+    config.optim.max_drops = 3  # section 5; with 'plateau'
+    config.optim.patience = 5  # validations without a gain before a drop; by hand in the paper
+    config.optim.min_gain = 0.1  # percentage points of top-1 error that count as a gain; by hand in the paper
+    config.optim.drop_epochs = ()  # with 'epochs'; the authors' net 145 on ILSVRC-2010: (22, 50, 77)
+    return config
