@@ -70,7 +70,7 @@ def colour_shift(alphas_N3, statistics: Statistics):
 
     alphas_N3: float [N, 3]. Returns float [N, 3], to be added to every pixel.
     """
-    return (alphas_N3 * (statistics.eigenvalues / 255.0)) @ statistics.eigenvectors.T
+    return (alphas_N3 * (statistics.eigenvalues / 255.0)[None]) @ statistics.eigenvectors.T
 
 
 def finish(batch: dict, statistics: Statistics, *, dtype=jnp.float32):
@@ -90,7 +90,7 @@ def finish(batch: dict, statistics: Statistics, *, dtype=jnp.float32):
     mean = jnp.asarray(statistics.mean_image, dtype)
 
     def mean_under(offset, reflect):
-        part = lax.dynamic_slice(mean, (offset[0], offset[1], 0), size)
+        part = lax.dynamic_slice(mean, (offset[0], offset[1], jnp.zeros_like(offset[0])), size)
         return jnp.where(reflect, part[:, ::-1], part)
 
     shift = colour_shift(batch['colour'].astype(dtype), jax.tree.map(lambda x: jnp.asarray(x, dtype), statistics))
@@ -137,5 +137,5 @@ def views(image_NHWC, statistics: Statistics, *, size: int, count: int, dtype=jn
     side = image_NHWC.shape[1]
     if side > mean.shape[0]:
         raise UserError(f'images of {side} px, but the mean image has {mean.shape[0]} px; prepare them alike.')
-    image = image_NHWC.astype(dtype) - centre(mean, side)
+    image = image_NHWC.astype(dtype) - centre(mean, side)[None]
     return ten_views(image, size) if count == 10 else [centre(image, size)]

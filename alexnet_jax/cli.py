@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error.
     """
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # orbax warns of much that is as it should be
     app.run(lambda argv: _call(main, argv[1:]), flags_parser=_parse)
 
 
@@ -26,6 +25,8 @@ def define_cpu_devices() -> None:
 def use_cpu_devices() -> None:
     """Call before anything touches a device."""
     if flags.FLAGS.cpu_devices:
+        import jax  # not above: the processes of alexnet_jax.prepare do without
+
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', flags.FLAGS.cpu_devices)
 
@@ -54,9 +55,8 @@ def _one_line(text: str) -> str:
     """What matters of absl's and ml_collections' messages of several lines: the innermost error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
-        for kind in ('UserError: ', 'ValueError: ', 'UserError'):
-            if kind in line:
-                return line.split(kind, 1)[1]
+        if 'ValueError: ' in line:
+            return line.split('ValueError: ', 1)[1]
     return ' '.join(lines)
 
 

@@ -15,8 +15,9 @@ def log_likelihood(logits_NK, label_N):
 
 
 def of_label(x_NK, label_N):
-    classes = jnp.arange(x_NK.shape[-1])
-    return jnp.sum(jnp.where(classes == label_N[:, None], x_NK, 0), axis=-1)
+    """Each row's entry at its label, float [N]."""
+    classes_1K = jnp.arange(x_NK.shape[-1])[None]
+    return jnp.sum(jnp.where(classes_1K == label_N[:, None], x_NK, 0), axis=-1)
 
 
 def top_k_error(score_NK, label_N, k: int):

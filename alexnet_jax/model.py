@@ -61,7 +61,7 @@ class AlexNet(nn.Module):
 
     `model.apply({'params': params}, x_NHWC, masks)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to
     float32 logits [N, num_classes]. `masks` (from `dropout_masks`) switches training on; None is test time.
-    With `mutable='intermediates'` it also returns every step's output: `conv1`, `conv1_relu`, `conv1_lrn`, ...
+    With `mutable='intermediates'` it also returns every step's output: `conv1_linear`, `conv1_relu`, ...
 
     Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers: the module then sees its
     tower's part of every parameter and map, and gathers before a layer with one group whose input is split.
@@ -129,7 +129,7 @@ class AlexNet(nn.Module):
             else:
                 x = ops.dense(x, kernel, groups=groups)
             x = x + jnp.expand_dims(bias, range(x.ndim - 1))
-            self.sow('intermediates', name, x)
+            self.sow('intermediates', f'{name}_linear', x)
             for step in layer.then.split():
                 x = self._step(step, x, None if masks is None else masks.get(name), towers)
                 self.sow('intermediates', f'{name}_{step}', x)

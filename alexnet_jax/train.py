@@ -176,7 +176,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                 if saves:
                     error = result['top1_error'] if validates else None
                     checkpoint.save(manager, state, run.dataset.statistics, meta, error)
-                log.pause()
+                log.resume()
         finally:
             batches.close()
             writer.close()

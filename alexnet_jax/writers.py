@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import os
 import platform
 import struct
@@ -97,16 +98,15 @@ class TrainLog:
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
         self._skip = on_nonfinite == 'skip'
         self._pending = deque()
-        self._printed = 0.0
-        self._restart()
+        self._printed = -math.inf
+        self._restart(time.perf_counter())
 
-    def _restart(self):
-        self._sums, self._steps, self._waited, self._began = None, 0, 0.0, time.perf_counter()
+    def _restart(self, began: float):
+        self._sums, self._steps, self._waited, self._began = None, 0, 0.0, began
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
         """report: of `steps.train_step`, on device. waited: seconds spent waiting for its batch. log: write a line."""
-        self._waited += waited
-        self._pending.append((step, report, log))
+        self._pending.append((step, report, waited, time.perf_counter(), log))
         while len(self._pending) > 2:
             self._take()
 
@@ -115,31 +115,30 @@ class TrainLog:
         while self._pending:
             self._take()
 
-    def pause(self) -> None:
-        """Call after work that is no training (validation, saving): it does not count in images/s."""
-        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+    def resume(self) -> None:
+        """Call after work that is no training (validation, saving): its time does not count in images/s."""
+        self._began = time.perf_counter()
 
     def _take(self) -> None:
-        step, report, log = self._pending.popleft()
+        step, report, waited, dispatched, log = self._pending.popleft()
         report = jax.device_get(report)
+        rate, norm = float(report.pop('learning_rate')), float(report.pop('gradient_norm'))
+        self._steps += 1
+        self._waited += waited
         if report.pop('finite'):
-            rate = float(report.pop('learning_rate'))
-            norm = float(report.pop('gradient_norm'))
             self._sums = metrics.merge(self._sums, report)
         elif self._skip:
-            print(f'step {step}: loss or gradient is not finite; its batch is left out.', file=sys.stderr, flush=True)
-            return
+            warn(f'step {step}: loss or gradient is not finite; its batch is left out.')
         else:
             raise DivergedError(
-                f'step {step}: loss or gradient is not finite (learning rate {float(report["learning_rate"]):g}). '
-                'No such update was kept. Lower optim.learning_rate, or see model init in configs/paper.py.'
+                f'step {step}: loss or gradient is not finite (learning rate {rate:g}); the update was not made. '
+                'The last checkpoint is from before; lower optim.learning_rate, or see init in configs/paper.py.'
             )
-        self._steps += 1
-        if log:
-            self._line(step, rate, norm)
+        if log and self._sums:
+            self._line(step, rate, norm, dispatched)
 
-    def _line(self, step: int, rate: float, norm: float) -> None:
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
+    def _line(self, step: int, rate: float, norm: float, now: float) -> None:
+        elapsed = max(now - self._began, 1e-9)
         speed = self._steps * self._batch_size / elapsed
         line = {
             'step': step,
@@ -152,23 +151,22 @@ class TrainLog:
             'data_wait': min(1.0, self._waited / elapsed),
         }
         self._writer.write(line)
-        left = (self._total_steps - step) * self._batch_size / max(speed, 1e-9)
-        progress(line, self._total_steps, f'  ETA {duration(left)}', last=self._printed)
-        if time.perf_counter() - self._printed >= 1:
-            self._printed = time.perf_counter()
-        self._restart()
+        if now - self._printed >= 1 or step == self._total_steps:
+            left = (self._total_steps - step) * self._batch_size / speed
+            progress(line, self._total_steps, f'  ETA {duration(left)}')
+            self._printed = now
+        self._restart(now)
 
 
-def progress(line: dict, total_steps: int, ending: str = '', *, last: float = 0.0) -> None:
-    """Prints a line of metrics, unless one was printed within the last second (the last step's always is)."""
-    if jax.process_index() or (time.perf_counter() - last < 1 and line['step'] != total_steps):
-        return
-    print(
-        f'{line["split"]:5}  step {line["step"]}/{total_steps}  epoch {line["epoch"]:.2f}  loss {line["loss"]:.4f}  '
-        f'top-1 error {line["top1_error"]:.2f}%  {line["images_per_second"]:.0f} images/s  '
-        f'data wait {100 * line["data_wait"]:.0f}%{ending}',
-        flush=True,
-    )
+def progress(line: dict, total_steps: int, ending: str = '') -> None:
+    """Prints a line of metrics, from process 0."""
+    if jax.process_index() == 0:
+        print(
+            f'{line["split"]:5}  step {line["step"]}/{total_steps}  epoch {line["epoch"]:.2f}  '
+            f'loss {line["loss"]:.4f}  top-1 error {line["top1_error"]:.2f}%  '
+            f'{line["images_per_second"]:.0f} images/s  data wait {100 * line["data_wait"]:.0f}%{ending}',
+            flush=True,
+        )
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,23 @@
+"""Four CPU devices for every test, and the real images where they lie beside the project."""
+
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it; under the commands absl has done it
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / 'shared' / 'data'
+
+
+@pytest.fixture(scope='session')
+def imagenet_tar() -> pathlib.Path:
+    path = SHARED_DATA / 'ILSVRC2012_img_train.tar'
+    if not path.exists():
+        pytest.skip(f'needs original ImageNet photos, which this machine has not got ({path.name})')
+    return path

@@ -1,0 +1,52 @@
+"""Small instances for tests: values of the same table, the same code."""
+
+import runpy
+
+import jax
+
+import numpy as np
+
+from alexnet_jax import model
+from tests.conftest import ROOT
+
+# Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
+SMALL = dict(
+    conv=(
+        (8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu lrn pool'),
+        (16, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu lrn pool'),
+        (24, 3, 1, (1, 1), 1, 0.1, 0.0, 'relu'),
+        (24, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu'),
+        (16, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu pool'),
+    ),
+    dense=((32, 1, 0.1, 0.5, 'relu dropout'), (32, 1, 0.1, 0.5, 'relu dropout')),
+    num_classes=12,
+    classifier_init_std=0.1,
+    lrn_alpha=1e-2,  # so that the norm is felt at this scale of activations
+)
+SIZE = 35
+
+
+def network(**changes) -> model.AlexNet:
+    return model.AlexNet(**{**SMALL, **changes})
+
+
+def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
+    return jax.jit(lambda key: model.init(network, key, size))(jax.random.key(seed))
+
+
+def digits_config(**changes):
+    """configs/quickstart.py, smaller still; `changes` by dotted key."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
+    rows = ((8, 5, 1, (2, 2), 1), (8, 5, 1, (2, 2), 2), (8, 3, 1, (1, 1), 1), (8, 3, 1, (1, 1), 2), (8, 3, 1, (1, 1), 2))
+    then = ('relu lrn pool', 'relu lrn pool', 'relu', 'relu', 'relu pool')
+    config.model.conv = tuple((*row, 0.1, 0.0, what) for row, what in zip(rows, then, strict=True))
+    config.model.dense = ((16, 1, 0.1, 0.0, 'relu dropout'), (16, 1, 0.1, 0.0, 'relu dropout'))
+    config.log_every_steps = 1
+    config.data.num_threads = 2
+    for key, value in changes.items():
+        config[key] = value
+    return config
+
+
+def to_float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)

@@ -1,0 +1,115 @@
+"""Section 4.1 against numpy."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import augment, statistics
+from alexnet_jax.errors import UserError
+
+
+def _images(count, size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def _statistics(size):
+    moments = statistics.no_moments(size)
+    for image in _images(20, size, seed=1):
+        moments = moments.add(image)
+    return statistics.finish(moments)
+
+
+def test_statistics_against_numpy():
+    images = _images(20, 6, seed=1)
+    images[..., 1] = images[..., 0] // 2 + images[..., 1] // 4  # correlated, so that the components mean something
+    moments = statistics.no_moments(6)
+    other = statistics.no_moments(6)
+    for image in images[:7]:
+        moments = moments.add(image)
+    for image in images[7:]:
+        other = other.add(image)
+    found = statistics.finish(moments.merge(other))
+    chex.assert_trees_all_close(found.mean_image, images.mean(0).astype(np.float32), rtol=1e-6)
+    covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64), bias=True)
+    rebuilt = found.eigenvectors @ np.diag(found.eigenvalues) @ found.eigenvectors.T
+    chex.assert_trees_all_close(rebuilt, covariance, rtol=1e-4, atol=1e-2)
+    chex.assert_trees_all_close(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-6)
+
+
+def test_finish_subtracts_the_mean_under_the_crop_and_adds_the_colour():
+    stats, size = _statistics(12), 8
+    records = _images(6, 12)
+    rng = np.random.default_rng(2)
+    draws = [augment.draw(rng, positions=4, reflect=True, colour_std=0.1) for _ in records]
+    assert {bool(d.reflect) for d in draws} == {True, False}
+    batch = {
+        'image': np.stack([augment.cut(r, d, size) for r, d in zip(records, draws, strict=True)]),
+        **{name: np.stack([getattr(d, name) for d in draws]) for name in augment.Draw._fields},
+    }
+    found = np.asarray(augment.finish(batch, stats))
+    for n, (record, drawn) in enumerate(zip(records, draws, strict=True)):
+        # By hand: subtract the mean image from the whole record, then cut, then mirror.
+        y, x = drawn.offset
+        whole = record.astype(np.float64) - stats.mean_image
+        expected = whole[y : y + size, x : x + size]
+        if drawn.reflect:
+            expected = expected[:, ::-1]
+        # [p1, p2, p3][a1 l1, a2 l2, a3 l3]^T on pixels in [0, 1], brought back to 0-255.
+        shift = np.zeros(3)
+        for i in range(3):
+            shift += stats.eigenvectors[:, i] * drawn.colour[i] * (stats.eigenvalues[i] / 255**2)
+        chex.assert_trees_all_close(found[n], expected + 255 * shift, atol=1e-3)
+
+
+def test_colour_noise_has_the_strength_the_authors_pixels_give():
+    """With the authors' published components, the literal formula on [0, 1] moves a channel by 3.3 to 3.5 levels."""
+    eigenvectors = np.array([[0.4180, -0.8170, 0.3973], [-0.7126, -0.0235, 0.7012], [-0.5635, -0.5762, -0.5920]]).T
+    stats = statistics.Statistics(np.zeros((1, 1, 3)), np.array([19.72, 37.09, 121.78]) ** 2, eigenvectors)
+    alphas = 0.1 * np.random.default_rng(0).standard_normal((100_000, 3))
+    spread = np.asarray(augment.colour_shift(jnp.asarray(alphas), stats)).std(0)
+    rows = np.sqrt(((0.1 * stats.eigenvalues / 255) ** 2 * eigenvectors**2).sum(1))
+    chex.assert_trees_all_close(spread, rows, rtol=0.02)
+    assert 2 < rows.min() and rows.max() < 5
+
+
+def test_draws_cover_2048_cut_outs():
+    rng = np.random.default_rng(0)
+    count = augment.positions(256, 224)
+    draws = [augment.draw(rng, positions=count, reflect=True, colour_std=0.1) for _ in range(40_000)]
+    seen = {(*d.offset.tolist(), bool(d.reflect)) for d in draws}
+    assert len(seen) == 2048  # 40,000 draws miss one with a probability below 1e-5
+    assert min(s[0] for s in seen) == 0 and max(s[0] for s in seen) == 31
+    alphas = np.stack([d.colour for d in draws])
+    chex.assert_trees_all_close(alphas.std(0), np.full(3, 0.1, np.float32), rtol=0.02)
+    chex.assert_trees_all_close(alphas.mean(0), np.zeros(3, np.float32), atol=2e-3)
+
+
+def test_switching_one_draw_off_leaves_the_others():
+    a = augment.draw(np.random.default_rng(3), positions=32, reflect=True, colour_std=0.1)
+    b = augment.draw(np.random.default_rng(3), positions=32, reflect=False, colour_std=0.0)
+    chex.assert_trees_all_equal(a.offset, b.offset)
+    assert not b.reflect and not b.colour.any()
+
+
+def test_ten_views_are_corners_centre_and_reflections():
+    images = _images(3, 12)
+    views = augment.ten_views(images, 8)
+    five = [images[:, y : y + 8, x : x + 8] for y, x in ((2, 2), (0, 0), (0, 4), (4, 0), (4, 4))]
+    chex.assert_trees_all_equal(views, five + [np.flip(v, axis=2) for v in five])
+
+
+def test_views_subtract_the_mean_of_their_own_crop():
+    stats, images = _statistics(12), _images(3, 12)
+    whole = images.astype(np.float32) - stats.mean_image[None]
+    ten = augment.views(images, stats, size=8, count=10)
+    chex.assert_trees_all_close(ten, augment.ten_views(whole, 8), atol=1e-4)
+    (one,) = augment.views(images, stats, size=8, count=1)
+    chex.assert_trees_all_close(one, whole[:, 2:10, 2:10], atol=1e-4)
+    with pytest.raises(UserError, match='views=5; expected 1 .* or 10'):
+        augment.views(images, stats, size=8, count=5)
+
+
+def test_records_smaller_than_the_crop_are_refused():
+    with pytest.raises(UserError, match=r'data.image_size=224 is larger than the prepared images \(64 px\)'):
+        augment.positions(64, 224)

@@ -1,0 +1,176 @@
+"""The stream: what a batch holds depends on seed and position alone."""
+
+import collections
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import numpy as np
+import pytest
+
+from alexnet_jax import data, sources
+from alexnet_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+class Records:
+    """`count` images that tell their own number. (A class, so that worker processes can load it.)"""
+
+    def __init__(self, count, size=6):
+        self.count, self.size = count, size
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return {'image': np.full((self.size, self.size, 3), i % 256, np.uint8), 'label': i}
+
+
+def _train(count=50, *, batch_size=8, start_step=0, take=10, **options):
+    options = {'seed': 3, 'reflect': True, 'colour_std': 0.1, 'num_threads': 2, **options}
+    batches = data.train_batches(
+        Records(count), batch_size=batch_size, start_step=start_step, record_size=6, image_size=4, **options
+    )
+    try:
+        return list(itertools.islice(batches, take))
+    finally:
+        batches.close()
+
+
+def test_batches_hold_bytes_and_draws():
+    (batch,) = _train(take=1)
+    shapes = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
+    assert shapes == {
+        'image': ('uint8', (8, 4, 4, 3)), 'offset': ('int32', (8, 2)), 'reflect': ('bool', (8,)),
+        'colour': ('float32', (8, 3)), 'label': ('int32', (8,)), 'weight': ('float32', (8,)),
+    }  # fmt: skip
+
+
+def test_every_pass_holds_every_image_once_in_another_order():
+    stream = np.concatenate([b['label'] for b in _train(take=25)])  # 200 positions, 4 passes of 50; 8 does not divide 50
+    passes = stream.reshape(4, 50)
+    for one in passes:
+        assert sorted(one) == list(range(50))
+    assert len({tuple(one) for one in passes}) == 4
+
+
+@pytest.mark.parametrize('start_step', [1, 6, 7])  # 7: batches 6 and 7 lie around the end of the first pass
+def test_a_restart_goes_on_at_step_times_batch(start_step):
+    whole = _train(take=12)
+    chex.assert_trees_all_equal(_train(take=12 - start_step, start_step=start_step), whole[start_step:])
+
+
+def test_threads_change_nothing():
+    chex.assert_trees_all_equal(_train(num_threads=1), _train(num_threads=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_workers', [1, 3])
+def test_worker_processes_change_nothing(num_workers):
+    chex.assert_trees_all_equal(_train(start_step=2, num_workers=num_workers), _train(start_step=2))
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_shards_put_together_are_the_whole_batch(count):
+    whole = _train(start_step=3)
+    parts = [_train(start_step=3, shard=(i, count)) for i in range(count)]
+    for k, batch in enumerate(whole):
+        joined = {name: np.concatenate([part[k][name] for part in parts]) for name in batch}
+        chex.assert_trees_all_equal(joined, batch)
+
+
+def test_draws_do_not_depend_on_the_order_of_images():
+    """Another shuffle would; the same seed on another source of equal length draws the same."""
+    a, b = _train(), _train(batch_size=4, take=20)
+    for name in ('offset', 'reflect', 'colour'):
+        chex.assert_trees_all_equal(np.concatenate([x[name] for x in a]), np.concatenate([x[name] for x in b]))
+    other = _train(seed=4)
+    assert (np.concatenate([x['offset'] for x in a]) != np.concatenate([x['offset'] for x in other])).any()
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 8, 10, 64])
+@pytest.mark.parametrize('shards', [1, 2])
+def test_evaluation_counts_every_image_once(batch_size, shards):
+    batch_size *= shards
+    seen, batches = collections.Counter(), set()
+    for i in range(shards):
+        parts = list(data.eval_batches(Records(30), batch_size=batch_size, shard=(i, shards), num_threads=2))
+        batches.add(len(parts))
+        for part in parts:
+            assert part['label'].shape == (batch_size // shards,)
+            seen.update(part['label'][part['weight'] > 0].tolist())
+    assert seen == {i: 1 for i in range(30)}
+    assert len(batches) == 1  # all processes take part in every step
+
+
+def test_a_record_that_is_no_image_is_named():
+    with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
+        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': b'n01/a.jpg'})
+
+
+def test_digits_are_real_and_apart():
+    digits = sources.open_dataset('digits')
+    train, val = digits.split('train'), digits.split('val')
+    assert (len(train), len(val), digits.record_size) == (1437, 360, 32)
+    assert set(r['label'] for r in train) == set(range(10)) and len(digits.class_names) == 10
+    assert not {r['image'].tobytes() for r in train} & {r['image'].tobytes() for r in val}
+    mean = np.mean([r['image'] for r in train], axis=0)
+    chex.assert_trees_all_close(digits.statistics.mean_image, mean.astype(np.float32), rtol=1e-5)
+    with pytest.raises(UserError, match="no split 'test' in this data; it has: train, val"):
+        digits.split('test')
+
+
+def test_missing_data_name_the_command(tmp_path):
+    with pytest.raises(UserError, match=r'no data directory .*python -m alexnet_jax.prepare --input=IMAGES --output='):
+        sources.open_dataset(str(tmp_path / 'nowhere'))
+    with pytest.raises(UserError, match='holds no prepared data'):
+        sources.open_dataset(str(tmp_path))
+    with pytest.raises(UserError, match='no data given'):
+        sources.open_dataset('')
+
+
+_PARENT = """
+import multiprocessing, sys, time
+from absl import flags
+from tests.test_data import Records
+from alexnet_jax import data
+if __name__ == '__main__':
+    flags.FLAGS.mark_as_parsed()
+    batches = data.train_batches(Records(50), batch_size=8, start_step=0, record_size=6, image_size=4, seed=3,
+                                 reflect=True, colour_std=0.1, num_workers=2)
+    next(batches)
+    print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+def _running(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got')
+@pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, sig):
+    script = tmp_path / 'parent.py'
+    script.write_text(_PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(map(_running, workers))
+    parent.send_signal(sig)
+    parent.wait(20)
+    deadline = time.monotonic() + 20
+    while any(map(_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_running, workers))

@@ -1,0 +1,149 @@
+"""The network the paper describes: counts and shapes worked out by hand, connections by gradients."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import model
+from alexnet_jax.errors import UserError
+from tests import small
+from tests.conftest import ROOT
+
+# kernel area x inputs x kernels + biases, from section 3.5.
+PARAMETERS = {
+    'conv1': 11 * 11 * 3 * 96 + 96,
+    'conv2': 5 * 5 * 48 * 256 + 256,
+    'conv3': 3 * 3 * 256 * 384 + 384,
+    'conv4': 3 * 3 * 192 * 384 + 384,
+    'conv5': 3 * 3 * 192 * 256 + 256,
+    'fc6': 6 * 6 * 256 * 4096 + 4096,
+    'fc7': 4096 * 4096 + 4096,
+    'fc8': 4096 * 1000 + 1000,
+}
+
+
+@pytest.fixture(scope='module')
+def shapes():
+    return jax.eval_shape(lambda key: model.init(model.AlexNet(), key, 224), jax.random.key(0))
+
+
+def test_parameter_count(shapes):
+    counts = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in shapes.items()}
+    assert counts == PARAMETERS
+    assert sum(counts.values()) == 60_965_224
+
+
+def test_activation_shapes_and_neurons(shapes):
+    network = model.AlexNet()
+    run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
+    logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    seen = {name: value[0].shape[1:] for name, value in extra['intermediates'].items()}
+    assert logits.shape == (1, 1000)
+    assert seen['conv1_linear'] == (55, 55, 96)
+    assert seen['conv1_pool'] == (27, 27, 96)
+    assert seen['conv2_linear'] == (27, 27, 256)
+    assert seen['conv2_pool'] == seen['conv3_linear'][:2] + (256,)
+    assert seen['conv3_linear'] == seen['conv4_linear'] == (13, 13, 384)
+    assert seen['conv5_linear'] == (13, 13, 256)
+    assert seen['conv5_pool'] == (6, 6, 256)
+    assert seen['fc6_linear'] == seen['fc7_linear'] == (4096,)
+    neurons = [int(np.prod(seen[f'conv{i}_linear'])) for i in range(1, 6)]
+    # Section 3.5 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400, and brings the sum to the abstract's 650,000.
+    assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264]
+
+
+def test_initial_values():
+    params = small.init(model.AlexNet(), 1, 224)
+    for name, layer in params.items():
+        assert abs(float(layer['kernel'].std()) - 0.01) < 5e-4, name
+        assert abs(float(layer['kernel'].mean())) < 5e-4, name
+        expected = 1 if name in ('conv2', 'conv4', 'conv5', 'fc6', 'fc7') else 0  # section 5
+        chex.assert_trees_all_equal(layer['bias'], jnp.full_like(layer['bias'], expected))
+    # The two towers start with different weights.
+    assert not jnp.allclose(params['conv1']['kernel'][..., :48], params['conv1']['kernel'][..., 48:])
+
+
+def test_towers_talk_only_where_the_paper_says():
+    """Gradients of one tower's unit with respect to the other tower's kernels."""
+    network = small.network()
+    params = small.init(network)
+    x = jax.random.normal(jax.random.key(1), (2, small.SIZE, small.SIZE, 3))
+
+    @jax.jit
+    def first_tower(params):
+        _, extra = network.apply({'params': params}, x, mutable='intermediates')
+        outs = {name: extra['intermediates'][f'{name}_linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')}
+        return {name: out[..., : out.shape[-1] // 2].sum() for name, out in outs.items()}
+
+    gradients = jax.jit(jax.jacrev(first_tower))(params)
+
+    def influence(of, on):
+        grad = np.abs(gradients[on][of]['kernel'])
+        half = grad.shape[-1] // 2
+        return grad[..., :half].max() > 0, grad[..., half:].max() > 0
+
+    assert influence(of='conv1', on='conv2') == (True, False)
+    assert influence(of='conv2', on='conv3') == (True, True)
+    assert influence(of='conv3', on='conv4') == (True, False)
+    assert influence(of='conv4', on='conv5') == (True, False)
+    assert influence(of='conv5', on='fc6') == (True, True)
+
+
+def test_dropout_masks_are_fair_and_independent():
+    masks = model.dropout_masks(model.AlexNet(), jax.random.key(0), 64)
+    assert set(masks) == {'fc6', 'fc7'}
+    for mask in masks.values():
+        chex.assert_shape(mask, (64, 4096))
+        assert abs(float(mask.mean()) - 0.5) < 0.005  # 4.5 standard deviations of 262,144 fair coins
+    a, b = masks['fc6'], masks['fc7']
+    for left, right in ((a, b), (a[:, :2048], a[:, 2048:]), (a[:32], a[32:])):  # layers, towers, images
+        assert abs(float((left == right).mean()) - 0.5) < 0.01
+
+
+def test_test_time_halves_the_hidden_outputs():
+    """Logits at test equal those of a training pass with every unit kept and the next layers' weights halved."""
+    network = small.network()
+    params = small.init(network)
+    x = jax.random.normal(jax.random.key(1), (2, small.SIZE, small.SIZE, 3))
+    kept = {name: jnp.ones((2, 32), bool) for name in ('fc6', 'fc7')}
+    halved = {**params, **{n: {**params[n], 'kernel': params[n]['kernel'] / 2} for n in ('fc7', 'fc8')}}
+    chex.assert_trees_all_close(
+        network.apply({'params': params}, x), network.apply({'params': halved}, x, kept), rtol=1e-5
+    )
+
+
+def test_paper_config_is_the_default_network():
+    import runpy
+
+    get_config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']
+    assert model.from_config(get_config().model) == model.AlexNet()
+    remedy = model.from_config(get_config('init=authors').model)
+    changed = {name: row for name, row in remedy.table().items() if row != model.AlexNet().table()[name]}
+    assert {name: row.init_std for name, row in changed.items()} == {'conv3': 0.03, 'conv4': 0.03, 'conv5': 0.03}
+    with pytest.raises(ValueError, match='init=authors'):
+        get_config('init=nobody')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'size', 'towers', 'message'),
+    [
+        ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
+        ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
+        ({'num_classes': 5}, small.SIZE, 2, 'fc8 has 5 features .* cannot be split over 2 towers'),
+        ({'norm_groups': 1}, small.SIZE, 2, 'conv1 is normalised in 1 group'),
+        ({'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu prelu'),)}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
+        ({'conv': ((8, 5, 2, (0, 1), 2, 0.1, 0.1, 'relu'),)}, small.SIZE, 1, 'conv1 has 3 inputs'),
+    ],
+)
+def test_what_is_no_network_is_refused(changes, size, towers, message):
+    with pytest.raises(UserError, match=message):
+        model.check(small.network(**changes), image_size=size, towers=towers)
+
+
+def test_unknown_model_key_is_refused():
+    with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
+        model.from_config({'pool_windw': 2})
+    with pytest.raises(UserError, match='model.dense has the row'):
+        model.from_config({'dense': [[4096, 'relu']]})

@@ -1,0 +1,96 @@
+"""The operations against loops written from the paper's text."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import ops
+
+
+def _random(*shape):
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+def _lrn_by_hand(a, n, k, alpha, beta):
+    """Section 3.3: b_i = a_i / (k + alpha sum_{j = max(0, i - n/2)}^{min(N - 1, i + n/2)} a_j^2)^beta."""
+    b = np.empty_like(a)
+    maps = a.shape[-1]
+    for i in range(maps):
+        total = sum(a[..., j] ** 2 for j in range(max(0, i - n // 2), min(maps - 1, i + n // 2) + 1))
+        b[..., i] = a[..., i] / (k + alpha * total) ** beta
+    return b
+
+
+@pytest.mark.parametrize('n', [3, 5])
+def test_response_norm_is_the_papers_formula_within_each_group(n):
+    a = 20 * _random(2, 3, 4, 12)
+    constants = dict(n=n, k=2.0, alpha=0.01, beta=0.75)
+    with jax.enable_x64():
+        whole = ops.local_response_norm(jnp.asarray(a), **constants)
+        halves = ops.local_response_norm(jnp.asarray(a), **constants, groups=2)
+    chex.assert_trees_all_close(whole, _lrn_by_hand(a, **constants), rtol=1e-12)
+    by_hand = np.concatenate([_lrn_by_hand(part, **constants) for part in np.split(a, 2, axis=-1)], axis=-1)
+    chex.assert_trees_all_close(halves, by_hand, rtol=1e-12)
+    assert np.abs(whole - halves).max() > 0.1  # the boundary matters
+
+
+def test_response_norm_has_the_papers_constants():
+    a = 100 * _random(1, 2, 2, 10)
+    with jax.enable_x64():
+        b = ops.local_response_norm(jnp.asarray(a))
+    chex.assert_trees_all_close(b, _lrn_by_hand(a, n=5, k=2, alpha=1e-4, beta=0.75), rtol=1e-12)
+
+
+@pytest.mark.parametrize(('size', 'window', 'stride', 'places'), [(55, 3, 2, 27), (13, 3, 2, 6), (8, 3, 2, 4), (11, 2, 2, 6)])
+def test_max_pool_by_hand(size, window, stride, places):
+    x = _random(2, size, size, 3).astype(np.float32)
+    y = ops.max_pool(x, window=window, stride=stride)
+    chex.assert_shape(y, (2, places, places, 3))
+    for i in range(places):
+        for j in range(places):
+            seen = x[:, i * stride : i * stride + window, j * stride : j * stride + window]  # numpy cuts at the edge
+            chex.assert_trees_all_equal(np.asarray(y[:, i, j]), seen.max((1, 2)))
+
+
+def test_max_pool_gradient_goes_to_the_winner():
+    x = np.zeros((1, 5, 5, 1))
+    x[0, 2, 2, 0] = 1  # seen by all four overlapping windows
+    grad = jax.grad(lambda x: ops.max_pool(x, window=3, stride=2).sum())(jnp.asarray(x))
+    expected = np.zeros_like(x)
+    expected[0, 2, 2, 0] = 4
+    chex.assert_trees_all_equal(np.asarray(grad, np.float64), expected)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_conv_by_hand(groups):
+    x, kernel = _random(2, 7, 7, 4), _random(3, 3, 4 // groups, 6)
+    with jax.enable_x64():
+        y = ops.conv(jnp.asarray(x), jnp.asarray(kernel), stride=2, padding=(0, 1), groups=groups)
+    padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    chex.assert_shape(y, (2, 3, 3, 6))
+    for o in range(6):
+        first = (o * groups // 6) * (4 // groups)  # first input channel that kernel o reads
+        for i in range(3):
+            for j in range(3):
+                patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3, first : first + 4 // groups]
+                by_hand = (patch * kernel[..., o]).sum((1, 2, 3))
+                chex.assert_trees_all_close(np.asarray(y[:, i, j, o]), by_hand, rtol=1e-10)
+
+
+def test_dense_by_hand():
+    x, kernel = _random(2, 2, 2, 4), _random(8, 6)
+    with jax.enable_x64():
+        whole = ops.dense(jnp.asarray(x), jnp.asarray(_random(16, 6)))
+        halves = ops.dense(jnp.asarray(x), jnp.asarray(kernel), groups=2)
+    chex.assert_trees_all_close(whole, x.reshape(2, 16) @ _random(16, 6), rtol=1e-12)
+    for o in range(6):
+        inputs = x[..., :2] if o < 3 else x[..., 2:]
+        chex.assert_trees_all_close(np.asarray(halves[:, o]), inputs.reshape(2, 8) @ kernel[:, o], rtol=1e-12)
+
+
+def test_dropout_silences_in_training_and_halves_at_test():
+    x = jnp.asarray([[1.0, -2.0, 3.0]])
+    chex.assert_trees_all_equal(ops.dropout(x, jnp.asarray([[True, False, True]]), rate=0.5), jnp.asarray([[1.0, 0.0, 3.0]]))
+    chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.5), jnp.asarray([[0.5, -1.0, 1.5]]))

@@ -1,0 +1,159 @@
+"""One device, two towers, two towers twice: the same numbers, and only the paper's communication."""
+
+import collections
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import model, optim, sharding, steps
+from alexnet_jax.errors import UserError
+from alexnet_jax.statistics import Statistics
+from tests import small
+
+MESHES = [(1, 2), (2, 2)]
+COLLECTIVES = r' (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\('
+
+
+def _place(mesh, tree):
+    return jax.device_put(tree, sharding.state_sharding(mesh, tree))
+
+
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+@pytest.mark.parametrize('full_size', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_forward_agrees_with_one_device(data, tower, full_size):
+    network, size = (model.AlexNet(), 224) if full_size else (small.network(), small.SIZE)
+    params = small.init(network, 0, size)
+    x = 60 * jax.random.normal(jax.random.key(1), (4, size, size, 3))
+    masks = model.dropout_masks(network, jax.random.key(2), 4)
+    mesh = sharding.make_mesh(data=data, tower=tower)
+    forward = jax.jit(sharding.forward(network, mesh))
+    for train in (None, masks):
+        expected = jax.jit(network.apply)({'params': params}, x, train)
+        logits = forward(_place(mesh, params), x, train)
+        chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+        # Each device holds its images' logits of its tower's classes.
+        assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
+
+
+def _train(network, mesh, number):
+    """`number` updates in float64, with dropout, decay and a drop of the rate; returns the first velocity, parameters, velocity."""
+    optimizer = optim.make_optimizer(
+        learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3, patience=1,
+        min_gain=0.0, drop_epochs=(2.0,), steps_per_epoch=1.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    statistics = Statistics(rng.uniform(100, 140, (40, 40, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3))
+    params = small.to_float64(small.init(network))
+    state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
+    forward = sharding.forward(network, mesh)
+    step = jax.jit(
+        lambda *args: steps.train_step(*args, network=network, forward=forward, optimizer=optimizer)
+    )
+    gradient = None
+    for i in range(number):
+        batch = {
+            'image': rng.integers(0, 256, (4, small.SIZE, small.SIZE, 3), np.uint8),
+            'offset': rng.integers(0, 5, (4, 2), np.int32),
+            'reflect': rng.random(4) < 0.5,
+            'colour': rng.normal(0, 0.1, (4, 3)),
+            'label': rng.integers(0, 12, 4, np.int32),
+            'weight': np.ones(4, np.float32),
+        }
+        state, report = step(state, sharding.to_mesh(mesh, batch), statistics, jax.random.key(7))
+        assert report['finite']
+        if i == 0:  # -rate * (gradient + decay * weights): the gradient, but for what both meshes share
+            gradient = jax.device_get(state.opt_state.velocity)
+    return gradient, jax.device_get((state.params, state.opt_state.velocity))
+
+
+@pytest.mark.parametrize(('data', 'tower'), [*MESHES, (4, 1)])
+def test_gradients_and_three_updates_agree_with_one_device(data, tower):
+    # float64: in float32 the winners of pools flip on nearly equal values, and correct programs drift apart.
+    with jax.enable_x64():
+        network = small.network(dtype='float64')
+        expected = _train(network, sharding.make_mesh(data=1, tower=1), 3)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 3)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float64
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+def _collectives(function, *args):
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return collections.Counter(re.findall(COLLECTIVES, text))
+
+
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+def test_collectives_of_the_papers_network(data, tower):
+    network = model.AlexNet()
+    mesh = sharding.make_mesh(data=data, tower=tower)
+    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
+    on_data = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((4, 224, 224, 3), jnp.float32, sharding=on_data)
+    batch = {
+        'label': jax.ShapeDtypeStruct((4,), jnp.int32, sharding=on_data),
+        'weight': jax.ShapeDtypeStruct((4,), jnp.float32, sharding=on_data),
+    }
+    forward = sharding.forward(network, mesh)
+    # Before conv 3, fc 6, fc 7 and fc 8: nothing else crosses between devices.
+    assert _collectives(forward, params, x) == {'all-gather': 4}
+    found = _collectives(lambda p, x, b: steps.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
+    assert found.pop('all-gather') == 4
+    assert set(found) == {'all-reduce'}
+
+
+def test_gathers_follow_from_the_groups():
+    """Towers that never talk until the classifier gather once; one that always does gathers before each layer."""
+    mesh = sharding.make_mesh(data=1, tower=2)
+    conv, dense = small.SMALL['conv'], small.SMALL['dense']
+    apart = dict(
+        conv=conv[:1] + tuple((*row[:4], 2, *row[5:]) for row in conv[1:]), dense=tuple((r[0], 2, *r[2:]) for r in dense)
+    )
+    together = dict(conv=tuple((*row[:4], 1, *row[5:]) for row in conv))
+    for changes, gathers in ((apart, 1), (together, 7)):
+        network = small.network(**changes)
+        params = small.init(network)
+        x = jnp.zeros((2, small.SIZE, small.SIZE, 3))
+        assert _collectives(sharding.forward(network, mesh), _place(mesh, params), x) == {'all-gather': gathers}
+
+
+def test_two_devices_start_with_the_parameters_of_one():
+    network = small.network()
+    init = lambda key: model.init(network, key, small.SIZE)  # noqa: E731
+    alone = jax.jit(init)(jax.random.key(3))
+    mesh = sharding.make_mesh(data=2, tower=2)
+    split = jax.jit(init, out_shardings=sharding.state_sharding(mesh, alone))(jax.random.key(3))
+    chex.assert_trees_all_equal(jax.device_get(split), jax.device_get(alone))
+    assert split['conv2']['kernel'].addressable_data(0).shape == (3, 3, 4, 8)
+
+
+def test_each_tower_of_a_part_reads_the_same_images():
+    mesh = sharding.make_mesh(data=2, tower=2)
+    x = sharding.to_mesh(mesh, {'image': np.arange(8, dtype=np.float32)})['image']
+    rows = {shard.device: np.asarray(shard.data) for shard in x.addressable_shards}
+    for i in range(2):
+        for device in mesh.devices[i]:
+            chex.assert_trees_all_equal(rows[device], np.arange(4, dtype=np.float32) + 4 * i)
+    assert sharding.data_shard(mesh) == (0, 1)
+
+
+def test_mesh_errors(capsys):
+    devices = jax.devices()
+    with pytest.raises(UserError, match=r'3 devices do not pair up into two towers; set --config.mesh.data=1'):
+        sharding.make_mesh(data=0, tower=2, devices=devices[:3])
+    with pytest.raises(UserError, match='needs 6 devices; there are 4'):
+        sharding.make_mesh(data=3, tower=2)
+    with pytest.raises(UserError, match='mesh.tower=3'):
+        sharding.make_mesh(data=0, tower=3)
+    with pytest.raises(UserError, match='batch_size=10 does not divide into the 4 parts'):
+        sharding.check_batch(sharding.make_mesh(data=4, tower=1), 10)
+    assert sharding.make_mesh(data=1, tower=2, devices=devices[:3]).shape == {'data': 1, 'tower': 2}
+    assert not capsys.readouterr().out
+    assert sharding.make_mesh(data=0, tower=2, devices=devices[:1]).shape == {'data': 1, 'tower': 1}
+    assert 'One device' in capsys.readouterr().out
