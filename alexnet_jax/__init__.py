@@ -7,7 +7,7 @@ __version__ = '0.1.0'
 _HOMES = {
     'AlexNet': 'alexnet_jax.model',
     'load_checkpoint': 'alexnet_jax.checkpoint',
-    'predict': 'alexnet_jax.predict',
+    'predict': 'alexnet_jax.evaluate',  # in a file predict.py it would be hidden by its own module, once imported
     'ten_views': 'alexnet_jax.augment',
 }
 __all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']  # noqa: F822, loaded below

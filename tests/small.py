@@ -37,14 +37,17 @@ def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
 def digits_config(**changes):
     """configs/quickstart.py, smaller still; `changes` by dotted key."""
     config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
-    rows = ((8, 5, 1, (2, 2), 1), (8, 5, 1, (2, 2), 2), (8, 3, 1, (1, 1), 1), (8, 3, 1, (1, 1), 2), (8, 3, 1, (1, 1), 2))
-    then = ('relu lrn pool', 'relu lrn pool', 'relu', 'relu', 'relu pool')
-    config.model.conv = tuple((*row, 0.1, 0.0, what) for row, what in zip(rows, then, strict=True))
-    config.model.dense = ((16, 1, 0.1, 0.0, 'relu dropout'), (16, 1, 0.1, 0.0, 'relu dropout'))
+    config.model.conv = (
+        (8, 5, 1, (2, 2), 1, 0.003, 0.0, 'relu lrn pool'),
+        (8, 5, 1, (2, 2), 2, 0.17, 0.0, 'relu lrn pool'),
+        (8, 3, 1, (1, 1), 1, 0.17, 0.0, 'relu'),
+        (8, 3, 1, (1, 1), 2, 0.23, 0.0, 'relu'),
+        (8, 3, 1, (1, 1), 2, 0.23, 0.0, 'relu pool'),
+    )
+    config.model.dense = ((32, 1, 0.17, 0.0, 'relu dropout'), (32, 1, 0.25, 0.0, 'relu dropout'))
     config.log_every_steps = 1
     config.data.num_threads = 2
-    for key, value in changes.items():
-        config[key] = value
+    config.update_from_flattened_dict(changes)
     return config
 
 

@@ -1,0 +1,345 @@
+"""From raw files to records: every kind of input and of odd file, read back through TFDS alone."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import chex
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from PIL import Image
+
+from alexnet_jax import listing, prepare, sources, statistics
+from alexnet_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+def _pixels(seed, height=40, width=48):
+    """A smooth picture: JPEG keeps it within a few levels."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _encode(pixels, kind='JPEG', **options):
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return str(root)
+
+
+def _read_back(directory, split):
+    """{file name: (pixels, class name)} by TFDS's own decoding-free reader."""
+    builder = tfds.builder_from_directory(directory)
+    names = builder.info.features['label'].names
+    raw = not isinstance(builder.info.features['image'], tfds.features.Image)
+    decoders = None if raw else {'image': tfds.decode.SkipDecoding()}
+    found = {}
+    for record in builder.as_data_source(split, decoders=decoders):
+        image = record['image']
+        pixels = image if raw else np.asarray(Image.open(io.BytesIO(image)))
+        found[record['file_name'].decode()] = (pixels, names[record['label']])
+    return found
+
+
+def test_square_is_the_shorter_side_resized_and_the_centre_cut():
+    for height, width in ((300, 431), (431, 300), (97, 64), (64, 64), (20, 31)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+        # The paper's words literally: rescale all of it, then cut.
+        scale = 64 / min(height, width)
+        w, h = round(width * scale), round(height * scale)
+        left, top = (w - 64) // 2, (h - 64) // 2
+        resized = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + 64, top + 64))
+        found = prepare.square(_encode(image, 'PNG'), 64)
+        assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
+
+
+def test_odd_files_come_out_right():
+    colours = np.asarray([[255, 0, 0], [0, 128, 0], [0, 0, 255], [200, 200, 40]], np.uint8).reshape(2, 2, 3)
+    pixels = np.kron(colours, np.ones((32, 32, 1), np.uint8))
+    image = Image.fromarray(pixels)
+    grey = np.repeat(np.asarray(image.convert('L'))[..., None], 3, axis=2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    sixteen = Image.fromarray((np.asarray(image.convert('L')).astype(np.uint16) * 257))
+    cases = {
+        'PNG': (_encode(image, 'PNG'), pixels),
+        'JPEG': (_encode(image, quality=98, subsampling=0), pixels),
+        'CMYK JPEG': (_encode(image.convert('CMYK'), quality=98), pixels),
+        'grey JPEG': (_encode(image.convert('L'), quality=98), grey),
+        'palette GIF': (_encode(image, 'GIF'), pixels),
+        'RGBA PNG': (_encode(image.convert('RGBA'), 'PNG'), pixels),
+        '16-bit PNG': (_encode(sixteen, 'PNG'), grey),
+        'progressive JPEG': (_encode(image, quality=98, subsampling=0, progressive=True), pixels),
+        'EXIF': (_encode(image, quality=98, subsampling=0, exif=turned), np.rot90(pixels, -1)),
+    }
+    for name, (content, expected) in cases.items():
+        found = prepare.square(content, 64)
+        assert found.shape == (64, 64, 3) and found.dtype == np.uint8, name
+        inner = np.r_[4:28, 36:60]  # away from the edges between colours, where JPEG smears
+        difference = np.abs(found.astype(int) - expected)[inner][:, inner]
+        assert difference.max() <= 8, (name, difference.max())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {f'train/cat/{i}.jpg': _encode(_pixels(i)) for i in range(5)}
+    files |= {f'train/dog/deeper/{i}.PNG': _encode(_pixels(10 + i), 'PNG') for i in range(5)}
+    files |= {f'val/{c}/v{i}.jpeg': _encode(_pixels(20 + i)) for i, c in enumerate(('cat', 'dog'))}
+    files |= {'train/cat/notes.txt': b'no image', 'train/.hidden/x.jpg': b'', 'val/.DS_Store': b''}
+    return _write(tmp_path / 'in', files)
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'raw'])
+def test_folder_of_splits(folder, tmp_path, kind):
+    out = str(tmp_path / 'out')
+    prepare.prepare(folder, out, size=32, format=kind, workers=1)
+    train, val = _read_back(out, 'train'), _read_back(out, 'val')
+    assert sorted(train) == sorted([f'train/cat/{i}.jpg' for i in range(5)] + [f'train/dog/deeper/{i}.PNG' for i in range(5)])
+    assert {name: c for name, (_, c) in val.items()} == {'val/cat/v0.jpeg': 'cat', 'val/dog/v1.jpeg': 'dog'}
+    squares = {}
+    for name, (pixels, class_name) in train.items():
+        with open(os.path.join(folder, name), 'rb') as file:
+            squares[name] = prepare.square(file.read(), 32)
+        assert class_name == name.split('/')[1]
+        difference = np.abs(pixels.astype(int) - squares[name])
+        assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
+    # Statistics are of the train split alone.
+    stats = statistics.load(out)
+    everything = np.stack(list(squares.values())).astype(np.float64)
+    chex.assert_trees_all_close(stats.mean_image, everything.mean(0).astype(np.float32), rtol=1e-5)
+    covariance = np.cov(everything.reshape(-1, 3).T, bias=True)
+    rebuilt = stats.eigenvectors @ np.diag(stats.eigenvalues) @ stats.eigenvectors.T
+    chex.assert_trees_all_close(rebuilt, covariance, rtol=1e-3, atol=0.5)
+    # And our own source agrees with TFDS's reader.
+    dataset = sources.open_dataset(out)
+    assert dataset.class_names == ('cat', 'dog') and dataset.record_size == 32
+    assert len(dataset.split('train')) == 10
+
+
+def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
+    def prepared(seed, workers):
+        out = str(tmp_path / f'{seed}-{workers}')
+        prepare.prepare(folder, out, size=16, seed=seed, workers=workers)
+        return _read_back(out, 'train'), statistics.load(out)
+
+    alone, alone_statistics = prepared(0, 1)
+    both, both_statistics = prepared(0, 2)
+    assert list(alone) != sorted(alone)
+    assert list(alone) == list(both)  # however many processes
+    chex.assert_trees_all_equal({n: p for n, (p, _) in alone.items()}, {n: p for n, (p, _) in both.items()})
+    chex.assert_trees_all_equal(alone_statistics, both_statistics)
+    assert list(prepared(1, 1)[0]) != list(alone)
+
+
+def test_val_fraction_sets_training_images_aside(folder, tmp_path):
+    _write(tmp_path / 'flat', {f'{c}/{i}.png': _encode(_pixels(i), 'PNG') for c in 'ab' for i in range(10)})
+    out = str(tmp_path / 'out')
+    prepare.prepare(str(tmp_path / 'flat'), out, size=16, val_fraction=0.25, seed=5, workers=1)
+    train, val = _read_back(out, 'train'), _read_back(out, 'val')
+    assert (len(train), len(val)) == (15, 5) and not set(train) & set(val)
+    with pytest.raises(UserError, match='needs a train split and no val split; there are: train, val'):
+        prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
+
+
+def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
+    good = _encode(_pixels(0))
+    _write(
+        tmp_path / 'in',
+        {'train/cat/cut.jpg': good[: len(good) // 2], 'train/dog/empty.jpg': b'', 'train/dog/text.png': b'hello'},
+    )
+    out = tmp_path / 'out'
+    with pytest.raises(UserError, match=r'3 of \d+ images cannot be read .* --max_bad=3'):
+        prepare.prepare(folder, str(out), size=16, max_bad=2, workers=1)
+    assert os.listdir(tmp_path) == ['in']  # nothing half-written
+    prepare.prepare(folder, str(out), size=16, max_bad=3, workers=1)
+    said = capfd.readouterr().err
+    for name in ('train/cat/cut.jpg', 'train/dog/empty.jpg', 'train/dog/text.png'):
+        assert f'unreadable: {name}: ' in said
+    assert '3 unreadable images were left out' in said
+    assert len(_read_back(str(out), 'train')) == 10
+    assert len(sources.open_dataset(str(out)).split('train')) == 10
+
+
+def test_empty_and_all_bad_folders(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no images; expected ILSVRC2012_img_train.tar'):
+        prepare.prepare(str(tmp_path / 'empty'), str(tmp_path / 'out'))
+    _write(tmp_path / 'bad', {'cat/a.jpg': b'x', 'dog/b.jpg': b'y'})
+    with pytest.raises(UserError, match='none of the 2 images of the train split can be read'):
+        prepare.prepare(str(tmp_path / 'bad'), str(tmp_path / 'out'), max_bad=9, workers=1)
+    with pytest.raises(UserError, match='there is no input'):
+        prepare.prepare(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_what_exists_is_not_overwritten(folder, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'precious').write_text('data')
+    with pytest.raises(UserError, match='exists already'):
+        prepare.prepare(folder, str(tmp_path / 'out'))
+    assert os.listdir(tmp_path / 'out') == ['precious']
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'size': 4}, '--size=4'),
+        ({'format': 'webp'}, "--format='webp'; expected jpeg or raw"),
+        ({'val_fraction': 1.0}, '--val_fraction=1.0'),
+    ],
+)
+def test_bad_options(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(folder, str(tmp_path / 'out'), **options)
+
+
+def _tar(path, members):
+    with tarfile.open(path, 'w') as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def official(tmp_path):
+    """Small archives in the official layout: train of archives of classes, val flat."""
+    classes = listing.imagenet_classes()
+    root = tmp_path / 'official'
+    root.mkdir()
+    inner = {}
+    for k in (0, 500, 999):
+        images = {f'{classes[k]}_{i}.JPEG': _encode(_pixels(k + i)) for i in range(2)}
+        inner[f'{classes[k]}.tar'] = _tar(tmp_path / 'inner.tar', images)
+    _tar(root / 'ILSVRC2012_img_train.tar', inner)
+    _tar(root / 'ILSVRC2012_img_val.tar', {f'ILSVRC2012_val_{i:08}.JPEG': _encode(_pixels(i)) for i in (3, 1, 2)})
+    return root
+
+
+# First three lines of the validation ground truth as published with the data set.
+FIRST_VALIDATION_CLASSES = {1: 'n01751748', 2: 'n09193705', 3: 'n02105855'}
+
+
+def _check_official(out, train=True):
+    classes = listing.imagenet_classes()
+    if train:
+        found = _read_back(out, 'train')
+        assert len(found) == 6
+        assert {c for _, c in found.values()} == {classes[0], classes[500], classes[999]}
+        assert all(os.path.basename(name).startswith(c) for name, (_, c) in found.items())
+    val = {os.path.basename(name): c for name, (_, c) in _read_back(out, 'val').items()}
+    assert val == {f'ILSVRC2012_val_{i:08}.JPEG': c for i, c in FIRST_VALIDATION_CLASSES.items()}
+    assert len(sources.open_dataset(out).class_names) == 1000
+
+
+def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
+    out = str(tmp_path / 'both')
+    prepare.prepare(str(official), out, size=16, workers=1)
+    _check_official(out)
+
+    extracted = tmp_path / 'extracted'
+    with tarfile.open(official / 'ILSVRC2012_img_train.tar') as tar:
+        tar.extractall(extracted / 'train', filter='data')
+    with tarfile.open(official / 'ILSVRC2012_img_val.tar') as tar:
+        tar.extractall(extracted / 'val', filter='data')
+    out = str(tmp_path / 'once')  # train: archives of classes
+    prepare.prepare(str(extracted), out, size=16, workers=1)
+    _check_official(out)
+
+    for path in sorted((extracted / 'train').iterdir()):
+        with tarfile.open(path) as tar:
+            tar.extractall(extracted / 'train' / path.stem, filter='data')
+        path.unlink()
+    out = str(tmp_path / 'twice')  # train: folders of classes
+    prepare.prepare(str(extracted), out, size=16, workers=1)
+    _check_official(out)
+
+
+def test_validation_alone(official, tmp_path):
+    out = str(tmp_path / 'out')
+    prepare.prepare(str(official / 'ILSVRC2012_img_val.tar'), out, size=16, workers=1)
+    _check_official(out, train=False)
+    assert sources.open_dataset(out).statistics is None
+
+
+def test_damaged_archive(official, tmp_path):
+    path = official / 'ILSVRC2012_img_train.tar'
+    path.write_bytes(b'\0' * 100 + path.read_bytes()[100:3000])
+    with pytest.raises(UserError, match='ILSVRC2012_img_train.tar.* is no readable archive'):
+        prepare.prepare(str(path), str(tmp_path / 'out'))
+    other = tmp_path / 'other.tar'
+    other.write_bytes(b'')
+    with pytest.raises(UserError, match=r'other.tar.* is not ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar'):
+        prepare.prepare(str(other), str(tmp_path / 'out'))
+
+
+def test_a_generated_tfds_dataset(tmp_path):
+    """`tfds:cifar10` as TFDS lays it out once generated (here of nine small pictures)."""
+    folder = tmp_path / 'cifar10' / '3.0.2'
+    folder.mkdir(parents=True)
+    features = tfds.builder('cifar10', data_dir=str(tmp_path)).info.features
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name='cifar10', filetype_suffix='array_record')
+    infos, pictures = [], {}
+    for split, count in (('train', 6), ('test', 3)):
+        files = template.replace(split=split)
+        path = files.sharded_filepath(shard_index=0, num_shards=1)
+        writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
+        for i in range(count):
+            pixels = _pixels(len(pictures), 32, 32)
+            pictures[f'{split}/{i}'] = pixels, features['label'].names[i]
+            encoded = io.BytesIO(_encode(pixels, 'PNG'))
+            writer.write(features.serialize_example({'id': str(i), 'image': encoded, 'label': i}))
+        writer.close()
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=files))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=infos, check_data=False, version='3.0.2',
+        filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    )  # fmt: skip
+    # TFDS reads the variable when it is imported: a process of its own.
+    out = str(tmp_path / 'out')
+    command = [sys.executable, '-m', 'alexnet_jax.prepare', '--input=tfds:cifar10', f'--output={out}']
+    environment = {**os.environ, 'TFDS_DATA_DIR': str(tmp_path)}
+    subprocess.run([*command, '--size=32', '--format=raw'], env=environment, cwd=ROOT, check=True)
+    found = {**_read_back(out, 'train'), **_read_back(out, 'test')}
+    chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
+    assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
+    with pytest.raises(UserError, match='tfds:mnist is not there in the array_record format .* takes TensorFlow'):
+        prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
+    with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
+        prepare.prepare('tfds:no_such_thing', str(tmp_path / 'other'))
+
+
+def test_original_photos(imagenet_tar, tmp_path):
+    """The official train archive: 1,000 originals, one a class (here every 25th, so as to take seconds)."""
+    refs = listing.find(str(imagenet_tar)).splits['train']
+    assert len(refs) == 1000 and [r.label for r in refs] == list(range(1000))
+    classes = listing.imagenet_classes()
+    for ref in refs[::25]:
+        assert ref.name.startswith(classes[ref.label])
+        pixels = prepare.square(listing.read(ref), 256)
+        assert pixels.shape == (256, 256, 3) and pixels.std() > 5
+
+
+def test_damaged_statistics_are_named(folder, tmp_path):
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, workers=1)
+    content = (out / 'statistics.npz').read_bytes()
+    (out / 'statistics.npz').write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match='statistics.npz is damaged'):
+        sources.open_dataset(str(out))
+    (out / 'dataset_info.json').write_text(json.dumps({'name': 'images'}))
+    with pytest.raises(UserError, match='cannot be opened as a prepared dataset'):
+        sources.open_dataset(str(out))

@@ -1,0 +1,401 @@
+"""The loop: exact resume, what is kept and written, what stops it. Small networks on the embedded digits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from alexnet_jax import checkpoint, data, evaluate, sharding, sources, steps, train
+from alexnet_jax.errors import DivergedError, UserError
+from tests import small
+from tests.conftest import ROOT
+
+TIMINGS = ('images_per_second', 'data_wait')
+
+
+def _lines(workdir):
+    with open(os.path.join(workdir, 'metrics.jsonl')) as file:
+        return [json.loads(line) for line in file]
+
+
+def _untimed(workdir):
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in _lines(workdir)]
+
+
+def _state(config, workdir):
+    """Everything the last checkpoint holds, as numpy."""
+    run = train.build(config)
+    with checkpoint.open_manager(str(workdir)) as manager:
+        return jax.device_get(checkpoint.restore(manager, manager.latest_step(), run.state_shapes))
+
+
+def _events(workdir):
+    """(step, tag) of every scalar in the workdir's TensorBoard files, in the order written."""
+    found = []
+    for name in sorted(os.listdir(workdir)):
+        if not name.startswith('events.'):
+            continue
+        with open(os.path.join(workdir, name), 'rb') as file:
+            while header := file.read(12):
+                record = file.read(int.from_bytes(header[:8], 'little') + 4)[:-4]
+                event = event_pb2.Event.FromString(record)
+                found += [(event.step, value.tag) for value in event.summary.value]
+    return found
+
+
+def _config(**changes):
+    """23 updates an epoch; validation and saving at other cadences than epochs, so that batches straddle them."""
+    return small.digits_config(**{'num_steps': 30, 'eval_every_steps': 12, 'checkpoint_every_steps': 8, **changes})
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('uninterrupted')
+    config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1, 'optim.min_gain': 50.0})
+    result = train.train_and_evaluate(config, str(workdir))
+    return config, workdir, result
+
+
+def test_a_run_tells_its_story(uninterrupted):
+    config, workdir, result = uninterrupted
+    lines = _lines(workdir)
+    train_lines = [line for line in lines if line['split'] == 'train']
+    assert [line['step'] for line in train_lines] == list(range(1, 31))
+    assert [line['step'] for line in lines if line['split'] == 'val'] == [12, 24, 30]
+    keys = 'step epoch split loss top1_error top5_error learning_rate images_per_second data_wait'.split()
+    for line in lines:
+        assert set(keys) <= set(line)
+        assert line['epoch'] == line['step'] * 64 / 1437
+    assert abs(train_lines[0]['loss'] - np.log(10)) < 1
+    assert train_lines[-1]['loss'] < train_lines[0]['loss']
+    assert result['count'] == 360 and result['top1_error'] == lines[-1]['top1_error']
+    # The first validation is a gain, the next two (a gain takes 50 points) each drop the rate.
+    rates = {line['step']: line['learning_rate'] for line in train_lines}
+    chex.assert_trees_all_close([rates[s] for s in (12, 24, 25, 30)], [0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+    for name in ('config.json', 'environment.json'):
+        assert json.loads((workdir / name).read_text())
+    events = _events(workdir)
+    assert {step for step, tag in events if tag == 'train/loss'} == set(range(1, 31))
+    assert {step for step, tag in events if tag == 'val/top1_error'} == {12, 24, 30}
+
+
+def test_the_last_two_and_the_best_are_kept(uninterrupted):
+    _, workdir, _ = uninterrupted
+    errors = {line['step']: line['top1_error'] for line in _lines(workdir) if line['split'] == 'val'}
+    saved_with_error = {s: e for s, e in errors.items() if s in (24, 30)}  # saved at 8, 16, 24, 30
+    best = min(saved_with_error, key=saved_with_error.get)
+    kept = {int(name) for name in os.listdir(workdir / 'checkpoints')}
+    assert kept == {24, 30, best}
+    assert checkpoint.load_checkpoint(str(workdir)).step == best
+
+
+def test_an_early_best_is_kept(tmp_path):
+    manager = checkpoint.open_manager(str(tmp_path))
+    config = _config()
+    run = train.build(config)
+    state = run.init(jax.random.key(0))
+    meta = {'config': checkpoint.config_to_json(config), 'class_names': list('0123456789'), 'image_size': 28, 'record_size': 32}
+    for step, error in ((1, 30.0), (2, 10.0), (3, None), (4, 20.0), (5, 10.5), (6, None)):
+        checkpoint.save(manager, state._replace(step=jnp.int32(step)), run.dataset.statistics, meta, error)
+    manager.wait_until_finished()
+    assert sorted(manager.all_steps()) == [2, 5, 6]
+    manager.close()
+    assert checkpoint.load_checkpoint(str(tmp_path)).step == 2
+    assert checkpoint.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
+
+
+@pytest.mark.parametrize('stops_at', [5, 23])
+def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_path, monkeypatch, stops_at):
+    """Stopped by an exception after some updates beyond the last save, torn lines and all."""
+    config, workdir, _ = uninterrupted
+    taken = []
+    add = train.writers.TrainLog.add
+
+    def stop(self, step, *args, **kwargs):
+        add(self, step, *args, **kwargs)
+        taken.append(step)
+        if step == stops_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.writers.TrainLog, 'add', stop)
+        train.train_and_evaluate(config, str(tmp_path))
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 23, "spl')
+    train.train_and_evaluate(config, str(tmp_path))
+    chex.assert_trees_all_equal(_state(config, tmp_path), _state(config, workdir))
+    assert _untimed(tmp_path) == _untimed(workdir)
+    assert sorted(_events(tmp_path)) == sorted(_events(workdir))  # no step twice
+    assert json.dumps(_untimed(tmp_path)) == json.dumps(_untimed(workdir))
+
+
+def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monkeypatch):
+    """The comparison above can fail: one batch off, and the parameters differ."""
+    config, workdir, _ = uninterrupted
+    train.train_and_evaluate(_config(**{k: config[k] for k in ('num_epochs',)}, optim=config.optim, num_steps=16), str(tmp_path))
+    batches = data.train_batches
+    off = lambda *args, start_step, **kwargs: batches(*args, start_step=start_step + bool(start_step), **kwargs)  # noqa: E731
+    monkeypatch.setattr(train.data, 'train_batches', off)
+    train.train_and_evaluate(config, str(tmp_path))
+    a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
+    assert any((x != y).any() for x, y in zip(a, b, strict=True))
+
+
+_KILLED = """
+import os, sys
+import jax
+jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 2)
+from tests import small
+from tests.test_train import _config
+from alexnet_jax import train
+if __name__ == '__main__':
+    train.train_and_evaluate(_config(), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [2])
+def test_kill_9_at_any_moment(tmp_path, devices):
+    """The process itself is killed, again and again, until it ends by itself."""
+    script = tmp_path / 'run.py'
+    script.write_text(_KILLED)
+    command = [sys.executable, str(script)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    subprocess.run([*command, str(tmp_path / 'whole')], env=environment, check=True, capture_output=True)
+    rng, kills = np.random.default_rng(0), 0
+    killed = tmp_path / 'killed'
+    while True:
+        child = subprocess.Popen(
+            [*command, str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = killed / 'metrics.jsonl'
+        size = metrics.stat().st_size if metrics.exists() else 0
+        while kills < 4 and child.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
+            time.sleep(0.05)
+            size = min(size, metrics.stat().st_size) if metrics.exists() else 0  # cut on resume
+        if kills >= 4:
+            assert child.wait(300) == 0
+            break
+        time.sleep(rng.uniform(0, 1.5))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        kills += 1
+    config = _config()
+    chex.assert_trees_all_equal(_state(config, killed), _state(config, tmp_path / 'whole'))
+    assert _untimed(killed) == _untimed(tmp_path / 'whole')
+
+
+def test_a_finished_run_says_so(uninterrupted, capsys):
+    config, workdir, _ = uninterrupted
+    before = (workdir / 'metrics.jsonl').read_bytes()
+    assert train.train_and_evaluate(config, str(workdir)) == {}
+    assert 'is finished: step 30 of 30' in capsys.readouterr().out
+    assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_longer_training_elsewhere_and_on_another_mesh_goes_on(uninterrupted, tmp_path):
+    config, workdir, _ = uninterrupted
+    shutil.copytree(workdir, tmp_path / 'copy')
+    longer = _config(optim=config.optim, num_steps=34, **{'mesh.data': 1, 'mesh.tower': 1, 'data.num_threads': 1})
+    train.train_and_evaluate(longer, str(tmp_path / 'copy'))
+    assert [line['step'] for line in _lines(tmp_path / 'copy') if line['split'] == 'train'] == list(range(1, 35))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'batch_size': 32}, 'batch_size: 64 -> 32'),
+        ({'optim.learning_rate': 0.1}, r'optim.learning_rate: 0.01 -> 0.1'),
+        ({'model.lrn_n': 3, 'seed': 1}, 'model.lrn_n: 5 -> 3; seed: 0 -> 1'),
+    ],
+)
+def test_a_workdir_of_another_config_is_refused(uninterrupted, changes, message):
+    config, workdir, _ = uninterrupted
+    before = {name: (workdir / name).read_bytes() for name in ('config.json', 'metrics.jsonl')}
+    changed = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        changed.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f'holds a run of another config: .*{message}'):
+        train.train_and_evaluate(changed, str(workdir))
+    assert before == {name: (workdir / name).read_bytes() for name in before}
+
+
+def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch):
+    config, workdir, _ = uninterrupted
+    shutil.copytree(workdir, tmp_path / 'copy')
+    digits = sources.open_dataset('digits')
+    fewer = digits._replace(splits={**digits.splits, 'train': digits.splits['train'][:-1]})
+    monkeypatch.setattr(sources, 'open_dataset', lambda path: fewer)
+    with pytest.raises(UserError, match='was trained on other data'):
+        train.train_and_evaluate(_config(optim=config.optim, num_steps=40), str(tmp_path / 'copy'))
+
+
+def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
+    config, workdir, _ = uninterrupted
+    states = []
+    for data_axis, tower in ((1, 1), (1, 2), (2, 2), (4, 1)):
+        there = config.copy_and_resolve_references()
+        there.mesh.data, there.mesh.tower = data_axis, tower
+        run = train.build(there)
+        with checkpoint.open_manager(str(workdir)) as manager:
+            state = checkpoint.restore(manager, 30, run.state_shapes)
+        kernel = state.params['conv2']['kernel']
+        assert kernel.addressable_data(0).shape[-1] == kernel.shape[-1] // tower
+        assert state.opt_state.velocity['conv2']['kernel'].sharding == kernel.sharding
+        states.append(jax.device_get(state))
+    for other in states[1:]:
+        chex.assert_trees_all_equal(other, states[0])
+
+
+def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
+    config, workdir, result = uninterrupted
+    found = checkpoint.load_checkpoint(str(workdir / 'checkpoints' / '30'))
+    val = sources.open_dataset('digits').split('val')
+    mesh = sharding.make_mesh(data=1, tower=2)
+    again = evaluate.evaluate(found, val, mesh, batch_size=50)
+    chex.assert_trees_all_close(again, result, rtol=1e-5)
+    images = np.stack([r['image'] for r in val])
+    labels = np.array([r['label'] for r in val])
+    p = evaluate.predict(found, images, views=1)
+    chex.assert_shape(p, (360, 10))
+    chex.assert_trees_all_close(p.sum(1), np.ones(360, np.float32), rtol=1e-5)
+    assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
+    # Ten views: the mean of the softmax outputs of ten cut-outs made here by hand.
+    ten = np.zeros((4, 10))
+    for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)):
+        for step in (1, -1):
+            part = (images[:4].astype(np.float32) - found.statistics.mean_image)[:, y : y + 28, x : x + 28][:, :, ::step]
+            logits = np.asarray(found.network.apply({'params': found.params}, part), np.float64)
+            ten += np.exp(logits) / np.exp(logits).sum(1, keepdims=True) / 10
+    chex.assert_trees_all_close(evaluate.predict(found, images[:4]), ten.astype(np.float32), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match=r'expected uint8 of \(N, 32, 32, 3\)'):
+        evaluate.predict(found, images[:, :28, :28])
+
+
+def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
+    with pytest.raises(DivergedError, match=r'step \d+: loss or gradient is not finite \(learning rate 1e\+30\)'):
+        train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.drop_epochs': ()}), str(tmp_path))
+    assert not os.listdir(tmp_path / 'checkpoints')
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    run = train.build(_config())
+    state = run.init(jax.random.key(0))
+    before = jax.device_get(state)
+    batch = next(
+        data.train_batches(
+            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28, reflect=False,
+            colour_std=0.1, num_threads=1,
+        )
+    )  # fmt: skip
+    batch['colour'][3] = np.nan
+    after, report = run.train_step(state, batch, run.statistics, jax.random.key(1))
+    after = jax.device_get(after)
+    assert not report['finite'] and int(after.step) == 1
+    chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
+
+
+def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys):
+    batches = data.train_batches
+
+    def spoilt(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == 2:
+                batch['colour'][:] = np.nan
+            yield batch
+
+    monkeypatch.setattr(train.data, 'train_batches', spoilt)
+    train.train_and_evaluate(_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
+    assert 'step 3: loss or gradient is not finite; its batch is left out' in capsys.readouterr().err
+    lines = [line for line in _lines(tmp_path) if line['split'] == 'train']
+    assert [line['step'] for line in lines] == [1, 2, 4, 5] and all(np.isfinite(line['loss']) for line in lines)
+
+
+def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
+    """Through validation, rate decisions, saving and resuming, each step is traced once a run."""
+    config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1})
+    traced = {'train': chex.assert_max_traces(steps.train_step, n=1), 'eval': chex.assert_max_traces(steps.eval_step, n=1)}
+    monkeypatch.setattr(train.steps, 'train_step', traced['train'])
+    monkeypatch.setattr(train.steps, 'eval_step', traced['eval'])
+    seen = []
+    build = train.build
+    monkeypatch.setattr(train, 'build', lambda c: seen.append(build(c)) or seen[-1])
+    train.train_and_evaluate(config, str(tmp_path))
+    chex.clear_trace_counter()
+    longer = config.copy_and_resolve_references()
+    longer.num_steps = 40
+    train.train_and_evaluate(longer, str(tmp_path))
+    assert len(seen) == 2
+    for run in seen:
+        assert run.train_step._cache_size() == 1
+        assert run.eval_step._cache_size() == 1
+        assert run.after_validation._cache_size() == 1
+
+
+def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatch, capsys):
+    digits = sources.open_dataset('digits')
+    monkeypatch.setattr(sources, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']}))
+    result = train.train_and_evaluate(_config(num_steps=13, **{'optim.schedule': 'plateau'}), str(tmp_path))
+    assert result == {}
+    assert capsys.readouterr().err.count('no val split') == 1
+    assert {line['split'] for line in _lines(tmp_path)} == {'train'}
+    assert len({line['learning_rate'] for line in _lines(tmp_path)}) == 1
+    assert checkpoint.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
+
+
+def test_init_from_takes_parameters_over(uninterrupted, tmp_path):
+    _, workdir, _ = uninterrupted
+    config = _config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
+    train.train_and_evaluate(config, str(tmp_path / 'same'))
+    old = checkpoint.load_checkpoint(str(workdir)).params
+    chex.assert_trees_all_equal(checkpoint.load_checkpoint(str(tmp_path / 'same')).params, old)
+    other = config.copy_and_resolve_references()
+    other.model.conv = ((4, *other.model.conv[0][1:]), *other.model.conv[1:])
+    with pytest.raises(UserError, match=r'init_from: conv1 needs a kernel of shape \(5, 5, 3, 4\); found a kernel of'):
+        train.train_and_evaluate(other, str(tmp_path / 'other'))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'model.num_classes': 12}, 'the data have 10 classes, the model 12; use --config.model.num_classes=10'),
+        ({'batch_size': 63, 'mesh.data': 2}, 'batch_size=63 does not divide into the 2 parts'),
+        ({'data.image_size': 64}, 'data.image_size=64 is larger than the prepared images'),
+        ({'data.image_size': 2}, 'an image of 2 px does not fit the network'),
+        ({'data.path': '/nowhere'}, 'there is no data directory'),
+        ({'on_nonfinite': 'pray'}, "on_nonfinite='pray'; expected 'stop' or 'skip'"),
+        ({'mesh.data': 3}, 'needs 6 devices; there are 4'),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, changes, message):
+    config = _config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_checkpoints_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match='there is no checkpoint at'):
+        checkpoint.load_checkpoint(str(tmp_path))
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(UserError, match='there is no checkpoint in .* yet'):
+        checkpoint.load_checkpoint(str(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+    _, workdir, _ = uninterrupted
+    shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
+    shutil.rmtree(tmp_path / 'checkpoints' / '30' / 'params')
+    with pytest.raises(UserError, match=r'\(step 30\) cannot be read'):
+        checkpoint.load_checkpoint(str(tmp_path))
