@@ -10,7 +10,7 @@ _HOMES = {
     'predict': 'alexnet_jax.evaluate',  # in a file predict.py it would be hidden by its own module, once imported
     'ten_views': 'alexnet_jax.augment',
 }
-__all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']  # noqa: F822, loaded below
+__all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']
 
 
 def __getattr__(name):

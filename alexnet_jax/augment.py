@@ -65,8 +65,8 @@ def positions(record_size: int, image_size: int) -> int:
 def colour_shift(alphas_N3, statistics: Statistics):
     """[p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in grey levels.  Section 4.1.
 
-    The formula gives no scale. It is read on pixels in [0, 1], the one reading with sensible results (about 3.4 levels of
-    255; eigenvalues of 0-255 pixels would shift by hundreds): l / 255^2 there, times 255 back here.
+    The formula gives no scale. It is read on pixels in [0, 1], the one reading with sensible results (about 3.4 levels
+    of 255; eigenvalues of 0-255 pixels would shift by hundreds): l / 255^2 there, times 255 back here.
 
     alphas_N3: float [N, 3]. Returns float [N, 3], to be added to every pixel.
     """
@@ -95,9 +95,7 @@ def finish(batch: dict, statistics: Statistics, *, dtype=jnp.float32):
 
     shift = colour_shift(batch['colour'].astype(dtype), jax.tree.map(lambda x: jnp.asarray(x, dtype), statistics))
     return (
-        batch['image'].astype(dtype)
-        - jax.vmap(mean_under)(batch['offset'], batch['reflect'])
-        + shift[:, None, None, :]
+        batch['image'].astype(dtype) - jax.vmap(mean_under)(batch['offset'], batch['reflect']) + shift[:, None, None, :]
     )
 
 

@@ -1,5 +1,7 @@
 """What all commands share: flags, and errors a user can put right as one line and exit code 2."""
 
+import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,7 +21,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def define_cpu_devices() -> None:
-    flags.DEFINE_integer('cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', lower_bound=0)
+    flags.DEFINE_integer(
+        'cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', lower_bound=0
+    )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['cpu_devices'])  # so that --help shows it
 
 
 def use_cpu_devices() -> None:
@@ -44,36 +49,46 @@ def _call(main, arguments) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except (KeyError, AttributeError, TypeError) as error:  # config_flags on a key that is not there
-        _fail(_bad_override(argv) or f'{type(error).__name__}: {error}', 2)
-    except (flags.Error, ValueError, OSError, ImportError, SyntaxError) as error:
-        _fail(_bad_override(argv) or _one_line(str(error)), 2)
+        arguments = flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _fail(_config_error(argv) or _one_line(str(error)), 2)
+    if 'config' in flags.FLAGS and flags.FLAGS.config is not None and not isinstance(flags.FLAGS.config, ConfigDict):
+        _fail(_config_error(argv) or 'the config cannot be loaded.', 2)
+    return arguments
 
 
 def _one_line(text: str) -> str:
-    """What matters of absl's and ml_collections' messages of several lines: the innermost error."""
+    """absl and ml_collections wrap an error of the config file's own in several lines: the innermost."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if 'ValueError: ' in line:
-            return line.split('ValueError: ', 1)[1]
-    return ' '.join(lines)
+    inner = [line.split('ValueError: ', 1)[1] for line in lines if 'ValueError: ' in line]
+    return inner[-1] if inner else ' '.join(lines)
 
 
-def _bad_override(argv: Sequence[str]) -> str | None:
-    """Names the first --config.KEY that the config does not have, with the nearest it has."""
-    if 'config' not in flags.FLAGS or not isinstance(flags.FLAGS['config'].value, ConfigDict):
+def _config_error(argv: Sequence[str]) -> str | None:
+    """What is wrong with --config or a --config.KEY, with the nearest right name; None if that is not the matter."""
+    words = [word.lstrip('-') for argument in argv[1:] for word in argument.split('=', 1)]
+    if 'config' not in words[:-1]:
         return None
-    config = flags.FLAGS['config'].value
+    path, _, variant = words[words.index('config') + 1].partition(':')
+    if not os.path.isfile(path):
+        names = [os.path.join(os.path.dirname(path), n) for n in _python_files(os.path.dirname(path) or '.')]
+        return f'there is no config file {path!r}.' + (did_you_mean(path, names) if names else '')
+    try:
+        config = runpy.run_path(path)['get_config'](*([variant] if variant else []))
+    except Exception:  # the config's own error: absl has it too
+        return None
     known = []
     for key, value in config.items():
         known += [f'{key}.{name}' for name in value] if isinstance(value, ConfigDict) else [key]
-    for argument in argv[1:]:
-        key = argument.lstrip('-').split('=', 1)[0]
-        if key.startswith('config.') and key.removeprefix('config.') not in known:
-            key = key.removeprefix('config.')
+    for word in words:
+        key = word.removeprefix('config.')
+        if key != word and key not in known:
             return f'the config has no key {key!r}.{did_you_mean(key, known)}'
     return None
+
+
+def _python_files(folder: str) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith('.py')] if os.path.isdir(folder) else []
 
 
 def _fail(message: str, code: int):

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint on a split of prepared data.
 
-    python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
+python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
 """
 
 import functools
@@ -46,7 +46,9 @@ def _host(sums) -> dict[str, float]:
     return {key: float(value) for key, value in jax.device_get(sums).items()}
 
 
-def evaluate(checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128) -> dict[str, float]:
+def evaluate(
+    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128
+) -> dict[str, float]:
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
     model.check(checkpoint.network, image_size=checkpoint.image_size, towers=mesh.shape['tower'])
     sharding.check_batch(mesh, batch_size)
@@ -87,9 +89,11 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, mesh=None) -
         )
     if mesh is None:
         mesh = sharding.make_mesh(data=1, tower=1)
-    return np.exp(_log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)(
-        checkpoint.params, image_NHWC, checkpoint.statistics
-    ))
+    return np.exp(
+        _log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)(
+            checkpoint.params, image_NHWC, checkpoint.statistics
+        )
+    )
 
 
 @functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
@@ -106,10 +110,12 @@ def check_data(checkpoint: Checkpoint, dataset: sources.Dataset) -> None:
         )
     if dataset.class_names != checkpoint.class_names:
         pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
-        raise UserError(f'the data call a class {pair[0]!r} where the checkpoint has {pair[1]!r}; labels would not match.')
+        raise UserError(
+            f'the data call a class {pair[0]!r} where the checkpoint has {pair[1]!r}; labels would not match.'
+        )
     if dataset.record_size != checkpoint.record_size:
         raise UserError(
-            f'the data are prepared at {dataset.record_size} px, the checkpoint was trained at {checkpoint.record_size}; '
+            f'the data are prepared at {dataset.record_size} px, those of the checkpoint at {checkpoint.record_size}; '
             f'prepare them with --size={checkpoint.record_size}.'
         )
 
@@ -132,7 +138,7 @@ def main(arguments) -> None:
     result = evaluate(checkpoint, source, mesh, views=args.views, batch_size=args.batch_size)
     crops = 'centre crop' if args.views == 1 else 'ten views'
     print(
-        f'{args.checkpoint} (step {checkpoint.step}) on {args.split} of {args.data}, {result["count"]} images, {crops}: '
+        f'{args.checkpoint} (step {checkpoint.step}), {args.split} of {args.data}, {result["count"]} images, {crops}: '
         f'top-1 error {result["top1_error"]:.2f}%, top-5 error {result["top5_error"]:.2f}%, loss {result["loss"]:.4f}'
     )
     if args.json:
@@ -140,7 +146,7 @@ def main(arguments) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('checkpoint', None, 'A workdir (its best step, else its latest) or one step\'s folder.')
+    flags.DEFINE_string('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.")
     flags.DEFINE_string('data', None, "A prepared directory, or 'digits'.")
     flags.DEFINE_string('split', 'val', 'The split to evaluate on.')
     flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')

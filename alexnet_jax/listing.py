@@ -75,7 +75,9 @@ def find(path: str) -> Listing:
     splits = {}
     for ref, split, class_name in found:
         if class_name not in numbers:
-            raise UserError(f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.')
+            raise UserError(
+                f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.'
+            )
         if trained and not official and class_name not in trained:
             raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
         splits.setdefault(split, []).append(ref._replace(label=numbers[class_name]))
@@ -111,7 +113,9 @@ def _validation_classes() -> tuple[str, ...]:
 def _validation_class(name: str) -> str:
     number = name.removeprefix(_VAL_PREFIX).split('.')[0]
     if not number.isdigit() or not 1 <= int(number) <= len(_validation_classes()):
-        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {_VAL_PREFIX}00000001.JPEG ...')
+        raise UserError(
+            f'{name!r} is no image of the ILSVRC-2012 validation set; expected {_VAL_PREFIX}00000001.JPEG ...'
+        )
     return _validation_classes()[int(number) - 1]
 
 

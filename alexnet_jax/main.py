@@ -1,6 +1,6 @@
 """Trains the network a config describes, or goes on with a run that was stopped.
 
-    python -m alexnet_jax.main --config=configs/paper.py --workdir=runs/paper [--config.key=value ...]
+python -m alexnet_jax.main --config=configs/paper.py --workdir=runs/paper [--config.key=value ...]
 """
 
 from absl import flags
@@ -9,7 +9,9 @@ from ml_collections import config_flags
 from alexnet_jax import cli, train
 from alexnet_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; may take an argument: paper.py:init=authors.')
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'A file of configs/; may take an argument: paper.py:init=authors.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: checkpoints, metrics, config.')
 
 

@@ -30,9 +30,7 @@ def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int], groups: 
         lax.conv_general_dilated(
             x, kernel, (stride, stride), (padding, padding), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
         )
-        for x, kernel in zip(
-            jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWIO, groups, axis=-1), strict=True
-        )
+        for x, kernel in zip(jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWIO, groups, axis=-1), strict=True)
     ]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
 
@@ -106,9 +104,7 @@ def max_pool(x_NHWC, *, window: int, stride: int):
         if missing > 0:
             widths = [(0, missing if i == axis else 0) for i in range(4)]
             x = jnp.pad(x, widths, constant_values=-jnp.inf)
-        x = functools.reduce(
-            jnp.maximum, [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
-        )
+        x = functools.reduce(jnp.maximum, [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)])
     return x
 
 

@@ -117,9 +117,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     Raises:
       UserError: the devices of this process lie scattered over the data axis.
     """
-    rows = [
-        i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)
-    ]
+    rows = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
     if not rows:
         raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
     count, rest = divmod(mesh.shape['data'], len(rows))

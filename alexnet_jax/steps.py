@@ -69,9 +69,7 @@ def train_step(
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     new = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state)
-    )
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     report = {
         **sums,
         'gradient_norm': norm,
@@ -93,7 +91,5 @@ def log_probabilities(params, image_NHWC, statistics: Statistics, *, forward: Ca
 
 def eval_step(params, batch: dict, statistics: Statistics, *, forward: Callable, image_size: int, views: int):
     """Metric sums (see metrics.py) of one batch from `data.eval_batches`."""
-    scores = log_probabilities(
-        params, batch['image'], statistics, forward=forward, image_size=image_size, views=views
-    )
+    scores = log_probabilities(params, batch['image'], statistics, forward=forward, image_size=image_size, views=views)
     return metrics.sums(metrics.of_label(scores, batch['label']), scores, batch['label'], batch['weight'])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import checkpoint, data, evaluate, model, optim, sharding, sources, steps, writers
+from alexnet_jax import augment, checkpoint, data, evaluate, model, optim, sharding, sources, steps, writers
 from alexnet_jax.errors import UserError
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
@@ -59,15 +59,15 @@ def build(config: ConfigDict) -> Run:
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size)
-    augment_size = config.data.image_size
-    data.augment.positions(dataset.record_size, augment_size)
-    model.check(network, image_size=augment_size, towers=mesh.shape['tower'])
+    image_size = config.data.image_size
+    augment.positions(dataset.record_size, image_size)
+    model.check(network, image_size=image_size, towers=mesh.shape['tower'])
 
     examples = len(dataset.splits['train'])
     steps_per_epoch = examples / config.batch_size
     optimizer = optim.make_optimizer(**config.optim, steps_per_epoch=steps_per_epoch)
     forward = sharding.forward(network, mesh)
-    init = functools.partial(steps.init_state, network, optimizer, image_size=augment_size)
+    init = functools.partial(steps.init_state, network, optimizer, image_size=image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
@@ -77,9 +77,7 @@ def build(config: ConfigDict) -> Run:
         mesh=mesh,
         optimizer=optimizer,
         statistics=jax.device_put(dataset.statistics, everywhere),
-        state_shapes=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        ),
+        state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             functools.partial(steps.train_step, network=network, forward=forward, optimizer=optimizer),
@@ -87,7 +85,7 @@ def build(config: ConfigDict) -> Run:
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
         ),
         eval_step=jax.jit(
-            functools.partial(steps.eval_step, forward=forward, image_size=augment_size, views=1),
+            functools.partial(steps.eval_step, forward=forward, image_size=image_size, views=1),
             out_shardings=everywhere,
         ),
         after_validation=jax.jit(optimizer.after_validation, out_shardings=shardings.opt_state),
@@ -225,7 +223,7 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, workdir: str) -
         same = meta['examples'] == run.examples and tuple(meta['class_names']) == run.dataset.class_names
         if not same or any((a != b).any() for a, b in zip(statistics, run.dataset.statistics, strict=True)):
             raise UserError(
-                f'{workdir} was trained on other data than {config.data.path!r} (images, classes or mean image differ); '
+                f'{workdir} was trained on other data than {config.data.path!r} (images, classes or mean differ); '
                 'give the same data, or another --workdir.'
             )
         print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)

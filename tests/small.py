@@ -3,7 +3,6 @@
 import runpy
 
 import jax
-
 import numpy as np
 
 from alexnet_jax import model

@@ -51,7 +51,9 @@ def test_batches_hold_bytes_and_draws():
 
 
 def test_every_pass_holds_every_image_once_in_another_order():
-    stream = np.concatenate([b['label'] for b in _train(take=25)])  # 200 positions, 4 passes of 50; 8 does not divide 50
+    stream = np.concatenate(
+        [b['label'] for b in _train(take=25)]
+    )  # 200 positions, 4 passes of 50; 8 does not divide 50
     passes = stream.reshape(4, 50)
     for one in passes:
         assert sorted(one) == list(range(50))
@@ -157,7 +159,9 @@ def _running(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got')
+@pytest.mark.skipif(
+    not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
+)
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, sig):
     script = tmp_path / 'parent.py'

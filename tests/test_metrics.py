@@ -16,9 +16,7 @@ def test_errors_and_loss_against_numpy():
     best = np.argsort(-logits, axis=1)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     keep = weight > 0
-    found = metrics.finish(
-        metrics.sums(metrics.log_likelihood(logits, labels), logits, labels, weight)
-    )
+    found = metrics.finish(metrics.sums(metrics.log_likelihood(logits, labels), logits, labels, weight))
     top1 = (best[:, 0] != labels)[keep].mean()
     top5 = (best[:, :5] != labels[:, None]).all(1)[keep].mean()
     loss = -np.log(p[np.arange(50), labels])[keep].mean()
@@ -33,7 +31,9 @@ def test_ties_count_their_share():
     for order in orders:
         ranking = sorted(range(5), key=lambda c: (-scores[0, c], order[c]))
         misses += label not in ranking[:k]
-    chex.assert_trees_all_close(metrics.top_k_error(scores, np.array([label]), k), np.array([misses / len(orders)]), rtol=1e-6)
+    chex.assert_trees_all_close(
+        metrics.top_k_error(scores, np.array([label]), k), np.array([misses / len(orders)]), rtol=1e-6
+    )
 
 
 def test_scores_that_are_no_numbers_are_errors():

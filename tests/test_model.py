@@ -44,13 +44,13 @@ def test_activation_shapes_and_neurons(shapes):
     assert seen['conv1_linear'] == (55, 55, 96)
     assert seen['conv1_pool'] == (27, 27, 96)
     assert seen['conv2_linear'] == (27, 27, 256)
-    assert seen['conv2_pool'] == seen['conv3_linear'][:2] + (256,)
+    assert seen['conv2_pool'] == (*seen['conv3_linear'][:2], 256)
     assert seen['conv3_linear'] == seen['conv4_linear'] == (13, 13, 384)
     assert seen['conv5_linear'] == (13, 13, 256)
     assert seen['conv5_pool'] == (6, 6, 256)
     assert seen['fc6_linear'] == seen['fc7_linear'] == (4096,)
     neurons = [int(np.prod(seen[f'conv{i}_linear'])) for i in range(1, 6)]
-    # Section 3.5 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400, and brings the sum to the abstract's 650,000.
+    # Figure 2 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400: with it the sum is the abstract's 650,000.
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264]
 
 
@@ -74,7 +74,9 @@ def test_towers_talk_only_where_the_paper_says():
     @jax.jit
     def first_tower(params):
         _, extra = network.apply({'params': params}, x, mutable='intermediates')
-        outs = {name: extra['intermediates'][f'{name}_linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')}
+        outs = {
+            name: extra['intermediates'][f'{name}_linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')
+        }
         return {name: out[..., : out.shape[-1] // 2].sum() for name, out in outs.items()}
 
     gradients = jax.jit(jax.jacrev(first_tower))(params)

@@ -43,7 +43,9 @@ def test_response_norm_has_the_papers_constants():
     chex.assert_trees_all_close(b, _lrn_by_hand(a, n=5, k=2, alpha=1e-4, beta=0.75), rtol=1e-12)
 
 
-@pytest.mark.parametrize(('size', 'window', 'stride', 'places'), [(55, 3, 2, 27), (13, 3, 2, 6), (8, 3, 2, 4), (11, 2, 2, 6)])
+@pytest.mark.parametrize(
+    ('size', 'window', 'stride', 'places'), [(55, 3, 2, 27), (13, 3, 2, 6), (8, 3, 2, 4), (11, 2, 2, 6)]
+)
 def test_max_pool_by_hand(size, window, stride, places):
     x = _random(2, size, size, 3).astype(np.float32)
     y = ops.max_pool(x, window=window, stride=stride)
@@ -92,5 +94,7 @@ def test_dense_by_hand():
 
 def test_dropout_silences_in_training_and_halves_at_test():
     x = jnp.asarray([[1.0, -2.0, 3.0]])
-    chex.assert_trees_all_equal(ops.dropout(x, jnp.asarray([[True, False, True]]), rate=0.5), jnp.asarray([[1.0, 0.0, 3.0]]))
+    chex.assert_trees_all_equal(
+        ops.dropout(x, jnp.asarray([[True, False, True]]), rate=0.5), jnp.asarray([[1.0, 0.0, 3.0]])
+    )
     chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.5), jnp.asarray([[0.5, -1.0, 1.5]]))

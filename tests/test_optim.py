@@ -47,7 +47,7 @@ def test_update_is_the_papers():
 
 
 def test_velocity_keeps_its_scale_across_a_drop():
-    """With the gradient gone at the drop, the paper's step goes on at 0.9 of the last; optax.sgd's is ten times less."""
+    """With the gradient gone at the drop, the paper's step goes on at 0.9 of the last; optax.sgd's is a tenth."""
     history, _ = _run(_optimizer(drop_epochs=(0.1,), weight_decay=0.0), np.zeros(1), np.array([[1.0], [0.0]]))
     first, second = history[0]['kernel'], history[1]['kernel'] - history[0]['kernel']
     chex.assert_trees_all_close(second / first, np.array([0.9]), rtol=1e-6)

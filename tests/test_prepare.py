@@ -72,7 +72,7 @@ def test_odd_files_come_out_right():
     grey = np.repeat(np.asarray(image.convert('L'))[..., None], 3, axis=2)
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    sixteen = Image.fromarray((np.asarray(image.convert('L')).astype(np.uint16) * 257))
+    sixteen = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
     cases = {
         'PNG': (_encode(image, 'PNG'), pixels),
         'JPEG': (_encode(image, quality=98, subsampling=0), pixels),
@@ -106,7 +106,9 @@ def test_folder_of_splits(folder, tmp_path, kind):
     out = str(tmp_path / 'out')
     prepare.prepare(folder, out, size=32, format=kind, workers=1)
     train, val = _read_back(out, 'train'), _read_back(out, 'val')
-    assert sorted(train) == sorted([f'train/cat/{i}.jpg' for i in range(5)] + [f'train/dog/deeper/{i}.PNG' for i in range(5)])
+    assert sorted(train) == sorted(
+        [f'train/cat/{i}.jpg' for i in range(5)] + [f'train/dog/deeper/{i}.PNG' for i in range(5)]
+    )
     assert {name: c for name, (_, c) in val.items()} == {'val/cat/v0.jpeg': 'cat', 'val/dog/v1.jpeg': 'dog'}
     squares = {}
     for name, (pixels, class_name) in train.items():

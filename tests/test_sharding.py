@@ -40,19 +40,17 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
 
 
 def _train(network, mesh, number):
-    """`number` updates in float64, with dropout, decay and a drop of the rate; returns the first velocity, parameters, velocity."""
+    """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
     optimizer = optim.make_optimizer(
-        learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3, patience=1,
-        min_gain=0.0, drop_epochs=(2.0,), steps_per_epoch=1.0,
+        learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3,
+        patience=1, min_gain=0.0, drop_epochs=(2.0,), steps_per_epoch=1.0,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     statistics = Statistics(rng.uniform(100, 140, (40, 40, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3))
     params = small.to_float64(small.init(network))
     state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
-    step = jax.jit(
-        lambda *args: steps.train_step(*args, network=network, forward=forward, optimizer=optimizer)
-    )
+    step = jax.jit(lambda *args: steps.train_step(*args, network=network, forward=forward, optimizer=optimizer))
     gradient = None
     for i in range(number):
         batch = {
@@ -113,7 +111,8 @@ def test_gathers_follow_from_the_groups():
     mesh = sharding.make_mesh(data=1, tower=2)
     conv, dense = small.SMALL['conv'], small.SMALL['dense']
     apart = dict(
-        conv=conv[:1] + tuple((*row[:4], 2, *row[5:]) for row in conv[1:]), dense=tuple((r[0], 2, *r[2:]) for r in dense)
+        conv=conv[:1] + tuple((*row[:4], 2, *row[5:]) for row in conv[1:]),
+        dense=tuple((r[0], 2, *r[2:]) for r in dense),
     )
     together = dict(conv=tuple((*row[:4], 1, *row[5:]) for row in conv))
     for changes, gathers in ((apart, 1), (together, 7)):

@@ -67,7 +67,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_tells_its_story(uninterrupted):
-    config, workdir, result = uninterrupted
+    _, workdir, result = uninterrupted
     lines = _lines(workdir)
     train_lines = [line for line in lines if line['split'] == 'train']
     assert [line['step'] for line in train_lines] == list(range(1, 31))
@@ -104,7 +104,12 @@ def test_an_early_best_is_kept(tmp_path):
     config = _config()
     run = train.build(config)
     state = run.init(jax.random.key(0))
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list('0123456789'), 'image_size': 28, 'record_size': 32}
+    meta = {
+        'config': checkpoint.config_to_json(config),
+        'class_names': list('0123456789'),
+        'image_size': 28,
+        'record_size': 32,
+    }
     for step, error in ((1, 30.0), (2, 10.0), (3, None), (4, 20.0), (5, 10.5), (6, None)):
         checkpoint.save(manager, state._replace(step=jnp.int32(step)), run.dataset.statistics, meta, error)
     manager.wait_until_finished()
@@ -142,10 +147,15 @@ def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_
 def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monkeypatch):
     """The comparison above can fail: one batch off, and the parameters differ."""
     config, workdir, _ = uninterrupted
-    train.train_and_evaluate(_config(**{k: config[k] for k in ('num_epochs',)}, optim=config.optim, num_steps=16), str(tmp_path))
+    train.train_and_evaluate(
+        _config(**{k: config[k] for k in ('num_epochs',)}, optim=config.optim, num_steps=16), str(tmp_path)
+    )
     batches = data.train_batches
-    off = lambda *args, start_step, **kwargs: batches(*args, start_step=start_step + bool(start_step), **kwargs)  # noqa: E731
-    monkeypatch.setattr(train.data, 'train_batches', off)
+
+    def off_by_one(*args, start_step, **kwargs):
+        return batches(*args, start_step=start_step + bool(start_step), **kwargs)
+
+    monkeypatch.setattr(train.data, 'train_batches', off_by_one)
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
     assert any((x != y).any() for x, y in zip(a, b, strict=True))
@@ -258,7 +268,7 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
 
 
 def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
-    config, workdir, result = uninterrupted
+    _, workdir, result = uninterrupted
     found = checkpoint.load_checkpoint(str(workdir / 'checkpoints' / '30'))
     val = sources.open_dataset('digits').split('val')
     mesh = sharding.make_mesh(data=1, tower=2)
@@ -274,7 +284,9 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     ten = np.zeros((4, 10))
     for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)):
         for step in (1, -1):
-            part = (images[:4].astype(np.float32) - found.statistics.mean_image)[:, y : y + 28, x : x + 28][:, :, ::step]
+            part = (images[:4].astype(np.float32) - found.statistics.mean_image)[:, y : y + 28, x : x + 28][
+                :, :, ::step
+            ]
             logits = np.asarray(found.network.apply({'params': found.params}, part), np.float64)
             ten += np.exp(logits) / np.exp(logits).sum(1, keepdims=True) / 10
     chex.assert_trees_all_close(evaluate.predict(found, images[:4]), ten.astype(np.float32), rtol=1e-4, atol=1e-6)
@@ -294,8 +306,8 @@ def test_a_step_that_is_not_finite_changes_nothing():
     before = jax.device_get(state)
     batch = next(
         data.train_batches(
-            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28, reflect=False,
-            colour_std=0.1, num_threads=1,
+            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28,
+            reflect=False, colour_std=0.1, num_threads=1,
         )
     )  # fmt: skip
     batch['colour'][3] = np.nan
@@ -324,7 +336,10 @@ def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     """Through validation, rate decisions, saving and resuming, each step is traced once a run."""
     config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1})
-    traced = {'train': chex.assert_max_traces(steps.train_step, n=1), 'eval': chex.assert_max_traces(steps.eval_step, n=1)}
+    traced = {
+        'train': chex.assert_max_traces(steps.train_step, n=1),
+        'eval': chex.assert_max_traces(steps.eval_step, n=1),
+    }
     monkeypatch.setattr(train.steps, 'train_step', traced['train'])
     monkeypatch.setattr(train.steps, 'eval_step', traced['eval'])
     seen = []

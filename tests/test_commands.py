@@ -1,0 +1,182 @@
+"""The commands as a user meets them: one line on stderr and exit code 2, never a traceback."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import alexnet_jax
+from tests.conftest import ROOT
+
+MAIN = ['main', '--config=configs/quickstart.py', '--cpu_devices=1']
+
+
+def _run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, '-m', f'alexnet_jax.{arguments[0]}', *map(str, arguments[1:])],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300,
+    )  # fmt: skip
+
+
+def _assert_user_error(result, pattern):
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
+    assert re.search(pattern, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'pattern'),
+    [
+        ([*MAIN, '--workdir=W', '--config.optim.learning_rat=1'], r"'optim.learning_rat'. Did you mean 'optim.learning_rate'\?"),
+        ([*MAIN, '--workdir=W', '--config.modle.dtype=x'], r"no key 'modle.dtype'. Did you mean 'model.dtype'\?"),
+        ([*MAIN, '--workdir=W', '--config.bach_size=1'], r"no key 'bach_size'. Did you mean 'batch_size'\?"),
+        ([*MAIN, '--workdir=W', '--config.batch_size=many'], r'config.batch_size=many: invalid literal for int'),
+        ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
+        ([*MAIN], '--workdir is missing'),
+        ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax.prepare --input'),
+        ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
+        ([*MAIN, '--workdir=W', '--cpu_devices=3'], '3 devices do not pair up into two towers'),
+        ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),
+        (['main', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
+        (['main', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
+        (['main', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
+        (['prepare', '--output=W'], '--input is missing'),
+        (['prepare', '--input=W', '--output=W/out'], 'there is no input'),
+        (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),
+        (['evaluate', '--checkpoint=W', '--data=digits'], "there is no checkpoint at"),
+        (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; it has: train, val"),
+        (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3; expected 1'),
+        (['evaluate', '--data=digits'], '--checkpoint is missing'),
+    ],
+)  # fmt: skip
+def test_user_errors(arguments, pattern, tmp_path):
+    workdir = tmp_path / 'w'
+    _assert_user_error(_run(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
+    assert not workdir.exists()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
+
+
+@pytest.mark.slow
+def test_train_resume_evaluate(tmp_path):
+    """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
+    run = ['main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
+    first = _run(*run, '--config.num_steps=40')
+    assert first.returncode == 0 and 'val    step 40/40' in first.stdout, first.stderr
+    again = _run(*run, '--config.num_steps=40')
+    assert again.returncode == 0 and 'is finished: step 40 of 40' in again.stdout
+    longer = _run(*run, '--config.num_steps=50')
+    assert longer.returncode == 0 and 'Going on from step 40 of 50' in longer.stdout
+    _assert_user_error(_run(*run, '--config.seed=1'), 'holds a run of another config: seed: 0 -> 1')
+    for views in (1, 10):
+        result = _run('evaluate', f'--checkpoint={tmp_path}', '--data=digits', f'--views={views}', '--json')
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views'}
+        assert (found['count'], found['views']) == (360, views) and 0 <= found['top1_error'] < 60
+    assert not first.stderr and not longer.stderr, first.stderr + longer.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_learns_in_time(tmp_path):
+    result = _run('main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
+    assert result.returncode == 0, result.stderr
+    last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 3
+
+
+@pytest.mark.slow
+def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp_path):
+    """Prepare, train at full size, stop with kill -9, go on, evaluate with ten views."""
+    data = f'{tmp_path}/photos'
+    prepared = _run('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
+    assert prepared.returncode == 0, prepared.stderr
+    run = [
+        'main', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
+        f'--config.data.path={data}', '--config.batch_size=16', '--config.num_steps=4',
+        '--config.checkpoint_every_steps=2',
+    ]  # fmt: skip
+    command = [sys.executable, '-m', f'alexnet_jax.{run[0]}', *run[1:]]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if 'step 3/4' in line:
+            break
+    child.kill()
+    child.wait()
+    again = _run(*run)
+    assert again.returncode == 0, again.stderr
+    assert 'Going on from step 2 of 4' in again.stdout
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert abs(lines[0]['loss'] - 6.9078) < 0.5  # ln 1000
+    assert [line['step'] for line in lines if line['split'] == 'train'] == [1, 2, 3, 4]
+    result = _run(
+        'evaluate', f'--checkpoint={tmp_path}/run', f'--data={data}', '--views=10', '--batch_size=10', '--json'
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])['count'] == 30
+
+
+def test_the_package_lists_its_commands():
+    result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
+    listed = re.findall(r'python -m alexnet_jax\.(\w+)', result.stdout)
+    package = ROOT / 'alexnet_jax'
+    commands = [p.stem for p in package.glob('*.py') if 'cli.run(' in p.read_text() and p.stem != 'cli']
+    assert sorted(listed) == sorted(commands)
+
+
+def test_public_names():
+    for name in alexnet_jax.__all__:
+        assert getattr(alexnet_jax, name)
+    assert set(alexnet_jax.__all__) == {'AlexNet', 'load_checkpoint', 'predict', 'ten_views', '__version__'}
+    with pytest.raises(AttributeError):
+        alexnet_jax.nothing  # noqa: B018
+
+
+def test_preparing_does_not_load_jax():
+    heavy = '("jax", "flax", "tensorflow", "torch")'
+    code = f'import sys, alexnet_jax.prepare; print([m for m in {heavy} if m in sys.modules])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == '[]'
+
+
+# Which rooms a room may enter, and which libraries only some may know.
+ORDER = ('errors', 'statistics', 'ops', 'model', 'sharding', 'metrics', 'optim', 'augment', 'steps', 'sources', 'data')
+ONLY = {
+    'ml_collections': {'train', 'main', 'cli'},
+    'grain': {'data'},
+    'tensorflow_datasets': {'sources', 'prepare', 'listing'},
+    'orbax': {'checkpoint'},
+    'flax': {'model'},
+    'optax': {'optim', 'steps'},
+    'absl': {'cli', 'main', 'prepare', 'evaluate'},
+    'configs': set(),
+}
+
+
+def test_imports_point_one_way():
+    for path in sorted((ROOT / 'alexnet_jax').glob('*.py')):
+        rooms, libraries = set(), set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                libraries |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                libraries.add(node.module.split('.')[0])
+                if node.module == 'alexnet_jax':
+                    rooms |= {alias.name for alias in node.names}
+                elif node.module.startswith('alexnet_jax.'):
+                    rooms.add(node.module.split('.')[1])
+        for library, allowed in ONLY.items():
+            assert library not in libraries or path.stem in allowed, f'{path.stem} imports {library}'
+        if path.stem in ORDER:
+            for room in rooms:
+                assert room in ORDER[: ORDER.index(path.stem)], f'{path.stem} imports {room}'
+    specs = [p.stem for p in (ROOT / 'alexnet_jax').glob('*.py') if 'PartitionSpec' in p.read_text()]
+    assert specs == ['sharding']
