@@ -5,6 +5,7 @@ python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] 
 
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,17 +30,29 @@ def one_pass(
       pipeline: num_workers, num_threads of `data.eval_batches`.
 
     Returns:
-      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images).
+      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
     """
     total = previous = None
+    began, waited = time.perf_counter(), 0.0
     batches = data.eval_batches(source, batch_size=batch_size, shard=sharding.data_shard(mesh), **pipeline)
-    for batch in batches:
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
         sums = eval_step(params, sharding.to_mesh(mesh, batch), statistics)
         if previous is not None:
             total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
         previous = sums
     total = metrics.merge(total, _host(previous))
-    return {**metrics.finish(total), 'count': round(total['weight'])}
+    elapsed, count = time.perf_counter() - began, round(total['weight'])
+    return {
+        **metrics.finish(total),
+        'count': count,
+        'images_per_second': count / elapsed,
+        'data_wait': waited / elapsed,
+    }
 
 
 def _host(sums) -> dict[str, float]:
@@ -142,7 +155,8 @@ def main(arguments) -> None:
         f'top-1 error {result["top1_error"]:.2f}%, top-5 error {result["top5_error"]:.2f}%, loss {result["loss"]:.4f}'
     )
     if args.json:
-        print(json.dumps({**result, 'views': args.views}))
+        keys = ('top1_error', 'top5_error', 'loss', 'count')
+        print(json.dumps({**{key: result[key] for key in keys}, 'views': args.views}))
 
 
 if __name__ == '__main__':

@@ -105,7 +105,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
 
     Returns:
-      the last validation's 'loss', 'top1_error', 'top5_error' and 'count'; empty without a val split.
+      the last validation's numbers (see `evaluate.one_pass`); empty without a val split, or if all was done before.
 
     Raises:
       UserError: the config, the data or the workdir do not fit together.
@@ -166,15 +166,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                 log.add(step, report, waited=waited, log=saves or due('log_every_steps'))
                 if not (saves or validates):
                     continue
-                log.drain()
-                if validates:
-                    result = _validate(run, config, state, step, val, writer)
-                    opt_state = run.after_validation(state.opt_state, result['top1_error'])
-                    state = state._replace(opt_state=opt_state)
-                if saves:
-                    error = result['top1_error'] if validates else None
-                    checkpoint.save(manager, state, run.dataset.statistics, meta, error)
-                log.resume()
+                with log.pause():
+                    if validates:
+                        result = _validate(run, config, state, step, val, writer)
+                        opt_state = run.after_validation(state.opt_state, result['top1_error'])
+                        state = state._replace(opt_state=opt_state)
+                    if saves:
+                        error = result['top1_error'] if validates else None
+                        checkpoint.save(manager, state, run.dataset.statistics, meta, error)
         finally:
             batches.close()
             writer.close()
@@ -191,7 +190,6 @@ def _due(step: int, config: ConfigDict, run: Run, cadence: str) -> bool:
 
 
 def _validate(run: Run, config: ConfigDict, state, step: int, val, writer) -> dict[str, float]:
-    began = time.perf_counter()
     result = evaluate.one_pass(
         run.eval_step,
         state.params,
@@ -208,8 +206,6 @@ def _validate(run: Run, config: ConfigDict, state, step: int, val, writer) -> di
         'split': 'val',
         **result,
         'learning_rate': float(run.optimizer.learning_rate(state.opt_state)),
-        'images_per_second': result['count'] / (time.perf_counter() - began),
-        'data_wait': 0.0,
     }
     writer.write(line)
     writers.progress(line, run.total_steps)

@@ -1,5 +1,6 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard events, the progress line, and what it ran on."""
 
+import contextlib
 import glob
 import json
 import math
@@ -89,8 +90,9 @@ def _cut_events(path: str, step: int) -> None:
 class TrainLog:
     """Collects the reports of training steps two steps late, so that fetching them never makes the device wait.
 
-    A line is the mean over all steps since the line before. It raises DivergedError at the first report that is not
-    finite (or says so and goes on, with `on_nonfinite='skip'`).
+    A line is the mean over all steps since the line before; its speed and data wait are over the same steps, and at
+    least the last eight, since steps are sent ahead of the device unevenly. It raises DivergedError at the first report
+    that is not finite (or says so and goes on, with `on_nonfinite='skip'`).
     """
 
     def __init__(self, writer: RunWriter, *, batch_size: int, examples: int, total_steps: int, on_nonfinite: str):
@@ -98,33 +100,33 @@ class TrainLog:
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
         self._skip = on_nonfinite == 'skip'
         self._pending = deque()
+        self._sums, self._steps = None, 0
+        self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
+        self._paused = 0.0  # seconds that were no training
         self._printed = -math.inf
-        self._restart(time.perf_counter())
-
-    def _restart(self, began: float):
-        self._sums, self._steps, self._waited, self._began = None, 0, 0.0, began
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
         """report: of `steps.train_step`, on device. waited: seconds spent waiting for its batch. log: write a line."""
-        self._pending.append((step, report, waited, time.perf_counter(), log))
+        self._pending.append((step, report, waited, time.perf_counter() - self._paused, log))
         while len(self._pending) > 2:
             self._take()
 
-    def drain(self) -> None:
-        """Fetches all reports; what is on the device now is known to be finite."""
+    @contextlib.contextmanager
+    def pause(self):
+        """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
+        the time inside does not count in images/s."""
         while self._pending:
             self._take()
-
-    def resume(self) -> None:
-        """Call after work that is no training (validation, saving): its time does not count in images/s."""
-        self._began = time.perf_counter()
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def _take(self) -> None:
-        step, report, waited, dispatched, log = self._pending.popleft()
+        step, report, waited, sent, log = self._pending.popleft()
         report = jax.device_get(report)
         rate, norm = float(report.pop('learning_rate')), float(report.pop('gradient_norm'))
         self._steps += 1
-        self._waited += waited
+        self._clock.append((sent, waited))
         if report.pop('finite'):
             self._sums = metrics.merge(self._sums, report)
         elif self._skip:
@@ -135,11 +137,13 @@ class TrainLog:
                 'The last checkpoint is from before; lower optim.learning_rate, or see init in configs/paper.py.'
             )
         if log and self._sums:
-            self._line(step, rate, norm, dispatched)
+            self._line(step, rate, norm)
 
-    def _line(self, step: int, rate: float, norm: float, now: float) -> None:
-        elapsed = max(now - self._began, 1e-9)
-        speed = self._steps * self._batch_size / elapsed
+    def _line(self, step: int, rate: float, norm: float) -> None:
+        while len(self._clock) > 1 + max(8, self._steps):
+            self._clock.popleft()
+        elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
+        speed = (len(self._clock) - 1) * self._batch_size / elapsed
         line = {
             'step': step,
             'epoch': step * self._batch_size / self._examples,
@@ -148,14 +152,15 @@ class TrainLog:
             'learning_rate': rate,
             'gradient_norm': norm,
             'images_per_second': speed,
-            'data_wait': min(1.0, self._waited / elapsed),
+            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
         }
         self._writer.write(line)
+        now = time.perf_counter()
         if now - self._printed >= 1 or step == self._total_steps:
             left = (self._total_steps - step) * self._batch_size / speed
             progress(line, self._total_steps, f'  ETA {duration(left)}')
             self._printed = now
-        self._restart(now)
+        self._sums, self._steps = None, 0
 
 
 def progress(line: dict, total_steps: int, ending: str = '') -> None:

@@ -32,8 +32,8 @@ def _assert_user_error(result, pattern):
 @pytest.mark.parametrize(
     ('arguments', 'pattern'),
     [
-        ([*MAIN, '--workdir=W', '--config.optim.learning_rat=1'], r"'optim.learning_rat'. Did you mean 'optim.learning_rate'\?"),
-        ([*MAIN, '--workdir=W', '--config.modle.dtype=x'], r"no key 'modle.dtype'. Did you mean 'model.dtype'\?"),
+        ([*MAIN, '--workdir=W', '--config.optim.learning_rat=1'], r"Did you mean 'optim.learning_rate'\?"),
+        ([*MAIN, '--workdir=W', '--config.modle.dtype=x'], r"'modle.dtype'. Did you mean 'model.dtype'"),
         ([*MAIN, '--workdir=W', '--config.bach_size=1'], r"no key 'bach_size'. Did you mean 'batch_size'\?"),
         ([*MAIN, '--workdir=W', '--config.batch_size=many'], r'config.batch_size=many: invalid literal for int'),
         ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
