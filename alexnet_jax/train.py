@@ -46,8 +46,7 @@ def build(config: ConfigDict) -> Run:
     Raises:
       UserError: the config does not fit the data, the devices or itself.
     """
-    if config.on_nonfinite not in ('stop', 'skip'):
-        raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
+    _check_ranges(config)
     network = model.from_config(config.model)
     dataset = sources.open_dataset(config.data.path)
     if dataset.statistics is None or 'train' not in dataset.splits:
@@ -94,6 +93,20 @@ def build(config: ConfigDict) -> Run:
     )
 
 
+def _check_ranges(config: ConfigDict) -> None:
+    if config.on_nonfinite not in ('stop', 'skip'):
+        raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f'seed={config.seed}; expected 0 to 2^31 - 1.')
+    if config.num_steps <= 0 and not config.num_epochs > 0:
+        raise UserError(f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; nothing to train for.')
+    sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
+    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads', 'colour_std')}
+    for key, value in sizes.items():
+        if value < 0:
+            raise UserError(f'{key}={value}; expected 0 or more.')
+
+
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Trains to the end, from the beginning or from the workdir's last checkpoint.
 
@@ -112,8 +125,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       DivergedError: loss or gradient stopped being finite; names the step.
     """
     run = build(config)
-    _open_workdir(config, workdir)
-    jax.config.update('jax_debug_nans', bool(config.debug))
+    _check_workdir(config, workdir)
     val = run.dataset.splits.get('val')
     if val is None:
         writers.warn('no val split: nothing is evaluated, and the learning rate does not follow the validation error.')
@@ -126,12 +138,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         'examples': run.examples,
     }
     result = {}
-    with checkpoint.open_manager(workdir) as manager:
+    debug_nans = jax.debug_nans(config.debug or jax.config.jax_debug_nans)
+    with checkpoint.open_manager(workdir) as manager, debug_nans:
         state = _restore_or_init(manager, run, config, key, workdir)
         step = int(state.step)
         if step >= run.total_steps:
             print(f'{workdir} is finished: step {step} of {run.total_steps}. Raise num_epochs to go on.', flush=True)
             return result
+        _write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
         writer = writers.RunWriter(workdir, step)
         log = writers.TrainLog(
             writer,
@@ -247,27 +261,33 @@ def _take_over(source: checkpoint.Checkpoint, params):
     return taken
 
 
-def _open_workdir(config: ConfigDict, workdir: str) -> None:
-    """Refuses a workdir that holds a run of another config; else writes config.json and environment.json."""
-    new = checkpoint.config_to_json(config)
+def _check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Makes the workdir; raises UserError where it cannot be written or holds a run of another config."""
     path = os.path.join(workdir, 'config.json')
     try:
         os.makedirs(workdir, exist_ok=True)
-        if os.path.exists(path):
-            with open(path, encoding='utf-8') as file:
-                old = json.load(file)
-            if differences := _differences(old, new):
-                raise UserError(
-                    f'{workdir} holds a run of another config: {"; ".join(differences)}. '
-                    'Give the same config, or another --workdir.'
-                )
-        if jax.process_index() == 0:
-            for name, content in (('config.json', new), ('environment.json', writers.environment())):
-                with open(os.path.join(workdir, name + '.tmp'), 'w', encoding='utf-8') as file:
-                    json.dump(content, file, indent=2)
-                os.replace(os.path.join(workdir, name + '.tmp'), os.path.join(workdir, name))
-    except (OSError, json.JSONDecodeError) as error:
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError('not writable')
+        if not os.path.exists(path):
+            return
+        with open(path, encoding='utf-8') as file:
+            old = json.load(file)
+    except (OSError, ValueError) as error:
         raise UserError(f'the workdir {workdir!r} cannot be used: {error}') from error
+    if differences := _differences(old, checkpoint.config_to_json(config)):
+        raise UserError(
+            f'{workdir} holds a run of another config: {"; ".join(differences)}. '
+            'Give the same config, or another --workdir.'
+        )
+
+
+def _write_json(workdir: str, files: dict[str, dict]) -> None:
+    """Process 0 replaces each file in one move."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        path = os.path.join(workdir, f'{name}.json')
+        with open(path + '.tmp', 'w', encoding='utf-8') as file:
+            json.dump(content, file, indent=2)
+        os.replace(path + '.tmp', path)
 
 
 def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:

@@ -34,7 +34,7 @@ class RunWriter:
         if self._writes:
             path = os.path.join(workdir, _METRICS)
             _cut_metrics(path, step)
-            for events in glob.glob(os.path.join(workdir, 'events.out.tfevents.*')):
+            for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
                 _cut_events(events, step)
             self._lines = open(path, 'a', encoding='utf-8')
             self._events = SummaryWriter(workdir, flush_secs=10)

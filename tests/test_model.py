@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model
+from alexnet_jax import model, ops
 from alexnet_jax.errors import UserError
 from tests import small
 from tests.conftest import ROOT
@@ -91,6 +91,16 @@ def test_towers_talk_only_where_the_paper_says():
     assert influence(of='conv3', on='conv4') == (True, False)
     assert influence(of='conv4', on='conv5') == (True, False)
     assert influence(of='conv5', on='fc6') == (True, True)
+
+
+def test_conv1_hangs_over_the_right_and_bottom_edges():
+    """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last sees 8 of 11."""
+    kernel = jnp.ones((11, 11, 3, 96))
+    conv1 = model.AlexNet().table()['conv1']
+    seen = ops.conv(jnp.ones((1, 224, 224, 3)), kernel, stride=conv1.stride, padding=conv1.padding)[0, ..., 0]
+    chex.assert_shape(seen, (55, 55))
+    assert seen[0, 0] == 3 * 11 * 11 and seen[53, 53] == 3 * 11 * 11
+    assert seen[54, 0] == seen[0, 54] == 3 * 8 * 11 and seen[54, 54] == 3 * 8 * 8
 
 
 def test_dropout_masks_are_fair_and_independent():

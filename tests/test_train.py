@@ -119,7 +119,7 @@ def test_an_early_best_is_kept(tmp_path):
     assert checkpoint.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
 
 
-@pytest.mark.parametrize('stops_at', [5, 23])
+@pytest.mark.parametrize('stops_at', [5, 27])  # before any save; after one that followed a rate decision
 def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_path, monkeypatch, stops_at):
     """Stopped by an exception after some updates beyond the last save, torn lines and all."""
     config, workdir, _ = uninterrupted
@@ -318,6 +318,22 @@ def test_a_step_that_is_not_finite_changes_nothing():
     chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
 
 
+def test_dropout_is_drawn_anew_at_every_step():
+    """The same batch and parameters (the rate is 0) have another loss at the next step, and the same when repeated."""
+    run = train.build(_config(**{'optim.learning_rate': 0.0}))
+    batch = next(
+        data.train_batches(
+            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28,
+            reflect=False, colour_std=0.0, num_threads=1,
+        )
+    )  # fmt: skip
+    losses = []
+    for step in (0, 1, 1):
+        state = run.init(jax.random.key(0))._replace(step=jnp.int32(step))
+        losses.append(float(run.train_step(state, batch, run.statistics, jax.random.key(1))[1]['loss']))
+    assert losses[0] != losses[1] == losses[2]
+
+
 def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys):
     batches = data.train_batches
 
@@ -391,6 +407,9 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path):
         ({'data.path': '/nowhere'}, 'there is no data directory'),
         ({'on_nonfinite': 'pray'}, "on_nonfinite='pray'; expected 'stop' or 'skip'"),
         ({'mesh.data': 3}, 'needs 6 devices; there are 4'),
+        ({'num_steps': 0, 'num_epochs': 0.0}, 'nothing to train for'),
+        ({'seed': -1}, 'seed=-1; expected 0 to'),
+        ({'data.num_workers': -1}, 'data.num_workers=-1; expected 0 or more'),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, changes, message):
