@@ -100,9 +100,9 @@ def finish(batch: dict, statistics: Statistics, *, dtype=jnp.float32):
 
 
 def centre(image_NHWC, size: int):
-    """The central size x size part, of images [N, S, S, 3] or of a mean image [S, S, 3]."""
-    y, x = ((side - size) // 2 for side in image_NHWC.shape[-3:-1])
-    return image_NHWC[..., y : y + size, x : x + size, :]
+    """The central size x size part of images [N, S, S, 3]."""
+    y, x = ((side - size) // 2 for side in image_NHWC.shape[1:3])
+    return image_NHWC[:, y : y + size, x : x + size]
 
 
 def ten_views(image_NHWC, size: int) -> list:
@@ -120,8 +120,8 @@ def views(image_NHWC, statistics: Statistics, *, size: int, count: int, dtype=jn
     """The network's inputs for a test: the centre alone (count=1), or ten views (count=10).
 
     Args:
-      image_NHWC: uint8 [N, S, S, 3], whole records. The mean image is subtracted before cutting: of the same crop.
-        A mean image of another size (a checkpoint's, of records of another size) is laid on centre to centre.
+      image_NHWC: uint8 [N, S, S, 3], whole records of the mean image's size. The mean is subtracted before cutting: of
+        the same crop.
 
     Returns:
       `count` arrays, float [N, size, size, 3], mean-subtracted, 0-255 scale.
@@ -131,9 +131,6 @@ def views(image_NHWC, statistics: Statistics, *, size: int, count: int, dtype=jn
     """
     if count not in (1, 10):
         raise UserError(f'views={count}; expected 1 (centre) or 10 (corners and centre, with reflections).')
-    mean = jnp.asarray(statistics.mean_image, dtype)
-    side = image_NHWC.shape[1]
-    if side > mean.shape[0]:
-        raise UserError(f'images of {side} px, but the mean image has {mean.shape[0]} px; prepare them alike.')
-    image = image_NHWC.astype(dtype) - centre(mean, side)[None]
+    chex.assert_equal_shape([image_NHWC[0], statistics.mean_image])
+    image = image_NHWC.astype(dtype) - jnp.asarray(statistics.mean_image, dtype)[None]
     return ten_views(image, size) if count == 10 else [centre(image, size)]

@@ -4,6 +4,7 @@ A step's folder holds `params`, `training` (step and optimiser state), `statisti
 `meta` (config, class names, sizes). Parameters are stored in the global layout and restore on any mesh.
 """
 
+import contextlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -35,8 +36,11 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
 
 
-def open_manager(workdir: str) -> ocp.CheckpointManager:
-    """Asynchronous manager of a workdir's checkpoints; keeps the last two and the one with the lowest val error."""
+def open_manager(workdir: str, *, read_only: bool = False) -> ocp.CheckpointManager:
+    """Asynchronous manager of a workdir's checkpoints; keeps the last two and the one with the lowest val error.
+
+    read_only: for all but the training process; it touches nothing, also not a save under way in another process.
+    """
     best = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: metrics['top1_error'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
@@ -44,7 +48,8 @@ def open_manager(workdir: str) -> ocp.CheckpointManager:
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), best]),
         best_fn=lambda metrics: metrics['top1_error'],
         best_mode='min',
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
     )
     return ocp.CheckpointManager(_path(os.path.join(workdir, FOLDER)), options=options, item_names=_ITEMS)
 
@@ -58,7 +63,7 @@ def save(
 ) -> None:
     """Starts saving a state under its step; waits first for a save still under way (orbax would skip this one).
 
-    meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples'.
+    meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples', 'fingerprint'.
     top1_error: of the validation just made, percent; None where there was none.
     """
     manager.wait_until_finished()
@@ -76,57 +81,68 @@ def save(
         raise RuntimeError(f'orbax did not save step {int(state.step)}')
 
 
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int):
+    """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f'the checkpoint {manager.directory / str(step)} cannot be read ({reason}); move that folder away to '
+            'use the one before it.'
+        ) from error
+
+
 def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted."""
-    items = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
-            training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
-        ),
-    )
+    """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
+    with _readable(manager, step):
+        items = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
+            ),
+        )
     return TrainState(items.training['step'], items.params, items.training['opt_state'])
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Statistics]:
-    """What lies beside a step's arrays: (meta, statistics)."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = manager.restore(step, args=args).meta
-    side = meta['record_size']
-    like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
-    args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
-    return meta, Statistics(**manager.restore(step, args=args).statistics)
+    """What lies beside a step's arrays: (meta, statistics). Raises UserError."""
+    with _readable(manager, step):
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = manager.restore(step, args=args).meta
+        side = meta['record_size']
+        like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
+        args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
+        return meta, Statistics(**manager.restore(step, args=args).statistics)
 
 
 def load_checkpoint(path: str) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
     Args:
-      path: a workdir (its best step, else its latest), or one step's folder.
+      path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
     root, step = _find(path)
-    try:
-        with open_manager(root) as manager:
-            if step is None:
-                step = manager.best_step()
-            if step is None:
-                step = manager.latest_step()
-            if step is None:
-                raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
-            meta, statistics = read_meta(manager, step)
-            network = model.from_config(meta['config']['model'])
-            shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
-            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-            params = manager.restore(step, args=args).params
-    except UserError:
-        raise
-    except Exception as error:  # orbax and tensorstore raise many kinds for missing and damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'the checkpoint {path!r} (step {step}) cannot be read: {reason}') from error
+    with open_manager(root, read_only=True) as manager:
+        if step is None:
+            step = manager.best_step()
+        if step is None:
+            step = manager.latest_step()
+        if step is None:
+            raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
+        meta, statistics = read_meta(manager, step)
+        network = model.from_config(meta['config']['model'])
+        shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
+        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        with _readable(manager, step):
+            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))).params
     return Checkpoint(
         step=step,
         params=params,
@@ -141,8 +157,10 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 def _find(path: str) -> tuple[str, int | None]:
     """(workdir, step) of what a user may call a checkpoint."""
-    path = path.rstrip('/')
+    path = _path(path)
     parent, name = os.path.split(path)
+    if name == FOLDER and os.path.isdir(path):
+        return parent, None
     if name.isdigit() and os.path.basename(parent) == FOLDER and os.path.isdir(path):
         return os.path.dirname(parent), int(name)
     if os.path.isdir(os.path.join(path, FOLDER)):
@@ -154,7 +172,8 @@ def _find(path: str) -> tuple[str, int | None]:
 
 
 def _path(path: str) -> str:
-    return path if '://' in path else os.path.abspath(path)  # orbax takes absolute paths only
+    """As orbax takes it: absolute, without a slash at the end."""
+    return path.rstrip('/') if '://' in path else os.path.abspath(path)
 
 
 def config_to_json(config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What all commands share: flags, and errors a user can put right as one line and exit code 2."""
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -58,10 +59,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """absl and ml_collections wrap an error of the config file's own in several lines: the innermost."""
+    """absl and ml_collections wrap a config file's own error in several lines: the innermost, without its kind."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    inner = [line.split('ValueError: ', 1)[1] for line in lines if 'ValueError: ' in line]
-    return inner[-1] if inner else ' '.join(lines)
+    for line in reversed(lines):
+        if found := re.match(r'(?:[\w.]+: )?\w+(?:Error|Exception): (.*)', line):
+            return found[1]
+    return ' '.join(lines)
 
 
 def _config_error(argv: Sequence[str]) -> str | None:

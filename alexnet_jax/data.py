@@ -6,16 +6,14 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 
 import functools
 import io
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
-from alexnet_jax import augment
+from alexnet_jax import augment, processes
 from alexnet_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -62,7 +60,7 @@ def train_batches(
       reflect, colour_std: see `augment.draw`.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes.
-      num_threads: threads, in each process; 0 takes one a core.
+      num_threads: threads, in each process; 0 takes one a core, 16 at most.
 
     Yields:
       'image' uint8 [n, s, s, 3], 'offset' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3], 'label' int32 [n],
@@ -121,15 +119,17 @@ def _eval_element(source, position) -> Batch:
 
 def _iterate(stream, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
-    threads = num_threads or os.cpu_count() or 1
+    threads = num_threads or min(processes.cores(), 16)  # each thread has a batch in hand: bounded on large machines
     # Rows of one process lie together in the global batch: batch first, then deal the parts out.
     parts = stream.batch(batch_size // count)[start * count + index :: count]
     # A thread fills a whole batch: so many are under way, and two more wait. (Grain's default holds 500 batches.)
     dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook or a script; grain reads a flag of its own
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=processes.end_with_parent,
         )
     return _closing(iter(dataset))
 
@@ -140,15 +140,3 @@ def _closing(iterator) -> Iterator[Batch]:
         yield from iterator
     finally:
         iterator.close()
-
-
-def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Ends this worker when its parent is gone, however it went; a killed parent cannot end it itself."""
-    del worker_index, worker_count
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -64,7 +64,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
     model.check(checkpoint.network, image_size=checkpoint.image_size, towers=mesh.shape['tower'])
-    sharding.check_batch(mesh, batch_size)
+    parts = mesh.shape['data']
+    batch_size = -(-batch_size // parts) * parts
     eval_step = jax.jit(
         functools.partial(
             steps.eval_step,
@@ -79,13 +80,14 @@ def evaluate(
     return one_pass(eval_step, params, statistics, source, mesh, batch_size=batch_size)
 
 
-def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, mesh=None) -> np.ndarray:
+def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: int = 128, mesh=None) -> np.ndarray:
     """Softmax outputs, averaged over the paper's ten views or of the centre crop (section 4.1).
 
     Args:
       checkpoint: from `load_checkpoint`.
       image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
       views: 10, or 1 for the centre alone.
+      batch_size: images at a time, at most.
       mesh: from `sharding.make_mesh`; None computes on one device.
 
     Returns:
@@ -102,11 +104,16 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, mesh=None) -
         )
     if mesh is None:
         mesh = sharding.make_mesh(data=1, tower=1)
-    return np.exp(
-        _log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)(
-            checkpoint.params, image_NHWC, checkpoint.statistics
-        )
-    )
+    batch_size = -(-min(batch_size, len(image_NHWC)) // mesh.shape['data']) * mesh.shape['data']
+    function = _log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)
+    params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
+    parts = []
+    for start in range(0, len(image_NHWC), batch_size):
+        part = image_NHWC[start : start + batch_size]
+        missing = batch_size - len(part)  # fill the last batch up: one shape, one compilation
+        part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)])
+        parts.append(np.exp(function(params, part, checkpoint.statistics))[: batch_size - missing])
+    return np.concatenate(parts) if parts else np.zeros((0, len(checkpoint.class_names)), np.float32)
 
 
 @functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
@@ -140,6 +147,8 @@ def main(arguments) -> None:
     for name in ('checkpoint', 'data'):
         if not args[name].value:
             raise UserError(f'--{name} is missing; see --help.')
+    if args.batch_size < 1 or args.tower not in (1, 2):
+        raise UserError(f'--batch_size={args.batch_size}, --tower={args.tower}; expected at least 1, and 1 or 2.')
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     cli.use_cpu_devices()
@@ -147,7 +156,7 @@ def main(arguments) -> None:
     source = dataset.split(args.split)
     checkpoint = load_checkpoint(args.checkpoint)
     check_data(checkpoint, dataset)
-    mesh = sharding.make_mesh(data=0, tower=args.tower)
+    mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     result = evaluate(checkpoint, source, mesh, views=args.views, batch_size=args.batch_size)
     crops = 'centre crop' if args.views == 1 else 'ten views'
     print(

@@ -5,6 +5,7 @@ Nothing is unpacked: an uncompressed archive is read at the offset where a membe
 
 import functools
 import os
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -69,6 +70,7 @@ def find(path: str) -> Listing:
             f'{path!r} holds no images; expected {_TRAIN_TAR}, {_VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(_SUFFIXES)}).'
         )
+    _refuse_doubles(found)
     class_names = imagenet_classes() if official else tuple(sorted({f.class_name for f in found}))
     numbers = {name: i for i, name in enumerate(class_names)}
     trained = {f.class_name for f in found if f.split == 'train'}
@@ -82,6 +84,17 @@ def find(path: str) -> Listing:
             raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
         splits.setdefault(split, []).append(ref._replace(label=numbers[class_name]))
     return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
+
+
+def _refuse_doubles(found: list[_Found]) -> None:
+    """An archive beside what it was extracted to would count every image twice."""
+    for split in {f.split for f in found}:
+        places = {f.ref.path.endswith('.tar'): f.ref.path for f in found if f.split == split}
+        if len(places) == 2:
+            raise UserError(
+                f'the {split} images are there both in archives ({places[True]}) and as files ({places[False]}); '
+                'give one of the two.'
+            )
 
 
 def read(ref: Ref) -> bytes | np.ndarray:
@@ -146,7 +159,7 @@ def _archive(path: str) -> Iterator[_Found]:
 
 
 def _member(path: str, start: int, image: tarfile.TarInfo, split: str, class_name: str) -> _Found:
-    return _Found(Ref(path, start, image.size, os.path.basename(image.name), -1), split, class_name)
+    return _Found(Ref(path, start, image.size, _text(os.path.basename(image.name)), -1), split, class_name)
 
 
 def _is_class_tar(name: str) -> bool:
@@ -163,11 +176,20 @@ def _folder(path: str) -> Iterator[_Found]:
     for entry in tars:
         if entry.name in (_TRAIN_TAR, _VAL_TAR) or _is_class_tar(entry.name):
             yield from _archive(entry.path)
-    splits = [entry for entry in _entries(path) if entry.is_dir() and _split_of(entry.name)]
+    folders = [entry for entry in _entries(path) if entry.is_dir()]
+    splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
     for entry in splits:
         yield from _split_folder(entry.path, path, _split_of(entry.name))
     if not splits:
         yield from _split_folder(path, path, None)
+    elif len(splits) < len(folders):
+        others = ', '.join(entry.name for entry in folders if entry not in splits)
+        print(f'not splits, and so left out: {others}', file=sys.stderr, flush=True)
+
+
+def _holds_classes(folder: str) -> bool:
+    """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
+    return any(e.is_dir() or _is_class_tar(e.name) or e.name.startswith(_VAL_PREFIX) for e in _entries(folder))
 
 
 def _split_of(folder: str) -> str | None:
@@ -188,7 +210,12 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]
 
 
 def _file(path: str, root: str, split: str, class_name: str) -> _Found:
-    return _Found(Ref(path, 0, -1, os.path.relpath(path, root), -1), split, class_name)
+    return _Found(Ref(path, 0, -1, _text(os.path.relpath(path, root)), -1), split, _text(class_name))
+
+
+def _text(name: str) -> str:
+    """A file name that UTF-8 can write, also where the file system's is none."""
+    return os.fsencode(name).decode('utf-8', 'replace')
 
 
 def _images_below(folder: str) -> Iterable[str]:

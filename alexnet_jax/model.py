@@ -160,22 +160,71 @@ def from_config(fields: dict[str, Any]) -> AlexNet:
     """The network a config's `model` describes, also when JSON has turned its tuples into lists.
 
     Raises:
-      UserError: a key that is no attribute of the network, or a row of the wrong length.
+      UserError: a key that is no attribute of the network, or a value that cannot be one.
     """
     known = [name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis')]
     for key in fields:
         if key not in known:
             raise UserError(f'model.{key} is unknown.{did_you_mean(key, known)}')
     model = AlexNet(**{key: _tuples(value) for key, value in fields.items()})
-    for kind, rows in ((Conv, model.conv), (Dense, model.dense)):
+    for name, kind, rows in (('conv', Conv, model.conv), ('dense', Dense, model.dense)):
+        if not isinstance(rows, tuple):
+            raise UserError(f'model.{name}={rows!r}; expected a tuple of rows ({", ".join(kind._fields)}).')
         for row in rows:
-            if len(row) != len(kind._fields):
-                raise UserError(f'model.{kind.__name__.lower()} has the row {row}; expected {", ".join(kind._fields)}.')
+            if not isinstance(row, tuple) or len(row) != len(kind._fields):
+                raise UserError(f'model.{name} has the row {row!r}; expected {", ".join(kind._fields)}.')
+            for field, value in zip(kind._fields, row, strict=True):
+                _check_value(f'{field} in model.{name}', field, value)
+    for key in known:
+        _check_value(f'model.{key}', key, getattr(model, key))
+    if model.pool_stride > model.pool_window:
+        raise UserError(f'model.pool_stride={model.pool_stride} leaves gaps between windows of {model.pool_window} px.')
+    if model.dtype == 'float64' and not jax.config.jax_enable_x64:
+        raise UserError("model.dtype='float64' takes jax.enable_x64; expected float32 or bfloat16.")
     return model
 
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+_COUNTS = {
+    'features',
+    'kernel',
+    'stride',
+    'groups',
+    'num_classes',
+    'pool_window',
+    'pool_stride',
+    'lrn_n',
+    'norm_groups',
+}
+_DTYPES = ('float32', 'bfloat16', 'float64')
+
+
+def _check_value(name: str, field: str, value) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    match field:
+        case 'conv' | 'dense':
+            return
+        case 'then':
+            right, expected = isinstance(value, str), "words such as 'relu lrn pool'"
+        case 'dtype':
+            right, expected = value in _DTYPES, f'one of {", ".join(_DTYPES)}'
+        case 'padding':
+            right = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) and v >= 0 for v in value)
+            expected = 'a pair of pixels (before, after)'
+        case 'dropout_rate':
+            right, expected = (
+                isinstance(value, int | float) and 0 <= value < 1,
+                'a number from 0 up to, not including, 1',
+            )
+        case _ if field in _COUNTS:
+            right, expected = whole and value > 0, 'a whole number above 0'
+        case _:
+            right, expected = isinstance(value, float) or whole, 'a number'
+    if not right:
+        raise UserError(f'{name} is {value!r}; expected {expected}.')
 
 
 def check(model: AlexNet, *, image_size: int, towers: int = 1) -> None:
@@ -191,7 +240,7 @@ def check(model: AlexNet, *, image_size: int, towers: int = 1) -> None:
         if layer.features % towers or (layer.groups > 1 and layer.groups % towers):
             raise UserError(
                 f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
-                f'{towers} towers; use --config.mesh.tower=1.'
+                f'{towers} towers; use mesh.tower=1.'
             )
         channels = layer.features
         if isinstance(layer, Dense):
@@ -206,7 +255,7 @@ def check(model: AlexNet, *, image_size: int, towers: int = 1) -> None:
             if step == 'lrn' and (model.norm_groups % towers or channels % model.norm_groups):
                 raise UserError(
                     f'{name} is normalised in {model.norm_groups} group(s) of its {channels} maps, which cannot be '
-                    f'split over {towers} towers; use --config.mesh.tower=1.'
+                    f'split over {towers} towers; use mesh.tower=1.'
                 )
             if step == 'pool':
                 if size < model.pool_window:

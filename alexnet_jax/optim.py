@@ -64,9 +64,19 @@ def make_optimizer(
     """
     if schedule not in ('plateau', 'epochs'):
         raise UserError(f"optim.schedule={schedule!r}; expected 'plateau' or 'epochs'.")
-    if patience < 1 or max_drops < 0:
-        raise UserError(f'optim.patience={patience}, optim.max_drops={max_drops}; expected at least 1 and 0.')
-    if sorted(drop_epochs) != list(drop_epochs):
+    for name, value, right in (
+        ('learning_rate', learning_rate, learning_rate >= 0),
+        ('momentum', momentum, 0 <= momentum < 1),
+        ('weight_decay', weight_decay, weight_decay >= 0),
+        ('drop_factor', drop_factor, 0 < drop_factor <= 1),
+        ('patience', patience, patience >= 1),
+        ('max_drops', max_drops, max_drops >= 0),
+        ('min_gain', min_gain, min_gain >= 0),
+    ):
+        if not right:
+            raise UserError(f'optim.{name}={value} is out of range; see configs/paper.py.')
+    numbers = all(isinstance(epoch, int | float) for epoch in drop_epochs)
+    if not numbers or sorted(drop_epochs) != list(drop_epochs):
         raise UserError(f'optim.drop_epochs={drop_epochs}; expected rising numbers of epochs.')
     drop_steps = [round(epoch * steps_per_epoch) for epoch in drop_epochs]
     most = max_drops if schedule == 'plateau' else len(drop_steps)

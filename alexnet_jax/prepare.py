@@ -7,6 +7,7 @@ The shorter side becomes `size` pixels, the central square is kept (section 2). 
 """
 
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
@@ -19,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-from alexnet_jax import cli, listing, statistics
+from alexnet_jax import cli, listing, processes, statistics
 from alexnet_jax.errors import UserError
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
@@ -41,6 +42,7 @@ class Shard(NamedTuple):
 
 
 class Written(NamedTuple):
+    digest: str  # of its records
     count: int
     num_bytes: int
     moments: statistics.Moments
@@ -73,12 +75,14 @@ def prepare(
     Raises:
       UserError: an option out of its range, no images, too many bad ones, no space.
     """
-    if size < 8:
-        raise UserError(f'--size={size}; expected at least 8 pixels.')
+    if not 8 <= size <= 4096:
+        raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
     if format not in ('jpeg', 'raw'):
         raise UserError(f'--format={format!r}; expected jpeg or raw.')
     if not 0 <= val_fraction < 1:
         raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
+    if seed < 0 or max_bad < 0:
+        raise UserError(f'--seed={seed}, --max_bad={max_bad}; expected 0 or more.')
     output = os.path.abspath(output)
     if os.path.exists(output):
         raise UserError(f'{output!r} exists already; remove it or choose another --output.')
@@ -92,8 +96,9 @@ def prepare(
         os.makedirs(partial)
         _write_all(partial, orders, class_names, size, format, max_bad, workers)
         os.rename(partial, output)
-    except OSError as error:
-        raise UserError(f'cannot write {error.filename or output!r}: {error.strerror or error}.') from error
+    except (OSError, RuntimeError) as error:  # array_record says RuntimeError for a full disk
+        reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
+        raise UserError(f'cannot write {output!r}: {reason}.') from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f'{output} is ready.', flush=True)
@@ -134,9 +139,10 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
             for i in range(number)
         ]
     results = _in_processes([s for split in shards.values() for s in split], max_bad, workers)
-    infos = []
+    infos, fingerprint = [], hashlib.sha256()
     for split, files in shards.items():
         written = [results.pop(0) for _ in files]
+        fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
         if not any(w.count for w in written):
             raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
         infos.append(
@@ -156,6 +162,7 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
         split_infos=infos,
         filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
         check_data=False,
+        metadata=tfds.core.MetadataDict(fingerprint=fingerprint.hexdigest()),
         description=f'Images as central squares of {size} px, prepared by alexnet_jax.',
     )
 
@@ -165,7 +172,8 @@ def _in_processes(shards: list[Shard], max_bad: int, workers: int | None) -> lis
     total, began, done, bad = sum(len(s.refs) for s in shards), time.monotonic(), 0, 0
     # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
     context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    workers = workers or processes.cores()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
         futures = [pool.submit(_write, shard) for shard in shards]
         pending = set(futures)
         try:
@@ -216,12 +224,12 @@ def _write(shard: Shard) -> Written:
     features = _features(shard.size, shard.format, shard.class_names)
     # One record a group: random access reads only what it needs. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, count, num_bytes, bad = statistics.no_moments(shard.size), 0, 0, []
+    moments, digest, count, num_bytes, bad = statistics.no_moments(shard.size), hashlib.sha256(), 0, 0, []
     for ref in shard.refs:
         try:
             pixels = square(listing.read(ref), shard.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's ways to refuse
-            bad.append(f'{ref.name}: {str(error).splitlines()[0]}')
+        except Exception as error:  # Pillow refuses files in more ways than it documents
+            bad.append(f'{ref.name}: {(str(error).splitlines() or [type(error).__name__])[0]}')
             continue
         if shard.counts:
             moments = moments.add(pixels)
@@ -229,9 +237,10 @@ def _write(shard: Shard) -> Written:
             {'image': _jpeg(pixels) if shard.format == 'jpeg' else pixels, 'label': ref.label, 'file_name': ref.name}
         )
         writer.write(record)
+        digest.update(record)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
-    return Written(count, num_bytes, moments, bad)
+    return Written(digest.hexdigest(), count, num_bytes, moments, bad)
 
 
 def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
@@ -244,14 +253,13 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
       image: a file's bytes, of any format Pillow reads whatever the file is called, or uint8 pixels [H, W, C].
 
     Raises:
-      OSError, ValueError, SyntaxError, Image.DecompressionBombError: it cannot be read.
+      OSError, ValueError, SyntaxError, Image.DecompressionBombError: it cannot be read; Pillow knows other ways too.
     """
     if isinstance(image, np.ndarray):
         opened = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     else:
         opened = Image.open(io.BytesIO(image))
-    if opened.getexif():
-        opened = ImageOps.exif_transpose(opened)
+    opened = _upright(opened)
     if opened.mode.startswith(('I', 'F')):  # 16 bits a pixel: converting would clip, not scale
         opened = Image.fromarray(np.uint8(np.asarray(opened, np.uint32).clip(0, 65535) >> 8))
     rgb = opened.convert('RGB')
@@ -262,6 +270,26 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     x, y = rgb.width / width, rgb.height / height
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
     return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+_TURNS = {  # EXIF orientation: what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _jpeg(pixels: np.ndarray) -> io.BytesIO:

@@ -34,8 +34,8 @@ def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
         tower = 1
     if data == 0 and len(devices) % tower:
         raise UserError(
-            f'{len(devices)} devices do not pair up into two towers; set --config.mesh.data='
-            f'{len(devices) // tower} to leave one idle, or --config.mesh.tower=1.'
+            f'{len(devices)} devices do not pair up into two towers; set mesh.data={len(devices) // tower} '
+            'to leave one idle, or mesh.tower=1.'
         )
     data = data or len(devices) // tower
     if data * tower > len(devices):
@@ -99,7 +99,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
     if batch_size < 1 or batch_size % parts:
         raise UserError(
             f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '
-            'or another --config.mesh.data.'
+            'or another mesh.data.'
         )
 
 

@@ -23,6 +23,7 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     record_size: int  # side of the square images, pixels
     statistics: statistics.Statistics | None  # None where there is no train split
+    fingerprint: str = ''  # of all records in their order, as `prepare` found it; '' where somebody else wrote them
 
     def split(self, name: str) -> Sequence[dict[str, Any]]:
         """The records of a split.
@@ -65,16 +66,34 @@ def _prepared(path: str) -> Dataset:
         label, image = features['label'], features['image']
         decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
         splits = {
-            name: builder.as_data_source(name, decoders=decoders)
+            name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}')
             for name, split in builder.info.splits.items()
             if split.num_examples
         }
         class_names, (side, width, channels) = tuple(label.names), image.shape
+        fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
     except Exception as error:  # whatever TFDS and array_record make of damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {str(error).splitlines()[0]}') from error
     if side is None or (side, channels) != (width, 3):
         raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
-    return Dataset(splits, class_names, side, statistics.load(path))
+    return Dataset(splits, class_names, side, statistics.load(path), fingerprint)
+
+
+class _Records:
+    """A TFDS data source whose errors name the record."""
+
+    def __init__(self, source, name: str):
+        self._source, self._name = source, name
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        try:
+            return self._source[index]
+        except Exception as error:  # array_record and TFDS: RuntimeError, DecodeError and others
+            reason = str(error).split('\n', 1)[0][:200]
+            raise UserError(f'record {index} in {self._name} cannot be read ({reason}); prepare it again.') from error
 
 
 def _digits() -> Dataset:
@@ -96,4 +115,4 @@ def _digits() -> Dataset:
     for record in train:
         moments = moments.add(record['image'])
     names = tuple(str(i) for i in range(10))
-    return Dataset({'train': train, 'val': val}, names, 32, statistics.finish(moments))
+    return Dataset({'train': train, 'val': val}, names, 32, statistics.finish(moments), DIGITS)

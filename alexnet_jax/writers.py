@@ -14,6 +14,7 @@ from collections import deque
 from importlib import metadata
 
 import jax
+from google.protobuf.message import DecodeError
 from tensorboardX import SummaryWriter
 from tensorboardX.proto import event_pb2
 
@@ -49,6 +50,11 @@ class RunWriter:
             if key not in ('step', 'split'):
                 self._events.add_scalar(f'{line["split"]}/{key}', value, line['step'])
 
+    def flush(self) -> None:
+        """Call before saving: what a checkpoint has behind it is not written again."""
+        if self._writes:
+            self._events.flush()
+
     def close(self) -> None:
         if self._writes:
             self._lines.close()
@@ -60,13 +66,13 @@ def _cut_metrics(path: str, step: int) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 if json.loads(line)['step'] > step:
                     break
             except (ValueError, KeyError, TypeError):
-                break  # torn by a kill in mid-write
+                continue  # torn by a kill in mid-write
             kept.append(line if line.endswith('\n') else line + '\n')
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         file.writelines(kept)
@@ -81,7 +87,10 @@ def _cut_events(path: str, step: int) -> None:
         while len(header := file.read(12)) == 12:
             (length,) = struct.unpack('<Q', header[:8])
             record = file.read(length + 4)
-            if len(record) < length + 4 or event_pb2.Event.FromString(record[:length]).step > step:
+            try:
+                if len(record) < length + 4 or event_pb2.Event.FromString(record[:length]).step > step:
+                    break
+            except DecodeError:
                 break
             end = file.tell()
     os.truncate(path, end)
@@ -133,8 +142,8 @@ class TrainLog:
             warn(f'step {step}: loss or gradient is not finite; its batch is left out.')
         else:
             raise DivergedError(
-                f'step {step}: loss or gradient is not finite (learning rate {rate:g}); the update was not made. '
-                'The last checkpoint is from before; lower optim.learning_rate, or see init in configs/paper.py.'
+                f'step {step}: loss or gradient is not finite (learning rate {rate:g}); the update was not made, and '
+                'none after it is kept. Lower optim.learning_rate (in another --workdir, if this has a checkpoint).'
             )
         if log and self._sums:
             self._line(step, rate, norm)
@@ -165,10 +174,11 @@ class TrainLog:
 
 def progress(line: dict, total_steps: int, ending: str = '') -> None:
     """Prints a line of metrics, from process 0."""
+    counted = f' of {line["count"]} images' if 'count' in line else ''
     if jax.process_index() == 0:
         print(
             f'{line["split"]:5}  step {line["step"]}/{total_steps}  epoch {line["epoch"]:.2f}  '
-            f'loss {line["loss"]:.4f}  top-1 error {line["top1_error"]:.2f}%  '
+            f'loss {line["loss"]:.4f}  top-1 error {line["top1_error"]:.2f}%{counted}  '
             f'{line["images_per_second"]:.0f} images/s  data wait {100 * line["data_wait"]:.0f}%{ending}',
             flush=True,
         )

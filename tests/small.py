@@ -52,3 +52,12 @@ def digits_config(**changes):
 
 def to_float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is alive (Linux)."""
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False

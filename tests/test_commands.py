@@ -148,15 +148,28 @@ def test_preparing_does_not_load_jax():
 
 
 # Which rooms a room may enter, and which libraries only some may know.
-ORDER = ('errors', 'statistics', 'ops', 'model', 'sharding', 'metrics', 'optim', 'augment', 'steps', 'sources', 'data')
+ORDER = (
+    'errors',
+    'processes',
+    'statistics',
+    'ops',
+    'model',
+    'sharding',
+    'metrics',
+    'optim',
+    'augment',
+    'steps',
+    'sources',
+    'data',
+)
 ONLY = {
-    'ml_collections': {'train', 'main', 'cli'},
+    'ml_collections': {'assemble', 'train', 'main', 'cli'},
     'grain': {'data'},
     'tensorflow_datasets': {'sources', 'prepare', 'listing'},
     'orbax': {'checkpoint'},
     'flax': {'model'},
     'optax': {'optim', 'steps'},
-    'absl': {'cli', 'main', 'prepare', 'evaluate'},
+    'absl': {'cli', 'main', 'prepare', 'evaluate', 'data'},
     'configs': set(),
 }
 

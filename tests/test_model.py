@@ -154,6 +154,27 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
         model.check(small.network(**changes), image_size=size, towers=towers)
 
 
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'conv': 5}, 'model.conv=5; expected a tuple of rows'),
+        ({'dense': ((4096, 'relu'),)}, 'model.dense has the row'),
+        ({'conv': ((96, 11, 4, 0, 1, 0.01, 0.0, 'relu'),)}, 'padding in model.conv is 0; expected a pair'),
+        ({'conv': ((96, 11, 0, (0, 3), 1, 0.01, 0.0, 'relu'),)}, 'stride in model.conv is 0; expected a whole number'),
+        ({'conv': (('a', 11, 4, (0, 3), 1, 0.01, 0.0, 'relu'),)}, "features in model.conv is 'a'"),
+        ({'pool_stride': 0}, 'model.pool_stride is 0'),
+        ({'pool_stride': 4}, 'leaves gaps'),
+        ({'lrn_n': 0}, 'model.lrn_n is 0'),
+        ({'dropout_rate': 2.0}, 'model.dropout_rate is 2.0'),
+        ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
+        ({'dtype': 'float64'}, 'takes jax.enable_x64'),
+    ],
+)
+def test_values_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        model.from_config(fields)
+
+
 def test_unknown_model_key_is_refused():
     with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
         model.from_config({'pool_windw': 2})

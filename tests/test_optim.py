@@ -63,6 +63,7 @@ def test_plateau_drops_after_patience_three_times_at_most():
         rates.append(float(optimizer.learning_rate(state)))
     expected = [1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5]
     chex.assert_trees_all_close(rates, expected, rtol=1e-6)
+    assert int(state.drops) == 3
 
 
 def test_after_validation_leaves_its_argument_and_the_velocity_alone():
@@ -81,7 +82,9 @@ def test_after_validation_leaves_its_argument_and_the_velocity_alone():
     ('changes', 'message'),
     [
         ({'schedule': 'cosine'}, "optim.schedule='cosine'; expected 'plateau' or 'epochs'"),
-        ({'patience': 0}, 'optim.patience=0'),
+        ({'patience': 0}, 'optim.patience=0 is out of range'),
+        ({'learning_rate': -1.0}, 'optim.learning_rate=-1.0 is out of range'),
+        ({'drop_epochs': ('a',)}, 'expected rising'),
         ({'drop_epochs': (5.0, 2.0)}, 'expected rising'),
     ],
 )

@@ -6,17 +6,19 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 
 import chex
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from PIL import Image
+from PIL import Image, ImageOps
 
 from alexnet_jax import listing, prepare, sources, statistics
 from alexnet_jax.errors import UserError
 from tests.conftest import ROOT
+from tests.small import running
 
 
 def _pixels(seed, height=40, width=48):
@@ -90,6 +92,27 @@ def test_odd_files_come_out_right():
         inner = np.r_[4:28, 36:60]  # away from the edges between colours, where JPEG smears
         difference = np.abs(found.astype(int) - expected)[inner][:, inner]
         assert difference.max() <= 8, (name, difference.max())
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_exif_orientation(orientation):
+    """What a camera stored turned is shown upright: Pillow's own transposition is the oracle."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.open(io.BytesIO(_encode(_pixels(1, 40, 40), quality=95, exif=exif)))
+    upright = np.asarray(ImageOps.exif_transpose(stored))
+    chex.assert_trees_all_equal(prepare.square(_encode(_pixels(1, 40, 40), quality=95, exif=exif), 40), upright)
+
+
+def test_odd_exif_does_not_spoil_an_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 3.5  # turned; and a resolution
+    content = bytearray(_encode(_pixels(1), exif=exif))
+    # The resolution's type, in its entry of the EXIF block: one that does not go with its value.
+    at = content.index((0x011A).to_bytes(2, 'big') if b'MM' in content[:40] else (0x011A).to_bytes(2, 'little'))
+    for kind in range(256):
+        content[at + 2] = content[at + 3] = kind
+        assert prepare.square(bytes(content), 32).shape == (32, 32, 3)
 
 
 @pytest.fixture
@@ -198,6 +221,8 @@ def test_what_exists_is_not_overwritten(folder, tmp_path):
     ('options', 'message'),
     [
         ({'size': 4}, '--size=4'),
+        ({'size': 100_000}, '--size=100000; expected 8 to 4096'),
+        ({'seed': -1}, '--seed=-1'),
         ({'format': 'webp'}, "--format='webp'; expected jpeg or raw"),
         ({'val_fraction': 1.0}, '--val_fraction=1.0'),
     ],
@@ -268,6 +293,73 @@ def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
     out = str(tmp_path / 'twice')  # train: folders of classes
     prepare.prepare(str(extracted), out, size=16, workers=1)
     _check_official(out)
+
+
+def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
+    with tarfile.open(official / 'ILSVRC2012_img_train.tar') as tar:
+        tar.extractall(tmp_path / 'twice', filter='data')
+    for path in (tmp_path / 'twice').iterdir():
+        with tarfile.open(path) as tar:
+            tar.extractall(official / 'train' / path.stem, filter='data')
+    with pytest.raises(UserError, match='the train images are there both in archives .* and as files'):
+        prepare.prepare(str(official), str(tmp_path / 'out'))
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
+    _write(tmp_path / 'in', {f'{c}/{i}.png': _encode(_pixels(i), 'PNG') for c in ('train', 'bus') for i in range(2)})
+    assert listing.find(str(tmp_path / 'in')).class_names == ('bus', 'train')
+    _write(tmp_path / 'split', {f'{s}/cat/a.png': _encode(_pixels(0), 'PNG') for s in ('train', 'extra')})
+    found = listing.find(str(tmp_path / 'split'))
+    assert set(found.splits) == {'train'} and len(found.splits['train']) == 1
+    assert 'not splits, and so left out: extra' in capfd.readouterr().err
+
+
+def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):
+    def fingerprint(name, **options):
+        prepare.prepare(folder, str(tmp_path / name), size=16, workers=1, **options)
+        return sources.open_dataset(str(tmp_path / name)).fingerprint
+
+    first = fingerprint('a')
+    assert first and first == fingerprint('b')
+    assert len({first, fingerprint('c', seed=1), fingerprint('d', format='raw')}) == 3
+
+
+def test_a_damaged_record_is_named(folder, tmp_path):
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, workers=1)
+    (path, *_) = sorted(out.glob('images-train*'))
+    content = bytearray(path.read_bytes())
+    content[100:4000] = bytes(len(content[100:4000]))
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='record 0 in train of .* cannot be read'):
+        sources.open_dataset(str(out)).split('train')[0]
+    path.unlink()
+    with pytest.raises(UserError, match='cannot be'):
+        list(sources.open_dataset(str(out)).split('train'))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
+)
+def test_workers_end_with_a_killed_command(imagenet_tar, tmp_path):
+    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--input={imagenet_tar}', f'--output={tmp_path}/out']
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while '/1000 images' not in parent.stdout.readline():  # until the workers are at work
+        assert parent.poll() is None
+    children = [int(p) for p in open(f'/proc/{parent.pid}/task/{parent.pid}/children').read().split()]
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(running, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, children))
+    assert not (tmp_path / 'out').exists()
+    # What it left does not stand in the way.
+    again = subprocess.run([*command, '--size=64'], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert os.listdir(tmp_path) == ['out']
 
 
 def test_validation_alone(official, tmp_path):

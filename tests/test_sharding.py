@@ -144,7 +144,7 @@ def test_each_tower_of_a_part_reads_the_same_images():
 
 def test_mesh_errors(capsys):
     devices = jax.devices()
-    with pytest.raises(UserError, match=r'3 devices do not pair up into two towers; set --config.mesh.data=1'):
+    with pytest.raises(UserError, match=r'3 devices do not pair up into two towers; set mesh.data=1'):
         sharding.make_mesh(data=0, tower=2, devices=devices[:3])
     with pytest.raises(UserError, match='needs 6 devices; there are 4'):
         sharding.make_mesh(data=3, tower=2)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax import checkpoint, data, evaluate, sharding, sources, steps, train
+from alexnet_jax import assemble, checkpoint, data, evaluate, sharding, sources, statistics, steps, train
 from alexnet_jax.errors import DivergedError, UserError
 from tests import small
 from tests.conftest import ROOT
@@ -34,7 +34,7 @@ def _untimed(workdir):
 
 def _state(config, workdir):
     """Everything the last checkpoint holds, as numpy."""
-    run = train.build(config)
+    run = assemble.build(config)
     with checkpoint.open_manager(str(workdir)) as manager:
         return jax.device_get(checkpoint.restore(manager, manager.latest_step(), run.state_shapes))
 
@@ -102,7 +102,7 @@ def test_the_last_two_and_the_best_are_kept(uninterrupted):
 def test_an_early_best_is_kept(tmp_path):
     manager = checkpoint.open_manager(str(tmp_path))
     config = _config()
-    run = train.build(config)
+    run = assemble.build(config)
     state = run.init(jax.random.key(0))
     meta = {
         'config': checkpoint.config_to_json(config),
@@ -123,18 +123,7 @@ def test_an_early_best_is_kept(tmp_path):
 def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_path, monkeypatch, stops_at):
     """Stopped by an exception after some updates beyond the last save, torn lines and all."""
     config, workdir, _ = uninterrupted
-    taken = []
-    add = train.writers.TrainLog.add
-
-    def stop(self, step, *args, **kwargs):
-        add(self, step, *args, **kwargs)
-        taken.append(step)
-        if step == stops_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.writers.TrainLog, 'add', stop)
-        train.train_and_evaluate(config, str(tmp_path))
+    _stop_at(config, tmp_path, monkeypatch, stops_at)
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 23, "spl')
     train.train_and_evaluate(config, str(tmp_path))
@@ -144,21 +133,34 @@ def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_
     assert json.dumps(_untimed(tmp_path)) == json.dumps(_untimed(workdir))
 
 
-def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monkeypatch):
-    """The comparison above can fail: one batch off, and the parameters differ."""
+def _stop_at(config, workdir, monkeypatch, step):
+    """Trains until an exception after update number `step`."""
+    add = train.writers.TrainLog.add
+
+    def stop(self, now, *args, **kwargs):
+        add(self, now, *args, **kwargs)
+        if now == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.writers.TrainLog, 'add', stop)
+        train.train_and_evaluate(config, str(workdir))
+
+
+@pytest.mark.parametrize('off', [0, 1])
+def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monkeypatch, off):
+    """Resuming one batch off ends with other parameters; as it is (off = 0) with the same."""
     config, workdir, _ = uninterrupted
-    train.train_and_evaluate(
-        _config(**{k: config[k] for k in ('num_epochs',)}, optim=config.optim, num_steps=16), str(tmp_path)
-    )
+    _stop_at(config, tmp_path, monkeypatch, 27)
     batches = data.train_batches
 
-    def off_by_one(*args, start_step, **kwargs):
-        return batches(*args, start_step=start_step + bool(start_step), **kwargs)
+    def moved(*args, start_step, **kwargs):
+        return batches(*args, start_step=start_step + off, **kwargs)
 
-    monkeypatch.setattr(train.data, 'train_batches', off_by_one)
+    monkeypatch.setattr(train.data, 'train_batches', moved)
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
-    assert any((x != y).any() for x, y in zip(a, b, strict=True))
+    assert any((x != y).any() for x, y in zip(a, b, strict=True)) == bool(off)
 
 
 _KILLED = """
@@ -240,12 +242,18 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted, changes, message)
     assert before == {name: (workdir / name).read_bytes() for name in before}
 
 
-def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize('what', ['fewer', 'another order', 'another size'])
+def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch, what):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')
     digits = sources.open_dataset('digits')
-    fewer = digits._replace(splits={**digits.splits, 'train': digits.splits['train'][:-1]})
-    monkeypatch.setattr(sources, 'open_dataset', lambda path: fewer)
+    other = {
+        'fewer': digits._replace(splits={**digits.splits, 'train': digits.splits['train'][:-1]}),
+        'another order': digits._replace(fingerprint='another'),
+        'another size': digits._replace(record_size=40, statistics=statistics.finish(statistics.no_moments(40).add(
+            np.zeros((40, 40, 3), np.uint8)))),
+    }[what]  # fmt: skip
+    monkeypatch.setattr(sources, 'open_dataset', lambda path: other)
     with pytest.raises(UserError, match='was trained on other data'):
         train.train_and_evaluate(_config(optim=config.optim, num_steps=40), str(tmp_path / 'copy'))
 
@@ -256,7 +264,7 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
     for data_axis, tower in ((1, 1), (1, 2), (2, 2), (4, 1)):
         there = config.copy_and_resolve_references()
         there.mesh.data, there.mesh.tower = data_axis, tower
-        run = train.build(there)
+        run = assemble.build(there)
         with checkpoint.open_manager(str(workdir)) as manager:
             state = checkpoint.restore(manager, 30, run.state_shapes)
         kernel = state.params['conv2']['kernel']
@@ -280,6 +288,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     p = evaluate.predict(found, images, views=1)
     chex.assert_shape(p, (360, 10))
     chex.assert_trees_all_close(p.sum(1), np.ones(360, np.float32), rtol=1e-5)
+    chex.assert_trees_all_close(evaluate.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
     # Ten views: the mean of the softmax outputs of ten cut-outs made here by hand.
     ten = np.zeros((4, 10))
@@ -299,10 +308,13 @@ def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
     with pytest.raises(DivergedError, match=r'step \d+: loss or gradient is not finite \(learning rate 1e\+30\)'):
         train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.drop_epochs': ()}), str(tmp_path))
     assert not os.listdir(tmp_path / 'checkpoints')
+    # Nothing was saved, so the remedy may be tried in the same place.
+    train.train_and_evaluate(_config(num_steps=2), str(tmp_path))
+    assert [line['step'] for line in _lines(tmp_path) if line['split'] == 'train'] == [1, 2]
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    run = train.build(_config())
+    run = assemble.build(_config())
     state = run.init(jax.random.key(0))
     before = jax.device_get(state)
     batch = next(
@@ -320,7 +332,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def test_dropout_is_drawn_anew_at_every_step():
     """The same batch and parameters (the rate is 0) have another loss at the next step, and the same when repeated."""
-    run = train.build(_config(**{'optim.learning_rate': 0.0}))
+    run = assemble.build(_config(**{'optim.learning_rate': 0.0}))
     batch = next(
         data.train_batches(
             run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28,
@@ -357,11 +369,11 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
         'train': chex.assert_max_traces(steps.train_step, n=1),
         'eval': chex.assert_max_traces(steps.eval_step, n=1),
     }
-    monkeypatch.setattr(train.steps, 'train_step', traced['train'])
-    monkeypatch.setattr(train.steps, 'eval_step', traced['eval'])
+    monkeypatch.setattr(assemble.steps, 'train_step', traced['train'])
+    monkeypatch.setattr(assemble.steps, 'eval_step', traced['eval'])
     seen = []
-    build = train.build
-    monkeypatch.setattr(train, 'build', lambda c: seen.append(build(c)) or seen[-1])
+    build = assemble.build
+    monkeypatch.setattr(assemble, 'build', lambda c: seen.append(build(c)) or seen[-1])
     train.train_and_evaluate(config, str(tmp_path))
     chex.clear_trace_counter()
     longer = config.copy_and_resolve_references()
@@ -420,6 +432,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_run_made_longer_ends_as_one_planned_so(uninterrupted, tmp_path):
+    """The validation at the first end, off the cadence, decides nothing."""
+    config, workdir, _ = uninterrupted
+    shorter = config.copy_and_resolve_references()
+    shorter.num_steps = 20
+    train.train_and_evaluate(shorter, str(tmp_path))
+    assert [line['step'] for line in _lines(tmp_path) if line['split'] == 'val'] == [12, 20]
+    train.train_and_evaluate(config, str(tmp_path))
+    chex.assert_trees_all_equal(_state(config, tmp_path), _state(config, workdir))
+
+
+def test_reading_a_checkpoint_leaves_a_save_under_way_alone(uninterrupted, tmp_path):
+    """Evaluating in the middle of somebody's training must not remove what orbax is writing there."""
+    _, workdir, _ = uninterrupted
+    shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
+    under_way = tmp_path / 'checkpoints' / '31.orbax-checkpoint-tmp'
+    under_way.mkdir()
+    assert checkpoint.load_checkpoint(str(tmp_path)).step
+    time.sleep(3)  # orbax cleans up in the background
+    assert under_way.exists()
+
+
+def test_config_keys_that_mean_nothing_or_are_missing(tmp_path):
+    config = _config()
+    with config.unlocked():
+        config.optim.pateince = 3
+    with pytest.raises(UserError, match="key 'optim.pateince' that means nothing. Did you mean 'patience'"):
+        train.train_and_evaluate(config, str(tmp_path / 'run'))
+    config = _config()
+    del config.on_nonfinite
+    with pytest.raises(UserError, match="the config has no 'on_nonfinite'"):
+        train.train_and_evaluate(config, str(tmp_path / 'run'))
+
+
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match='there is no checkpoint at'):
         checkpoint.load_checkpoint(str(tmp_path))
@@ -429,8 +475,11 @@ def test_checkpoints_that_are_not_there(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
-    _, workdir, _ = uninterrupted
+    config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     shutil.rmtree(tmp_path / 'checkpoints' / '30' / 'params')
-    with pytest.raises(UserError, match=r'\(step 30\) cannot be read'):
-        checkpoint.load_checkpoint(str(tmp_path))
+    for path in (tmp_path, tmp_path / 'checkpoints', f'{tmp_path}/checkpoints/30/'):
+        with pytest.raises(UserError, match=r'checkpoints/30 cannot be read .* move that folder away'):
+            checkpoint.load_checkpoint(str(path))
+    with pytest.raises(UserError, match=r'checkpoints/30 cannot be read .* move that folder away'):
+        train.train_and_evaluate(config, str(tmp_path))

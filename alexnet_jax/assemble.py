@@ -1,0 +1,125 @@
+"""A config's objects: dataset, network, mesh, optimiser, and the jitted steps over them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, model, optim, sharding, sources, steps
+from alexnet_jax.errors import UserError, did_you_mean
+from alexnet_jax.statistics import FILE_NAME
+
+_KEYS = {  # of every config; the values are explained in configs/paper.py
+    '': (
+        'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
+        'checkpoint_every_steps', 'init_from', 'on_nonfinite', 'debug', 'data', 'model', 'mesh', 'optim',
+    ),
+    'data.': ('path', 'image_size', 'reflect', 'colour_std', 'num_workers', 'num_threads'),
+    'mesh.': ('data', 'tower'),
+    'optim.': (
+        'learning_rate', 'momentum', 'weight_decay', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain',
+        'drop_epochs',
+    ),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A config's objects, ready to call; a notebook can take them from here."""
+
+    dataset: sources.Dataset
+    network: model.AlexNet
+    mesh: Mesh
+    optimizer: optim.Optimizer
+    statistics: Any  # Statistics, on the mesh
+    state_shapes: steps.TrainState  # ShapeDtypeStructs with shardings
+    init: Callable  # key -> TrainState
+    train_step: Callable  # (state, batch, statistics, key) -> (state, report); takes the state over
+    eval_step: Callable  # (params, batch, statistics) -> sums, of the centre crop
+    after_validation: Callable  # (opt_state, error) -> opt_state
+    examples: int  # in the train split
+    total_steps: int
+
+
+def build(config: ConfigDict) -> Run:
+    """Turns a config into objects, checking all that can be checked before anything is compiled.
+
+    Raises:
+      UserError: the config does not fit the data, the devices or itself.
+    """
+    _check_keys(config)
+    _check_ranges(config)
+    network = model.from_config(config.model)
+    dataset = sources.open_dataset(config.data.path)
+    if dataset.statistics is None or 'train' not in dataset.splits:
+        missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
+        raise UserError(f'{config.data.path!r} has {missing}; prepare training images with alexnet_jax.prepare.')
+    if len(dataset.class_names) != network.num_classes:
+        raise UserError(
+            f'the data have {len(dataset.class_names)} classes, the model {network.num_classes}; '
+            f'use --config.model.num_classes={len(dataset.class_names)}.'
+        )
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size)
+    image_size = config.data.image_size
+    augment.positions(dataset.record_size, image_size)
+    model.check(network, image_size=image_size, towers=mesh.shape['tower'])
+
+    examples = len(dataset.splits['train'])
+    steps_per_epoch = examples / config.batch_size
+    optimizer = optim.make_optimizer(**config.optim, steps_per_epoch=steps_per_epoch)
+    forward = sharding.forward(network, mesh)
+    init = functools.partial(steps.init_state, network, optimizer, image_size=image_size)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_sharding(mesh, shapes)
+    everywhere = sharding.replicated(mesh)
+    return Run(
+        dataset=dataset,
+        network=network,
+        mesh=mesh,
+        optimizer=optimizer,
+        statistics=jax.device_put(dataset.statistics, everywhere),
+        state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(
+            functools.partial(steps.train_step, network=network, forward=forward, optimizer=optimizer),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
+        ),
+        eval_step=jax.jit(
+            functools.partial(steps.eval_step, forward=forward, image_size=image_size, views=1),
+            out_shardings=everywhere,
+        ),
+        after_validation=jax.jit(optimizer.after_validation, out_shardings=shardings.opt_state),
+        examples=examples,
+        total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
+    )
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """Raises UserError for a key that nothing reads, or that is missing (for model's keys see `model.from_config`)."""
+    for prefix, known in _KEYS.items():
+        given = config[prefix[:-1]].keys() if prefix else config.keys()
+        for key in given:
+            if key not in known:
+                raise UserError(f'the config has a key {prefix + key!r} that means nothing.{did_you_mean(key, known)}')
+        for key in known:
+            if key not in given:
+                raise UserError(f'the config has no {prefix + key!r}; take it over from configs/paper.py.')
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    if config.on_nonfinite not in ('stop', 'skip'):
+        raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f'seed={config.seed}; expected 0 to 2^31 - 1.')
+    if config.num_steps <= 0 and not config.num_epochs > 0:
+        raise UserError(f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; nothing to train for.')
+    sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
+    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads', 'colour_std')}
+    for key, value in sizes.items():
+        if value < 0:
+            raise UserError(f'{key}={value}; expected 0 or more.')
