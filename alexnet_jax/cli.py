@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from alexnet_jax.errors import DivergedError, UserError, did_you_mean
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags and calls `main(positional arguments)`; never returns.
+def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
+    """Parses the flags, sees that the required ones are there, and calls `main()`; never returns.
 
     Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error.
     """
     logging.set_verbosity(logging.ERROR)  # orbax warns of much that is as it should be
-    app.run(lambda argv: _call(main, argv[1:]), flags_parser=_parse)
+    app.run(lambda argv: _call(main, argv[1:], required), flags_parser=_parse)
 
 
 def define_cpu_devices() -> None:
@@ -37,9 +37,14 @@ def use_cpu_devices() -> None:
         jax.config.update('jax_num_cpu_devices', flags.FLAGS.cpu_devices)
 
 
-def _call(main, arguments) -> None:
+def _call(main, arguments, required) -> None:
     try:
-        main(arguments)
+        if arguments:
+            raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+        for name in required:
+            if not flags.FLAGS[name].value:
+                raise UserError(f'--{name} is missing; see --help.')
+        main()
     except UserError as error:
         _fail(str(error), 2)
     except DivergedError as error:

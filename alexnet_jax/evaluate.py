@@ -140,13 +140,8 @@ def check_data(checkpoint: Checkpoint, dataset: sources.Dataset) -> None:
         )
 
 
-def main(arguments) -> None:
-    if arguments:
-        raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+def main() -> None:
     args = flags.FLAGS
-    for name in ('checkpoint', 'data'):
-        if not args[name].value:
-            raise UserError(f'--{name} is missing; see --help.')
     if args.batch_size < 1 or args.tower not in (1, 2):
         raise UserError(f'--batch_size={args.batch_size}, --tower={args.tower}; expected at least 1, and 1 or 2.')
     if args.views not in (1, 10):
@@ -177,4 +172,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('tower', 1, 'Devices a network is split over: 1, or 2.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object as the last line.')
     cli.define_cpu_devices()
-    cli.run(main)
+    cli.run(main, required=('checkpoint', 'data'))

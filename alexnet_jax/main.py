@@ -7,7 +7,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from alexnet_jax import cli, train
-from alexnet_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/; may take an argument: paper.py:init=authors.'
@@ -15,16 +14,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: checkpoints, metrics, config.')
 
 
-def main(arguments) -> None:
-    if arguments:
-        raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
-    for flag, example in ((_CONFIG, 'configs/paper.py'), (_WORKDIR, 'runs/paper')):
-        if flag.value is None:
-            raise UserError(f'--{flag.name} is missing; for example --{flag.name}={example}')
+def main() -> None:
     cli.use_cpu_devices()
     train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == '__main__':
     cli.define_cpu_devices()
-    cli.run(main)
+    cli.run(main, required=('config', 'workdir'))

@@ -299,13 +299,8 @@ def _jpeg(pixels: np.ndarray) -> io.BytesIO:
     return buffer
 
 
-def main(arguments) -> None:
-    if arguments:
-        raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+def main() -> None:
     args = flags.FLAGS
-    for name in ('input', 'output'):
-        if not args[name].value:
-            raise UserError(f'--{name} is missing; see --help.')
     prepare(
         args.input,
         args.output,
@@ -325,4 +320,4 @@ if __name__ == '__main__':
     flags.DEFINE_float('val_fraction', 0.0, 'Part of the training images to set aside as the val split.')
     flags.DEFINE_integer('seed', 0, 'Of the order of the images and of the choice for val.')
     flags.DEFINE_integer('max_bad', 0, 'Unreadable images to leave out before giving up.')
-    cli.run(main)
+    cli.run(main, required=('input', 'output'))

@@ -58,6 +58,11 @@ def _config(**changes):
     return small.digits_config(**{'num_steps': 30, 'eval_every_steps': 12, 'checkpoint_every_steps': 8, **changes})
 
 
+def _first_batch(run):
+    options = dict(record_size=32, image_size=28, reflect=False, colour_std=0.1, num_threads=1)
+    return next(data.train_batches(run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, **options))
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('uninterrupted')
@@ -67,7 +72,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_tells_its_story(uninterrupted):
-    _, workdir, result = uninterrupted
+    config, workdir, result = uninterrupted
     lines = _lines(workdir)
     train_lines = [line for line in lines if line['split'] == 'train']
     assert [line['step'] for line in train_lines] == list(range(1, 31))
@@ -82,6 +87,11 @@ def test_a_run_tells_its_story(uninterrupted):
     # The first validation is a gain, the next two (a gain takes 50 points) each drop the rate.
     rates = {line['step']: line['learning_rate'] for line in train_lines}
     chex.assert_trees_all_close([rates[s] for s in (12, 24, 25, 30)], [0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+    # The first update is of the stream's first batch, from the seed's parameters.
+    run = assemble.build(config)
+    batch = _first_batch(run)
+    _, report = run.train_step(run.init(jax.random.key(0)), batch, run.statistics, jax.random.key(0))
+    assert float(report['loss']) / 64 == train_lines[0]['loss']
     for name in ('config.json', 'environment.json'):
         assert json.loads((workdir / name).read_text())
     events = _events(workdir)
@@ -317,12 +327,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     run = assemble.build(_config())
     state = run.init(jax.random.key(0))
     before = jax.device_get(state)
-    batch = next(
-        data.train_batches(
-            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28,
-            reflect=False, colour_std=0.1, num_threads=1,
-        )
-    )  # fmt: skip
+    batch = _first_batch(run)
     batch['colour'][3] = np.nan
     after, report = run.train_step(state, batch, run.statistics, jax.random.key(1))
     after = jax.device_get(after)
@@ -333,12 +338,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 def test_dropout_is_drawn_anew_at_every_step():
     """The same batch and parameters (the rate is 0) have another loss at the next step, and the same when repeated."""
     run = assemble.build(_config(**{'optim.learning_rate': 0.0}))
-    batch = next(
-        data.train_batches(
-            run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, record_size=32, image_size=28,
-            reflect=False, colour_std=0.0, num_threads=1,
-        )
-    )  # fmt: skip
+    batch = _first_batch(run)
     losses = []
     for step in (0, 1, 1):
         state = run.init(jax.random.key(0))._replace(step=jnp.int32(step))
