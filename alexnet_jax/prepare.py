@@ -233,11 +233,17 @@ def _write(shard: Shard) -> Written:
             continue
         if shard.counts:
             moments = moments.add(pixels)
+        image = _jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
         record = features.serialize_example(
-            {'image': _jpeg(pixels) if shard.format == 'jpeg' else pixels, 'label': ref.label, 'file_name': ref.name}
+            {
+                'image': io.BytesIO(image) if shard.format == 'jpeg' else pixels,
+                'label': ref.label,
+                'file_name': ref.name,
+            }
         )
         writer.write(record)
-        digest.update(record)
+        # Not of the record: protobuf may order its fields otherwise the next time.
+        digest.update(f'{ref.name}\0{ref.label}\0'.encode() + image)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
     return Written(digest.hexdigest(), count, num_bytes, moments, bad)
@@ -292,11 +298,10 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _jpeg(pixels: np.ndarray) -> io.BytesIO:
+def _jpeg(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, 'JPEG', quality=_JPEG_QUALITY)
-    buffer.seek(0)
-    return buffer
+    return buffer.getvalue()
 
 
 def main() -> None:

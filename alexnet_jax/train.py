@@ -60,6 +60,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         if step >= run.total_steps:
             print(f'{workdir} is finished: step {step} of {run.total_steps}. Raise num_epochs to go on.', flush=True)
             return result
+        if step:
+            print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
         _write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
         writer = writers.RunWriter(workdir, step)
         log = writers.TrainLog(
@@ -158,17 +160,16 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
                 f'{workdir} was trained on other data than {config.data.path!r} (other images, or prepared otherwise); '
                 'give the same data, or another --workdir.'
             )
-        print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
         return checkpoint.restore(manager, step, run.state_shapes)
     state = run.init(key)
     if config.init_from:
-        state = state._replace(params=_take_over(checkpoint.load_checkpoint(config.init_from), state.params))
+        source = checkpoint.load_checkpoint(config.init_from)
+        state = state._replace(params=_take_over(source, state.params, classifier=list(run.network.table())[-1]))
     return state
 
 
-def _take_over(source: checkpoint.Checkpoint, params):
+def _take_over(source: checkpoint.Checkpoint, params, *, classifier: str):
     """The source's parameters on the mesh of `params`; a classifier for other classes stays as it was drawn."""
-    classifier = list(params)[-1]
     taken = {}
     for name, fresh in params.items():
         old = source.params.get(name)

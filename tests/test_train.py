@@ -397,12 +397,24 @@ def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatc
     assert checkpoint.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
 
 
-def test_init_from_takes_parameters_over(uninterrupted, tmp_path):
+def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch):
     _, workdir, _ = uninterrupted
     config = _config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path / 'same'))
     old = checkpoint.load_checkpoint(str(workdir)).params
     chex.assert_trees_all_equal(checkpoint.load_checkpoint(str(tmp_path / 'same')).params, old)
+    # Other classes: the classifier starts afresh, the rest is taken over.
+    digits = sources.open_dataset('digits')
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, 'open_dataset', lambda path: digits._replace(class_names=tuple('0123456789ab')))
+        twelve = config.copy_and_resolve_references()
+        twelve.model.num_classes = 12
+        train.train_and_evaluate(twelve, str(tmp_path / 'twelve'))
+    new = checkpoint.load_checkpoint(str(tmp_path / 'twelve')).params
+    assert new['fc8']['kernel'].shape[-1] == 12
+    chex.assert_trees_all_equal(
+        {k: v for k, v in new.items() if k != 'fc8'}, {k: v for k, v in old.items() if k != 'fc8'}
+    )
     other = config.copy_and_resolve_references()
     other.model.conv = ((4, *other.model.conv[0][1:]), *other.model.conv[1:])
     with pytest.raises(UserError, match=r'init_from: conv1 needs a kernel of shape \(5, 5, 3, 4\); found a kernel of'):
