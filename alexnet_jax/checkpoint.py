@@ -50,6 +50,8 @@ def open_manager(workdir: str, *, read_only: bool = False) -> ocp.CheckpointMana
         best_mode='min',
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
+        create=not read_only,
+        save_interval_steps=0 if read_only else 1,
     )
     return ocp.CheckpointManager(_path(os.path.join(workdir, FOLDER)), options=options, item_names=_ITEMS)
 

@@ -100,5 +100,5 @@ def _python_files(folder: str) -> list[str]:
 
 
 def _fail(message: str, code: int):
-    print(f'error: {message}', file=sys.stderr, flush=True)
+    print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
