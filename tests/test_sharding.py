@@ -39,22 +39,24 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
         assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
 
 
-def _train(network, mesh, number):
+def _train(network, mesh, number, size):
     """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
     optimizer = optim.make_optimizer(
         learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3,
         patience=1, min_gain=0.0, drop_epochs=(2.0,), steps_per_epoch=1.0,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    statistics = Statistics(rng.uniform(100, 140, (40, 40, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3))
-    params = small.to_float64(small.init(network))
+    statistics = Statistics(
+        rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
+    )
+    params = small.to_float64(small.init(network, 0, size))
     state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
     step = jax.jit(lambda *args: steps.train_step(*args, network=network, forward=forward, optimizer=optimizer))
     gradient = None
     for i in range(number):
         batch = {
-            'image': rng.integers(0, 256, (4, small.SIZE, small.SIZE, 3), np.uint8),
+            'image': rng.integers(0, 256, (4, size, size, 3), np.uint8),
             'offset': rng.integers(0, 5, (4, 2), np.int32),
             'reflect': rng.random(4) < 0.5,
             'colour': rng.normal(0, 0.1, (4, 3)),
@@ -68,13 +70,17 @@ def _train(network, mesh, number):
     return gradient, jax.device_get((state.params, state.opt_state.velocity))
 
 
-@pytest.mark.parametrize(('data', 'tower'), [*MESHES, (4, 1)])
-def test_gradients_and_three_updates_agree_with_one_device(data, tower):
+FULL_SIZE = [pytest.param(*mesh, True, marks=pytest.mark.slow) for mesh in MESHES]
+
+
+@pytest.mark.parametrize(('data', 'tower', 'full_size'), [(1, 2, False), (2, 2, False), (4, 1, False), *FULL_SIZE])
+def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_size):
     # float64: in float32 the winners of pools flip on nearly equal values, and correct programs drift apart.
     with jax.enable_x64():
-        network = small.network(dtype='float64')
-        expected = _train(network, sharding.make_mesh(data=1, tower=1), 3)
-        found = _train(network, sharding.make_mesh(data=data, tower=tower), 3)
+        network = model.AlexNet(dtype='float64') if full_size else small.network(dtype='float64')
+        size = 224 if full_size else small.SIZE
+        expected = _train(network, sharding.make_mesh(data=1, tower=1), 3, size)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 3, size)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == np.float64
         assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
