@@ -104,7 +104,8 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: 
         )
     if mesh is None:
         mesh = sharding.make_mesh(data=1, tower=1)
-    batch_size = -(-min(batch_size, len(image_NHWC)) // mesh.shape['data']) * mesh.shape['data']
+    divisor = mesh.shape['data']
+    batch_size = -(-max(1, min(batch_size, len(image_NHWC))) // divisor) * divisor
     function = _log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)
     params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
     parts = []

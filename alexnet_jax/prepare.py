@@ -66,7 +66,7 @@ def prepare(
       source: see `listing.find`.
       output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
       size: side of the squares, pixels.
-      format: 'jpeg' (quality 95, about 40 kB each at 256 px) or 'raw' (uint8, 197 kB).
+      format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB).
       val_fraction: part of the training images to set aside as the val split.
       seed: of the order in which images are written, and of the choice for val.
       max_bad: unreadable images that are named, counted and left out; one more ends it.

@@ -299,6 +299,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     chex.assert_shape(p, (360, 10))
     chex.assert_trees_all_close(p.sum(1), np.ones(360, np.float32), rtol=1e-5)
     chex.assert_trees_all_close(evaluate.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
+    chex.assert_shape(evaluate.predict(found, images[:0], views=1), (0, 10))
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
     # Ten views: the mean of the softmax outputs of ten cut-outs made here by hand.
     ten = np.zeros((4, 10))
