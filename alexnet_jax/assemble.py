@@ -9,20 +9,20 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, model, optim, sharding, sources, steps
+from alexnet_jax import augment, layers, model, optim, sharding, sources, steps
 from alexnet_jax.errors import UserError, did_you_mean
 from alexnet_jax.statistics import FILE_NAME
 
 _KEYS = {  # of every config; the values are explained in configs/paper.py
     '': (
         'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
-        'checkpoint_every_steps', 'init_from', 'on_nonfinite', 'debug', 'data', 'model', 'mesh', 'optim',
+        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'debug', 'data', 'model', 'mesh', 'optim',
     ),
-    'data.': ('path', 'image_size', 'reflect', 'colour_std', 'num_workers', 'num_threads'),
+    'data.': ('path', 'num_workers', 'num_threads', *augment.Augmentation._fields),
     'mesh.': ('data', 'tower'),
     'optim.': (
-        'learning_rate', 'momentum', 'weight_decay', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain',
-        'drop_epochs',
+        'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
+        'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain', 'stages',
     ),
 }  # fmt: skip
 
@@ -32,6 +32,7 @@ class Run(NamedTuple):
 
     dataset: sources.Dataset
     network: model.AlexNet
+    augmentation: augment.Augmentation
     mesh: Mesh
     optimizer: optim.Optimizer
     statistics: Any  # Statistics, on the mesh
@@ -53,6 +54,7 @@ def build(config: ConfigDict) -> Run:
     _check_keys(config)
     _check_ranges(config)
     network = model.from_config(config.model)
+    augmentation = augment.from_config(config.data)
     dataset = sources.open_dataset(config.data.path)
     if dataset.statistics is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
@@ -64,13 +66,13 @@ def build(config: ConfigDict) -> Run:
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size)
-    image_size = config.data.image_size
+    image_size = augmentation.image_size
     augment.positions(dataset.record_size, image_size)
-    model.check(network, image_size=image_size, towers=mesh.shape['tower'])
+    layers.sizes(network, image_size, towers=mesh.shape['tower'])
 
     examples = len(dataset.splits['train'])
     steps_per_epoch = examples / config.batch_size
-    optimizer = optim.make_optimizer(**config.optim, steps_per_epoch=steps_per_epoch)
+    optimizer = optim.make_optimizer(**config.optim, steps_per_epoch=steps_per_epoch, layers=list(network.table()))
     forward = sharding.forward(network, mesh)
     init = functools.partial(steps.init_state, network, optimizer, image_size=image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -79,18 +81,26 @@ def build(config: ConfigDict) -> Run:
     return Run(
         dataset=dataset,
         network=network,
+        augmentation=augmentation,
         mesh=mesh,
         optimizer=optimizer,
         statistics=jax.device_put(dataset.statistics, everywhere),
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
-            functools.partial(steps.train_step, network=network, forward=forward, optimizer=optimizer),
+            functools.partial(
+                steps.train_step,
+                network=network,
+                forward=forward,
+                optimizer=optimizer,
+                augmentation=augmentation,
+                colour_steps=round(augmentation.colour_epochs * steps_per_epoch) or None,
+            ),
             out_shardings=(shardings, everywhere),
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
         ),
         eval_step=jax.jit(
-            functools.partial(steps.eval_step, forward=forward, image_size=image_size, views=1),
+            functools.partial(steps.eval_step, forward=forward, augmentation=augmentation, views=1),
             out_shardings=everywhere,
         ),
         after_validation=jax.jit(optimizer.after_validation, out_shardings=shardings.opt_state),
@@ -112,6 +122,8 @@ def _check_keys(config: ConfigDict) -> None:
 
 
 def _check_ranges(config: ConfigDict) -> None:
+    if config.init_fresh and not config.init_from:
+        raise UserError(f'init_fresh={config.init_fresh} without init_from: every layer starts afresh then.')
     if config.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
     if not 0 <= config.seed < 2**31:
@@ -119,7 +131,7 @@ def _check_ranges(config: ConfigDict) -> None:
     if config.num_steps <= 0 and not config.num_epochs > 0:
         raise UserError(f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; nothing to train for.')
     sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
-    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads', 'colour_std')}
+    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads')}
     for key, value in sizes.items():
         if value < 0:
             raise UserError(f'{key}={value}; expected 0 or more.')

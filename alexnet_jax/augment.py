@@ -4,52 +4,134 @@
 not floats cross to the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from PIL import Image
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
+
+
+class Augmentation(NamedTuple):
+    """What a config's `data` says of crops, reflections, colour and mean. The defaults are the paper's.
+
+    Sources: section 4.1; `convdata_jpeg.py` of the authors' release; Caffe's data layer; torchvision's training script.
+    """
+
+    image_size: int = 224  # side of what the network reads, pixels; Caffe's 227
+    crop_area: tuple[float, float] | tuple = ()  # (): windows of image_size; torchvision's (0.08, 1): parts of the area
+    all_positions: bool = (
+        False  # False: 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: 33 x 33 (authors)
+    )
+    draw_every: int = 1  # successive images that share crop and reflection: 1 by the words, 32 in the authors' code
+    reflect: bool = True
+    mean: str = 'crop'  # subtract the mean image 'crop' by crop, its 'centre' always (authors), or its mean a 'channel'
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of R, G, B; what mean-subtracted pixels are divided by
+    colour_std: float = 0.1  # of the components' alphas; 0: off
+    colour_scale: str = 'eigenvalue'  # what the alphas are times: 'eigenvalue' (on [0, 1]) or 'std', its root (authors)
+    colour_divide: bool = False  # divide the image by 1 + colour_std while colour is on (authors)
+    colour_epochs: float = 0.0  # colour goes off after so many epochs, 0: never; 67 in the authors' net 145 (2010)
+
+
+def from_config(fields: dict[str, Any]) -> Augmentation:
+    """The augmentation in a config's `data`, also when JSON has turned its tuples into lists; other keys are ignored.
+
+    Raises:
+      UserError: a value outside its range.
+    """
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items() if key in Augmentation._fields}
+    found = Augmentation(**fields)
+    area, stds = found.crop_area, found.pixel_std
+    for key, right, expected in (
+        ('image_size', _whole(found.image_size), 'a whole number of pixels above 0'),
+        ('draw_every', _whole(found.draw_every), 'a whole number of images above 0'),
+        (
+            'crop_area',
+            area == () or (_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
+            '(), or (least, most) in 0 to 1',
+        ),
+        ('mean', found.mean in ('crop', 'centre', 'channel'), "'crop', 'centre' or 'channel'"),
+        ('pixel_std', _numbers(stds, 3) and min(stds) > 0, 'three numbers above 0'),
+        ('colour_std', _numbers((found.colour_std,), 1) and found.colour_std >= 0, 'a number of 0 or more'),
+        ('colour_scale', found.colour_scale in ('eigenvalue', 'std'), "'eigenvalue' or 'std'"),
+        ('colour_epochs', _numbers((found.colour_epochs,), 1) and found.colour_epochs >= 0, 'a number of 0 or more'),
+    ):
+        if not right:
+            raise UserError(f'data.{key}={getattr(found, key)!r}; expected {expected}.')
+    if area and found.mean == 'crop':
+        raise UserError(
+            "data.crop_area changes the scale, where no pixel has a mean of its own; use data.mean='channel'."
+        )
+    return found
+
+
+def _whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _numbers(values, count: int) -> bool:
+    return isinstance(values, tuple) and len(values) == count and all(isinstance(v, int | float) for v in values)
 
 
 class Draw(NamedTuple):
     """What is random about one image in one use."""
 
     offset: np.ndarray  # int32 [2]: row and column of the cut-out's first pixel
+    extent: np.ndarray  # int32 [2]: its height and width, before it is brought to image_size
     reflect: np.bool_  # mirror left to right
     colour: np.ndarray  # float32 [3]: the paper's alphas, one for each principal component
 
 
-def draw(rng: np.random.Generator, *, positions: int, reflect: bool, colour_std: float) -> Draw:
+def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> Draw:
     """Draws crop, reflection and colour for one image: 2048 = 32 x 32 x 2 cut-outs in the paper.
 
-    All numbers are drawn whatever the switches say, so that switching one off leaves the others as they were.
-
-    Args:
-      rng: seeded by (seed, position in the stream) alone.
-      positions: rows and columns at which a cut-out may begin: 0 ... positions - 1.
-      reflect: whether to mirror half of the images.
-      colour_std: standard deviation of the alphas; 0.1 in the paper, 0 switches colour off.
+    They depend on (seed, position in the stream) alone. All numbers are drawn whatever the switches say, so that
+    switching one off leaves the others as they were.
     """
-    offset = rng.integers(0, positions, 2, dtype=np.int32)
+    rng = np.random.default_rng((seed, 0, position // augmentation.draw_every))
     mirror = np.bool_(rng.random() < 0.5)
-    alphas = rng.standard_normal(3, dtype=np.float32)
-    return Draw(offset, mirror & reflect, alphas * np.float32(colour_std))
+    if augmentation.crop_area:
+        offset, extent = _part_of_the_area(rng, record_size, augmentation.crop_area)
+    else:
+        count = positions(record_size, augmentation.image_size, augmentation.all_positions)
+        offset, extent = rng.integers(0, count, 2), (augmentation.image_size,) * 2
+    alphas = np.random.default_rng((seed, 1, position)).standard_normal(3, dtype=np.float32)
+    return Draw(
+        np.asarray(offset, np.int32),
+        np.asarray(extent, np.int32),
+        mirror & augmentation.reflect,
+        alphas * np.float32(augmentation.colour_std),
+    )
+
+
+def _part_of_the_area(rng: np.random.Generator, size: int, area: tuple[float, float]):
+    """(offset, extent) of a part of a square's area with sides of 3:4 to 4:3, as torchvision's RandomResizedCrop."""
+    for _ in range(10):
+        share, aspect = rng.uniform(*area), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        extent = np.round(size * np.sqrt([share / aspect, share * aspect])).astype(int)
+        if (0 < extent).all() and (extent <= size).all():
+            return rng.integers(0, size - extent + 1), extent
+    return (0, 0), (size, size)
 
 
 def cut(image_HWC: np.ndarray, drawn: Draw, size: int) -> np.ndarray:
-    """The drawn size x size part of a uint8 image, mirrored if drawn so."""
-    y, x = drawn.offset
-    part = image_HWC[y : y + size, x : x + size]
+    """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so."""
+    (y, x), (height, width) = drawn.offset, drawn.extent
+    part = image_HWC[y : y + height, x : x + width]
+    if (height, width) != (size, size):
+        part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
     return part[:, ::-1] if drawn.reflect else part
 
 
-def positions(record_size: int, image_size: int) -> int:
+def positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
     """Places at which a cut-out may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
+
+    all_positions: counts the last one too, as the authors' code does: 33.
 
     Raises:
       UserError: the records are smaller than what the network reads.
@@ -59,44 +141,65 @@ def positions(record_size: int, image_size: int) -> int:
             f'data.image_size={image_size} is larger than the prepared images ({record_size} px); lower it, or '
             f'prepare again with --size={image_size} or more.'
         )
-    return max(1, record_size - image_size)
+    return max(1, record_size - image_size + all_positions)
 
 
-def colour_shift(alphas_N3, statistics: Statistics):
+def colour_shift(alphas_N3, statistics: Statistics, scale: str = 'eigenvalue'):
     """[p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in grey levels.  Section 4.1.
 
     The formula gives no scale. It is read on pixels in [0, 1], the one reading with sensible results (about 3.4 levels
     of 255; eigenvalues of 0-255 pixels would shift by hundreds): l / 255^2 there, times 255 back here.
 
-    alphas_N3: float [N, 3]. Returns float [N, 3], to be added to every pixel.
+    Args:
+      alphas_N3: float [N, 3].
+      statistics: components of the RGB values.
+      scale: 'eigenvalue', or 'std': the authors' code has the standard deviation sqrt(l), about 7.4 levels.
+
+    Returns:
+      float [N, 3], to be added to every pixel.
     """
-    return (alphas_N3 * (statistics.eigenvalues / 255.0)[None]) @ statistics.eigenvectors.T
+    lengths = jnp.sqrt(statistics.eigenvalues) if scale == 'std' else statistics.eigenvalues / 255.0
+    return (alphas_N3 * lengths[None]) @ statistics.eigenvectors.T
 
 
-def finish(batch: dict, statistics: Statistics, *, dtype=jnp.float32):
-    """Turns a training batch's bytes into the network's input: minus the mean image, plus the colour shift.
+def finish(batch: dict, statistics: Statistics, augmentation: Augmentation, *, colour=True, dtype=jnp.float32):
+    """Turns a training batch's bytes into the network's input: minus the mean, plus the colour shift.
 
     Args:
       batch: 'image' uint8 [N, s, s, 3], cut and mirrored; 'offset' int32 [N, 2], 'reflect' bool [N], 'colour' float32
         [N, 3] as drawn for each.
-      statistics: the mean image is cut and mirrored like its image (section 2: the mean activity of each pixel).
+      statistics: of the training set.
+      augmentation: with mean='crop' the mean image is cut and mirrored like its image (section 2: the mean activity of
+        each pixel); with 'centre' its central part stays as it is, whatever the cut.
+      colour: bool scalar, whether colour is (still) on.
       dtype: of the result.
 
     Returns:
-      float [N, s, s, 3], mean-subtracted, 0-255 scale.
+      float [N, s, s, 3], mean-subtracted, 0-255 scale (divided by `pixel_std`).
     """
     chex.assert_rank(batch['image'], 4)
     size = batch['image'].shape[1:]
-    mean = jnp.asarray(statistics.mean_image, dtype)
+    statistics = jax.tree.map(lambda x: jnp.asarray(x, dtype), statistics)
 
     def mean_under(offset, reflect):
-        part = lax.dynamic_slice(mean, (offset[0], offset[1], jnp.zeros_like(offset[0])), size)
+        part = lax.dynamic_slice(statistics.mean_image, (offset[0], offset[1], jnp.zeros_like(offset[0])), size)
         return jnp.where(reflect, part[:, ::-1], part)
 
-    shift = colour_shift(batch['colour'].astype(dtype), jax.tree.map(lambda x: jnp.asarray(x, dtype), statistics))
-    return (
-        batch['image'].astype(dtype) - jax.vmap(mean_under)(batch['offset'], batch['reflect']) + shift[:, None, None, :]
-    )
+    if augmentation.mean == 'crop':
+        mean = jax.vmap(mean_under)(batch['offset'], batch['reflect'])
+    else:
+        mean = _fixed_mean(statistics, augmentation, size[0])
+    shift = colour_shift(batch['colour'].astype(dtype), statistics, augmentation.colour_scale)
+    x = batch['image'].astype(dtype) - mean + jnp.where(colour, shift, 0)[:, None, None, :]
+    if augmentation.colour_divide:
+        x = x / jnp.where(colour, 1 + augmentation.colour_std, 1).astype(dtype)
+    return x / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None]
+
+
+def _fixed_mean(statistics: Statistics, augmentation: Augmentation, size: int):
+    """[1, size, size, 3] or [1, 1, 1, 3], the same for every cut-out."""
+    mean = jnp.asarray(statistics.mean_image)[None]
+    return centre(mean, size) if augmentation.mean == 'centre' else mean.mean((1, 2), keepdims=True)
 
 
 def centre(image_NHWC, size: int):
@@ -116,15 +219,16 @@ def ten_views(image_NHWC, size: int) -> list:
     return five + [view[:, :, ::-1] for view in five]
 
 
-def views(image_NHWC, statistics: Statistics, *, size: int, count: int, dtype=jnp.float32) -> list:
-    """The network's inputs for a test: the centre alone (count=1), or ten views (count=10).
+def views(image_NHWC, statistics: Statistics, augmentation: Augmentation, *, count: int, dtype=jnp.float32) -> list:
+    """The network's inputs for a test: the centre alone (count=1), or ten views (count=10). No colour.
 
     Args:
-      image_NHWC: uint8 [N, S, S, 3], whole records of the mean image's size. The mean is subtracted before cutting: of
-        the same crop.
+      image_NHWC: uint8 [N, S, S, 3], whole records of the mean image's size.
+      statistics: of the training set.
+      augmentation: its `mean` says whether that of the same crop is subtracted (the paper), or one fixed (authors).
 
     Returns:
-      `count` arrays, float [N, size, size, 3], mean-subtracted, 0-255 scale.
+      `count` arrays, float [N, size, size, 3], mean-subtracted, 0-255 scale (divided by `pixel_std`).
 
     Raises:
       UserError: another count.
@@ -132,5 +236,11 @@ def views(image_NHWC, statistics: Statistics, *, size: int, count: int, dtype=jn
     if count not in (1, 10):
         raise UserError(f'views={count}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     chex.assert_equal_shape([image_NHWC[0], statistics.mean_image])
-    image = image_NHWC.astype(dtype) - jnp.asarray(statistics.mean_image, dtype)[None]
-    return ten_views(image, size) if count == 10 else [centre(image, size)]
+    size, image = augmentation.image_size, image_NHWC.astype(dtype)
+    fixed = 0
+    if augmentation.mean == 'crop':
+        image = image - jnp.asarray(statistics.mean_image, dtype)[None]
+    else:
+        fixed = _fixed_mean(statistics, augmentation, size).astype(dtype)
+    cuts = ten_views(image, size) if count == 10 else [centre(image, size)]
+    return [(part - fixed) / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None] for part in cuts]

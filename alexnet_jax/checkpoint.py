@@ -14,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from alexnet_jax import model
+from alexnet_jax import augment, model
+from alexnet_jax.augment import Augmentation
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
@@ -29,11 +30,16 @@ class Checkpoint(NamedTuple):
     step: int
     params: Any  # numpy, in the global layout
     network: model.AlexNet
-    image_size: int  # side of the network's input, pixels
+    augmentation: Augmentation  # with it the size of the network's input, and what is subtracted from pixels
     record_size: int  # side of the images its cut-outs are taken from, pixels
     class_names: tuple[str, ...]
     statistics: Statistics
     config: dict[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the network's input, pixels."""
+        return self.augmentation.image_size
 
 
 def open_manager(workdir: str, *, read_only: bool = False) -> ocp.CheckpointManager:
@@ -65,18 +71,21 @@ def save(
 ) -> None:
     """Starts saving a state under its step; waits first for a save still under way (orbax would skip this one).
 
+    state: without optimiser state (None) the checkpoint can be used, but no run goes on from it.
     meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples', 'fingerprint'.
     top1_error: of the validation just made, percent; None where there was none.
     """
+    items = {
+        'params': ocp.args.StandardSave(state.params),
+        'statistics': ocp.args.StandardSave(statistics._asdict()),
+        'meta': ocp.args.JsonSave(meta),
+    }
+    if state.opt_state is not None:
+        items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
     manager.wait_until_finished()
     saved = manager.save(
         int(state.step),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
-            statistics=ocp.args.StandardSave(statistics._asdict()),
-            meta=ocp.args.JsonSave(meta),
-        ),
+        args=ocp.args.Composite(**items),
         metrics=None if top1_error is None else {'top1_error': top1_error},
     )
     if not saved:
@@ -149,7 +158,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         step=step,
         params=params,
         network=network,
-        image_size=meta['image_size'],
+        augmentation=augment.from_config(meta['config']['data']),
         record_size=meta['record_size'],
         class_names=tuple(meta['class_names']),
         statistics=statistics,

@@ -42,9 +42,7 @@ def train_batches(
     seed: int,
     start_step: int,
     record_size: int,
-    image_size: int,
-    reflect: bool,
-    colour_std: float,
+    augmentation: augment.Augmentation,
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     num_threads: int = 0,
@@ -56,25 +54,20 @@ def train_batches(
       batch_size: of all processes together.
       seed: of order and draws.
       start_step: first batch wanted.
-      record_size, image_size: sides of a record and of the cut-out, pixels.
-      reflect, colour_std: see `augment.draw`.
+      record_size: side of a record, pixels.
+      augmentation: what is drawn.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes.
       num_threads: threads, in each process; 0 takes one a core, 16 at most.
 
     Yields:
-      'image' uint8 [n, s, s, 3], 'offset' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3], 'label' int32 [n],
-      'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count.
+      'image' uint8 [n, s, s, 3], 'offset' and 'extent' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3],
+      'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count.
     """
-    element = functools.partial(
-        _train_element,
-        positions=augment.positions(record_size, image_size),
-        image_size=image_size,
-        reflect=reflect,
-        colour_std=colour_std,
-    )
-    # random_map before the batches are dealt out: its generator is keyed by the position in the whole stream.
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(element)
+    augment.positions(record_size, augmentation.image_size)  # raises before a worker would
+    element = functools.partial(_train_element, augmentation, seed, record_size)
+    # Mapped before the batches are dealt out: the position is that in the whole stream.
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map_with_index(element)
     return _iterate(stream, batch_size, start_step, shard, num_workers, num_threads)
 
 
@@ -98,10 +91,10 @@ def eval_batches(
     return _iterate(grain.MapDataset.range(padded).map(element), batch_size, 0, shard, num_workers, num_threads)
 
 
-def _train_element(record, rng, *, positions, image_size, reflect, colour_std) -> Batch:
-    drawn = augment.draw(rng, positions=positions, reflect=reflect, colour_std=colour_std)
+def _train_element(augmentation, seed, record_size, position, record) -> Batch:
+    drawn = augment.draw(augmentation, seed=seed, position=position, record_size=record_size)
     return {
-        'image': augment.cut(decode(record), drawn, image_size),
+        'image': augment.cut(decode(record), drawn, augmentation.image_size),
         **drawn._asdict(),
         'label': np.int32(record['label']),
         'weight': np.float32(1),

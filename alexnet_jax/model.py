@@ -3,7 +3,8 @@
 The defaults are the paper's network (section 3.5, figure 2). A variant is another table, never another class.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,49 +12,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax import ops
+from alexnet_jax import layers, ops
 from alexnet_jax.errors import UserError, did_you_mean
-
-_CONV_STEPS = {'relu', 'lrn', 'pool'}
-_DENSE_STEPS = {'relu', 'dropout'}
-
-
-class Conv(NamedTuple):
-    """A convolutional layer; named conv1, conv2, ... by its place in the table."""
-
-    features: int  # kernels, both towers together
-    kernel: int  # side of the square window, pixels
-    stride: int
-    padding: tuple[int, int]  # zeros before and after, rows and columns alike
-    groups: int  # 1: reads every map below; 2: each half reads its own tower's half
-    init_std: float  # weights are drawn from N(0, init_std)
-    bias: float  # initial value of every bias
-    then: str  # what follows, in order: 'relu lrn pool'
-
-
-class Dense(NamedTuple):
-    """A fully-connected layer; numbered on from the convolutions (fc6, fc7)."""
-
-    features: int
-    groups: int
-    init_std: float
-    bias: float
-    then: str  # 'relu dropout'
+from alexnet_jax.layers import FAN_IN, Conv, Dense
 
 
 class Weights(nn.Module):
     """Owns one layer's `kernel` and `bias`; what is done with them is for the network to say."""
 
     shape: tuple[int, ...]
-    init_std: float
-    bias: float
+    init_std: float | str
+    bias: float | str
 
     @nn.compact
     def __call__(self):
-        return (
-            self.param('kernel', nn.initializers.normal(self.init_std), self.shape),
-            self.param('bias', nn.initializers.constant(self.bias), self.shape[-1:]),
-        )
+        bound = math.prod(self.shape[:-1]) ** -0.5  # torch.nn's default for both, kaiming_uniform(a=sqrt(5))
+
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        kernel = uniform if self.init_std == FAN_IN else nn.initializers.normal(self.init_std)
+        bias = uniform if self.bias == FAN_IN else nn.initializers.constant(self.bias)
+        return self.param('kernel', kernel, self.shape), self.param('bias', bias, self.shape[-1:])
 
 
 class AlexNet(nn.Module):
@@ -66,14 +46,20 @@ class AlexNet(nn.Module):
     Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers: the module then sees its
     tower's part of every parameter and map, and gathers before a layer with one group whose input is split.
 
-    Attributes:
-      conv, dense: the table; tuples in the order of `Conv` and `Dense`.
+    Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
+    `bvlc_alexnet`; torchvision's `alexnet`):
+      conv, dense: the table; tuples in the order of `layers.Conv` and `layers.Dense`.
       num_classes: outputs of the classifier, the last fully-connected layer (fc8).
-      classifier_init_std: its weights' standard deviation; its biases start at 0 (section 5).
+      classifier: its (init_std, bias), as in a row of `dense`; 0.01 and 0 in section 5.
       pool_window, pool_stride: 3 and 2 overlap (section 3.4).
-      lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalisation (section 3.3).
-      norm_groups: parts of the channels that a normalisation window does not cross: 2, one for each GPU of the paper.
+      lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalisation (section 3.3). Caffe's k is 1.
+      lrn_alpha_over_n: whether alpha is divided by n, as in the authors' code (`layer.py`) and Caffe; not in the paper.
+      norm_groups: parts of the channels that a normalisation window does not cross: 2, one for each GPU of the paper;
+        1 in Caffe: across.
+      spatial_n, spatial_k, spatial_alpha, spatial_beta: of 'spatial_norm' (`type=rnorm` of the authors' code, behind
+        the second normalisation); alpha is divided by n^2.
       dropout_rate: probability that a hidden unit is silenced (section 4.2).
+      dropout_inverted: scale in training (Caffe, torchvision) and not at test (section 4.2).
       dtype: of the computation: 'float32', 'bfloat16', 'float64'. Parameters are float32.
       tower_axis: None on one device.
     """
@@ -90,23 +76,27 @@ class AlexNet(nn.Module):
         (4096, 1, 0.01, 1.0, 'relu dropout'),
     )
     num_classes: int = 1000
-    classifier_init_std: float = 0.01
+    classifier: tuple[float | str, float | str] = (0.01, 0.0)
     pool_window: int = 3
     pool_stride: int = 2
     lrn_n: int = 5
     lrn_k: float = 2.0
     lrn_alpha: float = 1e-4
     lrn_beta: float = 0.75
+    lrn_alpha_over_n: bool = False
     norm_groups: int = 2
+    spatial_n: int = 5
+    spatial_k: float = 1.0
+    spatial_alpha: float = 1e-3
+    spatial_beta: float = 0.75
     dropout_rate: float = 0.5
+    dropout_inverted: bool = False
     dtype: str = 'float32'
     tower_axis: str | None = None
 
     def table(self) -> dict[str, Conv | Dense]:
         """Layers by name, in order: conv1 ... fc8."""
-        rows = [Conv(*row) for row in self.conv] + [Dense(*row) for row in self.dense]
-        rows.append(Dense(self.num_classes, 1, self.classifier_init_std, 0.0, ''))
-        return {f'{"conv" if isinstance(row, Conv) else "fc"}{i}': row for i, row in enumerate(rows, 1)}
+        return layers.table(self)
 
     @nn.compact
     def __call__(self, x_NHWC, masks: dict[str, Any] | None = None):
@@ -145,15 +135,23 @@ class AlexNet(nn.Module):
                     x,
                     n=self.lrn_n,
                     k=self.lrn_k,
-                    alpha=self.lrn_alpha,
+                    alpha=self.lrn_alpha / self.lrn_n if self.lrn_alpha_over_n else self.lrn_alpha,
                     beta=self.lrn_beta,
                     groups=max(1, self.norm_groups // towers),
                 )
             case 'pool':
                 return ops.max_pool(x, window=self.pool_window, stride=self.pool_stride)
             case 'dropout':
-                return ops.dropout(x, mask, rate=self.dropout_rate)
-        raise AssertionError(step)  # check() admits no other
+                return ops.dropout(x, mask, rate=self.dropout_rate, inverted=self.dropout_inverted)
+            case 'spatial_norm':
+                return ops.spatial_response_norm(
+                    x,
+                    n=self.spatial_n,
+                    k=self.spatial_k,
+                    alpha=self.spatial_alpha / self.spatial_n**2,
+                    beta=self.spatial_beta,
+                )
+        raise AssertionError(step)  # layers.sizes admits no other
 
 
 def from_config(fields: dict[str, Any]) -> AlexNet:
@@ -198,7 +196,14 @@ _COUNTS = {
     'pool_stride',
     'lrn_n',
     'norm_groups',
+    'spatial_n',
 }
+
+
+def _is_init(value) -> bool:
+    return value == FAN_IN or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
 
@@ -219,51 +224,19 @@ def _check_value(name: str, field: str, value) -> None:
                 isinstance(value, int | float) and 0 <= value < 1,
                 'a number from 0 up to, not including, 1',
             )
+        case 'lrn_alpha_over_n' | 'dropout_inverted':
+            right, expected = isinstance(value, bool), 'True or False'
+        case 'init_std' | 'bias':
+            right, expected = _is_init(value), f'a number or {FAN_IN!r}'
+        case 'classifier':
+            right = isinstance(value, tuple) and len(value) == 2 and all(map(_is_init, value))
+            expected = f'(init std, bias), each a number or {FAN_IN!r}'
         case _ if field in _COUNTS:
             right, expected = whole and value > 0, 'a whole number above 0'
         case _:
             right, expected = isinstance(value, float) or whole, 'a number'
     if not right:
         raise UserError(f'{name} is {value!r}; expected {expected}.')
-
-
-def check(model: AlexNet, *, image_size: int, towers: int = 1) -> None:
-    """Raises UserError where the table is no network: for this image size, or for this number of towers."""
-    size, channels = image_size, 3
-    for name, layer in model.table().items():
-        known = _CONV_STEPS if isinstance(layer, Conv) else _DENSE_STEPS
-        if unknown := set(layer.then.split()) - known:
-            raise UserError(f'{name} is followed by {unknown.pop()!r}; expected some of: {", ".join(sorted(known))}.')
-        for what, count in (('inputs', channels), ('features', layer.features)):
-            if count % layer.groups:
-                raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
-        if layer.features % towers or (layer.groups > 1 and layer.groups % towers):
-            raise UserError(
-                f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
-                f'{towers} towers; use mesh.tower=1.'
-            )
-        channels = layer.features
-        if isinstance(layer, Dense):
-            continue
-        if size + sum(layer.padding) < layer.kernel:
-            raise UserError(
-                f'an image of {image_size} px does not fit the network: {name} looks through {layer.kernel} px '
-                f'windows at maps of {size} px; use a larger data.image_size.'
-            )
-        size = (size + sum(layer.padding) - layer.kernel) // layer.stride + 1
-        for step in layer.then.split():
-            if step == 'lrn' and (model.norm_groups % towers or channels % model.norm_groups):
-                raise UserError(
-                    f'{name} is normalised in {model.norm_groups} group(s) of its {channels} maps, which cannot be '
-                    f'split over {towers} towers; use mesh.tower=1.'
-                )
-            if step == 'pool':
-                if size < model.pool_window:
-                    raise UserError(
-                        f'an image of {image_size} px does not fit the network: {name} pools {size} px maps through '
-                        f'{model.pool_window} px windows; use a larger data.image_size.'
-                    )
-                size = ops.pooled_size(size, model.pool_window, model.pool_stride)
 
 
 def init(model: AlexNet, key: chex.PRNGKey, image_size: int):
@@ -275,13 +248,14 @@ def init(model: AlexNet, key: chex.PRNGKey, image_size: int):
     return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 
-def dropout_masks(model: AlexNet, key: chex.PRNGKey, batch_size: int) -> dict[str, chex.Array]:
-    """Bool [batch_size, features] for each layer followed by dropout: True keeps the unit (section 4.2).
+def dropout_masks(model: AlexNet, key: chex.PRNGKey, batch_size: int, image_size: int) -> dict[str, chex.Array]:
+    """Bool [batch_size, ...] for each layer followed by dropout: True keeps the unit (section 4.2).
 
     Drawn in global shape, so that every mesh sees the same masks and no two towers share one.
     """
+    keep = 1 - model.dropout_rate
     return {
-        name: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - model.dropout_rate, (batch_size, layer.features))
-        for i, (name, layer) in enumerate(model.table().items())
-        if 'dropout' in layer.then.split()
+        name: jax.random.bernoulli(jax.random.fold_in(key, i), keep, (batch_size, *sizes.dropped))
+        for i, (name, sizes) in enumerate(layers.sizes(model, image_size).items())
+        if sizes.dropped is not None
     }

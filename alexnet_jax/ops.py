@@ -72,10 +72,34 @@ def local_response_norm(
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC.reshape(*x_NHWC.shape[:-1], groups, -1)
-    square = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    square = jnp.pad(square, [(0, 0)] * 4 + [(n // 2, (n - 1) // 2)])
-    energy = sum(square[..., j : j + x.shape[-1]] for j in range(n))
+    energy = _window_sum(_square(x), n, axis=4)
     return (x * (k + alpha * energy) ** -beta).astype(x_NHWC.dtype).reshape(x_NHWC.shape)
+
+
+def spatial_response_norm(x_NHWC, *, n: int, k: float, alpha: float, beta: float):
+    """Divides each activation by a power of the energy around it in its own map.  Authors' code, not in the paper.
+
+        b = a / (k + alpha * sum of a^2 over the n x n window around it) ^ beta
+
+    `type=rnorm` of `layer.py`, as net 145 has it behind its second normalisation; there alpha is a scale / n^2. The
+    window begins n // 2 before its place and is cut short by the edges.
+
+    x_NHWC: float [N, H, W, C]; sums are taken in float32 at least. Returns the same shape.
+    """
+    chex.assert_rank(x_NHWC, 4)
+    energy = _window_sum(_window_sum(_square(x_NHWC), n, axis=1), n, axis=2)
+    return (x_NHWC * (k + alpha * energy) ** -beta).astype(x_NHWC.dtype)
+
+
+def _square(x):
+    return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+
+def _window_sum(x, n: int, axis: int):
+    """Sums over the n places around each along an axis; beyond the ends there is nothing."""
+    size = x.shape[axis]
+    x = jnp.pad(x, [(n // 2, (n - 1) // 2) if i == axis else (0, 0) for i in range(x.ndim)])
+    return sum(lax.slice_in_dim(x, j, j + size, axis=axis) for j in range(n))
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
@@ -108,18 +132,20 @@ def max_pool(x_NHWC, *, window: int, stride: int):
     return x
 
 
-def dropout(x, mask, *, rate: float):
+def dropout(x, mask, *, rate: float, inverted: bool = False):
     """Silences units in training, scales them at test.  Paper, section 4.2 (no scaling in training).
 
     Args:
-      x: float [N, F].
-      mask: bool [N, F], True where the unit is kept; None at test, where every output is multiplied by 1 - rate.
+      x: float [N, ...].
+      mask: bool, of the shape of x, True where the unit is kept; None at test.
       rate: probability of being set to zero.
+      inverted: Caffe and PyTorch divide what is kept by 1 - rate in training and leave the test alone; the paper
+        multiplies by 1 - rate at test.
 
     Returns:
-      float [N, F].
+      float, of the shape of x.
     """
     if mask is None:
-        return x * (1 - rate)
+        return x if inverted else x * (1 - rate)
     chex.assert_equal_shape([x, mask])
-    return jnp.where(mask, x, 0)
+    return jnp.where(mask, x / (1 - rate) if inverted else x, 0)

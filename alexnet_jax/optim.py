@@ -1,13 +1,13 @@
-"""The paper's update rule as an optax transformation, and the two ways its learning rate drops."""
+"""The paper's update rule as an optax transformation, and the two ways its rates fall."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, did_you_mean
 
 
 class SgdState(NamedTuple):
@@ -29,45 +29,61 @@ class Optimizer(NamedTuple):
 def make_optimizer(
     *,
     learning_rate: float,
+    bias_rate: float,
+    layer_rates: tuple[tuple[str, float], ...],
     momentum: float,
+    rate_in_velocity: bool,
     weight_decay: float,
+    bias_decay: float,
     schedule: str,
     drop_factor: float,
     max_drops: int,
     patience: int,
     min_gain: float,
-    drop_epochs: tuple[float, ...],
+    stages: tuple[tuple, ...],
     steps_per_epoch: float,
+    layers: Sequence[str],
 ) -> Optimizer:
     """Stochastic gradient descent as section 5 writes it, with the rate inside the velocity.
 
-        v <- momentum * v - weight_decay * rate * w - rate * gradient
+        v <- momentum * v - decay * rate * w - rate * gradient
         w <- w + v
 
-    So a velocity keeps its old scale across a drop of the rate (`optax.sgd` scales it down at once). The biases have
-    no decay: the paper speaks of weights, and the authors' code decays weights only (`src/weights.cu`).
+    So a velocity keeps its old scale across a drop of the rate (`optax.sgd` scales it down at once). The authors' code
+    (`src/weights.cu`) and Caffe's do the same. An array whose rate is 0 is frozen: neither it nor its velocity change.
 
     Args:
       learning_rate: the first rate; 0.01 in the paper.
-      momentum, weight_decay: 0.9 and 0.0005 in the paper.
-      schedule: 'plateau' divides the rate when validation stalls; 'epochs' at `drop_epochs`.
-      drop_factor: what a drop multiplies the rate by; 0.1 in the paper.
+      bias_rate: multiplies the rate of biases. The paper has one rate for all; 2 at first in the authors' files, and in
+        Caffe's (`lr_mult`).
+      layer_rates: (layer, factor) multiplies the rate of that layer's weights and biases; 0 freezes it.
+      momentum: 0.9 in the paper.
+      rate_in_velocity: False is `torch.optim.SGD`: v <- momentum * v - decay * w - gradient; w <- w + rate * v.
+      weight_decay: of weights; 0.0005 in the paper.
+      bias_decay: of biases. The paper speaks of weights, the authors' code (and Caffe's) decays weights only: 0.
+        `torch.optim.SGD` decays both alike.
+      schedule: 'plateau' divides the rate when validation stalls; 'epochs' follows `stages`.
+      drop_factor: what a drop on 'plateau' multiplies the rate by; 0.1 in the paper.
       max_drops: at most so many on 'plateau'; three in the paper.
       patience: a drop comes after so many validations in a row without a gain.
       min_gain: percentage points by which the error must fall below its best to count as a gain.
         Deviation: the paper dropped the rate by hand, "when the validation error rate stopped improving".
-      drop_epochs: when the rate drops on 'epochs', in passes through the training set.
+      stages: on 'epochs': rows (epoch it begins at, factor of the weights' rates, factor of the biases' rates, layers),
+        where layers holds (layer, factor of its weights, factor of its biases) for those with factors of their own.
       steps_per_epoch: updates a pass takes; need not be whole.
+      layers: names of the network's layers.
 
     Raises:
-      UserError: an unknown schedule, or a value outside its range.
+      UserError: an unknown schedule or layer, or a value outside its range.
     """
     if schedule not in ('plateau', 'epochs'):
         raise UserError(f"optim.schedule={schedule!r}; expected 'plateau' or 'epochs'.")
     for name, value, right in (
         ('learning_rate', learning_rate, learning_rate >= 0),
+        ('bias_rate', bias_rate, bias_rate >= 0),
         ('momentum', momentum, 0 <= momentum < 1),
         ('weight_decay', weight_decay, weight_decay >= 0),
+        ('bias_decay', bias_decay, bias_decay >= 0),
         ('drop_factor', drop_factor, 0 < drop_factor <= 1),
         ('patience', patience, patience >= 1),
         ('max_drops', max_drops, max_drops >= 0),
@@ -75,15 +91,26 @@ def make_optimizer(
     ):
         if not right:
             raise UserError(f'optim.{name}={value} is out of range; see configs/paper.py.')
-    numbers = all(isinstance(epoch, int | float) for epoch in drop_epochs)
-    if not numbers or sorted(drop_epochs) != list(drop_epochs):
-        raise UserError(f'optim.drop_epochs={drop_epochs}; expected rising numbers of epochs.')
-    drop_steps = [round(epoch * steps_per_epoch) for epoch in drop_epochs]
-    most = max_drops if schedule == 'plateau' else len(drop_steps)
+    for row in layer_rates:
+        _check_row('layer_rates', row, 2, layers)
+    if schedule == 'plateau':
+        rows = [(0.0, drop_factor**i, drop_factor**i, ()) for i in range(max_drops + 1)]
+    else:
+        rows = _check_stages(stages, layers)
+    starts = [round(row[0] * steps_per_epoch) for row in rows]
+
+    def stage(state: SgdState):
+        """Which row holds for the next update."""
+        return state.drops if schedule == 'plateau' else sum((state.count >= s for s in starts[1:]), jnp.int32(0))
 
     def rate(state: SgdState):
-        drops = state.drops if schedule == 'plateau' else sum((state.count >= s for s in drop_steps), jnp.int32(0))
-        return jnp.asarray([learning_rate * drop_factor**i for i in range(most + 1)])[drops]
+        return jnp.asarray([learning_rate * row[1] for row in rows])[stage(state)]
+
+    def rates_of(layer: str, part: str) -> list[float]:
+        """Of one array, row by row."""
+        column = 2 if part == 'bias' else 1
+        fixed = learning_rate * dict(layer_rates).get(layer, 1.0) * (bias_rate if part == 'bias' else 1.0)
+        return [fixed * {name: pair for name, *pair in row[3]}.get(layer, row[1:3])[column - 1] for row in rows]
 
     def init(params):
         return SgdState(
@@ -95,14 +122,23 @@ def make_optimizer(
         )
 
     def update(grads, state, params):
-        step = rate(state)
+        now = stage(state)
+
+        def rate_now(path):
+            return jnp.asarray(rates_of(path[0].key, path[-1].key))[now]
 
         def velocity(path, v, g, w):
-            decay = 0.0 if path[-1].key == 'bias' else weight_decay
-            return (momentum * v - decay * step * w - step * g).astype(w.dtype)
+            step, decay = rate_now(path), bias_decay if path[-1].key == 'bias' else weight_decay
+            scale = step if rate_in_velocity else 1.0
+            return jnp.where(step > 0, momentum * v - decay * scale * w - scale * g, v).astype(w.dtype)
+
+        def change(path, v):
+            step = rate_now(path)
+            return jnp.where(step > 0, v if rate_in_velocity else step * v, 0).astype(v.dtype)
 
         new = jax.tree_util.tree_map_with_path(velocity, state.velocity, grads, params)
-        return new, state._replace(velocity=new, count=state.count + 1)
+        updates = jax.tree_util.tree_map_with_path(change, new)
+        return updates, state._replace(velocity=new, count=state.count + 1)
 
     def after_validation(state: SgdState, error) -> SgdState:
         if schedule != 'plateau':
@@ -118,3 +154,29 @@ def make_optimizer(
         )
 
     return Optimizer(optax.GradientTransformation(init, update), rate, after_validation)
+
+
+def _check_stages(stages, layers: Sequence[str]) -> list[tuple]:
+    for row in stages:
+        if not isinstance(row, tuple | list) or len(row) != 4 or not all(map(_is_rate, row[:3])):
+            raise UserError(
+                f'optim.stages has the row {row!r}; expected (first epoch, factor for weights, factor for biases, '
+                'layers with factors of their own).'
+            )
+        for layer in row[3]:
+            _check_row('stages', layer, 3, layers)
+    starts = [row[0] for row in stages]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        raise UserError(f'optim.stages begins at the epochs {starts}; expected rising ones from 0.')
+    return list(stages)
+
+
+def _check_row(key: str, row, length: int, layers: Sequence[str]) -> None:
+    if not isinstance(row, tuple | list) or len(row) != length or not all(map(_is_rate, row[1:])):
+        raise UserError(f'optim.{key} has {row!r}; expected a layer and {length - 1} factor(s) of 0 or more.')
+    if row[0] not in layers:
+        raise UserError(f'optim.{key} names a layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')
+
+
+def _is_rate(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0

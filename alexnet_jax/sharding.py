@@ -6,6 +6,7 @@ The only file that names PartitionSpec. Every function takes the mesh; there is 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,24 +53,36 @@ def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
 def forward(model: AlexNet, mesh: Mesh) -> Callable:
     """The network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, in global shapes.
 
-    Each device computes its part of the batch (`data`) in its tower. The logits leave split both ways. Of
+    Each device computes its part of the batch (`data`) in its tower. The logits leave split both ways (unless the
+    number of classes is odd: then the classifier's weights lie whole on every device, and some more is moved). Of
     communication there is only what `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network.
 
     Differentiate outside: `jax.grad` of a loss of these logits. (Inside the mapped function, after a gather, gradients
     come out exactly two times too large, silently.)
     """
-    mapped = model.clone(tower_axis='tower' if mesh.shape['tower'] > 1 else None)
+    towers = mesh.shape['tower']
+    missing = -model.num_classes % towers
+    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + missing)
+    classifier = list(model.table())[-1]
 
     def block(params, x_nHWC, masks):
         return mapped.apply({'params': params}, x_nHWC, masks)
 
     def apply(params, x_NHWC, masks=None):
-        return jax.shard_map(
+        if missing:  # an odd number of classes: one more that nobody sees, so that each tower has as many
+            fill = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])  # noqa: E731
+            params = {**params, classifier: jax.tree.map(fill, params[classifier])}
+        logits = jax.shard_map(
             block,
             mesh=mesh,
-            in_specs=(jax.tree.map(_tower_spec, params), P('data'), P('data', 'tower')),
+            in_specs=(
+                jax.tree.map(_tower_spec, params),
+                P('data'),
+                jax.tree.map(lambda m: P('data', *[None] * (m.ndim - 2), 'tower'), masks),
+            ),
             out_specs=P('data', 'tower'),
         )(params, x_NHWC, masks)
+        return logits[:, : model.num_classes] if missing else logits
 
     return apply
 
@@ -81,7 +94,12 @@ def _tower_spec(array) -> P:
 
 def state_sharding(mesh: Mesh, state):
     """NamedSharding for every leaf of a training state: what is not a scalar has the shape of a parameter."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, _tower_spec(leaf)), state)
+
+    def place(leaf):
+        odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']  # an odd number of classes: whole on every device
+        return NamedSharding(mesh, P() if odd else _tower_spec(leaf))
+
+    return jax.tree.map(place, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from alexnet_jax import augment, metrics, model
+from alexnet_jax.augment import Augmentation
 from alexnet_jax.optim import Optimizer
 from alexnet_jax.statistics import Statistics
 
@@ -44,6 +45,8 @@ def train_step(
     network: model.AlexNet,
     forward: Callable,
     optimizer: Optimizer,
+    augmentation: Augmentation,
+    colour_steps: int | None = None,
 ) -> tuple[TrainState, dict]:
     """Takes one batch: forward, backward, update.
 
@@ -58,12 +61,17 @@ def train_step(
       network: for the shape of its dropout masks.
       forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
       optimizer: from `optim.make_optimizer`.
+      augmentation: how bytes become inputs.
+      colour_steps: batches with colour, then it is off; None: it never is.
 
     Returns:
       the new state, and sums of `metrics.sums` with 'gradient_norm', 'learning_rate' and 'finite'.
     """
-    masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), batch['label'].shape[0])
-    x = augment.finish(batch, statistics, dtype=jnp.promote_types(network.dtype, jnp.float32))
+    count, image_size = batch['image'].shape[:2]
+    masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
+    colour = True if colour_steps is None else state.step < colour_steps
+    dtype = jnp.promote_types(network.dtype, jnp.float32)
+    x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
     grads, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
@@ -79,17 +87,19 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), report
 
 
-def log_probabilities(params, image_NHWC, statistics: Statistics, *, forward: Callable, image_size: int, views: int):
+def log_probabilities(
+    params, image_NHWC, statistics: Statistics, *, forward: Callable, augmentation: Augmentation, views: int
+):
     """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
 
     image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the centre, 10 the paper's ten.
     """
-    inputs = augment.views(image_NHWC, statistics, size=image_size, count=views)
+    inputs = augment.views(image_NHWC, statistics, augmentation, count=views)
     each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
     return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
 
 
-def eval_step(params, batch: dict, statistics: Statistics, *, forward: Callable, image_size: int, views: int):
-    """Metric sums (see metrics.py) of one batch from `data.eval_batches`."""
-    scores = log_probabilities(params, batch['image'], statistics, forward=forward, image_size=image_size, views=views)
+def eval_step(params, batch: dict, statistics: Statistics, **test):
+    """Metric sums (see metrics.py) of one batch from `data.eval_batches`; `test` as `log_probabilities` takes it."""
+    scores = log_probabilities(params, batch['image'], statistics, **test)
     return metrics.sums(metrics.of_label(scores, batch['label']), scores, batch['label'], batch['weight'])

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import assemble, checkpoint, data, evaluate, sharding, steps, writers
 from alexnet_jax.assemble import Run
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, did_you_mean
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
@@ -77,9 +78,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             seed=config.seed,
             start_step=step,
             record_size=run.dataset.record_size,
-            image_size=config.data.image_size,
-            reflect=config.data.reflect,
-            colour_std=config.data.colour_std,
+            augmentation=run.augmentation,
             shard=sharding.data_shard(run.mesh),
             num_workers=config.data.num_workers,
             num_threads=config.data.num_threads,
@@ -149,6 +148,11 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
     step = manager.latest_step()
     if step is not None:
         old, statistics = checkpoint.read_meta(manager, step)
+        if not old['examples']:
+            raise UserError(
+                f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
+                f'--config.init_from={workdir}.'
+            )
         if differences := _differences(old['config'], meta['config']):
             raise UserError(
                 f'{workdir} holds a run of another config: {"; ".join(differences)}. '
@@ -164,23 +168,38 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
     state = run.init(key)
     if config.init_from:
         source = checkpoint.load_checkpoint(config.init_from)
-        state = state._replace(params=_take_over(source, state.params, classifier=list(run.network.table())[-1]))
+        for name in ('image_size', 'mean', 'pixel_std'):
+            theirs, ours = getattr(source.augmentation, name), getattr(run.augmentation, name)
+            if theirs != ours:
+                writers.warn(f'{config.init_from} was trained with data.{name}={theirs}, this config says {ours}.')
+        params = _take_over(source, state.params, config.init_fresh, classifier=list(run.network.table())[-1])
+        state = state._replace(params=params)
     return state
 
 
-def _take_over(source: checkpoint.Checkpoint, params, *, classifier: str):
-    """The source's parameters on the mesh of `params`; a classifier for other classes stays as it was drawn."""
+def _take_over(source: checkpoint.Checkpoint, params, fresh: Sequence[str], *, classifier: str):
+    """The source's parameters on the mesh of `params`; `fresh` ones, and a classifier for other classes, stay as drawn.
+
+    All start with velocity zero, as in the authors' `layer.py`.
+    """
+    for name in fresh:
+        if name not in params:
+            raise UserError(f'init_fresh names a layer {name!r}.{did_you_mean(name, params)}')
     taken = {}
-    for name, fresh in params.items():
+    for name, drawn in params.items():
         old = source.params.get(name)
-        if old is not None and all(old[part].shape == fresh[part].shape for part in fresh):
-            taken[name] = jax.tree.map(lambda a, b: jax.device_put(jnp.asarray(a), b.sharding), old, fresh)
-        elif name == classifier:
-            print(f'{name} starts afresh: it has {fresh["bias"].shape[0]} classes.', flush=True)
-            taken[name] = fresh
+        fits = old is not None and all(old[part].shape == drawn[part].shape for part in drawn)
+        if name in fresh or (name == classifier and not fits):
+            print(f'{name} starts afresh: {drawn["kernel"].shape}.', flush=True)
+            taken[name] = drawn
+        elif fits:
+            taken[name] = jax.tree.map(lambda a, b: jax.device_put(jnp.asarray(a), b.sharding), old, drawn)
         else:
             found = 'nothing' if old is None else f'a kernel of shape {old["kernel"].shape}'
-            raise UserError(f'init_from: {name} needs a kernel of shape {fresh["kernel"].shape}; found {found}.')
+            raise UserError(
+                f'init_from: {name} needs a kernel of shape {drawn["kernel"].shape}; found {found}. To let it start '
+                f'afresh, name it: --config.init_fresh="(\'{name}\',)".'
+            )
     return taken
 
 

@@ -29,14 +29,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval_every_steps = 0  # 0: once an epoch
     config.checkpoint_every_steps = 0  # 0: once an epoch; the best is chosen among those saved right after a validation
     config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier for other classes starts afresh
+    config.init_fresh = ()  # further layers that are drawn anew all the same: ('conv6', 'fc7')
     config.on_nonfinite = 'stop'  # loss or gradient not finite: 'stop', or 'skip' the batch
     config.debug = False  # stop at the first NaN and name the operation; slow
 
     config.data = ml_collections.ConfigDict()
     config.data.path = ''  # a directory written by alexnet_jax.prepare, or 'digits'
     config.data.image_size = 224  # side of the random patches, pixels; section 4.1
+    config.data.crop_area = ()  # (): patches of the image's own scale; (0.08, 1.0): torchvision's parts of its area
+    config.data.all_positions = False  # 32 x 32 patches of 256 px, section 4.1's factor 2048; True: all 33 x 33
+    config.data.draw_every = 1  # successive images that share crop and reflection
     config.data.reflect = True  # mirror half of them; section 4.1
+    config.data.mean = (
+        'crop'  # subtract the 'crop' of the mean image that lies under it, its 'centre', or per 'channel'
+    )
+    config.data.pixel_std = (1.0, 1.0, 1.0)  # mean-subtracted R, G, B are divided by these; not in the paper
     config.data.colour_std = 0.1  # of the principal components' alphas, 0: off; section 4.1
+    config.data.colour_scale = 'eigenvalue'  # of the components, section 4.1; 'std': their root
+    config.data.colour_divide = False  # whether the image is divided by 1 + colour_std
+    config.data.colour_epochs = 0.0  # colour goes off after so many epochs; 0: never
     config.data.num_workers = 0  # 0: decode in threads; else processes
     config.data.num_threads = 0  # threads in each process; 0: one a core
 
@@ -55,15 +66,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         (4096, 1, 0.01, 1.0, 'relu dropout'),
     )
     config.model.num_classes = 1000
-    config.model.classifier_init_std = 0.01  # section 5
+    config.model.classifier = (0.01, 0.0)  # its init std and bias; section 5
     config.model.pool_window = 3  # px; section 3.4
     config.model.pool_stride = 2  # px; section 3.4
     config.model.lrn_n = 5  # channels; section 3.3, with the next three
     config.model.lrn_k = 2.0
     config.model.lrn_alpha = 1e-4
     config.model.lrn_beta = 0.75
-    config.model.norm_groups = 2  # normalisation stays within a tower (Deviation from the printed N)
+    config.model.lrn_alpha_over_n = False  # as printed; True divides alpha by n
+    config.model.norm_groups = 2  # normalisation stays within a tower (Deviation from the printed N); 1: across
+    config.model.spatial_n = 5  # px; with the next three of 'spatial_norm', which is not in the paper
+    config.model.spatial_k = 1.0
+    config.model.spatial_alpha = 1e-3  # divided by spatial_n^2
+    config.model.spatial_beta = 0.75
     config.model.dropout_rate = 0.5  # section 4.2
+    config.model.dropout_inverted = False  # scaled at test, section 4.2; True: in training
     config.model.dtype = 'float32'  # of the computation; parameters are float32
 
     config.mesh = ml_collections.ConfigDict()
@@ -72,12 +89,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.optim = ml_collections.ConfigDict()
     config.optim.learning_rate = 0.01  # section 5
+    config.optim.bias_rate = 1.0  # biases' rates are times this; "an equal learning rate for all layers", section 5
+    config.optim.layer_rates = ()  # (('conv1', 0.1), ('conv2', 0.0)): slows a layer, freezes another
     config.optim.momentum = 0.9  # section 5
-    config.optim.weight_decay = 5e-4  # an update, of weights (not biases), times the learning rate; section 5
-    config.optim.schedule = 'plateau'  # 'plateau': follows the validation error; 'epochs': at drop_epochs
+    config.optim.rate_in_velocity = True  # section 5; False: torch.optim.SGD
+    config.optim.weight_decay = 5e-4  # an update, of weights, times the learning rate; section 5
+    config.optim.bias_decay = 0.0  # the same of biases
+    config.optim.schedule = 'plateau'  # 'plateau': follows the validation error; 'epochs': follows stages
     config.optim.drop_factor = 0.1  # section 5
     config.optim.max_drops = 3  # section 5; with 'plateau'
     config.optim.patience = 5  # validations without a gain before a drop; by hand in the paper
     config.optim.min_gain = 0.1  # percentage points of top-1 error that count as a gain; by hand in the paper
-    config.optim.drop_epochs = ()  # with 'epochs'; the authors' net 145 on ILSVRC-2010: (22, 50, 77)
+    config.optim.stages = ()  # with 'epochs': (from epoch, factor of weights' rates, of biases', layers), see optim.py
     return config

@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
         (256, 1, _he(256), 0.0, 'relu dropout'),
     )
     config.model.num_classes = 10
-    config.model.classifier_init_std = 0.05
+    config.model.classifier = (0.05, 0.0)
     config.optim.schedule = 'epochs'
-    config.optim.drop_epochs = (14.0,)
+    config.optim.stages = ((0, 1.0, 1.0, ()), (14, 0.1, 0.1, ()))
     return config

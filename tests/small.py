@@ -5,7 +5,7 @@ import runpy
 import jax
 import numpy as np
 
-from alexnet_jax import model
+from alexnet_jax import model, optim
 from tests.conftest import ROOT
 
 # Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
@@ -19,7 +19,7 @@ SMALL = dict(
     ),
     dense=((32, 1, 0.1, 0.5, 'relu dropout'), (32, 1, 0.1, 0.5, 'relu dropout')),
     num_classes=12,
-    classifier_init_std=0.1,
+    classifier=(0.1, 0.0),
     lrn_alpha=1e-2,  # so that the norm is felt at this scale of activations
 )
 SIZE = 35
@@ -31,6 +31,13 @@ def network(**changes) -> model.AlexNet:
 
 def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
     return jax.jit(lambda key: model.init(network, key, size))(jax.random.key(seed))
+
+
+def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
+    """The update of configs/paper.py with other values; ten updates are an epoch."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+    fields = {**config.optim, 'steps_per_epoch': 10.0, 'layers': list(network.table()), **changes}
+    return optim.make_optimizer(**fields)
 
 
 def digits_config(**changes):

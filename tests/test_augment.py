@@ -13,6 +13,10 @@ def _images(count, size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
+def _draws(augmentation, count, record_size):
+    return [augment.draw(augmentation, seed=2, position=i, record_size=record_size) for i in range(count)]
+
+
 def _statistics(size):
     moments = statistics.no_moments(size)
     for image in _images(20, size, seed=1):
@@ -39,15 +43,15 @@ def test_statistics_against_numpy():
 
 def test_finish_subtracts_the_mean_under_the_crop_and_adds_the_colour():
     stats, size = _statistics(12), 8
+    augmentation = augment.Augmentation(image_size=size)
     records = _images(6, 12)
-    rng = np.random.default_rng(2)
-    draws = [augment.draw(rng, positions=4, reflect=True, colour_std=0.1) for _ in records]
+    draws = _draws(augmentation, len(records), 12)
     assert {bool(d.reflect) for d in draws} == {True, False}
     batch = {
         'image': np.stack([augment.cut(r, d, size) for r, d in zip(records, draws, strict=True)]),
         **{name: np.stack([getattr(d, name) for d in draws]) for name in augment.Draw._fields},
     }
-    found = np.asarray(augment.finish(batch, stats))
+    found = np.asarray(augment.finish(batch, stats, augmentation))
     for n, (record, drawn) in enumerate(zip(records, draws, strict=True)):
         # By hand: subtract the mean image from the whole record, then cut, then mirror.
         y, x = drawn.offset
@@ -74,9 +78,7 @@ def test_colour_noise_has_the_strength_the_authors_pixels_give():
 
 
 def test_draws_cover_2048_cut_outs():
-    rng = np.random.default_rng(0)
-    count = augment.positions(256, 224)
-    draws = [augment.draw(rng, positions=count, reflect=True, colour_std=0.1) for _ in range(40_000)]
+    draws = _draws(augment.Augmentation(), 40_000, 256)
     seen = {(*d.offset.tolist(), bool(d.reflect)) for d in draws}
     assert len(seen) == 2048  # 40,000 draws miss one with a probability below 1e-5
     assert min(s[0] for s in seen) == 0 and max(s[0] for s in seen) == 31
@@ -86,8 +88,8 @@ def test_draws_cover_2048_cut_outs():
 
 
 def test_switching_one_draw_off_leaves_the_others():
-    a = augment.draw(np.random.default_rng(3), positions=32, reflect=True, colour_std=0.1)
-    b = augment.draw(np.random.default_rng(3), positions=32, reflect=False, colour_std=0.0)
+    (a,) = _draws(augment.Augmentation(), 1, 256)
+    (b,) = _draws(augment.Augmentation(reflect=False, colour_std=0.0), 1, 256)
     chex.assert_trees_all_equal(a.offset, b.offset)
     assert not b.reflect and not b.colour.any()
 
@@ -102,12 +104,13 @@ def test_ten_views_are_corners_centre_and_reflections():
 def test_views_subtract_the_mean_of_their_own_crop():
     stats, images = _statistics(12), _images(3, 12)
     whole = images.astype(np.float32) - stats.mean_image[None]
-    ten = augment.views(images, stats, size=8, count=10)
+    augmentation = augment.Augmentation(image_size=8)
+    ten = augment.views(images, stats, augmentation, count=10)
     chex.assert_trees_all_close(ten, augment.ten_views(whole, 8), atol=1e-4)
-    (one,) = augment.views(images, stats, size=8, count=1)
+    (one,) = augment.views(images, stats, augmentation, count=1)
     chex.assert_trees_all_close(one, whole[:, 2:10, 2:10], atol=1e-4)
     with pytest.raises(UserError, match='views=5; expected 1 .* or 10'):
-        augment.views(images, stats, size=8, count=5)
+        augment.views(images, stats, augmentation, count=5)
 
 
 def test_records_smaller_than_the_crop_are_refused():

@@ -153,6 +153,7 @@ ORDER = (
     'processes',
     'statistics',
     'ops',
+    'layers',
     'model',
     'sharding',
     'metrics',
@@ -163,13 +164,13 @@ ORDER = (
     'data',
 )
 ONLY = {
-    'ml_collections': {'assemble', 'train', 'main', 'cli'},
+    'ml_collections': {'assemble', 'train', 'main', 'cli', 'convert'},
     'grain': {'data'},
     'tensorflow_datasets': {'sources', 'prepare', 'listing'},
     'orbax': {'checkpoint'},
     'flax': {'model'},
     'optax': {'optim', 'steps'},
-    'absl': {'cli', 'main', 'prepare', 'evaluate', 'data'},
+    'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data'},
     'configs': set(),
 }
 

@@ -12,7 +12,7 @@ import chex
 import numpy as np
 import pytest
 
-from alexnet_jax import data, sources
+from alexnet_jax import augment, data, sources
 from alexnet_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.small import running
@@ -32,10 +32,8 @@ class Records:
 
 
 def _train(count=50, *, batch_size=8, start_step=0, take=10, **options):
-    options = {'seed': 3, 'reflect': True, 'colour_std': 0.1, 'num_threads': 2, **options}
-    batches = data.train_batches(
-        Records(count), batch_size=batch_size, start_step=start_step, record_size=6, image_size=4, **options
-    )
+    options = {'seed': 3, 'augmentation': augment.Augmentation(image_size=4), 'num_threads': 2, **options}
+    batches = data.train_batches(Records(count), batch_size=batch_size, start_step=start_step, record_size=6, **options)
     try:
         return list(itertools.islice(batches, take))
     finally:
@@ -46,8 +44,8 @@ def test_batches_hold_bytes_and_draws():
     (batch,) = _train(take=1)
     shapes = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
     assert shapes == {
-        'image': ('uint8', (8, 4, 4, 3)), 'offset': ('int32', (8, 2)), 'reflect': ('bool', (8,)),
-        'colour': ('float32', (8, 3)), 'label': ('int32', (8,)), 'weight': ('float32', (8,)),
+        'image': ('uint8', (8, 4, 4, 3)), 'offset': ('int32', (8, 2)), 'extent': ('int32', (8, 2)),
+        'reflect': ('bool', (8,)), 'colour': ('float32', (8, 3)), 'label': ('int32', (8,)), 'weight': ('float32', (8,)),
     }  # fmt: skip
 
 
@@ -141,11 +139,11 @@ _PARENT = """
 import multiprocessing, sys, time
 from absl import flags
 from tests.test_data import Records
-from alexnet_jax import data
+from alexnet_jax import augment, data
 if __name__ == '__main__':
     flags.FLAGS.mark_as_parsed()
-    batches = data.train_batches(Records(50), batch_size=8, start_step=0, record_size=6, image_size=4, seed=3,
-                                 reflect=True, colour_std=0.1, num_workers=2)
+    batches = data.train_batches(Records(50), batch_size=8, start_step=0, record_size=6, seed=3, num_workers=2,
+                                 augmentation=augment.Augmentation(image_size=4))
     next(batches)
     print(*[p.pid for p in multiprocessing.active_children()], flush=True)
     time.sleep(60)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model, ops
+from alexnet_jax import layers, model, ops
 from alexnet_jax.errors import UserError
 from tests import small
 from tests.conftest import ROOT
@@ -104,7 +104,7 @@ def test_conv1_hangs_over_the_right_and_bottom_edges():
 
 
 def test_dropout_masks_are_fair_and_independent():
-    masks = model.dropout_masks(model.AlexNet(), jax.random.key(0), 64)
+    masks = model.dropout_masks(model.AlexNet(), jax.random.key(0), 64, 224)
     assert set(masks) == {'fc6', 'fc7'}
     for mask in masks.values():
         chex.assert_shape(mask, (64, 4096))
@@ -143,7 +143,7 @@ def test_paper_config_is_the_default_network():
     [
         ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
         ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
-        ({'num_classes': 5}, small.SIZE, 2, 'fc8 has 5 features .* cannot be split over 2 towers'),
+        ({'dense': ((33, 1, 0.1, 0.5, 'relu'),)}, small.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
         ({'norm_groups': 1}, small.SIZE, 2, 'conv1 is normalised in 1 group'),
         ({'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu prelu'),)}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
         ({'conv': ((8, 5, 2, (0, 1), 2, 0.1, 0.1, 'relu'),)}, small.SIZE, 1, 'conv1 has 3 inputs'),
@@ -151,7 +151,7 @@ def test_paper_config_is_the_default_network():
 )
 def test_what_is_no_network_is_refused(changes, size, towers, message):
     with pytest.raises(UserError, match=message):
-        model.check(small.network(**changes), image_size=size, towers=towers)
+        layers.sizes(small.network(**changes), size, towers)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import optim
+from alexnet_jax import model
 from alexnet_jax.errors import UserError
+from tests import small
 
-PAPER = dict(
-    learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3, patience=2,
-    min_gain=0.5, drop_epochs=(), steps_per_epoch=10.0,
-)  # fmt: skip
+DROPS = ((0, 1, 1, ()), (0.3, 0.1, 0.1, ()), (0.6, 0.01, 0.01, ()))  # after 0.3 and 0.6 epochs of 10 updates
 
 
 def _optimizer(**changes):
-    return optim.make_optimizer(**{**PAPER, **changes})
+    fixed = {'schedule': 'epochs', 'stages': ((0, 1, 1, ()),), 'patience': 2, 'min_gain': 0.5}
+    return small.optimizer(model.AlexNet(), **{**fixed, **changes})
 
 
 def _run(optimizer, w, gradients):
@@ -36,11 +35,11 @@ def test_update_is_the_papers():
     rng = np.random.default_rng(0)
     w, gradients = rng.standard_normal(5), rng.standard_normal((8, 5))
     with jax.enable_x64():
-        history, _ = _run(_optimizer(drop_epochs=(0.3, 0.6)), w, gradients)
+        history, _ = _run(_optimizer(stages=DROPS), w, gradients)
     for part, decay in (('kernel', 0.0005), ('bias', 0.0)):
         by_hand, v = w.copy(), np.zeros(5)
         for i, g in enumerate(gradients):
-            rate = 0.01 / 10 ** ((i >= 3) + (i >= 6))  # drops after 0.3 and 0.6 epochs of 10 updates
+            rate = 0.01 / 10 ** ((i >= 3) + (i >= 6))
             v = 0.9 * v - decay * rate * by_hand - rate * g
             by_hand = by_hand + v
             chex.assert_trees_all_close(history[i][part], by_hand, rtol=1e-12)
@@ -48,7 +47,9 @@ def test_update_is_the_papers():
 
 def test_velocity_keeps_its_scale_across_a_drop():
     """With the gradient gone at the drop, the paper's step goes on at 0.9 of the last; optax.sgd's is a tenth."""
-    history, _ = _run(_optimizer(drop_epochs=(0.1,), weight_decay=0.0), np.zeros(1), np.array([[1.0], [0.0]]))
+    history, _ = _run(
+        _optimizer(stages=((0, 1, 1, ()), (0.1, 0.1, 0.1, ())), weight_decay=0.0), np.zeros(1), np.array([[1.0], [0.0]])
+    )
     first, second = history[0]['kernel'], history[1]['kernel'] - history[0]['kernel']
     chex.assert_trees_all_close(second / first, np.array([0.9]), rtol=1e-6)
 
@@ -84,8 +85,14 @@ def test_after_validation_leaves_its_argument_and_the_velocity_alone():
         ({'schedule': 'cosine'}, "optim.schedule='cosine'; expected 'plateau' or 'epochs'"),
         ({'patience': 0}, 'optim.patience=0 is out of range'),
         ({'learning_rate': -1.0}, 'optim.learning_rate=-1.0 is out of range'),
-        ({'drop_epochs': ('a',)}, 'expected rising'),
-        ({'drop_epochs': (5.0, 2.0)}, 'expected rising'),
+        ({'stages': ()}, 'expected rising'),
+        ({'stages': ((5.0, 1, 1, ()),)}, 'expected rising ones from 0'),
+        ({'stages': ((0, 1, 1, ()), (5, 1, 1, ()), (2, 1, 1, ()))}, 'expected rising'),
+        ({'stages': ((0, 1, ()),)}, r'optim.stages has the row \(0, 1, \(\)\); expected \(first epoch'),
+        ({'stages': ((0, 1, 1, (('conv1', 1),)),)}, r"optim.stages has \('conv1', 1\); expected a layer and 2"),
+        ({'stages': ((0, 1, 1, (('conv9', 1, 1),)),)}, r"a layer 'conv9'. Did you mean 'conv"),
+        ({'layer_rates': (('fc9', 0.1),)}, r"optim.layer_rates names a layer 'fc9'. Did you mean 'fc"),
+        ({'layer_rates': (('fc8', -1),)}, 'expected a layer and 1 factor'),
     ],
 )
 def test_errors(changes, message):

@@ -60,7 +60,7 @@ def test_gradients_with_dropout(full_size):
     x, labels = 60 * rng.standard_normal((2, size, size, 3)), np.array([3, 7])
     with jax.enable_x64():
         params = small.to_float64(small.init(network, 0, size))
-        masks = model.dropout_masks(network, jax.random.key(1), 2)
+        masks = model.dropout_masks(network, jax.random.key(1), 2, size)
 
         def loss(params):
             logits = network.apply({'params': params}, x, masks)

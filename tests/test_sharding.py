@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model, optim, sharding, steps
+from alexnet_jax import augment, model, sharding, steps
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
 from tests import small
@@ -28,7 +28,7 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
     network, size = (model.AlexNet(), 224) if full_size else (small.network(), small.SIZE)
     params = small.init(network, 0, size)
     x = 60 * jax.random.normal(jax.random.key(1), (4, size, size, 3))
-    masks = model.dropout_masks(network, jax.random.key(2), 4)
+    masks = model.dropout_masks(network, jax.random.key(2), 4, size)
     mesh = sharding.make_mesh(data=data, tower=tower)
     forward = jax.jit(sharding.forward(network, mesh))
     for train in (None, masks):
@@ -41,10 +41,7 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
 
 def _train(network, mesh, number, size):
     """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
-    optimizer = optim.make_optimizer(
-        learning_rate=0.01, momentum=0.9, weight_decay=5e-4, schedule='epochs', drop_factor=0.1, max_drops=3,
-        patience=1, min_gain=0.0, drop_epochs=(2.0,), steps_per_epoch=1.0,
-    )  # fmt: skip
+    optimizer = small.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
     rng = np.random.default_rng(0)
     statistics = Statistics(
         rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
@@ -52,7 +49,9 @@ def _train(network, mesh, number, size):
     params = small.to_float64(small.init(network, 0, size))
     state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
-    step = jax.jit(lambda *args: steps.train_step(*args, network=network, forward=forward, optimizer=optimizer))
+    fixed = dict(network=network, forward=forward, optimizer=optimizer)
+    fixed['augmentation'] = augment.Augmentation(image_size=size)
+    step = jax.jit(lambda *args: steps.train_step(*args, **fixed))
     gradient = None
     for i in range(number):
         batch = {

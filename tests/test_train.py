@@ -59,7 +59,7 @@ def _config(**changes):
 
 
 def _first_batch(run):
-    options = dict(record_size=32, image_size=28, reflect=False, colour_std=0.1, num_threads=1)
+    options = dict(record_size=32, augmentation=run.augmentation, num_threads=1)
     return next(data.train_batches(run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, **options))
 
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
 
 def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
     with pytest.raises(DivergedError, match=r'step \d+: loss or gradient is not finite \(learning rate 1e\+30\)'):
-        train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.drop_epochs': ()}), str(tmp_path))
+        train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.schedule': 'plateau'}), str(tmp_path))
     assert not os.listdir(tmp_path / 'checkpoints')
     # Nothing was saved, so the remedy may be tried in the same place.
     train.train_and_evaluate(_config(num_steps=2), str(tmp_path))

@@ -1,0 +1,142 @@
+"""The table of layers: what a row may hold, and the sizes and costs that follow from it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from alexnet_jax import ops
+from alexnet_jax.errors import UserError
+
+FAN_IN = 'fan_in'  # an init that depends on the number of inputs, see `Conv.init_std`
+
+
+class Conv(NamedTuple):
+    """A convolutional layer; named conv1, conv2, ... by its place in the table."""
+
+    features: int  # kernels, both towers together
+    kernel: int  # side of the square window, pixels
+    stride: int
+    padding: tuple[int, int]  # zeros before and after, rows and columns alike
+    groups: int  # 1: reads every map below; 2: each half reads its own tower's half, and the towers do not talk
+    init_std: (
+        float | str
+    )  # weights are drawn from N(0, init_std); 'fan_in': from U(-b, b) with b = inputs^-1/2 (PyTorch)
+    bias: float | str  # initial value of every bias; 'fan_in': drawn as such weights are
+    then: str  # what follows, in order: some of 'relu', 'lrn', 'spatial_norm', 'pool', 'dropout'
+
+
+class Dense(NamedTuple):
+    """A fully-connected layer; numbered on from the convolutions (fc6, fc7)."""
+
+    features: int
+    groups: int
+    init_std: float | str
+    bias: float | str
+    then: str  # some of 'relu', 'dropout'
+
+
+STEPS = {Conv: ('relu', 'lrn', 'spatial_norm', 'pool', 'dropout'), Dense: ('relu', 'dropout')}
+
+
+class Sizes(NamedTuple):
+    """What passes through a layer for one image, and what it costs."""
+
+    inputs: tuple[int, ...]  # (H, W, C) or (F,)
+    linear: tuple[int, ...]  # before what follows
+    outputs: tuple[int, ...]  # after it
+    dropped: tuple[int, ...] | None  # where dropout acts; None without
+    parameters: int
+    flops: int  # of the products: two for a multiplication and its addition
+
+
+def table(model) -> dict[str, Conv | Dense]:
+    """Layers by name, in order: conv1 ... fc8."""
+    rows = [Conv(*row) for row in model.conv] + [Dense(*row) for row in model.dense]
+    rows.append(Dense(model.num_classes, 1, *model.classifier, ''))
+    return {f'{"conv" if isinstance(row, Conv) else "fc"}{i}': row for i, row in enumerate(rows, 1)}
+
+
+def sizes(model, image_size: int, towers: int = 1) -> dict[str, Sizes]:
+    """Shapes, parameters and products of every layer.
+
+    Args:
+      model: an AlexNet, or whatever has its attributes.
+      image_size: side of the network's input, pixels.
+      towers: devices the network is to be split over.
+
+    Raises:
+      UserError: the table is no network: for this image size, or for this number of towers.
+    """
+    layers = table(model)
+    halves = [name for name, layer in layers.items() if layer.groups == 2 or _norm_in_halves(model, layer)]
+    if towers > 1 and not halves:
+        raise UserError(
+            'this network is in one piece, nothing in it is in two groups: it has no two towers; use mesh.tower=1.'
+        )
+    found, shape = {}, (image_size, image_size, 3)
+    for name, layer in layers.items():
+        if unknown := [step for step in layer.then.split() if step not in STEPS[type(layer)]]:
+            raise UserError(
+                f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(STEPS[type(layer)]))}.'
+            )
+        for what, count in (('inputs', shape[-1]), ('features', layer.features)):
+            if count % layer.groups:
+                raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
+        last = name == list(layers)[-1]  # the classifier may have an odd number of classes: sharding.py fills it up
+        if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
+            raise UserError(
+                f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
+                f'{towers} towers; use mesh.tower=1.'
+            )
+        inputs, dropped = shape, None
+        for step, shape in _shapes(model, name, layer, inputs, image_size):
+            if step == 'linear':
+                linear = shape
+            if step == 'dropout':
+                dropped = shape
+            if step == 'lrn' and (model.norm_groups % towers or layer.features % model.norm_groups):
+                raise UserError(
+                    f'{name} is normalised in {model.norm_groups} group(s) of its {layer.features} maps, which cannot '
+                    f'be split over {towers} towers; use mesh.tower=1.'
+                )
+        weights = _fan_in(layer, inputs) * layer.features
+        places = linear[0] * linear[1] if isinstance(layer, Conv) else 1
+        found[name] = Sizes(inputs, linear, shape, dropped, weights + layer.features, 2 * weights * places)
+    return found
+
+
+def _norm_in_halves(model, layer) -> bool:
+    return model.norm_groups == 2 and 'lrn' in layer.then.split()
+
+
+def _fan_in(layer: Conv | Dense, inputs: tuple[int, ...]) -> int:
+    """Numbers that one output is the weighted sum of."""
+    if isinstance(layer, Conv):
+        return layer.kernel**2 * inputs[-1] // layer.groups
+    count = 1
+    for size in inputs:
+        count *= size
+    return count // layer.groups
+
+
+def _shapes(model, name, layer, inputs, image_size) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """('linear', shape), then (step, shape) for each step that follows."""
+    if isinstance(layer, Dense):
+        for step in ('linear', *layer.then.split()):
+            yield step, (layer.features,)
+        return
+    size = inputs[0]
+    if size + sum(layer.padding) < layer.kernel:
+        raise UserError(
+            f'an image of {image_size} px does not fit the network: {name} looks through {layer.kernel} px '
+            f'windows at maps of {size} px; use a larger data.image_size.'
+        )
+    size = (size + sum(layer.padding) - layer.kernel) // layer.stride + 1
+    for step in ('linear', *layer.then.split()):
+        if step == 'pool':
+            if size < model.pool_window:
+                raise UserError(
+                    f'an image of {image_size} px does not fit the network: {name} pools {size} px maps through '
+                    f'{model.pool_window} px windows; use a larger data.image_size.'
+                )
+            size = ops.pooled_size(size, model.pool_window, model.pool_stride)
+        yield step, (size, size, layer.features)
