@@ -1,18 +1,23 @@
-"""Evaluates a checkpoint on a split of prepared data.
+"""Evaluates a checkpoint, or several as an ensemble, on a split of prepared data.
 
-python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
+    python -m alexnet_jax.evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
+
+--checkpoint given several times averages their softmax outputs (section 6); --weights=2,1,1 weighs them, and
+--weights=tuned looks for the weights with the lowest top-5 error on the val split.
 """
 
 import functools
 import json
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from alexnet_jax import cli, data, metrics, model, sharding, sources, steps
+from alexnet_jax import cli, data, ensemble, layers, metrics, sharding, sources, steps
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
@@ -63,21 +68,88 @@ def evaluate(
     checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128
 ) -> dict[str, float]:
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
-    model.check(checkpoint.network, image_size=checkpoint.image_size, towers=mesh.shape['tower'])
+    batch_size, test, params, statistics = _ready(checkpoint, mesh, views, batch_size)
+    eval_step = jax.jit(functools.partial(steps.eval_step, **test), out_shardings=sharding.replicated(mesh))
+    return one_pass(eval_step, params, statistics, source, mesh, batch_size=batch_size)
+
+
+def _ready(checkpoint: Checkpoint, mesh, views: int, batch_size: int):
+    """(batch size that divides, keywords of `steps.log_probabilities`, parameters and statistics on the mesh)."""
+    layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])
+    test = {
+        'forward': sharding.forward(checkpoint.network, mesh),
+        'augmentation': checkpoint.augmentation,
+        'views': views,
+    }
     parts = mesh.shape['data']
-    batch_size = -(-batch_size // parts) * parts
-    eval_step = jax.jit(
-        functools.partial(
-            steps.eval_step,
-            forward=sharding.forward(checkpoint.network, mesh),
-            image_size=checkpoint.image_size,
-            views=views,
-        ),
-        out_shardings=sharding.replicated(mesh),
-    )
     params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
     statistics = jax.device_put(checkpoint.statistics, sharding.replicated(mesh))
-    return one_pass(eval_step, params, statistics, source, mesh, batch_size=batch_size)
+    return -(-batch_size // parts) * parts, test, params, statistics
+
+
+def probabilities(
+    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """A checkpoint's softmax outputs for all of a source, averaged over the views: (float32 [N, K], int labels [N])."""
+    batch_size, test, params, statistics = _ready(checkpoint, mesh, views, batch_size)
+
+    def outputs(params, batch, statistics):
+        scores = steps.log_probabilities(params, batch['image'], statistics, **test)
+        return jnp.exp(scores), batch['label'], batch['weight']
+
+    function = jax.jit(outputs, out_shardings=sharding.replicated(mesh))
+    found = []
+    for batch in data.eval_batches(source, batch_size=batch_size, shard=sharding.data_shard(mesh)):
+        part, labels, weights = jax.device_get(function(params, sharding.to_mesh(mesh, batch), statistics))
+        found.append((part[weights > 0], labels[weights > 0]))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def evaluate_ensemble(
+    checkpoints: Sequence[Checkpoint],
+    source: Sequence,
+    mesh,
+    *,
+    weights: Sequence[float] | None = None,
+    tune_on: Sequence | None = None,
+    views: int = 1,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Errors of the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
+
+    Args:
+      checkpoints: of the same classes and record size.
+      source: records to test on; every network's outputs for all of them are held in memory.
+      mesh: from `sharding.make_mesh`.
+      weights: one for each; equal ones by default.
+      tune_on: records on which to look for the weights instead, see `ensemble.tune`.
+      views: 1 or 10.
+      batch_size: images at a time.
+
+    Returns:
+      'loss', 'top1_error', 'top5_error', 'count' as `one_pass`, and 'weights', which add up to 1.
+
+    Raises:
+      UserError: weights that do not fit.
+    """
+
+    def outputs(source):
+        found = [probabilities(c, source, mesh, views=views, batch_size=batch_size) for c in checkpoints]
+        return [p for p, _ in found], found[0][1]
+
+    tested = outputs(source)
+    if tune_on is not None:
+        weights = ensemble.tune(*(tested if tune_on is source else outputs(tune_on)))
+    elif weights is None:
+        weights = [1.0] * len(checkpoints)
+    averaged, labels = ensemble.average(tested[0], weights), tested[1]
+    scores = np.log(np.maximum(averaged, np.finfo(np.float32).tiny))
+    total = None
+    for start in range(0, len(labels), 4096):  # metrics sorts nothing, but it compares: some at a time
+        part, own = scores[start : start + 4096], labels[start : start + 4096]
+        sums = metrics.sums(metrics.of_label(part, own), part, own, np.ones(len(own), np.float32))
+        total = metrics.merge(total, _host(sums))
+    return {**metrics.finish(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 
 
 def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: int = 128, mesh=None) -> np.ndarray:
@@ -106,7 +178,8 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: 
         mesh = sharding.make_mesh(data=1, tower=1)
     divisor = mesh.shape['data']
     batch_size = -(-max(1, min(batch_size, len(image_NHWC))) // divisor) * divisor
-    function = _log_probabilities(checkpoint.network, mesh, checkpoint.image_size, views)
+    layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])
+    function = _log_probabilities(checkpoint.network, mesh, checkpoint.augmentation, views)
     params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
     parts = []
     for start in range(0, len(image_NHWC), batch_size):
@@ -118,9 +191,10 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: 
 
 
 @functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
-def _log_probabilities(network, mesh, image_size, views):
+def _log_probabilities(network, mesh, augmentation, views):
     forward = sharding.forward(network, mesh)
-    return jax.jit(functools.partial(steps.log_probabilities, forward=forward, image_size=image_size, views=views))
+    test = functools.partial(steps.log_probabilities, forward=forward, augmentation=augmentation, views=views)
+    return jax.jit(test, out_shardings=sharding.replicated(mesh))
 
 
 def check_data(checkpoint: Checkpoint, dataset: sources.Dataset) -> None:
@@ -147,28 +221,62 @@ def main() -> None:
         raise UserError(f'--batch_size={args.batch_size}, --tower={args.tower}; expected at least 1, and 1 or 2.')
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
+    weights = _weights(args.weights, len(args.checkpoint))
     cli.use_cpu_devices()
     dataset = sources.open_dataset(args.data)
     source = dataset.split(args.split)
-    checkpoint = load_checkpoint(args.checkpoint)
-    check_data(checkpoint, dataset)
+    tune_on = dataset.split('val') if args.weights == 'tuned' else None
+    checkpoints = [load_checkpoint(path) for path in args.checkpoint]
+    for checkpoint in checkpoints:
+        check_data(checkpoint, dataset)
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
-    result = evaluate(checkpoint, source, mesh, views=args.views, batch_size=args.batch_size)
+    test = {'views': args.views, 'batch_size': args.batch_size}
+    keys = ['top1_error', 'top5_error', 'loss', 'count']
+    if len(checkpoints) == 1:
+        result = evaluate(checkpoints[0], source, mesh, **test)
+        name = f'{args.checkpoint[0]} (step {checkpoints[0].step})'
+    else:
+        result = evaluate_ensemble(checkpoints, source, mesh, weights=weights, tune_on=tune_on, **test)
+        keys.append('weights')
+        said = ', '.join(
+            f'{path} {weight:.3f}' for path, weight in zip(args.checkpoint, result['weights'], strict=True)
+        )
+        how = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
+        if tune_on is not None and args.split == 'val':
+            how += ', the images they are tested on here'
+        name = f'{len(checkpoints)} networks (weights {said}; {how})'
     crops = 'centre crop' if args.views == 1 else 'ten views'
     print(
-        f'{args.checkpoint} (step {checkpoint.step}), {args.split} of {args.data}, {result["count"]} images, {crops}: '
+        f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '
         f'top-1 error {result["top1_error"]:.2f}%, top-5 error {result["top5_error"]:.2f}%, loss {result["loss"]:.4f}'
     )
     if args.json:
-        keys = ('top1_error', 'top5_error', 'loss', 'count')
         print(json.dumps({**{key: result[key] for key in keys}, 'views': args.views}))
 
 
+def _weights(text: str, count: int) -> list[float] | None:
+    """--weights as numbers; None where they are equal or to be tuned."""
+    if count == 1 and text:
+        raise UserError(f'--weights={text} for one checkpoint; give --checkpoint several times.')
+    if text in ('', 'tuned'):
+        return None
+    try:
+        weights = [float(word) for word in text.split(',')]
+    except ValueError:
+        raise UserError(f"--weights={text}; expected numbers with commas between them, or 'tuned'.") from None
+    if len(weights) != count or not all(0 <= w < float('inf') for w in weights) or not sum(weights):
+        raise UserError(f'--weights={text} for {count} checkpoints; expected one of 0 or more for each, not all 0.')
+    return weights
+
+
 if __name__ == '__main__':
-    flags.DEFINE_string('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.")
+    flags.DEFINE_multi_string(
+        'checkpoint', None, "A workdir (its best step, else its latest) or one step's folder; several: an ensemble."
+    )
     flags.DEFINE_string('data', None, "A prepared directory, or 'digits'.")
     flags.DEFINE_string('split', 'val', 'The split to evaluate on.')
     flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
+    flags.DEFINE_string('weights', '', "Of an ensemble: numbers with commas, or 'tuned' on the val split; else equal.")
     flags.DEFINE_integer('batch_size', 128, 'Images at a time.')
     flags.DEFINE_integer('tower', 1, 'Devices a network is split over: 1, or 2.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object as the last line.')

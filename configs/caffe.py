@@ -1,0 +1,56 @@
+"""Caffe's AlexNet: `models/bvlc_alexnet` of BVLC/caffe, `train_val.prototxt` and `solver.prototxt`.
+
+    python -m alexnet_jax.main --config=configs/caffe.py --workdir=runs/caffe --config.data.path=DIR
+
+Weights that Caffe trained come in with
+
+    python -m alexnet_jax.convert --input=bvlc_alexnet.caffemodel --mean=imagenet_mean.binaryproto --output=runs/bvlc
+
+It has the paper's widths and groups, but one tower: the normalisation reaches over all maps. Constant 1 and alpha / n
+in it, crops of 227 without padding, biases of 0.1 ("1 gave flat loss"), smaller weights in fc 6 and fc 7, no colour,
+dropout scaled in training.
+
+The source reports, ILSVRC-2012 validation set, centre crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
+error). Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py); it was not trained.
+
+Deviation: images are prepared as the paper's (shorter side to 256, central square); Caffe's script squeezes them to
+256x256 whatever their shape.
+"""
+
+import os
+import runpy
+
+import ml_collections
+
+_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+_IMAGES, _BATCH = 1_281_167, 256
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = runpy.run_path(_PAPER)['get_config']()
+    config.batch_size = _BATCH
+    config.num_epochs = 450_000 * _BATCH / _IMAGES  # max_iter
+
+    config.data.image_size = 227
+    config.data.all_positions = True
+    config.data.colour_std = 0.0
+
+    config.model.conv = (
+        (96, 11, 4, (0, 0), 1, 0.01, 0.0, 'relu lrn pool'),
+        (256, 5, 1, (2, 2), 2, 0.01, 0.1, 'relu lrn pool'),
+        (384, 3, 1, (1, 1), 1, 0.01, 0.0, 'relu'),
+        (384, 3, 1, (1, 1), 2, 0.01, 0.1, 'relu'),
+        (256, 3, 1, (1, 1), 2, 0.01, 0.1, 'relu pool'),
+    )
+    config.model.dense = ((4096, 1, 0.005, 0.1, 'relu dropout'), (4096, 1, 0.005, 0.1, 'relu dropout'))
+    config.model.lrn_k = 1.0
+    config.model.lrn_alpha_over_n = True
+    config.model.norm_groups = 1
+    config.model.dropout_inverted = True
+
+    config.mesh.tower = 1
+
+    config.optim.bias_rate = 2.0  # lr_mult
+    config.optim.schedule = 'epochs'
+    config.optim.stages = tuple((i * 100_000 * _BATCH / _IMAGES, 0.1**i, 0.1**i, ()) for i in range(5))  # stepsize
+    return config

@@ -1,0 +1,86 @@
+"""A sixth convolutional layer over the last pooling layer, pre-trained on a larger ImageNet: the paper's "1 CNN*".
+
+Source: section 6 and table 2; net 146 of the authors' release (`layers-146*.cfg`, `layer-params-146*.cfg`). Conv 6
+has 256 kernels of 3x3 that read both towers; 61,555,304 parameters with 1,000 classes. The fully-connected layers are
+fc7, fc8 and the classifier fc9.
+
+    python -m alexnet_jax.main --config=configs/sixth_conv.py --workdir=runs/six --config.data.path=DIR
+
+The words, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", are two commands:
+
+    ... --config=configs/sixth_conv.py:pretrain --workdir=runs/fall --config.data.path=FALL2011
+    ... --config=configs/sixth_conv.py:finetune --workdir=runs/tuned --config.data.path=DIR --config.init_from=runs/fall
+
+What was done is a chain of four; A is net 145 (configs/authors_2012.py), then each with --config.init_from=the one
+before:
+
+  argument      data                       copied              drawn anew           slowed
+  authors=2009  Fall 2009, 10,184 classes  conv1-5 (of A)      conv6, dense layers  conv1-5 at a tenth
+  authors=2011  Fall 2011, 21,843 classes  conv1-6             dense layers         conv1-6 at a tenth
+  authors=2012  ILSVRC-2012                all but classifier  classifier           all at a tenth; conv1 less, then 0
+
+On Fall 2011 the classifier reads a linear layer of 2048 units (fc9). Every copy starts with velocity zero.
+
+The paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. The authors' log: 38.99% and
+16.62%. Here: parameters, shapes, products and collectives are counted, and the chain was run on a small instance
+(tests/test_finetune.py); no part of it was trained at this size.
+
+Deviation: `finetune` takes the rates of authors=2012, of which the paper says nothing; biases have twice the rates of
+weights, as far as the release's files agree; parts of passes are taken from the diary's count of files of 1,024
+images."""
+
+import os
+import runpy
+
+import ml_collections
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_LOWER = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
+_VARIANTS = (None, 'init=authors', 'pretrain', 'finetune', 'authors=2009', 'authors=2011', 'authors=2012')
+
+
+def _tenth(names: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
+    return tuple((name, 0.1, 0.1) for name in names)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """arg: None, 'init=authors' (as for paper.py), 'pretrain', 'finetune', or a link of the chain: see above."""
+    if arg not in _VARIANTS:
+        raise ValueError(f'configs/sixth_conv.py has no variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
+    authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
+    base = runpy.run_path(os.path.join(_HERE, 'authors_2012.py' if authors else 'paper.py'))['get_config']
+    config = base('init=authors' if arg == 'init=authors' else None)
+    conv5 = config.model.conv[-1]
+    config.model.conv = (*config.model.conv, (256, 3, 1, (1, 1), 1, conv5[5], 1.0, 'relu'))
+    if authors:
+        config.data.colour_epochs = 0.0
+
+    if arg == 'pretrain':
+        config.model.num_classes = 21_843
+    if arg == 'authors=2009':
+        config.model.num_classes = 10_184
+        config.num_epochs = 5.74  # stopped at epoch 6, file 6,491 of 8,800
+        config.init_fresh = ('conv6', 'fc7', 'fc8', 'fc9')
+        config.optim.stages = ((0, 1.0, 1.0, _tenth(_LOWER)), (1.18, 0.1, 0.1, ()))
+    if arg == 'authors=2011':
+        config.model.num_classes = 21_843
+        config.model.dense = (*config.model.dense, (2048, 1, 0.01, 0.0, ''))
+        config.num_epochs = 7.81  # stopped at epoch 8, file 11,295 of 13,900
+        config.init_fresh = ('fc7', 'fc8', 'fc9', 'fc10')
+        config.optim.stages = ((0, 1.0, 1.0, _tenth((*_LOWER, 'conv6'))), (5, 0.1, 0.1, ()))
+    if arg in ('finetune', 'authors=2012'):
+        frozen, classifier = ('conv1', 0.0, 0.0), ('fc9', 1.0, 1.0)
+        config.num_epochs = 54.0
+        config.data.colour_epochs = 37.0
+        config.init_fresh = ('fc9',)
+        config.optim.schedule = 'epochs'
+        config.optim.stages = (
+            (0, 0.1, 0.1, (('conv1', 0.01, 0.01),)),
+            (0.24, 0.1, 0.1, (('conv1', 0.01, 0.01), classifier)),  # after 300 files of 1,024 images
+            (4, 0.1, 0.1, (('conv1', 0.001, 0.001), classifier)),
+            (6, 0.1, 0.1, (frozen, classifier)),
+            (8, 0.1, 0.1, (frozen,)),
+            (21, 0.01, 0.1, (frozen,)),
+            (41, 0.001, 0.1, (frozen,)),
+        )
+    return config
