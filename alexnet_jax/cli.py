@@ -12,13 +12,15 @@ from ml_collections import ConfigDict
 from alexnet_jax.errors import DivergedError, UserError, did_you_mean
 
 
-def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
+def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | None = None) -> None:
     """Parses the flags, sees that the required ones are there, and calls `main()`; never returns.
+
+    arguments: what the words are that come without --; then `main(words)` is called, with one at least.
 
     Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error.
     """
     logging.set_verbosity(logging.ERROR)  # orbax warns of much that is as it should be
-    app.run(lambda argv: _call(main, argv[1:], required), flags_parser=_parse)
+    app.run(lambda argv: _call(main, argv[1:], required, arguments), flags_parser=_parse)
 
 
 def define_cpu_devices() -> None:
@@ -37,14 +39,19 @@ def use_cpu_devices() -> None:
         jax.config.update('jax_num_cpu_devices', flags.FLAGS.cpu_devices)
 
 
-def _call(main, arguments, required) -> None:
+def _call(main, words, required, arguments) -> None:
     try:
-        if arguments:
-            raise UserError(f'unexpected argument {arguments[0]!r}; options start with --.')
+        if words and arguments is None:
+            raise UserError(f'unexpected argument {words[0]!r}; options start with --.')
         for name in required:
             if not flags.FLAGS[name].value:
                 raise UserError(f'--{name} is missing; see --help.')
-        main()
+        if arguments is None:
+            main()
+        elif words:
+            main(words)
+        else:
+            raise UserError(f'nothing to work on: give one {arguments} or more.')
     except UserError as error:
         _fail(str(error), 2)
     except DivergedError as error:

@@ -201,7 +201,7 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]
     """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
     for entry in _entries(folder):
         if entry.is_dir():
-            for image in _images_below(entry.path):
+            for image in images_below(entry.path):
                 yield _file(image, root, split or 'train', entry.name)
         elif entry.name.startswith(_VAL_PREFIX) and _is_image(entry.name):
             yield _file(entry.path, folder, split or 'val', _validation_class(entry.name))
@@ -218,10 +218,11 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode('utf-8', 'replace')
 
 
-def _images_below(folder: str) -> Iterable[str]:
+def images_below(folder: str) -> Iterable[str]:
+    """Paths of the image files in a folder and those in it, in the order of their names. Raises UserError."""
     for entry in _entries(folder):
         if entry.is_dir():
-            yield from _images_below(entry.path)
+            yield from images_below(entry.path)
         elif _is_image(entry.name):
             yield entry.path
 
