@@ -69,9 +69,7 @@ def sizes(model, image_size: int, towers: int = 1) -> dict[str, Sizes]:
     layers = table(model)
     halves = [name for name, layer in layers.items() if layer.groups == 2 or _norm_in_halves(model, layer)]
     if towers > 1 and not halves:
-        raise UserError(
-            'this network is in one piece, nothing in it is in two groups: it has no two towers; use mesh.tower=1.'
-        )
+        raise UserError('nothing in this network is in two groups, so it has no two towers; use mesh.tower=1.')
     found, shape = {}, (image_size, image_size, 3)
     for name, layer in layers.items():
         if unknown := [step for step in layer.then.split() if step not in STEPS[type(layer)]]:

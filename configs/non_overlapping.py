@@ -26,5 +26,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     less = lambda row: (*row[:3], tuple(px - 1 for px in row[3]), *row[4:])  # noqa: E731
     config.model.conv = (conv1, less(conv2), conv3, conv4, less(conv5))
     config.model.pool_window = 2
-    config.model.pool_stride = 2
     return config

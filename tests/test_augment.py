@@ -4,6 +4,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from alexnet_jax import augment, statistics
 from alexnet_jax.errors import UserError
@@ -116,3 +117,77 @@ def test_views_subtract_the_mean_of_their_own_crop():
 def test_records_smaller_than_the_crop_are_refused():
     with pytest.raises(UserError, match=r'data.image_size=224 is larger than the prepared images \(64 px\)'):
         augment.positions(64, 224)
+
+
+def test_all_positions_count_the_last_one_too():
+    assert augment.positions(256, 224, all_positions=True) == 33
+    draws = _draws(augment.Augmentation(all_positions=True), 4000, 256)
+    seen = np.unique(np.stack([d.offset for d in draws]))
+    chex.assert_trees_all_equal(seen, np.arange(33, dtype=np.int32))
+    # Records of the network's own size have one place.
+    assert {tuple(d.offset) for d in _draws(augment.Augmentation(all_positions=True), 50, 224)} == {(0, 0)}
+
+
+def test_crops_of_a_part_of_the_area():
+    """torchvision's RandomResizedCrop: areas from 8% to 100% and aspects from 3:4 to 4:3, evenly; all inside."""
+    augmentation = augment.Augmentation(image_size=224, crop_area=(0.08, 1.0), mean='channel')
+    draws = _draws(augmentation, 20_000, 256)
+    extents, offsets = (np.stack([getattr(d, f) for d in draws]).astype(float) for f in ('extent', 'offset'))
+    assert (offsets >= 0).all() and (offsets + extents <= 256).all()
+    area, aspect = extents.prod(1) / 256**2, extents[:, 1] / extents[:, 0]
+    assert area.min() < 0.082 and area.max() > 0.98 and 0.72 < aspect.min() and aspect.max() < 1.4
+    # Nearly all tries fit below half the area: there the area is even, and the aspect's logarithm has mean 0.
+    low = area < 0.5
+    chex.assert_trees_all_close(np.quantile(area[low], [0.25, 0.5, 0.75]), np.array([0.185, 0.29, 0.395]), atol=0.01)
+    assert abs(np.log(aspect[low]).mean()) < 0.01
+    # Where the corner falls is even: twice the offset is, on average, the room there is.
+    assert abs((2 * offsets - (256 - extents)).mean()) < 1.5
+
+
+def test_a_part_of_the_area_is_brought_to_size_by_pillow():
+    image = _images(1, 32)[0]
+    drawn = augment.Draw(np.array([3, 5]), np.array([12, 20]), np.bool_(True), np.zeros(3))
+    found = augment.cut(image, drawn, 8)
+    expected = np.asarray(Image.fromarray(image[3:15, 5:25]).resize((8, 8), Image.Resampling.BILINEAR))[:, ::-1]
+    chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize('mean', ['crop', 'centre', 'channel'])
+def test_mean_and_pixel_std(mean):
+    """Against numpy, in training and at test."""
+    stats, std = _statistics(12), (50.0, 20.0, 10.0)
+    augmentation = augment.Augmentation(image_size=8, mean=mean, pixel_std=std, colour_std=0.0)
+    (record,) = _images(1, 12)
+    drawn = next(d for d in _draws(augmentation, 20, 12) if d.reflect and tuple(d.offset) != (2, 2))
+    batch = {name: np.stack([value]) for name, value in drawn._asdict().items()}
+    batch['image'] = augment.cut(record, drawn, 8)[None]
+    y, x = drawn.offset
+    under = {
+        'crop': stats.mean_image[y : y + 8, x : x + 8][:, ::-1],
+        'centre': stats.mean_image[2:10, 2:10],
+        'channel': stats.mean_image.reshape(-1, 3).mean(0)[None, None],
+    }
+    expected = (record[y : y + 8, x : x + 8][:, ::-1] - under[mean]) / np.array([[std]])
+    chex.assert_trees_all_close(np.asarray(augment.finish(batch, stats, augmentation)[0]), expected, atol=1e-4)
+    corner = augment.views(record[None], stats, augmentation, count=10)[1][0]  # rows and columns from 0
+    under['crop'] = stats.mean_image[:8, :8]
+    chex.assert_trees_all_close(np.asarray(corner), (record[:8, :8] - under[mean]) / np.array([[std]]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'image_size': 0}, 'data.image_size=0; expected a whole number'),
+        ({'draw_every': 0}, 'data.draw_every=0'),
+        ({'mean': 'mode'}, "data.mean='mode'; expected 'crop', 'centre' or 'channel'"),
+        ({'pixel_std': (1.0, 0.0, 1.0)}, 'data.pixel_std=.*; expected three numbers above 0'),
+        ({'crop_area': (0.5, 2.0), 'mean': 'channel'}, r'data.crop_area=\(0.5, 2.0\)'),
+        ({'crop_area': (0.1, 1.0)}, "use data.mean='channel'"),
+        ({'colour_scale': 'variance'}, "data.colour_scale='variance'"),
+        ({'colour_std': -1.0}, 'data.colour_std=-1.0'),
+        ({'colour_epochs': -1.0}, 'data.colour_epochs=-1.0'),
+    ],
+)
+def test_augmentations_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        augment.from_config(fields)

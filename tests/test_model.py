@@ -168,6 +168,12 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
         ({'dropout_rate': 2.0}, 'model.dropout_rate is 2.0'),
         ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
         ({'dtype': 'float64'}, 'takes jax.enable_x64'),
+        ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n is 1; expected True or False'),
+        ({'classifier': (0.1,)}, r'model.classifier is \(0.1,\); expected \(init std, bias\)'),
+        (
+            {'conv': ((96, 11, 4, (0, 3), 1, 'he', 0.0, 'relu'),)},
+            "init_std in model.conv is 'he'; expected a number or",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(fields, message):
@@ -180,3 +186,21 @@ def test_unknown_model_key_is_refused():
         model.from_config({'pool_windw': 2})
     with pytest.raises(UserError, match='model.dense has the row'):
         model.from_config({'dense': [[4096, 'relu']]})
+
+
+def test_initial_values_by_fan_in():
+    """torch.nn's default: weights and biases from U(-b, b) with b = inputs^-1/2."""
+    rows = ((96, 11, 4, (2, 2), 1, 'fan_in', 'fan_in', 'relu pool'), (96, 3, 1, (1, 1), 2, 'fan_in', 0.5, 'relu pool'))
+    network = model.AlexNet(conv=rows, dense=(), classifier=('fan_in', 'fan_in'), num_classes=2000)
+    params = small.init(network, 0, 95)
+    for name, part, bound in (
+        ('conv1', 'kernel', (11 * 11 * 3) ** -0.5),
+        ('conv1', 'bias', (11 * 11 * 3) ** -0.5),
+        ('conv2', 'kernel', (3 * 3 * 48) ** -0.5),
+        ('fc3', 'kernel', (5 * 5 * 96) ** -0.5),
+        ('fc3', 'bias', (5 * 5 * 96) ** -0.5),
+    ):
+        values = np.asarray(params[name][part])
+        assert 0.9 * bound < np.abs(values).max() <= bound, name
+        assert abs(values.std() / (bound / 3**0.5) - 1) < (0.2 if name == 'conv1' and part == 'bias' else 0.05), name
+    assert (params['conv2']['bias'] == 0.5).all()

@@ -98,3 +98,17 @@ def test_dropout_silences_in_training_and_halves_at_test():
         ops.dropout(x, jnp.asarray([[True, False, True]]), rate=0.5), jnp.asarray([[1.0, 0.0, 3.0]])
     )
     chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.5), jnp.asarray([[0.5, -1.0, 1.5]]))
+
+
+def test_spatial_response_norm_against_loops():
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(np.float32)
+    found = ops.spatial_response_norm(jnp.asarray(x), n=5, k=1.5, alpha=0.3, beta=0.75)
+    for (n, i, j, c), value in np.ndenumerate(x):
+        window = x[n, max(0, i - 2) : i + 3, max(0, j - 2) : j + 3, c].astype(np.float64)
+        np.testing.assert_allclose(found[n, i, j, c], value * (1.5 + 0.3 * (window**2).sum()) ** -0.75, rtol=1e-5)
+
+
+def test_inverted_dropout_scales_in_training_and_not_at_test():
+    x, mask = jnp.arange(1.0, 5.0)[None], jnp.array([[True, False, True, True]])
+    chex.assert_trees_all_close(ops.dropout(x, mask, rate=0.2, inverted=True), jnp.array([[1.25, 0, 3.75, 5.0]]))
+    chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.2, inverted=True), x)

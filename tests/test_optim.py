@@ -98,3 +98,56 @@ def test_after_validation_leaves_its_argument_and_the_velocity_alone():
 def test_errors(changes, message):
     with pytest.raises(UserError, match=message):
         _optimizer(**changes)
+
+
+def test_rate_outside_the_velocity_is_torch_sgd():
+    """Against PyTorch's rule written out: decay of all, the rate applied to the velocity at the end."""
+    rng = np.random.default_rng(0)
+    w, gradients = rng.standard_normal(5), rng.standard_normal((8, 5))
+    with jax.enable_x64():
+        optimizer = _optimizer(stages=DROPS, rate_in_velocity=False, weight_decay=0.01, bias_decay=0.02)
+        history, _ = _run(optimizer, w, gradients)
+    for part, decay in (('kernel', 0.01), ('bias', 0.02)):
+        by_hand, v = w.copy(), np.zeros(5)
+        for i, g in enumerate(gradients):
+            v = 0.9 * v + (g + decay * by_hand)
+            by_hand = by_hand - 0.01 / 10 ** ((i >= 3) + (i >= 6)) * v
+            chex.assert_trees_all_close(history[i][part], by_hand, rtol=1e-12)
+
+
+def _rates(optimizer, count=0, drops=0):
+    """What an update with gradient -1 and velocity 0 adds to (weights, biases) of each layer."""
+    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in model.AlexNet().table()}
+    state = optimizer.tx.init(params)._replace(count=jnp.int32(count), drops=jnp.int32(drops))
+    updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
+    return {name: (float(u['kernel'][0]), float(u['bias'][0])) for name, u in updates.items()}
+
+
+def test_rates_of_layers_and_biases_multiply_those_of_the_schedule():
+    layer_rates = (('conv1', 0.0), ('fc6', 0.5))
+    plateau = _optimizer(schedule='plateau', layer_rates=layer_rates, bias_rate=2.0)
+    for drops, factor in ((0, 1), (2, 0.01)):
+        rates = _rates(plateau, drops=drops)
+        expected = {name: (0.01 * factor, 0.02 * factor) for name in rates}
+        expected |= {'conv1': (0, 0), 'fc6': (0.005 * factor, 0.01 * factor)}
+        chex.assert_trees_all_close(rates, expected, rtol=1e-5)
+    stages = ((0, 1, 1, ()), (1, 0.1, 0.5, (('fc6', 0.01, 0.3), ('fc8', 0, 0))))
+    staged = _optimizer(stages=stages, layer_rates=layer_rates, bias_rate=2.0)
+    rates = _rates(staged, count=10)
+    assert rates['conv1'] == rates['fc8'] == (0, 0)
+    chex.assert_trees_all_close(rates['fc6'], (0.01 * 0.01 * 0.5, 0.01 * 0.3 * 2 * 0.5), rtol=1e-5)
+    chex.assert_trees_all_close(rates['fc7'], (0.001, 0.01), rtol=1e-5)
+    chex.assert_trees_all_close(_rates(staged, count=9)['fc7'], (0.01, 0.02), rtol=1e-5)
+
+
+@pytest.mark.parametrize('rate_in_velocity', [True, False])
+def test_a_frozen_layer_keeps_weights_and_velocity_and_moves_on_afterwards(rate_in_velocity):
+    """Frozen for updates 1 and 2 of 4: those leave no trace, also not by decay or momentum."""
+    stages = ((0, 1, 1, ()), (0.1, 1, 1, (('conv1', 0, 0),)), (0.3, 1, 1, ()))
+    fixed = {'rate_in_velocity': rate_in_velocity, 'weight_decay': 0.1}
+    gradients = np.array([[1.0], [50.0], [-70.0], [2.0]])
+    frozen, state = _run(_optimizer(stages=stages, **fixed), np.ones(1), gradients)
+    free, expected = _run(_optimizer(**fixed), np.ones(1), gradients[[0, 3]])
+    assert frozen[0] == frozen[1] == frozen[2] == free[0]
+    chex.assert_trees_all_close(frozen[3], free[1], rtol=1e-6)
+    chex.assert_trees_all_close(state.velocity, expected.velocity, rtol=1e-6)

@@ -1,0 +1,175 @@
+"""Every network of configs/ at full size: parameters, shapes and products by hand; what crosses between two devices."""
+
+import ast
+import collections
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alexnet_jax import augment, layers, model, optim, sharding
+from alexnet_jax.errors import UserError
+from tests.conftest import ROOT
+from tests.test_sharding import COLLECTIVES
+
+# Weights as kernel area x inputs of one kernel x kernels, biases, and places at which each kernel is applied.
+CONV1, CONV3 = (11 * 11 * 3 * 96, 96, 55 * 55), (3 * 3 * 256 * 384, 384, 13 * 13)
+CONV2 = (5 * 5 * 48 * 256, 256, 27 * 27)
+CONV4, CONV5 = (3 * 3 * 192 * 384, 384, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13)
+FC6, FC7, FC8 = (9216 * 4096, 4096, 1), (4096 * 4096, 4096, 1), (4096 * 1000, 1000, 1)
+PAPER = [CONV1, CONV2, CONV3, CONV4, CONV5, FC6, FC7, FC8]
+SIX = [*PAPER[:5], (3 * 3 * 256 * 256, 256, 6 * 6)]
+VARIANTS = {
+    'paper': (60_965_224, PAPER),
+    'paper:init=authors': (60_965_224, PAPER),
+    'authors_2012': (60_965_224, PAPER),
+    'authors_2012:schedule=2012': (60_965_224, PAPER),
+    'authors_2012:schedule=170': (60_965_224, PAPER),
+    'no_normalisation': (60_965_224, PAPER),
+    'non_overlapping': (  # 55 -> 28 -> 26 -> 13 -> 11 -> 6
+        60_965_224,
+        [CONV1, (*CONV2[:2], 26 * 26), CONV3, CONV4, (*CONV5[:2], 11 * 11), FC6, FC7, FC8],
+    ),
+    'one_gpu': (
+        59_798_312,
+        [
+            (11 * 11 * 3 * 48, 48, 55 * 55), (5 * 5 * 48 * 128, 128, 27 * 27), (3 * 3 * 128 * 192, 192, 13 * 13),
+            (3 * 3 * 192 * 192, 192, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13), FC6, FC7, FC8,
+        ],
+    ),
+    'no_communication': (
+        60_714_408,
+        [
+            CONV1, (5 * 5 * 48 * 320, 320, 27 * 27), (3 * 3 * 160 * 384, 384, 13 * 13), CONV4, CONV5,
+            (4608 * 8192, 8192, 1), (4096 * 4096, 4096, 1), FC8,
+        ],
+    ),
+    'sixth_conv': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:finetune': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:authors=2012': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:pretrain': (None, [*SIX, FC6, FC7, (4096 * 21_843, 21_843, 1)]),
+    'sixth_conv:authors=2009': (None, [*SIX, FC6, FC7, (4096 * 10_184, 10_184, 1)]),
+    'sixth_conv:authors=2011': (None, [*SIX, FC6, FC7, (4096 * 2048, 2048, 1), (2048 * 21_843, 21_843, 1)]),
+    'caffe': (60_965_224, PAPER),
+    'torchvision': (
+        61_100_840,
+        [
+            (11 * 11 * 3 * 64, 64, 55 * 55), (5 * 5 * 64 * 192, 192, 27 * 27), (3 * 3 * 192 * 384, 384, 13 * 13),
+            (3 * 3 * 384 * 256, 256, 13 * 13), (3 * 3 * 256 * 256, 256, 13 * 13), FC6, FC7, FC8,
+        ],
+    ),
+}  # fmt: skip
+
+
+def load(variant):
+    name, _, arg = variant.partition(':')
+    return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*([arg] if arg else []))
+
+
+def test_every_config_is_here():
+    names = {path.stem for path in (ROOT / 'configs').glob('*.py')}
+    assert names - {'quickstart'} == {variant.partition(':')[0] for variant in VARIANTS}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_parameters_shapes_and_products(variant):
+    total, rows = VARIANTS[variant]
+    config = load(variant)
+    network, size = model.from_config(config.model), config.data.image_size
+    sizes = layers.sizes(network, size, towers=config.mesh.tower)
+    shapes = jax.eval_shape(lambda key: model.init(network, key, size), jax.random.key(0))
+    assert list(sizes) == list(network.table()) and set(sizes) == set(shapes)
+    for (name, found), (weights, biases, places) in zip(sizes.items(), rows, strict=True):
+        kernel, bias = shapes[name]['kernel'], shapes[name]['bias']
+        assert (kernel.size, bias.size) == (weights, biases), name
+        assert found.parameters == weights + biases, name
+        assert found.flops == 2 * weights * places, name
+    assert total in (None, sum(s.parameters for s in sizes.values()))
+    # The shapes that `sizes` works out are those that come out of the network.
+    run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
+    logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    for name, found in sizes.items():
+        seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}_')}
+        last = ([*network.table()[name].then.split()] or ['linear'])[-1]
+        assert (seen[f'{name}_linear'], seen[f'{name}_{last}']) == (found.linear, found.outputs)
+    assert logits.shape == (1, config.model.num_classes)
+    assert sizes['conv5'].outputs == (6, 6, 256)
+    augment.from_config(config.data)
+    optim.make_optimizer(**config.optim, steps_per_epoch=100.0, layers=list(network.table()))
+
+
+def test_products_are_those_the_compiler_counts():
+    """XLA leaves out products with padding zeros: of a side's taps, the share that falls on the map."""
+    network = model.AlexNet()
+    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    counted = jax.jit(network.apply).lower({'params': shapes}, x).compile().cost_analysis()['flops']
+    taps = {'conv1': (55 * 11 - 3, 55 * 11), 'conv2': (27 * 5 - 6, 27 * 5)}
+    taps |= {name: (13 * 3 - 2, 13 * 3) for name in ('conv3', 'conv4', 'conv5')}
+    products = 0
+    for name, sizes in layers.sizes(network, 224).items():
+        on, all_of_them = taps.get(name, (1, 1))
+        products += sizes.flops * (on / all_of_them) ** 2
+    assert products < counted < 1.01 * products  # and then norms, pools and biases
+
+
+@pytest.mark.parametrize(
+    ('variant', 'gathers'),
+    [('authors_2012', 4), ('no_normalisation', 4), ('non_overlapping', 4), ('sixth_conv', 5), ('no_communication', 1)],
+)
+def test_collectives(variant, gathers):
+    """The paper's four are in test_sharding.py; each layer that reads both towers adds one."""
+    config = load(variant)
+    network, mesh = model.from_config(config.model), sharding.make_mesh(data=1, tower=2)
+    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
+    x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    text = jax.jit(sharding.forward(network, mesh)).lower(params, x).compile().as_text()
+    assert collections.Counter(re.findall(COLLECTIVES, text)) == {'all-gather': gathers}
+
+
+@pytest.mark.parametrize(
+    ('variant', 'message'),
+    [
+        ('caffe', 'conv1 is normalised in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('torchvision', 'nothing in this network is in two groups, so it has no two towers; use mesh.tower=1'),
+        ('one_gpu', 'nothing in this network is in two groups'),
+    ],
+)
+def test_one_tower_networks_refuse_two(variant, message):
+    config = load(variant)
+    assert config.mesh.tower == 1
+    with pytest.raises(UserError, match=message):
+        layers.sizes(model.from_config(config.model), config.data.image_size, towers=2)
+
+
+def test_variants_differ_from_the_paper_only_where_they_say():
+    """A diff of `paper.py` must not carry anything else along."""
+    paper = load('paper')
+    changed = {
+        'no_normalisation': {'model.conv'},
+        'non_overlapping': {'model.conv', 'model.pool_window'},
+        'no_communication': {'model.conv', 'model.dense'},
+        'one_gpu': {'model.conv', 'model.norm_groups', 'mesh.tower'},
+        'sixth_conv': {'model.conv'},
+    }
+    for variant, keys in changed.items():
+        found = set()
+        for section, values in load(variant).items():
+            pairs = values.items() if hasattr(values, 'items') else [('', values)]
+            old = paper[section] if hasattr(values, 'items') else {'': paper[section]}
+            found |= {f'{section}.{key}'.rstrip('.') for key, value in pairs if value != old[key]}
+        assert found == keys, variant
+
+
+def test_configs_say_where_they_come_from():
+    """Source, command, what the source reports and what was measured here open each file."""
+    for path in (ROOT / 'configs').glob('*.py'):
+        doc = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
+        assert f'python -m alexnet_jax.main --config=configs/{path.name}' in doc, path.name
+        if path.stem != 'quickstart':
+            assert re.search(r'Here:|Here it was', doc), path.name
+            assert re.search(r'top-1', doc) and re.search(r'centre crop|ten views', doc), path.name
