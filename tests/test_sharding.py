@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, model, sharding, steps
+from alexnet_jax import augment, layers, model, sharding, steps
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
 from tests import small
@@ -161,3 +161,21 @@ def test_mesh_errors(capsys):
     assert not capsys.readouterr().out
     assert sharding.make_mesh(data=0, tower=2, devices=devices[:1]).shape == {'data': 1, 'tower': 1}
     assert 'One device' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+def test_an_odd_number_of_classes(data, tower):
+    """The same logits, and the same numbers after three updates, as on one device."""
+    with jax.enable_x64():
+        network = small.network(dtype='float64', num_classes=13)
+        layers.sizes(network, small.SIZE, towers=2)
+        mesh = sharding.make_mesh(data=data, tower=tower)
+        params = small.to_float64(small.init(network))
+        x = 60 * jax.random.normal(jax.random.key(1), (4, small.SIZE, small.SIZE, 3))
+        expected = network.apply({'params': params}, x)
+        logits = jax.jit(sharding.forward(network, mesh))(_place(mesh, params), x)
+        chex.assert_trees_all_close(logits, expected, rtol=1e-9)
+        alone = _train(network, sharding.make_mesh(data=1, tower=1), 3, small.SIZE)
+        found = _train(network, mesh, 3, small.SIZE)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
