@@ -1,0 +1,81 @@
+"""What the documentation names exists."""
+
+import ast
+import functools
+import re
+import runpy
+
+import pytest
+
+from alexnet_jax.__main__ import COMMANDS
+from tests.conftest import ROOT, SHARED_DATA
+
+CHECKLIST = ROOT / 'docs' / 'paper.md'
+STATES = ('holds', 'measured', 'needs ImageNet', 'not built')
+
+
+def _rows():
+    rows = [line.strip('|').split('|') for line in CHECKLIST.read_text().splitlines() if line.startswith('|')]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row[0].strip(' -') not in ('id', '')}
+
+
+@functools.cache
+def _names(path):
+    """What a file defines at its top, and the fields of its classes."""
+    found = set()
+    for node in ast.parse((ROOT / path).read_text()).body:
+        targets = getattr(node, 'targets', [getattr(node, 'target', None)])
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        found |= {node.name} if hasattr(node, 'name') else set()
+    return found
+
+
+def _exists(token):
+    """Whether a word in backticks is a test, a name, a config, a command or a key that there is."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+    if found := re.fullmatch(r'(tests/\w+\.py)::(\w+)', token):
+        return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
+    if found := re.fullmatch(r'(alexnet_jax/\w+\.py):(\w+)', token):
+        return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
+    if found := re.fullmatch(r'(configs/\w+\.py)(?::(.+))?', token):
+        return bool(runpy.run_path(str(ROOT / found[1]))['get_config'](*([found[2]] if found[2] else [])))
+    if found := re.fullmatch(r'python -m alexnet_jax\.(\w+)(.*)', token):
+        source = (ROOT / 'alexnet_jax' / f'{found[1]}.py').read_text()
+        flags = re.findall(r'--(\w+)', found[2])
+        return found[1] in COMMANDS and all(re.search(rf"DEFINE_\w+\(\s*'{flag}'", source) for flag in flags)
+    section, _, key = token.rpartition('.')
+    return key in (config[section] if section in config else config if not section else ())
+
+
+def test_everything_mentioned_exists():
+    tokens = set(re.findall(r'`([^`]+)`', CHECKLIST.read_text()))
+    assert len(tokens) > 80
+    missing = sorted(token for token in tokens if not _exists(token))
+    assert not missing
+
+
+@pytest.mark.parametrize('token', ['tests/test_docs.py::test_nothing', 'alexnet_jax/ops.py:tanh', 'configs/papr.py:x',
+                                   'python -m alexnet_jax.train', 'python -m alexnet_jax.evaluate --view=1',
+                                   'optim.nothing', 'nothing'])  # fmt: skip
+def test_what_does_not_exist_is_seen(token):
+    try:
+        assert not _exists(token)
+    except FileNotFoundError:
+        pass
+
+
+def test_every_row_is_whole():
+    for name, cells in _rows().items():
+        assert len(cells) == 5 and all(cells), name
+        _, code, run, shown, state = cells
+        assert state.startswith(STATES), name
+        if not state.startswith('not built'):
+            assert '`' in code and run != '-' and ('::' in shown or shown.startswith('as ')), name
+
+
+def test_every_statement_of_the_paper_is_there():
+    notes = SHARED_DATA.parent / 'reference' / 'paper.md'
+    if not notes.exists():
+        pytest.skip('needs the numbered statements of the paper, which this machine has not got')
+    ids = re.findall(r'^\| (\w[\w.]*) \|', notes.read_text(), flags=re.MULTILINE)
+    assert list(_rows()) == [i for i in ids if i != 'id'] and len(ids) > 50
