@@ -64,11 +64,11 @@ def build(config: ConfigDict) -> Run:
             f'the data have {len(dataset.class_names)} classes, the model {network.num_classes}; '
             f'use --config.model.num_classes={len(dataset.class_names)}.'
         )
-    mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(mesh, config.batch_size)
     image_size = augmentation.image_size
     augment.positions(dataset.record_size, image_size)
-    layers.sizes(network, image_size, towers=mesh.shape['tower'])
+    layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size)
 
     examples = len(dataset.splits['train'])
     steps_per_epoch = examples / config.batch_size

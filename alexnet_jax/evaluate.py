@@ -229,6 +229,7 @@ def main() -> None:
     checkpoints = [load_checkpoint(path) for path in args.checkpoint]
     for checkpoint in checkpoints:
         check_data(checkpoint, dataset)
+        layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     test = {'views': args.views, 'batch_size': args.batch_size}
     keys = ['top1_error', 'top5_error', 'loss', 'count']

@@ -89,6 +89,8 @@ class _Records:
         return len(self._source)
 
     def __getitem__(self, index) -> dict[str, Any]:
+        if not 0 <= index < len(self):  # what ends a loop over the records
+            raise IndexError(f'record {index} of {len(self)} in {self._name}')
         try:
             return self._source[index]
         except Exception as error:  # array_record and TFDS: RuntimeError, DecodeError and others

@@ -61,7 +61,7 @@ def _top5_errors(scores, labels):
 
 def test_tuned_weights_are_the_coordinate_searchs():
     """Against the search of section 7 written out: 0 to 1 in steps of 0.05, from 0.5, five passes, top-5 error."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(6)  # of a problem that takes a second pass
     labels = rng.integers(0, 20, 300)
     p = []
     for strength in (1.0, 0.2, 0.6):  # networks of which one hardly knows anything

@@ -150,6 +150,7 @@ def test_folder_of_splits(folder, tmp_path, kind):
     # And our own source agrees with TFDS's reader.
     dataset = sources.open_dataset(out)
     assert dataset.class_names == ('cat', 'dog') and dataset.record_size == 32
+    assert [r['label'] for r in dataset.split('train')].count(0) == 5  # a loop over the records ends
     assert len(dataset.split('train')) == 10
 
 

@@ -1,0 +1,115 @@
+"""Weights that PyTorch made, through our commands on original ImageNet photos: PyTorch's probabilities."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import data, sources
+from tests.conftest import ROOT
+
+torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
+nn = torch.nn
+
+pytestmark = pytest.mark.slow
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def _net():
+    """torchvision's AlexNet, with a classifier that is sure of something."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.features = nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
+        nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+    )  # fmt: skip
+    net.classifier = nn.Sequential(
+        nn.Dropout(), nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(),
+        nn.Linear(4096, 1000),
+    )  # fmt: skip
+    with torch.no_grad():
+        net.classifier[6].weight *= 300
+    return net.eval()
+
+
+def _probabilities(net, images_NHWC):
+    """Of uint8 images of 224 px: ToTensor, Normalize, softmax."""
+    x = (np.asarray(images_NHWC) / 255 - MEAN) / STD
+    with torch.no_grad():
+        x = torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2)
+        return torch.softmax(net.classifier(net.features(x).flatten(1)), 1).double().numpy()
+
+
+def _ten(image):
+    """Corners and centre, then their mirror images, as torchvision's TenCrop."""
+    corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+    five = [image[y : y + 224, x : x + 224] for y, x in corners]
+    return five + [view[:, ::-1] for view in five]
+
+
+def _run(command, *arguments):
+    result = subprocess.run(
+        [sys.executable, '-m', f'alexnet_jax.{command}', *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+    folder, net = tmp_path_factory.mktemp('converted'), _net()
+    torch.save(net.state_dict(), folder / 'alexnet.pth')
+    _run('convert', f'--input={folder}/alexnet.pth', f'--output={folder}/alexnet')
+    return net, f'{folder}/alexnet'
+
+
+def test_predict(converted, imagenet_tar, tmp_path):
+    net, checkpoint = converted
+    with tarfile.open(imagenet_tar) as archive:
+        for member in archive.getmembers()[:200:40]:
+            with tarfile.open(fileobj=io.BytesIO(archive.extractfile(member).read())) as inner:
+                image = inner.getmembers()[0]
+                (tmp_path / image.name).write_bytes(inner.extractfile(image).read())
+    files = sorted(tmp_path.iterdir())
+    squares = []
+    for path in files:  # Resize(256), CenterCrop(256)
+        image = Image.open(path).convert('RGB')
+        scale = 256 / min(image.size)
+        image = image.resize([max(256, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = (image.width - 256) // 2, (image.height - 256) // 2
+        squares.append(np.asarray(image.crop((left, top, left + 256, top + 256))))
+    for views in (1, 10):
+        lines = _run('predict', f'--checkpoint={checkpoint}', str(tmp_path), f'--views={views}', '--top=1000', '--json')
+        cuts = [[square[16:240, 16:240]] if views == 1 else _ten(square) for square in squares]
+        expected = [_probabilities(net, cut).mean(0) for cut in cuts]
+        assert [json.loads(line)['file'] for line in lines] == [str(path) for path in files]
+        for line, p in zip(map(json.loads, lines), expected, strict=True):
+            found = {row['index']: row['probability'] for row in line['top']}
+            found = np.array([found[i] for i in range(1000)])
+            assert p.max() > 0.01  # not the uniform distribution
+            # A level of grey more or less here and there: Pillow rounds between its two passes.
+            np.testing.assert_allclose(found, p, rtol=0.02)
+
+
+@pytest.mark.parametrize('views', [1, 10])
+def test_evaluate(converted, imagenet_tar, tmp_path, views):
+    net, checkpoint = converted
+    prepared = f'{tmp_path}/photos'
+    _run('prepare', f'--input={imagenet_tar}', f'--output={prepared}', '--val_fraction=0.06')
+    (line,) = _run('evaluate', f'--checkpoint={checkpoint}', f'--data={prepared}', f'--views={views}', '--json')[-1:]
+    found = json.loads(line)
+    records = list(sources.open_dataset(prepared).split('val'))
+    images, labels = [data.decode(record) for record in records], np.array([record['label'] for record in records])
+    cuts = [[image[16:240, 16:240]] if views == 1 else _ten(image) for image in images]
+    p = np.stack([_probabilities(net, cut).mean(0) for cut in cuts])
+    rank = (p > p[np.arange(len(p)), labels][:, None]).sum(1)
+    assert found['count'] == len(records) == 60
+    np.testing.assert_allclose(found['loss'], -np.log(p[np.arange(60), labels]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found['top1_error'], 100 * (rank >= 1).mean(), atol=1e-3)
+    np.testing.assert_allclose(found['top5_error'], 100 * (rank >= 5).mean(), atol=1e-3)
