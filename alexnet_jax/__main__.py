@@ -3,7 +3,7 @@
 import ast
 import pathlib
 
-COMMANDS = ('main', 'prepare', 'evaluate')
+COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert')
 
 
 def purpose(command: str) -> str:

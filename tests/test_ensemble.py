@@ -115,8 +115,13 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views', 'weights'}
     tuned = np.array(ensemble.tune(outputs, labels))
     assert found['weights'] == pytest.approx((tuned / tuned.sum()).tolist())
-    elsewhere = _run('evaluate', *each, '--data=digits', '--weights=1,2,1', '--split=train')
-    assert '(weights ' in elsewhere.stdout and '0.500' in elsewhere.stdout and '; given)' in elsewhere.stdout
+    # Tested elsewhere they are still tuned on val.
+    result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
+    said, line = result.stdout.splitlines()[-2:]
+    assert 'tuned for the top-5 error on val)' in said and json.loads(line)['count'] == 1437
+    assert json.loads(line)['weights'] == found['weights']
+    given = _run('evaluate', *each, '--data=digits', '--weights=1,2,1')
+    assert '(weights ' in given.stdout and '0.500' in given.stdout and '; given)' in given.stdout
     for weights, message in (('1,2', 'for 3 checkpoints; expected one'), ('a,b,c', 'expected numbers with commas')):
         wrong = _run('evaluate', *each, '--data=digits', f'--weights={weights}')
         assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.splitlines()) == 1
