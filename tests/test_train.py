@@ -496,3 +496,18 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
             checkpoint.load_checkpoint(str(path))
     with pytest.raises(UserError, match=r'checkpoints/30 cannot be read .* move that folder away'):
         train.train_and_evaluate(config, str(tmp_path))
+
+
+def test_the_steps_of_a_run_follow_its_config():
+    """What `data` says of colour reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
+    on = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_scale': 'std', 'data.colour_epochs': 1.0}))
+    off = assemble.build(_config(**{'data.colour_std': 0.0}))
+    batch, key = _first_batch(on), jax.random.key(0)
+    quiet = {**batch, 'colour': np.zeros_like(batch['colour'])}
+
+    def loss(run, batch, step):
+        state = run.init(key)._replace(step=jax.device_put(jnp.int32(step), sharding.replicated(run.mesh)))
+        return float(run.train_step(state, sharding.to_mesh(run.mesh, batch), run.statistics, key)[1]['loss'])
+
+    assert loss(on, batch, 22) == loss(off, quiet, 22)
+    assert abs(loss(on, batch, 21) - loss(off, quiet, 21)) > 0.1
