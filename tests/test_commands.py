@@ -52,6 +52,13 @@ def _assert_user_error(result, pattern):
         (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; it has: train, val"),
         (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3; expected 1'),
         (['evaluate', '--data=digits'], '--checkpoint is missing'),
+        (['predict', '--checkpoint=W'], 'nothing to work on: give one IMAGE_OR_FOLDER or more'),
+        (['predict', '--checkpoint=W', 'W.jpg'], "there is no image or folder '.*w.jpg'"),
+        (['predict', '--checkpoint=W', 'tests'], 'no image'),
+        (['convert', '--output=W'], '--input is missing'),
+        (['convert', '--input=W', '--output=W'], 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
+        (['convert', '--input=README.md', '--output=W'], "expected a name ending in .caffemodel.* found '.md'"),
+        (['convert', '--input=W', '--output=W', '--to=safetensors'], 'there is no checkpoint at'),
     ],
 )  # fmt: skip
 def test_user_errors(arguments, pattern, tmp_path):
@@ -171,6 +178,9 @@ ONLY = {
     'flax': {'model'},
     'optax': {'optim', 'steps'},
     'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data'},
+    'torch': {'weights'},
+    'google': {'weights', 'writers'},
+    'safetensors': {'weights', 'convert'},
     'configs': set(),
 }
 

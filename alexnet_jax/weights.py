@@ -1,0 +1,230 @@
+"""Files of weights as others write them: Caffe's, PyTorch's and safetensors, and Caffe's mean images.
+
+Nothing in a file is executed: PyTorch's are read for tensors alone, Caffe's by their field numbers.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
+
+METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax.convert writes
+_TORCH_SUFFIXES = ('.pth', '.pt', '.bin', '.tar')  # .pth.tar: PyTorch's ImageNet example
+
+
+class Layer(NamedTuple):
+    """A layer's weights as Caffe and PyTorch hold them: images are NCHW, maps flatten in (C, H, W) order."""
+
+    name: str  # in the file
+    weight: np.ndarray  # [O, I / groups, h, w] of a convolution, [O, I] of a linear layer
+    bias: np.ndarray  # [O]
+    then: str = ''  # which of 'relu', 'lrn', 'pool' follow in a Caffe file that says so
+
+
+def read(path: str) -> tuple[list[Layer], dict[str, Any] | None, bool]:
+    """(layers, what a file written here says of itself, whether the input is BGR) of any kind of file."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == '.caffemodel':
+        return _read_caffe(path), None, True
+    if suffix == '.safetensors':
+        return *_read_safetensors(path), False
+    if suffix in _TORCH_SUFFIXES:
+        return _read_torch(path), None, False
+    raise UserError(f'--input={path!r}; expected a name ending in .caffemodel, .pth or .safetensors, found {suffix!r}.')
+
+
+def _unreadable(path: str, expected: str, error: Exception) -> UserError:
+    with open(path, 'rb') as file:
+        head = file.read(8)
+    reason = re.split(r'[\n.]', str(error))[0]
+    return UserError(
+        f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes that begin with {head!r} '
+        f'({type(error).__name__}{": " if reason else ""}{reason}); it is cut short, damaged or of another kind.'
+    )
+
+
+def _read_torch(path: str) -> list[Layer]:
+    """Tensors alone: `weights_only` runs no code of the file's. The order is that of the file."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {path!r} takes PyTorch: pip install 'alexnet_jax[oracle]'.") from None
+    try:
+        with warnings.catch_warnings(action='ignore'):
+            held = torch.load(path, map_location='cpu', weights_only=True)
+            for key in ('state_dict', 'model_state_dict', 'model'):
+                if isinstance(held, dict) and isinstance(held.get(key), dict):
+                    held = held[key]
+            if isinstance(held, dict) and all(isinstance(value, torch.Tensor) for value in held.values()):
+                tensors = {str(key): value.detach() for key, value in held.items()}
+                return _pairs(
+                    path, {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()}
+                )
+    except UserError:
+        raise
+    except Exception as error:  # torch has a kind for every way in which a file can be wrong
+        if _is_pickled(path, error):
+            name = re.search(r'GLOBAL ([\w.]+)', str(error))
+            raise UserError(
+                f'{path!r} holds a pickled Python object ({name[1] if name else "unknown"}), and loading it could run '
+                'code: it is refused. Expected a state_dict: torch.save(model.state_dict(), FILE).'
+            ) from error
+        raise _unreadable(path, 'a state_dict written by torch.save', error) from error
+    what = type(held).__name__
+    if isinstance(held, dict):
+        what = 'a dict with ' + ', '.join(f'{k} ({type(v).__name__})' for k, v in list(held.items())[:8])
+    raise UserError(f'{path!r}: expected a state_dict (names and tensors), found {what}.')
+
+
+def _is_pickled(path: str, error: Exception) -> bool:
+    """Whether torch refused more than tensors, rather than failed to read: it says so in words only."""
+    with open(path, 'rb') as file:
+        bare = file.read(1) == pickle.PROTO and 'Unsupported operand' in str(error)  # by pickle, not by torch.save
+    return bare or 'GLOBAL' in str(error) or 'TorchScript' in str(error)
+
+
+def _read_safetensors(path: str) -> tuple[list[Layer], dict[str, Any] | None]:
+    """The format keeps no order: by name, with numbers in it as numbers (features.3 before features.10)."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, 'numpy') as file:
+            names = sorted(
+                file.keys(), key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
+            )
+            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:  # SafetensorError, OSError, TypeError for types numpy has not got
+        raise _unreadable(path, 'a safetensors file', error) from error
+    own = None
+    if METADATA_KEY in metadata:
+        try:
+            own = json.loads(metadata[METADATA_KEY])
+            own['config']['model'], own['config']['data']['image_size'], own['class_names'], own['record_size']
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, 'the metadata that alexnet_jax.convert writes', error) from error
+    return _pairs(path, tensors), own
+
+
+def _pairs(path: str, tensors: dict[str, np.ndarray]) -> list[Layer]:
+    """Weights with their biases, in the order of the weights."""
+    found, rest = [], dict(tensors)
+    for name, weight in tensors.items():
+        prefix, dot, last = name.rpartition('.')
+        if last == 'weight' and weight.ndim in (2, 4) and f'{prefix}{dot}bias' in rest:
+            found.append(Layer(prefix, rest.pop(name), rest.pop(f'{prefix}{dot}bias')))
+    if rest:
+        names = ', '.join(f'{name} {rest[name].shape}' for name in list(rest)[:6])
+        raise UserError(
+            f'{path!r} holds what the network has no place for: {names}{" ..." if len(rest) > 6 else ""}; expected '
+            'X.weight with X.bias of convolutions (4 axes) and linear layers (2 axes) only.'
+        )
+    return found
+
+
+# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: field, number, type, whether repeated.
+_CAFFE = {
+    'BlobShape': [('dim', 1, 'INT64', True)],
+    'BlobProto': [
+        *((side, i, 'INT32', False) for i, side in enumerate(('num', 'channels', 'height', 'width'), 1)),
+        ('data', 5, 'FLOAT', True), ('shape', 7, 'BlobShape', False), ('double_data', 8, 'DOUBLE', True),
+    ],
+    'LayerParameter': [('name', 1, 'STRING', False), ('type', 2, 'STRING', False), ('blobs', 7, 'BlobProto', True)],
+    'V1LayerParameter': [('name', 4, 'STRING', False), ('type', 5, 'INT32', False), ('blobs', 6, 'BlobProto', True)],
+    'NetParameter': [('layers', 2, 'V1LayerParameter', True), ('layer', 100, 'LayerParameter', True)],
+}  # fmt: skip
+_CAFFE_STEPS = {'ReLU': 'relu', 'LRN': 'lrn', 'Pooling': 'pool', 18: 'relu', 15: 'lrn', 17: 'pool'}
+
+
+@functools.cache
+def _caffe_message(name: str):
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name='caffe.proto', package='caffe')
+    for message, fields in _CAFFE.items():
+        added = file.message_type.add(name=message)
+        for field, number, kind, repeated in fields:
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            if kind in _CAFFE:
+                type_ = {'type': kinds.TYPE_MESSAGE, 'type_name': f'.caffe.{kind}'}
+            else:
+                type_ = {'type': kinds.Type.Value(f'TYPE_{kind}')}
+            added.field.add(name=field, number=number, label=label, **type_)
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f'caffe.{name}'))
+
+
+def _parse_caffe(path: str, name: str):
+    from google.protobuf.message import DecodeError
+
+    message = _caffe_message(name)()
+    try:
+        message.ParseFromString(pathlib.Path(path).read_bytes())
+    except DecodeError as error:
+        raise _unreadable(path, f"Caffe's {name} in binary", error) from error
+    return message
+
+
+def _blob(path: str, name: str, blob) -> np.ndarray:
+    data = np.array(blob.data or blob.double_data, np.float32)
+    shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
+    if math.prod(shape) != data.size or not data.size:
+        raise UserError(f'{path!r}, {name}: expected {math.prod(shape)} numbers for {shape}, found {data.size}.')
+    return data.reshape(shape)
+
+
+def _read_caffe(path: str) -> list[Layer]:
+    net = _parse_caffe(path, 'NetParameter')
+    found = []
+    for layer in (*net.layers, *net.layer):
+        if not layer.blobs:
+            if found and layer.type in _CAFFE_STEPS:
+                found[-1] = found[-1]._replace(then=f'{found[-1].then} {_CAFFE_STEPS[layer.type]}'.strip())
+            continue
+        weight, *others = (_blob(path, layer.name, blob) for blob in layer.blobs)
+        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # a linear layer as it was written before 2014
+            weight = weight.reshape(weight.shape[2:])
+        if weight.ndim not in (2, 4) or len(others) != 1:
+            shapes = ', '.join(str(array.shape) for array in (weight, *others))
+            raise UserError(f'{path!r}, {layer.name}: expected weights (4 or 2 axes) and biases, found {shapes}.')
+        found.append(Layer(layer.name, weight, others[0].reshape(-1)))
+    return found
+
+
+def read_mean(path: str, bgr: bool) -> np.ndarray:
+    """RGB mean, [S, S, 3] or [3]."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no --mean={path!r}; expected a .binaryproto or .npy file.')
+    if path.endswith('.binaryproto'):
+        array, bgr = _blob(path, 'mean', _parse_caffe(path, 'BlobProto')), True
+    elif path.endswith('.npy'):
+        try:
+            array = np.load(path, allow_pickle=False)
+            array = array.astype(np.float32)
+        except Exception as error:  # ValueError, OSError, EOFError, AttributeError of an archive
+            raise _unreadable(path, 'an array written by numpy.save', error) from error
+    else:
+        raise UserError(f'--mean={path!r}; expected a name ending in .binaryproto or .npy.')
+    shape = array.shape
+    if array.ndim == 4 and shape[0] == 1:
+        array = array[0]
+    if array.size == 3:
+        array = array.reshape(3)
+    elif array.ndim == 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.shape[-1:] != (3,) or array.ndim not in (1, 3) or (array.ndim == 3 and len(array) != array.shape[1]):
+        raise UserError(f'--mean={path!r}: expected a shape [3, S, S], [S, S, 3] or [3], found {shape}.')
+    low, high = array.min(), array.max()
+    if not (0 <= low <= high <= 255 and high > 1):
+        raise UserError(f'--mean={path!r}: expected grey levels of 0 to 255, found {low:g} to {high:g}.')
+    return array[..., ::-1] if bgr else array
