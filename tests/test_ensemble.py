@@ -104,6 +104,7 @@ def _run(command, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluate_command_with_several_checkpoints(checkpoints):
     each = [f'--checkpoint={path}' for path in checkpoints]
     outputs, labels = _outputs(checkpoints)

@@ -33,6 +33,7 @@ def _same(a, b):
             and all(np.array_equal(a[name][part], b[name][part]) for part in a[name])}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_authors_chain(tmp_path):
     """Table of section 7: each link with a rate of 0 holds what it was begun with."""
     lower = {'conv1', 'conv2', 'conv3', 'conv4', 'conv5'}
