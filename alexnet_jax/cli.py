@@ -58,6 +58,9 @@ def _call(main, words, required, arguments) -> None:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail('interrupted.', 130)
+    except BrokenPipeError:  # of `... | head`: whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(141)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -183,11 +182,21 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         assert message in result.stderr
 
 
+def test_a_reader_that_goes_away(checkpoints, photos):
+    """predict ... | head -1"""
+    command = [sys.executable, '-m', 'alexnet_jax.predict', f'--checkpoint={checkpoints[0]}', str(photos)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        child.stdout.close()
+        assert child.stderr.read() == ''
+
+
 def test_converted_weights_are_no_run(checkpoints, tmp_path):
     """A workdir without optimiser state is told from a run."""
     from alexnet_jax import train
 
     with pytest.raises(UserError, match='holds converted weights and no run; .*--config.init_from='):
         train.train_and_evaluate(small.digits_config(num_steps=1), checkpoints[0])
-    train.train_and_evaluate(small.digits_config(num_steps=1, init_from=checkpoints[0]), str(tmp_path))
-    assert jax.tree.leaves(checkpoint.load_checkpoint(str(tmp_path)).params)
+    config = small.digits_config(**{'num_steps': 1, 'init_from': checkpoints[0], 'optim.learning_rate': 0.0})
+    train.train_and_evaluate(config, str(tmp_path))
+    before, after = (checkpoint.load_checkpoint(path).params for path in (checkpoints[0], str(tmp_path)))
+    chex.assert_trees_all_equal(before, after)
