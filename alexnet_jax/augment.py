@@ -25,9 +25,7 @@ class Augmentation(NamedTuple):
 
     image_size: int = 224  # side of what the network reads, pixels; Caffe's 227
     crop_area: tuple[float, float] | tuple = ()  # (): windows of image_size; torchvision's (0.08, 1): parts of the area
-    all_positions: bool = (
-        False  # False: 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: 33 x 33 (authors)
-    )
+    all_positions: bool = False  # 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: all 33 x 33 (authors)
     draw_every: int = 1  # successive images that share crop and reflection: 1 by the words, 32 in the authors' code
     reflect: bool = True
     mean: str = 'crop'  # subtract the mean image 'crop' by crop, its 'centre' always (authors), or its mean a 'channel'
@@ -50,11 +48,7 @@ def from_config(fields: dict[str, Any]) -> Augmentation:
     for key, right, expected in (
         ('image_size', _whole(found.image_size), 'a whole number of pixels above 0'),
         ('draw_every', _whole(found.draw_every), 'a whole number of images above 0'),
-        (
-            'crop_area',
-            area == () or (_numbers(area, 2) and 0 < area[0] <= area[1] <= 1),
-            '(), or (least, most) in 0 to 1',
-        ),
+        ('crop_area', area == () or (_numbers(area, 2) and 0 < area[0] <= area[1] <= 1), '() or (least, most), 0 to 1'),
         ('mean', found.mean in ('crop', 'centre', 'channel'), "'crop', 'centre' or 'channel'"),
         ('pixel_std', _numbers(stds, 3) and min(stds) > 0, 'three numbers above 0'),
         ('colour_std', _numbers((found.colour_std,), 1) and found.colour_std >= 0, 'a number of 0 or more'),
