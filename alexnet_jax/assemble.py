@@ -66,8 +66,8 @@ def build(config: ConfigDict) -> Run:
         )
     image_size = augmentation.image_size
     augment.positions(dataset.record_size, image_size)
-    layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     mesh = sharding.make_mesh(**config.mesh)
+    layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size)
 
     examples = len(dataset.splits['train'])
@@ -94,7 +94,9 @@ def build(config: ConfigDict) -> Run:
                 forward=forward,
                 optimizer=optimizer,
                 augmentation=augmentation,
-                colour_steps=round(augmentation.colour_epochs * steps_per_epoch) or None,
+                colour_steps=round(augmentation.colour_epochs * steps_per_epoch)
+                if augmentation.colour_epochs
+                else None,
             ),
             out_shardings=(shardings, everywhere),
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
@@ -128,8 +130,10 @@ def _check_ranges(config: ConfigDict) -> None:
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
     if not 0 <= config.seed < 2**31:
         raise UserError(f'seed={config.seed}; expected 0 to 2^31 - 1.')
-    if config.num_steps <= 0 and not config.num_epochs > 0:
-        raise UserError(f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; nothing to train for.')
+    if config.num_steps <= 0 and not 0 < config.num_epochs < math.inf:
+        raise UserError(
+            f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
+        )
     sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
     sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads')}
     for key, value in sizes.items():

@@ -4,6 +4,7 @@
 not floats cross to the device.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -57,9 +58,10 @@ def from_config(fields: dict[str, Any]) -> Augmentation:
     ):
         if not right:
             raise UserError(f'data.{key}={getattr(found, key)!r}; expected {expected}.')
-    if area and found.mean == 'crop':
+    if area and found.mean != 'channel':
         raise UserError(
-            "data.crop_area changes the scale, where no pixel has a mean of its own; use data.mean='channel'."
+            f'data.mean={found.mean!r}, but data.crop_area changes the scale, where no pixel has a mean of its own; '
+            "use data.mean='channel'."
         )
     return found
 
@@ -69,7 +71,11 @@ def _whole(value) -> bool:
 
 
 def _numbers(values, count: int) -> bool:
-    return isinstance(values, tuple) and len(values) == count and all(isinstance(v, int | float) for v in values)
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    )
 
 
 class Draw(NamedTuple):

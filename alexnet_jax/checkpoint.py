@@ -97,8 +97,8 @@ def _readable(manager: ocp.CheckpointManager, step: int):
     """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f'the checkpoint {manager.directory / str(step)} is of another version: {error}') from error
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -149,7 +149,9 @@ def load_checkpoint(path: str) -> Checkpoint:
         if step is None:
             raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
         meta, statistics = read_meta(manager, step)
-        network = model.from_config(meta['config']['model'])
+        with _readable(manager, step):
+            network = model.from_config(meta['config']['model'])
+            augmentation = augment.from_config(meta['config']['data'])
         shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
         like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         with _readable(manager, step):
@@ -158,7 +160,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         step=step,
         params=params,
         network=network,
-        augmentation=augment.from_config(meta['config']['data']),
+        augmentation=augmentation,
         record_size=meta['record_size'],
         class_names=tuple(meta['class_names']),
         statistics=statistics,

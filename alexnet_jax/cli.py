@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors a user can put right as one line and exit code 2."""
 
+import inspect
 import os
 import re
 import runpy
@@ -92,7 +93,10 @@ def _config_error(argv: Sequence[str]) -> str | None:
         names = [os.path.join(os.path.dirname(path), n) for n in _python_files(os.path.dirname(path) or '.')]
         return f'there is no config file {path!r}.' + (did_you_mean(path, names) if names else '')
     try:
-        config = runpy.run_path(path)['get_config'](*([variant] if variant else []))
+        get_config = runpy.run_path(path)['get_config']
+        if variant and not inspect.signature(get_config).parameters:
+            return f'{path!r} has no variants; expected --config={path} without {":" + variant!r}.'
+        config = get_config(*([variant] if variant else []))
     except Exception:  # the config's own error: absl has it too
         return None
     known = []

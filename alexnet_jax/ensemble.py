@@ -16,7 +16,7 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np
     Raises:
       UserError: weights that are negative, all 0, or not one a network.
     """
-    if len(weights) != len(probabilities) or min(weights) < 0 or not sum(weights) > 0:
+    if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(
             f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '
             'each, and not all 0.'
@@ -43,7 +43,7 @@ def tune(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> list[float]
             others = sum(
                 np.float32(w) * p for j, (w, p) in enumerate(zip(weights, probabilities, strict=True)) if j != i
             )
-            for weight in _GRID:
+            for weight in _GRID if any(weights[:i] + weights[i + 1 :]) else _GRID[1:]:  # never all 0
                 errors = _top5_errors(others + np.float32(weight) * own, labels)
                 if errors < lowest:
                     lowest, weights[i] = errors, float(weight)

@@ -197,20 +197,16 @@ def _log_probabilities(network, mesh, augmentation, views):
     return jax.jit(test, out_shardings=sharding.replicated(mesh))
 
 
-def check_data(checkpoint: Checkpoint, dataset: sources.Dataset) -> None:
-    """Raises UserError where a checkpoint cannot be tested on these data."""
+def check_data(checkpoint: Checkpoint, dataset: sources.Dataset, path: str) -> None:
+    """Raises UserError where a checkpoint, of that path, cannot be tested on these data."""
     if len(dataset.class_names) != len(checkpoint.class_names):
-        raise UserError(
-            f'the data have {len(dataset.class_names)} classes, the checkpoint has {len(checkpoint.class_names)}.'
-        )
+        raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
     if dataset.class_names != checkpoint.class_names:
         pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
-        raise UserError(
-            f'the data call a class {pair[0]!r} where the checkpoint has {pair[1]!r}; labels would not match.'
-        )
+        raise UserError(f'the data call a class {pair[0]!r} where {path} has {pair[1]!r}; labels would not match.')
     if dataset.record_size != checkpoint.record_size:
         raise UserError(
-            f'the data are prepared at {dataset.record_size} px, those of the checkpoint at {checkpoint.record_size}; '
+            f'the data are prepared at {dataset.record_size} px, those of {path} at {checkpoint.record_size}; '
             f'prepare them with --size={checkpoint.record_size}.'
         )
 
@@ -227,8 +223,8 @@ def main() -> None:
     source = dataset.split(args.split)
     tune_on = dataset.split('val') if args.weights == 'tuned' else None
     checkpoints = [load_checkpoint(path) for path in args.checkpoint]
-    for checkpoint in checkpoints:
-        check_data(checkpoint, dataset)
+    for path, checkpoint in zip(args.checkpoint, checkpoints, strict=True):
+        check_data(checkpoint, dataset, path)
         layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     test = {'views': args.views, 'batch_size': args.batch_size}
@@ -265,7 +261,7 @@ def _weights(text: str, count: int) -> list[float] | None:
         weights = [float(word) for word in text.split(',')]
     except ValueError:
         raise UserError(f"--weights={text}; expected numbers with commas between them, or 'tuned'.") from None
-    if len(weights) != count or not all(0 <= w < float('inf') for w in weights) or not sum(weights):
+    if len(weights) != count or not all(w >= 0 for w in weights) or not 0 < sum(weights) < np.inf:
         raise UserError(f'--weights={text} for {count} checkpoints; expected one of 0 or more for each, not all 0.')
     return weights
 

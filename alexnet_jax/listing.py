@@ -114,7 +114,7 @@ def imagenet_classes() -> tuple[str, ...]:
 def _shipped_lines(name: str) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
-    return tuple(tfds.core.tfds_path(f'datasets/imagenet2012/{name}').read_text().split())
+    return tuple(tfds.core.tfds_path(f'datasets/imagenet2012/{name}').readtext().split())
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def _archive(path: str) -> Iterator[_Found]:
 
 
 def _member(path: str, start: int, image: tarfile.TarInfo, split: str, class_name: str) -> _Found:
-    return _Found(Ref(path, start, image.size, _text(os.path.basename(image.name)), -1), split, class_name)
+    return _Found(Ref(path, start, image.size, text(os.path.basename(image.name)), -1), split, class_name)
 
 
 def _is_class_tar(name: str) -> bool:
@@ -210,19 +210,22 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]
 
 
 def _file(path: str, root: str, split: str, class_name: str) -> _Found:
-    return _Found(Ref(path, 0, -1, _text(os.path.relpath(path, root)), -1), split, _text(class_name))
+    return _Found(Ref(path, 0, -1, text(os.path.relpath(path, root)), -1), split, text(class_name))
 
 
-def _text(name: str) -> str:
+def text(name: str) -> str:
     """A file name that UTF-8 can write, also where the file system's is none."""
     return os.fsencode(name).decode('utf-8', 'replace')
 
 
-def images_below(folder: str) -> Iterable[str]:
+def images_below(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
     """Paths of the image files in a folder and those in it, in the order of their names. Raises UserError."""
+    here = os.path.realpath(folder)
+    if here in _above:  # a link has led round in a circle
+        return
     for entry in _entries(folder):
-        if entry.is_dir():
-            yield from images_below(entry.path)
+        if os.path.isdir(entry.path):  # unlike entry.is_dir, it says no of a link to itself
+            yield from images_below(entry.path, (*_above, here))
         elif _is_image(entry.name):
             yield entry.path
 

@@ -154,16 +154,18 @@ class AlexNet(nn.Module):
         raise AssertionError(step)  # layers.sizes admits no other
 
 
+FIELDS = tuple(name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis'))
+
+
 def from_config(fields: dict[str, Any]) -> AlexNet:
     """The network a config's `model` describes, also when JSON has turned its tuples into lists.
 
     Raises:
       UserError: a key that is no attribute of the network, or a value that cannot be one.
     """
-    known = [name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis')]
     for key in fields:
-        if key not in known:
-            raise UserError(f'model.{key} is unknown.{did_you_mean(key, known)}')
+        if key not in FIELDS:
+            raise UserError(f'model.{key} is unknown.{did_you_mean(key, FIELDS)}')
     model = AlexNet(**{key: _tuples(value) for key, value in fields.items()})
     for name, kind, rows in (('conv', Conv, model.conv), ('dense', Dense, model.dense)):
         if not isinstance(rows, tuple):
@@ -173,7 +175,7 @@ def from_config(fields: dict[str, Any]) -> AlexNet:
                 raise UserError(f'model.{name} has the row {row!r}; expected {", ".join(kind._fields)}.')
             for field, value in zip(kind._fields, row, strict=True):
                 _check_value(f'{field} in model.{name}', field, value)
-    for key in known:
+    for key in FIELDS:
         _check_value(f'model.{key}', key, getattr(model, key))
     if model.pool_stride > model.pool_window:
         raise UserError(f'model.pool_stride={model.pool_stride} leaves gaps between windows of {model.pool_window} px.')
@@ -187,24 +189,22 @@ def _tuples(value):
 
 
 _COUNTS = {
-    'features',
-    'kernel',
-    'stride',
-    'groups',
-    'num_classes',
-    'pool_window',
-    'pool_stride',
-    'lrn_n',
-    'norm_groups',
+    'features', 'kernel', 'stride', 'groups', 'num_classes', 'pool_window', 'pool_stride', 'lrn_n', 'norm_groups',
     'spatial_n',
-}
-
-
-def _is_init(value) -> bool:
-    return value == FAN_IN or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
+}  # fmt: skip
 _DTYPES = ('float32', 'bfloat16', 'float64')
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_std(value) -> bool:
+    return value == FAN_IN or (_is_number(value) and value >= 0)
+
+
+def _is_bias(value) -> bool:
+    return value == FAN_IN or _is_number(value)
 
 
 def _check_value(name: str, field: str, value) -> None:
@@ -220,21 +220,22 @@ def _check_value(name: str, field: str, value) -> None:
             right = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) and v >= 0 for v in value)
             expected = 'a pair of pixels (before, after)'
         case 'dropout_rate':
-            right, expected = (
-                isinstance(value, int | float) and 0 <= value < 1,
-                'a number from 0 up to, not including, 1',
-            )
+            right, expected = _is_number(value) and 0 <= value < 1, 'a number from 0 up to, not including, 1'
         case 'lrn_alpha_over_n' | 'dropout_inverted':
             right, expected = isinstance(value, bool), 'True or False'
-        case 'init_std' | 'bias':
-            right, expected = _is_init(value), f'a number or {FAN_IN!r}'
+        case 'lrn_k' | 'spatial_k':
+            right, expected = _is_number(value) and value > 0, 'a number above 0'
+        case 'init_std':
+            right, expected = _is_std(value), f'a number of 0 or more, or {FAN_IN!r}'
+        case 'bias':
+            right, expected = _is_bias(value), f'a number or {FAN_IN!r}'
         case 'classifier':
-            right = isinstance(value, tuple) and len(value) == 2 and all(map(_is_init, value))
-            expected = f'(init std, bias), each a number or {FAN_IN!r}'
+            right = isinstance(value, tuple) and len(value) == 2 and _is_std(value[0]) and _is_bias(value[1])
+            expected = f'(init std of 0 or more, bias), each a number or {FAN_IN!r}'
         case _ if field in _COUNTS:
             right, expected = whole and value > 0, 'a whole number above 0'
         case _:
-            right, expected = isinstance(value, float) or whole, 'a number'
+            right, expected = _is_number(value), 'a number'
     if not right:
         raise UserError(f'{name} is {value!r}; expected {expected}.')
 

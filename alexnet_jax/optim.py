@@ -1,5 +1,6 @@
 """The paper's update rule as an optax transformation, and the two ways its rates fall."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,11 +80,11 @@ def make_optimizer(
     if schedule not in ('plateau', 'epochs'):
         raise UserError(f"optim.schedule={schedule!r}; expected 'plateau' or 'epochs'.")
     for name, value, right in (
-        ('learning_rate', learning_rate, learning_rate >= 0),
-        ('bias_rate', bias_rate, bias_rate >= 0),
+        ('learning_rate', learning_rate, 0 <= learning_rate < math.inf),
+        ('bias_rate', bias_rate, 0 <= bias_rate < math.inf),
         ('momentum', momentum, 0 <= momentum < 1),
-        ('weight_decay', weight_decay, weight_decay >= 0),
-        ('bias_decay', bias_decay, bias_decay >= 0),
+        ('weight_decay', weight_decay, 0 <= weight_decay < math.inf),
+        ('bias_decay', bias_decay, 0 <= bias_decay < math.inf),
         ('drop_factor', drop_factor, 0 < drop_factor <= 1),
         ('patience', patience, patience >= 1),
         ('max_drops', max_drops, max_drops >= 0),
@@ -91,8 +92,7 @@ def make_optimizer(
     ):
         if not right:
             raise UserError(f'optim.{name}={value} is out of range; see configs/paper.py.')
-    for row in layer_rates:
-        _check_row('layer_rates', row, 2, layers)
+    _check_rows('layer_rates', layer_rates, 2, layers)
     if schedule == 'plateau':
         rows = [(0.0, drop_factor**i, drop_factor**i, ()) for i in range(max_drops + 1)]
     else:
@@ -163,20 +163,23 @@ def _check_stages(stages, layers: Sequence[str]) -> list[tuple]:
                 f'optim.stages has the row {row!r}; expected (first epoch, factor for weights, factor for biases, '
                 'layers with factors of their own).'
             )
-        for layer in row[3]:
-            _check_row('stages', layer, 3, layers)
+        _check_rows('stages', row[3], 3, layers)
     starts = [row[0] for row in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
         raise UserError(f'optim.stages begins at the epochs {starts}; expected rising ones from 0.')
     return list(stages)
 
 
-def _check_row(key: str, row, length: int, layers: Sequence[str]) -> None:
-    if not isinstance(row, tuple | list) or len(row) != length or not all(map(_is_rate, row[1:])):
-        raise UserError(f'optim.{key} has {row!r}; expected a layer and {length - 1} factor(s) of 0 or more.')
-    if row[0] not in layers:
-        raise UserError(f'optim.{key} names a layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')
+def _check_rows(key: str, rows, length: int, layers: Sequence[str]) -> None:
+    for row in rows if isinstance(rows, tuple | list) else [rows]:
+        if not isinstance(row, tuple | list) or len(row) != length or not all(map(_is_rate, row[1:])):
+            raise UserError(f'optim.{key} has {row!r}; expected a layer and {length - 1} factor(s) of 0 or more.')
+        if row[0] not in layers:
+            raise UserError(f'optim.{key} names a layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')
+    names = [row[0] for row in rows]
+    if len(set(names)) < len(names):
+        raise UserError(f'optim.{key} names a layer twice: {", ".join(names)}.')
 
 
 def _is_rate(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -47,17 +47,28 @@ def best(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) 
     """For each file, in order: {'file', 'top': [{'label', 'index', 'probability'}]}, the most probable first.
 
     Raises:
-      UserError: a file that is no image.
+      UserError: after the others, if there were files that are no images.
     """
+    wrong = []
     for start in range(0, len(files), _BATCH):
-        batch = files[start : start + _BATCH]
-        images = np.stack([_square(path, checkpoint.record_size) for path in batch])
-        found = evaluate.predict(checkpoint, images, views=views, batch_size=_BATCH)
+        batch, squares = [], []
+        for path in files[start : start + _BATCH]:
+            try:
+                squares.append(_square(path, checkpoint.record_size))
+                batch.append(path)
+            except UserError as error:
+                wrong.append(str(error))
+        if not batch:
+            continue
+        found = evaluate.predict(checkpoint, np.stack(squares), views=views, batch_size=_BATCH)
         for path, probabilities in zip(batch, found, strict=True):
             order = np.argsort(-probabilities, kind='stable')[:top]
             rows = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
             names = ('label', 'index', 'probability')
             yield {'file': path, 'top': [dict(zip(names, row, strict=True)) for row in rows]}
+    if wrong:
+        rest = f' (and {len(wrong) - 1} more of {len(files)} files)' if len(wrong) > 1 else ''
+        raise UserError(f'{wrong[0]}{rest}.')
 
 
 def _square(path: str, size: int) -> np.ndarray:
@@ -67,7 +78,7 @@ def _square(path: str, size: int) -> np.ndarray:
     except Exception as error:  # Pillow raises many kinds
         known = not isinstance(error, UnidentifiedImageError)  # which names a buffer
         reason = (str(error).split('\n', 1)[0] or type(error).__name__) if known else 'of no known format'
-        raise UserError(f'{path!r} cannot be read as an image ({reason}).') from error
+        raise UserError(f'{path!r} cannot be read as an image ({reason})') from error
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -83,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         if args.json:
             print(json.dumps(line), flush=True)
             continue
-        print(line['file'])
+        print(listing.text(line['file']))
         for row in line['top']:
             print(f'  {100 * row["probability"]:6.2f}%  {row["label"]} ({row["index"]})', flush=True)
 

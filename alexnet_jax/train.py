@@ -3,15 +3,16 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import assemble, checkpoint, data, evaluate, sharding, steps, writers
+from alexnet_jax import assemble, augment, checkpoint, data, evaluate, model, sharding, steps, writers
 from alexnet_jax.assemble import Run
+from alexnet_jax.augment import Augmentation
 from alexnet_jax.errors import UserError, did_you_mean
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
@@ -44,6 +45,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     val = run.dataset.splits.get('val')
     if val is None:
         writers.warn('no val split: nothing is evaluated, and the learning rate does not follow the validation error.')
+    if config.optim.schedule == 'plateau' and config.optim.stages:
+        writers.warn("optim.stages are for optim.schedule='epochs'; 'plateau' does not follow them.")
     key = jax.device_put(jax.random.key(config.seed), sharding.replicated(run.mesh))
     meta = {
         'config': checkpoint.config_to_json(config),
@@ -153,7 +156,11 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
                 f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
                 f'--config.init_from={workdir}.'
             )
-        if differences := _differences(old['config'], meta['config']):
+        try:
+            differences = _differences(_completed(old['config']), _completed(meta['config']))
+        except (UserError, KeyError) as error:
+            raise UserError(f'{workdir} holds a run of another version of alexnet_jax: {error}') from error
+        if differences:
             raise UserError(
                 f'{workdir} holds a run of another config: {"; ".join(differences)}. '
                 'Give the same config, or another --workdir.'
@@ -168,20 +175,35 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
     state = run.init(key)
     if config.init_from:
         source = checkpoint.load_checkpoint(config.init_from)
-        for name in ('image_size', 'mean', 'pixel_std'):
-            theirs, ours = getattr(source.augmentation, name), getattr(run.augmentation, name)
-            if theirs != ours:
-                writers.warn(f'{config.init_from} was trained with data.{name}={theirs}, this config says {ours}.')
-        params = _take_over(source, state.params, config.init_fresh, classifier=list(run.network.table())[-1])
-        state = state._replace(params=params)
+        theirs, ours = (_meaning(x.network, x.augmentation) for x in (source, run))
+        for name in sorted(theirs.keys() & ours.keys() - set(config.init_fresh)):
+            if theirs[name] != ours[name]:
+                writers.warn(
+                    f'{config.init_from} was trained with {name} {theirs[name]}, this config has {ours[name]}.'
+                )
+        state = state._replace(params=_take_over(source, state.params, config, run))
     return state
 
 
-def _take_over(source: checkpoint.Checkpoint, params, fresh: Sequence[str], *, classifier: str):
-    """The source's parameters on the mesh of `params`; `fresh` ones, and a classifier for other classes, stay as drawn.
+def _meaning(network: model.AlexNet, augmentation: Augmentation) -> dict[str, Any]:
+    """What the same weights would compute something else with: preprocessing, norms, what a layer does."""
+    found = {f'data.{name}': getattr(augmentation, name) for name in ('image_size', 'mean', 'pixel_std')}
+    for name in model.AlexNet.__dataclass_fields__:
+        if name.startswith(('lrn_', 'norm_', 'spatial_', 'pool_')) or name == 'dropout_inverted':
+            found[f'model.{name}'] = getattr(network, name)
+    for name, row in network.table().items():
+        shape = row._asdict()
+        found[name] = {key: shape[key] for key in ('stride', 'padding', 'groups', 'then') if key in shape}
+    return found
+
+
+def _take_over(source: checkpoint.Checkpoint, params, config: ConfigDict, run: Run):
+    """The source's parameters on the mesh of `params`; `fresh` ones, and a classifier of other classes, stay as drawn.
 
     All start with velocity zero, as in the authors' `layer.py`.
     """
+    classifier, fresh = list(run.network.table())[-1], config.init_fresh
+    same_classes = source.class_names == tuple(run.dataset.class_names)
     for name in fresh:
         if name not in params:
             raise UserError(f'init_fresh names a layer {name!r}.{did_you_mean(name, params)}')
@@ -189,8 +211,9 @@ def _take_over(source: checkpoint.Checkpoint, params, fresh: Sequence[str], *, c
     for name, drawn in params.items():
         old = source.params.get(name)
         fits = old is not None and all(old[part].shape == drawn[part].shape for part in drawn)
-        if name in fresh or (name == classifier and not fits):
-            print(f'{name} starts afresh: {drawn["kernel"].shape}.', flush=True)
+        if name in fresh or (name == classifier and not (fits and same_classes)):
+            why = '' if name in fresh or not fits else f', as the classes of {config.init_from} are others'
+            print(f'{name} starts afresh: {drawn["kernel"].shape}{why}.', flush=True)
             taken[name] = drawn
         elif fits:
             taken[name] = jax.tree.map(lambda a, b: jax.device_put(jnp.asarray(a), b.sharding), old, drawn)
@@ -220,6 +243,21 @@ def _write_json(workdir: str, files: dict[str, dict]) -> None:
         with open(path + '.tmp', 'w', encoding='utf-8') as file:
             json.dump(content, file, indent=2)
         os.replace(path + '.tmp', path)
+
+
+def _completed(config: dict) -> dict:
+    """A config as JSON has it, with the defaults of the keys that an older version had not got."""
+    network, augmentation = model.from_config(config['model']), augment.from_config(config['data'])
+    return json.loads(
+        json.dumps(
+            {
+                'init_fresh': (),
+                **config,
+                'model': {key: getattr(network, key) for key in model.FIELDS},
+                'data': {**config['data'], **augmentation._asdict()},
+            }
+        )
+    )
 
 
 def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:

@@ -15,7 +15,8 @@ Here: forward pass, update, augmentation and ten-view test agree with numpy writ
 (tests/test_authors.py); it was not trained.
 
 Deviation: the images are shuffled anew on every pass, where theirs came in one order; biases' rates in the 2010 run are
-those of the one plan that is written out (`run4.sh`), since the run's own are lost.
+those of the one plan that is written out (`run4.sh`), since the run's own are lost; where values tie under a pooling
+window the gradient is shared among them, theirs went to each.
 """
 
 import os

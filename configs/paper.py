@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.log_every_steps = 1
     config.eval_every_steps = 0  # 0: once an epoch
     config.checkpoint_every_steps = 0  # 0: once an epoch; the best is chosen among those saved right after a validation
-    config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier for other classes starts afresh
+    config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier of other classes starts afresh
     config.init_fresh = ()  # further layers that are drawn anew all the same: ('conv6', 'fc7')
     config.on_nonfinite = 'stop'  # loss or gradient not finite: 'stop', or 'skip' the batch
     config.debug = False  # stop at the first NaN and name the operation; slow
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.draw_every = 1  # successive images that share crop and reflection
     config.data.reflect = True  # mirror half of them; section 4.1
     config.data.mean = (
-        'crop'  # subtract the 'crop' of the mean image that lies under it, its 'centre', or per 'channel'
+        'crop'  # of the mean image, subtract the part under the crop, its 'centre', or a mean a 'channel'
     )
     config.data.pixel_std = (1.0, 1.0, 1.0)  # mean-subtracted R, G, B are divided by these; not in the paper
     config.data.colour_std = 0.1  # of the principal components' alphas, 0: off; section 4.1

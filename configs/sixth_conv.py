@@ -11,8 +11,8 @@ The words, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", are 
     ... --config=configs/sixth_conv.py:pretrain --workdir=runs/fall --config.data.path=FALL2011
     ... --config=configs/sixth_conv.py:finetune --workdir=runs/tuned --config.data.path=DIR --config.init_from=runs/fall
 
-What was done is a chain of four; A is net 145 (configs/authors_2012.py), then each with --config.init_from=the one
-before:
+What was done is a chain of four; A is net 145 (configs/authors_2012.py), a backup of it at about epoch 25 to 36, then
+each with --config.init_from=the one before:
 
   argument      data                       copied              drawn anew           slowed
   authors=2009  Fall 2009, 10,184 classes  conv1-5 (of A)      conv6, dense layers  conv1-5 at a tenth
@@ -25,9 +25,9 @@ The paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 er
 16.62%. Here: parameters, shapes, products and collectives are counted, and the chain was run on a small instance
 (tests/test_finetune.py); no part of it was trained at this size.
 
-Deviation: `finetune` takes the rates of authors=2012, of which the paper says nothing; biases have twice the rates of
-weights, as far as the release's files agree; parts of passes are taken from the diary's count of files of 1,024
-images."""
+Deviation: the paper says nothing of the rates of `finetune`; those of authors=2012's weights are taken, for biases too.
+In the chain the biases' rates are inferred: twice the weights' at first, then 0.002 (conv 1 as its weights).
+Parts of passes are taken from the diary's count of files of 1,024 images."""
 
 import os
 import runpy
@@ -71,10 +71,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg in ('finetune', 'authors=2012'):
         frozen, classifier = ('conv1', 0.0, 0.0), ('fc9', 1.0, 1.0)
         config.num_epochs = 54.0
-        config.data.colour_epochs = 37.0
         config.init_fresh = ('fc9',)
         config.optim.schedule = 'epochs'
-        config.optim.stages = (
+        stages = (
             (0, 0.1, 0.1, (('conv1', 0.01, 0.01),)),
             (0.24, 0.1, 0.1, (('conv1', 0.01, 0.01), classifier)),  # after 300 files of 1,024 images
             (4, 0.1, 0.1, (('conv1', 0.001, 0.001), classifier)),
@@ -83,4 +82,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             (21, 0.01, 0.1, (frozen,)),
             (41, 0.001, 0.1, (frozen,)),
         )
+        if authors:
+            config.data.colour_epochs = 37.0
+        else:  # "an equal learning rate for all layers"
+            stages = tuple((epoch, weights, weights, layers) for epoch, weights, _, layers in stages)
+        config.optim.stages = stages
     return config

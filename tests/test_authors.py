@@ -138,25 +138,34 @@ RUN_2010 = (
     (72, 77, 0, 0.0001, 0, 0.002, False),
     (78, 93, 0, 0.00001, 0, 0.002, False),
 )
+RUN_2012 = (  # drops at 25, 51 and 79, conv 1 slowed at 67 and frozen at 72; biases' rates are not lowered
+    (1, 24, 0.01, 0.01, 0.02, 0.02, True),
+    (25, 50, 0.001, 0.001, 0.02, 0.02, True),
+    (51, 66, 0.0001, 0.0001, 0.02, 0.02, True),
+    (67, 71, 0.00001, 0.0001, 0.02, 0.02, False),
+    (72, 78, 0, 0.0001, 0, 0.02, False),
+    (79, 91, 0, 0.00001, 0, 0.02, False),
+)
 HANDS_OFF = {1: 0.01, 23: 0.01, 25: 0.001587, 47: 0.001587, 48: 0.000252, 71: 0.000252, 72: 0.00004, 95: 0.00004}
 
 
-def _rates(config, epoch, per_epoch=4):
-    """Rates in the middle of a 1-based epoch, measured: what an update with gradient -1 and velocity 0 adds."""
+def _rates(config, passes, per_epoch=200):
+    """Rates after so many passes, measured: what an update with gradient -1 and velocity 0 adds."""
     network = model.from_config(config.model)
     optimizer = small.optimizer(network, **{**config.optim, 'weight_decay': 0.0}, steps_per_epoch=per_epoch)
     params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.table()}
-    state = optimizer.tx.init(params)._replace(count=jnp.int32(per_epoch * (epoch - 1) + per_epoch // 2))
+    state = optimizer.tx.init(params)._replace(count=jnp.int32(round(per_epoch * passes)))
     updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
     return updates
 
 
-def test_schedule_of_the_2010_run():
-    config = _get_config()
-    assert config.num_epochs == 93
-    for first, last, conv1, other, conv1_bias, bias, colour in RUN_2010:
+@pytest.mark.parametrize(('arg', 'epochs', 'table'), [(None, 93, RUN_2010), ('schedule=2012', 91, RUN_2012)])
+def test_schedule_of_the_2010_and_2012_runs(arg, epochs, table):
+    config = _get_config(arg)
+    assert config.num_epochs == epochs
+    for first, last, conv1, other, conv1_bias, bias, colour in table:
         for epoch in (first, last):
-            updates = _rates(config, epoch)
+            updates = _rates(config, epoch - 0.5)
             expected = {name: {'kernel': [other], 'bias': [bias]} for name in updates}
             expected['conv1'] = {'kernel': [conv1], 'bias': [conv1_bias]}
             for name, parts in expected.items():
@@ -168,11 +177,50 @@ def test_schedule_of_the_2010_run():
 def test_hands_off_schedule_of_net_170():
     config = _get_config('schedule=170')
     assert config.num_epochs == 95
+    assert 61 <= config.data.colour_epochs <= 68
     for epoch, rate in HANDS_OFF.items():
-        updates = _rates(config, epoch)
+        updates = _rates(config, epoch - 0.5)
         np.testing.assert_allclose(updates['fc8']['kernel'], rate, rtol=0.01)
         np.testing.assert_allclose(updates['fc8']['bias'], 0.02 if epoch < 48 else 0.002, rtol=1e-5)
         assert (updates['conv1']['kernel'] == 0) == (epoch > 74)
+
+
+# Section 7's chain: passes (the diary's epoch less one, and files of 1,024 images), rates of conv 1, of the other
+# convolutions, of the hidden dense layers, of the classifier.
+CHAIN = {
+    'authors=2009': (5.74, 0, [
+        (0, 0.001, 0.001, 0.01, 0.01), (1 + 1580 / 8800, 0.001, 0.001, 0.01, 0.01),
+        (1 + 1640 / 8800, 0.001, 0.001, 0.001, 0.001), (5.7, 0.001, 0.001, 0.001, 0.001),
+    ]),
+    'authors=2011': (7.81, 0, [
+        (0, 0.001, 0.001, 0.01, 0.01), (4.99, 0.001, 0.001, 0.01, 0.01), (5.01, 0.001, 0.001, 0.001, 0.001),
+    ]),
+    'authors=2012': (54, 37, [
+        (0, 0.0001, 0.001, 0.001, 0.001), (290 / 1251, 0.0001, 0.001, 0.001, 0.001),
+        (310 / 1251, 0.0001, 0.001, 0.001, 0.01), (3.99, 0.0001, 0.001, 0.001, 0.01),
+        (4.01, 0.00001, 0.001, 0.001, 0.01), (6.01, 0, 0.001, 0.001, 0.01), (7.99, 0, 0.001, 0.001, 0.01),
+        (8.01, 0, 0.001, 0.001, 0.001), (20.99, 0, 0.001, 0.001, 0.001), (21.01, 0, 0.0001, 0.0001, 0.0001),
+        (41.01, 0, 0.00001, 0.00001, 0.00001),
+    ]),
+}  # fmt: skip
+CHAIN['finetune'] = (54, 0, CHAIN['authors=2012'][2])  # the paper's words: colour stays, biases learn as weights do
+
+
+@pytest.mark.parametrize('arg', CHAIN)
+def test_rates_of_the_chain_of_pre_training(arg):
+    config = runpy.run_path(str(ROOT / 'configs' / 'sixth_conv.py'))['get_config'](arg)
+    epochs, colour, rows = CHAIN[arg]
+    assert (config.num_epochs, config.data.colour_epochs) == (epochs, colour)
+    last = list(model.from_config(config.model).table())[-1]
+    for passes, conv1, convs, hidden, classifier in rows:
+        slow_conv6 = convs if arg != 'authors=2009' else hidden  # conv 6 is new there
+        for name, parts in _rates(config, passes, per_epoch=10_000).items():
+            rate = {'conv1': conv1, 'conv6': slow_conv6, last: classifier}.get(
+                name, convs if name.startswith('conv') else hidden
+            )
+            np.testing.assert_allclose(parts['kernel'], rate, rtol=1e-5, err_msg=f'{passes} {name}')
+            if arg == 'finetune' or rate == 0:
+                np.testing.assert_allclose(parts['bias'], rate, rtol=1e-5, err_msg=f'{passes} {name}')
 
 
 def test_update_rule_with_its_own_rates_for_biases_and_a_frozen_layer():

@@ -45,6 +45,7 @@ def _assert_user_error(result, pattern):
         (['main', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
         (['main', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
         (['main', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
+        (['main', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
         (['prepare', '--output=W'], '--input is missing'),
         (['prepare', '--input=W', '--output=W/out'], 'there is no input'),
         (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),

@@ -43,7 +43,7 @@ def test_average_by_hand():
     p = [np.array([[0.9, 0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)]
     chex.assert_trees_all_close(ensemble.average(p, [1, 1]), np.array([[0.6, 0.4]], np.float32), rtol=1e-6)
     chex.assert_trees_all_close(ensemble.average(p, [1, 3]), np.array([[0.45, 0.55]], np.float32), rtol=1e-6)
-    for weights in ([0, 0], [1], [-1, 2]):
+    for weights in ([0, 0], [1], [-1, 2], [1e308, 1e308], [float('nan'), 1]):
         with pytest.raises(UserError, match='weights .* for 2 networks'):
             ensemble.average(p, weights)
 
@@ -78,6 +78,13 @@ def test_tuned_weights_are_the_coordinate_searchs():
     found = ensemble.tune(p, labels)
     chex.assert_trees_all_close(np.array(found), np.array(weights), atol=1e-9)
     assert found != [0.5] * 3 and lowest < score([0.5] * 3)
+
+
+def test_tuned_weights_are_not_all_zero():
+    """The first network is best left out, and nothing at all would put the labels 0 and 1 among the first five."""
+    first = np.array([[0, 0.2, 0.2, 0.2, 0.2, 0.2], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
+    second = np.array([[0.1, 0.2, 0.2, 0.2, 0.25, 0.05], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
+    assert ensemble.tune([first, second], np.array([0, 1])) == [0, 0.5]
 
 
 @pytest.mark.parametrize('views', [1, 10])
@@ -180,6 +187,20 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         result = _run('predict', *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert message in result.stderr
+
+
+def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_path):
+    """All that can be read are answered, then comes the error; links in a circle do not hold it up."""
+    for name in ('a.jpg', 'z.jpg'):
+        (tmp_path / name).write_bytes((photos / 'a.jpg').read_bytes())
+    (tmp_path / 'b.jpg').write_text('no image')
+    (tmp_path / 'c.png').write_bytes((photos / 'b.png').read_bytes()[:500])
+    os.symlink('.', tmp_path / 'circle')
+    os.symlink('itself', tmp_path / 'itself')
+    result = _run('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
+    assert [json.loads(line)['file'] for line in result.stdout.splitlines()] == [f'{tmp_path}/{n}.jpg' for n in 'az']
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "b.jpg' cannot be read as an image (of no known format) (and 1 more of 4 files)." in result.stderr
 
 
 def test_a_reader_that_goes_away(checkpoints, photos):

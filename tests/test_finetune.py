@@ -118,4 +118,14 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     other = small.digits_config(**begin, **{'data.mean': 'channel', 'data.pixel_std': (60.0, 60.0, 60.0)})
     train.train_and_evaluate(other, str(tmp_path / 'd'))
     warned = capsys.readouterr().err
-    assert 'data.mean=crop, this config says channel' in warned and 'data.pixel_std=(1.0, 1.0, 1.0)' in warned
+    assert 'was trained with data.mean crop, this config has channel' in warned
+    assert 'was trained with data.pixel_std (1.0, 1.0, 1.0)' in warned and len(warned.splitlines()) == 2
+    # The same shapes, but not the same function of them.
+    other = small.digits_config(**begin, **{'model.lrn_k': 1.0, 'model.dropout_rate': 0.1, 'init_fresh': ('fc7',)})
+    other.model.conv = (*other.model.conv[:4], (*other.model.conv[4][:-1], 'pool relu'))
+    other.model.dense = (other.model.dense[0], (32, 1, 0.25, 0.0, 'relu'))
+    train.train_and_evaluate(other, str(tmp_path / 'e'))
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2, warned
+    assert 'was trained with conv5 ' in warned[0] and "'then': 'relu pool'" in warned[0]
+    assert 'was trained with model.lrn_k 2.0, this config has 1.0' in warned[1]

@@ -169,10 +169,13 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
         ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
         ({'dtype': 'float64'}, 'takes jax.enable_x64'),
         ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n is 1; expected True or False'),
-        ({'classifier': (0.1,)}, r'model.classifier is \(0.1,\); expected \(init std, bias\)'),
+        ({'classifier': (0.1,)}, r'model.classifier is \(0.1,\); expected \(init std of 0 or more, bias\)'),
+        ({'classifier': (-0.1, 0.0)}, r'model.classifier is \(-0.1, 0.0\); expected'),
+        ({'lrn_k': 0.0}, 'model.lrn_k is 0.0; expected a number above 0'),
+        ({'lrn_alpha': float('nan')}, 'model.lrn_alpha is nan; expected a number'),
         (
             {'conv': ((96, 11, 4, (0, 3), 1, 'he', 0.0, 'relu'),)},
-            "init_std in model.conv is 'he'; expected a number or",
+            "init_std in model.conv is 'he'; expected a number of 0",
         ),
     ],
 )

@@ -398,7 +398,7 @@ def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatc
     assert checkpoint.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
 
 
-def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch):
+def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, capsys):
     _, workdir, _ = uninterrupted
     config = _config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path / 'same'))
@@ -416,6 +416,14 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch):
     chex.assert_trees_all_equal(
         {k: v for k, v in new.items() if k != 'fc8'}, {k: v for k, v in old.items() if k != 'fc8'}
     )
+    # As many classes, but others.
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, 'open_dataset', lambda path: digits._replace(class_names=tuple('abcdefghij')))
+        train.train_and_evaluate(config, str(tmp_path / 'letters'))
+    assert 'fc8 starts afresh: (32, 10), as the classes of' in capsys.readouterr().out
+    new = checkpoint.load_checkpoint(str(tmp_path / 'letters')).params
+    assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01
+    chex.assert_trees_all_equal(new['fc7'], old['fc7'])
     other = config.copy_and_resolve_references()
     other.model.conv = ((4, *other.model.conv[0][1:]), *other.model.conv[1:])
     with pytest.raises(UserError, match=r'init_from: conv1 needs a kernel of shape \(5, 5, 3, 4\); found a kernel of'):
@@ -432,7 +440,18 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch):
         ({'data.path': '/nowhere'}, 'there is no data directory'),
         ({'on_nonfinite': 'pray'}, "on_nonfinite='pray'; expected 'stop' or 'skip'"),
         ({'mesh.data': 3}, 'needs 6 devices; there are 4'),
-        ({'num_steps': 0, 'num_epochs': 0.0}, 'nothing to train for'),
+        ({'num_steps': 0, 'num_epochs': 0.0}, 'num_epochs=0.0, num_steps=0; expected one of them above 0'),
+        ({'num_steps': 0, 'num_epochs': float('inf')}, 'num_epochs=inf'),
+        ({'mesh.tower': 0}, 'mesh.tower=0; the network has 1 tower or 2'),
+        ({'data.colour_epochs': float('inf')}, 'data.colour_epochs=inf; expected a number of 0 or more'),
+        ({'optim.learning_rate': float('inf')}, 'optim.learning_rate=inf is out of range'),
+        ({'optim.stages': ((0, 1.0, 1.0, 5),)}, r'optim.stages has 5; expected a layer and 2 factor'),
+        ({'optim.stages': ((0, float('inf'), 1.0, ()),)}, r'optim.stages has the row \(0, inf'),
+        (
+            {'optim.layer_rates': (('conv1', 0.1), ('conv1', 0.2))},
+            'optim.layer_rates names a layer twice: conv1, conv1',
+        ),
+        ({'data.crop_area': (0.1, 1.0), 'data.mean': 'centre'}, "data.mean='centre', but data.crop_area"),
         ({'seed': -1}, 'seed=-1; expected 0 to'),
         ({'data.num_workers': -1}, 'data.num_workers=-1; expected 0 or more'),
     ],
@@ -484,6 +503,37 @@ def test_checkpoints_that_are_not_there(tmp_path):
         checkpoint.load_checkpoint(str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='there is no checkpoint in .* yet'):
+        checkpoint.load_checkpoint(str(tmp_path))
+
+
+def _edit_meta(workdir, edit):
+    (path,) = (workdir / 'checkpoints').glob('*/meta/metadata')
+    meta = json.loads(path.read_text())
+    edit(meta['config'])
+    path.write_text(json.dumps(meta))
+
+
+def test_a_run_of_an_older_version_goes_on(uninterrupted, tmp_path):
+    """Its config has not got the keys that came later: it was run with their defaults."""
+    config, workdir, _ = uninterrupted
+    shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
+
+    def older(config):
+        del config['init_fresh'], config['data']['mean'], config['model']['norm_groups']
+
+    _edit_meta(tmp_path, older)
+    assert train.train_and_evaluate(config, str(tmp_path)) == {}  # finished
+    changed = config.copy_and_resolve_references()
+    changed.data.mean = 'channel'
+    with pytest.raises(UserError, match='another config: data.mean: crop -> channel'):
+        train.train_and_evaluate(changed, str(tmp_path))
+    _edit_meta(tmp_path, lambda config: config['model'].update(tanh=True))
+    with pytest.raises(UserError, match='holds a run of another version of alexnet_jax: model.tanh is unknown'):
+        train.train_and_evaluate(config, str(tmp_path))
+    with pytest.raises(UserError, match='checkpoints/30 is of another version: model.tanh is unknown'):
+        checkpoint.load_checkpoint(str(tmp_path))
+    _edit_meta(tmp_path, lambda config: config.pop('model'))
+    with pytest.raises(UserError, match='checkpoints/30 cannot be read'):
         checkpoint.load_checkpoint(str(tmp_path))
 
 

@@ -2,11 +2,13 @@
 
 import ast
 import collections
+import math
 import re
 import runpy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from alexnet_jax import augment, layers, model, optim, sharding
@@ -144,6 +146,52 @@ def test_one_tower_networks_refuse_two(variant, message):
     assert config.mesh.tower == 1
     with pytest.raises(UserError, match=message):
         layers.sizes(model.from_config(config.model), config.data.image_size, towers=2)
+
+
+def _rate(config, count, steps_per_epoch):
+    """(of weights, of biases) at an update, measured: with decay off, gradient -1 and velocity 0."""
+    optimizer = optim.make_optimizer(
+        **{**config.optim, 'weight_decay': 0.0, 'bias_decay': 0.0}, steps_per_epoch=steps_per_epoch, layers=['conv1']
+    )
+    params = {'conv1': {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)}}
+    state = optimizer.tx.init(params)._replace(count=jnp.int32(count))
+    updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
+    return updates['conv1']['kernel'][0], updates['conv1']['bias'][0]
+
+
+def test_caffes_recipe():
+    """`bvlc_alexnet/solver.prototxt` (base_lr, gamma, stepsize, max_iter, decay) and `train_val.prototxt`."""
+    config = load('caffe')
+    assert [row[5:7] for row in config.model.conv] == [(0.01, 0), (0.01, 0.1), (0.01, 0), (0.01, 0.1), (0.01, 0.1)]
+    assert [row[2:4] for row in config.model.dense] == [(0.005, 0.1)] * 2 and config.model.classifier == (0.01, 0)
+    assert (config.optim.momentum, config.optim.weight_decay, config.optim.bias_decay) == (0.9, 0.0005, 0)
+    assert (config.batch_size, config.data.image_size, config.data.reflect, config.data.colour_std) == (
+        256,
+        227,
+        True,
+        0,
+    )
+    assert config.data.all_positions and config.data.mean == 'crop'
+    per_epoch = 1_281_167 / 256
+    assert math.ceil(config.num_epochs * per_epoch) == 450_000
+    for count, rate in [(0, 0.01), (99_999, 0.01), (100_000, 1e-3), (250_000, 1e-4), (399_999, 1e-5), (400_000, 1e-6)]:
+        assert _rate(config, count, per_epoch) == pytest.approx((rate, 2 * rate)), count
+
+
+def test_torchvisions_recipe():
+    """`references/classification`: train.py --lr 1e-2, presets.py, and nn.Conv2d's and nn.Linear's initial values."""
+    config = load('torchvision')
+    optimizer, data = config.optim, config.data
+    assert {value for row in config.model.conv for value in row[5:7]} == {layers.FAN_IN}
+    assert {value for row in (*config.model.dense, (0, 0, *config.model.classifier)) for value in row[2:4]} == {
+        'fan_in'
+    }
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.bias_decay) == (0.9, 1e-4, 1e-4)
+    assert not optimizer.rate_in_velocity and (config.batch_size, config.num_epochs) == (32 * 8, 90)
+    assert (data.image_size, data.crop_area, data.reflect, data.colour_std) == (224, (0.08, 1.0), True, 0)
+    assert data.mean == 'channel' and np.allclose(np.array(data.pixel_std) / 255, [0.229, 0.224, 0.225])
+    for count, rate in [(0, 0.01), (299, 0.01), (300, 1e-3), (599, 1e-3), (600, 1e-4), (899, 1e-4)]:
+        assert _rate(config, count, 10) == pytest.approx((rate, rate)), count
 
 
 def test_variants_differ_from_the_paper_only_where_they_say():
