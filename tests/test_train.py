@@ -561,3 +561,5 @@ def test_the_steps_of_a_run_follow_its_config():
 
     assert loss(on, batch, 22) == loss(off, quiet, 22)
     assert abs(loss(on, batch, 21) - loss(off, quiet, 21)) > 0.1
+    never = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_epochs': 0.01}))  # less than an update
+    assert loss(never, batch, 0) == loss(off, quiet, 0)
