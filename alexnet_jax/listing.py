@@ -114,7 +114,7 @@ def imagenet_classes() -> tuple[str, ...]:
 def _shipped_lines(name: str) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
-    return tuple(tfds.core.tfds_path(f'datasets/imagenet2012/{name}').readtext().split())
+    return tuple(tfds.core.tfds_path(f'datasets/imagenet2012/{name}').read_text().split())
 
 
 @functools.cache
