@@ -17,9 +17,7 @@ class Conv(NamedTuple):
     stride: int
     padding: tuple[int, int]  # zeros before and after, rows and columns alike
     groups: int  # 1: reads every map below; 2: each half reads its own tower's half, and the towers do not talk
-    init_std: (
-        float | str
-    )  # weights are drawn from N(0, init_std); 'fan_in': from U(-b, b) with b = inputs^-1/2 (PyTorch)
+    init_std: float | str  # weights are drawn from N(0, init_std); 'fan_in': U(-b, b), b = inputs^-1/2 (PyTorch)
     bias: float | str  # initial value of every bias; 'fan_in': drawn as such weights are
     then: str  # what follows, in order: some of 'relu', 'lrn', 'spatial_norm', 'pool', 'dropout'
 
