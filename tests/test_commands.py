@@ -95,7 +95,7 @@ def test_quickstart_learns_in_time(tmp_path):
     result = _run('main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-    assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 3
+    assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 4
 
 
 @pytest.mark.slow
