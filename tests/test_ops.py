@@ -14,12 +14,25 @@ def _random(*shape):
 
 
 def _lrn_by_hand(a, n, k, alpha, beta):
-    """Section 3.3: b_i = a_i / (k + alpha sum_{j = max(0, i - n/2)}^{min(N - 1, i + n/2)} a_j^2)^beta."""
+    """Section 3.3: b_i = a_i / (k + alpha sum_{j = max(0, i - n/2)}^{min(N - 1, i + n/2)} a_j^2)^beta.
+
+    An even n, which the paper has not, has its last place left away.
+    """
     b = np.empty_like(a)
     maps = a.shape[-1]
     for i in range(maps):
-        total = sum(a[..., j] ** 2 for j in range(max(0, i - n // 2), min(maps - 1, i + n // 2) + 1))
+        total = sum(a[..., j] ** 2 for j in range(max(0, i - n // 2), min(maps, i - n // 2 + n)))
         b[..., i] = a[..., i] / (k + alpha * total) ** beta
+    return b
+
+
+def _spatial_by_hand(a, n, k, alpha, beta):
+    """The same over n x n places of each map."""
+    b = np.empty_like(a)
+    for image, i, j, c in np.ndindex(a.shape):
+        top, left = i - n // 2, j - n // 2
+        window = a[image, max(0, top) : top + n, max(0, left) : left + n, c]
+        b[image, i, j, c] = a[image, i, j, c] / (k + alpha * (window**2).sum()) ** beta
     return b
 
 
@@ -100,12 +113,30 @@ def test_dropout_silences_in_training_and_halves_at_test():
     chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.5), jnp.asarray([[0.5, -1.0, 1.5]]))
 
 
-def test_spatial_response_norm_against_loops():
-    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(np.float32)
-    found = ops.spatial_response_norm(jnp.asarray(x), n=5, k=1.5, alpha=0.3, beta=0.75)
-    for (n, i, j, c), value in np.ndenumerate(x):
-        window = x[n, max(0, i - 2) : i + 3, max(0, j - 2) : j + 3, c].astype(np.float64)
-        np.testing.assert_allclose(found[n, i, j, c], value * (1.5 + 0.3 * (window**2).sum()) ** -0.75, rtol=1e-5)
+@pytest.mark.parametrize('n', [4, 5])
+def test_spatial_response_norm_against_loops(n):
+    a, constants = _random(2, 6, 7, 3), dict(n=n, k=1.5, alpha=0.3, beta=0.75)
+    with jax.enable_x64():
+        found = ops.spatial_response_norm(jnp.asarray(a), **constants)
+    chex.assert_trees_all_close(found, _spatial_by_hand(a, **constants), rtol=1e-12)
+
+
+@pytest.mark.parametrize(('n', 'beta'), [(5, 0.75), (4, 0.75), (3, 0.6)])
+@pytest.mark.parametrize(
+    ('norm', 'by_hand'),
+    [(ops.local_response_norm, _lrn_by_hand), (ops.spatial_response_norm, _spatial_by_hand)],
+)
+def test_gradient_of_response_norms_is_the_slope_of_the_loops(norm, by_hand, n, beta):
+    a, weights = 3 * _random(1, 4, 5, 6), np.random.default_rng(1).standard_normal((1, 4, 5, 6))
+    constants = dict(n=n, k=1.5, alpha=0.2, beta=beta)
+    slope = np.empty_like(a)
+    for place in np.ndindex(a.shape):
+        step = np.zeros_like(a)
+        step[place] = 1e-5
+        slope[place] = ((by_hand(a + step, **constants) - by_hand(a - step, **constants)) * weights).sum() / 2e-5
+    with jax.enable_x64():
+        grad = jax.grad(lambda a: (norm(a, **constants) * weights).sum())(jnp.asarray(a))
+    chex.assert_trees_all_close(np.asarray(grad), slope, atol=1e-8)
 
 
 def test_inverted_dropout_scales_in_training_and_not_at_test():
