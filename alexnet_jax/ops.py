@@ -4,11 +4,14 @@ All take and return NHWC arrays, have no parameters of their own and no state.
 """
 
 import functools
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_PATCH_BYTES = 12 << 20  # of `_weight_gradient` at once: two images of conv 1
 
 
 def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int], groups: int = 1):
@@ -27,13 +30,72 @@ def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int], groups: 
       float [N, H', W', O].
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
+    convolve = _convolve if stride == 1 else _strided
     outputs = [
-        lax.conv_general_dilated(
-            x, kernel, (stride, stride), (padding, padding), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
+        convolve(stride, tuple(padding), x, kernel)
         for x, kernel in zip(jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWIO, groups, axis=-1), strict=True)
     ]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
+
+
+def _convolve(stride: int, padding: tuple[int, int], x_NHWC, kernel_HWIO):
+    return lax.conv_general_dilated(
+        x_NHWC, kernel_HWIO, (stride, stride), (padding, padding), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+_strided = jax.custom_vjp(_convolve, nondiff_argnums=(0, 1))
+
+
+def _strided_forward(stride, padding, x, kernel):
+    return _convolve(stride, padding, x, kernel), (x, kernel)
+
+
+def _strided_backward(stride, padding, arrays, gradient):
+    """XLA's gradient of the weights, except on the CPU backend: there conv 1's is a third of all time."""
+    x, kernel = arrays
+    _, pull_back = jax.vjp(functools.partial(_convolve, stride, padding), x, kernel)
+    by_patches = functools.partial(_weight_gradient, stride, padding, kernel)
+    of_kernel = lax.platform_dependent(x, gradient, cpu=by_patches, default=lambda _, g: pull_back(g)[1])
+    return pull_back(gradient)[0], of_kernel
+
+
+_strided.defvjp(_strided_forward, _strided_backward)
+
+
+def _weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
+    """The gradient of a strided convolution's weights: patches times gradient, as many images as a cache holds at once.
+
+    Squares of stride x stride pixels become channels first, so that a patch is a few long runs of memory.
+    """
+    size, _, channels, features = kernel_HWIO.shape
+    count, height, width, _ = gradient_NHWO.shape
+    blocks, depth = -(-size // stride), stride * stride * channels
+    wide = jnp.promote_types(x_NHWC.dtype, jnp.float32)
+
+    def patches(x_nHWC):
+        ends = [
+            (n - 1 + blocks) * stride - padding[0] - side
+            for n, side in zip((height, width), x_nHWC.shape[1:3], strict=True)
+        ]
+        edges = [(0, 0, 0), *((padding[0], end, 0) for end in ends), (0, 0, 0)]  # an end may be cut off
+        x = lax.pad(x_nHWC, jnp.zeros((), x_nHWC.dtype), edges)
+        x = x.reshape(len(x), height - 1 + blocks, stride, width - 1 + blocks, stride * channels)
+        x = x.swapaxes(2, 3).reshape(len(x), height - 1 + blocks, width - 1 + blocks, depth)
+        runs = [x[:, i : i + height, j : j + width] for i in range(blocks) for j in range(blocks)]
+        return jnp.concatenate(runs, axis=-1).reshape(-1, blocks * blocks * depth)
+
+    def product(part):
+        x, gradient = part
+        return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=wide)
+
+    fits = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
+    together = math.gcd(count, 1 << max(fits, 1).bit_length() - 1)
+    parts = [a.reshape(-1, together, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
+    total = lax.map(product, tuple(parts)).sum(0)
+    total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)
+    whole = total.reshape(blocks * stride, blocks * stride, channels, features)
+    return whole[:size, :size].astype(kernel_HWIO.dtype)
 
 
 def dense(x, kernel_IO, *, groups: int = 1):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,6 +67,9 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
     classifier = list(model.table())[-1]
 
     def block(params, x_nHWC, masks):
+        # Every device has its part of the sums over the batch and over the towers' maps. JAX would see to it operation
+        # by operation, but not where one has a gradient of its own, as `ops.conv` with a stride.
+        params, x_nHWC = lax.pcast(params, 'data', to='varying'), lax.pcast(x_nHWC, 'tower', to='varying')
         return mapped.apply({'params': params}, x_nHWC, masks)
 
     def apply(params, x_NHWC, masks=None):

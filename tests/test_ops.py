@@ -1,5 +1,7 @@
 """The operations against loops written from the paper's text."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,32 @@ def test_conv_by_hand(groups):
                 patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3, first : first + 4 // groups]
                 by_hand = (patch * kernel[..., o]).sum((1, 2, 3))
                 chex.assert_trees_all_close(np.asarray(y[:, i, j, o]), by_hand, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ('count', 'size', 'stride', 'padding', 'groups'),
+    [(8, 11, 4, (0, 3), 1), (3, 5, 2, (2, 2), 2), (2, 3, 5, (1, 0), 1), (2, 3, 1, (1, 1), 2)],
+)
+def test_gradients_of_conv_by_hand(monkeypatch, count, size, stride, padding, groups):
+    monkeypatch.setattr(ops, '_PATCH_BYTES', 60_000)  # several images at a time, and several times
+    x, kernel = _random(count, 19, 23, 4), _random(size, size, 4 // groups, 6)
+    conv = functools.partial(ops.conv, stride=stride, padding=padding, groups=groups)
+    with jax.enable_x64():
+        y, pull_back = jax.vjp(conv, jnp.asarray(x), jnp.asarray(kernel))
+        weights = np.random.default_rng(1).standard_normal(y.shape)
+        found = pull_back(jnp.asarray(weights))
+    padded = np.pad(x, ((0, 0), padding, padding, (0, 0)))
+    of_x, of_kernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for i, j, o in np.ndindex(y.shape[1:]):
+        first = (o * groups // 6) * (4 // groups)
+        rows, columns = slice(stride * i, stride * i + size), slice(stride * j, stride * j + size)
+        seen = (slice(None), rows, columns, slice(first, first + 4 // groups))
+        weight = weights[:, i, j, o, None, None, None]
+        of_kernel[..., o] += (weight * padded[seen]).sum(0)
+        of_x[seen] += weight * kernel[..., o]
+    before = padding[0]
+    chex.assert_trees_all_close(np.asarray(found[0]), of_x[:, before : before + 19, before : before + 23], rtol=1e-10)
+    chex.assert_trees_all_close(np.asarray(found[1]), of_kernel, rtol=1e-10)
 
 
 def test_dense_by_hand():
