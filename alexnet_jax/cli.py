@@ -1,5 +1,6 @@
 """What all commands share: flags, and errors a user can put right as one line and exit code 2."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -31,13 +32,19 @@ def define_cpu_devices() -> None:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['cpu_devices'])  # so that --help shows it
 
 
-def use_cpu_devices() -> None:
-    """Call before anything touches a device."""
-    if flags.FLAGS.cpu_devices:
-        import jax  # not above: the processes of alexnet_jax.prepare do without
+def set_up_jax() -> None:
+    """--cpu_devices, and compiled programs kept for the next start; call before anything touches a device."""
+    import jax  # not above: the processes of alexnet_jax.prepare do without
 
+    if flags.FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', flags.FLAGS.cpu_devices)
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR puts it elsewhere
+        base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+        cache = os.path.join(base, 'alexnet_jax')
+        with contextlib.suppress(OSError):  # a home that cannot be written: every start compiles
+            os.makedirs(cache, exist_ok=True)
+            jax.config.update('jax_compilation_cache_dir', cache)
 
 
 def _call(main, words, required, arguments) -> None:

@@ -218,7 +218,7 @@ def main() -> None:
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     weights = _weights(args.weights, len(args.checkpoint))
-    cli.use_cpu_devices()
+    cli.set_up_jax()
     dataset = sources.open_dataset(args.data)
     source = dataset.split(args.split)
     tune_on = dataset.split('val') if args.weights == 'tuned' else None

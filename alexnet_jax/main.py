@@ -15,7 +15,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: checkpoin
 
 
 def main() -> None:
-    cli.use_cpu_devices()
+    cli.set_up_jax()
     train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
 
 

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     args = flags.FLAGS
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
-    cli.use_cpu_devices()
+    cli.set_up_jax()
     files = files_in(arguments)
     checkpoint = load_checkpoint(args.checkpoint)
     if not 1 <= args.top <= len(checkpoint.class_names):

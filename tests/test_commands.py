@@ -16,9 +16,11 @@ MAIN = ['main', '--config=configs/quickstart.py', '--cpu_devices=1']
 
 
 def _run(*arguments, **environment):
+    """environment: what differs from this process's; None takes a variable away."""
+    environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
         [sys.executable, '-m', f'alexnet_jax.{arguments[0]}', *map(str, arguments[1:])],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
     )  # fmt: skip
 
 
@@ -63,6 +65,29 @@ def test_user_errors(arguments, pattern, tmp_path):
     workdir = tmp_path / 'w'
     _assert_user_error(_run(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
     assert not workdir.exists()
+
+
+def test_a_second_start_loads_what_the_first_compiled(tmp_path):
+    here = {
+        'XDG_CACHE_HOME': str(tmp_path),
+        'JAX_COMPILATION_CACHE_DIR': None,
+        'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler',
+    }
+    steps = ['--config.num_steps=1', '--config.eval_every_steps=1']
+    first = _run(*MAIN, f'--workdir={tmp_path}/a', *steps, **here)
+    kept = sorted(path.name for path in (tmp_path / 'alexnet_jax').iterdir())
+    second = _run(*MAIN, f'--workdir={tmp_path}/b', *steps, **here)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert any(name.startswith('jit_train_step') for name in kept)
+    assert "cache hit for 'jit_train_step'" not in first.stderr
+    assert "cache hit for 'jit_train_step'" in second.stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+    (tmp_path / 'file').touch()
+    here = {'XDG_CACHE_HOME': str(tmp_path / 'file'), 'JAX_COMPILATION_CACHE_DIR': None}
+    result = _run(*MAIN, f'--workdir={tmp_path}/a', '--config.num_steps=1', **here)
+    assert (result.returncode, result.stderr) == (0, ''), result.stderr
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
