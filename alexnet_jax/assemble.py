@@ -2,23 +2,26 @@
 
 import functools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, layers, model, optim, sharding, sources, steps
+from alexnet_jax import augment, data, layers, model, optim, sharding, sources, steps
 from alexnet_jax.errors import UserError, did_you_mean
 from alexnet_jax.statistics import FILE_NAME
 
 _KEYS = {  # of every config; the values are explained in configs/paper.py
     '': (
         'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
-        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'debug', 'data', 'model', 'mesh', 'optim',
+        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'debug', 'deterministic', 'data', 'model',
+        'mesh', 'optim',
     ),
-    'data.': ('path', 'num_workers', 'num_threads', *augment.Augmentation._fields),
+    'data.': ('path', 'num_workers', 'num_threads', 'cache', *augment.Augmentation._fields),
     'mesh.': ('data', 'tower'),
     'optim.': (
         'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
@@ -36,6 +39,8 @@ class Run(NamedTuple):
     mesh: Mesh
     optimizer: optim.Optimizer
     statistics: Any  # Statistics, on the mesh
+    batches: Callable  # first step -> iterator over training batches on the host; close() it
+    to_mesh: Callable  # host batch -> global arrays
     state_shapes: steps.TrainState  # ShapeDtypeStructs with shardings
     init: Callable  # key -> TrainState
     train_step: Callable  # (state, batch, statistics, key) -> (state, report); takes the state over
@@ -45,8 +50,10 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def build(config: ConfigDict) -> Run:
+def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     """Turns a config into objects, checking all that can be checked before anything is compiled.
+
+    dataset: instead of that at `config.data.path`.
 
     Raises:
       UserError: the config does not fit the data, the devices or itself.
@@ -55,7 +62,7 @@ def build(config: ConfigDict) -> Run:
     _check_ranges(config)
     network = model.from_config(config.model)
     augmentation = augment.from_config(config.data)
-    dataset = sources.open_dataset(config.data.path)
+    dataset = sources.open_dataset(config.data.path) if dataset is None else dataset
     if dataset.statistics is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
         raise UserError(f'{config.data.path!r} has {missing}; prepare training images with alexnet_jax.prepare.')
@@ -70,7 +77,23 @@ def build(config: ConfigDict) -> Run:
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size)
 
-    examples = len(dataset.splits['train'])
+    train, cached = _cached(config.data.cache, dataset, mesh)
+
+    def batches(start_step: int):
+        return data.train_batches(
+            train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            record_size=dataset.record_size,
+            augmentation=augmentation,
+            shard=sharding.data_shard(mesh),
+            num_workers=config.data.num_workers,
+            num_threads=config.data.num_threads,
+            records_on_device=bool(cached),
+        )
+
+    examples = len(train)
     steps_per_epoch = examples / config.batch_size
     optimizer = optim.make_optimizer(**config.optim, steps_per_epoch=steps_per_epoch, layers=list(network.table()))
     forward = sharding.forward(network, mesh)
@@ -85,6 +108,8 @@ def build(config: ConfigDict) -> Run:
         mesh=mesh,
         optimizer=optimizer,
         statistics=jax.device_put(dataset.statistics, everywhere),
+        batches=batches,
+        to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
@@ -100,6 +125,7 @@ def build(config: ConfigDict) -> Run:
             ),
             out_shardings=(shardings, everywhere),
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
+            compiler_options={'xla_gpu_deterministic_ops': True} if config.deterministic else None,
         ),
         eval_step=jax.jit(
             functools.partial(steps.eval_step, forward=forward, augmentation=augmentation, views=1),
@@ -109,6 +135,27 @@ def build(config: ConfigDict) -> Run:
         examples=examples,
         total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
     )
+
+
+def _cached(where: str, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:
+    """(the training records, what else a batch needs): read, or in memory already, as `data.cache` says."""
+    train = dataset.splits['train']
+    if not where:
+        return train, {}
+    needed = len(train) * 3 * dataset.record_size**2
+    free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if where == 'device':
+        free = min(free, (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', free))
+    if needed > free:
+        raise UserError(
+            f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, the memory there '
+            f"is {free / 2**30:.1f} GiB; use --config.data.cache=''."
+        )
+    train = data.load(train)
+    if where == 'host':
+        return train, {}
+    images = np.stack([record['image'] for record in train])
+    return train, {'records': jax.device_put(images, sharding.replicated(mesh))}
 
 
 def _check_keys(config: ConfigDict) -> None:
@@ -128,6 +175,13 @@ def _check_ranges(config: ConfigDict) -> None:
         raise UserError(f'init_fresh={config.init_fresh} without init_from: every layer starts afresh then.')
     if config.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
+    cache = config.data.cache
+    if cache not in ('', 'host', 'device'):
+        raise UserError(f"data.cache={cache!r}; expected '', 'host' or 'device'.")
+    if cache and config.data.num_workers:
+        raise UserError(f'data.cache={cache!r} leaves nothing to decode; use it with --config.data.num_workers=0.')
+    if cache == 'device' and config.data.crop_area:
+        raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
     if not 0 <= config.seed < 2**31:
         raise UserError(f'seed={config.seed}; expected 0 to 2^31 - 1.')
     if config.num_steps <= 0 and not 0 < config.num_epochs < math.inf:

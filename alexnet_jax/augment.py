@@ -119,13 +119,39 @@ def _part_of_the_area(rng: np.random.Generator, size: int, area: tuple[float, fl
     return (0, 0), (size, size)
 
 
-def cut(image_HWC: np.ndarray, drawn: Draw, size: int) -> np.ndarray:
-    """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so."""
+def cut(image_HWC: np.ndarray, drawn: Draw, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so; in `out`, if that is given."""
     (y, x), (height, width) = drawn.offset, drawn.extent
     part = image_HWC[y : y + height, x : x + width]
     if (height, width) != (size, size):
         part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
-    return part[:, ::-1] if drawn.reflect else part
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
+    if drawn.reflect:
+        for channel in range(3):  # a fifth of the time of numpy's copy of part[:, ::-1]
+            out[:, :, channel] = part[:, ::-1, channel]
+    else:
+        out[...] = part
+    return out
+
+
+def cut_on_device(batch: dict, size: int) -> dict:
+    """What `cut` does, for a batch that has the numbers of its images and all records.
+
+    Args:
+      batch: 'index' int32 [n]; 'offset' and 'reflect' as drawn; 'records' uint8 [N, S, S, 3].
+      size: of the cut-outs, pixels.
+
+    Returns:
+      the batch with 'image' uint8 [n, size, size, 3] instead of 'index' and 'records'.
+    """
+    records_NHWC = batch['records']
+
+    def one(index, offset, reflect):
+        part = lax.dynamic_slice(records_NHWC, (index, offset[0], offset[1], 0), (1, size, size, 3))[0]
+        return jnp.where(reflect, part[:, ::-1], part)
+
+    rest = {key: value for key, value in batch.items() if key not in ('index', 'records')}
+    return {**rest, 'image': jax.vmap(one)(batch['index'], batch['offset'], batch['reflect'])}
 
 
 def positions(record_size: int, image_size: int, all_positions: bool = False) -> int:

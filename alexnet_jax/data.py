@@ -46,6 +46,7 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     num_threads: int = 0,
+    records_on_device: bool = False,
 ) -> Iterator[Batch]:
     """Endless training batches from `start_step` on; they may straddle passes through the source.
 
@@ -59,16 +60,18 @@ def train_batches(
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes.
       num_threads: threads, in each process; 0 takes one a core, 16 at most.
+      records_on_device: `augment.cut_on_device` will cut them out; their numbers are enough.
 
     Yields:
-      'image' uint8 [n, s, s, 3], 'offset' and 'extent' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3],
+      'image' uint8 [n, s, s, 3] (or 'index' int32 [n], with records_on_device), 'offset' and 'extent' int32 [n, 2],
+      'reflect' bool [n], 'colour' float32 [n, 3],
       'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count.
     """
     augment.positions(record_size, augmentation.image_size)  # raises before a worker would
-    element = functools.partial(_train_element, augmentation, seed, record_size)
-    # Mapped before the batches are dealt out: the position is that in the whole stream.
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map_with_index(element)
-    return _iterate(stream, batch_size, start_step, shard, num_workers, num_threads)
+    build = functools.partial(_train_batch, source, augmentation, seed, record_size, records_on_device)
+    # Numbered before the batches are dealt out: the position is that in the whole stream.
+    stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map_with_index(_with_position)
+    return _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads)
 
 
 def eval_batches(
@@ -87,34 +90,63 @@ def eval_batches(
       'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n].
     """
     padded = -(-len(source) // batch_size) * batch_size
-    element = functools.partial(_eval_element, source)
-    return _iterate(grain.MapDataset.range(padded).map(element), batch_size, 0, shard, num_workers, num_threads)
+    build = functools.partial(_eval_batch, source)
+    return _iterate(grain.MapDataset.range(padded), build, batch_size, 0, shard, num_workers, num_threads)
 
 
-def _train_element(augmentation, seed, record_size, position, record) -> Batch:
-    drawn = augment.draw(augmentation, seed=seed, position=position, record_size=record_size)
+def load(source: Sequence) -> list[dict]:
+    """All records of a source, decoded, in memory: what `data.cache` reads from instead of the source.
+
+    Raises:
+      UserError: a record is no image.
+    """
+    records = []
+    for batch in eval_batches(source, batch_size=min(64, len(source))):
+        for image, label, weight in zip(batch['image'], batch['label'], batch['weight'], strict=True):
+            if weight:
+                records.append({'image': image, 'label': int(label)})
+    return records
+
+
+def _with_position(position: int, index) -> tuple[int, int]:
+    return position, int(index)
+
+
+def _train_batch(source, augmentation, seed, record_size, on_device, places) -> Batch:
+    """places: (position in the stream, index of the record) of each image."""
+    count, size = len(places), augmentation.image_size
+    # Cut into the batch itself: memory that is touched for the first time is slow.
+    images = None if on_device else np.empty((count, size, size, 3), np.uint8)
+    draws, labels = [], np.empty(count, np.int32)
+    for i, (position, index) in enumerate(places):
+        record = source[index]
+        drawn = augment.draw(augmentation, seed=seed, position=position, record_size=record_size)
+        if images is not None:
+            augment.cut(decode(record), drawn, size, out=images[i])
+        draws.append(drawn)
+        labels[i] = record['label']
     return {
-        'image': augment.cut(decode(record), drawn, augmentation.image_size),
-        **drawn._asdict(),
-        'label': np.int32(record['label']),
-        'weight': np.float32(1),
+        **({'index': np.array([index for _, index in places], np.int32)} if on_device else {'image': images}),
+        **{name: np.stack([getattr(drawn, name) for drawn in draws]) for name in augment.Draw._fields},
+        'label': labels,
+        'weight': np.ones(count, np.float32),
     }
 
 
-def _eval_element(source, position) -> Batch:
-    record = source[min(position, len(source) - 1)]
+def _eval_batch(source, places) -> Batch:
+    records = [source[min(int(place), len(source) - 1)] for place in places]
     return {
-        'image': decode(record),
-        'label': np.int32(record['label']),
-        'weight': np.float32(position < len(source)),
+        'image': np.stack([decode(record) for record in records]),
+        'label': np.array([record['label'] for record in records], np.int32),
+        'weight': np.array([place < len(source) for place in places], np.float32),
     }
 
 
-def _iterate(stream, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
+def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
     threads = num_threads or min(processes.cores(), 16)  # each thread has a batch in hand: bounded on large machines
     # Rows of one process lie together in the global batch: batch first, then deal the parts out.
-    parts = stream.batch(batch_size // count)[start * count + index :: count]
+    parts = stream.batch(batch_size // count, batch_fn=list)[start * count + index :: count].map(build)
     # A thread fills a whole batch: so many are under way, and two more wait. (Grain's default holds 500 batches.)
     dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:

@@ -55,7 +55,7 @@ def train_step(
 
     Args:
       state: on the mesh; donate it.
-      batch: from `data.train_batches`, on the mesh.
+      batch: from `data.train_batches`, on the mesh; where it has no images, with all 'records' (`data.cache='device'`).
       statistics: of the training set.
       key: of the run; what is drawn here depends on it and on the step alone.
       network: for the shape of its dropout masks.
@@ -67,7 +67,9 @@ def train_step(
     Returns:
       the new state, and sums of `metrics.sums` with 'gradient_norm', 'learning_rate' and 'finite'.
     """
-    count, image_size = batch['image'].shape[:2]
+    count, image_size = len(batch['label']), augmentation.image_size
+    if 'records' in batch:
+        batch = augment.cut_on_device(batch, image_size)
     masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
     colour = True if colour_steps is None else state.step < colour_steps
     dtype = jnp.promote_types(network.dtype, jnp.float32)

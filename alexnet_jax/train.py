@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import assemble, augment, checkpoint, data, evaluate, model, sharding, steps, writers
+from alexnet_jax import assemble, augment, checkpoint, evaluate, model, sharding, steps, writers
 from alexnet_jax.assemble import Run
 from alexnet_jax.augment import Augmentation
 from alexnet_jax.errors import UserError, did_you_mean
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
-    'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'debug', 'on_nonfinite',
-    'mesh', 'data.path', 'data.num_workers', 'data.num_threads',
+    'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'debug',
+    'deterministic', 'on_nonfinite', 'mesh', 'data.path', 'data.num_workers', 'data.num_threads', 'data.cache',
 }  # fmt: skip
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
 
@@ -75,23 +75,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             total_steps=run.total_steps,
             on_nonfinite=config.on_nonfinite,
         )
-        batches = data.train_batches(
-            run.dataset.splits['train'],
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=step,
-            record_size=run.dataset.record_size,
-            augmentation=run.augmentation,
-            shard=sharding.data_shard(run.mesh),
-            num_workers=config.data.num_workers,
-            num_threads=config.data.num_threads,
-        )
+        batches = run.batches(step)
         try:
             while step < run.total_steps:
                 began = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - began
-                state, report = run.train_step(state, sharding.to_mesh(run.mesh, batch), run.statistics, key)
+                state, report = run.train_step(state, run.to_mesh(batch), run.statistics, key)
                 step += 1
                 last = step == run.total_steps
                 saves = last or _due(step, config, run, 'checkpoint_every_steps')

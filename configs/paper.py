@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier of other classes starts afresh
     config.init_fresh = ()  # further layers that are drawn anew all the same: ('conv6', 'fc7')
     config.on_nonfinite = 'stop'  # loss or gradient not finite: 'stop', or 'skip' the batch
+    config.deterministic = False  # on a GPU, only operations that give the same bits every time
     config.debug = False  # stop at the first NaN and name the operation; slow
 
     config.data = ml_collections.ConfigDict()
@@ -50,6 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.colour_epochs = 0.0  # colour goes off after so many epochs; 0: never
     config.data.num_workers = 0  # 0: decode in threads; else processes
     config.data.num_threads = 0  # threads in each process; 0: one a core
+    config.data.cache = ''  # 'host', 'device': all training images in its memory, decoded; '': read as they come
 
     config.model = ml_collections.ConfigDict()
     config.model.conv = (  # section 3.5, figure 2; paddings are not stated there: the authors' code

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax import assemble, checkpoint, data, evaluate, sharding, sources, statistics, steps, train
+from alexnet_jax import assemble, augment, checkpoint, data, evaluate, sharding, sources, statistics, steps, train
 from alexnet_jax.errors import DivergedError, UserError
 from tests import small
 from tests.conftest import ROOT
@@ -59,8 +59,7 @@ def _config(**changes):
 
 
 def _first_batch(run):
-    options = dict(record_size=32, augmentation=run.augmentation, num_threads=1)
-    return next(data.train_batches(run.dataset.splits['train'], batch_size=64, seed=0, start_step=0, **options))
+    return next(run.batches(0))
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +81,8 @@ def test_a_run_tells_its_story(uninterrupted):
         assert set(keys) <= set(line)
         assert line['epoch'] == line['step'] * 64 / 1437
     assert abs(train_lines[0]['loss'] - np.log(10)) < 1
-    assert train_lines[-1]['loss'] < train_lines[0]['loss']
+    losses = [line['loss'] for line in lines if line['split'] == 'val']
+    assert losses == sorted(losses, reverse=True)
     assert result['count'] == 360 and result['top1_error'] == lines[-1]['top1_error']
     # The first validation is a gain, the next two (a gain takes 50 points) each drop the rate.
     rates = {line['step']: line['learning_rate'] for line in train_lines}
@@ -167,7 +167,7 @@ def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monk
     def moved(*args, start_step, **kwargs):
         return batches(*args, start_step=start_step + off, **kwargs)
 
-    monkeypatch.setattr(train.data, 'train_batches', moved)
+    monkeypatch.setattr(assemble.data, 'train_batches', moved)
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
     assert any((x != y).any() for x, y in zip(a, b, strict=True)) == bool(off)
@@ -356,7 +356,7 @@ def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys
                 batch['colour'][:] = np.nan
             yield batch
 
-    monkeypatch.setattr(train.data, 'train_batches', spoilt)
+    monkeypatch.setattr(assemble.data, 'train_batches', spoilt)
     train.train_and_evaluate(_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
     assert 'step 3: loss or gradient is not finite; its batch is left out' in capsys.readouterr().err
     lines = [line for line in _lines(tmp_path) if line['split'] == 'train']
@@ -454,6 +454,9 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
         ({'data.crop_area': (0.1, 1.0), 'data.mean': 'centre'}, "data.mean='centre', but data.crop_area"),
         ({'seed': -1}, 'seed=-1; expected 0 to'),
         ({'data.num_workers': -1}, 'data.num_workers=-1; expected 0 or more'),
+        ({'data.cache': 'disk'}, "data.cache='disk'; expected '', 'host' or 'device'"),
+        ({'data.cache': 'host', 'data.num_workers': 2}, "data.cache='host' leaves nothing to decode"),
+        ({'data.cache': 'device', 'data.crop_area': (0.1, 1.0), 'data.mean': 'channel'}, 'cannot resize'),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, changes, message):
@@ -563,3 +566,35 @@ def test_the_steps_of_a_run_follow_its_config():
     assert abs(loss(on, batch, 21) - loss(off, quiet, 21)) > 0.1
     never = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_epochs': 0.01}))  # less than an update
     assert loss(never, batch, 0) == loss(off, quiet, 0)
+
+
+@pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
+def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
+    """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
+    changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
+    runs = {where: assemble.build(_config(**{'data.cache': where, **changes})) for where in ('', 'host', 'device')}
+    found = {}
+    for where, run in runs.items():
+        batches = run.batches(20)  # straddles two passes
+        *_, batch = (next(batches) for _ in range(4))
+        batches.close()
+        state, report = run.train_step(
+            run.init(jax.random.key(0)), run.to_mesh(batch), run.statistics, jax.random.key(1)
+        )
+        found[where] = batch, jax.device_get((state.params, report['loss']))
+    for key, value in found[''][0].items():
+        chex.assert_trees_all_equal(found['host'][0][key], value)
+        assert key == 'image' or (found['device'][0][key] == value).all()
+    assert 'image' not in found['device'][0]
+    on_device = augment.cut_on_device(runs['device'].to_mesh(found['device'][0]), 29)
+    chex.assert_trees_all_equal(np.asarray(on_device['image']), found[''][0]['image'])
+    assert found[''][0]['reflect'].any() and len(np.unique(found[''][0]['offset'])) == 3
+    chex.assert_trees_all_equal(found['host'][1], found[''][1])
+    chex.assert_trees_all_close(found['device'][1], found[''][1], rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(assemble.os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 1000}.__getitem__)
+    message = r"data.cache='host': the 1437 training images take 0.0 GiB, the memory there is 0.0 GiB; use .*cache=''"
+    with pytest.raises(UserError, match=message):
+        assemble.build(_config(**{'data.cache': 'host'}))
