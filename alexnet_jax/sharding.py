@@ -66,25 +66,37 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
     mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + missing)
     classifier = list(model.table())[-1]
 
+    # An axis of one device is left out: XLA's CPU backend would copy all gradients for a sum over that one.
+    axes = {axis for axis, size in mesh.shape.items() if size > 1}
+
+    def spec(*names):
+        return P(*[name if name in axes else None for name in names])
+
     def block(params, x_nHWC, masks):
         # Every device has its part of the sums over the batch and over the towers' maps. JAX would see to it operation
         # by operation, but not where one has a gradient of its own, as `ops.conv` with a stride.
-        params, x_nHWC = lax.pcast(params, 'data', to='varying'), lax.pcast(x_nHWC, 'tower', to='varying')
+        if 'data' in axes:
+            params = lax.pcast(params, 'data', to='varying')
+        if 'tower' in axes:
+            x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
         return mapped.apply({'params': params}, x_nHWC, masks)
 
     def apply(params, x_NHWC, masks=None):
         if missing:  # an odd number of classes: one more that nobody sees, so that each tower has as many
             fill = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])  # noqa: E731
             params = {**params, classifier: jax.tree.map(fill, params[classifier])}
+        if not axes:
+            return block(params, x_NHWC, masks)
         logits = jax.shard_map(
             block,
             mesh=mesh,
             in_specs=(
-                jax.tree.map(_tower_spec, params),
-                P('data'),
-                jax.tree.map(lambda m: P('data', *[None] * (m.ndim - 2), 'tower'), masks),
+                jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
+                spec('data'),
+                jax.tree.map(lambda m: spec('data', *[None] * (m.ndim - 2), 'tower'), masks),
             ),
-            out_specs=P('data', 'tower'),
+            out_specs=spec('data', 'tower'),
+            axis_names=axes,
         )(params, x_NHWC, masks)
         return logits[:, : model.num_classes] if missing else logits
 
