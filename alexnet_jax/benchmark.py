@@ -1,0 +1,383 @@
+"""Images a second of a step, the input, both together or the preparation - beside PyTorch in the same call.
+
+    python -m alexnet_jax.benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
+
+step: updates on one batch that stays on the device; on several devices also on one of them. input: training batches
+from prepared data; with --input=RAW PyTorch reads and squares those originals, else it reads the same squares as JPEG
+files. train: both together, beside the step alone. prepare: --input=RAW into records.
+
+The sides take turns; each is waited for once, at the end of its turn, and a turn is one measurement. Printed are a
+table of medians, what the compiled step moves between devices, a line of JSON and, with --against=torch, `ratio: X`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import statistics as stats
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from alexnet_jax import cli, processes
+from alexnet_jax.errors import UserError
+
+MODES = ('step', 'input', 'train', 'prepare')
+PRECISIONS = {'float32': 'float32', 'tf32': 'tensorfloat32', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
+OURS, TORCH = 'alexnet_jax', 'torch'
+_LEAST_SECONDS = 2.0  # of a turn
+
+
+class Side(NamedTuple):
+    """One of those that take turns."""
+
+    name: str
+    turn: Callable[[], float]  # works to the end; images a second
+    facts: dict[str, Any] = {}  # noqa: RUF012  # what else is known of it: seconds to compile, bytes, products
+
+
+def take_turns(sides: Sequence[Side], repeats: int) -> dict[str, list[float]]:
+    """Images/s of every turn; who begins alternates."""
+    rates = {side.name: [] for side in sides}
+    for i in range(repeats):
+        for side in sides if i % 2 == 0 else sides[::-1]:
+            rates[side.name].append(side.turn())
+    return rates
+
+
+def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[str, Any]) -> str:
+    """The table, one line of JSON, and the ratio of the medians where there is a peer."""
+    lines, found = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"turns":>6}'], {}
+    moved = {}
+    for side in sides:
+        own = rates[side.name]
+        median = stats.median(own)
+        facts = dict(side.facts)
+        line = f'{side.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
+        if 'flops' in facts:
+            line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s'
+        if 'compile_seconds' in facts:
+            line += f', compiled in {facts["compile_seconds"]} s'
+        if facts.get('bytes'):
+            line += f', {facts["bytes"] / 2**30:.2f} GiB'
+        lines.append(line)
+        moved |= facts.get('moved', {})
+        found[side.name] = {'median': median, 'turns': own, **facts}
+    for name, (count, size) in moved.items():
+        lines.append(f'moved by {count} {name}: {size / 1e6:.3f} MB a step and device')
+    lines.append(json.dumps({'images_per_second': found, **settings}))
+    if TORCH in found:
+        lines.append(f'ratio: {found[OURS]["median"] / found[TORCH]["median"]:.3f}')
+    return '\n'.join(lines)
+
+
+_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'f64': 8}
+
+
+def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
+    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
+
+    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
+    that all get costs that twice, one that is dealt out once.
+
+    Args:
+      compiled_text: `jit(f).lower(...).compile().as_text()`.
+      devices: that the program runs on.
+    """
+    found = {}
+    for line in compiled_text.splitlines():
+        match = re.search(
+            r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(', line
+        )
+        if not match:
+            continue
+        shapes, name = match.groups()
+        size = 0
+        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes):
+            size += _BYTES[kind] * math.prod(int(side) for side in sides.split(',') if side)
+        group = _group_size(line, devices)
+        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
+        count, total = found.get(name, (0, 0.0))
+        found[name] = (count + 1, total + size * share.get(name, (group - 1) / group))
+    return found
+
+
+def _group_size(line: str, devices: int) -> int:
+    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+        return len(groups[1].split(','))
+    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+        return int(groups[1])
+    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
+        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
+    return devices
+
+
+def synthetic(config) -> Any:
+    """`sources.Dataset` of a few random squares, 256 px for 224: what a step costs does not depend on the pixels."""
+    import numpy as np
+
+    from alexnet_jax import sources, statistics
+
+    size = math.ceil(config.data.image_size * 8 / 7)
+    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    moments = statistics.no_moments(size)
+    for image in images:
+        moments = moments.add(image)
+    names = tuple(str(i) for i in range(config.model.num_classes))
+    records = [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]
+    return sources.Dataset({'train': records}, names, size, statistics.finish(moments))
+
+
+def our_training(run, config, steps: int, stack, *, name: str, batches: bool) -> tuple[Side, int]:
+    """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
+
+    Returns the side and how many steps its turns have: `steps`, or with 0 what takes two seconds.
+    """
+    import jax
+
+    from alexnet_jax import layers, sharding
+
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(run.mesh))
+    stream = run.batches(0)
+    stack.callback(stream.close)
+    batch, state = run.to_mesh(next(stream)), run.init(key)
+    began = time.perf_counter()
+    compiled = run.train_step.lower(state, batch, run.statistics, key).compile()
+    took = time.perf_counter() - began
+    costs = layers.sizes(run.network, run.augmentation.image_size)
+    forward = sum(cost.flops for cost in costs.values())
+    facts = {
+        'compile_seconds': round(took, 1),
+        'flops': 3 * forward - next(iter(costs.values())).flops,  # an image's; no gradient reaches the pixels
+        'moved': moved(compiled.as_text(), run.mesh.size) if run.mesh.size > 1 else {},
+    }
+    if planned := compiled.memory_analysis():
+        facts['bytes'] = planned.argument_size_in_bytes + planned.temp_size_in_bytes
+
+    def turn() -> float:
+        nonlocal state, batch
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for _ in range(steps):
+            if batches:
+                batch = run.to_mesh(next(stream))
+            state, _report = compiled(state, batch, run.statistics, key)
+        jax.block_until_ready(state)
+        rate = steps * config.batch_size / (time.perf_counter() - began)
+        if batches:
+            _refill(_ready(), config.batch_size, rate)
+        return rate
+
+    chosen, steps = steps, 1
+    turn()
+    rate = turn()
+    steps = chosen or max(1, round(_LEAST_SECONDS * rate / config.batch_size))
+    return Side(name, turn, facts), steps
+
+
+def torch_training(run, config, steps: int, precision: str, data: Any = None) -> Side:
+    """PyTorch's updates, on one batch that stays on the device or on those of its loader."""
+    import numpy as np
+    import torch
+
+    from alexnet_jax import peer
+
+    size = run.augmentation.image_size
+    mean = np.asarray(run.dataset.statistics.mean_image).mean((0, 1))
+    threads = processes.cores()
+    update, wait = peer.training(run.network, size, mean, config.optim, precision=precision, threads=threads)
+    began = time.perf_counter()
+    if data is None:
+        rng, count = np.random.default_rng(0), config.batch_size
+        images = torch.from_numpy(rng.integers(0, 256, (count, size, size, 3), np.uint8))
+        labels = torch.from_numpy(rng.integers(0, config.model.num_classes, count))
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        batch = [part.to(device) for part in (images, torch.zeros(count, 3), labels)]
+    for _ in range(2):
+        update(batch if data is None else next(data))
+    wait()
+    facts = {'compile_seconds': round(time.perf_counter() - began, 1), 'bytes': peer.peak_bytes()}
+
+    def turn() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            update(batch if data is None else next(data))
+        wait()
+        rate = steps * config.batch_size / (time.perf_counter() - began)
+        if data is not None:
+            _refill(_ready(), config.batch_size, rate)
+        return rate
+
+    return Side(TORCH, turn, facts)
+
+
+def reading(name: str, stream, batch_size: int, steps: int, ready: int) -> Side:
+    """Batches of a pipeline; `ready` of them may lie there when its turn comes, and are taken before the clock starts."""
+
+    def turn() -> float:
+        for _ in range(ready):
+            next(stream)
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(stream)
+        rate = steps * batch_size / (time.perf_counter() - began)
+        _refill(ready, batch_size, rate)
+        return rate
+
+    return Side(name, turn)
+
+
+def _refill(ready: int, batch_size: int, rate: float) -> None:
+    """Waits until a pipeline has filled its buffers again, so that it takes nothing from the next one's turn."""
+    time.sleep(1.5 * ready * batch_size / rate)
+
+
+def _ready() -> int:
+    """Batches that lie ready at most: two for each of PyTorch's workers; of ours see `data.train_batches`."""
+    return 2 * processes.cores() + 4
+
+
+def torch_loader(run, config, raw: str | None, stack):
+    """PyTorch's DataLoader over originals, or over the training records as JPEG files."""
+    from alexnet_jax import listing, peer
+
+    if raw:
+        splits, _ = listing.find(raw)
+        images = [(ref, ref.label) for ref in splits['train']]
+    else:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        images = []
+        for i, record in enumerate(run.dataset.splits['train']):
+            if not isinstance(record['image'], bytes):
+                raise UserError(
+                    '--against=torch reads JPEG squares; give data prepared with --format=jpeg, or --input=RAW.'
+                )
+            images.append((os.path.join(folder, f'{i}.jpg'), record['label']))
+            with open(images[-1][0], 'wb') as file:
+                file.write(record['image'])
+    dataset = peer.Squares(images, run.augmentation, run.dataset.record_size)
+    return peer.loader(dataset, config.batch_size, config.data.num_workers or processes.cores())
+
+
+def preparing(raw: str, config) -> Side:
+    """The whole preparation, processes started and all."""
+    from alexnet_jax import prepare, sources
+
+    def turn() -> float:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            began = time.perf_counter()
+            prepare.prepare(raw, os.path.join(folder, 'prepared'))
+            took = time.perf_counter() - began
+            splits = sources.open_dataset(os.path.join(folder, 'prepared')).splits
+            return sum(len(split) for split in splits.values()) / took
+
+    return Side(OURS, turn)
+
+
+def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None, precision: str) -> list[Side]:
+    from alexnet_jax import assemble, sources
+
+    if mode == 'prepare':
+        return [preparing(raw, config)]
+    if mode == 'step':
+        dataset = synthetic(config)
+    else:
+        dataset = sources.open_dataset(config.data.path)
+        config.model.num_classes = len(dataset.class_names)
+    run = assemble.build(config, dataset)
+    if mode == 'input':
+        steps = steps or 16
+        stream = run.batches(0)
+        stack.callback(stream.close)
+        sides = [reading(OURS, stream, config.batch_size, steps, _ready())]
+        if torch:
+            stream = torch_loader(run, config, raw, stack)
+            sides.append(reading(TORCH, stream, config.batch_size, steps, _ready()))
+        return sides
+    ours, steps = our_training(run, config, steps, stack, name=OURS, batches=mode == 'train')
+    sides = [ours]
+    if mode == 'train':
+        alone = f'{OURS}, step alone'
+        sides.append(our_training(run, config, steps, stack, name=alone, batches=False)[0])
+    elif run.mesh.size > 1:
+        single = config.copy_and_resolve_references()
+        single.mesh.update({'data': 1, 'tower': 1})
+        one = assemble.build(single, dataset)
+        sides.append(our_training(one, single, steps, stack, name='one device', batches=False)[0])
+    if torch:
+        data = torch_loader(run, config, raw, stack) if mode == 'train' else None
+        sides.append(torch_training(run, config, steps, precision, data))
+    return sides
+
+
+def main(words: Sequence[str]) -> None:
+    args, config = flags.FLAGS, flags.FLAGS.config
+    mode = words[0]
+    if mode not in MODES or len(words) > 1:
+        raise UserError(f'{" ".join(words)!r}; expected one of {", ".join(MODES)}.')
+    if mode == 'prepare' and not args.input:
+        raise UserError('--input is missing: images for alexnet_jax.prepare.')
+    if mode == 'prepare' and args.against:
+        raise UserError('prepare has nothing to be compared with; leave --against away.')
+    if args.input and mode in ('step', 'train'):
+        raise UserError(f'--input is for input and prepare; {mode} does not read originals.')
+    if args.against:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError(
+                "--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'"
+            ) from error
+        del torch
+    cli.set_up_jax()
+    import jax
+
+    from alexnet_jax import writers
+
+    precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'float32')
+    jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])
+    if precision == 'bfloat16':
+        config.model.dtype = 'bfloat16'
+    if args.batch_size:
+        config.batch_size = args.batch_size
+    with contextlib.ExitStack() as stack:
+        sides = _sides(
+            mode, config, stack, torch=bool(args.against), steps=args.steps, raw=args.input, precision=precision
+        )
+        rates = take_turns(sides, args.repeats)
+    settings = {
+        'mode': mode,
+        'repeats': args.repeats,
+        'precision': precision,
+        'peak_host_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        'device_memory': jax.devices()[0].memory_stats(),
+        'config': config.to_dict(),
+        **writers.environment(),
+    }
+    if args.against:
+        from alexnet_jax import peer
+
+        settings |= peer.facts()
+    print(report(sides, rates, settings), flush=True)
+
+
+if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', 'configs/paper.py', 'A file of configs/: the network and its update.')
+    flags.DEFINE_enum('against', None, [TORCH], 'A peer that takes turns with us.')
+    flags.DEFINE_integer('batch_size', 0, 'Images a batch; 0: as the config says.', lower_bound=0)
+    flags.DEFINE_integer('repeats', 5, 'Turns of each side.', lower_bound=1)
+    flags.DEFINE_integer('steps', 0, 'Batches in a turn; 0: about two seconds of them.', lower_bound=0)
+    flags.DEFINE_enum('precision', None, list(PRECISIONS), 'Of products on both sides; of the model too if bfloat16.')
+    flags.DEFINE_string('input', None, 'Originals, as for alexnet_jax.prepare.')
+    cli.define_cpu_devices()
+    cli.run(main, required=('config',), arguments='mode (step, input, train, prepare)')

@@ -1,0 +1,162 @@
+"""PyTorch's side of alexnet_jax.benchmark: the same network, update and input, as a PyTorch user would write them.
+
+Needs the extra `oracle`. Only `benchmark.py` imports it, and only for --against=torch.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from alexnet_jax import augment, layers, listing
+from alexnet_jax.layers import Conv
+from alexnet_jax.model import AlexNet
+
+
+class Net(nn.Module):
+    """The table of a network in NCHW: grouped convolutions, normalisation within its groups, pooling, dropout."""
+
+    def __init__(self, network: AlexNet, image_size: int):
+        super().__init__()
+        self.network, self.rows = network, list(network.table().values())
+        made = []
+        for row, sizes in zip(self.rows, layers.sizes(network, image_size).values(), strict=True):
+            if isinstance(row, Conv):
+                made.append(nn.Conv2d(sizes.inputs[-1], row.features, row.kernel, row.stride, groups=row.groups))
+            else:
+                made.append(nn.Linear(int(np.prod(sizes.inputs)), row.features))
+        self.layers = nn.ModuleList(made)
+
+    def forward(self, x):
+        network = self.network
+        for row, layer in zip(self.rows, self.layers, strict=True):
+            if isinstance(row, Conv):
+                before, after = row.padding
+                if before == after:
+                    x = functional.conv2d(x, layer.weight, layer.bias, row.stride, before, groups=row.groups)
+                else:
+                    x = layer(functional.pad(x, (before, after, before, after)))
+            else:
+                x = layer(x.flatten(1))
+            for step in row.then.split():
+                match step:
+                    case 'relu':
+                        x = functional.relu(x)
+                    case 'lrn':
+                        x = self._norm(x)
+                    case 'pool':
+                        x = functional.max_pool2d(x, network.pool_window, network.pool_stride, ceil_mode=True)
+                    case 'dropout':
+                        x = functional.dropout(x, network.dropout_rate, self.training)
+                    case _:
+                        raise NotImplementedError(step)
+        return x
+
+    def _norm(self, x):
+        network, (count, maps, *places) = self.network, x.shape
+        alpha = network.lrn_alpha * (1 if network.lrn_alpha_over_n else network.lrn_n)  # PyTorch divides it by n
+        groups = network.norm_groups
+        x = x.reshape(count * groups, maps // groups, *places)
+        x = functional.local_response_norm(x, network.lrn_n, alpha, network.lrn_beta, network.lrn_k)
+        return x.reshape(count, maps, *places)
+
+
+class Squares(Dataset):
+    """A Dataset of images, cut out and mirrored as `augment.draw` says: uint8 [3, s, s], a colour shift and a label."""
+
+    def __init__(self, images: Sequence, augmentation: augment.Augmentation, record_size: int):
+        """images: (what, label): a path of a square JPEG, or a `listing.Ref` of an image of any size."""
+        self.images, self.augmentation, self.record_size = images, augmentation, record_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        what, label = self.images[index]
+        if isinstance(what, listing.Ref):
+            image = Image.open(io.BytesIO(listing.read(what))).convert('RGB')
+            scale = self.record_size / min(image.size)
+            width, height = (max(self.record_size, round(side * scale)) for side in image.size)
+            left, top = (width - self.record_size) // 2, (height - self.record_size) // 2
+            square = (left, top, left + self.record_size, top + self.record_size)
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
+        else:
+            with open(what, 'rb') as file:
+                pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert('RGB'))
+        drawn = augment.draw(self.augmentation, seed=0, position=index, record_size=self.record_size)
+        image = augment.cut(pixels, drawn, self.augmentation.image_size)
+        return torch.from_numpy(image), torch.from_numpy(drawn.colour), label
+
+
+def loader(dataset: Dataset, batch_size: int, workers: int) -> Iterator:
+    """Endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n]."""
+    batches = DataLoader(
+        dataset,
+        batch_size,
+        # Many passes in one: a DataLoader begins and ends slowly.
+        sampler=torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10_000 * batch_size),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=True,
+    )
+    while True:
+        yield from batches
+
+
+def training(
+    network: AlexNet, image_size: int, mean: np.ndarray, optim, *, precision: str, threads: int
+) -> tuple[Callable, Callable]:
+    """(batch -> None: one update, begun; () -> None: waits until all are done).
+
+    Channels-last, and on a GPU `torch.compile` and autocast: what PyTorch's own guide advises. On the CPU eager mode.
+
+    Args:
+      network, image_size: of the table.
+      mean: float [3], of the pixels.
+      optim: a config's `optim`; its rate, momentum and weight decay, of weights alone.
+      precision: 'float32', 'tf32' or 'bfloat16'.
+      threads: of the CPU.
+    """
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    layout = torch.channels_last if device.type == 'cuda' else torch.contiguous_format  # no faster on the CPU
+    net = Net(network, image_size).to(device, memory_format=layout).train()
+    forward = torch.compile(net) if device.type == 'cuda' else net
+    decay = optim.weight_decay
+    groups = [
+        {'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': decay},
+        {'params': [p for p in net.parameters() if p.ndim == 1]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum)
+    mean = torch.from_numpy(np.float32(mean))[:, None, None].to(device)
+
+    def update(batch) -> None:
+        images, colour, labels = (part.to(device, non_blocking=True) for part in batch)
+        x = images.permute(0, 3, 1, 2).float() - mean + colour[:, :, None, None]
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+            loss = functional.cross_entropy(forward(x).float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return update, torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+
+
+def peak_bytes() -> int | None:
+    """The most that tensors took on the GPU; None on the CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def facts() -> dict[str, str]:
+    """Version and device, for the record."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+    return {'torch': torch.__version__, 'torch_device': name, 'torch_threads': str(torch.get_num_threads())}
