@@ -3,7 +3,7 @@
 import ast
 import pathlib
 
-COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert')
+COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert', 'benchmark')
 
 
 def purpose(command: str) -> str:
@@ -14,4 +14,4 @@ def purpose(command: str) -> str:
 
 if __name__ == '__main__':
     for name in COMMANDS:
-        print(f'python -m alexnet_jax.{name:9} {purpose(name)}')
+        print(f'python -m alexnet_jax.{name:10} {purpose(name)}')

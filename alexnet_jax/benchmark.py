@@ -78,7 +78,7 @@ def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[
     return '\n'.join(lines)
 
 
-_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
+_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'f64': 8}
 
 
@@ -94,15 +94,14 @@ def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
     """
     found = {}
     for line in compiled_text.splitlines():
-        match = re.search(
-            r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(', line
-        )
+        match = re.search(_COLLECTIVE, line)
         if not match:
             continue
-        shapes, name = match.groups()
-        size = 0
-        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes):
-            size += _BYTES[kind] * math.prod(int(side) for side in sides.split(',') if side)
+        shapes, name, asynchronous = match.groups()
+        arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
+        if asynchronous and name != 'all-reduce':
+            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
+        size = sum(_BYTES[kind] * math.prod(int(side) for side in sides.split(',') if side) for kind, sides in arrays)
         group = _group_size(line, devices)
         share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
         count, total = found.get(name, (0, 0.0))
@@ -221,7 +220,7 @@ def torch_training(run, config, steps: int, precision: str, data: Any = None) ->
 
 
 def reading(name: str, stream, batch_size: int, steps: int, ready: int) -> Side:
-    """Batches of a pipeline; `ready` of them may lie there when its turn comes, and are taken before the clock starts."""
+    """Batches of a pipeline; `ready` of them may lie there when its turn comes: taken before the clock starts."""
 
     def turn() -> float:
         for _ in range(ready):

@@ -113,12 +113,14 @@ class AlexNet(nn.Module):
             else:
                 shape = (x[0].size // groups, features)
             kernel, bias = Weights(shape, layer.init_std, layer.bias, name=name)()
-            kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+            kernel, wide = kernel.astype(self.dtype), jnp.promote_types(self.dtype, jnp.float32)
             if isinstance(layer, Conv):
                 x = ops.conv(x, kernel, stride=layer.stride, padding=layer.padding, groups=groups)
             else:
                 x = ops.dense(x, kernel, groups=groups)
-            x = x + jnp.expand_dims(bias, range(x.ndim - 1))
+            # In float32, for the gradient's sum over all places: a bias is one of few numbers that many add to.
+            bias = jnp.expand_dims(bias.astype(wide), range(x.ndim - 1))
+            x = (x.astype(wide) + bias).astype(self.dtype)
             self.sow('intermediates', f'{name}_linear', x)
             for step in layer.then.split():
                 x = self._step(step, x, None if masks is None else masks.get(name), towers)

@@ -51,6 +51,16 @@ def test_response_norm_is_the_papers_formula_within_each_group(n):
     assert np.abs(whole - halves).max() > 0.1  # the boundary matters
 
 
+def test_response_norm_sums_in_float32():
+    """What comes out in bfloat16 is the float32 result, rounded once; so is the gradient."""
+    x, gradient = (jnp.asarray(100 * _random(2, 3, 3, 10), jnp.bfloat16) for _ in range(2))
+    narrow, back = jax.vjp(ops.local_response_norm, x)
+    wide, wide_back = jax.vjp(ops.local_response_norm, x.astype(jnp.float32))
+    assert narrow.dtype == back(gradient)[0].dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(narrow, wide.astype(jnp.bfloat16))
+    chex.assert_trees_all_equal(back(gradient)[0], wide_back(gradient.astype(jnp.float32))[0].astype(jnp.bfloat16))
+
+
 def test_response_norm_has_the_papers_constants():
     a = 100 * _random(1, 2, 2, 10)
     with jax.enable_x64():

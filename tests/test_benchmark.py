@@ -1,0 +1,156 @@
+"""The benchmark command at toy size: what it counts, what it prints, that every mode runs beside PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import assemble, benchmark, sharding
+from alexnet_jax.benchmark import Side
+from tests import small
+from tests.conftest import ROOT
+
+# Small images of a small network; conv 1 has a stride.
+TINY = [
+    '--config=configs/quickstart.py', '--batch_size=8', '--steps=2', '--repeats=2', '--config.data.image_size=24',
+    '--config.data.num_threads=1',
+]  # fmt: skip
+
+
+def test_sides_take_turns_and_begin_by_turns():
+    played = []
+    sides = [Side('a', lambda: played.append('a') or 1.0), Side('b', lambda: played.append('b') or 2.0)]
+    assert benchmark.take_turns(sides, 3) == {'a': [1.0] * 3, 'b': [2.0] * 3}
+    assert ''.join(played) == 'abbaab'
+
+
+def test_the_report_ends_with_the_ratio_of_the_medians():
+    ours, torch = (
+        Side(benchmark.OURS, lambda: 0.0, {'flops': 10**9, 'bytes': 2**30}),
+        Side(benchmark.TORCH, lambda: 0.0),
+    )
+    rates = {benchmark.OURS: [30.0, 10.0, 20.0], benchmark.TORCH: [5.0, 8.0, 90.0]}
+    *table, record, ratio = benchmark.report([ours, torch], rates, {'n': 3}).splitlines()
+    assert ratio == 'ratio: 2.500'
+    found = json.loads(record)
+    assert found['n'] == 3 and found['images_per_second'][benchmark.TORCH] == {'median': 8.0, 'turns': [5.0, 8.0, 90.0]}
+    assert table[1].split()[:5] == ['alexnet_jax', '20.0', '10.0', '30.0', '3']
+    assert '20 GFLOP/s' in table[1] and '1.00 GiB' in table[1]
+    alone = benchmark.report([ours], {benchmark.OURS: [1.0]}, {}).splitlines()
+    assert json.loads(alone[-1])  # without a peer there is no ratio
+
+
+def test_what_a_program_moves_is_counted_as_for_rings():
+    text = """
+      %a = f32[8,10]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}
+      %b = (bf16[100]{0}, s32[]) all-reduce(%y, %z), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%f
+      %c = f32[6]{0} reduce-scatter(%u), replica_groups=[2,3]<=[6], dimensions={0}
+      %d = f32[5]{0} all-reduce(%v), replica_groups={}, to_apply=%f
+      %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%w), replica_groups={{0,1}}, dimensions={0}
+      %h = f32[8]{0} all-gather-done(%g)
+      %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
+    """
+    found = benchmark.moved(text, devices=8)
+    assert found == {
+        'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
+        'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
+        'reduce-scatter': (1, 24 * 2),
+    }
+
+
+@pytest.mark.parametrize(('data', 'tower'), [(1, 2), (2, 2), (2, 1)])
+def test_what_a_step_moves_follows_from_the_layers(data, tower):
+    config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
+    config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})
+    config.data.image_size = small.SIZE
+    run = assemble.build(config, benchmark.synthetic(config))
+    key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
+    batches = run.batches(0)
+    batch, state = run.to_mesh(next(batches)), run.init(key)
+    batches.close()
+    found = benchmark.moved(run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower)
+    # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
+    halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
+    if tower == 2:
+        assert found['all-gather'] == (4, halves)
+        assert found['reduce-scatter'] == (4, halves)  # the same way back
+    else:
+        assert 'all-gather' not in found
+    # All gradients of a tower's parameters, once to and fro; beside them a few numbers an image.
+    parameters = sum(x.size for x in jax.tree.leaves(state.params)) // tower * 4
+    gradients = parameters * 2 * (data - 1) / data
+    assert gradients <= found['all-reduce'][1] < gradients + 1000
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Folders of JPEGs of three classes, and the same prepared."""
+    folder, rng = tmp_path_factory.mktemp('benchmark'), np.random.default_rng(0)
+    for i in range(24):
+        path = folder / 'raw' / 'train' / 'abc'[i % 3] / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    command = ['prepare', f'--input={folder}/raw', f'--output={folder}/prepared', '--size=32']
+    subprocess.run([sys.executable, '-m', f'alexnet_jax.{command[0]}', *command[1:]], cwd=ROOT, check=True)
+    return folder
+
+
+def _benchmark(*arguments):
+    result = subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax.benchmark', *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_step_on_two_devices_is_held_against_one():
+    lines = _benchmark('step', *TINY, '--cpu_devices=2', '--config.mesh.tower=2')
+    found = json.loads(lines[-1])
+    assert set(found['images_per_second']) == {'alexnet_jax', 'one device'}
+    assert len(found['images_per_second']['one device']['turns']) == 2
+    assert any(line.startswith('moved by 4 all-gather') for line in lines)
+    assert found['config']['batch_size'] == 8 and found['versions']['jax'] == jax.__version__
+
+
+def test_prepare_and_input(images):
+    lines = _benchmark('prepare', f'--input={images}/raw', '--repeats=1')
+    assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
+    lines = _benchmark('input', *TINY, f'--config.data.path={images}/prepared')
+    assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
+
+
+@pytest.mark.parametrize('mode', ['step', 'input', 'input of originals', 'train'])
+def test_every_mode_beside_pytorch(images, mode):
+    pytest.importorskip('torch')
+    mode, *of = mode.split(' of ')
+    arguments = [] if mode == 'step' else [f'--config.data.path={images}/prepared']
+    arguments += [f'--input={images}/raw'] if of else []
+    *_, record, ratio = _benchmark(mode, '--against=torch', *TINY, *arguments)
+    found = json.loads(record)
+    ours, theirs = (found['images_per_second'][name]['median'] for name in ('alexnet_jax', 'torch'))
+    assert ratio == f'ratio: {ours / theirs:.3f}' and found['torch']
+
+
+def test_the_peer_computes_the_same_network():
+    torch = pytest.importorskip('torch')
+    from alexnet_jax import peer
+
+    network = small.network(dropout_rate=0.0)
+    params, x = small.init(network), 60 * np.random.default_rng(0).standard_normal((2, small.SIZE, small.SIZE, 3))
+    net = peer.Net(network, small.SIZE).eval()
+    with torch.no_grad():
+        for name, layer in zip(params, net.layers, strict=True):
+            kernel = np.asarray(params[name]['kernel'])
+            if kernel.ndim == 2 and name == 'fc6':  # maps are flattened in (C, H, W) order there
+                kernel = kernel.reshape(2, 2, 16, -1).transpose(2, 0, 1, 3).reshape(64, -1)
+            layer.weight.copy_(torch.tensor(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
+            layer.bias.copy_(torch.tensor(np.asarray(params[name]['bias'])))
+        theirs = net(torch.tensor(np.float32(x.transpose(0, 3, 1, 2)))).numpy()
+    ours = np.asarray(network.apply({'params': params}, np.float32(x)))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
