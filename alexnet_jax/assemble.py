@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -142,20 +141,24 @@ def _cached(where: str, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence,
     train = dataset.splits['train']
     if not where:
         return train, {}
-    needed = len(train) * 3 * dataset.record_size**2
-    free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    size = dataset.record_size
+    needed = len(train) * 3 * size**2
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if where == 'device':
-        free = min(free, (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', free))
-    if needed > free:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+        # A CPU's devices share its memory with the array that is read into.
+        needed, memory = (needed, limit) if limit else (needed * (1 + len(mesh.local_devices)), memory)
+    if needed > 0.8 * memory:
         raise UserError(
-            f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, the memory there '
-            f"is {free / 2**30:.1f} GiB; use --config.data.cache=''."
+            f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, more than 80% of '
+            f"the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
         )
-    train = data.load(train)
+    images, labels = data.load(train, size)
     if where == 'host':
-        return train, {}
-    images = np.stack([record['image'] for record in train])
-    return train, {'records': jax.device_put(images, sharding.replicated(mesh))}
+        return [{'image': image, 'label': label} for image, label in zip(images, labels, strict=True)], {}
+    everywhere = sharding.replicated(mesh)
+    records = jax.make_array_from_callback(images.shape, everywhere, lambda part: images[part])
+    return [{'label': label} for label in labels], {'records': records}
 
 
 def _check_keys(config: ConfigDict) -> None:

@@ -79,7 +79,6 @@ def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[
 
 
 _COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'f64': 8}
 
 
 def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
@@ -99,14 +98,21 @@ def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
             continue
         shapes, name, asynchronous = match.groups()
         arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
-        if asynchronous and name != 'all-reduce':
+        if asynchronous and name == 'collective-permute':
+            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
+        elif asynchronous and name != 'all-reduce':
             arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
-        size = sum(_BYTES[kind] * math.prod(int(side) for side in sides.split(',') if side) for kind, sides in arrays)
+        size = sum(_width(kind) * math.prod(int(side) for side in sides.split(',') if side) for kind, sides in arrays)
         group = _group_size(line, devices)
         share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
         count, total = found.get(name, (0, 0.0))
         found[name] = (count + 1, total + size * share.get(name, (group - 1) / group))
     return found
+
+
+def _width(kind: str) -> int:
+    """Bytes of an HLO type: 'bf16', 'f32', 's8'; 'pred' is a byte."""
+    return 1 if kind == 'pred' else int(re.sub(r'\D', '', kind)) // 8
 
 
 def _group_size(line: str, devices: int) -> int:
@@ -165,16 +171,15 @@ def our_training(run, config, steps: int, stack, *, name: str, batches: bool) ->
     def turn() -> float:
         nonlocal state, batch
         jax.block_until_ready(state)
+        for _ in range(_ready(config) if batches else 0):  # not those that were made while others had their turn
+            next(stream)
         began = time.perf_counter()
         for _ in range(steps):
             if batches:
                 batch = run.to_mesh(next(stream))
             state, _report = compiled(state, batch, run.statistics, key)
         jax.block_until_ready(state)
-        rate = steps * config.batch_size / (time.perf_counter() - began)
-        if batches:
-            _refill(_ready(), config.batch_size, rate)
-        return rate
+        return steps * config.batch_size / (time.perf_counter() - began)
 
     chosen, steps = steps, 1
     turn()
@@ -204,17 +209,16 @@ def torch_training(run, config, steps: int, precision: str, data: Any = None) ->
     for _ in range(2):
         update(batch if data is None else next(data))
     wait()
-    facts = {'compile_seconds': round(time.perf_counter() - began, 1), 'bytes': peer.peak_bytes()}
+    facts = {'first_two_steps_seconds': round(time.perf_counter() - began, 1), 'bytes': peer.peak_bytes()}
 
     def turn() -> float:
+        for _ in range(0 if data is None else _ready(config)):
+            next(data)
         began = time.perf_counter()
         for _ in range(steps):
             update(batch if data is None else next(data))
         wait()
-        rate = steps * config.batch_size / (time.perf_counter() - began)
-        if data is not None:
-            _refill(_ready(), config.batch_size, rate)
-        return rate
+        return steps * config.batch_size / (time.perf_counter() - began)
 
     return Side(TORCH, turn, facts)
 
@@ -240,9 +244,10 @@ def _refill(ready: int, batch_size: int, rate: float) -> None:
     time.sleep(1.5 * ready * batch_size / rate)
 
 
-def _ready() -> int:
-    """Batches that lie ready at most: two for each of PyTorch's workers; of ours see `data.train_batches`."""
-    return 2 * processes.cores() + 4
+def _ready(config) -> int:
+    """Batches that lie ready or are under way at most, on either side."""
+    threads = config.data.num_threads or min(processes.cores(), 16)  # as in data.py; PyTorch has two a worker
+    return max(1, config.data.num_workers) * (2 * threads + 4)
 
 
 def torch_loader(run, config, raw: str | None, stack):
@@ -251,6 +256,8 @@ def torch_loader(run, config, raw: str | None, stack):
 
     if raw:
         splits, _ = listing.find(raw)
+        if 'train' not in splits:
+            raise UserError(f'--input={raw} has no train split; it has: {", ".join(splits)}.')
         images = [(ref, ref.label) for ref in splits['train']]
     else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -294,13 +301,14 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
         config.model.num_classes = len(dataset.class_names)
     run = assemble.build(config, dataset)
     if mode == 'input':
-        steps = steps or 16
+        ready = _ready(config)
+        steps = steps or max(16, 2 * ready)
         stream = run.batches(0)
         stack.callback(stream.close)
-        sides = [reading(OURS, stream, config.batch_size, steps, _ready())]
+        sides = [reading(OURS, stream, config.batch_size, steps, ready)]
         if torch:
             stream = torch_loader(run, config, raw, stack)
-            sides.append(reading(TORCH, stream, config.batch_size, steps, _ready()))
+            sides.append(reading(TORCH, stream, config.batch_size, steps, ready))
         return sides
     ours, steps = our_training(run, config, steps, stack, name=OURS, batches=mode == 'train')
     sides = [ours]
@@ -329,6 +337,8 @@ def main(words: Sequence[str]) -> None:
         raise UserError('prepare has nothing to be compared with; leave --against away.')
     if args.input and mode in ('step', 'train'):
         raise UserError(f'--input is for input and prepare; {mode} does not read originals.')
+    if args.input and (args.input.startswith('tfds:') or not args.against) and mode == 'input':
+        raise UserError('--input is what --against=torch reads: archives or folders of files.')
     if args.against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
         try:
@@ -343,10 +353,10 @@ def main(words: Sequence[str]) -> None:
 
     from alexnet_jax import writers
 
+    jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'float32')
     jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])
-    if precision == 'bfloat16':
-        config.model.dtype = 'bfloat16'
+    config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
     if args.batch_size:
         config.batch_size = args.batch_size
     with contextlib.ExitStack() as stack:
@@ -375,7 +385,12 @@ if __name__ == '__main__':
     flags.DEFINE_enum('against', None, [TORCH], 'A peer that takes turns with us.')
     flags.DEFINE_integer('batch_size', 0, 'Images a batch; 0: as the config says.', lower_bound=0)
     flags.DEFINE_integer('repeats', 5, 'Turns of each side.', lower_bound=1)
-    flags.DEFINE_integer('steps', 0, 'Batches in a turn; 0: about two seconds of them.', lower_bound=0)
+    flags.DEFINE_integer(
+        'steps',
+        0,
+        'Batches in a turn; 0: enough for two seconds, or to empty the buffers of a pipeline twice.',
+        lower_bound=0,
+    )
     flags.DEFINE_enum('precision', None, list(PRECISIONS), 'Of products on both sides; of the model too if bfloat16.')
     flags.DEFINE_string('input', None, 'Originals, as for alexnet_jax.prepare.')
     cli.define_cpu_devices()

@@ -94,18 +94,18 @@ def eval_batches(
     return _iterate(grain.MapDataset.range(padded), build, batch_size, 0, shard, num_workers, num_threads)
 
 
-def load(source: Sequence) -> list[dict]:
-    """All records of a source, decoded, in memory: what `data.cache` reads from instead of the source.
+def load(source: Sequence, size: int) -> tuple[np.ndarray, list[int]]:
+    """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
     Raises:
       UserError: a record is no image.
     """
-    records = []
+    images, labels = np.empty((len(source), size, size, 3), np.uint8), []
     for batch in eval_batches(source, batch_size=min(64, len(source))):
-        for image, label, weight in zip(batch['image'], batch['label'], batch['weight'], strict=True):
-            if weight:
-                records.append({'image': image, 'label': int(label)})
-    return records
+        count = min(len(batch['label']), len(source) - len(labels))
+        images[len(labels) : len(labels) + count] = batch['image'][:count]
+        labels += batch['label'][:count].tolist()
+    return images, labels
 
 
 def _with_position(position: int, index) -> tuple[int, int]:

@@ -92,7 +92,9 @@ def _weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
     fits = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
     together = math.gcd(count, 1 << max(fits, 1).bit_length() - 1)
     parts = [a.reshape(-1, together, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
-    total = lax.map(product, tuple(parts)).sum(0)
+    total, _ = lax.scan(  # from the first: inside `shard_map` the sum must vary over the mesh as its parts do
+        lambda total, part: (total + product(part), None), product([a[0] for a in parts]), [a[1:] for a in parts]
+    )
     total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)
     whole = total.reshape(blocks * stride, blocks * stride, channels, features)
     return whole[:size, :size].astype(kernel_HWIO.dtype)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from alexnet_jax import augment, layers, listing
+from alexnet_jax.errors import UserError
 from alexnet_jax.layers import Conv
 from alexnet_jax.model import AlexNet
 
@@ -24,6 +25,11 @@ class Net(nn.Module):
     def __init__(self, network: AlexNet, image_size: int):
         super().__init__()
         self.network, self.rows = network, list(network.table().values())
+        for name, row in network.table().items():
+            if 'spatial_norm' in row.then or (not isinstance(row, Conv) and row.groups > 1):
+                raise UserError(
+                    f'--against=torch: PyTorch has nothing like {name}, {tuple(row)}; use another --config.'
+                )
         made = []
         for row, sizes in zip(self.rows, layers.sizes(network, image_size).values(), strict=True):
             if isinstance(row, Conv):
@@ -53,8 +59,6 @@ class Net(nn.Module):
                         x = functional.max_pool2d(x, network.pool_window, network.pool_stride, ceil_mode=True)
                     case 'dropout':
                         x = functional.dropout(x, network.dropout_rate, self.training)
-                    case _:
-                        raise NotImplementedError(step)
         return x
 
     def _norm(self, x):
@@ -141,7 +145,7 @@ def training(
 
     def update(batch) -> None:
         images, colour, labels = (part.to(device, non_blocking=True) for part in batch)
-        x = images.permute(0, 3, 1, 2).float() - mean + colour[:, :, None, None]
+        x = images.permute(0, 3, 1, 2).contiguous(memory_format=layout).float() - mean + colour[:, :, None, None]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
             loss = functional.cross_entropy(forward(x).float(), labels)
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from alexnet_jax import assemble, benchmark, sharding
 from alexnet_jax.benchmark import Side
+from alexnet_jax.errors import UserError
 from tests import small
 from tests.conftest import ROOT
 
@@ -53,6 +54,7 @@ def test_what_a_program_moves_is_counted_as_for_rings():
       %d = f32[5]{0} all-reduce(%v), replica_groups={}, to_apply=%f
       %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%w), replica_groups={{0,1}}, dimensions={0}
       %h = f32[8]{0} all-gather-done(%g)
+      %p = (s8[8]{0}, s8[8]{0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}
       %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
     """
     found = benchmark.moved(text, devices=8)
@@ -60,6 +62,7 @@ def test_what_a_program_moves_is_counted_as_for_rings():
         'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
         'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
         'reduce-scatter': (1, 24 * 2),
+        'collective-permute': (1, 8),
     }
 
 
@@ -154,3 +157,14 @@ def test_the_peer_computes_the_same_network():
         theirs = net(torch.tensor(np.float32(x.transpose(0, 3, 1, 2)))).numpy()
     ours = np.asarray(network.apply({'params': params}, np.float32(x)))
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    'change', [{'dense': ((32, 2, 0.1, 0.5, 'relu'),)}, {'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'spatial_norm'),)}]
+)
+def test_a_network_that_the_peer_has_not_got_is_refused(change):
+    pytest.importorskip('torch')
+    from alexnet_jax import peer
+
+    with pytest.raises(UserError, match='PyTorch has nothing like (fc6|conv1)'):
+        peer.Net(small.network(**change), small.SIZE)
