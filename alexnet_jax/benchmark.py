@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import resource
 import statistics as stats
 import sys
@@ -78,54 +77,6 @@ def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[
     return '\n'.join(lines)
 
 
-_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
-
-
-def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
-    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
-
-    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
-    that all get costs that twice, one that is dealt out once.
-
-    Args:
-      compiled_text: `jit(f).lower(...).compile().as_text()`.
-      devices: that the program runs on.
-    """
-    found = {}
-    for line in compiled_text.splitlines():
-        match = re.search(_COLLECTIVE, line)
-        if not match:
-            continue
-        shapes, name, asynchronous = match.groups()
-        arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
-        if asynchronous and name == 'collective-permute':
-            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
-        elif asynchronous and name != 'all-reduce':
-            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
-        size = sum(_width(kind) * math.prod(int(side) for side in sides.split(',') if side) for kind, sides in arrays)
-        group = _group_size(line, devices)
-        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
-        count, total = found.get(name, (0, 0.0))
-        found[name] = (count + 1, total + size * share.get(name, (group - 1) / group))
-    return found
-
-
-def _width(kind: str) -> int:
-    """Bytes of an HLO type: 'bf16', 'f32', 's8'; 'pred' is a byte."""
-    return 1 if kind == 'pred' else int(re.sub(r'\D', '', kind)) // 8
-
-
-def _group_size(line: str, devices: int) -> int:
-    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
-        return len(groups[1].split(','))
-    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
-        return int(groups[1])
-    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
-        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
-        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
-    return devices
-
-
 def synthetic(config) -> Any:
     """`sources.Dataset` of a few random squares, 256 px for 224: what a step costs does not depend on the pixels."""
     import numpy as np
@@ -163,7 +114,7 @@ def our_training(run, config, steps: int, stack, *, name: str, batches: bool) ->
     facts = {
         'compile_seconds': round(took, 1),
         'flops': 3 * forward - next(iter(costs.values())).flops,  # an image's; no gradient reaches the pixels
-        'moved': moved(compiled.as_text(), run.mesh.size) if run.mesh.size > 1 else {},
+        'moved': sharding.moved(compiled.as_text(), run.mesh.size) if run.mesh.size > 1 else {},
     }
     if planned := compiled.memory_analysis():
         facts['bytes'] = planned.argument_size_in_bytes + planned.temp_size_in_bytes

@@ -72,6 +72,7 @@ def test_user_errors(arguments, pattern, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_second_start_loads_what_the_first_compiled(tmp_path):
     here = {
         'XDG_CACHE_HOME': str(tmp_path),

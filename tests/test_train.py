@@ -581,7 +581,9 @@ def test_the_steps_of_a_run_follow_its_config():
     assert loss(never, batch, 0) == loss(off, quiet, 0)
 
 
-@pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
+@pytest.mark.parametrize(
+    'mesh', [{'data': 1, 'tower': 1}, pytest.param({'data': 2, 'tower': 2}, marks=pytest.mark.slow)]
+)
 def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
     """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
     changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
