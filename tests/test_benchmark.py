@@ -114,6 +114,7 @@ def _benchmark(*arguments):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_step_on_two_devices_is_held_against_one():
     lines = _benchmark('step', *TINY, '--cpu_devices=2', '--config.mesh.tower=2')
     found = json.loads(lines[-1])

@@ -89,6 +89,7 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
     assert "cache hit for 'jit_train_step'" in second.stderr
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
     (tmp_path / 'file').touch()
     here = {'XDG_CACHE_HOME': str(tmp_path / 'file'), 'JAX_COMPILATION_CACHE_DIR': None}

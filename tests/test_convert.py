@@ -262,6 +262,7 @@ def test_a_checkpoint_there_and_back(images, mean_bgr, tmp_path):
     np.testing.assert_allclose(found, _by_caffe(net, images, mean_bgr), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_towers_without_communication_come_back(tmp_path):
     """Linear layers in two groups, the first of which reads maps."""
     config = _config('no_communication')

@@ -167,6 +167,7 @@ def test_predict_command(checkpoints, photos, views):
         np.testing.assert_allclose([row['probability'] for row in line['top']], p[order], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_predict_table_and_errors(checkpoints, photos, tmp_path):
     table = _run('predict', f'--checkpoint={checkpoints[0]}', f'{photos}/a.jpg').stdout.splitlines()
     assert table[0] == f'{photos}/a.jpg' and len(table) == 6
@@ -211,6 +212,7 @@ def test_a_reader_that_goes_away(checkpoints, photos):
         assert child.stderr.read() == ''
 
 
+@pytest.mark.slow
 def test_converted_weights_are_no_run(checkpoints, tmp_path):
     """A workdir without optimiser state is told from a run."""
     from alexnet_jax import train

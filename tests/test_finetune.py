@@ -84,6 +84,7 @@ def test_which_layers_are_slowed(tmp_path, arg, slow, rate):
         np.testing.assert_allclose(update['kernel'], rate * slow.get(name, 1), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_frozen_and_slowed_layers_under_training(tmp_path):
     base = small.digits_config(num_steps=3)
     train.train_and_evaluate(base, str(tmp_path / 'old'))

@@ -621,6 +621,7 @@ def _quickstart(**changes):
     return assemble.build(config)
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     found = {}
     for dtype in ('float32', 'bfloat16'):
