@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
     name: str
     turn: Callable[[], float]  # works to the end; images a second
-    facts: dict[str, Any] = {}  # noqa: RUF012  # what else is known of it: seconds to compile, bytes, products
+    facts: dict[str, Any] | None = None  # what else is known of it: seconds to compile, bytes, products
 
 
 def take_turns(sides: Sequence[Side], repeats: int) -> dict[str, list[float]]:
@@ -58,7 +58,7 @@ def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[
     for side in sides:
         own = rates[side.name]
         median = stats.median(own)
-        facts = dict(side.facts)
+        facts = side.facts or {}
         line = f'{side.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
         if 'flops' in facts:
             line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s'
@@ -119,7 +119,7 @@ def our_training(run, config, steps: int, stack, *, name: str, batches: bool) ->
     if planned := compiled.memory_analysis():
         facts['bytes'] = planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
-    def turn() -> float:
+    def turn() -> float:  # of `steps` steps, as that stands below
         nonlocal state, batch
         jax.block_until_ready(state)
         for _ in range(_ready(config) if batches else 0):  # not those that were made while others had their turn
@@ -132,10 +132,9 @@ def our_training(run, config, steps: int, stack, *, name: str, batches: bool) ->
         jax.block_until_ready(state)
         return steps * config.batch_size / (time.perf_counter() - began)
 
-    chosen, steps = steps, 1
-    turn()
-    rate = turn()
-    steps = chosen or max(1, round(_LEAST_SECONDS * rate / config.batch_size))
+    wanted, steps = steps, 1
+    turn()  # the first step waits for memory
+    steps = wanted or max(1, round(_LEAST_SECONDS * turn() / config.batch_size))
     return Side(name, turn, facts), steps
 
 
@@ -225,7 +224,7 @@ def torch_loader(run, config, raw: str | None, stack):
     return peer.loader(dataset, config.batch_size, config.data.num_workers or processes.cores())
 
 
-def preparing(raw: str, config) -> Side:
+def preparing(raw: str) -> Side:
     """The whole preparation, processes started and all."""
     from alexnet_jax import prepare, sources
 
@@ -244,7 +243,7 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
     from alexnet_jax import assemble, sources
 
     if mode == 'prepare':
-        return [preparing(raw, config)]
+        return [preparing(raw)]
     if mode == 'step':
         dataset = synthetic(config)
     else:

@@ -71,7 +71,7 @@ class Net(nn.Module):
 
 
 class Squares(Dataset):
-    """A Dataset of images, cut out and mirrored as `augment.draw` says: uint8 [3, s, s], a colour shift and a label."""
+    """A Dataset of images, cut out and mirrored as `augment.draw` says: uint8 [s, s, 3], a colour shift and a label."""
 
     def __init__(self, images: Sequence, augmentation: augment.Augmentation, record_size: int):
         """images: (what, label): a path of a square JPEG, or a `listing.Ref` of an image of any size."""
@@ -117,7 +117,7 @@ def training(
 ) -> tuple[Callable, Callable]:
     """(batch -> None: one update, begun; () -> None: waits until all are done).
 
-    Channels-last, and on a GPU `torch.compile` and autocast: what PyTorch's own guide advises. On the CPU eager mode.
+    On a GPU channels-last, `torch.compile` and autocast, as PyTorch's own guide advises; on the CPU none of them.
 
     Args:
       network, image_size: of the table.
