@@ -8,10 +8,11 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from alexnet_jax import images
 from alexnet_jax.errors import UserError
 
 _SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
@@ -19,6 +20,8 @@ _SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 
 _TRAIN_TAR, _VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 _VAL_PREFIX = 'ILSVRC2012_val_'
 _TFDS = 'tfds:'
+_LONGEST_HEADER = 2**20  # bytes of a name in an archive
+_LONGEST_END = 2**24  # bytes of zeros behind its last member
 
 
 class Ref(NamedTuple):
@@ -98,12 +101,14 @@ def _refuse_doubles(found: list[_Found]) -> None:
 
 
 def read(ref: Ref) -> bytes | np.ndarray:
-    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded."""
+    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded.
+
+    Raises:
+      OSError, ValueError: it cannot be read, see `images.read`.
+    """
     if ref.path.startswith(_TFDS):
         return _tfds_source(ref.path, ref.split)[ref.offset]['image']
-    with open(ref.path, 'rb') as file:
-        file.seek(ref.offset)
-        return file.read(ref.length)
+    return images.read(ref.path, ref.offset, ref.length)
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -125,7 +130,8 @@ def _validation_classes() -> tuple[str, ...]:
 
 def _validation_class(name: str) -> str:
     number = name.removeprefix(_VAL_PREFIX).split('.')[0]
-    if not number.isdigit() or not 1 <= int(number) <= len(_validation_classes()):
+    # The length: int() takes no number of thousands of digits.
+    if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(_validation_classes())):
         raise UserError(
             f'{name!r} is no image of the ILSVRC-2012 validation set; expected {_VAL_PREFIX}00000001.JPEG ...'
         )
@@ -138,24 +144,63 @@ def _archive(path: str) -> Iterator[_Found]:
     if name not in (_TRAIN_TAR, _VAL_TAR) and not _is_class_tar(name):
         raise UserError(f'{path!r} is not {_TRAIN_TAR} or {_VAL_TAR}; extract other archives and give the folder.')
     try:
-        with tarfile.open(path, 'r:') as outer:
-            for member in outer:
+        with open(path, 'rb') as file:
+            for member in _members(_Window(file, 0, os.path.getsize(path))):
                 if not member.isfile():
                     continue
+                start = member.offset_data
                 if _is_class_tar(member.name):
-                    with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
-                        for image in inner:
-                            if image.isfile():
-                                start = member.offset_data + image.offset_data
-                                yield _member(path, start, image, 'train', _stem(member.name))
+                    for image in _members(_Window(file, start, member.size)):
+                        if image.isfile():
+                            yield _member(path, start + image.offset_data, image, 'train', _stem(member.name))
                 elif _is_class_tar(name):
-                    yield _member(path, member.offset_data, member, 'train', _stem(name))
+                    yield _member(path, start, member, 'train', _stem(name))
                 elif name == _VAL_TAR:
-                    yield _member(
-                        path, member.offset_data, member, 'val', _validation_class(os.path.basename(member.name))
-                    )
-    except tarfile.TarError as error:
-        raise UserError(f'{path!r} is no readable archive: {error}.') from error
+                    yield _member(path, start, member, 'val', _validation_class(os.path.basename(member.name)))
+    except UserError:
+        raise
+    except Exception as error:  # tarfile: of headers that make no sense any kind
+        raise UserError(f'{path!r} is no readable archive: {str(error) or type(error).__name__}.') from error
+
+
+class _Window:
+    """A part of a file, as tarfile reads it: in small pieces, but where a header asks it for more."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        self._position = position
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f'a header at byte {self._position} declares {size} bytes for itself')
+        if self._position >= self._size:  # a file may be unable to go there
+            return b''
+        self._file.seek(self._start + self._position)
+        content = self._file.read(min(size, self._size - self._position))
+        self._position += len(content)
+        return content
+
+
+def _members(window: _Window) -> Iterator[tarfile.TarInfo]:
+    """The entries of an archive. Raises an error where it is damaged; tarfile alone would take that for the end."""
+    with tarfile.open(fileobj=window, mode='r:') as archive:
+        for member in archive:
+            if member.size < 0 or archive.offset <= member.offset:  # it would lead back, and round in a circle
+                raise tarfile.ReadError(f'the header at byte {member.offset} declares {member.size} bytes')
+            yield member
+        window.seek(archive.offset)
+        zeros = 0
+        while content := window.read(_LONGEST_HEADER):
+            zeros += len(content)
+            if content.strip(b'\0') or zeros > _LONGEST_END:
+                raise tarfile.ReadError(f'at byte {archive.offset} it is damaged')
+        if not zeros:
+            raise tarfile.ReadError(f'after {archive.offset} bytes it is cut short')
 
 
 def _member(path: str, start: int, image: tarfile.TarInfo, split: str, class_name: str) -> _Found:

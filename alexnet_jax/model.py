@@ -198,7 +198,7 @@ _DTYPES = ('float32', 'bfloat16', 'float64')
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _is_std(value) -> bool:

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
-from PIL import UnidentifiedImageError
 
-from alexnet_jax import cli, evaluate, listing, prepare
+from alexnet_jax import cli, evaluate, images, listing, prepare
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -73,12 +72,9 @@ def best(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) 
 
 def _square(path: str, size: int) -> np.ndarray:
     try:
-        with open(path, 'rb') as file:
-            return prepare.square(file.read(), size)
-    except Exception as error:  # Pillow raises many kinds
-        known = not isinstance(error, UnidentifiedImageError)  # which names a buffer
-        reason = (str(error).split('\n', 1)[0] or type(error).__name__) if known else 'of no known format'
-        raise UserError(f'{path!r} cannot be read as an image ({reason})') from error
+        return prepare.square(images.read(path), size)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path!r} cannot be read as an image ({error})') from error
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Numpy only, so that the processes that prepare images need not load JAX.
 
 import io
 import os
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,15 @@ def save(directory: str, statistics: Statistics) -> None:
         file.write(buffer.getvalue())
 
 
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Not `numpy.load`, which allocates what the header declares before it looks how much there is."""
+    with archive.open(f'{name}.npy') as file:
+        np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        content = np.frombuffer(file.read(), dtype)  # refuses Python objects
+    return content.reshape(shape, order='F' if fortran_order else 'C').astype(np.float32)
+
+
 def load(directory: str) -> Statistics | None:
     """Statistics that lie beside a prepared dataset; None where it was prepared without a train split.
 
@@ -74,8 +84,12 @@ def load(directory: str) -> Statistics | None:
     if not os.path.exists(path):
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            statistics = Statistics(*(np.asarray(file[name], np.float32) for name in Statistics._fields))
+        with zipfile.ZipFile(path) as archive:
+            # `save` does not compress. What grows when it is read was made to.
+            declared = sum(entry.file_size for entry in archive.infolist())
+            if declared > os.path.getsize(path):
+                raise ValueError(f'{os.path.getsize(path)} bytes that declare {declared}')
+            statistics = Statistics(*(_array(archive, name) for name in Statistics._fields))
         side = statistics.mean_image.shape[0]
         shapes = [(side, side, 3), (3,), (3, 3)]
         if [array.shape for array in statistics] != shapes or not all(np.isfinite(a).all() for a in statistics):

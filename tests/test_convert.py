@@ -6,6 +6,7 @@ files people have.
 
 import errno
 import io
+import json
 import os
 import pickle
 import runpy
@@ -310,6 +311,21 @@ class _Trap:
         return os.mkdir, (self.path,)
 
 
+class _Zeros:
+    """Unpickled, also by PyTorch's code that trusts nothing, it takes two gigabytes."""
+
+    def __reduce__(self):
+        return bytearray, (2**31,)
+
+
+def _deflated(archive):
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as given, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as made:
+        for name in given.namelist():
+            made.writestr(name, given.read(name))
+    return file.getvalue()
+
+
 def _saved(value):
     file = io.BytesIO()
     torch.save(value, file)
@@ -362,6 +378,34 @@ def _wrong_files(folder):
     two_of_three = _field(5, bytes(8)) + _field(7, _field(1, b'\x03'))
     short = _field(100, _field(1, 'a') + _field(7, two_of_three))
     yield 'short.caffemodel', short, r'a: expected 3 numbers for \(3,\), found 2'
+    for sides in ((-1, -3), (1,) * 70):
+        shape = _field(1, b''.join(_varint(side % 2**64) for side in sides))
+        odd = _field(1, 'a\n\x1b') + _field(7, _field(5, bytes(12)) + _field(7, shape))
+        yield (
+            'sides.caffemodel',
+            _field(100, odd),
+            r'a\?\?: expected at most 32 sides, none below 0, found \(',
+        )
+    # What would take far more memory than the file has bytes.
+    few = {'a.weight': torch.zeros(1, dtype=torch.half).expand(40_000, 50_000), 'a.bias': torch.zeros(1)}
+    yield 'expanded.pth', _saved(few), r'\d{4} bytes that declare 4000000004'
+    yield 'bytes.pth', _saved({'w': _Zeros()}), r'pickled Python object \(__builtin__.bytearray\)'
+    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes that declare 4000(?!000)\d+\)'
+    yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'has no place for: a\?b\? \(1,\)'
+    whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
+    changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]
+    for text in ('[' * 100_000, '[1]', *map(json.dumps, changed)):
+        said = 'expected the metadata that alexnet_jax.convert writes'
+        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
+    _, plain = convert._default_config('torchvision.py')
+    for part, key, said in (
+        ('model', 'lrn_k', 'expected the metadata that'),
+        ('data', 'colour_std', 'expected the metadata that'),
+        ('model', '\n', r'own.safetensors.: model.\? is unknown.'),
+    ):
+        changed = {**plain, part: {**plain[part], key: 10**400}}
+        own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
+        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': own}), said
     yield 'w.h5', b'', "expected a name ending in .caffemodel, .pth or .safetensors, found '.h5'"
 
 
@@ -399,6 +443,12 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
     np.save(tmp_path / 'oblong.npy', mean_bgr[:, :200])
     np.save(tmp_path / 'unit.npy', mean_bgr / 255)
     np.save(tmp_path / 'pickled.npy', np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / 'nothing.npy', np.zeros((0, 0, 3)))
+    np.save(tmp_path / 'complex.npy', np.full(3, 120j))
+    with open(tmp_path / 'short.npy', 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31, 3)})
+    with open(tmp_path / 'large.binaryproto', 'wb') as file:
+        file.truncate(2**31)  # without taking room
     (tmp_path / 'cut.binaryproto').write_bytes(_blob(mean_bgr, 'shape')[:1000])
     (tmp_path / 'two').write_text('cat\ndog\n')
     good = str(tmp_path / 'good.npy')
@@ -411,6 +461,10 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         (dict(mean='unit.npy'), 'expected grey levels of 0 to 255, found 0.3'),
         (dict(mean='pickled.npy'), 'expected an array written by numpy.save'),
         (dict(mean='cut.binaryproto'), "expected Caffe's BlobProto in binary"),
+        (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto, at most 2147483647 bytes, found 2147483648"),
+        (dict(mean='nothing.npy'), r'expected a shape \[3, S, S\].* found \(0, 0, 3\)'),
+        (dict(mean='complex.npy'), 'expected an array written by numpy.save.* values of type complex128'),
+        (dict(mean='short.npy'), 'expected an array written by numpy.save.* mmap length is greater than file size'),
         (dict(mean='two'), 'expected a name ending in .binaryproto or .npy'),
         (dict(classes='two'), 'expected 7 class names, one for each output, found 2'),
         (dict(classes='none'), "--classes=.* cannot be read"),
@@ -442,7 +496,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, 'save', full)
+    monkeypatch.setattr(checkpoint.Checkpoints, 'save', full)
     with pytest.raises(UserError, match='cannot write .*out.*No space left on device'):
         convert.convert(str(source), str(out), mean=str(tmp_path / 'mean.npy'))
     assert sorted(os.listdir(tmp_path)) == ['mean.npy', 'w.caffemodel']

@@ -1,0 +1,87 @@
+"""From an image file to upright RGB pixels, and what is refused before memory is spent on it."""
+
+import io
+import os
+import stat
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+MAX_BYTES = 2**28  # of a file
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
+# No others: Pillow hands EPS to Ghostscript, and knows formats by the dozen that no data set has. MPO counts as JPEG.
+_FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
+
+
+def read(path: str, offset: int = 0, length: int = -1) -> bytes:
+    """A file's bytes, or `length` of them from `offset` on.
+
+    Raises:
+      OSError, ValueError: it cannot be read, or is too large to be one image.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its other end, a device may have no end
+        raise ValueError('not a regular file')
+    with open(path, 'rb') as file:
+        if length < 0:
+            length = os.fstat(file.fileno()).st_size - offset
+        if length > MAX_BYTES:
+            raise ValueError(f'{length:,} bytes, more than the {MAX_BYTES:,} that an image may have')
+        file.seek(offset)
+        return file.read(length)
+
+
+def decode(content: bytes) -> Image.Image:
+    """An image file's pixels, RGB, turned upright as its EXIF data say.
+
+    Args:
+      content: the file, of any format of the list above, whatever it is called.
+
+    Raises:
+      ValueError: says in one line what is wrong with it.
+    """
+    if not content:
+        raise ValueError('the file is empty')
+    with warnings.catch_warnings(action='ignore'):  # of what Pillow makes good; too many pixels are refused below
+        try:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                width, height = image.size  # by the header
+                if width * height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f'{width} x {height} pixels')
+                # Before its EXIF data are asked for: they load a PNG, and what fails there would not fail again.
+                image.load()
+                return rgb(_upright(image))
+        except Image.DecompressionBombError as error:  # also Pillow's own, from twice as many on
+            declared = str(error).split(' exceeds')[0]
+            raise ValueError(f'{declared}, more than the {MAX_PIXELS:,} that an image may have') from error
+        except UnidentifiedImageError as error:  # it names a buffer
+            raise ValueError('of no known format') from error
+        except Exception as error:  # Pillow refuses files in more ways than it documents
+            raise ValueError(f'damaged: {(str(error).splitlines() or [type(error).__name__])[0]}') from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode."""
+    if image.mode.startswith(('I', 'F')):  # 16 bits a pixel: converting would clip, not scale
+        image = Image.fromarray(np.uint8(np.asarray(image, np.uint32).clip(0, 65535) >> 8))
+    return image.convert('RGB')
+
+
+_TURNS = {  # EXIF orientation: what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
+        turn = None
+    return image if turn is None else image.transpose(turn)
