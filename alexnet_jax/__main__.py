@@ -3,7 +3,7 @@
 import ast
 import pathlib
 
-COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert', 'benchmark')
+COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert', 'benchmark', 'verify')
 
 
 def purpose(command: str) -> str:

@@ -17,10 +17,10 @@ from alexnet_jax.statistics import FILE_NAME
 _KEYS = {  # of every config; the values are explained in configs/paper.py
     '': (
         'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
-        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'debug', 'deterministic', 'data', 'model',
-        'mesh', 'optim',
+        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'max_nonfinite', 'debug', 'deterministic',
+        'data', 'model', 'mesh', 'optim',
     ),
-    'data.': ('path', 'num_workers', 'num_threads', 'cache', *augment.Augmentation._fields),
+    'data.': ('path', 'num_workers', 'num_threads', 'cache', 'max_bad', *augment.Augmentation._fields),
     'mesh.': ('data', 'tower'),
     'optim.': (
         'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
@@ -192,7 +192,8 @@ def _check_ranges(config: ConfigDict) -> None:
             f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
         )
     sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
-    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads')}
+    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads', 'max_bad')}
+    sizes['max_nonfinite'] = config.max_nonfinite
     for key, value in sizes.items():
         if value < 0:
             raise UserError(f'{key}={value}; expected 0 or more.')

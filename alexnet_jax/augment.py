@@ -4,7 +4,6 @@
 not floats cross to the device.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import chex

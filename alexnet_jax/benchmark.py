@@ -102,7 +102,7 @@ def our_training(run, config, steps: int, stack, *, name: str, batches: bool) ->
 
     from alexnet_jax import layers, sharding
 
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(run.mesh))
+    key = sharding.random_key(run.mesh, config.seed)
     stream = run.batches(0)
     stack.callback(stream.close)
     batch, state = run.to_mesh(next(stream)), run.init(key)

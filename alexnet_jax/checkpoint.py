@@ -1,12 +1,17 @@
 """Checkpoints through orbax: the last two and the best are kept, and each alone can evaluate and predict.
 
-A step's folder holds `params`, `training` (step and optimiser state), `statistics` (mean image, colour components) and
-`meta` (config, class names, sizes). Parameters are stored in the global layout and restore on any mesh.
+A step's folder holds `params`, `training` (step and optimiser state), `statistics` (mean image, colour components),
+`meta` (config, class names, sizes) and the digests of all its files, without which it does not count. Parameters are
+stored in the global layout and restore on any mesh.
 """
 
 import contextlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from alexnet_jax import augment, model
+from alexnet_jax import augment, digests, model, processes
 from alexnet_jax.augment import Augmentation
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
@@ -42,93 +47,242 @@ class Checkpoint(NamedTuple):
         return self.augmentation.image_size
 
 
-def open_manager(workdir: str, *, read_only: bool = False) -> ocp.CheckpointManager:
-    """Asynchronous manager of a workdir's checkpoints; keeps the last two and the one with the lowest val error.
+class Checkpoints:
+    """The steps saved in a workdir: the last two, and the one with the lowest val error.
+
+    A state is written in the background and then sealed: the digests of all its files are put beside them. A step
+    without digests does not count. Opened for training, it removes such steps, moves damaged ones aside (to
+    `STEP.damaged`) and says so in `damaged`, so that `latest()` is always good. Use it as a context; the end waits for
+    what is being saved.
 
     read_only: for all but the training process; it touches nothing, also not a save under way in another process.
+
+    Raises:
+      UserError: every step is damaged, or the folder cannot be used.
     """
-    best = checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics['top1_error'], reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
+
+    def __init__(self, workdir: str, *, read_only: bool = False):
+        self.folder = _path(os.path.join(workdir, FOLDER))
+        self.damaged: list[str] = []
+        with _telling(f'the checkpoints in {self.folder!r} cannot be opened'):
+            if not read_only:
+                self.damaged = processes.first_decides(lambda: _put_right(self.folder))
+            self._manager = None if read_only else _open(self.folder)
+        # Not through the manager: opening one reads all steps, also those that are damaged.
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
+        self._sealer, self._sealing = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for what is being saved. Raises UserError if it cannot be."""
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            self._reader.close()
+            if self._manager:
+                with contextlib.suppress(Exception):  # it tells again what `wait` has told
+                    self._manager.close()
+
+    def wait(self) -> None:
+        """Until the state that is being saved lies there whole. Raises UserError if it cannot be saved."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    def steps(self) -> list[int]:
+        """Those that count, in order."""
+        return [step for step in numbers(self.folder) if digests.has(self._path(step))]
+
+    def latest(self) -> int | None:
+        """The last of them."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The one with the lowest val error, of those that have one. Raises UserError where one of these is damaged."""
+        errors = {}
+        for step in self.steps():
+            path = os.path.join(self._path(step), 'metrics', 'metrics')
+            if os.path.exists(path):
+                self.check(step, lambda name: name.startswith('metrics/'))
+                with self._readable(step), open(path, encoding='utf-8') as file:
+                    errors[step] = float(_error(json.load(file)))
+        return min(errors, key=lambda step: (errors[step], -step), default=None)
+
+    def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Raises UserError unless the files of a step are as they were written; wanted: see `digests.problems`."""
+        if found := digests.problems(self._path(step), wanted):
+            others = ', '.join(str(s) for s in self.steps() if s != step)
+            raise UserError(
+                f'the checkpoint is damaged: {found[0]}. '
+                + (f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.')
+            )
+
+    def save(self, state: TrainState, statistics: Statistics, meta: dict[str, Any], top1_error: float | None) -> None:
+        """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
+
+        state: without optimiser state (None) the checkpoint can be used, but no run goes on from it.
+        meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples', 'fingerprint'.
+        top1_error: of the validation just made, percent; None where there was none.
+
+        Raises:
+          UserError: this state or the one before it cannot be written; steps saved earlier are as they were.
+        """
+        items = {
+            'params': ocp.args.StandardSave(state.params),
+            'statistics': ocp.args.StandardSave(statistics._asdict()),
+            'meta': ocp.args.JsonSave(meta),
+        }
+        if state.opt_state is not None:
+            items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
+        self.wait()
+        step = int(state.step)
+        with self._saving(step):
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(**items),
+                metrics=None if top1_error is None else {'top1_error': top1_error},
+            )
+        if not saved:
+            raise RuntimeError(f'orbax did not save step {step}')
+        self._sealing = self._sealer.submit(self._seal, step)
+
+    def _seal(self, step: int) -> None:
+        with self._saving(step):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                digests.write(self._path(step))
+
+    def _saving(self, step: int):
+        return _telling(
+            f'step {step} cannot be saved in {self.folder!r}',
+            'Steps saved earlier are as they were; put it right and give the same command again.',
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
+        with self._readable(step):
+            items = self._reader.restore(
+                self._path(step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(like.params),
+                    training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
+                ),
+            )
+        return TrainState(items.training['step'], items.params, items.training['opt_state'])
+
+    def read_meta(self, step: int) -> tuple[dict[str, Any], Statistics]:
+        """What lies beside a step's arrays: (meta, statistics). Raises UserError."""
+        with self._readable(step):
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self._reader.restore(self._path(step), args=args).meta
+            side = meta['record_size']
+            like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
+            args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
+            return meta, Statistics(**self._reader.restore(self._path(step), args=args).statistics)
+
+    def load(self, step: int) -> Checkpoint:
+        """All it takes to use a step's network, after checking its files. Raises UserError."""
+        self.check(step)
+        meta, statistics = self.read_meta(step)
+        with self._readable(step):
+            network = model.from_config(meta['config']['model'])
+            augmentation = augment.from_config(meta['config']['data'])
+        shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
+        with self._readable(step):
+            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+            params = self._reader.restore(self._path(step), args=args).params
+        return Checkpoint(
+            step=step,
+            params=params,
+            network=network,
+            augmentation=augmentation,
+            record_size=meta['record_size'],
+            class_names=tuple(meta['class_names']),
+            statistics=statistics,
+            config=meta['config'],
+        )
+
+    @contextlib.contextmanager
+    def _readable(self, step: int):
+        """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f'the checkpoint {self._path(step)} is of another version: {error}') from error
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f'the checkpoint {self._path(step)} cannot be read ({reason}); move that folder away to use the one '
+                'before it.'
+            ) from error
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self.folder, str(step))
+
+
+def _open(folder: str) -> ocp.CheckpointManager:
+    best = checkpoint_managers.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), best]),
-        best_fn=lambda metrics: metrics['top1_error'],
+        best_fn=_error,
         best_mode='min',
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        create=not read_only,
-        save_interval_steps=0 if read_only else 1,
+        cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(_path(os.path.join(workdir, FOLDER)), options=options, item_names=_ITEMS)
+    return ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    state: TrainState,
-    statistics: Statistics,
-    meta: dict[str, Any],
-    top1_error: float | None,
-) -> None:
-    """Starts saving a state under its step; waits first for a save still under way (orbax would skip this one).
+def _error(metrics: dict[str, float]) -> float:
+    return metrics['top1_error']
 
-    state: without optimiser state (None) the checkpoint can be used, but no run goes on from it.
-    meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples', 'fingerprint'.
-    top1_error: of the validation just made, percent; None where there was none.
-    """
-    items = {
-        'params': ocp.args.StandardSave(state.params),
-        'statistics': ocp.args.StandardSave(statistics._asdict()),
-        'meta': ocp.args.JsonSave(meta),
-    }
-    if state.opt_state is not None:
-        items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
-    manager.wait_until_finished()
-    saved = manager.save(
-        int(state.step),
-        args=ocp.args.Composite(**items),
-        metrics=None if top1_error is None else {'top1_error': top1_error},
-    )
-    if not saved:
-        raise RuntimeError(f'orbax did not save step {int(state.step)}')
+
+def numbers(folder: str) -> list[int]:
+    """Steps that have a folder in `checkpoints/`, finished or not, in order."""
+    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
+
+
+def _put_right(folder: str) -> list[str]:
+    """Removes steps without digests, which a kill left, and moves damaged ones aside; what was wrong with these."""
+    found, good = {}, 0
+    for step in numbers(folder):
+        path = os.path.join(folder, str(step))
+        if not digests.has(path):
+            shutil.rmtree(path)
+        elif problems := digests.problems(path):
+            found[path] = problems[0]
+        else:
+            good += 1
+    if found and not good:
+        raise UserError(
+            f'no checkpoint in {folder!r} is whole: {"; ".join(found.values())}. Put the files back, or begin anew in '
+            'another --workdir.'
+        )
+    for path in found:
+        aside = f'{path}.damaged'
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+    return [f'{problem}; it is now in {path}.damaged' for path, problem in found.items()]
 
 
 @contextlib.contextmanager
-def _readable(manager: ocp.CheckpointManager, step: int):
-    """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
+def _telling(what: str, remedy: str = ''):
+    """What the file system says, by itself or through orbax and tensorstore, as a UserError."""
     try:
         yield
-    except UserError as error:
-        raise UserError(f'the checkpoint {manager.directory / str(step)} is of another version: {error}') from error
+    except OSError as error:
+        raise UserError(f'{what}: {error.strerror or error}. {remedy}') from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f'the checkpoint {manager.directory / str(step)} cannot be read ({reason}); move that folder away to '
-            'use the one before it.'
-        ) from error
-
-
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
-    with _readable(manager, step):
-        items = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
-            ),
-        )
-    return TrainState(items.training['step'], items.params, items.training['opt_state'])
-
-
-def read_meta(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Statistics]:
-    """What lies beside a step's arrays: (meta, statistics). Raises UserError."""
-    with _readable(manager, step):
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = manager.restore(step, args=args).meta
-        side = meta['record_size']
-        like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
-        args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
-        return meta, Statistics(**manager.restore(step, args=args).statistics)
+        if found := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
+            raise UserError(f'{what}: {found[1]}. {remedy}') from error
+        raise
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -141,31 +295,14 @@ def load_checkpoint(path: str) -> Checkpoint:
       UserError: there is no checkpoint, or it cannot be read.
     """
     root, step = _find(path)
-    with open_manager(root, read_only=True) as manager:
+    with Checkpoints(root, read_only=True) as checkpoints:
         if step is None:
-            step = manager.best_step()
+            step = checkpoints.best()
         if step is None:
-            step = manager.latest_step()
+            step = checkpoints.latest()
         if step is None:
             raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
-        meta, statistics = read_meta(manager, step)
-        with _readable(manager, step):
-            network = model.from_config(meta['config']['model'])
-            augmentation = augment.from_config(meta['config']['data'])
-        shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
-        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        with _readable(manager, step):
-            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))).params
-    return Checkpoint(
-        step=step,
-        params=params,
-        network=network,
-        augmentation=augmentation,
-        record_size=meta['record_size'],
-        class_names=tuple(meta['class_names']),
-        statistics=statistics,
-        config=meta['config'],
-    )
+        return checkpoints.load(step)
 
 
 def _find(path: str) -> tuple[str, int | None]:

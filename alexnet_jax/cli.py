@@ -6,12 +6,14 @@ import os
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from logging import getLogger
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import DivergedError, UserError, did_you_mean
+from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
 
 
 def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | None = None) -> None:
@@ -19,9 +21,12 @@ def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | 
 
     arguments: what the words are that come without --; then `main(words)` is called, with one at least.
 
-    Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error.
+    Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error; 130 and
+    143 when it was told to stop, by SIGINT and SIGTERM.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax warns of much that is as it should be
+    logging.set_verbosity(logging.FATAL)  # orbax logs with their tracebacks errors that it raises too
+    getLogger('asyncio').setLevel('CRITICAL')
+    threading.excepthook, sys.unraisablehook = _tell_of_thread, _tell_of_lost
     app.run(lambda argv: _call(main, argv[1:], required, arguments), flags_parser=_parse)
 
 
@@ -33,12 +38,24 @@ def define_cpu_devices() -> None:
 
 
 def set_up_jax() -> None:
-    """--cpu_devices, and compiled programs kept for the next start; call before anything touches a device."""
+    """--cpu_devices, other processes of the same run, and compiled programs kept for the next start.
+
+    Call it before anything touches a device. For several processes, each has the same JAX_COORDINATOR_ADDRESS and
+    JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them).
+    """
     import jax  # not above: the processes of alexnet_jax.prepare do without
 
     if flags.FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', flags.FLAGS.cpu_devices)
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        try:
+            number, count = (int(os.environ[name]) for name in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
+            ) from error
+        jax.distributed.initialize(num_processes=count, process_id=number)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR puts it elsewhere
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         cache = os.path.join(base, 'alexnet_jax')
@@ -64,6 +81,8 @@ def _call(main, words, required, arguments) -> None:
         _fail(str(error), 2)
     except DivergedError as error:
         _fail(str(error), 1)
+    except TerminatedError as error:
+        _fail(str(error), 143)
     except KeyboardInterrupt:
         _fail('interrupted.', 130)
     except BrokenPipeError:  # of `... | head`: whoever read the output has had enough
@@ -118,6 +137,17 @@ def _config_error(argv: Sequence[str]) -> str | None:
 
 def _python_files(folder: str) -> list[str]:
     return [name for name in os.listdir(folder) if name.endswith('.py')] if os.path.isdir(folder) else []
+
+
+def _tell_of_thread(failure) -> None:
+    """One line for what ends a thread: whoever waits for its work gets the error too, and says what to do."""
+    print(f'error in the background: {" ".join(str(failure.exc_value).split())[:300]}', file=sys.stderr, flush=True)
+
+
+def _tell_of_lost(failure) -> None:
+    """As ever, but not what tensorstore cannot tell a save of orbax any more, which has failed already."""
+    if str(failure.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(failure)
 
 
 def _fail(message: str, code: int):

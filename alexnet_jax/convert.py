@@ -188,7 +188,10 @@ def convert(
     if config is not None:
         plain = checkpoint.config_to_json(config)
     elif own is not None:
-        used, plain = source, own['config']
+        used = source
+        with weights.checks_metadata(source):
+            augment.from_config(own['config']['data'])
+            plain = fit(own['config'], found)
     else:
         used, plain = _default_config('caffe.py' if bgr else 'torchvision.py')
     plain = fit(plain, found)
@@ -206,9 +209,9 @@ def convert(
         'fingerprint': '',
     }
     state = steps.TrainState(np.int32(0), to_params(network, image_size, found, bgr=bgr), None)
-    with _new_directory(output) as folder, checkpoint.open_manager(folder) as manager:
-        checkpoint.save(manager, state, stats, meta, None)
-        manager.wait_until_finished()
+    with _new_directory(output) as folder, checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(state, stats, meta, None)
+        checkpoints.wait()
     _describe(network, found, plain['data'], used)
     if used == 'configs/torchvision.py' and [row[:2] + row[4:5] for row in network.conv] == _PAPER:
         print(

@@ -4,8 +4,10 @@ The position of the data is the step: batch k holds positions kB to (k+1)B - 1 o
 every pass. What is random depends on (seed, position) alone; threads, processes and mesh do not change it.
 """
 
+import contextlib
 import functools
 import io
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -19,20 +21,25 @@ from alexnet_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-def decode(record: dict) -> np.ndarray:
-    """uint8 [S, S, 3] of a record: its JPEG decoded, or its raw pixels as they are.
+def decode(record: dict, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of a record: its JPEG decoded, or its raw pixels as they are.
 
     Raises:
-      UserError: the bytes are no image.
+      UserError: the bytes are no image, or one of another size.
     """
-    if isinstance(record['image'], np.ndarray):
-        return record['image']
+    found = record['image']
     try:
-        with Image.open(io.BytesIO(record['image'])) as image:
-            return np.asarray(image.convert('RGB'))
-    except (OSError, ValueError) as error:
+        if not isinstance(found, np.ndarray):
+            with Image.open(io.BytesIO(found), formats=('JPEG', 'PNG')) as image:
+                if image.size != (size, size):  # seen before the pixels take memory
+                    raise ValueError(f'it has {image.width} x {image.height} px; expected {size} x {size}')
+                found = np.asarray(image.convert('RGB'))
+        if found.shape != (size, size, 3):
+            raise ValueError(f'it has the shape {found.shape}; expected {(size, size, 3)}')
+    except Exception as error:  # Pillow refuses files in more ways than it documents
         name = record.get('file_name', b'').decode(errors='replace')
         raise UserError(f'the record of image {name!r} cannot be decoded ({error}); prepare the data again.') from error
+    return found
 
 
 def train_batches(
@@ -65,7 +72,8 @@ def train_batches(
     Yields:
       'image' uint8 [n, s, s, 3] (or 'index' int32 [n], with records_on_device), 'offset' and 'extent' int32 [n, 2],
       'reflect' bool [n], 'colour' float32 [n, 3],
-      'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count.
+      'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count. An image that
+      cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `tell_unreadable`.
     """
     augment.positions(record_size, augmentation.image_size)  # raises before a worker would
     build = functools.partial(_train_batch, source, augmentation, seed, record_size, records_on_device)
@@ -78,6 +86,7 @@ def eval_batches(
     source: Sequence,
     *,
     batch_size: int,
+    record_size: int,
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     num_threads: int = 0,
@@ -87,25 +96,35 @@ def eval_batches(
     Arguments as for `train_batches`. All processes get the same number of batches.
 
     Yields:
-      'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n].
+      'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as above.
     """
     padded = -(-len(source) // batch_size) * batch_size
-    build = functools.partial(_eval_batch, source)
+    build = functools.partial(_eval_batch, source, record_size)
     return _iterate(grain.MapDataset.range(padded), build, batch_size, 0, shard, num_workers, num_threads)
 
 
 def load(source: Sequence, size: int) -> tuple[np.ndarray, list[int]]:
     """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
-    Raises:
-      UserError: a record is no image.
+    Those that cannot be read have the label -1, and are told of.
     """
     images, labels = np.empty((len(source), size, size, 3), np.uint8), []
-    for batch in eval_batches(source, batch_size=min(64, len(source))):
+    for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size):
+        tell_unreadable(batch)
         count = min(len(batch['label']), len(source) - len(labels))
         images[len(labels) : len(labels) + count] = batch['image'][:count]
-        labels += batch['label'][:count].tolist()
+        labels += np.where(batch['weight'] > 0, batch['label'], -1)[:count].tolist()
     return images, labels
+
+
+def tell_unreadable(batch: Batch) -> Batch:
+    """Takes out of a batch what it says of images that cannot be read, and prints it."""
+    problems = batch.pop('unreadable', [])
+    for problem in problems[:3]:
+        print(f'warning: weight 0: {problem}', file=sys.stderr, flush=True)
+    if len(problems) > 3:
+        print(f'warning: and {len(problems) - 3} more in this batch', file=sys.stderr, flush=True)
+    return batch
 
 
 def _with_position(position: int, index) -> tuple[int, int]:
@@ -117,28 +136,50 @@ def _train_batch(source, augmentation, seed, record_size, on_device, places) -> 
     count, size = len(places), augmentation.image_size
     # Cut into the batch itself: memory that is touched for the first time is slow.
     images = None if on_device else np.empty((count, size, size, 3), np.uint8)
-    draws, labels = [], np.empty(count, np.int32)
+    draws, labels, unreadable = [], np.zeros(count, np.int32), []
+    weight = np.ones(count, np.float32)
     for i, (position, index) in enumerate(places):
-        record = source[index]
         drawn = augment.draw(augmentation, seed=seed, position=position, record_size=record_size)
-        if images is not None:
-            augment.cut(decode(record), drawn, size, out=images[i])
         draws.append(drawn)
-        labels[i] = record['label']
+        try:
+            record = source[index]
+            if record['label'] < 0:  # `load` could not read it, and said so
+                raise UserError('')
+            if images is not None:
+                augment.cut(decode(record, record_size), drawn, size, out=images[i])
+            labels[i] = record['label']
+        except UserError as error:
+            unreadable += [str(error)] if str(error) else []
+            weight[i] = 0
+            if images is not None:
+                images[i] = 0
     return {
         **({'index': np.array([index for _, index in places], np.int32)} if on_device else {'image': images}),
         **{name: np.stack([getattr(drawn, name) for drawn in draws]) for name in augment.Draw._fields},
         'label': labels,
-        'weight': np.ones(count, np.float32),
+        'weight': weight,
+        **({'unreadable': unreadable} if unreadable else {}),
     }
 
 
-def _eval_batch(source, places) -> Batch:
-    records = [source[min(int(place), len(source) - 1)] for place in places]
+def _eval_batch(source, record_size, places) -> Batch:
+    count = len(places)
+    images = np.zeros((count, record_size, record_size, 3), np.uint8)
+    labels, weight, unreadable = np.zeros(count, np.int32), np.zeros(count, np.float32), []
+    for i, place in enumerate(places):
+        if place >= len(source):
+            break
+        try:
+            record = source[int(place)]
+            images[i] = decode(record, record_size)
+            labels[i], weight[i] = record['label'], 1
+        except UserError as error:
+            unreadable.append(str(error))
     return {
-        'image': np.stack([decode(record) for record in records]),
-        'label': np.array([record['label'] for record in records], np.int32),
-        'weight': np.array([place < len(source) for place in places], np.float32),
+        'image': images,
+        'label': labels,
+        'weight': weight,
+        **({'unreadable': unreadable} if unreadable else {}),
     }
 
 
@@ -156,12 +197,22 @@ def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) 
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
             worker_init_fn=processes.end_with_parent,
         )
-    return _closing(iter(dataset))
+    return _closing(dataset, processes.signals_held() if num_workers else contextlib.nullcontext())
 
 
-def _closing(iterator) -> Iterator[Batch]:
-    """Passes batches on and stops the workers when the consumer stops, by `close()` or by an exception."""
+def _closing(dataset, starting) -> Iterator[Batch]:
+    """Passes batches on and stops the workers when the consumer stops, by `close()` or by an exception.
+
+    starting: context in which the workers are started, which they are when the first batch is here.
+    """
+    iterator = None
     try:
-        yield from iterator
+        with starting:
+            iterator = iter(dataset)
+            first = next(iterator, None)
+        if first is not None:
+            yield first
+            yield from iterator
     finally:
-        iterator.close()
+        if iterator is not None:
+            iterator.close()

@@ -1,4 +1,4 @@
-"""The two ways a run ends early that are not bugs. The commands turn them into one line and an exit code."""
+"""The ways a run ends early that are not bugs. The commands turn them into one line and an exit code."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
 class DivergedError(FloatingPointError):
     """Loss or gradient stopped being finite; the message names the step."""
+
+
+class TerminatedError(Exception):
+    """SIGTERM came; the message says what is saved."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

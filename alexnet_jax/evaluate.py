@@ -19,12 +19,21 @@ from absl import flags
 
 from alexnet_jax import cli, data, ensemble, layers, metrics, sharding, sources, steps
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import TerminatedError, UserError
 from alexnet_jax.statistics import Statistics
 
 
 def one_pass(
-    eval_step: Callable, params, statistics: Statistics, source: Sequence, mesh, *, batch_size: int, **pipeline
+    eval_step: Callable,
+    params,
+    statistics: Statistics,
+    source: Sequence,
+    mesh,
+    *,
+    batch_size: int,
+    max_bad: int = 0,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    **pipeline,
 ) -> dict[str, float]:
     """Counts every record of `source` once.
 
@@ -32,26 +41,37 @@ def one_pass(
       eval_step: jitted `steps.eval_step`.
       params, statistics: on the mesh.
       batch_size: images at a time; changes nothing in the result.
+      max_bad: records that may be unreadable; they are named, and not among 'count'.
+      asked_to_stop: asked before every batch.
       pipeline: num_workers, num_threads of `data.eval_batches`.
 
     Returns:
       'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
+
+    Raises:
+      UserError: more records than that are unreadable.
+      TerminatedError: asked to stop.
     """
     total = previous = None
     began, waited = time.perf_counter(), 0.0
-    batches = data.eval_batches(source, batch_size=batch_size, shard=sharding.data_shard(mesh), **pipeline)
+    size, shard = len(statistics.mean_image), sharding.data_shard(mesh)
+    batches = data.eval_batches(source, batch_size=batch_size, record_size=size, shard=shard, **pipeline)
     while True:
+        if asked_to_stop():
+            batches.close()
+            raise TerminatedError
         asked = time.perf_counter()
         batch = next(batches, None)
         waited += time.perf_counter() - asked
         if batch is None:
             break
-        sums = eval_step(params, sharding.to_mesh(mesh, batch), statistics)
+        sums = eval_step(params, sharding.to_mesh(mesh, data.tell_unreadable(batch)), statistics)
         if previous is not None:
             total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
         previous = sums
     total = metrics.merge(total, _host(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
+    _check_count(count, len(source), max_bad)
     return {
         **metrics.finish(total),
         'count': count,
@@ -98,11 +118,19 @@ def probabilities(
         return jnp.exp(scores), batch['label'], batch['weight']
 
     function = jax.jit(outputs, out_shardings=sharding.replicated(mesh))
-    found = []
-    for batch in data.eval_batches(source, batch_size=batch_size, shard=sharding.data_shard(mesh)):
+    found, size, shard = [], checkpoint.record_size, sharding.data_shard(mesh)
+    for batch in data.eval_batches(source, batch_size=batch_size, record_size=size, shard=shard):
+        batch = data.tell_unreadable(batch)
         part, labels, weights = jax.device_get(function(params, sharding.to_mesh(mesh, batch), statistics))
         found.append((part[weights > 0], labels[weights > 0]))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    outputs, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _check_count(len(labels), len(source), max_bad=0)
+    return outputs, labels
+
+
+def _check_count(count: int, expected: int, max_bad: int) -> None:
+    if expected - count > max_bad or not count:
+        raise UserError(f'{expected - count} of {expected} images cannot be read (named above); prepare them again.')
 
 
 def evaluate_ensemble(

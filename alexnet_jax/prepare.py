@@ -3,7 +3,7 @@
     python -m alexnet_jax.prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
 
 The shorter side becomes `size` pixels, the central square is kept (section 2). The output is a TFDS dataset that
-`tfds.builder_from_directory(DIR)` opens, with statistics.npz beside it where there are training images.
+`tfds.builder_from_directory(DIR)` opens, with statistics.npz beside it where there are training images, and SHA256SUMS.
 """
 
 import functools
@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from PIL import ExifTags, Image
+from PIL import Image
 
-from alexnet_jax import cli, listing, processes, statistics
+from alexnet_jax import cli, digests, images, listing, processes, statistics
 from alexnet_jax.errors import UserError
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
@@ -43,6 +43,7 @@ class Shard(NamedTuple):
 
 class Written(NamedTuple):
     digest: str  # of its records
+    sha256: str  # of its file
     count: int
     num_bytes: int
     moments: statistics.Moments
@@ -92,15 +93,20 @@ def prepare(
 
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        os.makedirs(partial)
-        _write_all(partial, orders, class_names, size, format, max_bad, workers)
-        os.rename(partial, output)
+        os.makedirs(partial, exist_ok=True)
+        # Not inside: it is removed, and a folder that another process has taken away meanwhile must not count.
+        with processes.alone(f'{partial}.lock', f'preparing {output!r}'):
+            try:
+                shutil.rmtree(partial)  # of a run that was killed
+                os.makedirs(partial)
+                _write_all(partial, orders, class_names, size, format, max_bad, workers)
+                os.rename(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.remove(f'{partial}.lock')
     except (OSError, RuntimeError) as error:  # array_record says RuntimeError for a full disk
         reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
         raise UserError(f'cannot write {output!r}: {reason}.') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f'{output} is ready.', flush=True)
 
 
@@ -139,9 +145,10 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
             for i in range(number)
         ]
     results = _in_processes([s for split in shards.values() for s in split], max_bad, workers)
-    infos, fingerprint = [], hashlib.sha256()
+    infos, fingerprint, known = [], hashlib.sha256(), {}
     for split, files in shards.items():
         written = [results.pop(0) for _ in files]
+        known |= {os.path.basename(s.path): w.sha256 for s, w in zip(files, written, strict=True)}
         fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
         if not any(w.count for w in written):
             raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
@@ -165,6 +172,7 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
         metadata=tfds.core.MetadataDict(fingerprint=fingerprint.hexdigest()),
         description=f'Images as central squares of {size} px, prepared by alexnet_jax.',
     )
+    digests.write(folder, known)
 
 
 def _in_processes(shards: list[Shard], max_bad: int, workers: int | None) -> list[Written]:
@@ -246,29 +254,24 @@ def _write(shard: Shard) -> Written:
         digest.update(f'{ref.name}\0{ref.label}\0'.encode() + image)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
-    return Written(digest.hexdigest(), count, num_bytes, moments, bad)
+    return Written(digest.hexdigest(), digests.digest(shard.path), count, num_bytes, moments, bad)
 
 
 def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """An image's central square with its shorter side resized to `size`, uint8 [size, size, 3].  Section 2.
 
-    Turned upright as its EXIF data say; grey, CMYK and palette images become RGB. Resized by Pillow's BILINEAR, whose
-    window widens with the reduction (antialiased).
+    Resized by Pillow's BILINEAR, whose window widens with the reduction (antialiased).
 
     Args:
-      image: a file's bytes, of any format Pillow reads whatever the file is called, or uint8 pixels [H, W, C].
+      image: a file's bytes, or uint8 pixels [H, W, C].
 
     Raises:
-      OSError, ValueError, SyntaxError, Image.DecompressionBombError: it cannot be read; Pillow knows other ways too.
+      ValueError: it cannot be read; see `images.decode`.
     """
     if isinstance(image, np.ndarray):
-        opened = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        rgb = images.rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
     else:
-        opened = Image.open(io.BytesIO(image))
-    opened = _upright(opened)
-    if opened.mode.startswith(('I', 'F')):  # 16 bits a pixel: converting would clip, not scale
-        opened = Image.fromarray(np.uint8(np.asarray(opened, np.uint32).clip(0, 65535) >> 8))
-    rgb = opened.convert('RGB')
+        rgb = images.decode(image)
     scale = size / min(rgb.size)
     width, height = (max(size, round(side * scale)) for side in rgb.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -276,26 +279,6 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     x, y = rgb.width / width, rgb.height / height
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
     return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box=box))
-
-
-_TURNS = {  # EXIF orientation: what brings the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -1,8 +1,19 @@
-"""Worker processes that end with the program, and how many there should be."""
+"""Processes side by side: workers that end with the program, those that train together, those that must not."""
 
+import contextlib
+import fcntl
+import itertools
+import json
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
 
 
 def end_with_parent(*_) -> None:
@@ -19,3 +30,78 @@ def end_with_parent(*_) -> None:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Within it SIGTERM and SIGINT wait. A process started here inherits that at its birth: it never sees them.
+
+    Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
+    save first, and one that dies with a lock of its queue in hand leaves the parent waiting for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def alone(path: str, doing: str):
+    """Holds a lock file while something is done that only one process may do; the system frees it however that ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(path, 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
+        yield
+
+
+def first_decides(function: Callable[[], Any]) -> Any:
+    """What `function` returns (JSON) in the first of the processes that train together; the others wait for it."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return function()
+    found = {}
+    if jax.process_index() == 0:
+        try:
+            found = {'result': function()}
+        except UserError as error:
+            found = {'error': str(error)}
+    encoded = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    text = np.zeros(1 << 16, np.uint8)
+    text[: len(encoded)] = encoded
+    found = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b'\0'))
+    if 'error' in found:
+        raise UserError(found['error'])
+    return found['result']
+
+
+@contextlib.contextmanager
+def termination():
+    """Within it, SIGTERM only sets a mark. Gives a function that tells whether the time to stop has come.
+
+    With several processes all must call it equally often; it says yes to all of them at the same call, soon after one
+    of them got the signal (`jax.distributed` has its own handler). Out of the main thread there is no handler.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    calls = itertools.count()
+    if jax.process_count() > 1:
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+    else:
+        asked = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        try:
+            yield asked.is_set
+        finally:
+            signal.signal(signal.SIGTERM, before)

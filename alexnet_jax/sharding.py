@@ -125,6 +125,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P('data'))
 
 
+def random_key(mesh: Mesh, seed: int) -> jax.Array:
+    """The key of a run, on every device of every process."""
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -4,13 +4,14 @@ A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import statistics
+from alexnet_jax import digests, statistics
 from alexnet_jax.errors import UserError
 
 DIGITS = 'digits'  # data.path of the embedded data
@@ -60,6 +61,10 @@ def open_dataset(path: str) -> Dataset:
 def _prepared(path: str) -> Dataset:
     import tensorflow_datasets as tfds
 
+    if digests.has(path):  # records have checksums of their own; all else would be believed
+        if found := digests.problems(path, lambda name: 'array_record' not in name):
+            raise UserError(f'the prepared data are damaged: {found[0]}; prepare them again.')
+    _check_features(path)
     try:
         builder = tfds.builder_from_directory(path)
         features = builder.info.features
@@ -77,6 +82,18 @@ def _prepared(path: str) -> Dataset:
     if side is None or (side, channels) != (width, 3):
         raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
     return Dataset(splits, class_names, side, statistics.load(path), fingerprint)
+
+
+def _check_features(path: str) -> None:
+    """TFDS imports and calls what features.json names: nothing but its own features may be named there."""
+    try:
+        with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
+            named = re.findall(r'"pythonClassName"\s*:\s*"([^"]*)"', file.read(1 << 24))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
+    for name in named:
+        if not name.startswith('tensorflow_datasets.core.features.'):
+            raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
 
 
 class _Records:

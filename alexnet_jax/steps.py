@@ -50,8 +50,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """Takes one batch: forward, backward, update.
 
-    Where loss or gradient norm is not finite, parameters and optimiser state stay as they were; `step`, the position
-    in the data, moves on.
+    Where the loss, the gradient's norm or the update's is not finite, parameters and optimiser state stay as they were;
+    `step`, the position in the data, moves on.
 
     Args:
       state: on the mesh; donate it.
@@ -76,8 +76,8 @@ def train_step(
     x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
     grads, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward)
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))
     new = (optax.apply_updates(state.params, updates), opt_state)
     params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     report = {

@@ -1,24 +1,38 @@
 """train_and_evaluate(config, workdir): the loop - update, evaluate, decide the rate, save."""
 
+import contextlib
 import json
+import math
 import os
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import assemble, augment, checkpoint, evaluate, model, sharding, steps, writers
+from alexnet_jax import (
+    assemble,
+    augment,
+    checkpoint,
+    data,
+    evaluate,
+    model,
+    processes,
+    sharding,
+    steps,
+    trainlog,
+    writers,
+)
 from alexnet_jax.assemble import Run
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import UserError, did_you_mean
+from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
     'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'debug',
-    'deterministic', 'on_nonfinite', 'mesh', 'data.path', 'data.num_workers', 'data.num_threads', 'data.cache',
+    'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers', 'data.num_threads',
+    'data.cache', 'data.max_bad',
 }  # fmt: skip
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
 
@@ -37,8 +51,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       the last validation's numbers (see `evaluate.one_pass`); empty without a val split, or if all was done before.
 
     Raises:
-      UserError: the config, the data or the workdir do not fit together.
-      DivergedError: loss or gradient stopped being finite; names the step.
+      UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
+      DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
+      TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
     """
     run = assemble.build(config)
     _check_workdir(workdir)
@@ -47,7 +62,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         writers.warn('no val split: nothing is evaluated, and the learning rate does not follow the validation error.')
     if config.optim.schedule == 'plateau' and config.optim.stages:
         writers.warn("optim.stages are for optim.schedule='epochs'; 'plateau' does not follow them.")
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(run.mesh))
+    key = sharding.random_key(run.mesh, config.seed)
     meta = {
         'config': checkpoint.config_to_json(config),
         'class_names': list(run.dataset.class_names),
@@ -57,53 +72,97 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         'fingerprint': run.dataset.fingerprint,
     }
     result = {}
-    debug_nans = jax.debug_nans(config.debug or jax.config.jax_debug_nans)
-    with checkpoint.open_manager(workdir) as manager, debug_nans:
-        state = _restore_or_init(manager, run, config, key, meta, workdir)
-        step = int(state.step)
-        if step >= run.total_steps:
-            print(f'{workdir} is finished: step {step} of {run.total_steps}. Raise num_epochs to go on.', flush=True)
+    with (
+        _alone(workdir),
+        checkpoint.Checkpoints(workdir) as checkpoints,
+        jax.debug_nans(config.debug or jax.config.jax_debug_nans),
+        processes.termination() as asked_to_stop,
+    ):
+        for problem in checkpoints.damaged:
+            writers.warn(f'a checkpoint is damaged and not used: {problem}.')
+        state, saved = _restore_or_init(checkpoints, run, config, key, meta, workdir)
+        step, unfinished = int(state.step), saved.get('unfinished', False)
+        if step >= run.total_steps and not unfinished:
+            if jax.process_index() == 0:
+                print(
+                    f'{workdir} is finished: step {step} of {run.total_steps}. Raise num_epochs to go on.', flush=True
+                )
             return result
-        if step:
+        if step and jax.process_index() == 0:
             print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
         _write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
-        writer = writers.RunWriter(workdir, step)
-        log = writers.TrainLog(
+        writer = writers.RunWriter(workdir, step, validated=not unfinished)
+        log = trainlog.TrainLog(
             writer,
             batch_size=config.batch_size,
             examples=run.examples,
             total_steps=run.total_steps,
-            on_nonfinite=config.on_nonfinite,
+            num_classes=len(run.dataset.class_names),
+            budget=trainlog.Budget(config.on_nonfinite, config.max_nonfinite, config.data.max_bad),
+            saved=saved.get('log'),
         )
+
+        def save(error: float | None, *, unfinished: bool = False) -> None:
+            writer.flush()
+            so_far = {**meta, 'log': log.state(), 'unfinished': unfinished}
+            checkpoints.save(state, run.dataset.statistics, so_far, error)
+
         batches = run.batches(step)
         try:
-            while step < run.total_steps:
-                began = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - began
-                state, report = run.train_step(state, run.to_mesh(batch), run.statistics, key)
-                step += 1
+            while step < run.total_steps or unfinished:
+                if not unfinished:
+                    began = time.perf_counter()
+                    batch = next(batches)
+                    waited = time.perf_counter() - began
+                    state, report = run.train_step(state, run.to_mesh(data.tell_unreadable(batch)), run.statistics, key)
+                    step += 1
                 last = step == run.total_steps
                 saves = last or _due(step, config, run, 'checkpoint_every_steps')
                 decides = val is not None and _due(step, config, run, 'eval_every_steps')
-                # A line before each save, so that no mean reaches back over a restart.
-                log.add(step, report, waited=waited, log=saves or _due(step, config, run, 'log_every_steps'))
-                if not (saves or decides):
+                if not unfinished:
+                    # A line before each save, so that no mean reaches back over a restart.
+                    log.add(step, report, waited=waited, log=saves or _due(step, config, run, 'log_every_steps'))
+                unfinished = False
+                stops = asked_to_stop()
+                if not (saves or decides or stops):
                     continue
                 with log.pause():
                     error = None
-                    if val is not None and (decides or last):
-                        result = _validate(run, config, state, step, val, writer)
-                        error = result['top1_error']
+                    try:
+                        if stops:
+                            raise TerminatedError
+                        if val is not None and (decides or last):
+                            result = _validate(run, config, state, step, val, writer, asked_to_stop)
+                            error = result['top1_error']
+                    except TerminatedError:  # what belongs to this step after its update comes first the next time
+                        save(None, unfinished=True)
+                        checkpoints.wait()
+                        raise TerminatedError(
+                            f'SIGTERM: step {step} of {run.total_steps} is saved; the same command goes on from there.'
+                        ) from None
                     if decides:  # not at an end between: the run may be made longer, and should not show it
                         state = state._replace(opt_state=run.after_validation(state.opt_state, error))
                     if saves:
-                        writer.flush()
-                        checkpoint.save(manager, state, run.dataset.statistics, meta, error)
+                        save(error)
+        except DivergedError as error:
+            checkpoints.wait()
+            good = checkpoints.latest()
+            kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
+            raise DivergedError(f'{error} {kept} in {workdir}.') from None
         finally:
             batches.close()
             writer.close()
     return result
+
+
+@contextlib.contextmanager
+def _alone(workdir: str):
+    """Refuses a second run on a workdir. Of several processes the first holds the lock."""
+    with contextlib.ExitStack() as stack:
+        lock = os.path.join(workdir, '.lock')
+        held = processes.alone(lock, f'training in {workdir!r}')
+        processes.first_decides(lambda: stack.enter_context(held))
+        yield
 
 
 def _due(step: int, config: ConfigDict, run: Run, cadence: str) -> bool:
@@ -113,7 +172,7 @@ def _due(step: int, config: ConfigDict, run: Run, cadence: str) -> bool:
     return step * config.batch_size // run.examples > (step - 1) * config.batch_size // run.examples
 
 
-def _validate(run: Run, config: ConfigDict, state, step: int, val, writer) -> dict[str, float]:
+def _validate(run: Run, config: ConfigDict, state, step: int, val, writer, asked_to_stop) -> dict[str, float]:
     result = evaluate.one_pass(
         run.eval_step,
         state.params,
@@ -121,9 +180,16 @@ def _validate(run: Run, config: ConfigDict, state, step: int, val, writer) -> di
         val,
         run.mesh,
         batch_size=config.batch_size,
+        max_bad=config.data.max_bad,
+        asked_to_stop=asked_to_stop,
         num_workers=config.data.num_workers,
         num_threads=config.data.num_threads,
     )
+    if not math.isfinite(result['loss']):
+        raise DivergedError(
+            f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
+            'optim.learning_rate (in another --workdir, if this has a checkpoint).'
+        )
     line = {
         'step': step,
         'epoch': step * config.batch_size / run.examples,
@@ -136,11 +202,14 @@ def _validate(run: Run, config: ConfigDict, state, step: int, val, writer) -> di
     return result
 
 
-def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, workdir: str) -> steps.TrainState:
-    """The last checkpoint's state, after making sure that it is of this config and these data; else a fresh one."""
-    step = manager.latest_step()
+def _restore_or_init(
+    checkpoints, run: Run, config: ConfigDict, key, meta: dict, workdir: str
+) -> tuple[steps.TrainState, dict[str, Any]]:
+    """The last checkpoint's state and meta, after making sure that it is of this config and these data; else a fresh
+    state and nothing."""
+    step = checkpoints.latest()
     if step is not None:
-        old, statistics = checkpoint.read_meta(manager, step)
+        old, statistics = checkpoints.read_meta(step)
         if not old['examples']:
             raise UserError(
                 f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
@@ -161,7 +230,7 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
                 f'{workdir} was trained on other data than {config.data.path!r} (other images, or prepared otherwise); '
                 'give the same data, or another --workdir.'
             )
-        return checkpoint.restore(manager, step, run.state_shapes)
+        return checkpoints.restore(step, run.state_shapes), old
     state = run.init(key)
     if config.init_from:
         source = checkpoint.load_checkpoint(config.init_from)
@@ -172,7 +241,7 @@ def _restore_or_init(manager, run: Run, config: ConfigDict, key, meta: dict, wor
                     f'{config.init_from} was trained with {name} {theirs[name]}, this config has {ours[name]}.'
                 )
         state = state._replace(params=_take_over(source, state.params, config, run))
-    return state
+    return state, {}
 
 
 def _meaning(network: model.AlexNet, augmentation: Augmentation) -> dict[str, Any]:
@@ -206,7 +275,7 @@ def _take_over(source: checkpoint.Checkpoint, params, config: ConfigDict, run: R
             print(f'{name} starts afresh: {drawn["kernel"].shape}{why}.', flush=True)
             taken[name] = drawn
         elif fits:
-            taken[name] = jax.tree.map(lambda a, b: jax.device_put(jnp.asarray(a), b.sharding), old, drawn)
+            taken[name] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), old, drawn)
         else:
             found = 'nothing' if old is None else f'a kernel of shape {old["kernel"].shape}'
             raise UserError(

@@ -10,16 +10,15 @@ import struct
 import subprocess
 import sys
 import time
-from collections import deque
 from importlib import metadata
 
 import jax
 from google.protobuf.message import DecodeError
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
-from alexnet_jax import metrics
-from alexnet_jax.errors import DivergedError
+from alexnet_jax.errors import UserError
 
 _METRICS = 'metrics.jsonl'
 
@@ -27,41 +26,67 @@ _METRICS = 'metrics.jsonl'
 class RunWriter:
     """Appends lines to metrics.jsonl and the same numbers to TensorBoard events; process 0 writes, the others are mute.
 
-    Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again.
+    Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again. validated:
+    whether a validation at `step` itself stays.
+
+    Raises:
+      UserError: (`write`, `flush`, too) the file system does not take it.
     """
 
-    def __init__(self, workdir: str, step: int):
+    def __init__(self, workdir: str, step: int, *, validated: bool = True):
         self._writes = jax.process_index() == 0
+        self._workdir, self._flushed = workdir, -math.inf
         if self._writes:
-            path = os.path.join(workdir, _METRICS)
-            _cut_metrics(path, step)
-            for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
-                _cut_events(events, step)
-            self._lines = open(path, 'a', encoding='utf-8')
-            self._events = SummaryWriter(workdir, flush_secs=10)
+            with self._telling():
+                path = os.path.join(workdir, _METRICS)
+                _cut_metrics(path, step, validated)
+                for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
+                    _cut_events(events, step, validated)
+                self._lines = open(path, 'a', encoding='utf-8')
+                # Not SummaryWriter: its thread dies of a full disk, and whoever waits for it waits for ever.
+                self._events = EventsWriter(os.path.join(workdir, 'events'), filename_suffix=f'.{step}')
 
     def write(self, line: dict) -> None:
         """line: 'step', 'split' and numbers."""
         if not self._writes:
             return
-        self._lines.write(json.dumps(line) + '\n')
-        self._lines.flush()
-        for key, value in line.items():
-            if key not in ('step', 'split'):
-                self._events.add_scalar(f'{line["split"]}/{key}', value, line['step'])
+        now = time.time()
+        with self._telling():
+            self._lines.write(json.dumps(line) + '\n')
+            self._lines.flush()
+            for key, value in line.items():
+                if key not in ('step', 'split'):
+                    summary = scalar(f'{line["split"]}/{key}', value, display_name='', summary_description='')
+                    self._events.write_event(event_pb2.Event(summary=summary, step=line['step'], wall_time=now))
+            if now - self._flushed > 10:
+                self.flush()
 
     def flush(self) -> None:
         """Call before saving: what a checkpoint has behind it is not written again."""
         if self._writes:
-            self._events.flush()
+            with self._telling():
+                self._events.flush()
+                self._flushed = time.time()
 
     def close(self) -> None:
+        """What cannot be written any more is given up: the next start writes it again."""
         if self._writes:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    @contextlib.contextmanager
+    def _telling(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f'the metrics cannot be written in {self._workdir!r}: {error.strerror}. Checkpoints are as they were; '
+                'put it right and give the same command again.'
+            ) from error
 
 
-def _cut_metrics(path: str, step: int) -> None:
+def _cut_metrics(path: str, step: int, validated: bool) -> None:
     """Keeps the whole lines up to and with `step`."""
     if not os.path.exists(path):
         return
@@ -69,7 +94,8 @@ def _cut_metrics(path: str, step: int) -> None:
     with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
-                if json.loads(line)['step'] > step:
+                found = json.loads(line)
+                if _beyond(found['step'], found['split'], step, validated):
                     break
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill in mid-write
@@ -79,7 +105,11 @@ def _cut_metrics(path: str, step: int) -> None:
     os.replace(path + '.tmp', path)
 
 
-def _cut_events(path: str, step: int) -> None:
+def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
+    return line_step > step or (line_step == step and split == 'val' and not validated)
+
+
+def _cut_events(path: str, step: int, validated: bool) -> None:
     """Truncates an events file before its first record after `step`, or where a kill tore it."""
     end = 0
     with open(path, 'rb') as file:
@@ -88,88 +118,14 @@ def _cut_events(path: str, step: int) -> None:
             (length,) = struct.unpack('<Q', header[:8])
             record = file.read(length + 4)
             try:
-                if len(record) < length + 4 or event_pb2.Event.FromString(record[:length]).step > step:
-                    break
+                event = event_pb2.Event.FromString(record[:length])
             except DecodeError:
+                break
+            split = ''.join(value.tag for value in event.summary.value).split('/')[0]
+            if len(record) < length + 4 or _beyond(event.step, split, step, validated):
                 break
             end = file.tell()
     os.truncate(path, end)
-
-
-class TrainLog:
-    """Collects the reports of training steps two steps late, so that fetching them never makes the device wait.
-
-    A line is the mean over all steps since the line before; its speed and data wait are over the same steps, and at
-    least the last eight, since steps are sent ahead of the device unevenly. It raises DivergedError at the first report
-    that is not finite (or says so and goes on, with `on_nonfinite='skip'`).
-    """
-
-    def __init__(self, writer: RunWriter, *, batch_size: int, examples: int, total_steps: int, on_nonfinite: str):
-        self._writer = writer
-        self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
-        self._skip = on_nonfinite == 'skip'
-        self._pending = deque()
-        self._sums, self._steps = None, 0
-        self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
-        self._paused = 0.0  # seconds that were no training
-        self._printed = -math.inf
-
-    def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
-        """report: of `steps.train_step`, on device. waited: seconds spent waiting for its batch. log: write a line."""
-        self._pending.append((step, report, waited, time.perf_counter() - self._paused, log))
-        while len(self._pending) > 2:
-            self._take()
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
-        the time inside does not count in images/s."""
-        while self._pending:
-            self._take()
-        began = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - began
-
-    def _take(self) -> None:
-        step, report, waited, sent, log = self._pending.popleft()
-        report = jax.device_get(report)
-        rate, norm = float(report.pop('learning_rate')), float(report.pop('gradient_norm'))
-        self._steps += 1
-        self._clock.append((sent, waited))
-        if report.pop('finite'):
-            self._sums = metrics.merge(self._sums, report)
-        elif self._skip:
-            warn(f'step {step}: loss or gradient is not finite; its batch is left out.')
-        else:
-            raise DivergedError(
-                f'step {step}: loss or gradient is not finite (learning rate {rate:g}); the update was not made, and '
-                'none after it is kept. Lower optim.learning_rate (in another --workdir, if this has a checkpoint).'
-            )
-        if log and self._sums:
-            self._line(step, rate, norm)
-
-    def _line(self, step: int, rate: float, norm: float) -> None:
-        while len(self._clock) > 1 + max(8, self._steps):
-            self._clock.popleft()
-        elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
-        speed = (len(self._clock) - 1) * self._batch_size / elapsed
-        line = {
-            'step': step,
-            'epoch': step * self._batch_size / self._examples,
-            'split': 'train',
-            **metrics.finish(self._sums),
-            'learning_rate': rate,
-            'gradient_norm': norm,
-            'images_per_second': speed,
-            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
-        }
-        self._writer.write(line)
-        now = time.perf_counter()
-        if now - self._printed >= 1 or step == self._total_steps:
-            left = (self._total_steps - step) * self._batch_size / speed
-            progress(line, self._total_steps, f'  ETA {duration(left)}')
-            self._printed = now
-        self._sums, self._steps = None, 0
 
 
 def progress(line: dict, total_steps: int, ending: str = '') -> None:

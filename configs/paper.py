@@ -30,7 +30,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.checkpoint_every_steps = 0  # 0: once an epoch; the best is chosen among those saved right after a validation
     config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier of other classes starts afresh
     config.init_fresh = ()  # further layers that are drawn anew all the same: ('conv6', 'fc7')
-    config.on_nonfinite = 'stop'  # loss or gradient not finite: 'stop', or 'skip' the batch
+    config.on_nonfinite = 'stop'  # loss, gradient or update not finite: 'stop', or 'skip' the batch
+    config.max_nonfinite = 10  # batches to skip before stopping all the same
     config.deterministic = False  # on a GPU, only operations that give the same bits every time
     config.debug = False  # stop at the first NaN and name the operation; slow
 
@@ -51,6 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.colour_epochs = 0.0  # colour goes off after so many epochs; 0: never
     config.data.num_workers = 0  # 0: decode in threads; else processes
     config.data.num_threads = 0  # threads in each process; 0: one a core
+    config.data.max_bad = 10  # images in a pass that may be unreadable: they are named and count nothing; more end it
     config.data.cache = ''  # 'host', 'device': all training images in its memory, decoded; '': read as they come
 
     config.model = ml_collections.ConfigDict()

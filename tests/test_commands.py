@@ -189,6 +189,7 @@ def test_preparing_does_not_load_jax():
 ORDER = (
     'errors',
     'processes',
+    'digests',
     'statistics',
     'ops',
     'layers',

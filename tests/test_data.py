@@ -100,7 +100,9 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
     batch_size *= shards
     seen, batches = collections.Counter(), set()
     for i in range(shards):
-        parts = list(data.eval_batches(Records(30), batch_size=batch_size, shard=(i, shards), num_threads=2))
+        parts = list(
+            data.eval_batches(Records(30), batch_size=batch_size, record_size=6, shard=(i, shards), num_threads=2)
+        )
         batches.add(len(parts))
         for part in parts:
             assert part['label'].shape == (batch_size // shards,)
@@ -111,7 +113,7 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
 
 def test_a_record_that_is_no_image_is_named():
     with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
-        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': b'n01/a.jpg'})
+        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': b'n01/a.jpg'}, 6)
 
 
 def test_digits_are_real_and_apart():

@@ -28,8 +28,8 @@ def checkpoints(tmp_path_factory):
     for seed in range(3):
         paths.append(str(tmp_path_factory.mktemp('checkpoints') / str(seed)))
         params = small.init(network, seed, 28)
-        with checkpoint.open_manager(paths[-1]) as manager:
-            checkpoint.save(manager, steps.TrainState(jnp.int32(0), params, None), digits.statistics, meta, None)
+        with checkpoint.Checkpoints(paths[-1]) as saved:
+            saved.save(steps.TrainState(jnp.int32(0), params, None), digits.statistics, meta, None)
     return paths
 
 

@@ -58,8 +58,8 @@ def test_the_authors_chain(tmp_path):
 def _first_update(config, tmp_path):
     """(parameters before, after, velocity) of the first update."""
     run = assemble.build(config)
-    with checkpoint.open_manager(str(tmp_path / 'nothing')) as manager:
-        state = train._restore_or_init(manager, run, config, jax.random.key(0), {}, str(tmp_path))
+    with checkpoint.Checkpoints(str(tmp_path / 'nothing')) as saved:
+        state, _ = train._restore_or_init(saved, run, config, jax.random.key(0), {}, str(tmp_path))
     before = jax.device_get(state.params)
     chex.assert_trees_all_equal(jax.device_get(state.opt_state.velocity), jax.tree.map(np.zeros_like, before))  # fresh
     gradient = jax.tree.map(lambda p: np.full_like(p, -1.0), before)

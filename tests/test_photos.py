@@ -105,7 +105,7 @@ def test_evaluate(converted, imagenet_tar, tmp_path, views):
     (line,) = _run('evaluate', f'--checkpoint={checkpoint}', f'--data={prepared}', f'--views={views}', '--json')[-1:]
     found = json.loads(line)
     records = list(sources.open_dataset(prepared).split('val'))
-    images, labels = [data.decode(record) for record in records], np.array([record['label'] for record in records])
+    images, labels = [data.decode(record, 256) for record in records], np.array([record['label'] for record in records])
     cuts = [[image[16:240, 16:240]] if views == 1 else _ten(image) for image in images]
     p = np.stack([_probabilities(net, cut).mean(0) for cut in cuts])
     rank = (p > p[np.arange(len(p)), labels][:, None]).sum(1)

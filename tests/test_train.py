@@ -21,6 +21,7 @@ from alexnet_jax import (
     augment,
     checkpoint,
     data,
+    digests,
     evaluate,
     model,
     sharding,
@@ -48,8 +49,8 @@ def _untimed(workdir):
 def _state(config, workdir):
     """Everything the last checkpoint holds, as numpy."""
     run = assemble.build(config)
-    with checkpoint.open_manager(str(workdir)) as manager:
-        return jax.device_get(checkpoint.restore(manager, manager.latest_step(), run.state_shapes))
+    with checkpoint.Checkpoints(str(workdir)) as saved:
+        return jax.device_get(saved.restore(saved.latest(), run.state_shapes))
 
 
 def _events(workdir):
@@ -123,7 +124,7 @@ def test_the_last_two_and_the_best_are_kept(uninterrupted):
 
 
 def test_an_early_best_is_kept(tmp_path):
-    manager = checkpoint.open_manager(str(tmp_path))
+    saved = checkpoint.Checkpoints(str(tmp_path))
     config = _config()
     run = assemble.build(config)
     state = run.init(jax.random.key(0))
@@ -134,10 +135,10 @@ def test_an_early_best_is_kept(tmp_path):
         'record_size': 32,
     }
     for step, error in ((1, 30.0), (2, 10.0), (3, None), (4, 20.0), (5, 10.5), (6, None)):
-        checkpoint.save(manager, state._replace(step=jnp.int32(step)), run.dataset.statistics, meta, error)
-    manager.wait_until_finished()
-    assert sorted(manager.all_steps()) == [2, 5, 6]
-    manager.close()
+        saved.save(state._replace(step=jnp.int32(step)), run.dataset.statistics, meta, error)
+    saved.wait()
+    assert saved.steps() == [2, 5, 6]
+    saved.close()
     assert checkpoint.load_checkpoint(str(tmp_path)).step == 2
     assert checkpoint.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
 
@@ -158,7 +159,7 @@ def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_
 
 def _stop_at(config, workdir, monkeypatch, step):
     """Trains until an exception after update number `step`."""
-    add = train.writers.TrainLog.add
+    add = train.trainlog.TrainLog.add
 
     def stop(self, now, *args, **kwargs):
         add(self, now, *args, **kwargs)
@@ -166,7 +167,7 @@ def _stop_at(config, workdir, monkeypatch, step):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.writers.TrainLog, 'add', stop)
+        patch.setattr(train.trainlog.TrainLog, 'add', stop)
         train.train_and_evaluate(config, str(workdir))
 
 
@@ -288,8 +289,8 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
         there = config.copy_and_resolve_references()
         there.mesh.data, there.mesh.tower = data_axis, tower
         run = assemble.build(there)
-        with checkpoint.open_manager(str(workdir)) as manager:
-            state = checkpoint.restore(manager, 30, run.state_shapes)
+        with checkpoint.Checkpoints(str(workdir)) as saved:
+            state = saved.restore(30, run.state_shapes)
         kernel = state.params['conv2']['kernel']
         assert kernel.addressable_data(0).shape[-1] == kernel.shape[-1] // tower
         assert state.opt_state.velocity['conv2']['kernel'].sharding == kernel.sharding
@@ -329,7 +330,9 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
 
 
 def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
-    with pytest.raises(DivergedError, match=r'step \d+: loss or gradient is not finite \(learning rate 1e\+30\)'):
+    with pytest.raises(
+        DivergedError, match=r'step \d+: loss, gradient or update is not finite \(learning rate 1e\+30\)'
+    ):
         train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.schedule': 'plateau'}), str(tmp_path))
     assert not os.listdir(tmp_path / 'checkpoints')
     # Nothing was saved, so the remedy may be tried in the same place.
@@ -371,7 +374,7 @@ def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(assemble.data, 'train_batches', spoilt)
     train.train_and_evaluate(_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
-    assert 'step 3: loss or gradient is not finite; its batch is left out' in capsys.readouterr().err
+    assert 'is not finite (learning rate 0.01); its batch is left out, number 1 of at most' in capsys.readouterr().err
     lines = [line for line in _lines(tmp_path) if line['split'] == 'train']
     assert [line['step'] for line in lines] == [1, 2, 4, 5] and all(np.isfinite(line['loss']) for line in lines)
 
@@ -527,6 +530,7 @@ def _edit_meta(workdir, edit):
     meta = json.loads(path.read_text())
     edit(meta['config'])
     path.write_text(json.dumps(meta))
+    digests.write(str(path.parent.parent))
 
 
 def test_a_run_of_an_older_version_goes_on(uninterrupted, tmp_path):
@@ -558,10 +562,11 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     shutil.rmtree(tmp_path / 'checkpoints' / '30' / 'params')
     for path in (tmp_path, tmp_path / 'checkpoints', f'{tmp_path}/checkpoints/30/'):
-        with pytest.raises(UserError, match=r'checkpoints/30 cannot be read .* move that folder away'):
+        with pytest.raises(UserError, match=r'damaged: .*checkpoints/30/params/_METADATA: missing. There is no other'):
             checkpoint.load_checkpoint(str(path))
-    with pytest.raises(UserError, match=r'checkpoints/30 cannot be read .* move that folder away'):
+    with pytest.raises(UserError, match=r'no checkpoint in .* is whole: .*/30/params/_METADATA: missing'):
         train.train_and_evaluate(config, str(tmp_path))
+    assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
 
 
 def test_the_steps_of_a_run_follow_its_config():

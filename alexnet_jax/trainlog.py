@@ -1,0 +1,162 @@
+"""The reports of training steps: fetched late, averaged into lines, and watched for what a run may not put up with."""
+
+import contextlib
+import math
+import time
+from collections import deque
+from typing import NamedTuple
+
+import jax
+
+from alexnet_jax import metrics, writers
+from alexnet_jax.errors import DivergedError, UserError
+
+
+class Budget(NamedTuple):
+    """What a run puts up with, and says each time; more ends it."""
+
+    on_nonfinite: str  # 'stop' or 'skip'
+    max_nonfinite: int  # batches left out
+    max_bad: int  # unreadable images in a pass through the data
+
+
+class TrainLog:
+    """Collects the reports of training steps two steps late, so that fetching them never makes the device wait.
+
+    A line is the mean over all steps since the line before; its speed and data wait are over the same steps, and at
+    least the last eight, since steps are sent ahead of the device unevenly. What a run may not put up with ends it
+    here: DivergedError for losses and gradients that are not finite, UserError for images that cannot be read.
+
+    saved: `state()` of the run that this one goes on with.
+    """
+
+    def __init__(
+        self,
+        writer: writers.RunWriter,
+        *,
+        batch_size: int,
+        examples: int,
+        total_steps: int,
+        num_classes: int,
+        budget: Budget,
+        saved: dict | None = None,
+    ):
+        self._writer, self._budget = writer, budget
+        self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
+        self._saved = {'sums': None, 'steps': 0, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
+        self._pending = deque()
+        self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
+        self._paused = 0.0  # seconds that were no training
+        self._printed = -math.inf
+        self._stall = Stall(num_classes, window=min(1000, max(100, math.ceil(examples / batch_size))))
+
+    def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
+        """report: of `steps.train_step`, on device. waited: seconds spent waiting for its batch. log: write a line."""
+        self._pending.append((step, report, waited, time.perf_counter() - self._paused, log))
+        while len(self._pending) > 2:
+            self._take()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
+        the time inside does not count in images/s."""
+        while self._pending:
+            self._take()
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def state(self) -> dict:
+        """What a run that goes on from here needs to log as this one would have; JSON. Within `pause`."""
+        sums = self._saved['sums']
+        return {**self._saved, 'sums': sums and {key: float(value) for key, value in sums.items()}}
+
+    def _take(self) -> None:
+        step, report, waited, sent, log = self._pending.popleft()
+        report = jax.device_get(report)
+        rate, norm = float(report.pop('learning_rate')), float(report.pop('gradient_norm'))
+        saved = self._saved
+        saved['steps'] += 1
+        self._clock.append((sent, waited))
+        self._count_bad(step, self._batch_size - round(float(report['weight'])))
+        if report.pop('finite'):
+            saved['sums'] = metrics.merge(saved['sums'], report)
+            if self._stall.seen(float(report['loss']), float(report['weight'])):
+                writers.warn(self._stall.advice(step))
+        else:
+            self._count_nonfinite(step, rate)
+        if log and saved['sums'] and saved['sums']['weight']:
+            self._line(step, rate, norm)
+
+    def _count_nonfinite(self, step: int, rate: float) -> None:
+        self._saved['nonfinite'] += 1
+        count, most = self._saved['nonfinite'], self._budget.max_nonfinite
+        what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
+        remedy = 'Lower optim.learning_rate (in another --workdir, if this has a checkpoint).'
+        if self._budget.on_nonfinite == 'stop':
+            raise DivergedError(f'{what}; the update was not made, and none after it is kept. {remedy}')
+        if count > most:
+            raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
+        writers.warn(f'{what}; its batch is left out, number {count} of at most max_nonfinite={most}.')
+
+    def _count_bad(self, step: int, count: int) -> None:
+        """count: images of weight 0 in the batch of this step, on all processes; who read them has named them."""
+        now = (step - 1) * self._batch_size // self._examples
+        if now > self._saved['pass']:
+            self._saved.update({'pass': now, 'bad': 0})
+        self._saved['bad'] += count
+        if count and self._saved['bad'] > self._budget.max_bad:
+            raise UserError(
+                f'step {step}: {self._saved["bad"]} images of this pass cannot be read (named above); '
+                f'data.max_bad={self._budget.max_bad}. Prepare the data again, or raise --config.data.max_bad.'
+            )
+
+    def _line(self, step: int, rate: float, norm: float) -> None:
+        while len(self._clock) > 1 + max(8, self._saved['steps']):
+            self._clock.popleft()
+        elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
+        speed = (len(self._clock) - 1) * self._batch_size / elapsed
+        line = {
+            'step': step,
+            'epoch': step * self._batch_size / self._examples,
+            'split': 'train',
+            **metrics.finish(self._saved['sums']),
+            'learning_rate': rate,
+            'gradient_norm': norm,
+            'images_per_second': speed,
+            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
+        }
+        self._writer.write(line)
+        now = time.perf_counter()
+        if now - self._printed >= 1 or step == self._total_steps:
+            left = (self._total_steps - step) * self._batch_size / speed
+            writers.progress(line, self._total_steps, f'  ETA {writers.duration(left)}')
+            self._printed = now
+        self._saved.update({'sums': None, 'steps': 0})
+
+
+class Stall:
+    """Sees a loss that stays where guessing is: at ln(classes), 1% more or less, over the last `window` updates."""
+
+    def __init__(self, num_classes: int, window: int):
+        self._guessing, self._window = math.log(num_classes), window
+        self._loss = self._weight = 0.0
+        self._steps = 0
+
+    def seen(self, loss: float, weight: float) -> bool:
+        """Whether that is so, asked once a window. loss, weight: summed over a batch."""
+        self._loss, self._weight, self._steps = self._loss + loss, self._weight + weight, self._steps + 1
+        if self._steps < self._window:
+            return False
+        mean = self._loss / max(self._weight, 1)
+        self._loss = self._weight = 0.0
+        self._steps = 0
+        return abs(mean - self._guessing) < 0.01 * self._guessing
+
+    def advice(self, step: int) -> str:
+        return (
+            f'step {step}: over the last {self._window} updates the loss was that of guessing, ln(classes) = '
+            f'{self._guessing:.2f}; nothing is learnt yet. Remedies: wider initial weights (as '
+            '--config=configs/paper.py:init=authors), a third of optim.learning_rate or three times as much, a look at '
+            'the labels.'
+        )

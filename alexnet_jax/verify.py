@@ -1,0 +1,58 @@
+"""Compares checkpoints and prepared data with the digests that were written with them.
+
+    python -m alexnet_jax.verify DIR...
+
+DIR is a directory of `prepare`, a workdir (all its steps), or one step's folder. Exit code 1, naming each file, where
+anything is damaged, missing or half-written.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from alexnet_jax import checkpoint, cli, digests
+from alexnet_jax.errors import UserError
+
+
+def verify(path: str) -> tuple[list[str], list[str]]:
+    """(folders that were looked through, what is wrong in them as 'FILE: what').
+
+    Raises:
+      UserError: there is nothing with digests.
+    """
+    path = os.path.abspath(path)
+    if not os.path.isdir(path):
+        raise UserError(f'there is no directory {path!r}; expected prepared data, a workdir or a checkpoint.')
+    for folder in (os.path.join(path, checkpoint.FOLDER), path):
+        if steps := checkpoint.numbers(folder):
+            folders = [os.path.join(folder, str(step)) for step in steps]
+            break
+    else:
+        prepared = os.path.exists(os.path.join(path, 'dataset_info.json'))
+        step = path if os.path.basename(path).isdigit() else None
+        if not (digests.has(path) or prepared or step):
+            raise UserError(
+                f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
+                'steps.'
+            )
+        folders = [path]
+    return folders, [problem for folder in folders for problem in digests.problems(folder)]
+
+
+def main(paths: Sequence[str]) -> None:
+    damaged = False
+    for path in paths:
+        folders, found = verify(path)
+        for problem in found:
+            print(f'damaged: {problem}', file=sys.stderr, flush=True)
+        if not found:
+            print(
+                f'{path}: all as written ({len(folders)} {"folder" if len(folders) == 1 else "folders"}).', flush=True
+            )
+        damaged |= bool(found)
+    if damaged:
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    cli.run(main, required=(), arguments='directory')

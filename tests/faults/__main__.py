@@ -1,0 +1,58 @@
+"""A campaign: `python -m tests.faults --trials=60 [--seed=0] [--only=NAME]` tries faults in turn and prints a table."""
+
+import argparse
+import collections
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+from absl import logging
+
+from tests.faults import faults
+from tests.faults.scene import LostError, NotHereError, Scene
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--trials', type=int, default=60)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', choices=[fault.__name__ for fault in faults.ALL])
+    args = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    chosen = [fault for fault in faults.ALL if args.only in (None, fault.__name__)]
+    counts = collections.defaultdict(collections.Counter)
+    slowest, began = 0.0, time.monotonic()
+    with tempfile.TemporaryDirectory() as shared:
+        for trial in range(args.trials):
+            fault = chosen[trial % len(chosen)]
+            with tempfile.TemporaryDirectory() as folder:
+                rng = np.random.default_rng([args.seed, trial])
+                scene = Scene(pathlib.Path(folder), rng, pathlib.Path(shared))
+                try:
+                    fault(scene)
+                    outcome = 'survived'
+                except LostError as error:
+                    outcome = 'lost'
+                    print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
+                except NotHereError as error:
+                    outcome = 'not made'
+                    print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
+                slowest = max(slowest, scene.slowest_stop)
+            counts[fault.__name__][outcome] += 1
+            print(
+                f'{trial + 1}/{args.trials}  {fault.__name__}: {outcome}  ({time.monotonic() - began:.0f} s)',
+                flush=True,
+            )
+    print(f'\n| {"fault":34} | tried | survived | lost |\n|{"-" * 36}|---|---|---|')
+    for name, count in counts.items():
+        tried = count['survived'] + count['lost']
+        print(f'| {name.replace("_", " "):34} | {tried} | {count["survived"]} | {count["lost"]} |')
+    total = sum(counts.values(), collections.Counter())
+    print(f'\n{total["survived"] + total["lost"]} tried, {total["survived"]} survived, {total["lost"]} lost, ', end='')
+    print(f'{total["not made"]} not made here; slowest end after SIGTERM {slowest:.1f} s')
+    raise SystemExit(1 if total['lost'] else 0)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,292 @@
+"""What is done to a run. Each function makes one fault and raises `LostError` where something promised did not hold."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+from alexnet_jax import digests
+from tests.faults.scene import Scene, expect, filled, small_disk
+
+WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=30')  # each validation starts two more
+TWO = ('--config.mesh.data=2',)  # over two processes of one device each
+
+
+def killed(scene: Scene, *options: str) -> None:
+    """kill -9, once to three times, at any moment."""
+    workdir = scene.folder / 'run'
+    for _ in range(scene.rng.integers(1, 4)):
+        child = scene.start(workdir, *options)
+        scene.any_moment(child, workdir)
+        scene.stop(child, signal.SIGKILL)
+    scene.expect_same_end(workdir, *options)
+
+
+def killed_with_workers(scene: Scene) -> None:
+    """The same where processes decode: none is left, and no shared memory."""
+    killed(scene, *WORKERS)
+
+
+def killed_on_two_towers(scene: Scene) -> None:
+    """The same on a mesh of two devices, a tower each."""
+    killed(scene, '--config.mesh.tower=2', '--cpu_devices=2')
+
+
+def killed_one_process_of_two(scene: Scene) -> None:
+    """kill -9 of one of two processes: the launcher ends the other, and both start again."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *TWO, processes=2)
+    scene.any_moment(child, workdir)
+    for pid in scene.alive()[::-1]:
+        if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
+            os.kill(pid, signal.SIGKILL)
+            break
+    expect(child.wait(60) in (0, 137), f'the launcher ends with {child.returncode}')
+    scene.expect_nothing_left()
+    scene.expect_same_end(workdir, *TWO, processes=2)
+
+
+def _terminated(scene: Scene, workdir, child, *, group: bool) -> None:
+    code = scene.stop(child, group=group)
+    # Before the loop has begun it ends at once, as any program; at the end it may be through.
+    expect(code in (143, -signal.SIGTERM, 0), f'ends with {code}: {scene.printed()[-2000:]}')
+    if code == 143:
+        expect('is saved; the same command goes on' in scene.printed(), scene.printed()[-2000:])
+
+
+def terminated(scene: Scene) -> None:
+    """SIGTERM at any moment: what is done is saved, exit code 143."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir)
+    scene.any_moment(child, workdir)
+    _terminated(scene, workdir, child, group=False)
+    scene.expect_same_end(workdir)
+
+
+def terminated_with_workers(scene: Scene) -> None:
+    """SIGTERM to the whole group, workers and all, as schedulers do."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *WORKERS)
+    scene.any_moment(child, workdir)
+    _terminated(scene, workdir, child, group=True)
+    scene.expect_same_end(workdir, *WORKERS)
+
+
+def terminated_one_process_of_two(scene: Scene) -> None:
+    """SIGTERM to one of two processes: both save the same step."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *TWO, processes=2)
+    scene.await_training(child, workdir)
+    time.sleep(scene.rng.uniform(0, 1.5))
+    for pid in scene.alive():
+        if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
+            os.kill(pid, signal.SIGTERM)
+            break
+    code = child.wait(60)
+    expect(code in (143, 0), f'the launcher ends with {code}: {scene.printed()[-2000:]}')
+    said = [line for line in scene.printed().splitlines() if 'SIGTERM: step' in line]
+    expect(code == 0 or (len(said) == 2 and len(set(said)) == 1), f'two processes say {said}')
+    scene.expect_nothing_left()
+    scene.expect_same_end(workdir, *TWO, processes=2)
+
+
+def interrupted(scene: Scene) -> None:
+    """Ctrl-C: SIGINT to the whole group."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *WORKERS)
+    scene.await_training(child, workdir)
+    time.sleep(scene.rng.uniform(0, 1.5))
+    code = scene.stop(child, signal.SIGINT, group=True)
+    expect(code in (130, 0), f'ends with {code}: {scene.printed()[-2000:]}')
+    scene.expect_same_end(workdir, *WORKERS)
+
+
+def _any_file(scene: Scene, folder: pathlib.Path) -> pathlib.Path:
+    """Each as likely as it is large, and the list of digests too."""
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    return files[scene.rng.choice(len(files), p=[size / sum(sizes) for size in sizes])]
+
+
+def _flip(scene: Scene, path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[scene.rng.integers(len(content))] ^= 1 << int(scene.rng.integers(8))
+    path.write_bytes(content)
+
+
+def _truncate(scene: Scene, path: pathlib.Path) -> None:
+    os.truncate(path, scene.rng.integers(path.stat().st_size))
+
+
+def _damaged_checkpoint(scene: Scene, damage) -> None:
+    workdir = scene.copy_of_reference()
+    steps = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+    path = _any_file(scene, workdir / 'checkpoints' / str(steps[-1]))
+    damage(path)
+    code, printed = scene.run(None, command=('verify', str(workdir)))
+    expect(code == 1 and 'damaged: ' in printed, f'verify ends with {code}: {printed}')
+    expect(path.name in printed or path.name == digests.FILE_NAME, f'{path} is not named in {printed}')
+    code, printed = scene.run(None, command=('evaluate', f'--checkpoint={workdir}/checkpoints/{steps[-1]}',
+                                             '--data=digits', '--cpu_devices=1'))  # fmt: skip
+    expect(code == 2 and 'damaged' in printed, f'evaluate ends with {code}: {printed}')
+    scene.expect_same_end(workdir, written='a checkpoint is damaged and not used')
+    expect('Going on from step 56 of 60' in scene.printed(), scene.printed())
+
+
+def bit_flipped_in_a_checkpoint(scene: Scene) -> None:
+    """One bit, anywhere in the last step: named; training goes on from the step before."""
+    _damaged_checkpoint(scene, lambda path: _flip(scene, path))
+
+
+def file_of_a_checkpoint_truncated(scene: Scene) -> None:
+    """Cut off anywhere."""
+    _damaged_checkpoint(scene, lambda path: _truncate(scene, path))
+
+
+def file_of_a_checkpoint_missing(scene: Scene) -> None:
+    """Any file but the list of digests: without that the step does not count, see the next."""
+    _damaged_checkpoint(scene, lambda path: path.unlink() if path.name != digests.FILE_NAME else _flip(scene, path))
+
+
+def half_written_step(scene: Scene) -> None:
+    """What a kill leaves of a save: no list of digests, or orbax's own temporary folder."""
+    workdir = scene.copy_of_reference()
+    step = workdir / 'checkpoints' / '60'
+    if scene.rng.uniform() < 0.5:
+        (step / digests.FILE_NAME).unlink()
+    else:
+        step.rename(step.with_name('60.orbax-checkpoint-tmp'))
+    scene.expect_same_end(workdir, written='Going on from step 56 of 60')
+
+
+def bit_flipped_in_prepared_data(scene: Scene) -> None:
+    """One bit, anywhere: `verify` names the file."""
+    copy = scene.folder / 'prepared'
+    subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
+    path = _any_file(scene, copy)
+    _flip(scene, path)
+    code, printed = scene.run(None, command=('verify', str(copy)))
+    expect(code == 1, f'verify ends with {code}: {printed}')
+    expect(path.name in printed or path.name == digests.FILE_NAME, f'{path} is not named in {printed}')
+
+
+def damaged_record(scene: Scene) -> None:
+    """Some bytes of the training records: named, counted with weight 0, the run ends the same when killed between."""
+    copy = scene.folder / 'prepared'
+    subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
+    shard = scene.rng.choice(sorted(copy.glob('*train*array_record*')))
+    content = bytearray(shard.read_bytes())
+    place = scene.rng.integers(len(content) // 4, len(content) // 2)
+    content[place : place + 40] = bytes(40)
+    shard.write_bytes(content)
+    options = (f'--config.data.path={copy}', '--config.num_steps=50')  # two passes, so that every record is read
+    whole = scene.reference(*options)
+    expect('warning: weight 0: record' in scene.printed(), f'no record is named: {scene.printed()[-2000:]}')
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *options)
+    scene.any_moment(child, workdir)
+    scene.stop(child, signal.SIGKILL)
+    scene.expect_same_end(workdir, *options)
+    code, printed = scene.run(scene.folder / 'strict', *options, '--config.data.max_bad=0')
+    expect(code == 2 and 'cannot be read (named above)' in printed, f'ends with {code}: {printed}')
+    subprocess.run(['rm', '-r', str(whole)], check=True)  # of this damage alone
+
+
+def disk_full_in_training(scene: Scene) -> None:
+    """One clear error, earlier steps whole, and the same command goes on when there is room."""
+    with small_disk(scene.folder / 'disk', '12m') as disk:
+        workdir = disk / 'run'
+        child = scene.start(workdir)
+        scene.await_training(child, workdir, more=int(scene.rng.integers(1, 12)))
+        with filled(disk):
+            code = child.wait(60)
+            expect(code in (0, 2), f'ends with {code}: {scene.printed()[-3000:]}')
+            expect(code == 0 or 'No space left on device' in scene.printed().splitlines()[-1], scene.printed()[-3000:])
+            expect('Traceback' not in scene.printed(), scene.printed()[-3000:])
+        scene.expect_same_end(workdir)
+
+
+def disk_full_in_prepare(scene: Scene) -> None:
+    """One clear error, nothing left behind, and the same command prepares when there is room."""
+    raw = scene.raw()
+    with small_disk(scene.folder / 'disk', f'{scene.rng.integers(100, 900)}k') as disk:
+        command = ('prepare', f'--input={raw}', f'--output={disk}/out', '--size=32', '--format=raw')
+        code, printed = scene.run(None, command=command)
+        expect(code == 2 and 'error: cannot write' in printed, f'prepare ends with {code}: {printed[-2000:]}')
+        expect('Traceback' not in printed and not os.listdir(disk), f'left: {os.listdir(disk)}, {printed[-2000:]}')
+        subprocess.run(['mount', '-o', 'remount,size=50m', str(disk)], check=True)
+        code, printed = scene.run(None, command=command)
+        expect(code == 0, f'with room it ends with {code}: {printed[-2000:]}')
+
+
+def permission_lost_in_training(scene: Scene) -> None:
+    """The folder of checkpoints cannot be written any more: one clear error, and on when it can."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, limited=True)
+    scene.await_training(child, workdir, more=int(scene.rng.integers(1, 8)))
+    saved = workdir / 'checkpoints'
+    os.chmod(saved, 0o555)
+    code = child.wait(60)
+    os.chmod(saved, 0o755)
+    expect(code in (0, 2), f'ends with {code}: {scene.printed()[-3000:]}')
+    expect(code == 0 or 'Permission denied' in scene.printed().splitlines()[-1], scene.printed()[-3000:])
+    expect('Traceback' not in scene.printed(), scene.printed()[-3000:])
+    scene.expect_same_end(workdir)
+
+
+def data_vanish(scene: Scene) -> None:
+    """The prepared data are gone, before or in the middle of training or evaluation; then they are back."""
+    copy, away = scene.folder / 'prepared', scene.folder / 'away'
+    subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
+    options = (f'--config.data.path={copy}', '--config.num_steps=60')
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *options)
+    scene.any_moment(child, workdir)
+    copy.rename(away)
+    code = child.wait(60)  # files that are open can be read to the end
+    expect(code in (0, 2) and 'Traceback' not in scene.printed(), f'ends with {code}: {scene.printed()[-3000:]}')
+    code, printed = scene.run(workdir, *options)
+    expect(code == 2 and 'there is no data directory' in printed, f'ends with {code}: {printed[-2000:]}')
+    code, printed = scene.run(None, command=('evaluate', f'--checkpoint={scene.reference()}', f'--data={copy}'))
+    expect(code == 2 and 'there is no data directory' in printed, f'evaluate ends with {code}: {printed[-2000:]}')
+    away.rename(copy)
+    scene.expect_same_end(workdir, *options)
+
+
+def second_run_on_a_workdir(scene: Scene) -> None:
+    """It is refused; the first goes on as if nothing had been."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir)
+    while not (workdir / '.lock').exists():
+        time.sleep(0.05)
+    code, printed = scene.run(workdir)
+    if child.poll() is None:
+        expect(code == 2 and 'another process is training in' in printed, f'ends with {code}: {printed[-2000:]}')
+    expect(child.wait(120) == 0, scene.printed()[-2000:])
+    scene.expect_same_end(workdir)
+
+
+def killed_in_prepare(scene: Scene) -> None:
+    """kill -9 of `prepare` at any moment; the same command then writes the same data."""
+    raw, out = scene.raw(), scene.folder / 'out'
+    command = ('prepare', f'--input={raw}', f'--output={out}', '--size=32')
+    child = scene.start(None, command=command)
+    time.sleep(scene.rng.uniform(0, 6))
+    scene.stop(child, signal.SIGKILL)
+    if not out.exists():
+        code, printed = scene.run(None, command=command)
+        expect(code == 0, f'ends with {code}: {printed[-2000:]}')
+    found = [json.loads((folder / 'metadata.json').read_text())['fingerprint'] for folder in (out, scene.prepared())]
+    expect(found[0] == found[1], f'other data: {found}')
+    expect(scene.run(None, command=('verify', str(out)))[0] == 0, 'verify finds damage')
+
+
+ALL = [
+    killed, killed_with_workers, killed_on_two_towers, killed_one_process_of_two, terminated, terminated_with_workers,
+    terminated_one_process_of_two, interrupted, bit_flipped_in_a_checkpoint, file_of_a_checkpoint_truncated,
+    file_of_a_checkpoint_missing, half_written_step, bit_flipped_in_prepared_data, damaged_record,
+    disk_full_in_training, disk_full_in_prepare, permission_lost_in_training, data_vanish, second_run_on_a_workdir,
+    killed_in_prepare,
+]  # fmt: skip

@@ -1,0 +1,228 @@
+"""Children that train, what is done to them, and how one knows that nothing was lost."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import assemble, checkpoint, sources
+from tests.conftest import ROOT
+from tests.faults import config as config_file
+
+TIMINGS = ('images_per_second', 'data_wait')
+_GRACE = 30.0  # seconds from SIGTERM to the end: what Kubernetes and Slurm give by default
+_NO_OVERRIDE = '--bounding-set=-dac_override,-dac_read_search'  # root, but bound by permissions
+
+
+class LostError(AssertionError):
+    """Something that was promised did not hold."""
+
+
+class NotHereError(Exception):
+    """This machine does not let the fault be made."""
+
+
+def expect(holds, what: str) -> None:
+    if not holds:
+        raise LostError(what)
+
+
+class Scene:
+    """A folder for one trial, its chance, and runs that nothing happened to, to compare with."""
+
+    def __init__(self, folder: pathlib.Path, rng: np.random.Generator, shared: pathlib.Path):
+        self.folder, self.rng, self._shared = folder, rng, shared
+        self.mark = f'{os.getpid()}-{rng.integers(1 << 40)}'
+        self.slowest_stop = 0.0
+
+    def start(self, workdir, *options, command=('main',), processes=1, limited=False, **popen) -> subprocess.Popen:
+        """The command itself, not a wrapper around it (but with several processes)."""
+        module, *words = command
+        words = [sys.executable, '-m', f'alexnet_jax.{module}', *words]
+        if module == 'main':
+            words += ['--config=tests/faults/config.py', f'--workdir={workdir}', *options]
+            if not any('cpu_devices' in option for option in options):
+                words.append('--cpu_devices=1')
+        if processes > 1:
+            words = [str(ROOT / 'launch' / 'local.sh'), str(processes), *words[3:]]
+        if limited and os.getuid() == 0:
+            words = ['setpriv', _NO_OVERRIDE, *words]
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark}
+        log = open(self.folder / 'log.txt', 'a+')
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, **popen
+        )
+
+    def run(self, workdir, *options, **keywords) -> tuple[int, str]:
+        """(exit code, what was printed) of a command that is let be."""
+        before = self.printed()
+        code = self.start(workdir, *options, **keywords).wait(400)
+        return code, self.printed()[len(before) :]
+
+    def printed(self) -> str:
+        path = self.folder / 'log.txt'
+        return path.read_text(errors='replace') if path.exists() else ''
+
+    def reference(self, *options, processes=1) -> pathlib.Path:
+        """The workdir of the same run, never stopped."""
+        path = self._shared / ('whole ' + ' '.join((*options, str(processes)))).replace('/', '_')
+        if not path.exists():
+            partial = self._shared / f'partial-{self.mark}'
+            code, printed = self.run(partial, *options, processes=processes)
+            expect(code == 0, f'a run that nothing happened to ends with {code}: {printed[-2000:]}')
+            with contextlib.suppress(OSError):  # another one has been quicker
+                partial.rename(path)
+        return path
+
+    def copy_of_reference(self, *options) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(self.reference(*options), self.folder / 'run'))
+
+    def prepared(self) -> pathlib.Path:
+        """The digits as JPEG, prepared by the command; for all trials."""
+        path = self._shared / 'prepared'
+        if not path.exists():
+            raw = self.raw()
+            partial = self._shared / f'partial-{self.mark}'
+            code, printed = self.run(None, command=('prepare', f'--input={raw}', f'--output={partial}', '--size=32'))
+            expect(code == 0, printed[-2000:])
+            with contextlib.suppress(OSError):
+                partial.rename(path)
+        return path
+
+    def raw(self) -> pathlib.Path:
+        raw = self._shared / f'raw-{self.mark}'
+        if not raw.exists():
+            for split, records in sources.open_dataset('digits').splits.items():
+                for i, record in enumerate(records):
+                    folder = raw / split / str(record['label'])
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(record['image']).save(folder / f'{i}.jpg')
+        return raw
+
+    def await_training(self, child, workdir, *, more: int = 1) -> None:
+        """Until the child has written so many more lines, or has ended."""
+        metrics = workdir / 'metrics.jsonl'
+        count = lambda: metrics.read_bytes().count(b'\n') if metrics.exists() else 0  # noqa: E731
+        least = count()
+        while child.poll() is None:
+            now = count()
+            least = min(least, now)  # a run that goes on cuts what it writes anew
+            if now >= least + more:
+                return
+            time.sleep(0.02)
+
+    def any_moment(self, child, workdir) -> None:
+        """Some time of a run: mostly in training, now and then while it starts."""
+        if self.rng.uniform() < 0.2:
+            time.sleep(self.rng.uniform(0, 8))
+        else:
+            self.await_training(child, workdir)
+            time.sleep(self.rng.uniform(0, 2.5))
+
+    def stop(self, child, number=signal.SIGTERM, *, group=False) -> int:
+        """Sends a signal and waits; nothing of the child may be left: no process, no shared memory."""
+        mapped = {path for pid in self.alive() for path in _shared_memory(pid)}
+        began = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(child.pid, number)
+        try:
+            code = child.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise LostError(f'{_GRACE} s after signal {number} it still runs: {self.printed()[-2000:]}') from None
+        if number == signal.SIGTERM:
+            self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
+        self.expect_nothing_left(mapped)
+        return code
+
+    def expect_nothing_left(self, mapped=()) -> None:
+        deadline = time.monotonic() + 20
+        left = lambda: (self.alive(), [path for path in mapped if os.path.exists(path)])  # noqa: E731
+        while any(left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        expect(not any(left()), f'left behind: {left()}')
+
+    def alive(self) -> list[int]:
+        """Processes of this trial."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            try:
+                environment = pathlib.Path('/proc', pid, 'environ').read_bytes()
+                state = pathlib.Path('/proc', pid, 'stat').read_text().rsplit(')', 1)[1].split()[0]
+            except OSError:
+                continue
+            if f'FAULT_MARK={self.mark}'.encode() in environment and state != 'Z':
+                found.append(int(pid))
+        return found
+
+    def expect_same_end(self, workdir, *options, processes=1, written: str = '') -> None:
+        """The same command goes on to the same parameters, optimiser state and metrics, bit for bit."""
+        code, printed = self.run(workdir, *options, processes=processes)
+        expect(code == 0, f'the same command ends with {code}: {printed[-3000:]}')
+        expect(written in printed, f'{written!r} is not in what it says: {printed[-3000:]}')
+        whole = self.reference(*options, processes=processes)
+        expect(lines(workdir) == lines(whole), f'the metrics differ: {lines(workdir)} and {lines(whole)}')
+        a, b = (jax.tree.leaves(final_state(path)) for path in (workdir, whole))
+        expect(all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), 'the parameters or velocities differ')
+        expect((self.run(None, command=('verify', str(workdir))))[0] == 0, 'verify finds damage at the end')
+
+
+def _shared_memory(pid: int) -> list[str]:
+    try:
+        return [line.split()[-1] for line in open(f'/proc/{pid}/maps') if '/dev/shm/psm_' in line]
+    except OSError:
+        return []
+
+
+def lines(workdir) -> list[dict]:
+    """Those of metrics.jsonl, but for what was measured with a clock."""
+    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
+
+
+@functools.cache
+def _shapes(num_classes: int):
+    config = config_file.get_config()
+    config.model.num_classes = num_classes
+    return assemble.build(config).state_shapes
+
+
+def final_state(workdir):
+    with checkpoint.Checkpoints(str(workdir), read_only=True) as saved:
+        return jax.device_get(saved.restore(saved.latest(), _shapes(10)))
+
+
+@contextlib.contextmanager
+def small_disk(path: pathlib.Path, size: str):
+    """A tmpfs of a few megabytes at `path`."""
+    path.mkdir()
+    made = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(path)], capture_output=True)
+    if made.returncode:
+        raise NotHereError(f'needs the right to mount a tmpfs ({made.stderr.decode().strip()})')
+    try:
+        yield path
+    finally:
+        subprocess.run(['umount', '-l', str(path)], check=True)
+
+
+@contextlib.contextmanager
+def filled(path: pathlib.Path):
+    """Takes all that is left of a disk."""
+    filler = path / 'filler'
+    with open(filler, 'wb', buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()

@@ -1,0 +1,258 @@
+"""Digests, what is taken for whole and what for damaged, and files that somebody has tampered with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alexnet_jax import checkpoint, digests, model, prepare, processes, sources, steps, verify
+from alexnet_jax.errors import UserError
+from tests import small
+from tests.conftest import ROOT
+
+SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """A workdir with steps 1 to 3 of a small network, errors 30, 10 and 20."""
+    path = tmp_path_factory.mktemp('run')
+    config, digits = small.digits_config(), sources.open_dataset('digits')
+    network = model.from_config(config.model)
+    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names), 'image_size': 28}
+    meta |= {'record_size': 32, 'examples': 1, 'fingerprint': ''}
+    params = small.init(network, 0, 28)
+    with checkpoint.Checkpoints(str(path)) as saved:
+        for step, error in enumerate((30.0, 10.0, 20.0), 1):
+            state = steps.TrainState(
+                jnp.int32(step), {**params, 'fc8': {k: v * step for k, v in params['fc8'].items()}}, None
+            )
+            saved.save(state, digits.statistics, meta, error)
+    return path
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / 'copy')
+
+
+def _folder(tmp_path):
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    for name in ('one', 'a/two words', 'a/b/three'):
+        (tmp_path / name).write_text(name)
+    digests.write(str(tmp_path))
+    return tmp_path
+
+
+def test_the_list_is_that_of_sha256sum(tmp_path):
+    folder = _folder(tmp_path)
+    theirs = subprocess.run(['sha256sum', '--strict', '-c', 'SHA256SUMS'], cwd=folder, capture_output=True, text=True)
+    assert theirs.returncode == 0, theirs.stderr
+    assert sorted(theirs.stdout.splitlines()) == ['a/b/three: OK', 'a/two words: OK', 'one: OK']
+    assert not digests.problems(str(folder))
+
+
+@pytest.mark.parametrize(
+    ('damage', 'problem'),
+    [
+        (lambda f: (f / 'one').write_text('oNe'), 'one: its bytes have changed'),
+        (lambda f: (f / 'a' / 'two words').unlink(), 'a/two words: missing'),
+        (lambda f: (f / 'a' / 'four').write_text(''), 'a/four: not in SHA256SUMS'),
+        (lambda f: (f / 'SHA256SUMS').unlink(), 'SHA256SUMS: missing'),
+        (lambda f: (f / 'SHA256SUMS').write_text('x' * 70 + '\n'), 'SHA256SUMS: not a list of digests'),
+        # Cut short at the end of a line, as a full disk may.
+        (lambda f: (f / 'SHA256SUMS').write_text((f / 'SHA256SUMS').read_text()[:-30]), 'SHA256SUMS: not a list'),
+        (lambda f: os.truncate(f / 'SHA256SUMS', 64 + 2 + len('a/b/three') + 1), 'a/two words: not in SHA256SUMS'),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, problem):
+    folder = _folder(tmp_path)
+    damage(folder)
+    found = digests.problems(str(folder))
+    assert found and found[0].startswith(str(folder)) and problem in found[0], found
+
+
+def _flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_is_loaded_silently_by_orbax_and_refused_here(copy):
+    """The control: with a list written after the damage the same files load, and a weight is another."""
+    rng, silent = np.random.default_rng(0), 0
+    whole = checkpoint.load_checkpoint(str(copy / 'checkpoints' / '3')).params
+    step = copy / 'checkpoints' / '3'
+    for path in sorted((step / 'params' / 'ocdbt.process_0' / 'd').iterdir(), key=lambda p: p.stat().st_size)[-3:]:
+        before = path.read_bytes()
+        for _ in range(4):
+            _flip(path, rng)
+            with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its bytes have changed .* in .*: 2'):
+                checkpoint.load_checkpoint(str(step))
+            digests.write(str(step))
+            try:
+                loaded = checkpoint.load_checkpoint(str(step)).params
+                silent += any((a != b).any() for a, b in zip(*map(_leaves, (whole, loaded)), strict=True))
+            except UserError:
+                pass
+            path.write_bytes(before)
+            digests.write(str(step))
+    assert silent
+
+
+def _leaves(params):
+    return [params[layer][name] for layer in sorted(params) for name in sorted(params[layer])]
+
+
+def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
+    (copy / 'checkpoints' / '4').mkdir()  # renamed by orbax, killed before its list was written
+    (copy / 'checkpoints' / '4' / '_CHECKPOINT_METADATA').write_text('{}')
+    (copy / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir()
+    _flip(copy / 'checkpoints' / '3' / 'meta' / 'metadata', np.random.default_rng(0))
+    before = checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2'))
+    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+        assert saved.steps() == [2, 3]  # reading touches nothing
+        assert (copy / 'checkpoints' / '4').exists()
+    with checkpoint.Checkpoints(str(copy)) as saved:
+        assert saved.steps() == [2] and saved.latest() == saved.best() == 2
+        (problem,) = saved.damaged
+        assert 'checkpoints/3/meta/metadata: its bytes have changed' in problem and '3.damaged' in problem
+        state = steps.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
+        saved.save(state, before.statistics, json.loads((copy / 'meta.json').read_text()), 5.0)
+    assert checkpoint.load_checkpoint(str(copy)).step == 3
+    assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
+
+
+@pytest.fixture(autouse=True)
+def _meta_beside(workdir):
+    text = (workdir / 'checkpoints' / '3' / 'meta' / 'metadata').read_text()
+    (workdir / 'meta.json').write_text(text)
+
+
+def test_where_every_step_is_damaged_nothing_is_moved(copy):
+    for step in ('2', '3'):
+        _flip(copy / 'checkpoints' / step / 'meta' / 'metadata', np.random.default_rng(0))
+    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*2/meta/metadata.*; .*3/meta/metadata'):
+        checkpoint.Checkpoints(str(copy))
+    assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
+
+
+def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
+    path = copy / 'checkpoints' / '3' / 'metrics' / 'metrics'
+    path.write_text(path.read_text().replace('20.0', '00.0'))
+    with pytest.raises(UserError, match='is damaged: .*checkpoints/3/metrics/metrics'):
+        checkpoint.load_checkpoint(str(copy))
+    assert checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
+
+
+def test_verify(copy, tmp_path, capsys):
+    images = tmp_path / 'raw' / 'class'
+    images.mkdir(parents=True)
+    for i in range(4):
+        (images / f'{i}.jpg').write_bytes(prepare._jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
+    data = tmp_path / 'data'
+    prepare.prepare(str(tmp_path / 'raw'), str(data), size=16, workers=1)
+    verify.main([str(copy), str(copy / 'checkpoints'), str(copy / 'checkpoints' / '2'), str(data)])
+    assert capsys.readouterr().out.count('all as written') == 4
+    shard = next(data.glob('*train*array_record*'))
+    _flip(shard, np.random.default_rng(0))
+    _flip(copy / 'checkpoints' / '3' / 'params' / '_METADATA', np.random.default_rng(0))
+    result = subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax.verify', str(copy), str(data)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert f'damaged: {shard}: its bytes have changed' in result.stderr
+    assert 'checkpoints/3/params/_METADATA: its bytes have changed' in result.stderr
+    for nothing, message in ((tmp_path / 'raw', 'holds nothing to verify'), (tmp_path / 'no', 'there is no directory')):
+        with pytest.raises(UserError, match=message):
+            verify.verify(str(nothing))
+    with pytest.raises(UserError, match='the prepared data are damaged') as error:
+        (data / 'label.labels.txt').write_text('another\n')
+        sources.open_dataset(str(data))
+    assert 'label.labels.txt' in str(error.value)
+
+
+def test_features_of_somebody_else_are_not_imported(copy, tmp_path):
+    """TFDS imports the module that features.json names, and calls what it finds there."""
+    data = tmp_path / 'data'
+    data.mkdir()
+    (data / 'dataset_info.json').write_text('{}')
+    (data / 'features.json').write_text('{"pythonClassName": "antigravity.FeaturesDict", "content": {}}')
+    with pytest.raises(UserError, match="names 'antigravity.FeaturesDict', which is no feature of TFDS"):
+        sources.open_dataset(str(data))
+    assert 'antigravity' not in sys.modules
+
+
+def test_only_one_at_a_time(tmp_path):
+    lock = str(tmp_path / 'lock')
+    with processes.alone(lock, 'training'):
+        with pytest.raises(UserError, match='another process is training'):
+            with processes.alone(lock, 'training'):
+                raise AssertionError
+    with processes.alone(lock, 'training'):
+        pass
+
+
+def test_a_signal_waits_for_the_loop(monkeypatch):
+    with processes.termination() as asked:
+        assert not asked()
+        os.kill(os.getpid(), 15)
+        assert asked()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(_asked_elsewhere()))
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def _asked_elsewhere():
+    with processes.termination() as asked:
+        return asked()
+
+
+_FILES = st.integers(0, 10**6)
+
+
+@settings(max_examples=25, **SETTINGS)
+@given(data=st.data())
+def test_whatever_happens_to_a_file_there_is_one_clear_error(workdir, tmp_path_factory, data):
+    """Bytes flipped, cut, put in, files removed: with the list of digests, and with a list that fits the damage."""
+    path = tmp_path_factory.mktemp('fuzz')
+    step = path / 'checkpoints' / '3'
+    shutil.copytree(workdir / 'checkpoints' / '3', step)
+    files = sorted(p for p in step.rglob('*') if p.is_file())
+    small_ones = [p for p in files if p.stat().st_size < 4096]
+    victim = data.draw(st.sampled_from(small_ones))
+    content = bytearray(victim.read_bytes())
+    place = data.draw(st.integers(0, max(0, len(content) - 1)))
+    match data.draw(st.sampled_from(['flip', 'cut', 'insert', 'remove', 'replace'])):
+        case 'flip' if content:
+            content[place] ^= data.draw(st.integers(1, 255))
+        case 'cut':
+            del content[place:]
+        case 'insert':
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=64))
+        case 'replace':
+            content = bytearray(data.draw(st.binary(max_size=256)))
+        case 'remove':
+            victim.unlink()
+    if victim.exists():
+        victim.write_bytes(content)
+    for sealed in (False, True):
+        if sealed and victim.name != digests.FILE_NAME:
+            digests.write(str(step))
+        try:
+            found = checkpoint.load_checkpoint(str(step))
+            chex.assert_tree_all_finite(found.statistics)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+    shutil.rmtree(path)
