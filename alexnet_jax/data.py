@@ -213,6 +213,13 @@ def _closing(dataset, starting) -> Iterator[Batch]:
         if first is not None:
             yield first
             yield from iterator
+    except RuntimeError as error:
+        if 'terminated unexpectedly' not in str(error):
+            raise
+        raise UserError(
+            f'a process that decodes images has died ({str(error).split(". ")[0]}); out of memory? The same command '
+            'goes on from the last checkpoint; --config.data.num_workers=0 decodes in threads.'
+        ) from error
     finally:
         if iterator is not None:
             iterator.close()

@@ -51,13 +51,16 @@ def alone(path: str, doing: str):
     """Holds a lock file while something is done that only one process may do; the system frees it however that ends.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or it cannot be made.
     """
-    with open(path, 'a') as file:
+    with contextlib.ExitStack() as stack:
         try:
+            file = stack.enter_context(open(path, 'a'))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
+        except OSError as error:
+            raise UserError(f'the lock {path!r} cannot be taken: {error.strerror}.') from error
         yield
 
 

@@ -90,7 +90,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             return result
         if step and jax.process_index() == 0:
             print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
-        _write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
+        writers.write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
         writer = writers.RunWriter(workdir, step, validated=not unfinished)
         log = trainlog.TrainLog(
             writer,
@@ -293,15 +293,6 @@ def _check_workdir(workdir: str) -> None:
             raise PermissionError('not writable')
     except OSError as error:
         raise UserError(f'the workdir {workdir!r} cannot be used: {error}') from error
-
-
-def _write_json(workdir: str, files: dict[str, dict]) -> None:
-    """Process 0 replaces each file in one move."""
-    for name, content in files.items() if jax.process_index() == 0 else ():
-        path = os.path.join(workdir, f'{name}.json')
-        with open(path + '.tmp', 'w', encoding='utf-8') as file:
-            json.dump(content, file, indent=2)
-        os.replace(path + '.tmp', path)
 
 
 def _completed(config: dict) -> dict:

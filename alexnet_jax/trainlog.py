@@ -101,14 +101,17 @@ class TrainLog:
 
     def _count_bad(self, step: int, count: int) -> None:
         """count: images of weight 0 in the batch of this step, on all processes; who read them has named them."""
-        now = (step - 1) * self._batch_size // self._examples
-        if now > self._saved['pass']:
-            self._saved.update({'pass': now, 'bad': 0})
-        self._saved['bad'] += count
-        if count and self._saved['bad'] > self._budget.max_bad:
+        saved, most = self._saved, self._budget.max_bad
+        first, last = ((step * self._batch_size - back) // self._examples for back in (self._batch_size, 1))
+        if first > saved['pass']:
+            saved.update({'pass': first, 'bad': 0})
+        saved['bad'] += count
+        while saved['pass'] < last:  # a batch of two passes: to the second belongs what the first cannot have held
+            saved.update({'pass': saved['pass'] + 1, 'bad': max(0, saved['bad'] - most)})
+        if count and saved['bad'] > most:
             raise UserError(
-                f'step {step}: {self._saved["bad"]} images of this pass cannot be read (named above); '
-                f'data.max_bad={self._budget.max_bad}. Prepare the data again, or raise --config.data.max_bad.'
+                f'step {step}: {saved["bad"]} images of this pass cannot be read (named above); data.max_bad={most}. '
+                'Prepare the data again, or raise --config.data.max_bad.'
             )
 
     def _line(self, step: int, rate: float, norm: float) -> None:

@@ -75,15 +75,29 @@ class RunWriter:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    @contextlib.contextmanager
     def _telling(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f'the metrics cannot be written in {self._workdir!r}: {error.strerror}. Checkpoints are as they were; '
-                'put it right and give the same command again.'
-            ) from error
+        return _telling(self._workdir)
+
+
+@contextlib.contextmanager
+def _telling(workdir: str):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'{workdir!r} cannot be written: {error.strerror}. Checkpoints are as they were; put it right and give the '
+            'same command again.'
+        ) from error
+
+
+def write_json(workdir: str, files: dict[str, dict]) -> None:
+    """Process 0 replaces each file (NAME.json) in one move. Raises UserError."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        path = os.path.join(workdir, f'{name}.json')
+        with _telling(workdir):
+            with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                json.dump(content, file, indent=2)
+            os.replace(path + '.tmp', path)
 
 
 def _cut_metrics(path: str, step: int, validated: bool) -> None:

@@ -1,5 +1,6 @@
 """What is done to a run. Each function makes one fault and raises `LostError` where something promised did not hold."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -27,6 +28,21 @@ def killed(scene: Scene, *options: str) -> None:
 def killed_with_workers(scene: Scene) -> None:
     """The same where processes decode: none is left, and no shared memory."""
     killed(scene, *WORKERS)
+
+
+def killed_worker(scene: Scene) -> None:
+    """kill -9 of a process that decodes, as the system does when memory is short: one clear error, then on."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *WORKERS)
+    scene.await_training(child, workdir)
+    workers = [pid for pid in scene.alive() if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
+    with contextlib.suppress(ProcessLookupError):  # it had ended
+        os.kill(workers[scene.rng.integers(len(workers))], signal.SIGKILL)
+    code = child.wait(60)
+    expect(code in (0, 2) and 'Traceback' not in scene.printed(), f'ends with {code}: {scene.printed()[-3000:]}')
+    expect(code == 0 or 'has died' in scene.printed(), scene.printed()[-3000:])
+    scene.expect_nothing_left()
+    scene.expect_same_end(workdir, *WORKERS)
 
 
 def killed_on_two_towers(scene: Scene) -> None:
@@ -284,9 +300,25 @@ def killed_in_prepare(scene: Scene) -> None:
 
 
 ALL = [
-    killed, killed_with_workers, killed_on_two_towers, killed_one_process_of_two, terminated, terminated_with_workers,
-    terminated_one_process_of_two, interrupted, bit_flipped_in_a_checkpoint, file_of_a_checkpoint_truncated,
-    file_of_a_checkpoint_missing, half_written_step, bit_flipped_in_prepared_data, damaged_record,
-    disk_full_in_training, disk_full_in_prepare, permission_lost_in_training, data_vanish, second_run_on_a_workdir,
+    killed,
+    killed_with_workers,
+    killed_worker,
+    killed_on_two_towers,
+    killed_one_process_of_two,
     killed_in_prepare,
-]  # fmt: skip
+    terminated,
+    terminated_with_workers,
+    terminated_one_process_of_two,
+    interrupted,
+    bit_flipped_in_a_checkpoint,
+    file_of_a_checkpoint_truncated,
+    file_of_a_checkpoint_missing,
+    half_written_step,
+    bit_flipped_in_prepared_data,
+    damaged_record,
+    disk_full_in_training,
+    disk_full_in_prepare,
+    permission_lost_in_training,
+    data_vanish,
+    second_run_on_a_workdir,
+]
