@@ -152,4 +152,8 @@ def _tell_of_lost(failure) -> None:
 
 def _fail(message: str, code: int):
     print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
+    # Where the folder of a save cannot be made, threads of orbax wait for it twenty minutes, and the exit for them.
+    watch = threading.Timer(10, os._exit, [code])
+    watch.daemon = True
+    watch.start()
     sys.exit(code)

@@ -75,7 +75,7 @@ def first_decides(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             found = {'result': function()}
-        except UserError as error:
+        except (UserError, OSError) as error:
             found = {'error': str(error)}
     encoded = np.frombuffer(json.dumps(found).encode(), np.uint8)
     text = np.zeros(1 << 16, np.uint8)

@@ -301,6 +301,7 @@ def test_pixels_that_reach_the_network():
     chex.assert_trees_all_close(scale.std(0), np.full(3, 0.1, np.float32), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_colour_goes_off_at_its_step():
     """The step's own loss with and without colour, on either side of the boundary."""
     network = small.network(num_classes=10)

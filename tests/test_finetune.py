@@ -102,6 +102,7 @@ def test_frozen_and_slowed_layers_under_training(tmp_path):
     assert abs(correlation) < 0.2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_taken_over(tmp_path, capsys):
     train.train_and_evaluate(small.digits_config(num_steps=1), str(tmp_path / 'old'))
     begin = {'init_from': str(tmp_path / 'old'), 'num_steps': 1}

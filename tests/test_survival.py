@@ -41,7 +41,7 @@ def _stop_after(monkeypatch, calls):
     monkeypatch.setattr(processes, 'termination', lambda: contextlib.nullcontext(lambda: next(count) >= calls))
 
 
-@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch, seed):
     """Again and again, until it gets through: parameters, velocities, rates and every line are those of a whole run."""
     rng, stops = np.random.default_rng(seed), []
@@ -71,6 +71,7 @@ def test_a_validation_given_up_comes_first_the_next_time(whole, tmp_path, monkey
     assert lines(tmp_path) == lines(whole)
 
 
+@pytest.mark.slow
 def test_an_update_that_overflows_is_not_made_and_not_saved(tmp_path, monkeypatch):
     """Loss and gradient are finite, the rate makes infinity of them: the state before it is the last that is kept."""
     huge = {'optim.layer_rates': (('fc8', 1e38),), 'optim.learning_rate': 10.0, 'num_steps': 3}
@@ -108,11 +109,15 @@ def test_a_validation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     assert checkpoint.load_checkpoint(str(tmp_path)).step == 8
 
 
-def test_a_loss_that_stays_at_guessing_is_told(capsys, tmp_path):
+def test_a_loss_that_stays_at_guessing_is_seen():
     """ln 10 = 2.3026: within 1% over a window, told once a window; one that falls is not told of."""
     stall = trainlog.Stall(10, window=4)
     assert [stall.seen(2.3 * 64, 64) for _ in range(8)] == [False] * 3 + [True] + [False] * 3 + [True]
     assert not any(stall.seen(loss * 64, 64) for loss in (2.3, 2.3, 2.2, 2.1, 2.35, 2.35, 2.35, 2.35))
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_nothing_is_told_so(capsys, tmp_path):
     train.train_and_evaluate(_config(num_steps=101, **{'optim.learning_rate': 0.0}), str(tmp_path / 'stalled'))
     told = [line for line in capsys.readouterr().err.splitlines() if 'ln(classes) = 2.30' in line]
     assert len(told) == 1 and told[0].startswith('warning: step 100: over the last 100 updates')
@@ -182,6 +187,7 @@ def _broken_digits(bad):
     return digits._replace(splits=splits)
 
 
+@pytest.mark.slow
 def test_training_counts_what_it_cannot_read(tmp_path, monkeypatch, capsys):
     """Seven a pass: a budget of seven holds for every pass anew, one of six does not for the first."""
     broken = _broken_digits({1, 2, 3, 5, 7, 11, 13})

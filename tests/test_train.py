@@ -4,9 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import chex
@@ -185,50 +182,6 @@ def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monk
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
     assert any((x != y).any() for x, y in zip(a, b, strict=True)) == bool(off)
-
-
-_KILLED = """
-import os, sys
-import jax
-jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 2)
-from tests import small
-from tests.test_train import _config
-from alexnet_jax import train
-if __name__ == '__main__':
-    train.train_and_evaluate(_config(), sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('devices', [2])
-def test_kill_9_at_any_moment(tmp_path, devices):
-    """The process itself is killed, again and again, until it ends by itself."""
-    script = tmp_path / 'run.py'
-    script.write_text(_KILLED)
-    command = [sys.executable, str(script)]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    subprocess.run([*command, str(tmp_path / 'whole')], env=environment, check=True, capture_output=True)
-    rng, kills = np.random.default_rng(0), 0
-    killed = tmp_path / 'killed'
-    while True:
-        child = subprocess.Popen(
-            [*command, str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        metrics = killed / 'metrics.jsonl'
-        size = metrics.stat().st_size if metrics.exists() else 0
-        while kills < 4 and child.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
-            time.sleep(0.05)
-            size = min(size, metrics.stat().st_size) if metrics.exists() else 0  # cut on resume
-        if kills >= 4:
-            assert child.wait(300) == 0
-            break
-        time.sleep(rng.uniform(0, 1.5))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        kills += 1
-    config = _config()
-    chex.assert_trees_all_equal(_state(config, killed), _state(config, tmp_path / 'whole'))
-    assert _untimed(killed) == _untimed(tmp_path / 'whole')
 
 
 def test_a_finished_run_says_so(uninterrupted, capsys):
@@ -414,6 +367,7 @@ def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatc
     assert checkpoint.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
 
 
+@pytest.mark.slow
 def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, capsys):
     _, workdir, _ = uninterrupted
     config = _config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})

@@ -38,7 +38,7 @@ def killed_worker(scene: Scene) -> None:
     workers = [pid for pid in scene.alive() if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
     with contextlib.suppress(ProcessLookupError):  # it had ended
         os.kill(workers[scene.rng.integers(len(workers))], signal.SIGKILL)
-    code = child.wait(60)
+    code = scene.end_of(child)
     expect(code in (0, 2) and 'Traceback' not in scene.printed(), f'ends with {code}: {scene.printed()[-3000:]}')
     expect(code == 0 or 'has died' in scene.printed(), scene.printed()[-3000:])
     scene.expect_nothing_left()
@@ -59,7 +59,7 @@ def killed_one_process_of_two(scene: Scene) -> None:
         if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
             os.kill(pid, signal.SIGKILL)
             break
-    expect(child.wait(60) in (0, 137), f'the launcher ends with {child.returncode}')
+    expect(scene.end_of(child) in (0, 137), f'the launcher ends with {child.returncode}')
     scene.expect_nothing_left()
     scene.expect_same_end(workdir, *TWO, processes=2)
 
@@ -100,7 +100,7 @@ def terminated_one_process_of_two(scene: Scene) -> None:
         if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
             os.kill(pid, signal.SIGTERM)
             break
-    code = child.wait(60)
+    code = scene.end_of(child)
     expect(code in (143, 0), f'the launcher ends with {code}: {scene.printed()[-2000:]}')
     said = [line for line in scene.printed().splitlines() if 'SIGTERM: step' in line]
     expect(code == 0 or (len(said) == 2 and len(set(said)) == 1), f'two processes say {said}')
@@ -217,7 +217,7 @@ def disk_full_in_training(scene: Scene) -> None:
         child = scene.start(workdir)
         scene.await_training(child, workdir, more=int(scene.rng.integers(1, 12)))
         with filled(disk):
-            code = child.wait(60)
+            code = scene.end_of(child)
             expect(code in (0, 2), f'ends with {code}: {scene.printed()[-3000:]}')
             expect(code == 0 or 'No space left on device' in scene.printed().splitlines()[-1], scene.printed()[-3000:])
             expect('Traceback' not in scene.printed(), scene.printed()[-3000:])
@@ -244,7 +244,7 @@ def permission_lost_in_training(scene: Scene) -> None:
     scene.await_training(child, workdir, more=int(scene.rng.integers(1, 8)))
     saved = workdir / 'checkpoints'
     os.chmod(saved, 0o555)
-    code = child.wait(60)
+    code = scene.end_of(child)
     os.chmod(saved, 0o755)
     expect(code in (0, 2), f'ends with {code}: {scene.printed()[-3000:]}')
     expect(code == 0 or 'Permission denied' in scene.printed().splitlines()[-1], scene.printed()[-3000:])
@@ -261,7 +261,7 @@ def data_vanish(scene: Scene) -> None:
     child = scene.start(workdir, *options)
     scene.any_moment(child, workdir)
     copy.rename(away)
-    code = child.wait(60)  # files that are open can be read to the end
+    code = scene.end_of(child)  # files that are open can be read to the end
     expect(code in (0, 2) and 'Traceback' not in scene.printed(), f'ends with {code}: {scene.printed()[-3000:]}')
     code, printed = scene.run(workdir, *options)
     expect(code == 2 and 'there is no data directory' in printed, f'ends with {code}: {printed[-2000:]}')
@@ -280,7 +280,7 @@ def second_run_on_a_workdir(scene: Scene) -> None:
     code, printed = scene.run(workdir)
     if child.poll() is None:
         expect(code == 2 and 'another process is training in' in printed, f'ends with {code}: {printed[-2000:]}')
-    expect(child.wait(120) == 0, scene.printed()[-2000:])
+    expect(scene.end_of(child) == 0, scene.printed()[-2000:])
     scene.expect_same_end(workdir)
 
 

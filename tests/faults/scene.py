@@ -56,6 +56,8 @@ class Scene:
         if processes > 1:
             words = [str(ROOT / 'launch' / 'local.sh'), str(processes), *words[3:]]
         if limited and os.getuid() == 0:
+            if shutil.which('setpriv') is None:
+                raise NotHereError('needs setpriv, to bind root by permissions')
             words = ['setpriv', _NO_OVERRIDE, *words]
         environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark}
         log = open(self.folder / 'log.txt', 'a+')
@@ -66,8 +68,16 @@ class Scene:
     def run(self, workdir, *options, **keywords) -> tuple[int, str]:
         """(exit code, what was printed) of a command that is let be."""
         before = self.printed()
-        code = self.start(workdir, *options, **keywords).wait(400)
+        code = self.end_of(self.start(workdir, *options, **keywords), 400)
         return code, self.printed()[len(before) :]
+
+    def end_of(self, child, seconds: float = 120) -> int:
+        """Exit code of a child that should end by itself."""
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise LostError(f'it still runs after {seconds} s: {self.printed()[-2000:]}') from None
 
     def printed(self) -> str:
         path = self.folder / 'log.txt'
