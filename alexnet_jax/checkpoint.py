@@ -21,11 +21,15 @@ from orbax.checkpoint import checkpoint_managers
 
 from alexnet_jax import augment, digests, model, processes
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import TerminatedError, UserError
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
 FOLDER = 'checkpoints'
+_REPLACED = '.replaced'  # a step that is saved again, until the new one is sealed
+_REMOVED = (
+    'removed'  # where orbax moves a step at once that it is to delete; file by file a kill would leave half of it
+)
 _ITEMS = ('params', 'training', 'statistics', 'meta')
 
 
@@ -70,13 +74,15 @@ class Checkpoints:
             self._manager = None if read_only else _open(self.folder)
         # Not through the manager: opening one reads all steps, also those that are damaged.
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
-        self._sealer, self._sealing = ThreadPoolExecutor(1), None
+        self._sealer, self._sealing = ThreadPoolExecutor(2), None
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        # After an error in one of several processes the others are elsewhere: closing would wait for them for ever.
+        if kind in (None, TerminatedError) or jax.process_count() == 1:
+            self.close()
 
     def close(self) -> None:
         """Waits for what is being saved. Raises UserError if it cannot be."""
@@ -144,7 +150,8 @@ class Checkpoints:
         step = int(state.step)
         with self._saving(step):
             if step in self._manager.all_steps():
-                self._manager.delete(step)
+                processes.first_decides(lambda: os.rename(self._path(step), self._path(step) + _REPLACED))
+                self._manager.reload()
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(**items),
@@ -156,9 +163,20 @@ class Checkpoints:
 
     def _seal(self, step: int) -> None:
         with self._saving(step):
-            self._manager.wait_until_finished()
+            waiting = self._sealer.submit(self._manager.wait_until_finished)
+            while True:
+                try:
+                    waiting.result(timeout=1)
+                    break
+                except TimeoutError:
+                    if waiting.done():  # orbax's own
+                        raise
+                    # Where one process cannot write, it is told at once; orbax waits twenty minutes for the others.
+                    self._manager.check_for_errors()
             if jax.process_index() == 0:
                 digests.write(self._path(step))
+                for old in (self._path(step) + _REPLACED, os.path.join(self.folder, _REMOVED)):
+                    shutil.rmtree(old, ignore_errors=True)
 
     def _saving(self, step: int):
         return _telling(
@@ -236,6 +254,7 @@ def _open(folder: str) -> ocp.CheckpointManager:
         best_fn=_error,
         best_mode='min',
         cleanup_tmp_directories=True,
+        todelete_subdir=_REMOVED,
     )
     return ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
 
@@ -250,12 +269,24 @@ def numbers(folder: str) -> list[int]:
 
 
 def _put_right(folder: str) -> list[str]:
-    """Removes steps without digests, which a kill left, and moves damaged ones aside; what was wrong with these."""
-    found, good = {}, 0
-    for step in numbers(folder):
-        path = os.path.join(folder, str(step))
-        if not digests.has(path):
+    """Removes what a kill left half done, and moves damaged steps aside; what was wrong with these."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        if name == _REMOVED:
             shutil.rmtree(path)
+        elif name.endswith(_REPLACED):  # the step that was to take its place counts only with its digests
+            step = path.removesuffix(_REPLACED)
+            if digests.has(step):
+                shutil.rmtree(path)
+            else:
+                shutil.rmtree(step, ignore_errors=True)
+                os.rename(path, step)
+    steps = numbers(folder)
+    found, good, unsealed = {}, 0, None
+    for step in steps:
+        path = os.path.join(folder, str(step))
+        if step == steps[-1] and not digests.has(path):
+            unsealed = path  # a kill can leave no other: each save waits for the one before
         elif problems := digests.problems(path):
             found[path] = problems[0]
         else:
@@ -263,8 +294,10 @@ def _put_right(folder: str) -> list[str]:
     if found and not good:
         raise UserError(
             f'no checkpoint in {folder!r} is whole: {"; ".join(found.values())}. Put the files back, or begin anew in '
-            'another --workdir.'
+            f'another --workdir. (Versions of alexnet_jax before this one wrote no {digests.FILE_NAME}.)'
         )
+    if unsealed:
+        shutil.rmtree(unsealed)
     for path in found:
         aside = f'{path}.damaged'
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,12 +1,15 @@
 """What all commands share: flags, and errors a user can put right as one line and exit code 2."""
 
 import contextlib
+import errno
 import inspect
 import os
 import re
 import runpy
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from logging import getLogger
 
@@ -14,6 +17,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
 def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | None = None) -> None:
@@ -55,6 +60,7 @@ def set_up_jax() -> None:
             raise UserError(
                 f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
             ) from error
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
         jax.distributed.initialize(num_processes=count, process_id=number)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR puts it elsewhere
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
@@ -88,6 +94,15 @@ def _call(main, words, required, arguments) -> None:
     except BrokenPipeError:  # of `... | head`: whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
+    except Exception:
+        if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
+            raise
+        traceback.print_exc()
+        _fail('the program is wrong; the other processes end with it.', 1)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -151,7 +166,10 @@ def _tell_of_lost(failure) -> None:
 
 
 def _fail(message: str, code: int):
-    print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ and code != 143:
+        os._exit(code)  # `jax.distributed` would wait five minutes for the others, and they for this one
     # Where the folder of a save cannot be made, threads of orbax wait for it twenty minutes, and the exit for them.
     watch = threading.Timer(10, os._exit, [code])
     watch.daemon = True

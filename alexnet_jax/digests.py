@@ -35,8 +35,12 @@ def write(folder: str, known: Mapping[str, str] | None = None) -> None:
 
 
 def has(folder: str) -> bool:
-    """Whether a folder has a list."""
-    return os.path.isfile(os.path.join(folder, FILE_NAME))
+    """Whether a folder has a list. Raises OSError where it cannot be told."""
+    try:
+        os.stat(os.path.join(folder, FILE_NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def problems(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -49,6 +53,13 @@ def problems(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> 
     Raises:
       UserError: a file may not be read.
     """
+    try:
+        return _problems(folder, wanted)
+    except PermissionError as error:
+        raise UserError(f'{error.filename!r} may not be read: {error.strerror}.') from error
+
+
+def _problems(folder: str, wanted: Callable[[str], bool]) -> list[str]:
     path = os.path.join(folder, FILE_NAME)
     if not os.path.isfile(path):
         return [f'{path}: missing']
@@ -65,11 +76,11 @@ def problems(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> 
             if name not in there:
                 found.append(f'{file_path}: missing')
             elif name not in listed:
-                found.append(f'{file_path}: not in {FILE_NAME}')
+                found.append(f'{file_path}: not in {FILE_NAME} (remove it if it does not belong there)')
             elif wanted(name) and digest(file_path) != listed[name]:
                 found.append(f'{file_path}: its bytes have changed (SHA-256)')
-        except PermissionError as error:
-            raise UserError(f'{file_path!r} may not be read: {error.strerror}.') from error
+        except PermissionError:
+            raise
         except OSError as error:
             found.append(f'{file_path}: cannot be read ({error.strerror})')
     return found
@@ -78,6 +89,10 @@ def problems(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> 
 def _files(folder: str) -> list[str]:
     """Paths of all files below a folder, but for the list itself, with / and in a fixed order."""
     found = []
-    for root, _, names in os.walk(folder):
+
+    def fail(error):
+        raise error
+
+    for root, _, names in os.walk(folder, onerror=fail):
         found += [os.path.relpath(os.path.join(root, name), folder) for name in names]
     return sorted(name.replace(os.sep, '/') for name in found if name not in (FILE_NAME, FILE_NAME + '.tmp'))

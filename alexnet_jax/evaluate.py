@@ -6,6 +6,7 @@
 --weights=tuned looks for the weights with the lowest top-5 error on the val split.
 """
 
+import contextlib
 import functools
 import json
 import time
@@ -56,19 +57,19 @@ def one_pass(
     began, waited = time.perf_counter(), 0.0
     size, shard = len(statistics.mean_image), sharding.data_shard(mesh)
     batches = data.eval_batches(source, batch_size=batch_size, record_size=size, shard=shard, **pipeline)
-    while True:
-        if asked_to_stop():
-            batches.close()
-            raise TerminatedError
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
-        sums = eval_step(params, sharding.to_mesh(mesh, data.tell_unreadable(batch)), statistics)
-        if previous is not None:
-            total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
-        previous = sums
+    with contextlib.closing(batches):
+        while True:
+            if asked_to_stop():
+                raise TerminatedError
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            sums = eval_step(params, sharding.to_mesh(mesh, data.tell_unreadable(batch)), statistics)
+            if previous is not None:
+                total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
+            previous = sums
     total = metrics.merge(total, _host(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
     _check_count(count, len(source), max_bad)

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def signals_held():
     Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
     save first, and one that dies with a lock of its queue in hand leaves the parent waiting for ever.
     """
+    resource_tracker.ensure_running()  # when it starts, it lets them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -61,6 +63,8 @@ def alone(path: str, doing: str):
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
         except OSError as error:
             raise UserError(f'the lock {path!r} cannot be taken: {error.strerror}.') from error
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise UserError(f'another process was just {doing}; try again.')  # and has removed the file
         yield
 
 

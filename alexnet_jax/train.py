@@ -122,7 +122,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                 if not unfinished:
                     # A line before each save, so that no mean reaches back over a restart.
                     log.add(step, report, waited=waited, log=saves or _due(step, config, run, 'log_every_steps'))
-                unfinished = False
+                again, unfinished = unfinished, False
                 stops = asked_to_stop()
                 if not (saves or decides or stops):
                     continue
@@ -135,8 +135,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                             result = _validate(run, config, state, step, val, writer, asked_to_stop)
                             error = result['top1_error']
                     except TerminatedError:  # what belongs to this step after its update comes first the next time
-                        save(None, unfinished=True)
-                        checkpoints.wait()
+                        if not again:  # else it lies there so
+                            save(None, unfinished=True)
+                            checkpoints.wait()
                         raise TerminatedError(
                             f'SIGTERM: step {step} of {run.total_steps} is saved; the same command goes on from there.'
                         ) from None

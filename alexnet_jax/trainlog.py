@@ -45,6 +45,7 @@ class TrainLog:
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
         self._saved = {'sums': None, 'steps': 0, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
         self._pending = deque()
+        self._norm = math.nan  # of the last gradient that was finite
         self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
         self._paused = 0.0  # seconds that were no training
         self._printed = -math.inf
@@ -81,12 +82,13 @@ class TrainLog:
         self._count_bad(step, self._batch_size - round(float(report['weight'])))
         if report.pop('finite'):
             saved['sums'] = metrics.merge(saved['sums'], report)
+            self._norm = norm
             if self._stall.seen(float(report['loss']), float(report['weight'])):
                 writers.warn(self._stall.advice(step))
         else:
             self._count_nonfinite(step, rate)
         if log and saved['sums'] and saved['sums']['weight']:
-            self._line(step, rate, norm)
+            self._line(step, rate)
 
     def _count_nonfinite(self, step: int, rate: float) -> None:
         self._saved['nonfinite'] += 1
@@ -114,7 +116,7 @@ class TrainLog:
                 'Prepare the data again, or raise --config.data.max_bad.'
             )
 
-    def _line(self, step: int, rate: float, norm: float) -> None:
+    def _line(self, step: int, rate: float) -> None:
         while len(self._clock) > 1 + max(8, self._saved['steps']):
             self._clock.popleft()
         elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
@@ -125,7 +127,7 @@ class TrainLog:
             'split': 'train',
             **metrics.finish(self._saved['sums']),
             'learning_rate': rate,
-            'gradient_norm': norm,
+            'gradient_norm': self._norm,
             'images_per_second': speed,
             'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
         }

@@ -52,7 +52,7 @@ class RunWriter:
             return
         now = time.time()
         with self._telling():
-            self._lines.write(json.dumps(line) + '\n')
+            self._lines.write(json.dumps(line, allow_nan=False) + '\n')
             self._lines.flush()
             for key, value in line.items():
                 if key not in ('step', 'split'):
@@ -130,6 +130,8 @@ def _cut_events(path: str, step: int, validated: bool) -> None:
         # A record: length (8 bytes), its checksum (4), an Event, its checksum (4).
         while len(header := file.read(12)) == 12:
             (length,) = struct.unpack('<Q', header[:8])
+            if length > os.path.getsize(path):
+                break
             record = file.read(length + 4)
             try:
                 event = event_pb2.Event.FromString(record[:length])

@@ -9,21 +9,30 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
 signalled=
-trap 'signalled=1; kill -TERM $(jobs -p) 2>/dev/null' TERM
-trap 'signalled=1; kill -INT $(jobs -p) 2>/dev/null' INT
+trap 'signalled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
+trap 'signalled=1; kill -INT $(jobs -rp) 2>/dev/null' INT
+pids=()
 for ((i = 0; i < count; i++)); do
   JAX_PROCESS_ID=$i "$python" -m alexnet_jax.main "$@" &
+  pids+=($!)
 done
-code=0 ended=0
-while ((ended < count)); do
+code=0 killer=
+while [[ $(jobs -rp) ]]; do
   signalled=
   wait -n
   status=$?
   [[ $signalled ]] && continue # a signal ends `wait` too
-  ended=$((ended + 1))
-  ((status == 0 || code != 0)) && continue
+  ((status == 0 || status == 127 || code != 0)) && continue
   code=$status
   # After SIGTERM all save and end by themselves; after any other end the rest would wait for the one that is gone.
-  ((code == 143)) || { sleep 2; kill -KILL $(jobs -p) 2>/dev/null; }
+  ((code == 143)) && grace=60 || grace=2
+  left=$(jobs -rp)
+  [[ $left ]] && { (sleep "$grace"; kill -KILL $left) >/dev/null 2>&1 & killer=$!; disown "$killer"; }
 done
+for pid in "${pids[@]}"; do # those that ended between two looks
+  wait "$pid" 2>/dev/null
+  status=$?
+  ((status == 127 || code != 0)) || code=$status
+done
+[[ $killer ]] && kill "$killer" 2>/dev/null
 exit "$code"

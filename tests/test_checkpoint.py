@@ -132,6 +132,34 @@ def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
 
 
+def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
+    """Killed before the new one is sealed: the old one comes back; after that: it is gone."""
+    old, step = copy / 'checkpoints' / '3.replaced', copy / 'checkpoints' / '3'
+    step.rename(old)
+    shutil.copytree(old, step)
+    (step / 'SHA256SUMS').unlink()
+    (step / 'new').write_text('')
+    checkpoint.Checkpoints(str(copy)).close()
+    assert not old.exists() and not (step / 'new').exists() and not digests.problems(str(step))
+    shutil.copytree(step, old)
+    checkpoint.Checkpoints(str(copy)).close()
+    assert not old.exists() and not digests.problems(str(step))
+    with checkpoint.Checkpoints(str(copy)) as saved:
+        before = saved.load(3)
+        meta = json.loads((copy / 'meta.json').read_text())
+        saved.save(steps.TrainState(jnp.int32(3), before.params, None), before.statistics, meta, 1.0)
+        saved.wait()
+        assert saved.best() == 3 and {path.name for path in step.parent.iterdir()} == {'2', '3'}
+
+
+def test_steps_without_digests_are_not_thrown_away_but_the_last(copy):
+    for step in ('2', '3'):  # as of a version that wrote none
+        (copy / 'checkpoints' / step / 'SHA256SUMS').unlink()
+    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*/2/SHA256SUMS: missing.* wrote no'):
+        checkpoint.Checkpoints(str(copy))
+    assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
+
+
 @pytest.fixture(autouse=True)
 def _meta_beside(workdir):
     text = (workdir / 'checkpoints' / '3' / 'meta' / 'metadata').read_text()
@@ -192,6 +220,32 @@ def test_features_of_somebody_else_are_not_imported(copy, tmp_path):
     assert 'antigravity' not in sys.modules
 
 
+def _blocked(pid):
+    with open(f'/proc/{pid}/status') as file:
+        return int(next(line.split()[1] for line in file if line.startswith('SigBlk')), 16)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks processes up in /proc')
+def test_a_process_started_while_signals_are_held_never_sees_them():
+    """In a fresh interpreter: its first process starts multiprocessing's tracker too, which lets signals through."""
+    script = """
+import multiprocessing, signal, time
+from alexnet_jax import processes
+if __name__ == '__main__':
+    with processes.signals_held():
+        child = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
+        child.start()
+    print(child.pid, *signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        pid, *own = parent.stdout.readline().split()
+        found = _blocked(pid)
+        parent.kill()
+        os.kill(int(pid), 9)
+    assert found & (1 << 14) and found & (1 << 1) and not own  # bits 14 and 1: SIGTERM, SIGINT
+
+
 def test_only_one_at_a_time(tmp_path):
     lock = str(tmp_path / 'lock')
     with processes.alone(lock, 'training'):
@@ -217,9 +271,6 @@ def test_a_signal_waits_for_the_loop(monkeypatch):
 def _asked_elsewhere():
     with processes.termination() as asked:
         return asked()
-
-
-_FILES = st.integers(0, 10**6)
 
 
 @settings(max_examples=25, **SETTINGS)

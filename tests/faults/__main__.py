@@ -38,6 +38,9 @@ def main() -> None:
                 except NotHereError as error:
                     outcome = 'not made'
                     print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
+                except Exception as error:  # of the trial, not of the run
+                    outcome = 'not made'
+                    print(f'trial {trial}, {fault.__name__}: {error!r}', flush=True)
                 slowest = max(slowest, scene.slowest_stop)
             counts[fault.__name__][outcome] += 1
             print(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from alexnet_jax import digests
 from tests.faults.scene import Scene, expect, filled, small_disk
 
 WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=30')  # each validation starts two more
+_PROCESS = b'-m\0alexnet_jax.main'
 TWO = ('--config.mesh.data=2',)  # over two processes of one device each
 
 
@@ -23,6 +25,7 @@ def killed(scene: Scene, *options: str) -> None:
         scene.any_moment(child, workdir)
         scene.stop(child, signal.SIGKILL)
     scene.expect_same_end(workdir, *options)
+    expect(not list(workdir.glob('checkpoints/*.damaged')), 'a kill is taken for damage')
 
 
 def killed_with_workers(scene: Scene) -> None:
@@ -35,7 +38,7 @@ def killed_worker(scene: Scene) -> None:
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *WORKERS)
     scene.await_training(child, workdir)
-    workers = [pid for pid in scene.alive() if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
+    workers = scene.alive(b'spawn_main')
     with contextlib.suppress(ProcessLookupError):  # it had ended
         os.kill(workers[scene.rng.integers(len(workers))], signal.SIGKILL)
     code = scene.end_of(child)
@@ -55,10 +58,8 @@ def killed_one_process_of_two(scene: Scene) -> None:
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *TWO, processes=2)
     scene.any_moment(child, workdir)
-    for pid in scene.alive()[::-1]:
-        if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
-            os.kill(pid, signal.SIGKILL)
-            break
+    for pid in scene.alive(_PROCESS)[-1:]:
+        os.kill(pid, signal.SIGKILL)
     expect(scene.end_of(child) in (0, 137), f'the launcher ends with {child.returncode}')
     scene.expect_nothing_left()
     scene.expect_same_end(workdir, *TWO, processes=2)
@@ -96,16 +97,38 @@ def terminated_one_process_of_two(scene: Scene) -> None:
     child = scene.start(workdir, *TWO, processes=2)
     scene.await_training(child, workdir)
     time.sleep(scene.rng.uniform(0, 1.5))
-    for pid in scene.alive():
-        if 'alexnet_jax.main' in pathlib.Path('/proc', str(pid), 'cmdline').read_text() and pid != child.pid:
-            os.kill(pid, signal.SIGTERM)
-            break
+    for pid in scene.alive(_PROCESS)[:1]:
+        os.kill(pid, signal.SIGTERM)
     code = scene.end_of(child)
     expect(code in (143, 0), f'the launcher ends with {code}: {scene.printed()[-2000:]}')
     said = [line for line in scene.printed().splitlines() if 'SIGTERM: step' in line]
     expect(code == 0 or (len(said) == 2 and len(set(said)) == 1), f'two processes say {said}')
     scene.expect_nothing_left()
     scene.expect_same_end(workdir, *TWO, processes=2)
+
+
+def interrupted_in_two_processes(scene: Scene) -> None:
+    """The same where the launcher has started two."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *TWO, processes=2)
+    scene.await_training(child, workdir)
+    time.sleep(scene.rng.uniform(0, 1.0))
+    code = scene.stop(child, signal.SIGINT, group=True)
+    expect(code in (130, 137, 0), f'ends with {code}: {scene.printed()[-2000:]}')
+    scene.expect_same_end(workdir, *TWO, processes=2)
+
+
+def disk_full_in_two_processes(scene: Scene) -> None:
+    """One of them cannot write: both end, soon, and go on when there is room."""
+    with small_disk(scene.folder / 'disk', '12m') as disk:
+        workdir = disk / 'run'
+        child = scene.start(workdir, *TWO, processes=2)
+        scene.await_training(child, workdir, more=int(scene.rng.integers(1, 8)))
+        with filled(disk):
+            code = scene.end_of(child)
+        expect(code in (0, 2, 137), f'ends with {code}: {scene.printed()[-3000:]}')
+        expect(code == 0 or 'No space left on device' in scene.printed(), scene.printed()[-3000:])
+        scene.expect_same_end(workdir, *TWO, processes=2)
 
 
 def interrupted(scene: Scene) -> None:
@@ -194,7 +217,8 @@ def damaged_record(scene: Scene) -> None:
     subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
     shard = scene.rng.choice(sorted(copy.glob('*train*array_record*')))
     content = bytearray(shard.read_bytes())
-    place = scene.rng.integers(len(content) // 4, len(content) // 2)
+    places = [found.start() for found in re.finditer(b'\xff\xd8\xff\xe0', content)]  # where its JPEGs begin
+    place = scene.rng.choice(places) + scene.rng.integers(0, 300)
     content[place : place + 40] = bytes(40)
     shard.write_bytes(content)
     options = (f'--config.data.path={copy}', '--config.num_steps=50')  # two passes, so that every record is read
@@ -275,7 +299,7 @@ def second_run_on_a_workdir(scene: Scene) -> None:
     """It is refused; the first goes on as if nothing had been."""
     workdir = scene.folder / 'run'
     child = scene.start(workdir)
-    while not (workdir / '.lock').exists():
+    while not (workdir / '.lock').exists() and child.poll() is None:
         time.sleep(0.05)
     code, printed = scene.run(workdir)
     if child.poll() is None:
@@ -310,6 +334,7 @@ ALL = [
     terminated_with_workers,
     terminated_one_process_of_two,
     interrupted,
+    interrupted_in_two_processes,
     bit_flipped_in_a_checkpoint,
     file_of_a_checkpoint_truncated,
     file_of_a_checkpoint_missing,
@@ -317,6 +342,7 @@ ALL = [
     bit_flipped_in_prepared_data,
     damaged_record,
     disk_full_in_training,
+    disk_full_in_two_processes,
     disk_full_in_prepare,
     permission_lost_in_training,
     data_vanish,

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from tests.conftest import ROOT
 from tests.faults import config as config_file
 
 TIMINGS = ('images_per_second', 'data_wait')
-_GRACE = 30.0  # seconds from SIGTERM to the end: what Kubernetes and Slurm give by default
+_PATIENCE = 90.0  # seconds from a signal to the end, on a busy machine and while it compiles
 _NO_OVERRIDE = '--bounding-set=-dac_override,-dac_read_search'  # root, but bound by permissions
 
 
@@ -141,37 +142,39 @@ class Scene:
 
     def stop(self, child, number=signal.SIGTERM, *, group=False) -> int:
         """Sends a signal and waits; nothing of the child may be left: no process, no shared memory."""
-        mapped = {path for pid in self.alive() for path in _shared_memory(pid)}
+        before = _unused_memory()
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(child.pid, number)
         try:
-            code = child.wait(_GRACE)
+            code = child.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
-            raise LostError(f'{_GRACE} s after signal {number} it still runs: {self.printed()[-2000:]}') from None
+            raise LostError(f'{_PATIENCE} s after signal {number} it still runs: {self.printed()[-2000:]}') from None
         if number == signal.SIGTERM:
             self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
-        self.expect_nothing_left(mapped)
+        self.expect_nothing_left(before)
         return code
 
-    def expect_nothing_left(self, mapped=()) -> None:
+    def expect_nothing_left(self, before=None) -> None:
+        """before: what lay in shared memory unused by any process already; None does not look there."""
         deadline = time.monotonic() + 20
-        left = lambda: (self.alive(), [path for path in mapped if os.path.exists(path)])  # noqa: E731
+        left = lambda: (self.alive(), [] if before is None else sorted(_unused_memory() - before))  # noqa: E731
         while any(left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         expect(not any(left()), f'left behind: {left()}')
 
-    def alive(self) -> list[int]:
-        """Processes of this trial."""
+    def alive(self, running: bytes = b'') -> list[int]:
+        """Processes of this trial, or those with these words in their command line."""
         found = []
         for pid in filter(str.isdigit, os.listdir('/proc')):
             try:
                 environment = pathlib.Path('/proc', pid, 'environ').read_bytes()
+                words = pathlib.Path('/proc', pid, 'cmdline').read_bytes()
                 state = pathlib.Path('/proc', pid, 'stat').read_text().rsplit(')', 1)[1].split()[0]
             except OSError:
                 continue
-            if f'FAULT_MARK={self.mark}'.encode() in environment and state != 'Z':
+            if f'FAULT_MARK={self.mark}'.encode() in environment and state != 'Z' and running in words:
                 found.append(int(pid))
         return found
 
@@ -187,11 +190,13 @@ class Scene:
         expect((self.run(None, command=('verify', str(workdir))))[0] == 0, 'verify finds damage at the end')
 
 
-def _shared_memory(pid: int) -> list[str]:
-    try:
-        return [line.split()[-1] for line in open(f'/proc/{pid}/maps') if '/dev/shm/psm_' in line]
-    except OSError:
-        return []
+def _unused_memory() -> set[str]:
+    """Shared memory as grain's workers make it that no process has mapped."""
+    mapped = set()
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError):
+            mapped |= set(re.findall(r'/dev/shm/(psm_\w+)', pathlib.Path('/proc', pid, 'maps').read_text()))
+    return {name for name in os.listdir('/dev/shm') if name.startswith('psm_')} - mapped
 
 
 def lines(workdir) -> list[dict]:

@@ -21,6 +21,8 @@ def shared(tmp_path_factory):
 @pytest.mark.parametrize('fault', faults.ALL, ids=lambda fault: fault.__name__)
 def test_survives(fault, shared, tmp_path):
     try:
-        fault(Scene(tmp_path, np.random.default_rng(), shared))
+        seed = int.from_bytes(os.urandom(4))
+        print('seed', seed)
+        fault(Scene(tmp_path, np.random.default_rng(seed), shared))
     except NotHereError as error:
         pytest.skip(str(error))
