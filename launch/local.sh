@@ -27,7 +27,11 @@ while [[ $(jobs -rp) ]]; do
   # After SIGTERM all save and end by themselves; after any other end the rest would wait for the one that is gone.
   ((code == 143)) && grace=60 || grace=2
   left=$(jobs -rp)
-  [[ $left ]] && { (sleep "$grace"; kill -KILL $left) >/dev/null 2>&1 & killer=$!; disown "$killer"; }
+  if [[ $left ]]; then
+    (trap 'kill $!; exit' TERM; sleep "$grace" & wait $!; kill -KILL $left) >/dev/null 2>&1 &
+    killer=$!
+    disown "$killer"
+  fi
 done
 for pid in "${pids[@]}"; do # those that ended between two looks
   wait "$pid" 2>/dev/null

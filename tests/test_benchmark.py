@@ -66,9 +66,8 @@ def test_what_a_program_moves_is_counted_as_for_rings():
     }
 
 
-@pytest.mark.parametrize(
-    ('data', 'tower'), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower'), [(1, 2), (2, 2), (2, 1)])
 def test_what_a_step_moves_follows_from_the_layers(data, tower):
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
     config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})

@@ -87,7 +87,7 @@ def test_tuned_weights_are_not_all_zero():
     assert ensemble.tune([first, second], np.array([0, 1])) == [0, 0.5]
 
 
-@pytest.mark.parametrize('views', [1, 10])
+@pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)])
 def test_evaluating_an_ensemble(checkpoints, views, weights):
     outputs, labels = _outputs(checkpoints, views)

@@ -67,6 +67,7 @@ def _first_update(config, tmp_path):
     return jax.device_get(updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arg', 'slow', 'rate'),
     [

@@ -69,13 +69,13 @@ def _train(network, mesh, number, size):
     return gradient, jax.device_get((state.params, state.opt_state.velocity))
 
 
-FULL_SIZE = [pytest.param(*mesh, True, marks=pytest.mark.slow) for mesh in MESHES]
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in ((1, 2, False), (4, 1, False), *((*mesh, True) for mesh in MESHES))
+]
 
 
-@pytest.mark.parametrize(
-    ('data', 'tower', 'full_size'),
-    [pytest.param(1, 2, False, marks=pytest.mark.slow), (2, 2, False), (4, 1, False), *FULL_SIZE],
-)
+@pytest.mark.parametrize(('data', 'tower', 'full_size'), [(2, 2, False), *SLOW])
 def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_size):
     # float64: in float32 the winners of pools flip on nearly equal values, and correct programs drift apart.
     with jax.enable_x64():
@@ -166,7 +166,8 @@ def test_mesh_errors(capsys):
     assert 'One device' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('data', 'tower'), [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
 def test_an_odd_number_of_classes(data, tower):
     """The same logits, and the same numbers after three updates, as on one device."""
     with jax.enable_x64():

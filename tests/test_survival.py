@@ -204,6 +204,7 @@ def test_training_counts_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         train.train_and_evaluate(_config(num_steps=1, **{'data.max_bad': 0}), str(tmp_path / 'val'))
 
 
+@pytest.mark.slow
 def test_a_bad_image_changes_no_number_of_the_others(monkeypatch):
     """An update from a batch with an unreadable image is that of the batch without it."""
     run = assemble.build(_config())

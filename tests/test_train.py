@@ -282,6 +282,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
         evaluate.predict(found, images[:, :28, :28])
 
 
+@pytest.mark.slow
 def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
     with pytest.raises(
         DivergedError, match=r'step \d+: loss, gradient or update is not finite \(learning rate 1e\+30\)'
@@ -540,9 +541,8 @@ def test_the_steps_of_a_run_follow_its_config():
     assert loss(never, batch, 0) == loss(off, quiet, 0)
 
 
-@pytest.mark.parametrize(
-    'mesh', [{'data': 1, 'tower': 1}, pytest.param({'data': 2, 'tower': 2}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
 def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
     """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
     changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
