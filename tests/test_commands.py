@@ -144,7 +144,7 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     ]  # fmt: skip
     command = [sys.executable, '-m', f'alexnet_jax.{run[0]}', *run[1:]]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    saved = tmp_path / 'run' / 'checkpoints' / '2'  # renamed to this when it is whole, some steps later
+    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'  # there when the step is whole, some updates later
     while child.poll() is None and not saved.exists():
         time.sleep(0.01)
     child.kill()
