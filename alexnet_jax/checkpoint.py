@@ -8,7 +8,6 @@ stored in the global layout and restore on any mesh.
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from alexnet_jax import augment, digests, model, processes
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import TerminatedError, UserError
+from alexnet_jax.errors import TerminatedError, UserError, telling
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
@@ -68,7 +67,7 @@ class Checkpoints:
     def __init__(self, workdir: str, *, read_only: bool = False):
         self.folder = _path(os.path.join(workdir, FOLDER))
         self.damaged: list[str] = []
-        with _telling(f'the checkpoints in {self.folder!r} cannot be opened'):
+        with telling(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
                 self.damaged = processes.first_decides(lambda: _put_right(self.folder))
             self._manager = None if read_only else _open(self.folder)
@@ -179,7 +178,7 @@ class Checkpoints:
                     shutil.rmtree(old, ignore_errors=True)
 
     def _saving(self, step: int):
-        return _telling(
+        return telling(
             f'step {step} cannot be saved in {self.folder!r}',
             'Steps saved earlier are as they were; put it right and give the same command again.',
         )
@@ -303,19 +302,6 @@ def _put_right(folder: str) -> list[str]:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
     return [f'{problem}; it is now in {path}.damaged' for path, problem in found.items()]
-
-
-@contextlib.contextmanager
-def _telling(what: str, remedy: str = ''):
-    """What the file system says, by itself or through orbax and tensorstore, as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'{what}: {error.strerror or error}. {remedy}') from error
-    except Exception as error:
-        if found := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
-            raise UserError(f'{what}: {found[1]}. {remedy}') from error
-        raise
 
 
 def load_checkpoint(path: str) -> Checkpoint:

@@ -1,6 +1,8 @@
 """The ways a run ends early that are not bugs. The commands turn them into one line and an exit code."""
 
+import contextlib
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -14,6 +16,19 @@ class DivergedError(FloatingPointError):
 
 class TerminatedError(Exception):
     """SIGTERM came; the message says what is saved."""
+
+
+@contextlib.contextmanager
+def telling(what: str, remedy: str = ''):
+    """What the file system says, by itself or through orbax and tensorstore, as a UserError: `what`: why. `remedy`"""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{what}: {error.strerror or error}. {remedy}') from error
+    except Exception as error:
+        if found := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
+            raise UserError(f'{what}: {found[1]}. {remedy}') from error
+        raise
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

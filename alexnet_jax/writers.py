@@ -18,7 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import telling
 
 _METRICS = 'metrics.jsonl'
 
@@ -79,15 +79,9 @@ class RunWriter:
         return _telling(self._workdir)
 
 
-@contextlib.contextmanager
 def _telling(workdir: str):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f'{workdir!r} cannot be written: {error.strerror}. Checkpoints are as they were; put it right and give the '
-            'same command again.'
-        ) from error
+    remedy = 'Checkpoints are as they were; put it right and give the same command again.'
+    return telling(f'{workdir!r} cannot be written', remedy)
 
 
 def write_json(workdir: str, files: dict[str, dict]) -> None:
