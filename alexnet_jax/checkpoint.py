@@ -26,9 +26,7 @@ from alexnet_jax.steps import TrainState
 
 FOLDER = 'checkpoints'
 _REPLACED = '.replaced'  # a step that is saved again, until the new one is sealed
-_REMOVED = (
-    'removed'  # where orbax moves a step at once that it is to delete; file by file a kill would leave half of it
-)
+_REMOVED = 'removed'  # where orbax moves what it is to delete: file by file a kill would leave half a step
 _ITEMS = ('params', 'training', 'statistics', 'meta')
 
 
