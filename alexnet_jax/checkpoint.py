@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from alexnet_jax import augment, digests, model, processes
 from alexnet_jax.augment import Augmentation
@@ -26,8 +25,9 @@ from alexnet_jax.steps import TrainState
 
 FOLDER = 'checkpoints'
 _REPLACED = '.replaced'  # a step that is saved again, until the new one is sealed
-_REMOVED = 'removed'  # where orbax moves what it is to delete: file by file a kill would leave half a step
-_ITEMS = ('params', 'training', 'statistics', 'meta')
+_REMOVED = 'removed'  # where a step goes before it is deleted: file by file a kill would leave half of it
+_METRICS = 'metrics'  # an item, and the file in it
+_LAST = 2  # steps kept, besides the best
 
 
 class Checkpoint(NamedTuple):
@@ -68,10 +68,15 @@ class Checkpoints:
         with telling(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
                 self.damaged = processes.first_decides(lambda: _put_right(self.folder))
-            self._manager = None if read_only else _open(self.folder)
-        # Not through the manager: opening one reads all steps, also those that are damaged.
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
-        self._sealer, self._sealing = ThreadPoolExecutor(2), None
+        # Not orbax's CheckpointManager: it reads all steps when it opens, also those that are damaged; and when a save
+        # fails in one of several processes, it waits for the others before it says so, and they for it.
+        arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'statistics')}
+        texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
+        handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
+        # Folders at once: in the background, too, whoever waits for one that cannot be made would not learn it.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._sealer, self._sealing = ThreadPoolExecutor(1), None
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -87,10 +92,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._sealer.shutdown()
-            self._reader.close()
-            if self._manager:
-                with contextlib.suppress(Exception):  # it tells again what `wait` has told
-                    self._manager.close()
+            with contextlib.suppress(Exception):  # it tells again what `wait` has told
+                self._orbax.close()
 
     def wait(self) -> None:
         """Until the state that is being saved lies there whole. Raises UserError if it cannot be saved."""
@@ -110,11 +113,11 @@ class Checkpoints:
         """The one with the lowest val error, of those that have one. Raises UserError where one of these is damaged."""
         errors = {}
         for step in self.steps():
-            path = os.path.join(self._path(step), 'metrics', 'metrics')
+            path = os.path.join(self._path(step), _METRICS, _METRICS)
             if os.path.exists(path):
-                self.check(step, lambda name: name.startswith('metrics/'))
+                self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
                 with self._readable(step), open(path, encoding='utf-8') as file:
-                    errors[step] = float(_error(json.load(file)))
+                    errors[step] = float(json.load(file)['top1_error'])
         return min(errors, key=lambda step: (errors[step], -step), default=None)
 
     def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -143,37 +146,32 @@ class Checkpoints:
         }
         if state.opt_state is not None:
             items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
+        if top1_error is not None:
+            items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
         self.wait()
         step = int(state.step)
         with self._saving(step):
-            if step in self._manager.all_steps():
-                processes.first_decides(lambda: os.rename(self._path(step), self._path(step) + _REPLACED))
-                self._manager.reload()
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(**items),
-                metrics=None if top1_error is None else {'top1_error': top1_error},
-            )
-        if not saved:
-            raise RuntimeError(f'orbax did not save step {step}')
+            processes.first_decides(lambda: self._make_place(step))
+            self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
         self._sealing = self._sealer.submit(self._seal, step)
+        self._sealing.add_done_callback(lambda done: done.exception() and processes.end_soon(done.exception()))
+
+    def _make_place(self, step: int) -> None:
+        if os.path.exists(self._path(step)):
+            os.rename(self._path(step), self._path(step) + _REPLACED)
 
     def _seal(self, step: int) -> None:
         with self._saving(step):
-            waiting = self._sealer.submit(self._manager.wait_until_finished)
-            while True:
-                try:
-                    waiting.result(timeout=1)
-                    break
-                except TimeoutError:
-                    if waiting.done():  # orbax's own
-                        raise
-                    # Where one process cannot write, it is told at once; orbax waits twenty minutes for the others.
-                    self._manager.check_for_errors()
+            self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 digests.write(self._path(step))
-                for old in (self._path(step) + _REPLACED, os.path.join(self.folder, _REMOVED)):
-                    shutil.rmtree(old, ignore_errors=True)
+                removed = os.path.join(self.folder, _REMOVED)
+                os.makedirs(removed, exist_ok=True)
+                kept = {*self.steps()[-_LAST:], self.best()}
+                for old in (s for s in self.steps() if s not in kept):
+                    os.rename(self._path(old), os.path.join(removed, str(old)))
+                for path in (self._path(step) + _REPLACED, removed):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _saving(self, step: int):
         return telling(
@@ -184,7 +182,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
         with self._readable(step):
-            items = self._reader.restore(
+            items = self._orbax.restore(
                 self._path(step),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(like.params),
@@ -197,11 +195,11 @@ class Checkpoints:
         """What lies beside a step's arrays: (meta, statistics). Raises UserError."""
         with self._readable(step):
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = self._reader.restore(self._path(step), args=args).meta
+            meta = self._orbax.restore(self._path(step), args=args).meta
             side = meta['record_size']
             like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
             args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
-            return meta, Statistics(**self._reader.restore(self._path(step), args=args).statistics)
+            return meta, Statistics(**self._orbax.restore(self._path(step), args=args).statistics)
 
     def load(self, step: int) -> Checkpoint:
         """All it takes to use a step's network, after checking its files. Raises UserError."""
@@ -214,7 +212,7 @@ class Checkpoints:
         with self._readable(step):
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
             args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-            params = self._reader.restore(self._path(step), args=args).params
+            params = self._orbax.restore(self._path(step), args=args).params
         return Checkpoint(
             step=step,
             params=params,
@@ -244,22 +242,6 @@ class Checkpoints:
         return os.path.join(self.folder, str(step))
 
 
-def _open(folder: str) -> ocp.CheckpointManager:
-    best = checkpoint_managers.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), best]),
-        best_fn=_error,
-        best_mode='min',
-        cleanup_tmp_directories=True,
-        todelete_subdir=_REMOVED,
-    )
-    return ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
-
-
-def _error(metrics: dict[str, float]) -> float:
-    return metrics['top1_error']
-
-
 def numbers(folder: str) -> list[int]:
     """Steps that have a folder in `checkpoints/`, finished or not, in order."""
     return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
@@ -267,9 +249,10 @@ def numbers(folder: str) -> list[int]:
 
 def _put_right(folder: str) -> list[str]:
     """Removes what a kill left half done, and moves damaged steps aside; what was wrong with these."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name == _REMOVED:
+        if name == _REMOVED or '.orbax-checkpoint-tmp' in name:
             shutil.rmtree(path)
         elif name.endswith(_REPLACED):  # the step that was to take its place counts only with its digests
             step = path.removesuffix(_REPLACED)

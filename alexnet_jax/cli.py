@@ -98,9 +98,11 @@ def _call(main, words, required, arguments) -> None:
         if error.errno not in _DISK:
             raise
         _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
-    except Exception:
+    except Exception as error:
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
+        if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):
+            _fail(f'another process of this run has gone; it says why ({str(error).splitlines()[0][:200]}).', 1)
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
 
