@@ -17,14 +17,14 @@ from alexnet_jax.statistics import FILE_NAME
 _KEYS = {  # of every config; the values are explained in configs/paper.py
     '': (
         'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
-        'checkpoint_every_steps', 'init_from', 'init_fresh', 'on_nonfinite', 'max_nonfinite', 'debug', 'deterministic',
-        'data', 'model', 'mesh', 'optim',
+        'checkpoint_every_steps', 'stop_at_error', 'init_from', 'init_fresh', 'on_nonfinite', 'max_nonfinite', 'debug',
+        'deterministic', 'data', 'model', 'mesh', 'optim',
     ),
-    'data.': ('path', 'num_workers', 'num_threads', 'cache', 'max_bad', *augment.Augmentation._fields),
+    'data.': ('path', 'fraction', 'num_workers', 'num_threads', 'cache', 'max_bad', *augment.Augmentation._fields),
     'mesh.': ('data', 'tower'),
     'optim.': (
         'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
-        'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain', 'stages',
+        'layer_decays', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain', 'stages',
     ),
 }  # fmt: skip
 
@@ -76,7 +76,9 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size)
 
-    train, cached = _cached(config.data.cache, dataset, mesh)
+    train, cached = _cached(
+        config.data.cache, sources.part(dataset.splits['train'], config.data.fraction), dataset, mesh
+    )
 
     def batches(start_step: int):
         return data.train_batches(
@@ -136,9 +138,8 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     )
 
 
-def _cached(where: str, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:
+def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:
     """(the training records, what else a batch needs): read, or in memory already, as `data.cache` says."""
-    train = dataset.splits['train']
     if not where:
         return train, {}
     size = dataset.record_size
@@ -185,6 +186,10 @@ def _check_ranges(config: ConfigDict) -> None:
         raise UserError(f'data.cache={cache!r} leaves nothing to decode; use it with --config.data.num_workers=0.')
     if cache == 'device' and config.data.crop_area:
         raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
+    if not 0 < config.data.fraction <= 1:
+        raise UserError(f'data.fraction={config.data.fraction}; expected a number above 0, at most 1.')
+    if not 0 <= config.stop_at_error < 100:
+        raise UserError(f'stop_at_error={config.stop_at_error}; expected percent: 0 (never), or up to, not with, 100.')
     if not 0 <= config.seed < 2**31:
         raise UserError(f'seed={config.seed}; expected 0 to 2^31 - 1.')
     if config.num_steps <= 0 and not 0 < config.num_epochs < math.inf:

@@ -25,6 +25,7 @@ class Augmentation(NamedTuple):
 
     image_size: int = 224  # side of what the network reads, pixels; Caffe's 227
     crop_area: tuple[float, float] | tuple = ()  # (): windows of image_size; torchvision's (0.08, 1): parts of the area
+    random_crop: bool = True  # False: always the centre
     all_positions: bool = False  # 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: all 33 x 33 (authors)
     draw_every: int = 1  # successive images that share crop and reflection: 1 by the words, 32 in the authors' code
     reflect: bool = True
@@ -57,6 +58,8 @@ def from_config(fields: dict[str, Any]) -> Augmentation:
     ):
         if not right:
             raise UserError(f'data.{key}={getattr(found, key)!r}; expected {expected}.')
+    if area and not found.random_crop:
+        raise UserError(f'data.crop_area={area} draws crops; use data.crop_area=() with data.random_crop=False.')
     if area and found.mean != 'channel':
         raise UserError(
             f'data.mean={found.mean!r}, but data.crop_area changes the scale, where no pixel has a mean of its own; '
@@ -99,6 +102,8 @@ def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: i
     else:
         count = positions(record_size, augmentation.image_size, augmentation.all_positions)
         offset, extent = rng.integers(0, count, 2), (augmentation.image_size,) * 2
+        if not augmentation.random_crop:
+            offset = ((record_size - augmentation.image_size) // 2,) * 2
     alphas = np.random.default_rng((seed, 1, position)).standard_normal(3, dtype=np.float32)
     return Draw(
         np.asarray(offset, np.int32),

@@ -59,8 +59,9 @@ def to_params(network: model.AlexNet, image_size: int, found: Sequence[Layer], *
 
 def from_params(network: model.AlexNet, image_size: int, params: dict[str, Any]) -> list[Layer]:
     """The inverse of `to_params`, RGB; named as torchvision does where it has such a network, else conv1 ... fc8."""
+    _check_shared(network)
     table = network.table()
-    plain = not any({'lrn', 'spatial_norm'} & set(row.then.split()) for row in table.values())
+    plain = not any({'lrn', 'spatial_norm', 'tanh', 'avg_pool'} & set(row.then.split()) for row in table.values())
     counts = (len(network.conv), len(network.dense))
     found = []
     for i, (name, sizes) in enumerate(layers.sizes(network, image_size).items()):
@@ -88,6 +89,7 @@ def fit(config: dict[str, Any], found: Sequence[Layer]) -> dict[str, Any]:
       UserError: the weights are not of such a network; says what was expected and found, layer by layer.
     """
     network = model.from_config(config['model'])
+    _check_shared(network)
     sizes = layers.sizes(network, config['data']['image_size'])
     queues = {kind: [layer for layer in found if layer.weight.ndim == ndim] for kind, ndim in ((Conv, 4), (Dense, 2))}
     rows, report, channels, last = [], [], 3, list(sizes)[-1]
@@ -114,6 +116,11 @@ def fit(config: dict[str, Any], found: Sequence[Layer]) -> dict[str, Any]:
     config = {**config, 'model': {**config['model'], **fields}}
     layers.sizes(model.from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
     return config
+
+
+def _check_shared(network: model.AlexNet) -> None:
+    if network.local:
+        raise UserError('model.local: no other format has layers with kernels of their own at every place.')
 
 
 def _fit_row(row: Conv | Dense, layer: Layer | None, channels: int, places: int, allowed: tuple[int, ...] | None):

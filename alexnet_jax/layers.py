@@ -19,20 +19,29 @@ class Conv(NamedTuple):
     groups: int  # 1: reads every map below; 2: each half reads its own tower's half, and the towers do not talk
     init_std: float | str  # weights are drawn from N(0, init_std); 'fan_in': U(-b, b), b = inputs^-1/2 (PyTorch)
     bias: float | str  # initial value of every bias; 'fan_in': drawn as such weights are
-    then: str  # what follows, in order: some of 'relu', 'lrn', 'spatial_norm', 'pool', 'dropout'
+    then: str  # what follows, in order: some of `STEPS`
+
+
+class Local(Conv):
+    """A convolutional layer with kernels, and biases, of its own at every place; numbered on (local3)."""
+
+    __slots__ = ()
 
 
 class Dense(NamedTuple):
-    """A fully-connected layer; numbered on from the convolutions (fc6, fc7)."""
+    """A fully-connected layer; numbered on (fc6, fc7)."""
 
     features: int
     groups: int
     init_std: float | str
     bias: float | str
-    then: str  # some of 'relu', 'dropout'
+    then: str
 
 
-STEPS = {Conv: ('relu', 'lrn', 'spatial_norm', 'pool', 'dropout'), Dense: ('relu', 'dropout')}
+_ANYWHERE = ('relu', 'tanh', 'dropout')
+_ON_MAPS = (*_ANYWHERE, 'lrn', 'spatial_norm', 'pool', 'avg_pool')
+STEPS = {Conv: _ON_MAPS, Local: _ON_MAPS, Dense: _ANYWHERE}
+_NAMES = {Conv: 'conv', Local: 'local', Dense: 'fc'}
 
 
 class Sizes(NamedTuple):
@@ -48,9 +57,10 @@ class Sizes(NamedTuple):
 
 def table(model) -> dict[str, Conv | Dense]:
     """Layers by name, in order: conv1 ... fc8."""
-    rows = [Conv(*row) for row in model.conv] + [Dense(*row) for row in model.dense]
+    rows = [Conv(*row) for row in model.conv] + [Local(*row) for row in model.local]
+    rows += [Dense(*row) for row in model.dense]
     rows.append(Dense(model.num_classes, 1, *model.classifier, ''))
-    return {f'{"conv" if isinstance(row, Conv) else "fc"}{i}': row for i, row in enumerate(rows, 1)}
+    return {f'{_NAMES[type(row)]}{i}': row for i, row in enumerate(rows, 1)}
 
 
 def sizes(model, image_size: int, towers: int = 1) -> dict[str, Sizes]:
@@ -96,7 +106,8 @@ def sizes(model, image_size: int, towers: int = 1) -> dict[str, Sizes]:
                 )
         weights = _fan_in(layer, inputs) * layer.features
         places = linear[0] * linear[1] if isinstance(layer, Conv) else 1
-        found[name] = Sizes(inputs, linear, shape, dropped, weights + layer.features, 2 * weights * places)
+        parameters = (weights + layer.features) * (places if isinstance(layer, Local) else 1)
+        found[name] = Sizes(inputs, linear, shape, dropped, parameters, 2 * weights * places)
     return found
 
 
@@ -128,7 +139,7 @@ def _shapes(model, name, layer, inputs, image_size) -> Iterator[tuple[str, tuple
         )
     size = (size + sum(layer.padding) - layer.kernel) // layer.stride + 1
     for step in ('linear', *layer.then.split()):
-        if step == 'pool':
+        if step in ('pool', 'avg_pool'):
             if size < model.pool_window:
                 raise UserError(
                     f'an image of {image_size} px does not fit the network: {name} pools {size} px maps through '

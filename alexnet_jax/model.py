@@ -14,15 +14,19 @@ from jax import lax
 
 from alexnet_jax import layers, ops
 from alexnet_jax.errors import UserError, did_you_mean
-from alexnet_jax.layers import FAN_IN, Conv, Dense
+from alexnet_jax.layers import FAN_IN, Conv, Dense, Local
 
 
 class Weights(nn.Module):
-    """Owns one layer's `kernel` and `bias`; what is done with them is for the network to say."""
+    """Owns one layer's `kernel` and `bias`; what is done with them is for the network to say.
+
+    shape: of a kernel. places: of the maps, where each place has a kernel and a bias of its own.
+    """
 
     shape: tuple[int, ...]
     init_std: float | str
     bias: float | str
+    places: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self):
@@ -33,7 +37,8 @@ class Weights(nn.Module):
 
         kernel = uniform if self.init_std == FAN_IN else nn.initializers.normal(self.init_std)
         bias = uniform if self.bias == FAN_IN else nn.initializers.constant(self.bias)
-        return self.param('kernel', kernel, self.shape), self.param('bias', bias, self.shape[-1:])
+        shapes = (*self.places, *self.shape), (*self.places, self.shape[-1])
+        return self.param('kernel', kernel, shapes[0]), self.param('bias', bias, shapes[1])
 
 
 class AlexNet(nn.Module):
@@ -48,7 +53,7 @@ class AlexNet(nn.Module):
 
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
-      conv, dense: the table; tuples in the order of `layers.Conv` and `layers.Dense`.
+      conv, local, dense: the table; tuples in the order of `layers.Conv` (`local` too) and `layers.Dense`.
       num_classes: outputs of the classifier, the last fully-connected layer (fc8).
       classifier: its (init_std, bias), as in a row of `dense`; 0.01 and 0 in section 5.
       pool_window, pool_stride: 3 and 2 overlap (section 3.4).
@@ -75,6 +80,7 @@ class AlexNet(nn.Module):
         (4096, 1, 0.01, 1.0, 'relu dropout'),
         (4096, 1, 0.01, 1.0, 'relu dropout'),
     )
+    local: tuple[tuple, ...] = ()
     num_classes: int = 1000
     classifier: tuple[float | str, float | str] = (0.01, 0.0)
     pool_window: int = 3
@@ -107,19 +113,25 @@ class AlexNet(nn.Module):
             if split and layer.groups == 1:
                 x = lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)
             groups, features = max(1, layer.groups // towers), layer.features // towers
-            inputs = x.shape[-1] // groups
-            if isinstance(layer, Conv):
+            inputs, places = x.shape[-1] // groups, ()
+            if isinstance(layer, Local):
+                shape = (inputs * layer.kernel**2, features)
+                places = ((x.shape[1] + sum(layer.padding) - layer.kernel) // layer.stride + 1,) * 2
+            elif isinstance(layer, Conv):
                 shape = (layer.kernel, layer.kernel, inputs, features)
             else:
                 shape = (x[0].size // groups, features)
-            kernel, bias = Weights(shape, layer.init_std, layer.bias, name=name)()
+            kernel, bias = Weights(shape, layer.init_std, layer.bias, places, name=name)()
             kernel, wide = kernel.astype(self.dtype), jnp.promote_types(self.dtype, jnp.float32)
-            if isinstance(layer, Conv):
-                x = ops.conv(x, kernel, stride=layer.stride, padding=layer.padding, groups=groups)
+            window = {'stride': layer.stride, 'padding': layer.padding} if isinstance(layer, Conv) else {}
+            if isinstance(layer, Local):
+                x = ops.local_conv(x, kernel, size=layer.kernel, **window, groups=groups)
+            elif isinstance(layer, Conv):
+                x = ops.conv(x, kernel, **window, groups=groups)
             else:
                 x = ops.dense(x, kernel, groups=groups)
             # In float32, for the gradient's sum over all places: a bias is one of few numbers that many add to.
-            bias = jnp.expand_dims(bias.astype(wide), range(x.ndim - 1))
+            bias = jnp.expand_dims(bias.astype(wide), range(x.ndim - bias.ndim))
             x = (x.astype(wide) + bias).astype(self.dtype)
             self.sow('intermediates', f'{name}_linear', x)
             for step in layer.then.split():
@@ -132,6 +144,8 @@ class AlexNet(nn.Module):
         match step:
             case 'relu':
                 return nn.relu(x)
+            case 'tanh':
+                return jnp.tanh(x)
             case 'lrn':
                 return ops.local_response_norm(
                     x,
@@ -143,6 +157,8 @@ class AlexNet(nn.Module):
                 )
             case 'pool':
                 return ops.max_pool(x, window=self.pool_window, stride=self.pool_stride)
+            case 'avg_pool':
+                return ops.avg_pool(x, window=self.pool_window, stride=self.pool_stride)
             case 'dropout':
                 return ops.dropout(x, mask, rate=self.dropout_rate, inverted=self.dropout_inverted)
             case 'spatial_norm':
@@ -169,7 +185,7 @@ def from_config(fields: dict[str, Any]) -> AlexNet:
         if key not in FIELDS:
             raise UserError(f'model.{key} is unknown.{did_you_mean(key, FIELDS)}')
     model = AlexNet(**{key: _tuples(value) for key, value in fields.items()})
-    for name, kind, rows in (('conv', Conv, model.conv), ('dense', Dense, model.dense)):
+    for name, kind, rows in (('conv', Conv, model.conv), ('local', Local, model.local), ('dense', Dense, model.dense)):
         if not isinstance(rows, tuple):
             raise UserError(f'model.{name}={rows!r}; expected a tuple of rows ({", ".join(kind._fields)}).')
         for row in rows:
@@ -212,7 +228,7 @@ def _is_bias(value) -> bool:
 def _check_value(name: str, field: str, value) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     match field:
-        case 'conv' | 'dense':
+        case 'conv' | 'local' | 'dense':
             return
         case 'then':
             right, expected = isinstance(value, str), "words such as 'relu lrn pool'"

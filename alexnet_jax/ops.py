@@ -100,6 +100,34 @@ def _weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
     return whole[:size, :size].astype(kernel_HWIO.dtype)
 
 
+def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[int, int], groups: int = 1):
+    """A convolution with a kernel of its own at every place.  Type `local` of the authors' `layer.py`.
+
+    Args:
+      x_NHWC: float [N, H, W, C].
+      kernel_HWPO: float [H', W', C / groups * size * size, O]: for each place the weights of a patch, channel by
+        channel, row by row, for each output.
+      size, stride, padding: of the window, as in `conv`.
+      groups: the first O / groups outputs read the first C / groups channels.
+
+    Returns:
+      float [N, H', W', O].
+    """
+    chex.assert_rank([x_NHWC, kernel_HWPO], 4)
+    outputs = [
+        lax.conv_general_dilated_local(
+            x,
+            kernel,
+            (stride, stride),
+            (padding, padding),
+            filter_shape=(size, size),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        for x, kernel in zip(jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWPO, groups, axis=-1), strict=True)
+    ]
+    return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
+
+
 def dense(x, kernel_IO, *, groups: int = 1):
     """A fully-connected layer; maps are flattened in (H, W, C) order, group by group.
 
@@ -226,6 +254,26 @@ def max_pool(x_NHWC, *, window: int, stride: int):
             widths = [(0, missing if i == axis else 0) for i in range(4)]
             x = jnp.pad(x, widths, constant_values=-jnp.inf)
         x = functools.reduce(jnp.maximum, [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)])
+    return x
+
+
+def avg_pool(x_NHWC, *, window: int, stride: int):
+    """Overlapping mean pooling, as the CIFAR-10 networks of the authors have it; not in the paper.
+
+    A window that is cut by the edge is the mean of what it holds, as in the authors' kernels.
+
+    x_NHWC: float [N, H, W, C]. Returns float [N, pooled_size(H), pooled_size(W), C].
+    """
+    chex.assert_rank(x_NHWC, 4)
+    x = x_NHWC
+    for axis in (1, 2):
+        size = x.shape[axis]
+        span = (pooled_size(size, window, stride) - 1) * stride + 1
+        inside = [min(window, size - start) for start in range(0, span, stride)]
+        missing = max(0, span + window - 1 - size)
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
+        x = sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window))
+        x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x
 
 

@@ -36,6 +36,7 @@ def make_optimizer(
     rate_in_velocity: bool,
     weight_decay: float,
     bias_decay: float,
+    layer_decays: tuple[tuple[str, float], ...],
     schedule: str,
     drop_factor: float,
     max_drops: int,
@@ -63,6 +64,7 @@ def make_optimizer(
       weight_decay: of weights; 0.0005 in the paper.
       bias_decay: of biases. The paper speaks of weights, the authors' code (and Caffe's) decays weights only: 0.
         `torch.optim.SGD` decays both alike.
+      layer_decays: (layer, decay): of that layer's weights, instead of weight_decay.
       schedule: 'plateau' divides the rate when validation stalls; 'epochs' follows `stages`.
       drop_factor: what a drop on 'plateau' multiplies the rate by; 0.1 in the paper.
       max_drops: at most so many on 'plateau'; three in the paper.
@@ -93,6 +95,7 @@ def make_optimizer(
         if not right:
             raise UserError(f'optim.{name}={value} is out of range; see configs/paper.py.')
     _check_rows('layer_rates', layer_rates, 2, layers)
+    _check_rows('layer_decays', layer_decays, 2, layers)
     if schedule == 'plateau':
         rows = [(0.0, drop_factor**i, drop_factor**i, ()) for i in range(max_drops + 1)]
     else:
@@ -128,7 +131,8 @@ def make_optimizer(
             return jnp.asarray(rates_of(path[0].key, path[-1].key))[now]
 
         def velocity(path, v, g, w):
-            step, decay = rate_now(path), bias_decay if path[-1].key == 'bias' else weight_decay
+            step, own = rate_now(path), dict(layer_decays).get(path[0].key, weight_decay)
+            decay = bias_decay if path[-1].key == 'bias' else own
             scale = step if rate_in_velocity else 1.0
             return jnp.where(step > 0, momentum * v - decay * scale * w - scale * g, v).astype(w.dtype)
 

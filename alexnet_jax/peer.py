@@ -26,7 +26,7 @@ class Net(nn.Module):
         super().__init__()
         self.network, self.rows = network, list(network.table().values())
         for name, row in network.table().items():
-            if 'spatial_norm' in row.then or (not isinstance(row, Conv) and row.groups > 1):
+            if 'spatial_norm' in row.then or network.local or (not isinstance(row, Conv) and row.groups > 1):
                 raise UserError(
                     f'--against=torch: PyTorch has nothing like {name}, {tuple(row)}; use another --config.'
                 )
@@ -53,10 +53,14 @@ class Net(nn.Module):
                 match step:
                     case 'relu':
                         x = functional.relu(x)
+                    case 'tanh':
+                        x = torch.tanh(x)
                     case 'lrn':
                         x = self._norm(x)
                     case 'pool':
                         x = functional.max_pool2d(x, network.pool_window, network.pool_stride, ceil_mode=True)
+                    case 'avg_pool':
+                        x = functional.avg_pool2d(x, network.pool_window, network.pool_stride, ceil_mode=True)
                     case 'dropout':
                         x = functional.dropout(x, network.dropout_rate, self.training)
         return x

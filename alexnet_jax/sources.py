@@ -58,6 +58,27 @@ def open_dataset(path: str) -> Dataset:
     return _prepared(path)
 
 
+class _Part:
+    """Some of a split's records, in their order."""
+
+    def __init__(self, records: Sequence, indices: np.ndarray):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        return self._records[int(self._indices[index])]
+
+
+def part(records: Sequence, fraction: float) -> Sequence:
+    """A fixed part of a split, drawn once and for all: every smaller part lies in every larger one."""
+    if fraction == 1:
+        return records
+    count = max(1, round(fraction * len(records)))
+    return _Part(records, np.sort(np.random.default_rng(0).permutation(len(records))[:count]))
+
+
 def _prepared(path: str) -> Dataset:
     import tensorflow_datasets as tfds
 

@@ -30,9 +30,9 @@ from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_yo
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
-    'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'debug',
-    'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers', 'data.num_threads',
-    'data.cache', 'data.max_bad',
+    'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'stop_at_error',
+    'debug', 'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers',
+    'data.num_threads', 'data.cache', 'data.max_bad',
 }  # fmt: skip
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
 
@@ -82,11 +82,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             writers.warn(f'a checkpoint is damaged and not used: {problem}.')
         state, saved = _restore_or_init(checkpoints, run, config, key, meta, workdir)
         step, unfinished = int(state.step), saved.get('unfinished', False)
-        if step >= run.total_steps and not unfinished:
+        reached = trainlog.reached(saved.get('log'), config.stop_at_error)
+        if (step >= run.total_steps or reached) and not unfinished:
             if jax.process_index() == 0:
-                print(
-                    f'{workdir} is finished: step {step} of {run.total_steps}. Raise num_epochs to go on.', flush=True
-                )
+                how = 'Lower stop_at_error' if reached else 'Raise num_epochs'
+                print(f'{workdir} is finished: step {step} of {run.total_steps}. {how} to go on.', flush=True)
             return result
         if step and jax.process_index() == 0:
             print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
@@ -116,12 +116,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                     waited = time.perf_counter() - began
                     state, report = run.train_step(state, run.to_mesh(data.tell_unreadable(batch)), run.statistics, key)
                     step += 1
+                logs, saves = (_due(step, config, run, f'{what}_every_steps') for what in ('log', 'checkpoint'))
                 last = step == run.total_steps
-                saves = last or _due(step, config, run, 'checkpoint_every_steps')
                 decides = val is not None and _due(step, config, run, 'eval_every_steps')
                 if not unfinished:
                     # A line before each save, so that no mean reaches back over a restart.
-                    log.add(step, report, waited=waited, log=saves or _due(step, config, run, 'log_every_steps'))
+                    log.add(step, report, waited=waited, log=logs or saves or last)
+                if config.stop_at_error and (logs or unfinished):
+                    last = last or log.reached(config.stop_at_error)
+                saves = saves or last
                 again, unfinished = unfinished, False
                 stops = asked_to_stop()
                 if not (saves or decides or stops):
@@ -145,6 +148,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
                         state = state._replace(opt_state=run.after_validation(state.opt_state, error))
                     if saves:
                         save(error)
+                if last:
+                    break
         except DivergedError as error:
             checkpoints.wait()
             good = checkpoints.latest()
@@ -302,10 +307,11 @@ def _completed(config: dict) -> dict:
     return json.loads(
         json.dumps(
             {
-                'init_fresh': (),
+                **{'init_fresh': (), 'stop_at_error': 0.0},
                 **config,
+                'optim': {'layer_decays': (), **config['optim']},
                 'model': {key: getattr(network, key) for key in model.FIELDS},
-                'data': {**config['data'], **augmentation._asdict()},
+                'data': {'fraction': 1.0, **config['data'], **augmentation._asdict()},
             }
         )
     )

@@ -43,7 +43,7 @@ class TrainLog:
     ):
         self._writer, self._budget = writer, budget
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
-        self._saved = {'sums': None, 'steps': 0, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
+        self._saved = {'sums': None, 'steps': 0, 'error': None, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
         self._pending = deque()
         self._norm = math.nan  # of the last gradient that was finite
         self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
@@ -66,6 +66,12 @@ class TrainLog:
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
+
+    def reached(self, error: float) -> bool:
+        """Whether the last line's training error is that, percent, or less; fetches all reports first."""
+        while self._pending:
+            self._take()
+        return reached(self._saved, error)
 
     def state(self) -> dict:
         """What a run that goes on from here needs to log as this one would have; JSON. Within `pause`."""
@@ -137,7 +143,13 @@ class TrainLog:
             left = (self._total_steps - step) * self._batch_size / speed
             writers.progress(line, self._total_steps, f'  ETA {writers.duration(left)}')
             self._printed = now
-        self._saved.update({'sums': None, 'steps': 0})
+        self._saved.update({'sums': None, 'steps': 0, 'error': line['top1_error']})
+
+
+def reached(saved: dict | None, error: float) -> bool:
+    """The same of a log's `state()`; an error of 0 is never reached."""
+    last = (saved or {}).get('error')
+    return error > 0 and last is not None and last <= error
 
 
 class Stall:

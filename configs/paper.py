@@ -25,7 +25,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size = 128  # images an update, all devices together; section 5
     config.num_epochs = 90.0  # passes through the training set; "roughly 90 cycles", section 5
     config.num_steps = 0  # updates; if not 0, instead of num_epochs
-    config.log_every_steps = 1
+    config.stop_at_error = 0.0  # %; ends the run at a training line with this top-1 error or less; 0: does not
+    config.log_every_steps = 1  # 0: once an epoch; a line is the mean since the one before
     config.eval_every_steps = 0  # 0: once an epoch
     config.checkpoint_every_steps = 0  # 0: once an epoch; the best is chosen among those saved right after a validation
     config.init_from = ''  # a checkpoint whose parameters to begin with; a classifier of other classes starts afresh
@@ -37,8 +38,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.path = ''  # a directory written by alexnet_jax.prepare, or 'digits'
+    config.data.fraction = 1.0  # of the training images; below 1: a part that is always the same
     config.data.image_size = 224  # side of the random patches, pixels; section 4.1
     config.data.crop_area = ()  # (): patches of the image's own scale; (0.08, 1.0): torchvision's parts of its area
+    config.data.random_crop = True  # random patches; section 4.1. False: always the central one
     config.data.all_positions = False  # 32 x 32 patches of 256 px, section 4.1's factor 2048; True: all 33 x 33
     config.data.draw_every = 1  # successive images that share crop and reflection
     config.data.reflect = True  # mirror half of them; section 4.1
@@ -69,6 +72,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         (4096, 1, 0.01, 1.0, 'relu dropout'),
         (4096, 1, 0.01, 1.0, 'relu dropout'),
     )
+    config.model.local = ()  # rows as in conv: layers between these and dense with kernels of their own at every place
     config.model.num_classes = 1000
     config.model.classifier = (0.01, 0.0)  # its init std and bias; section 5
     config.model.pool_window = 3  # px; section 3.4
@@ -99,6 +103,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.rate_in_velocity = True  # section 5; False: torch.optim.SGD
     config.optim.weight_decay = 5e-4  # an update, of weights, times the learning rate; section 5
     config.optim.bias_decay = 0.0  # the same of biases
+    config.optim.layer_decays = ()  # (('fc8', 0.01),): of that layer's weights, instead of weight_decay
     config.optim.schedule = 'plateau'  # 'plateau': follows the validation error; 'epochs': follows stages
     config.optim.drop_factor = 0.1  # section 5
     config.optim.max_drops = 3  # section 5; with 'plateau'

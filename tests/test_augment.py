@@ -191,3 +191,11 @@ def test_mean_and_pixel_std(mean):
 def test_augmentations_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         augment.from_config(fields)
+
+
+def test_without_random_crops_every_draw_is_the_centre():
+    fixed = augment.Augmentation(random_crop=False)
+    draws = [augment.draw(fixed, seed=0, position=i, record_size=256) for i in range(20)]
+    assert {tuple(d.offset) for d in draws} == {(16, 16)}
+    moving = [augment.draw(augment.Augmentation(), seed=0, position=i, record_size=256) for i in range(20)]
+    assert [bool(d.reflect) for d in draws] == [bool(d.reflect) for d in moving]  # the others as they were

@@ -172,3 +172,14 @@ def test_workers_end_with_their_parent(tmp_path, sig):
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(running, workers))
+
+
+def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
+    records = [{'label': i} for i in range(1000)]
+    small, large = (sources.part(records, fraction) for fraction in (0.1, 0.35))
+    few, many = ([record['label'] for record in part] for part in (small, large))
+    assert (len(few), len(many)) == (100, 350)
+    assert set(few) <= set(many) and sorted(few) == few
+    assert few == [record['label'] for record in sources.part(records, 0.1)]
+    assert 30 < sum(label < 500 for label in few) < 70  # from everywhere
+    assert sources.part(records, 1.0) is records

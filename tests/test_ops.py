@@ -181,3 +181,36 @@ def test_inverted_dropout_scales_in_training_and_not_at_test():
     x, mask = jnp.arange(1.0, 5.0)[None], jnp.array([[True, False, True, True]])
     chex.assert_trees_all_close(ops.dropout(x, mask, rate=0.2, inverted=True), jnp.array([[1.25, 0, 3.75, 5.0]]))
     chex.assert_trees_all_equal(ops.dropout(x, None, rate=0.2, inverted=True), x)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize(('size', 'stride', 'padding'), [(3, 1, (1, 1)), (3, 2, (0, 1))])
+def test_local_conv_has_a_kernel_at_every_place(groups, size, stride, padding):
+    x = _random(2, 5, 5, 4)
+    padded = np.pad(x, [(0, 0), padding, padding, (0, 0)])
+    side = (5 + sum(padding) - size) // stride + 1
+    inputs, features = 4 // groups, 6
+    kernel = np.random.default_rng(1).standard_normal((side, side, inputs * size**2, features))
+    expected = np.zeros((2, side, side, features))
+    for n, i, j, o in np.ndindex(expected.shape):
+        group = o // (features // groups)
+        for c, a, b in np.ndindex(inputs, size, size):
+            weight = kernel[i, j, (c * size + a) * size + b, o]
+            expected[n, i, j, o] += padded[n, i * stride + a, j * stride + b, group * inputs + c] * weight
+    with jax.enable_x64():
+        found = ops.local_conv(
+            jnp.asarray(x), jnp.asarray(kernel), size=size, stride=stride, padding=padding, groups=groups
+        )
+    chex.assert_trees_all_close(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(('side', 'window', 'stride'), [(7, 3, 2), (8, 3, 2), (6, 2, 2), (5, 5, 3)])
+def test_avg_pool_is_the_mean_of_what_a_window_holds(side, window, stride):
+    x = _random(2, side, side, 3)
+    count = 1 + -(-(side - window) // stride)
+    expected = np.empty((2, count, count, 3))
+    for i, j in np.ndindex(count, count):
+        part = x[:, i * stride : i * stride + window, j * stride : j * stride + window]  # cut off by the edge
+        expected[:, i, j] = part.mean((1, 2))
+    with jax.enable_x64():
+        chex.assert_trees_all_close(ops.avg_pool(jnp.asarray(x), window=window, stride=stride), expected, rtol=1e-12)

@@ -151,3 +151,15 @@ def test_a_frozen_layer_keeps_weights_and_velocity_and_moves_on_afterwards(rate_
     assert frozen[0] == frozen[1] == frozen[2] == free[0]
     chex.assert_trees_all_close(frozen[3], free[1], rtol=1e-6)
     chex.assert_trees_all_close(state.velocity, expected.velocity, rtol=1e-6)
+
+
+def test_a_layers_own_decay_takes_the_place_of_that_of_all():
+    """Two updates by hand: v <- 0.9 v - decay rate w, no gradient; biases keep theirs."""
+    optimizer = _optimizer(layer_decays=(('conv1', 3.0),), bias_decay=0.5)
+    history, _ = _run(optimizer, np.ones(1), np.zeros((2, 1)))
+    for part, decay in (('kernel', 3.0), ('bias', 0.5)):
+        w, v = 1.0, 0.0
+        for i in range(2):
+            v = 0.9 * v - decay * 0.01 * w
+            w = w + v
+            chex.assert_trees_all_close(history[i][part], np.array([w], np.float32), rtol=1e-6)

@@ -624,3 +624,34 @@ def test_deterministic_reaches_the_compiler(monkeypatch):
         assert [o for o in options if o] == [{'xla_gpu_deterministic_ops': True}] * deterministic
     state, batch = run.init(jax.random.key(0)), run.to_mesh(_first_batch(run))
     run.train_step(state, batch, run.statistics, jax.random.key(0))  # the CPU's compiler takes it too
+
+
+def test_a_run_ends_at_the_error_it_is_to_reach(tmp_path, capsys):
+    """At the first line that is there; a lower one lets it go on, as one that was never stopped."""
+    changes = {'num_steps': 60, 'log_every_steps': 5, 'eval_every_steps': 30, 'checkpoint_every_steps': 30}
+    whole = small.digits_config(**changes)
+    train.train_and_evaluate(whole, str(tmp_path / 'whole'))
+    errors = [line['top1_error'] for line in _lines(tmp_path / 'whole') if line['split'] == 'train']
+    first = next(i for i, error in enumerate(errors) if 0 < i < 10 and error == min(errors[: i + 1]))
+    config = small.digits_config(**changes, stop_at_error=errors[first])
+    result = train.train_and_evaluate(config, str(tmp_path / 'run'))
+    lines = [line for line in _lines(tmp_path / 'run') if line['split'] == 'train']
+    assert [line['step'] for line in lines] == [5 * (i + 1) for i in range(first + 1)]
+    assert 'top1_error' in result
+    train.train_and_evaluate(config, str(tmp_path / 'run'))
+    assert 'Lower stop_at_error to go on' in capsys.readouterr().out
+    train.train_and_evaluate(whole, str(tmp_path / 'run'))
+    assert [line for line in _untimed(tmp_path / 'run') if line['split'] == 'train'] == [
+        line for line in _untimed(tmp_path / 'whole') if line['split'] == 'train'
+    ]
+    chex.assert_trees_all_equal(_state(whole, tmp_path / 'run').params, _state(whole, tmp_path / 'whole').params)
+
+
+def test_a_fraction_of_the_images_is_what_an_epoch_has():
+    config = small.digits_config(**{'data.fraction': 0.25})
+    run = assemble.build(config)
+    assert run.examples == round(0.25 * 1437) == 359
+    assert run.total_steps == -(-359 * 20 // 64)
+    for bad in (0.0, 1.5):
+        with pytest.raises(UserError, match='data.fraction'):
+            assemble.build(small.digits_config(**{'data.fraction': bad}))

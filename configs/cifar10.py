@@ -1,0 +1,24 @@
+"""The CIFAR-10 networks of the authors: 80sec, 19pct, 18pct, 13pct and 11pct (alexnet_jax/cifar.py says what they are).
+
+    python -m alexnet_jax.prepare --input=cifar10_jpeg.tar.gz --output=data/cifar10 --size=32 --format=raw
+    python -m alexnet_jax.main --config=configs/cifar10.py:80sec --workdir=runs/80sec --config.data.path=data/cifar10
+
+The authors: 26%, 19%, 18%, 13% and 11% test error, the last two over ten views. Here: see docs/experiments.md.
+"""
+
+import os
+import runpy
+
+import ml_collections
+
+from alexnet_jax import cifar
+
+_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+
+
+def get_config(arg: str = '18pct') -> ml_collections.ConfigDict:
+    if arg not in cifar.NETS:
+        raise ValueError(f'configs/cifar10.py has no variant {arg!r}; expected one of {", ".join(cifar.NETS)}.')
+    config = runpy.run_path(_PAPER)['get_config']()
+    config.update_from_flattened_dict(cifar.NETS[arg])
+    return config

@@ -1,0 +1,101 @@
+"""The CIFAR-10 networks: parameters and shapes by hand, towers against one device, and what their configs change."""
+
+import runpy
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import assemble, cifar, convert, layers, model, sharding
+from alexnet_jax.errors import UserError
+from tests.conftest import ROOT
+
+CONV1, CONV2, CONV3 = 5 * 5 * 3 * 32 + 32, 5 * 5 * 32 * 32 + 32, 5 * 5 * 32 * 64 + 64
+WIDE1, WIDE2 = 5 * 5 * 3 * 64 + 64, 5 * 5 * 64 * 64 + 64
+PARAMETERS = {
+    '80sec': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 64 + 64) + (64 * 10 + 10),
+    '19pct': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 10 + 10),
+    '18pct': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 10 + 10),
+    # Each of 6 x 6 places has kernels and biases of its own.
+    '13pct': WIDE1 + WIDE2 + 36 * (9 * 64 * 32 + 32) + 36 * (9 * 32 * 32 + 32) + (36 * 32 * 10 + 10),
+    '11pct': WIDE1 + WIDE2 + 36 * (9 * 64 * 64 + 64) + 36 * (9 * 64 * 32 + 32) + (36 * 32 * 10 + 10),
+}
+
+
+def _config(name):
+    return runpy.run_path(str(ROOT / 'configs' / 'cifar10.py'))['get_config'](name)
+
+
+@pytest.mark.parametrize('name', cifar.NETS)
+def test_parameters(name):
+    config = _config(name)
+    network = model.from_config(config.model)
+    sizes = layers.sizes(network, config.data.image_size)
+    assert sum(size.parameters for size in sizes.values()) == PARAMETERS[name]
+    drawn = jax.eval_shape(lambda: model.init(network, jax.random.key(0), config.data.image_size))
+    assert {layer: sum(x.size for x in parts.values()) for layer, parts in drawn.items()} == {
+        layer: size.parameters for layer, size in sizes.items()
+    }
+
+
+def test_the_authors_decays_and_falling_rates():
+    """cuda-convnet's files: 0.004 on convolutions and 3 on the classifier; a tenth after 120 epochs and 10 later."""
+    config = _config('19pct')
+    assert (config.optim.weight_decay, dict(config.optim.layer_decays)) == (0.004, {'fc4': 3.0})
+    assert [row[:3] for row in config.optim.stages] == [(0, 1.0, 1.0), (120, 0.1, 0.1), (130, 0.01, 0.01)]
+    assert (config.optim.learning_rate, config.optim.bias_rate, config.batch_size) == (0.001, 2.0, 128)
+
+
+def test_unshared_layers_agree_over_two_towers():
+    network = model.AlexNet(
+        conv=((4, 3, 2, (1, 1), 1, 0.5, 0.1, 'tanh avg_pool'),),
+        local=((6, 3, 1, (1, 1), 2, 0.5, 0.1, 'relu lrn'), (4, 3, 1, (0, 0), 1, 0.5, 0.1, 'tanh')),
+        dense=(),
+        num_classes=3,
+        classifier=(0.5, 0.0),
+    )
+    params = model.init(network, jax.random.key(0), 15)
+    x = np.random.default_rng(0).standard_normal((4, 15, 15, 3)).astype(np.float32)
+    labels = np.array([0, 1, 2, 0])
+    with jax.enable_x64():
+        params, x = jax.tree.map(lambda a: np.asarray(a, np.float64), params), x.astype(np.float64)
+        network = network.clone(dtype='float64')
+
+        def loss(params, forward):
+            logits = forward(params, x)
+            return -jax.nn.log_softmax(logits)[np.arange(4), labels].mean()
+
+        gradients = []
+        for data, tower in ((1, 1), (2, 2)):
+            forward = sharding.forward(network, sharding.make_mesh(data=data, tower=tower))
+            gradients.append(jax.jit(jax.value_and_grad(lambda p, f=forward: loss(p, f)))(params))
+    chex.assert_trees_all_close(jax.device_get(gradients[1]), jax.device_get(gradients[0]), rtol=1e-9, atol=1e-12)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients[0]))
+
+
+def test_figure_1_differs_in_the_activation_alone():
+    relu, tanh = (cifar.figure1(activation, 0.01) for activation in ('relu', 'tanh'))
+    assert {key for key in relu if relu[key] != tanh[key]} == {'model.conv'}
+    assert str(relu['model.conv']).replace('relu', 'tanh') == str(tanh['model.conv'])
+    assert not any(
+        (relu['optim.weight_decay'], relu['optim.layer_decays'], relu['data.reflect'], relu['data.colour_std'])
+    )
+
+
+def test_no_other_format_has_unshared_layers():
+    network = model.from_config(_config('13pct').model)
+    with pytest.raises(UserError, match='model.local'):
+        convert.from_params(network, 24, {})
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(ValueError, match='expected one of 80sec'):
+        _config('20pct')
+
+
+def test_every_key_of_the_networks_is_one_of_the_configs():
+    for changes in (*cifar.NETS.values(), cifar.figure1('tanh', 0.1)):
+        config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+        config.update_from_flattened_dict(changes)
+        assemble._check_keys(config)
