@@ -3,7 +3,18 @@
 import ast
 import pathlib
 
-COMMANDS = ('main', 'prepare', 'evaluate', 'predict', 'convert', 'benchmark', 'verify')
+COMMANDS = (
+    'main',
+    'prepare',
+    'evaluate',
+    'predict',
+    'features',
+    'figures',
+    'experiments',
+    'convert',
+    'benchmark',
+    'verify',
+)
 
 
 def purpose(command: str) -> str:

@@ -117,6 +117,12 @@ def load(source: Sequence, size: int) -> tuple[np.ndarray, list[int]]:
     return images, labels
 
 
+def pick(source: Sequence, indices: Sequence[int], size: int) -> tuple[np.ndarray, list[int]]:
+    """(uint8 [N, size, size, 3], labels) of some records. Raises UserError where one cannot be read."""
+    records = [source[int(index)] for index in indices]
+    return np.stack([decode(record, size) for record in records]), [int(record['label']) for record in records]
+
+
 def tell_unreadable(batch: Batch) -> Batch:
     """Takes out of a batch what it says of images that cannot be read, and prints it."""
     problems = batch.pop('unreadable', [])

@@ -203,16 +203,18 @@ ORDER = (
     'data',
 )
 ONLY = {
-    'ml_collections': {'assemble', 'train', 'main', 'cli', 'convert', 'benchmark'},
+    'ml_collections': {'assemble', 'train', 'main', 'cli', 'convert', 'benchmark', 'suites', 'experiments'},
     'grain': {'data'},
     'tensorflow_datasets': {'sources', 'prepare', 'listing'},
     'orbax': {'checkpoint'},
     'flax': {'model'},
     'optax': {'optim', 'steps'},
-    'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data', 'benchmark'},
+    'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data', 'benchmark'}
+    | {'features', 'figures', 'experiments'},
     'torch': {'weights', 'peer', 'benchmark'},
     'google': {'weights', 'writers'},
     'safetensors': {'weights', 'convert'},
+    'matplotlib': {'drawing'},
     'configs': set(),
 }
 

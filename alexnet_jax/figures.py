@@ -1,0 +1,348 @@
+"""The paper's figures from a run or a checkpoint, as PNG and SVG.
+
+    python -m alexnet_jax.figures --run=WORKDIR --output=DIR [--data=DIR] [--split=val] [--seed=0]
+    python -m alexnet_jax.figures --checkpoint=PATH --output=DIR [--data=DIR]
+
+The network (figure 2) and its first kernels (figure 3); with --run its curves (as figure 1); with --data predictions
+and nearest training images (figure 4), and the confusion matrix. What is drawn is computed here, as arrays; drawing.py
+draws it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from alexnet_jax import augment, cli, data, evaluate, features, layers, sharding, sources
+from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
+from alexnet_jax.errors import UserError
+from alexnet_jax.layers import Conv
+from alexnet_jax.model import AlexNet
+
+Drawn = tuple[str, Any, list[str]]  # name, matplotlib's Figure, lines to print
+_LEFT, _RIGHT = 8, 5  # images in the two panels of figure 4
+
+
+class Layer(NamedTuple):
+    """A layer as figure 2 shows it."""
+
+    name: str
+    size: int | None  # side of its maps, before what follows; None: a fully-connected layer
+    maps: tuple[int, ...]  # maps or units, of each tower
+    kernel: tuple[int, int] | None  # side and depth of a kernel; None: fully connected
+    stride: int | None
+    groups: int
+    reads: tuple[tuple[int, ...], ...]  # for each tower: the towers below that it reads; (): the image
+    then: str  # what follows
+    read_size: int | None  # side of the maps it reads; None: it reads units, or all of the maps at once
+    neurons: int
+    parameters: int
+
+
+class Prediction(NamedTuple):
+    """The best labels of an image."""
+
+    true: str
+    names: tuple[str, ...]  # the most probable first
+    probabilities: tuple[float, ...]
+    place: int | None  # of the true label among them
+
+
+class Curve(NamedTuple):
+    """Lines of one split in metrics.jsonl."""
+
+    epoch: np.ndarray
+    top1_error: np.ndarray  # percent
+    loss: np.ndarray  # nats
+
+
+def architecture(network: AlexNet, image_size: int, towers: int) -> list[Layer]:
+    """What figure 2 shows of every layer, conv1 ... fc8.
+
+    A layer with one group whose input is split reads both towers, any other its own; both see the image.
+
+    image_size: side of the network's input, pixels. towers: 1 or 2.
+
+    Raises:
+      UserError: the network cannot be split over so many towers.
+    """
+    found, table = [], network.table()
+    for name, sizes in layers.sizes(network, image_size, towers).items():
+        row, conv = table[name], isinstance(table[name], Conv)
+        own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
+        found.append(
+            Layer(
+                name=name,
+                size=sizes.linear[0] if conv else None,
+                # Of an odd number of classes the first tower has one more.
+                maps=tuple((row.features + towers - 1 - tower) // towers for tower in range(towers)),
+                kernel=(row.kernel, sizes.inputs[-1] // row.groups) if conv else None,
+                stride=row.stride if conv else None,
+                groups=row.groups,
+                reads=tuple(own if found else [()] * towers),
+                then=row.then,
+                read_size=sizes.inputs[0] if conv else None,
+                neurons=int(np.prod(sizes.linear)),
+                parameters=sizes.parameters,
+            )
+        )
+    return found
+
+
+def kernels(kernel_HWIO, towers: int) -> list[np.ndarray]:
+    """The first layer's kernels as pictures (figure 3), tower by tower: float [O / towers, H, W, 3], 0 to 1.
+
+    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`.
+
+    kernel_HWIO: float [H, W, 3, O], RGB; the first half of O is tower 0.
+
+    Raises:
+      UserError: these kernels do not see three colours.
+    """
+    kernel = np.asarray(kernel_HWIO, np.float64)
+    if kernel.ndim != 4 or kernel.shape[2] != 3:
+        raise UserError(f'kernels of shape {kernel.shape} are no RGB pictures; expected (H, W, 3, O).')
+    least, most = kernel.min(), kernel.max()
+    scaled = (kernel - least) / (most - least or 1)
+    return np.split(scaled.transpose(3, 0, 1, 2), towers)
+
+
+def colour_share(kernel_HWIO) -> np.ndarray:
+    """How coloured each kernel is: the share of its energy that is not grey, float [O], 0 to 1.
+
+    With m the mean of a kernel k over R, G and B at each place, the grey part of k is m in all three channels, and the
+    share is 1 - 3 |m|^2 / |k|^2. 0: a grey kernel; 2/3 on average: random Gaussian numbers; 1: no grey part, as where
+    two channels oppose each other. Of a kernel that is zero it is 0.
+
+    kernel_HWIO: float [H, W, 3, O].
+    """
+    kernel = np.asarray(kernel_HWIO, np.float64)
+    energy = (kernel**2).sum((0, 1, 2))
+    grey = 3 * (kernel.mean(2) ** 2).sum((0, 1))
+    share = 1 - np.divide(grey, energy, out=np.ones_like(energy), where=energy > 0)
+    return np.clip(share, 0, 1)  # rounding
+
+
+def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
+    """The most probable labels of some images, from the centre crop (figure 4, left).
+
+    images: uint8 [N, S, S, 3], whole records; labels: the true ones.
+    """
+    found, classes = [], checkpoint.class_names
+    outputs = evaluate.predict(checkpoint, images, views=1)
+    for probabilities, label in zip(outputs, labels, strict=True):
+        order = np.argsort(-probabilities, kind='stable')[:top].tolist()
+        found.append(
+            Prediction(
+                true=classes[label],
+                names=tuple(classes[i] for i in order),
+                probabilities=tuple(float(probabilities[i]) for i in order),
+                place=order.index(label) if label in order else None,
+            )
+        )
+    return found
+
+
+def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of many vectors to each query, by Euclidean distance in float64 (figure 4, right).
+
+    Exact: the authors' search took the nearest of each file of training images, at most. Ties go to the lower index.
+
+    Args:
+      query_ND: float [N, ...], e.g. from `features.activations`; each query is taken as one vector.
+      base: batches [n, ...] in order, of which one at a time is held.
+      count: how many; fewer are found where there are fewer.
+
+    Returns:
+      (indices int [N, count], distances float64 [N, count]), the nearest first.
+    """
+    query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
+    best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
+    for part in base:
+        part = np.asarray(part, np.float64).reshape(len(part), -1)
+        # Differences, not products: |a|^2 - 2ab + |b|^2 would lose the small distances and break the ties.
+        new = np.stack([((part - q[None]) ** 2).sum(1) for q in query])
+        indices = np.broadcast_to(np.arange(start, start + len(part)), new.shape)
+        best, squares = np.concatenate([best, indices], 1), np.concatenate([squares, new], 1)
+        order = np.argsort(squares, axis=1, kind='stable')[:, :count]
+        best, squares = np.take_along_axis(best, order, 1), np.take_along_axis(squares, order, 1)
+        start += len(part)
+    return best, np.sqrt(squares)
+
+
+def confusion(labels, predicted, classes: int) -> np.ndarray:
+    """How often each true class (rows) was taken for each class (columns): int [K, K].
+
+    labels, predicted: int [N].
+    """
+    matrix = np.zeros((classes, classes), int)
+    np.add.at(matrix, (np.asarray(labels), np.asarray(predicted)), 1)
+    return matrix
+
+
+def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[tuple[str, str, int, float]]:
+    """The most frequent errors: (true class, what it was taken for, how often, share of the true class's images)."""
+    wrong = np.array(matrix)
+    np.fill_diagonal(wrong, 0)
+    totals = np.asarray(matrix).sum(1)
+    found = []
+    for place in np.argsort(-wrong, axis=None, kind='stable')[:count]:
+        true, taken = divmod(int(place), len(wrong))
+        if wrong[true, taken]:
+            number = int(wrong[true, taken])
+            found.append((class_names[true], class_names[taken], number, number / int(totals[true])))
+    return found
+
+
+def curves(workdir: str) -> dict[str, Curve]:
+    """The 'train' and 'val' lines of a run's metrics.jsonl, in order; of a run under way, too.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = os.path.join(workdir, 'metrics.jsonl')
+    if not os.path.isfile(path):
+        raise UserError(
+            f'there is no {path!r}; expected the workdir of a run (of a checkpoint alone: --checkpoint=PATH).'
+        )
+    found = {'train': [], 'val': []}
+    with open(path, encoding='utf-8', errors='replace') as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+                found[line['split']].append([line[key] for key in Curve._fields])
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill, or not yet whole
+    return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in found.items()}
+
+
+def towers_of(network: AlexNet, image_size: int) -> int:
+    """2 where a network can be split over two towers, else 1."""
+    try:
+        layers.sizes(network, image_size, towers=2)
+    except UserError:
+        return 1
+    return 2
+
+
+def draw(
+    checkpoint: Checkpoint,
+    *,
+    run: str | None = None,
+    dataset: sources.Dataset | None = None,
+    split: str = 'val',
+    seed: int = 0,
+) -> Iterator[Drawn]:
+    """Every figure there is of a network, one after the other: (name, matplotlib's Figure, what to print with it).
+
+    run: a workdir, for its curves. dataset, split: for the figures that show images; seed: which ones.
+    """
+    if run:
+        yield from _of_run(run)
+    yield from _of_network(checkpoint)
+    if dataset:
+        yield from _of_images(checkpoint, dataset, split, seed)
+
+
+def _of_network(checkpoint: Checkpoint) -> Iterator[Drawn]:
+    from alexnet_jax import drawing
+
+    network, size = checkpoint.network, checkpoint.image_size
+    towers = towers_of(network, size)
+    yield 'architecture', drawing.architecture(architecture(network, size, towers), size), []
+    first, row = next(iter(network.table().items()))
+    kernel = checkpoint.params[first]['kernel']
+    if type(row) is not Conv or row.groups > 1:
+        print(f'{first} has no kernels that see three colours at once: no figure of them.')
+        return
+    shares = np.split(colour_share(kernel), towers)
+    lines = [
+        f'{first}, tower {tower}: mean colour share {share.mean():.3f}, {np.sum(share > 0.5)} of {len(share)} kernels '
+        f'({100 * np.mean(share > 0.5):.0f}%) above 1/2'
+        for tower, share in enumerate(shares)
+    ]
+    yield 'kernels', drawing.kernels(kernels(kernel, towers), [float(share.mean()) for share in shares]), lines
+
+
+def _of_run(workdir: str) -> Iterator[Drawn]:
+    from alexnet_jax import drawing
+
+    found = {split: curve for split, curve in curves(workdir).items() if len(curve.epoch)}
+    for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
+        lines = {split: (curve.epoch, getattr(curve, field)) for split, curve in found.items()}
+        yield name, drawing.learning_curves(lines, y_label=label), []
+
+
+def _of_images(checkpoint: Checkpoint, dataset: sources.Dataset, split: str, seed: int) -> Iterator[Drawn]:
+    from alexnet_jax import drawing
+
+    source, classes = dataset.split(split), checkpoint.class_names
+    order = np.random.default_rng(seed).permutation(len(source))
+
+    def crops(images):
+        return augment.centre(images, checkpoint.image_size)  # what the network sees
+
+    images, labels = data.pick(source, order[:_LEFT], checkpoint.record_size)
+    yield 'predictions', drawing.predictions(crops(images), predictions(checkpoint, images, labels)), []
+
+    outputs, all_labels = evaluate.probabilities(checkpoint, source, sharding.make_mesh(data=0, tower=1))
+    matrix = confusion(all_labels, outputs.argmax(1), len(classes))
+    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images right (centre crop); most confused:'] + [
+        f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})'
+        for true, taken, number, share in most_confused(matrix, classes)
+    ]
+    yield 'confusion', drawing.confusion(matrix, classes), lines
+
+    if 'train' not in dataset.splits:
+        print('these data have no train split: no figure of nearest training images.')
+        return
+    # The last hidden layer; where there is none, the layer before the classifier; of a classifier alone, itself.
+    layer = list(checkpoint.network.table())[-2:][0]
+    train = dataset.split('train')
+    right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
+    images, labels = data.pick(source, right, checkpoint.record_size)
+    query = features.activations(checkpoint, images, layer)[layer]
+    indices, _ = nearest(query, (part for part, _ in features.stream(checkpoint, train, layer)))
+    found = [data.pick(train, row, checkpoint.record_size) for row in indices]
+    figure = drawing.neighbours(
+        crops(images),
+        [crops(near) for near, _ in found],
+        [classes[label] for label in labels],
+        [[classes[label] for label in row] for _, row in found],
+    )
+    same = sum(row.count(label) for label, (_, row) in zip(labels, found, strict=True))
+    line = f'nearest training images in {layer}: {same} of {indices.size} have the class of their {split} image'
+    yield 'neighbours', figure, [line]
+
+
+def main() -> None:
+    args = flags.FLAGS
+    if bool(args.run) == bool(args.checkpoint):
+        raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
+    from alexnet_jax import drawing
+
+    cli.set_up_jax()
+    path = args.run or args.checkpoint
+    dataset = sources.open_dataset(args.data) if args.data else None
+    checkpoint = load_checkpoint(path)
+    if dataset:
+        dataset.split(args.split)
+        evaluate.check_data(checkpoint, dataset, path)
+    print(f'{path} (step {checkpoint.step})', flush=True)
+    drawn = draw(checkpoint, run=args.run, dataset=dataset, split=args.split, seed=args.seed)
+    for name, figure, lines in drawn:
+        print(*drawing.save(figure, args.output, name), *lines, sep='\n', flush=True)
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('run', None, 'The workdir of a run: its best step, else its latest, and its curves.')
+    flags.DEFINE_string('checkpoint', None, 'Instead: a checkpoint, without curves.')
+    flags.DEFINE_string('data', None, "A prepared directory, or 'digits': for the figures that show images.")
+    flags.DEFINE_string('output', None, 'The folder to write into; made if it is not there.')
+    flags.DEFINE_string('split', 'val', 'The split whose images are classified.')
+    flags.DEFINE_integer('seed', 0, 'Draws the images that are shown.', lower_bound=0)
+    cli.define_cpu_devices()
+    cli.run(main, required=('output',))
