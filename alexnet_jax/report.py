@@ -1,0 +1,295 @@
+"""A page for people who would rather look than read: tables, figures and two toys, one file that needs no network.
+
+The toys: slide a filter of the first layer over a picture, and walk through the layers with it. The page is
+`report.html` beside this file; its script, `report.js`, computes the first toy itself, and for the second shows what is
+put in here.
+"""
+
+import base64
+import html
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import augment, layers
+from alexnet_jax.checkpoint import Checkpoint
+from alexnet_jax.errors import UserError, telling
+from alexnet_jax.layers import Conv, Dense, Local
+
+_PICTURES = 6  # with 224 px and 16 maps a layer the page then has about 3 MB
+_MAPS = 16  # shown of a layer
+_MAP_SIZE = 32  # pixels; larger maps are made smaller
+_UNITS = 4096  # shown of a fully-connected layer
+_STRIP = 128  # units beside each other
+_TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
+
+
+class Table(NamedTuple):
+    """Rows under columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple]  # str, numbers, or None (an empty cell)
+    note: str = ''  # what a reader must know to judge the numbers
+
+
+class Figure(NamedTuple):
+    """A picture from a file."""
+
+    title: str
+    path: str  # an .svg or .png file, put into the page itself
+    caption: str = ''
+
+
+def write(
+    path: str,
+    *,
+    title: str,
+    summary: str,
+    tables: Sequence[Table] = (),
+    figures: Sequence[Figure] = (),
+    checkpoint: Checkpoint | None = None,
+    image_NHWC: np.ndarray | None = None,
+    captions: Sequence[str] = (),
+) -> None:
+    """Writes the page in one move.
+
+    Args:
+      path: of the HTML file; what is there is replaced.
+      title, summary: its head, plain text as all text here.
+      tables, figures: in their order.
+      checkpoint, image_NHWC: what the toys play with, both or neither; uint8 [N, S, S, 3] with S =
+        `checkpoint.record_size`, prepared as the training images were. The first six are used, their centres.
+      captions: of these pictures; those that have none are numbered.
+
+    Raises:
+      UserError: a row that does not fit its table, a figure that cannot be read, images of another shape or type, a
+        file that cannot be written.
+    """
+    if (checkpoint is None) != (image_NHWC is None):
+        raise UserError('a checkpoint and images to show it belong together; give both or neither.')
+    toys = {} if checkpoint is None else _toys(checkpoint, image_NHWC, captions)
+    sections = [(f'table-{i}', table.title, _table(table)) for i, table in enumerate(tables, 1)]
+    sections += [(f'figure-{i}', figure.title, _figure(figure)) for i, figure in enumerate(figures, 1)]
+    links = [(name, heading) for name, heading, _ in sections]
+    links += [(n, h) for n, h in (('slide', 'Slide a filter'), ('walk', 'Walk through the layers')) if n in toys]
+    parts = {
+        'title': html.escape(title),
+        'summary': html.escape(summary),
+        'contents': ''.join(f'<li><a href="#{name}">{html.escape(heading)}</a></li>' for name, heading in links),
+        'sections': '\n'.join(
+            f'<section id="{name}">\n<h2>{html.escape(heading)}</h2>\n{content}</section>'
+            for name, heading, content in sections
+        ),
+        'data': json.dumps(toys, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
+    }
+    page, parts['script'] = (_beside(name) for name in ('report.html', 'report.js'))
+    for block, wanted in (('slide', 'slide' in toys), ('walk', 'walk' in toys), ('toys', toys)):
+        page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
+    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
+    with telling(f'the report {path!r} cannot be written'):
+        with open(path + '.tmp', 'w', encoding='utf-8') as file:
+            file.write(page)
+        os.replace(path + '.tmp', path)
+
+
+def _beside(name: str) -> str:
+    return resources.files('alexnet_jax').joinpath(name).read_text(encoding='utf-8')
+
+
+def _table(table: Table) -> str:
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise UserError(
+                f'a row of the table {table.title!r} has {len(row)} cells for {len(table.columns)} columns.'
+            )
+    head = ''
+    for i, column in enumerate(table.columns):
+        right = (
+            ' class="number"' if table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows) else ''
+        )
+        head += f'<th scope="col"{right}>{html.escape(column)}</th>'
+    rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ''
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">\n'
+        f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n{note}'
+    )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _cell(value) -> str:
+    if _is_number(value):
+        whole = isinstance(value, numbers.Integral)
+        text = f'{value:,}' if whole and abs(value) >= 10_000 else f'{value}' if whole else f'{value:.6g}'
+        return f'<td class="number">{text}</td>'
+    return f'<td>{"" if value is None else html.escape(str(value))}</td>'
+
+
+def _figure(figure: Figure) -> str:
+    kind = _TYPES.get(os.path.splitext(figure.path)[1].lower())
+    if kind is None:
+        raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
+    with telling(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
+        content = base64.b64encode(file.read()).decode()
+    text = html.escape(figure.caption)
+    return (  # in an <img> also an SVG's scripts and links are dead
+        f'<figure><img class="figure" src="data:{kind};base64,{content}" alt="{text or html.escape(figure.title)}">'
+        f'<figcaption>{text}</figcaption></figure>\n'
+    )
+
+
+def _toys(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
+    """What the script reads: 'walk', and 'slide' where the first layer is a convolution of all three colours."""
+    image_NHWC = np.asarray(image_NHWC)[:_PICTURES]
+    side = checkpoint.record_size
+    if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3) or not len(image_NHWC):
+        raise UserError(
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
+        )
+    numbered = [f'picture {i}' for i in range(1, len(image_NHWC) + 1)]
+    found = {
+        'side': checkpoint.image_size,
+        'captions': [*captions[: len(image_NHWC)], *numbered[len(captions) :]],
+        'pictures': [_encode(image) for image in augment.centre(image_NHWC, checkpoint.image_size)],
+        'walk': _walk(checkpoint, image_NHWC),
+    }
+    name, first = next(iter(checkpoint.network.table().items()))
+    if isinstance(first, Conv) and not isinstance(first, Local) and first.groups == 1:
+        found['slide'] = _slide(checkpoint, name, first)
+    return found
+
+
+def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
+    return augment.views(image_NHWC, checkpoint.statistics, checkpoint.augmentation, count=1)[0]
+
+
+def _slide(checkpoint: Checkpoint, name: str, layer: Conv) -> dict[str, Any]:
+    """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
+    side, weights = checkpoint.record_size, checkpoint.params[name]
+    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
+    return {
+        'layer': name,
+        'size': layer.kernel,
+        'stride': layer.stride,
+        'padding': layer.padding,
+        'std': checkpoint.augmentation.pixel_std,
+        'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
+        'kernels': _encode(kernels, '<f4'),
+        'biases': _encode(weights['bias'], '<f4'),
+    }
+
+
+def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
+    """Stages, one for each thing a layer does, and the labels at the end."""
+    network = checkpoint.network
+    run = jax.jit(lambda params, x: network.apply({'params': params}, x, mutable='intermediates'))
+    logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
+    stages = []
+    for name, sizes in layers.sizes(network, checkpoint.image_size).items():
+        layer = network.table()[name]
+        for step in ('linear', *layer.then.split()):
+            (x,) = seen['intermediates'][f'{name}_{step}']
+            what, words = _words(network, layer, sizes.inputs, step)
+            shown = _maps(x) if x.ndim == 4 else _strip(x)
+            parameters = sizes.parameters if step == 'linear' else 0
+            stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
+    order = np.argsort(-logits, axis=-1, kind='stable')[:, :5]
+    probabilities = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits)))
+    labels = [
+        [{'label': checkpoint.class_names[i], 'probability': float(p[i])} for i in row]
+        for row, p in zip(order, probabilities, strict=True)
+    ]
+    return {'stages': stages, 'labels': labels}
+
+
+def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
+    """Some maps, the same for every picture and every step of a layer, so that one can follow them."""
+    count, side = x_NHWC.shape[-1], x_NHWC.shape[1]
+    chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
+    size = min(side, _MAP_SIZE)
+    pictures = [_signed(np.stack([_smaller(np.asarray(x[..., i], np.float32), size) for i in chosen])) for x in x_NHWC]
+    shape = f'{side} x {side} x {count}'
+    return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
+
+
+def _smaller(x_HW: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(x_HW).resize((size, size), Image.Resampling.BOX))
+
+
+def _strip(x_NF: np.ndarray) -> dict[str, Any]:
+    """Units row by row; the last row may be short."""
+    shown = min(x_NF.shape[1], _UNITS)
+    width = min(shown, _STRIP)
+    height = math.ceil(shown / width)
+    pictures = [_signed(np.asarray(x[:shown], np.float32)) for x in x_NF]
+    return {'shape': f'{x_NF.shape[1]}', 'width': width, 'height': height, 'units': shown, 'pictures': pictures}
+
+
+def _signed(x: np.ndarray) -> dict[str, Any]:
+    """Values as bytes 1 to 255, 128 for zero; 'scale' is the largest magnitude."""
+    x = np.nan_to_num(x)
+    scale = float(np.abs(x).max())
+    return {'scale': scale, 'bytes': _encode(np.round(x / (scale or 1) * 127) + 128)}
+
+
+def _encode(array, dtype: str = 'u1') -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype)).decode()
+
+
+def _words(network, layer: Conv | Dense, inputs: tuple[int, ...], step: str) -> tuple[str, str]:
+    """(name, what it does) of one step of a layer."""
+    apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+    pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
+    overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
+    match step:
+        case 'linear' if isinstance(layer, Conv):
+            window = f'{layer.kernel} x {layer.kernel}'
+            own = ', others at every place,' if isinstance(layer, Local) else ''
+            return 'locally connected' if own else 'convolution', (
+                f'{layer.features} kernels of {window}{own} slide over the {inputs[-1]} maps below in steps of '
+                f'{layer.stride}. At each place a kernel is multiplied with what lies under it; the sum, plus a bias, '
+                f'is one point of its map.{apart if layer.groups == 2 else ""}'
+            )
+        case 'linear':
+            return 'fully connected', (
+                f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
+                f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
+            )
+        case 'relu':
+            return 'ReLU', 'What is below zero becomes zero; the rest stays.'
+        case 'tanh':
+            return 'tanh', 'Every value is squeezed between -1 and 1.'
+        case 'lrn':
+            return 'response normalisation', (
+                f'Each value is divided by a power of the energy at the same place of the {network.lrn_n} maps around '
+                'it: a strong response quietens its neighbours.'
+            )
+        case 'spatial_norm':
+            return 'spatial normalisation', (
+                f'Each value is divided by a power of the energy in the {network.spatial_n} x {network.spatial_n} '
+                'window around it.'
+            )
+        case 'pool':
+            return 'max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'
+        case 'avg_pool':
+            return 'mean pooling', f'The mean of each {pool}.{overlap}'
+        case 'dropout':
+            rate = f'In training each unit is silenced with a probability of {network.dropout_rate:g}.'
+            if network.dropout_inverted:
+                return 'dropout', f'{rate} At test, as here, nothing happens.'
+            return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
+    raise AssertionError(step)  # layers.sizes admits no other
