@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
 
+_CONFIGS = ('config', 'base')  # flags that are config files
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
@@ -112,8 +113,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         arguments = flags.FLAGS(argv)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_config_error(argv) or _one_line(str(error)), 2)
-    if 'config' in flags.FLAGS and flags.FLAGS.config is not None and not isinstance(flags.FLAGS.config, ConfigDict):
-        _fail(_config_error(argv) or 'the config cannot be loaded.', 2)
+    for name in _CONFIGS:
+        if name in flags.FLAGS and not isinstance(flags.FLAGS[name].value, ConfigDict | None):
+            _fail(_config_error(argv) or 'the config cannot be loaded.', 2)
     return arguments
 
 
@@ -129,16 +131,17 @@ def _one_line(text: str) -> str:
 def _config_error(argv: Sequence[str]) -> str | None:
     """What is wrong with --config or a --config.KEY, with the nearest right name; None if that is not the matter."""
     words = [word.lstrip('-') for argument in argv[1:] for word in argument.split('=', 1)]
-    if 'config' not in words[:-1]:
+    flag = next((name for name in _CONFIGS if name in words[:-1]), None)
+    if flag is None:
         return None
-    path, _, variant = words[words.index('config') + 1].partition(':')
+    path, _, variant = words[words.index(flag) + 1].partition(':')
     if not os.path.isfile(path):
         names = [os.path.join(os.path.dirname(path), n) for n in _python_files(os.path.dirname(path) or '.')]
         return f'there is no config file {path!r}.' + (did_you_mean(path, names) if names else '')
     try:
         get_config = runpy.run_path(path)['get_config']
         if variant and not inspect.signature(get_config).parameters:
-            return f'{path!r} has no variants; expected --config={path} without {":" + variant!r}.'
+            return f'{path!r} has no variants; expected --{flag}={path} without {":" + variant!r}.'
         config = get_config(*([variant] if variant else []))
     except Exception:  # the config's own error: absl has it too
         return None
@@ -146,7 +149,7 @@ def _config_error(argv: Sequence[str]) -> str | None:
     for key, value in config.items():
         known += [f'{key}.{name}' for name in value] if isinstance(value, ConfigDict) else [key]
     for word in words:
-        key = word.removeprefix('config.')
+        key = word.removeprefix(f'{flag}.')
         if key != word and key not in known:
             return f'the config has no key {key!r}.{did_you_mean(key, known)}'
     return None

@@ -3,7 +3,8 @@
     python -m alexnet_jax.prepare --input=cifar10_jpeg.tar.gz --output=data/cifar10 --size=32 --format=raw
     python -m alexnet_jax.main --config=configs/cifar10.py:80sec --workdir=runs/80sec --config.data.path=data/cifar10
 
-The authors: 26%, 19%, 18%, 13% and 11% test error, the last two over ten views. Here: see docs/experiments.md.
+The authors: 26%, 19%, 18%, 13% and 11% top-1 test error, the first three from the centre crop (the whole image), the
+last two over ten views. Here: docs/experiments.md has what was measured.
 """
 
 import os

@@ -17,14 +17,10 @@ import runpy
 
 import ml_collections
 
+from alexnet_jax import suites
+
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config'](arg)
-    conv1, conv2, conv3, *upper = config.model.conv
-    config.model.conv = (conv1, (320, *conv2[1:]), (*conv3[:4], 2, *conv3[5:]), *upper)
-    config.model.dense = tuple(
-        (features, 2, *row[2:]) for features, row in zip((8192, 4096), config.model.dense, strict=True)
-    )
-    return config
+    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.NO_COMMUNICATION)

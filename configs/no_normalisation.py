@@ -16,10 +16,10 @@ import runpy
 
 import ml_collections
 
+from alexnet_jax import suites
+
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config'](arg)
-    config.model.conv = tuple((*row, then.replace('lrn ', '')) for *row, then in config.model.conv)
-    return config
+    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.NO_NORMALISATION)

@@ -17,13 +17,10 @@ import runpy
 
 import ml_collections
 
+from alexnet_jax import suites
+
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config'](arg)
-    conv1, conv2, conv3, conv4, conv5 = config.model.conv
-    less = lambda row: (*row[:3], tuple(px - 1 for px in row[3]), *row[4:])  # noqa: E731
-    config.model.conv = (conv1, less(conv2), conv3, conv4, less(conv5))
-    config.model.pool_window = 2
-    return config
+    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.NON_OVERLAPPING)

@@ -17,14 +17,10 @@ import runpy
 
 import ml_collections
 
+from alexnet_jax import suites
+
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config'](arg)
-    *lower, last = config.model.conv
-    halved = [(features // 2, *row[:3], 1, *row[4:]) for features, *row in lower]
-    config.model.conv = (*halved, (*last[:4], 1, *last[5:]))
-    config.model.norm_groups = 1
-    config.mesh.tower = 1
-    return config
+    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.ONE_GPU)

@@ -34,6 +34,8 @@ import runpy
 
 import ml_collections
 
+from alexnet_jax import suites
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _LOWER = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 _VARIANTS = (None, 'init=authors', 'pretrain', 'finetune', 'authors=2009', 'authors=2011', 'authors=2012')
@@ -50,8 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
     base = runpy.run_path(os.path.join(_HERE, 'authors_2012.py' if authors else 'paper.py'))['get_config']
     config = base('init=authors' if arg == 'init=authors' else None)
-    conv5 = config.model.conv[-1]
-    config.model.conv = (*config.model.conv, (256, 3, 1, (1, 1), 1, conv5[5], 1.0, 'relu'))
+    config = suites.changed(config, suites.SIXTH_CONV)
     if authors:
         config.data.colour_epochs = 0.0
 

@@ -1,0 +1,224 @@
+"""A suite's measurements: rows of results.csv, means and spreads over seeds, tables beside the paper's, the page."""
+
+import csv
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax import checkpoint, data, figures, report, sources, suites, writers
+from alexnet_jax.suites import Arm
+
+COLUMNS = (
+    'suite', 'arm', 'seed', 'data', 'train_images', 'test_images', 'epochs', 'learning_rate', 'train_error',
+    'top1_error', 'top5_error', 'top1_ten', 'top5_ten', 'colour_0', 'colour_1', 'reached', 'diverged',
+)  # fmt: skip
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; nan for the deviation of one."""
+
+    mean: float
+    deviation: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(statistics.fmean(values), deviation, len(values))
+
+
+def differences(rows: Sequence[dict], arm: str, against: str, key: str) -> list[float]:
+    """Of two arms in one measure, seed by seed, where both have it."""
+    values = {(row['arm'], row['seed']): row.get(key) for row in rows}
+    pairs = [(values.get((arm, seed)), values.get((against, seed))) for name, seed in values if name == arm]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def verdict(found: Sequence[float], sign: int) -> str:
+    """Whether measured differences have the sign claimed: all do, none does, or it depends on the seed."""
+    if not found or not sign:
+        return ''
+    agreeing = sum(value * sign > 0 for value in found)
+    return {len(found): 'agrees', 0: 'disagrees'}.get(agreeing, f'undecided ({agreeing} of {len(found)} seeds agree)')
+
+
+def write_csv(path: str, rows: Sequence[dict]) -> None:
+    """Replaces a suite's rows; those of other suites stay."""
+    others = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', newline='') as file:
+            others = [row for row in csv.DictReader(file) if row['suite'] != rows[0]['suite']]
+    with open(path + '.tmp', 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows([*others, *rows])
+    os.replace(path + '.tmp', path)
+
+
+def comparison(suite: str, rows: list[dict], arms: Sequence[Arm]) -> report.Table:
+    """What was measured beside what the paper and the authors' log say, an arm a row."""
+    table = []
+    for arm in arms:
+        own = [row for row in rows if row['arm'] == arm.name and not row['diverged']]
+        key = arm.measure
+        if key == 'top1_error' and all(row.get('top1_ten') is not None for row in own):
+            key = 'top1_ten'
+        found = differences(rows, arm.name, arm.against, key) if arm.against else []
+        table.append(
+            (
+                arm.name,
+                f'{len(own)}',
+                *(said([row.get(name) for row in own]) for name in ('train_error', 'top1_error', 'top5_error')),
+                *(said([row.get(name) for row in own]) for name in ('top1_ten', 'top5_ten')),
+                said(found, signed=True),
+                points(arm.paper, signed=bool(arm.against)),
+                points(arm.log, signed=bool(arm.against)),
+                verdict(found, arm.sign),
+                arm.source,
+            )
+        )
+    columns = (
+        'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
+        'difference', 'paper', "authors' log", 'sign', 'source',
+    )  # fmt: skip
+    note = (
+        'Errors in percent, mean and standard deviation over the seeds; the last checkpoint, the centre crop unless '
+        'ten views are named; training errors are those of the last pass, with dropout and augmentation on. '
+        'Differences are points of error against "base" (13pct for 11pct), seed by seed, in the ten-view top-1 error '
+        "where there is one, for weight decay in the training error. The paper's and the authors' numbers "
+        '(top-1 / top-5) are for all of their data and all of their passes.'
+    )
+    return report.Table(f'{suite}: beside the paper', columns, table, note)
+
+
+def said(values: Sequence[float | None], signed: bool = False) -> str:
+    """'41.20 ± 0.31'."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ''
+    mean, deviation, count = spread(values)
+    return f'{mean:{"+" if signed else ""}.2f}' + (f' ± {deviation:.2f}' if count > 1 else '')
+
+
+def points(pair: suites.Points, signed: bool) -> str:
+    """Those of (top-1, top-5) that are stated."""
+    return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
+
+
+def figure1_table(rows: Sequence[dict], arms: Sequence[str], rates: Sequence[float]) -> report.Table:
+    """Passes to 25% training error of ReLU and tanh, and their ratio, beside the paper's six."""
+    reached = [row for row in rows if row.get('reached')]
+    own = [{row['seed']: row['epochs'] for row in reached if row['arm'] == arm} for arm in arms]
+    shared = sorted(own[0].keys() & own[1].keys())
+    ratios = [own[1][seed] / own[0][seed] for seed in shared]
+    table = []
+    for arm, epochs in zip(arms, own, strict=True):
+        count = sum(row['arm'] == arm for row in rows)
+        table.append((arm, f'{len(epochs)} of {count}', said(list(epochs.values())), ''))
+    table.append(('tanh / ReLU', f'{len(shared)}', said(ratios), '6'))
+    note = (
+        'Passes through the training images until the training error of a whole pass is 25% or less. Each activation '
+        f'has the rate, of {", ".join(f"{rate:g}" for rate in rates)}, with which the first seed is quickest. The '
+        'release does not name the network: three convolutions of 5x5 (32, 32, 64) and a classifier are taken.'
+    )
+    return report.Table(
+        'Figure 1: ReLU against tanh', ('network', 'seeds that reach it', 'passes', 'paper'), table, note
+    )
+
+
+def text(table: report.Table) -> str:
+    """A table for the terminal."""
+    cells = [table.columns, *table.rows]
+    widths = [max(len(str(row[i])) for row in cells) for i in range(len(table.columns))]
+    rows = [
+        '  '.join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+    return '\n'.join([table.title, *rows, table.note])
+
+
+def test_split(dataset: sources.Dataset) -> Sequence | None:
+    """Where errors are measured: val, or test where there is no val."""
+    return dataset.splits.get('val', dataset.splits.get('test'))
+
+
+def last(workdir: str) -> checkpoint.Checkpoint:
+    """A finished run's network as it was at the end, and not where it was best."""
+    with checkpoint.Checkpoints(workdir, read_only=True) as saved:
+        return saved.load(saved.latest())
+
+
+_CAPTIONS = {
+    'figure1': 'Training error of ReLU (solid) and tanh (dashed), each seed; the line is at 25%.',
+    'error': 'Errors of the first network over its passes.',
+    'architecture': 'As in figure 2: what each tower holds and reads.',
+    'kernels': 'As in figure 3: the kernels of the first layer, the towers apart.',
+    'predictions': 'As in figure 4, left: the five most probable labels.',
+    'neighbours': 'As in figure 4, right: test images, and the training images nearest in the last hidden layer.',
+    'confusion': 'What is taken for what.',
+}
+
+
+def publish(
+    suite: str,
+    output: str,
+    table: report.Table,
+    runs: Mapping[str, str],
+    rows: Sequence[dict],
+    dataset: sources.Dataset,
+) -> None:
+    """Writes report.html: the table, every run, curves, and the first network that did not diverge to look into.
+
+    runs: the arm of each workdir.
+    """
+    from alexnet_jax import drawing
+
+    drawn, folder = [], os.path.join(output, 'figures')
+    if suite == 'figure1':
+        seeds = {}
+        for workdir, arm in runs.items():
+            curve = figures.curves(workdir)['train']
+            seeds.setdefault(arm, []).append((curve.epoch, curve.top1_error))
+        drawn.append(('figure1', drawing.learning_curves(seeds, threshold=25.0, y_label='Training error rate (%)'), []))
+    diverged = {(row['arm'], row['seed']) for row in rows if row['diverged']}
+    whole = [workdir for workdir, arm in runs.items() if (arm, int(workdir.rsplit('-', 1)[1])) not in diverged]
+    shown = {}
+    if whole:
+        trained, split = last(whole[0]), 'val' if 'val' in dataset.splits else 'test'
+        has_test = split in dataset.splits
+        drawn += figures.draw(trained, run=whole[0], dataset=dataset if has_test else None, split=split)
+        records = dataset.splits[split if has_test else 'train']
+        picks = np.random.default_rng(0).permutation(len(records))[:6]
+        pictures, labels = data.pick(records, picks, trained.record_size)
+        shown = {
+            'checkpoint': trained,
+            'image_NHWC': pictures,
+            'captions': [dataset.class_names[label] for label in labels],
+        }
+    pages = [
+        report.Figure(name.capitalize(), drawing.save(figure, folder, name)[0], _CAPTIONS[name])
+        for name, figure, _ in drawn
+        if name in _CAPTIONS
+    ]
+    all_runs = report.Table(
+        'Every run', COLUMNS[1:], [tuple(_cell(row.get(key)) for key in COLUMNS[1:]) for row in rows]
+    )
+    train_images = next((row['train_images'] for row in rows if 'train_images' in row), 0)
+    environment = writers.environment()
+    report.write(
+        os.path.join(output, 'report.html'),
+        title=f'alexnet_jax: {suite}',
+        summary=f'{len(rows)} runs on {train_images:,} training images of {dataset.record_size} px '
+        f'({rows[0].get("data", "")}), {", ".join(environment["devices"][:8])}, '
+        f'jax {environment["versions"]["jax"]}, commit {environment["commit"]}.',
+        tables=[table, all_runs],
+        figures=pages,
+        **shown,
+    )
+
+
+def _cell(value):
+    return round(value, 4) if isinstance(value, float) else value
