@@ -23,11 +23,13 @@ from ml_collections import ConfigDict, config_flags
 from alexnet_jax import (
     assemble,
     benchmark,
+    checkpoint,
     cifar,
     cli,
     evaluate,
     figures,
     layers,
+    listing,
     model,
     prepare,
     report,
@@ -77,16 +79,23 @@ def run(trial: Trial, suite: str, dataset: sources.Dataset) -> dict[str, Any]:
     except DivergedError as error:
         print(f'{trial.arm.name}, seed {trial.seed}: {error}', flush=True)
         diverged = True
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            found = json.load(file)
-    else:
-        found = {'diverged': diverged, **({} if diverged else measure(trial, dataset))}
+    with checkpoint.Checkpoints(trial.workdir, read_only=True) as saved:
+        step = saved.latest()
+    found = _read(path)
+    if found.get('step') != step:
+        found = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
         with open(path + '.tmp', 'w', encoding='utf-8') as file:
             json.dump(found, file)
         os.replace(path + '.tmp', path)
     jax.clear_caches()  # the next network is another program
     return {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, **found}
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
 
 
 def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
@@ -211,14 +220,34 @@ def products(config: ConfigDict) -> int:
     return sum(size.flops for size in sizes.values())
 
 
-def data_path(path: str, output: str, size: int) -> str:
-    """A prepared directory: `path` itself, or what it holds prepared in the output."""
-    if path == sources.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json')):
-        return path
-    prepared = os.path.join(output, f'data-{size}')
-    if not os.path.exists(prepared):
-        prepare.prepare(path, prepared, size=size, format='raw' if size <= 64 else 'jpeg')
-    return prepared
+def _prepared(path: str) -> str:
+    """`path`, where it holds prepared data already."""
+    return path if path == sources.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json')) else ''
+
+
+def prepared(path: str, output: str, size: int) -> str:
+    """A directory in the output with what `path` holds, prepared."""
+    folder = os.path.join(output, f'data-{size}')
+    if not os.path.exists(folder):
+        prepare.prepare(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
+    return folder
+
+
+def _show(suite: str, base: ConfigDict, seeds: int, args) -> None:
+    """--dry_run: nothing is written, nothing prepared."""
+    if _prepared(args.data):
+        dataset = sources.open_dataset(args.data)
+        count, classes = len(dataset.split('train')), len(dataset.class_names)
+    else:
+        listed = listing.find(args.data)
+        count, classes = len(listed.splits.get('train', ())), len(listed.class_names)
+    base.model.num_classes = classes
+    if suite == FIGURE1:
+        print('At most: a rate slower than the best is given up, and what reaches 25% ends there.')
+        arms = [Arm(f'{a} {rate:g}', cifar.figure1(a, rate)) for a in ('relu', 'tanh') for rate in RATES]
+    else:
+        arms = suites.SUITES[suite](base)
+    print(plan(trials(arms, base, seeds, args.output), round(count * args.scale)))
 
 
 def main(words: Sequence[str]) -> None:
@@ -237,20 +266,16 @@ def main(words: Sequence[str]) -> None:
     small = suite in (FIGURE1, 'cifar10')
     size = 32 if small else math.ceil(base.data.image_size * 8 / 7)
     base.data.fraction, base.log_every_steps = args.scale, 0
+    if args.dry_run:
+        _show(suite, base, seeds, args)
+        return
     os.makedirs(args.output, exist_ok=True)
-    base.data.path = data_path(args.data, args.output, size)
+    base.data.path = _prepared(args.data) or prepared(args.data, args.output, size)
     dataset = sources.open_dataset(base.data.path)
     if small and dataset.record_size != size:
         raise UserError(f'{args.data!r} is prepared at {dataset.record_size} px; {suite} takes --size={size}.')
     base.model.num_classes = len(dataset.class_names)
     arms = [] if suite == FIGURE1 else suites.SUITES[suite](base)
-    examples = len(sources.part(dataset.split('train'), args.scale))
-    if args.dry_run:
-        if suite == FIGURE1:
-            arms = [Arm(f'{a} {r:g}', cifar.figure1(a, r)) for a in ('relu', 'tanh') for r in RATES]
-            print('At most (a rate slower than the best is given up, and so is what has reached 25%):')
-        print(plan(trials(arms, base, seeds, args.output), examples))
-        return
     csv = os.path.join(args.output, 'results.csv')
     if suite == FIGURE1:
         found, rows = figure1(base, seeds, args.output, dataset)
