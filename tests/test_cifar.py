@@ -47,6 +47,7 @@ def test_the_authors_decays_and_falling_rates():
     assert (config.optim.learning_rate, config.optim.bias_rate, config.batch_size) == (0.001, 2.0, 128)
 
 
+@pytest.mark.slow
 def test_unshared_layers_agree_over_two_towers():
     network = model.AlexNet(
         conv=((4, 3, 2, (1, 1), 1, 0.5, 0.1, 'tanh avg_pool'),),

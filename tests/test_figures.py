@@ -238,6 +238,7 @@ def _run(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command(path, tmp_path):
     line = {'step': 1, 'epoch': 1.0, 'split': 'val', 'loss': 2.5, 'top1_error': 90.0}
     metrics = os.path.join(path, 'metrics.jsonl')

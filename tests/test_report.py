@@ -216,6 +216,7 @@ def _play(folder, page, script):
     return json.loads(html.unescape(found[1]))
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize(
     ('mean', 'row'),
@@ -288,6 +289,7 @@ def played(toys, tmp_path_factory):
     return _play(tmp_path_factory.mktemp('played'), toys, script)
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_raises_no_errors_and_fits_a_phone(played):
     assert played['wrong'] == []
@@ -296,6 +298,7 @@ def test_the_page_raises_no_errors_and_fits_a_phone(played):
     assert played['unnamed'] == played['clickable'] == 0
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_window_moves_by_key_and_button(played):
     side = (small.SIZE + 1 - 5) // 2 + 1
@@ -305,6 +308,7 @@ def test_the_window_moves_by_key_and_button(played):
     assert played['still'] == 1 and played['played'] > 1 and played['paused']
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_walk_goes_by_key_and_button(played):
     count = 22 + 2

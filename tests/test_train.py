@@ -524,6 +524,7 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_run_follow_its_config():
     """What `data` says of colour reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
     on = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_scale': 'std', 'data.colour_epochs': 1.0}))
@@ -626,6 +627,7 @@ def test_deterministic_reaches_the_compiler(monkeypatch):
     run.train_step(state, batch, run.statistics, jax.random.key(0))  # the CPU's compiler takes it too
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_the_error_it_is_to_reach(tmp_path, capsys):
     """At the first line that is there; a lower one lets it go on, as one that was never stopped."""
     changes = {'num_steps': 60, 'log_every_steps': 5, 'eval_every_steps': 30, 'checkpoint_every_steps': 30}
