@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -200,9 +201,10 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
     stages = []
     for name, sizes in layers.sizes(network, checkpoint.image_size).items():
-        layer = network.table()[name]
+        layer, again = network.table()[name], Counter()
         for step in ('linear', *layer.then.split()):
-            (x,) = seen['intermediates'][f'{name}_{step}']
+            x = seen['intermediates'][f'{name}_{step}'][again[step]]
+            again[step] += 1
             what, words = _words(network, layer, sizes.inputs, step)
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             parameters = sizes.parameters if step == 'linear' else 0

@@ -151,6 +151,14 @@ def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
     assert 'id="walk"' in page and 'id="slide"' not in page and '#slide' not in page
 
 
+def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
+    """Of 8 kernels on 8 px maps: pooled to 4, then to 2."""
+    row = (8, 3, 5, (1, 1), 1, 0.1, 0.0, 'relu pool pool')
+    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(conv=(row,)), image_NHWC=_images())
+    sizes = re.findall(r'"what": "max pooling".*?"shape": "(\d+) x', page)
+    assert len(sizes) == 2 and int(sizes[1]) < int(sizes[0])
+
+
 @pytest.mark.parametrize(
     ('contents', 'message'),
     [
