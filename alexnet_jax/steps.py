@@ -65,7 +65,8 @@ def train_step(
       colour_steps: batches with colour, then it is off; None: it never is.
 
     Returns:
-      the new state, and sums of `metrics.sums` with 'gradient_norm', 'learning_rate' and 'finite'.
+      the new state, and sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
+      'learning_rate' and 'finite'.
     """
     count, image_size = len(batch['label']), augmentation.image_size
     if 'records' in batch:
@@ -83,6 +84,8 @@ def train_step(
     report = {
         **sums,
         'gradient_norm': norm,
+        'gradient_norms': {name: optax.global_norm(parts) for name, parts in grads.items()},
+        'update_norms': {name: optax.global_norm(parts) for name, parts in updates.items()},
         'learning_rate': optimizer.learning_rate(state.opt_state),
         'finite': finite,
     }

@@ -45,7 +45,7 @@ class TrainLog:
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
         self._saved = {'sums': None, 'steps': 0, 'error': None, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
         self._pending = deque()
-        self._norm = math.nan  # of the last gradient that was finite
+        self._norms = {}  # of the last gradient that was finite, and of its update
         self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
         self._paused = 0.0  # seconds that were no training
         self._printed = -math.inf
@@ -81,14 +81,15 @@ class TrainLog:
     def _take(self) -> None:
         step, report, waited, sent, log = self._pending.popleft()
         report = jax.device_get(report)
-        rate, norm = float(report.pop('learning_rate')), float(report.pop('gradient_norm'))
+        rate = float(report.pop('learning_rate'))
+        norms = {name: report.pop(name) for name in ('gradient_norm', 'gradient_norms', 'update_norms')}
         saved = self._saved
         saved['steps'] += 1
         self._clock.append((sent, waited))
         self._count_bad(step, self._batch_size - round(float(report['weight'])))
         if report.pop('finite'):
             saved['sums'] = metrics.merge(saved['sums'], report)
-            self._norm = norm
+            self._norms = jax.tree.map(float, norms)
             if self._stall.seen(float(report['loss']), float(report['weight'])):
                 writers.warn(self._stall.advice(step))
         else:
@@ -133,7 +134,7 @@ class TrainLog:
             'split': 'train',
             **metrics.finish(self._saved['sums']),
             'learning_rate': rate,
-            'gradient_norm': self._norm,
+            **self._norms,
             'images_per_second': speed,
             'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
         }

@@ -47,14 +47,18 @@ class RunWriter:
                 self._events = EventsWriter(os.path.join(workdir, 'events'), filename_suffix=f'.{step}')
 
     def write(self, line: dict) -> None:
-        """line: 'step', 'split' and numbers."""
+        """line: 'step', 'split' and numbers, or numbers by layer."""
         if not self._writes:
             return
         now = time.time()
         with self._telling():
             self._lines.write(json.dumps(line, allow_nan=False) + '\n')
             self._lines.flush()
+            flat = {}
             for key, value in line.items():
+                inside = value.items() if isinstance(value, dict) else ()
+                flat |= {f'{key}/{name}': number for name, number in inside} or {key: value}
+            for key, value in flat.items():
                 if key not in ('step', 'split'):
                     summary = scalar(f'{line["split"]}/{key}', value, display_name='', summary_description='')
                     self._events.write_event(event_pb2.Event(summary=summary, step=line['step'], wall_time=now))

@@ -101,12 +101,23 @@ def test_a_run_tells_its_story(uninterrupted):
     # The first update is of the stream's first batch, from the seed's parameters.
     run = assemble.build(config)
     batch = _first_batch(run)
-    _, report = run.train_step(run.init(jax.random.key(0)), batch, run.statistics, jax.random.key(0))
+    before = jax.device_get(run.init(jax.random.key(0)).params)
+    state, report = run.train_step(run.init(jax.random.key(0)), batch, run.statistics, jax.random.key(0))
     assert float(report['loss']) / 64 == train_lines[0]['loss']
+    # A layer's update is by how much its weights have changed; the gradient's norm is that of all layers' together.
+    moved = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
+    for layer, parts in moved.items():
+        norm = np.sqrt(sum(np.sum(part**2) for part in parts.values()))
+        assert train_lines[0]['update_norms'][layer] == pytest.approx(norm, rel=1e-3), layer
+    by_layer = np.array(list(train_lines[0]['gradient_norms'].values()))
+    assert len(by_layer) == 8 and train_lines[0]['gradient_norm'] == pytest.approx(
+        np.sqrt(np.sum(by_layer**2)), rel=1e-5
+    )
     for name in ('config.json', 'environment.json'):
         assert json.loads((workdir / name).read_text())
     events = _events(workdir)
     assert {step for step, tag in events if tag == 'train/loss'} == set(range(1, 31))
+    assert {step for step, tag in events if tag == 'train/update_norms/fc8'} == set(range(1, 31))
     assert {step for step, tag in events if tag == 'val/top1_error'} == {12, 24, 30}
 
 
