@@ -1,7 +1,11 @@
-"""`python -m alexnet_jax` lists the commands."""
+"""`python -m alexnet_jax` lists the commands; `python -m alexnet_jax main ...` is `python -m alexnet_jax.main ...`."""
 
 import ast
 import pathlib
+import runpy
+import sys
+
+from alexnet_jax.errors import did_you_mean
 
 COMMANDS = (
     'main',
@@ -23,6 +27,19 @@ def purpose(command: str) -> str:
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 
+def main(words: list[str]) -> None:
+    """Runs the command that `words` begin with, or lists them all."""
+    if not words:
+        for name in COMMANDS:
+            print(f'python -m alexnet_jax.{name:11} {purpose(name)}')
+        print('Each tells more with --help.')
+    elif words[0] in COMMANDS:
+        sys.argv = words
+        runpy.run_module(f'alexnet_jax.{words[0]}', run_name='__main__', alter_sys=True)
+    else:
+        print(f'error: there is no command {words[0]!r}.{did_you_mean(words[0], COMMANDS)}', file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == '__main__':
-    for name in COMMANDS:
-        print(f'python -m alexnet_jax.{name:10} {purpose(name)}')
+    main(sys.argv[1:])

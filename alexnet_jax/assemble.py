@@ -57,10 +57,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     Raises:
       UserError: the config does not fit the data, the devices or itself.
     """
-    _check_keys(config)
-    _check_ranges(config)
-    network = model.from_config(config.model)
-    augmentation = augment.from_config(config.data)
+    network, augmentation = network_of(config)
     dataset = sources.open_dataset(config.data.path) if dataset is None else dataset
     if dataset.statistics is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
@@ -136,6 +133,13 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
         examples=examples,
         total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
     )
+
+
+def network_of(config: ConfigDict) -> tuple[model.AlexNet, augment.Augmentation]:
+    """A config's network and augmentation, without looking at data or devices. Raises UserError."""
+    _check_keys(config)
+    _check_ranges(config)
+    return model.from_config(config.model), augment.from_config(config.data)
 
 
 def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:

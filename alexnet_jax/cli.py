@@ -92,9 +92,8 @@ def _call(main, words, required, arguments) -> None:
         _fail(str(error), 143)
     except KeyboardInterrupt:
         _fail('interrupted.', 130)
-    except BrokenPipeError:  # of `... | head`: whoever read the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(141)
+    except BrokenPipeError:
+        _nobody_reads()
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -108,9 +107,17 @@ def _call(main, words, required, arguments) -> None:
         _fail('the program is wrong; the other processes end with it.', 1)
 
 
+def _nobody_reads():
+    """Of `... | head`: whoever read the output has had enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    sys.exit(141)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(argv)
+    except BrokenPipeError:  # of `--help | head`
+        _nobody_reads()
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_config_error(argv) or _one_line(str(error)), 2)
     for name in _CONFIGS:

@@ -1,5 +1,6 @@
 """The table of layers: what a row may hold, and the sizes and costs that follow from it."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -109,6 +110,46 @@ def sizes(model, image_size: int, towers: int = 1) -> dict[str, Sizes]:
         parameters = (weights + layer.features) * (places if isinstance(layer, Local) else 1)
         found[name] = Sizes(inputs, linear, shape, dropped, parameters, 2 * weights * places)
     return found
+
+
+def crossing(model, image_size: int, towers: int) -> dict[str, int]:
+    """Numbers of one image that each tower gets from the other before a layer: {name: numbers}, of those that gather.
+
+    A layer with one group whose input is split reads all of it, and has half (see `model.AlexNet`).
+    """
+    found, split = {}, False
+    for (name, layer), size in zip(table(model).items(), sizes(model, image_size, towers).values(), strict=True):
+        if split and layer.groups == 1:
+            found[name] = math.prod(size.inputs) * (towers - 1) // towers
+        split = towers > 1
+    return found
+
+
+def summary(model, image_size: int, towers: int) -> str:
+    """A table of layers for people: shapes, parameters, products, and what crosses between towers."""
+    gathered = crossing(model, image_size, towers)
+    rows = [('layer', 'input', 'window', 'groups', 'output', 'then', 'parameters', 'Mflops', 'from the other tower')]
+    total = [0, 0, 0]
+    for (name, layer), size in zip(table(model).items(), sizes(model, image_size, towers).values(), strict=True):
+        numbers = (size.parameters, size.flops, gathered.get(name, 0))
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        window = f'{layer.kernel}x{layer.kernel} / {layer.stride}' if isinstance(layer, Conv) else ''
+        shapes = ['x'.join(map(str, shape)) for shape in (size.inputs, size.outputs)]
+        counts = (f'{numbers[0]:,}', f'{numbers[1] / 1e6:,.1f}', f'{numbers[2]:,}' if numbers[2] else '')
+        rows.append((name, shapes[0], window, str(layer.groups), shapes[1], layer.then, *counts))
+    rows.append(('all', '', '', '', '', '', f'{total[0]:,}', f'{total[1] / 1e6:,.1f}', f'{total[2]:,}'))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = [
+        '  '.join(
+            c.rjust(w) if i > 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    text.append(
+        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, one image forward: two flops a multiplication; '
+        'numbers that each tower receives (the gradient sends as many back).'
+    )
+    return '\n'.join(text)
 
 
 def _norm_in_halves(model, layer) -> bool:

@@ -37,7 +37,7 @@ _MAY_DIFFER = {
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) -> dict[str, float]:
     """Trains to the end, from the beginning or from the workdir's last checkpoint.
 
     At a step: update, evaluate, decide the rate, save; so what was decided is what is saved. A run that is stopped and
@@ -46,6 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     Args:
       config: see configs/paper.py; it is not changed.
       workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
+      profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
 
     Returns:
       the last validation's numbers (see `evaluate.one_pass`); empty without a val split, or if all was done before.
@@ -107,15 +108,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             so_far = {**meta, 'log': log.state(), 'unfinished': unfinished}
             checkpoints.save(state, run.dataset.statistics, so_far, error)
 
-        batches = run.batches(step)
+        batches, traced = run.batches(step), range(step + 2, step + 2 + profile)
         try:
             while step < run.total_steps or unfinished:
                 if not unfinished:
+                    if profile and step == traced.start:
+                        jax.profiler.start_trace(os.path.join(workdir, 'profile'))
                     began = time.perf_counter()
                     batch = next(batches)
                     waited = time.perf_counter() - began
                     state, report = run.train_step(state, run.to_mesh(data.tell_unreadable(batch)), run.statistics, key)
                     step += 1
+                    if profile and step == min(traced.stop, run.total_steps) and step > traced.start:
+                        jax.block_until_ready(state)
+                        jax.profiler.stop_trace()
                 logs, saves = (_due(step, config, run, f'{what}_every_steps') for what in ('log', 'checkpoint'))
                 last = step == run.total_steps
                 decides = val is not None and _due(step, config, run, 'eval_every_steps')
@@ -158,6 +164,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         finally:
             batches.close()
             writer.close()
+            with contextlib.suppress(RuntimeError):  # there is none any more
+                if profile:
+                    jax.profiler.stop_trace()
     return result
 
 

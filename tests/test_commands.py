@@ -170,6 +170,19 @@ def test_the_package_lists_its_commands():
     assert sorted(listed) == sorted(commands)
 
 
+def _package(*words):
+    return subprocess.run([sys.executable, '-m', 'alexnet_jax', *words], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_package_runs_a_command_and_suggests_the_nearest():
+    done = _package('evalute', '--json')
+    assert (done.returncode, done.stderr) == (2, "error: there is no command 'evalute'. Did you mean 'evaluate'?\n")
+    done = _package('main', '--config=configs/quickstart.py', '--summary')
+    assert done.returncode == 0 and 'conv5' in done.stdout and '2 towers, 28 px' in done.stdout
+    done = _package('main', '--config=configs/quickstart.py')
+    assert done.returncode == 2 and '--workdir is missing' in done.stderr
+
+
 def test_public_names():
     for name in alexnet_jax.__all__:
         assert getattr(alexnet_jax, name)

@@ -668,3 +668,13 @@ def test_a_fraction_of_the_images_is_what_an_epoch_has():
     for bad in (0.0, 1.5):
         with pytest.raises(UserError, match='data.fraction'):
             assemble.build(small.digits_config(**{'data.fraction': bad}))
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_the_updates_asked_for(tmp_path):
+    config = small.digits_config(num_steps=6, eval_every_steps=6)
+    train.train_and_evaluate(config, str(tmp_path), profile=2)
+    (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
+    assert b'train_step' in trace.read_bytes()
+    train.train_and_evaluate(small.digits_config(num_steps=4), str(tmp_path / 'again'), profile=9)  # shorter than that
+    assert list((tmp_path / 'again' / 'profile').rglob('*.xplane.pb'))

@@ -131,6 +131,10 @@ def test_collectives(variant, gathers):
     x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
     text = jax.jit(sharding.forward(network, mesh)).lower(params, x).compile().as_text()
     assert collections.Counter(re.findall(COLLECTIVES, text)) == {'all-gather': gathers}
+    # What the summary says crosses is what the program moves: two images of float32.
+    crossing = layers.crossing(network, 224, 2)
+    assert len(crossing) == gathers
+    assert sharding.moved(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
 
 
 @pytest.mark.parametrize(
@@ -221,3 +225,14 @@ def test_configs_say_where_they_come_from():
         if path.stem != 'quickstart':
             assert re.search(r'Here:|Here it was', doc), path.name
             assert re.search(r'top-1', doc) and re.search(r'centre crop|ten views', doc), path.name
+
+
+def test_the_papers_summary():
+    """Of one image each tower gets: half of 13x13x256 before conv 3, of 6x6x256, 4096 and 4096 before fc 6, 7 and 8."""
+    crossing = layers.crossing(model.AlexNet(), 224, 2)
+    assert crossing == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
+    assert layers.crossing(model.AlexNet(), 224, 1) == {}
+    text = layers.summary(model.AlexNet(), 224, 2)
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert '60,965,224' in rows['all'] and '30,336' in rows['all']
+    assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
