@@ -28,6 +28,7 @@ while [[ $(jobs -rp) ]]; do
   ((code == 143)) && grace=60 || grace=2
   left=$(jobs -rp)
   if [[ $left ]]; then
+    # shellcheck disable=SC2086 # several processes
     (trap 'kill $!; exit' TERM; sleep "$grace" & wait $!; kill -KILL $left) >/dev/null 2>&1 &
     killer=$!
     disown "$killer"

@@ -1,0 +1,118 @@
+"""The launchers: Slurm's script with stand-ins for its commands, the other files as far as they can be read."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / 'launch'
+# What the script uses of Slurm: tasks with a number each, the exit code of the worst, a list of hosts, the queue.
+SRUN = """#!/usr/bin/env python3
+import os, subprocess, sys
+words = [word for word in sys.argv[1:] if not word.startswith('--kill') and not word.startswith('--wait')]
+numbers = range(int(os.environ['SLURM_NTASKS']))
+tasks = [subprocess.Popen(words, env={**os.environ, 'SLURM_PROCID': str(i)}) for i in numbers]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$QUEUE"; fi
+"""
+
+
+def _slurm(tmp_path, *words, task=None):
+    for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'PYTHON': task or sys.executable,
+        'PYTHONPATH': str(ROOT),
+        'QUEUE': str(tmp_path / 'queue'),
+        'SLURM_JOB_NODELIST': 'node[1-2]',
+        'SLURM_JOB_ID': str(os.getpid()),
+        'SLURM_NTASKS': '2',
+    }
+    return subprocess.run(
+        [str(LAUNCH / 'slurm.sh'), *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def _task(tmp_path, end: str):
+    """In place of Python: says what it was given, and ends."""
+    path = tmp_path / 'task'
+    path.write_text(
+        '#!/bin/sh\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $@"\n' + end + '\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_slurm_gives_each_task_its_number_and_its_arguments_whole(tmp_path):
+    done = _slurm(tmp_path, '--config=a b', '--workdir=$HOME', task=_task(tmp_path, 'exit 0'))
+    assert done.returncode == 0 and not (tmp_path / 'queue').exists()
+    said = sorted(done.stdout.splitlines())
+    port = 20000 + os.getpid() % 20000
+    expected = '{} of 2 at 127.0.0.1:' + str(port) + ': -m alexnet_jax.main --config=a b --workdir=$HOME'
+    assert said == [expected.format(0), expected.format(1)]
+
+
+@pytest.mark.parametrize(('code', 'requeued'), [(143, True), (2, False), (1, False)])
+def test_slurm_puts_back_what_was_told_to_stop(tmp_path, code, requeued):
+    done = _slurm(tmp_path, task=_task(tmp_path, f'[ "$JAX_PROCESS_ID" = 0 ] || exit {code}'))
+    assert done.returncode == code
+    assert (tmp_path / 'queue').exists() == requeued
+    if requeued:
+        assert (tmp_path / 'queue').read_text() == f'requeue {os.getpid()}\n'
+
+
+@pytest.mark.slow
+def test_slurm_trains_on_two_processes_as_one_would(tmp_path):
+    options = ('--config=tests/faults/config.py', '--config.num_steps=12', '--cpu_devices=1')
+    done = _slurm(tmp_path, *options, f'--workdir={tmp_path}/two', '--config.mesh.data=2')
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = [sys.executable, '-m', 'alexnet_jax.main', *options, f'--workdir={tmp_path}/one']
+    subprocess.run(one, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, capture_output=True)
+    two, one = ([json.loads(line) for line in open(tmp_path / name / 'metrics.jsonl')] for name in ('two', 'one'))
+    assert [line['step'] for line in two] == [line['step'] for line in one]
+    for a, b in zip(two, one, strict=True):  # float32 over 12 updates; to 1e-9 in float64: tests/test_survival.py
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
+
+@pytest.mark.parametrize('name', ['local.sh', 'slurm.sh'])
+def test_scripts_are_shells(name):
+    subprocess.run(['bash', '-n', str(LAUNCH / name)], check=True)
+    if shutil.which('shellcheck') is None:
+        pytest.skip('read by bash; shellcheck, which would look closer, is not installed')
+    subprocess.run(['shellcheck', str(LAUNCH / name)], check=True)
+
+
+def test_the_jobset_agrees_with_itself_and_with_the_command():
+    found = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
+    name = found['metadata']['name']
+    (job,) = found['spec']['replicatedJobs']
+    spec = job['template']['spec']
+    pod = spec['template']['spec']
+    (container,) = pod['containers']
+    environment = {variable['name']: variable for variable in container['env']}
+    assert set(environment) == {'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'}
+    assert spec['parallelism'] == spec['completions'] == int(environment['JAX_NUM_PROCESSES']['value'])
+    assert spec['completionMode'] == 'Indexed'
+    # JobSet calls its pods JOBSET-JOB-REPLICA-INDEX, in a domain of the JobSet's name.
+    assert environment['JAX_COORDINATOR_ADDRESS']['value'].split(':')[0] == f'{name}-{job["name"]}-0-0.{name}'
+    assert {mount['name'] for mount in container['volumeMounts']} == {volume['name'] for volume in pod['volumes']}
+    assert container['args'][0] == 'main' and os.path.exists(ROOT / container['args'][1].split('=')[1])
+
+
+def test_the_image_has_what_the_package_is_built_from():
+    text = (LAUNCH / 'Dockerfile').read_text()
+    copied = {word for line in re.findall(r'^COPY (.*) \S+$', text, re.M) for word in line.split()}
+    assert {'pyproject.toml', 'README.md', 'LICENSE', 'alexnet_jax', 'configs'} == copied
+    assert all((ROOT / name).exists() for name in copied)
