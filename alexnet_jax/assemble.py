@@ -16,7 +16,7 @@ from alexnet_jax.statistics import FILE_NAME
 
 _KEYS = {  # of every config; the values are explained in configs/paper.py
     '': (
-        'seed', 'batch_size', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
+        'seed', 'batch_size', 'accumulate', 'num_epochs', 'num_steps', 'log_every_steps', 'eval_every_steps',
         'checkpoint_every_steps', 'stop_at_error', 'init_from', 'init_fresh', 'on_nonfinite', 'max_nonfinite', 'debug',
         'deterministic', 'data', 'model', 'mesh', 'optim',
     ),
@@ -24,7 +24,8 @@ _KEYS = {  # of every config; the values are explained in configs/paper.py
     'mesh.': ('data', 'tower'),
     'optim.': (
         'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
-        'layer_decays', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain', 'stages',
+        'layer_decays', 'trust', 'warmup_epochs', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain',
+        'stages',
     ),
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     augment.positions(dataset.record_size, image_size)
     mesh = sharding.make_mesh(**config.mesh)
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
-    sharding.check_batch(mesh, config.batch_size)
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
 
     train, cached = _cached(
         config.data.cache, sources.part(dataset.splits['train'], config.data.fraction), dataset, mesh
@@ -120,6 +121,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
                 colour_steps=round(augmentation.colour_epochs * steps_per_epoch)
                 if augmentation.colour_epochs
                 else None,
+                parts=(config.accumulate, mesh.shape['data']),
             ),
             out_shardings=(shardings, everywhere),
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time

@@ -37,6 +37,8 @@ def make_optimizer(
     weight_decay: float,
     bias_decay: float,
     layer_decays: tuple[tuple[str, float], ...],
+    trust: float,
+    warmup_epochs: float,
     schedule: str,
     drop_factor: float,
     max_drops: int,
@@ -65,6 +67,9 @@ def make_optimizer(
       bias_decay: of biases. The paper speaks of weights, the authors' code (and Caffe's) decays weights only: 0.
         `torch.optim.SGD` decays both alike.
       layer_decays: (layer, decay): of that layer's weights, instead of weight_decay.
+      trust: LARS (You, Gitman, Ginsburg 2017): the step of each layer's weights is times trust * |w| / |gradient +
+        decay * w|, so that a large batch's rate suits every layer; 0: not. Biases keep theirs.
+      warmup_epochs: the rate rises in equal steps to its value over so many epochs (Goyal et al. 2017); 0: not.
       schedule: 'plateau' divides the rate when validation stalls; 'epochs' follows `stages`.
       drop_factor: what a drop on 'plateau' multiplies the rate by; 0.1 in the paper.
       max_drops: at most so many on 'plateau'; three in the paper.
@@ -87,6 +92,8 @@ def make_optimizer(
         ('momentum', momentum, 0 <= momentum < 1),
         ('weight_decay', weight_decay, 0 <= weight_decay < math.inf),
         ('bias_decay', bias_decay, 0 <= bias_decay < math.inf),
+        ('trust', trust, 0 <= trust < math.inf),
+        ('warmup_epochs', warmup_epochs, 0 <= warmup_epochs < math.inf),
         ('drop_factor', drop_factor, 0 < drop_factor <= 1),
         ('patience', patience, patience >= 1),
         ('max_drops', max_drops, max_drops >= 0),
@@ -101,13 +108,18 @@ def make_optimizer(
     else:
         rows = _check_stages(stages, layers)
     starts = [round(row[0] * steps_per_epoch) for row in rows]
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    by_trust = optax.scale_by_trust_ratio(trust_coefficient=trust)
 
     def stage(state: SgdState):
         """Which row holds for the next update."""
         return state.drops if schedule == 'plateau' else sum((state.count >= s for s in starts[1:]), jnp.int32(0))
 
+    def warmed(rate, state: SgdState):
+        return rate * jnp.minimum(1.0, (state.count + 1) / warmup_steps) if warmup_steps else rate
+
     def rate(state: SgdState):
-        return jnp.asarray([learning_rate * row[1] for row in rows])[stage(state)]
+        return warmed(jnp.asarray([learning_rate * row[1] for row in rows])[stage(state)], state)
 
     def rates_of(layer: str, part: str) -> list[float]:
         """Of one array, row by row."""
@@ -128,12 +140,15 @@ def make_optimizer(
         now = stage(state)
 
         def rate_now(path):
-            return jnp.asarray(rates_of(path[0].key, path[-1].key))[now]
+            return warmed(jnp.asarray(rates_of(path[0].key, path[-1].key))[now], state)
 
         def velocity(path, v, g, w):
             step, own = rate_now(path), dict(layer_decays).get(path[0].key, weight_decay)
             decay = bias_decay if path[-1].key == 'bias' else own
             scale = step if rate_in_velocity else 1.0
+            if trust and path[-1].key != 'bias':
+                scaled, _ = by_trust.update(g + decay * w, by_trust.init(w), w)
+                return jnp.where(step > 0, momentum * v - scale * scaled, v).astype(w.dtype)
             return jnp.where(step > 0, momentum * v - decay * scale * w - scale * g, v).astype(w.dtype)
 
         def change(path, v):

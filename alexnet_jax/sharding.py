@@ -134,13 +134,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises UserError where a batch does not divide into the mesh's parts."""
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UserError where a batch does not divide into the mesh's parts, and each into `accumulate`."""
     parts = mesh.shape['data']
     if batch_size < 1 or batch_size % parts:
         raise UserError(
             f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '
             'or another mesh.data.'
+        )
+    if accumulate < 1 or batch_size % (parts * accumulate):
+        raise UserError(
+            f'batch_size={batch_size} does not divide into accumulate={accumulate} times {parts} parts of mesh.data; '
+            f'use a multiple of {parts * max(1, accumulate)}.'
         )
 
 

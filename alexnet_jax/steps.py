@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from alexnet_jax import augment, metrics, model
 from alexnet_jax.augment import Augmentation
@@ -25,15 +26,22 @@ def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: in
     return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
 
 
-def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable):
+def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable, total=None):
     """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
 
-    x_NHWC: float [N, s, s, 3] from `augment.finish`; batch: 'label' and 'weight', [N].
+    x_NHWC: float [N, s, s, 3] from `augment.finish`; batch: 'label' and 'weight', [N]. total: what the sum is divided
+    by, where this is a part of a batch.
     """
     logits = forward(params, x_NHWC, masks)
     likelihood = metrics.log_likelihood(logits, batch['label'])
     sums = metrics.sums(likelihood, logits, batch['label'], batch['weight'])
-    return sums['loss'] / jnp.maximum(sums['weight'], 1), sums
+    return sums['loss'] / (jnp.maximum(sums['weight'], 1) if total is None else total), sums
+
+
+def _dealt(x_N, parts: int, shards: int):
+    """[parts, N / parts, ...]: each part has as many rows of every shard, so that nothing moves between devices."""
+    rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(parts, -1, *x_N.shape[1:])
 
 
 def train_step(
@@ -47,6 +55,7 @@ def train_step(
     optimizer: Optimizer,
     augmentation: Augmentation,
     colour_steps: int | None = None,
+    parts: tuple[int, int] = (1, 1),
 ) -> tuple[TrainState, dict]:
     """Takes one batch: forward, backward, update.
 
@@ -63,6 +72,8 @@ def train_step(
       optimizer: from `optim.make_optimizer`.
       augmentation: how bytes become inputs.
       colour_steps: batches with colour, then it is off; None: it never is.
+      parts: (how many, parts of the mesh's data axis): the batch is computed in so many parts, one after the other, and
+        their gradients are added: the same update, of one part's memory.
 
     Returns:
       the new state, and sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
@@ -74,8 +85,20 @@ def train_step(
     masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
     colour = True if colour_steps is None else state.step < colour_steps
     dtype = jnp.promote_types(network.dtype, jnp.float32)
-    x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
-    grads, sums = jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward)
+    total = jnp.maximum(batch['weight'].sum(), 1) if parts[0] > 1 else None
+
+    def gradient(part):
+        batch, masks = part
+        x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
+        return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
+
+    if parts[0] == 1:
+        grads, sums = gradient((batch, masks))
+    else:
+        split = jax.tree.map(lambda x: _dealt(x, *parts), (batch, masks))
+        first = gradient(jax.tree.map(lambda x: x[0], split))
+        add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, gradient(part)), None)  # noqa: E731
+        (grads, sums), _ = lax.scan(add, first, jax.tree.map(lambda x: x[1:], split))
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))

@@ -31,7 +31,7 @@ from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_yo
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
     'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'stop_at_error',
-    'debug', 'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers',
+    'accumulate', 'debug', 'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers',
     'data.num_threads', 'data.cache', 'data.max_bad',
 }  # fmt: skip
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
@@ -316,9 +316,9 @@ def _completed(config: dict) -> dict:
     return json.loads(
         json.dumps(
             {
-                **{'init_fresh': (), 'stop_at_error': 0.0},
+                **{'init_fresh': (), 'stop_at_error': 0.0, 'accumulate': 1},
                 **config,
-                'optim': {'layer_decays': (), **config['optim']},
+                'optim': {'layer_decays': (), 'trust': 0.0, 'warmup_epochs': 0.0, **config['optim']},
                 'model': {key: getattr(network, key) for key in model.FIELDS},
                 'data': {'fraction': 1.0, **config['data'], **augmentation._asdict()},
             }

@@ -163,3 +163,32 @@ def test_a_layers_own_decay_takes_the_place_of_that_of_all():
             v = 0.9 * v - decay * 0.01 * w
             w = w + v
             chex.assert_trees_all_close(history[i][part], np.array([w], np.float32), rtol=1e-6)
+
+
+def test_lars_is_optaxs():
+    """Ten updates of kernels with decay and momentum, and one drop; biases go as ever."""
+    rng = np.random.default_rng(0)
+    w, gradients = rng.standard_normal(5), rng.standard_normal((10, 5))
+    with jax.enable_x64():
+        history, _ = _run(_optimizer(stages=DROPS, trust=0.01), w, gradients)
+        plain, _ = _run(_optimizer(stages=DROPS), w, gradients)
+        rates = np.array([0.01 / 10 ** ((i >= 3) + (i >= 6)) for i in range(10)])
+        # optax multiplies by the rate before the velocity, as the paper.
+        lars = optax.lars(lambda count: jnp.asarray(rates)[count], 0.0005, trust_coefficient=0.01, momentum=0.9)
+        theirs = jnp.asarray(w)
+        state = lars.init(theirs)
+        for i, g in enumerate(gradients):
+            updates, state = lars.update(jnp.asarray(g), state, theirs)
+            theirs = optax.apply_updates(theirs, updates)
+            chex.assert_trees_all_close(history[i]['kernel'], np.asarray(theirs), rtol=1e-9)
+            chex.assert_trees_all_close(history[i]['bias'], plain[i]['bias'], rtol=1e-12)
+
+
+def test_warm_up_by_hand():
+    """Four updates of warm-up: a quarter, a half, three quarters and all of the rate; then on as without."""
+    optimizer = _optimizer(warmup_epochs=0.4, momentum=0.0, weight_decay=0.0)
+    history, state = _run(optimizer, np.zeros(1), np.ones((6, 1)))
+    steps = -np.diff([0.0, *(float(h['kernel'][0]) for h in history)])
+    chex.assert_trees_all_close(steps, 0.01 * np.array([0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-5)
+    assert float(optimizer.learning_rate(optimizer.tx.init({}))) == pytest.approx(0.0025)
+    assert float(optimizer.learning_rate(state)) == pytest.approx(0.01)

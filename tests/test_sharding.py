@@ -39,7 +39,7 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
         assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
 
 
-def _train(network, mesh, number, size):
+def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
     """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
     optimizer = small.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
     rng = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def _train(network, mesh, number, size):
     params = small.to_float64(small.init(network, 0, size))
     state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
-    fixed = dict(network=network, forward=forward, optimizer=optimizer)
+    fixed = dict(network=network, forward=forward, optimizer=optimizer, parts=(parts, mesh.shape['data']))
     fixed['augmentation'] = augment.Augmentation(image_size=size)
     step = jax.jit(lambda *args: steps.train_step(*args, **fixed))
     gradient = None
@@ -60,7 +60,7 @@ def _train(network, mesh, number, size):
             'reflect': rng.random(4) < 0.5,
             'colour': rng.normal(0, 0.1, (4, 3)),
             'label': rng.integers(0, 12, 4, np.int32),
-            'weight': np.ones(4, np.float32),
+            'weight': np.array(weight, np.float32),
         }
         state, report = step(state, sharding.to_mesh(mesh, batch), statistics, jax.random.key(7))
         assert report['finite']
@@ -85,6 +85,18 @@ def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_siz
         found = _train(network, sharding.make_mesh(data=data, tower=tower), 3, size)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == np.float64
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(('data', 'tower'), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_batch_in_parts_makes_the_same_update(data, tower):
+    """With dropout, and an image that could not be read: one part has more that counts than the other."""
+    weight = (1, 0, 1, 1)
+    with jax.enable_x64():
+        network = small.network(dtype='float64')
+        whole = _train(network, sharding.make_mesh(data=1, tower=1), 2, small.SIZE, weight=weight)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 2, small.SIZE, parts=2, weight=weight)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
 
 
@@ -148,6 +160,15 @@ def test_each_tower_of_a_part_reads_the_same_images():
         for device in mesh.devices[i]:
             chex.assert_trees_all_equal(rows[device], np.arange(4, dtype=np.float32) + 4 * i)
     assert sharding.data_shard(mesh) == (0, 1)
+
+
+def test_batches_that_do_not_divide_into_parts():
+    mesh = sharding.make_mesh(data=2, tower=1)
+    sharding.check_batch(mesh, 8, 4)
+    with pytest.raises(UserError, match='batch_size=8 does not divide into accumulate=3 times 2 parts.*multiple of 6'):
+        sharding.check_batch(mesh, 8, 3)
+    with pytest.raises(UserError, match='accumulate=0'):
+        sharding.check_batch(mesh, 8, 0)
 
 
 def test_mesh_errors(capsys):
