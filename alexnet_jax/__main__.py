@@ -8,17 +8,9 @@ import sys
 from alexnet_jax.errors import did_you_mean
 
 COMMANDS = (
-    'main',
-    'prepare',
-    'evaluate',
-    'predict',
-    'features',
-    'figures',
-    'experiments',
-    'convert',
-    'benchmark',
+    'main', 'prepare', 'evaluate', 'predict', 'features', 'figures', 'experiments', 'convert', 'export', 'benchmark',
     'verify',
-)
+)  # fmt: skip
 
 
 def purpose(command: str) -> str:

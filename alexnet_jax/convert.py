@@ -184,8 +184,8 @@ def convert(
         if mean or config is not None or classes:
             raise UserError('--mean, --config and --classes are for --to=checkpoint; a checkpoint holds them already.')
         loaded = checkpoint.load_checkpoint(source)
-        with _new_directory(output) as folder:
-            _write_safetensors(folder, loaded)
+        with new_directory(output) as folder:
+            write_safetensors(folder, loaded)
         return
     if not os.path.isfile(source):
         kind = 'a folder; for a checkpoint add --to=safetensors' if os.path.isdir(source) else 'nothing'
@@ -216,7 +216,7 @@ def convert(
         'fingerprint': '',
     }
     state = steps.TrainState(np.int32(0), to_params(network, image_size, found, bgr=bgr), None)
-    with _new_directory(output) as folder, checkpoint.Checkpoints(folder) as checkpoints:
+    with new_directory(output) as folder, checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(state, stats, meta, None)
         checkpoints.wait()
     _describe(network, found, plain['data'], used)
@@ -303,7 +303,8 @@ def _class_names(count: int, path: str | None, own: dict | None) -> list[str]:
     return names
 
 
-def _write_safetensors(folder: str, loaded: checkpoint.Checkpoint) -> None:
+def write_safetensors(folder: str, loaded: checkpoint.Checkpoint) -> None:
+    """Writes `FILE_NAME`, as PyTorch lays weights out, and the statistics beside it, into a folder."""
     import safetensors.numpy
 
     tensors = {}
@@ -316,7 +317,7 @@ def _write_safetensors(folder: str, loaded: checkpoint.Checkpoint) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(output: str) -> Iterator[str]:
+def new_directory(output: str) -> Iterator[str]:
     """A sibling of `output` to be written into; renamed to it at the end, removed where that is not reached."""
     output = os.path.abspath(output)
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
@@ -325,6 +326,8 @@ def _new_directory(output: str) -> Iterator[str]:
         os.makedirs(partial)
         yield partial
         os.rename(partial, output)
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # orbax and tensorstore: each its own kind
         reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
         raise UserError(f'cannot write {output!r}: {reason}.') from error

@@ -223,7 +223,7 @@ ONLY = {
     'flax': {'model'},
     'optax': {'optim', 'steps'},
     'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data', 'benchmark'}
-    | {'features', 'figures', 'experiments'},
+    | {'features', 'figures', 'experiments', 'export'},
     'torch': {'weights', 'peer', 'benchmark'},
     'google': {'weights', 'writers'},
     'safetensors': {'weights', 'convert'},

@@ -324,7 +324,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def read(folder, monkeypatch, capsys):
     """Does all that converting a file takes, but write."""
-    monkeypatch.setattr(convert, '_new_directory', lambda output: contextlib.nullcontext())
+    monkeypatch.setattr(convert, 'new_directory', lambda output: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, 'Checkpoints', _Nowhere)
 
     def read(name, content):
