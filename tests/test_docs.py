@@ -2,8 +2,12 @@
 
 import ast
 import functools
+import os
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -79,3 +83,27 @@ def test_every_statement_of_the_paper_is_there():
         pytest.skip('needs the numbered statements of the paper, which this machine has not got')
     ids = re.findall(r'^\| (\w[\w.]*) \|', notes.read_text(), flags=re.MULTILINE)
     assert list(_rows()) == [i for i in ids if i != 'id'] and len(ids) > 50
+
+
+def _commands(page):
+    blocks = re.findall(r'```bash\n(.*?)```', (ROOT / 'docs' / page).read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', ['variants.md', 'trouble.md'])
+def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
+    """Those in ```bash blocks, in their order; runs/ is elsewhere."""
+    commands = _commands(page)
+    assert commands
+    for command in commands:
+        words = [word.replace('=runs/', f'={tmp_path}/runs/') for word in shlex.split(command)]
+        assert words[:2] == ['python', '-m']
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=ROOT,
+            env={**os.environ, 'PYTHONPATH': str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f'{command}: {done.stderr[-2000:]}'
