@@ -8,8 +8,8 @@ import sys
 from alexnet_jax.errors import did_you_mean
 
 COMMANDS = (
-    'main', 'prepare', 'evaluate', 'predict', 'features', 'figures', 'experiments', 'convert', 'export', 'benchmark',
-    'verify',
+    'main', 'tune', 'prepare', 'evaluate', 'predict', 'features', 'figures', 'experiments', 'convert', 'export',
+    'benchmark', 'verify',
 )  # fmt: skip
 
 

@@ -84,6 +84,8 @@ def main(arguments: Sequence[str]) -> None:
     cli.set_up_jax()
     files = files_in(arguments)
     checkpoint = load_checkpoint(args.checkpoint)
+    if args['top'].using_default_value:
+        args.top = min(args.top, len(checkpoint.class_names))
     if not 1 <= args.top <= len(checkpoint.class_names):
         raise UserError(f'--top={args.top}; expected 1 to {len(checkpoint.class_names)}, the number of classes.')
     for line in best(checkpoint, files, views=args.views, top=args.top):
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.")
     flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
-    flags.DEFINE_integer('top', 5, 'Labels an image.')
+    flags.DEFINE_integer('top', 5, 'Labels an image; all, where there are fewer classes.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object for each file.')
     cli.define_cpu_devices()
     cli.run(main, required=('checkpoint',), arguments='IMAGE_OR_FOLDER')

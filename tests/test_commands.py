@@ -216,14 +216,14 @@ ORDER = (
     'data',
 )
 ONLY = {
-    'ml_collections': {'assemble', 'train', 'main', 'cli', 'convert', 'benchmark', 'suites', 'experiments'},
+    'ml_collections': {'assemble', 'train', 'main', 'cli', 'convert', 'benchmark', 'suites', 'experiments', 'tune'},
     'grain': {'data'},
     'tensorflow_datasets': {'sources', 'prepare', 'listing'},
     'orbax': {'checkpoint'},
     'flax': {'model'},
     'optax': {'optim', 'steps'},
     'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data', 'benchmark'}
-    | {'features', 'figures', 'experiments', 'export'},
+    | {'features', 'figures', 'experiments', 'export', 'tune'},
     'torch': {'weights', 'peer', 'benchmark'},
     'google': {'weights', 'writers'},
     'safetensors': {'weights', 'convert'},

@@ -27,6 +27,8 @@ VARIANTS = {
     'paper': (60_965_224, PAPER),
     'paper:init=authors': (60_965_224, PAPER),
     'authors_2012': (60_965_224, PAPER),
+    'finetune': (60_965_224, PAPER),
+    'finetune:scratch': (60_965_224, PAPER),
     'large_batch': (60_965_224, PAPER),
     'large_batch:512': (60_965_224, PAPER),
     'authors_2012:schedule=2012': (60_965_224, PAPER),

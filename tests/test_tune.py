@@ -1,0 +1,80 @@
+"""Own pictures in one command: from class folders to a network, then another one tuned from it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from alexnet_jax import checkpoint, sources, tune
+from tests import small
+from tests.conftest import ROOT
+from tests.test_features import untrained
+
+CONFIG = """
+from tests import small
+
+def get_config():
+    return small.digits_config(**{'num_epochs': 6.0, 'batch_size': 16, 'mesh.tower': 1, 'log_every_steps': 0})
+"""
+
+
+def _pictures(folder, classes, count=40):
+    """Digits as PNG, in folders named by words."""
+    taken = dict.fromkeys(classes, 0)
+    for i, record in enumerate(sources.open_dataset('digits').split('train')):
+        if record['label'] in classes and taken[record['label']] < count:
+            taken[record['label']] += 1
+            path = folder / f'digit {record["label"]}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(record['image']).resize((50, 40)).save(path)
+    return folder
+
+
+def _run(module, *words, code=0):
+    done = subprocess.run(
+        [sys.executable, '-m', f'alexnet_jax.{module}', *map(str, words), '--cpu_devices=1'],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_from_class_folders_to_predictions(tmp_path):
+    (tmp_path / 'config.py').write_text(CONFIG)
+    pictures, out = _pictures(tmp_path / 'pictures', (0, 1, 4)), tmp_path / 'out'
+    words = (f'--input={pictures}', f'--output={out}', f'--config={tmp_path}/config.py')
+    said = _run('tune', *words)
+    assert 'of 12 val images, ten views' in said and (out / 'figures' / 'confusion.png').exists()
+    first = checkpoint.load_checkpoint(str(out / 'run'))
+    assert first.class_names == ('digit 0', 'digit 1', 'digit 4')
+    assert 'is finished' in _run('tune', *words)  # again: nothing is prepared or trained
+    assert 'digit ' in _run('predict', f'--checkpoint={out}/run', pictures / 'digit 4')
+
+    # Tuned for other classes: all layers but the classifier come from there.
+    others, tuned = _pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
+    words = (f'--input={others}', f'--output={tuned}', f'--config={tmp_path}/config.py', f'--init_from={out}/run')
+    said = _run('tune', *words, '--config.num_steps=1', '--config.optim.learning_rate=0.0')
+    assert 'fc8 starts afresh' in said
+    second = checkpoint.load_checkpoint(str(tuned / 'run'))
+    assert second.class_names == ('digit 2', 'digit 7') and second.record_size == first.record_size
+    assert all(
+        (second.params[name]['kernel'] == first.params[name]['kernel']).all() for name in ('conv1', 'conv5', 'fc7')
+    )
+    assert 'there is no checkpoint' in _run('tune', *words[:-1], '--init_from=nowhere', code=2)
+
+
+def test_a_tuned_config_is_the_checkpoints_network_with_the_configs_rates(tmp_path):
+    source = checkpoint.load_checkpoint(untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5}))
+    config = small.digits_config(**{'optim.learning_rate': 0.5, 'data.image_size': 20, 'data.num_threads': 3})
+    found = tune.tuned(config, source, 'somewhere', 7)
+    assert (found.model.lrn_k, found.data.mean, found.data.image_size) == (1.5, 'channel', 28)
+    assert (found.optim.learning_rate, found.data.num_threads) == (0.5, 3)
+    assert (found.data.path, found.model.num_classes) == ('somewhere', 7)
+    assert dict(found.optim.layer_rates) == {'fc8': 10.0}
+    assert config.data.image_size == 20 and config.optim.layer_rates == ()  # as it was
+    config.optim.layer_rates = (('conv1', 0.0),)
+    assert dict(tune.tuned(config, source, '', 7).optim.layer_rates) == {'conv1': 0.0}
+    assert tune.tuned(config, None, '', 7).data.image_size == 20
