@@ -59,7 +59,8 @@ def to_params(network: model.AlexNet, image_size: int, found: Sequence[Layer], *
 
 def from_params(network: model.AlexNet, image_size: int, params: dict[str, Any]) -> list[Layer]:
     """The inverse of `to_params`, RGB; named as torchvision does where it has such a network, else conv1 ... fc8."""
-    _check_shared(network)
+    if network.local:
+        raise UserError('model.local: no other format has layers with kernels of their own at every place.')
     table = network.table()
     plain = not any({'lrn', 'spatial_norm', 'tanh', 'avg_pool'} & set(row.then.split()) for row in table.values())
     counts = (len(network.conv), len(network.dense))
@@ -89,12 +90,11 @@ def fit(config: dict[str, Any], found: Sequence[Layer]) -> dict[str, Any]:
       UserError: the weights are not of such a network; says what was expected and found, layer by layer.
     """
     network = model.from_config(config['model'])
-    _check_shared(network)
     sizes = layers.sizes(network, config['data']['image_size'])
     queues = {kind: [layer for layer in found if layer.weight.ndim == ndim] for kind, ndim in ((Conv, 4), (Dense, 2))}
     rows, report, channels, last = [], [], 3, list(sizes)[-1]
     for name, row in network.table().items():
-        layer = queues[type(row)].pop(0) if queues[type(row)] else None
+        layer = queues[type(row)].pop(0) if queues.get(type(row)) else None
         inputs = sizes[name].inputs
         places = inputs[0] * inputs[1] if isinstance(row, Dense) and len(inputs) == 3 else 1
         groups = (1,) if name in ('conv1', last) else (1, 2) if isinstance(row, Dense) else None
@@ -116,11 +116,6 @@ def fit(config: dict[str, Any], found: Sequence[Layer]) -> dict[str, Any]:
     config = {**config, 'model': {**config['model'], **fields}}
     layers.sizes(model.from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
     return config
-
-
-def _check_shared(network: model.AlexNet) -> None:
-    if network.local:
-        raise UserError('model.local: no other format has layers with kernels of their own at every place.')
 
 
 def _fit_row(row: Conv | Dense, layer: Layer | None, channels: int, places: int, allowed: tuple[int, ...] | None):

@@ -399,8 +399,8 @@ def _wrong_files(folder):
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
     _, plain = convert._default_config('torchvision.py')
     for part, key, said in (
-        ('model', 'lrn_k', 'expected the metadata that'),
-        ('data', 'colour_std', 'expected the metadata that'),
+        ('model', 'lrn_k', 'model.lrn_k is 1000+; expected a number above 0'),
+        ('data', 'colour_std', 'data.colour_std=1000+; expected a number of 0 or more'),
         ('model', '\n', r'own.safetensors.: model.\? is unknown.'),
     ):
         changed = {**plain, part: {**plain[part], key: 10**400}}
