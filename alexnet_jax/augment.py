@@ -158,6 +158,11 @@ def cut_on_device(batch: dict, size: int) -> dict:
     return {**rest, 'image': jax.vmap(one)(batch['index'], batch['offset'], batch['reflect'])}
 
 
+def record_size(image_size: int) -> int:
+    """Side of the records that cut-outs of a size are taken from, in the paper's proportion: 256 for 224."""
+    return -(-image_size * 8 // 7)
+
+
 def positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
     """Places at which a cut-out may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
 

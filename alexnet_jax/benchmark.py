@@ -12,7 +12,6 @@ table of medians, what the compiled step moves between devices, a line of JSON a
 
 import contextlib
 import json
-import math
 import os
 import resource
 import statistics as stats
@@ -81,9 +80,9 @@ def synthetic(config) -> Any:
     """`sources.Dataset` of a few random squares, 256 px for 224: what a step costs does not depend on the pixels."""
     import numpy as np
 
-    from alexnet_jax import sources, statistics
+    from alexnet_jax import augment, sources, statistics
 
-    size = math.ceil(config.data.image_size * 8 / 7)
+    size = augment.record_size(config.data.image_size)
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     moments = statistics.no_moments(size)
     for image in images:

@@ -154,7 +154,6 @@ class Checkpoints:
             processes.first_decides(lambda: self._make_place(step))
             self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
         self._sealing = self._sealer.submit(self._seal, step)
-        self._sealing.add_done_callback(lambda done: done.exception() and processes.end_soon(done.exception()))
 
     def _make_place(self, step: int) -> None:
         if os.path.exists(self._path(step)):

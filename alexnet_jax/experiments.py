@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import (
     assemble,
+    augment,
     benchmark,
     checkpoint,
     cifar,
@@ -38,6 +39,7 @@ from alexnet_jax import (
     sources,
     suites,
     train,
+    writers,
 )
 from alexnet_jax.errors import DivergedError, UserError, did_you_mean
 from alexnet_jax.suites import Arm
@@ -81,21 +83,15 @@ def run(trial: Trial, suite: str, dataset: sources.Dataset) -> dict[str, Any]:
         diverged = True
     with checkpoint.Checkpoints(trial.workdir, read_only=True) as saved:
         step = saved.latest()
-    found = _read(path)
-    if found.get('step') != step:
+    found = None
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    if found is None or found['step'] != step:  # a run that was made longer is measured again
         found = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
-        with open(path + '.tmp', 'w', encoding='utf-8') as file:
-            json.dump(found, file)
-        os.replace(path + '.tmp', path)
+        writers.write_json(trial.workdir, {'result': found})
     jax.clear_caches()  # the next network is another program
     return {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, **found}
-
-
-def _read(path: str) -> dict[str, Any]:
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
 
 
 def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
@@ -111,7 +107,8 @@ def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
         'train_error': error,
         'reached': 0 < error <= config.stop_at_error,
     }
-    if (split := results.test_split(dataset)) is not None:
+    if name := results.tested_on(dataset):
+        split = dataset.splits[name]
         mesh = sharding.make_mesh(data=len(jax.devices()), tower=1)
         found['test_images'] = len(split)
         ten = dataset.record_size > config.data.image_size  # else all ten are the same two
@@ -165,7 +162,7 @@ def figure1(base: ConfigDict, seeds: int, output: str, dataset: sources.Dataset)
 
 def averaged(suite: str, found: Sequence[Trial], dataset: sources.Dataset) -> report.Table:
     """`views`: the centre against ten views; `ensemble`: one network against the average of all, over ten views."""
-    split, mesh = results.test_split(dataset), sharding.make_mesh(data=len(jax.devices()), tower=1)
+    split, mesh = dataset.splits[results.tested_on(dataset)], sharding.make_mesh(data=len(jax.devices()), tower=1)
     loaded = [results.last(trial.workdir) for trial in found]
     keys, tested = ('top1_error', 'top5_error'), {}
     for views in (1, 10):
@@ -264,7 +261,7 @@ def main(words: Sequence[str]) -> None:
     cli.set_up_jax()
     base = ConfigDict(args.base.to_dict())
     small = suite in (FIGURE1, 'cifar10')
-    size = 32 if small else math.ceil(base.data.image_size * 8 / 7)
+    size = 32 if small else augment.record_size(base.data.image_size)
     base.data.fraction, base.log_every_steps = args.scale, 0
     if args.dry_run:
         _show(suite, base, seeds, args)
@@ -279,19 +276,27 @@ def main(words: Sequence[str]) -> None:
     csv = os.path.join(args.output, 'results.csv')
     if suite == FIGURE1:
         found, rows = figure1(base, seeds, args.output, dataset)
-        table = results.figure1_table(rows, list(dict.fromkeys(trial.arm.name for trial in found)), RATES)
     else:
-        if results.test_split(dataset) is None:
+        if not results.tested_on(dataset):
             raise UserError(f'{args.data!r} has no val and no test images to measure on; prepare with --val_fraction.')
         found, rows = trials(arms, base, seeds, args.output), []
         for i, trial in enumerate(found):
             print(f'{i + 1}/{len(found)}  {trial.arm.name}, seed {trial.seed}', flush=True)
             rows.append(run(trial, suite, dataset))
             results.write_csv(csv, rows)
-        table = averaged(suite, found, dataset) if suite in AVERAGED else results.comparison(suite, rows, arms)
     results.write_csv(csv, rows)
-    print(results.text(table))
-    results.publish(suite, args.output, table, {trial.workdir: trial.arm.name for trial in found}, rows, dataset)
+    diverged = {(row['arm'], row['seed']) for row in rows if row['diverged']}
+    whole = [trial for trial in found if (trial.arm.name, trial.seed) not in diverged]
+    if not whole:
+        raise UserError(f'all networks of {suite} diverged; lower --base.optim.learning_rate, in another --output.')
+    if suite == FIGURE1:
+        tables = [results.figure1_table(rows, list(dict.fromkeys(trial.arm.name for trial in found)), RATES)]
+    elif suite in AVERAGED:
+        tables = [averaged(suite, whole, dataset)]
+    else:
+        tables = [results.comparison(suite, rows, arms), results.colours(rows, arms)]
+    print('\n\n'.join(map(results.text, tables)))
+    results.publish(suite, args.output, tables, {trial.workdir: trial.arm.name for trial in whole}, rows, dataset)
     print(f'{args.output}/results.csv and {args.output}/report.html are written.')
 
 

@@ -184,7 +184,7 @@ def from_config(fields: dict[str, Any]) -> AlexNet:
     for key in fields:
         if key not in FIELDS:
             raise UserError(f'model.{key} is unknown.{did_you_mean(key, FIELDS)}')
-    model = AlexNet(**{key: _tuples(value) for key, value in fields.items()})
+    model = AlexNet(**{key: tuples(value) for key, value in fields.items()})
     for name, kind, rows in (('conv', Conv, model.conv), ('local', Local, model.local), ('dense', Dense, model.dense)):
         if not isinstance(rows, tuple):
             raise UserError(f'model.{name}={rows!r}; expected a tuple of rows ({", ".join(kind._fields)}).')
@@ -202,8 +202,9 @@ def from_config(fields: dict[str, Any]) -> AlexNet:
     return model
 
 
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def tuples(value):
+    """Lists, as JSON gives them, as the tuples that they were."""
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 _COUNTS = {

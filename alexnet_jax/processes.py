@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import resource_tracker
@@ -89,24 +88,6 @@ def first_decides(function: Callable[[], Any]) -> Any:
     if 'error' in found:
         raise UserError(found['error'])
     return found['result']
-
-
-def end_soon(error: Exception, seconds: float = 20) -> None:
-    """Where several train together, ends this process after so long, unless it has ended by then. Exit code 2.
-
-    For what goes wrong in a thread: the main one learns of it when it next asks, but it may be waiting for a process
-    which waits in turn for what has gone wrong.
-    """
-    import jax
-
-    def end():
-        print('error:', ' '.join(str(error).split()), file=sys.stderr, flush=True)
-        os._exit(2)
-
-    if jax.process_count() > 1:
-        watch = threading.Timer(seconds, end)
-        watch.daemon = True
-        watch.start()
 
 
 @contextlib.contextmanager

@@ -109,6 +109,21 @@ def points(pair: suites.Points, signed: bool) -> str:
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 
+def colours(rows: Sequence[dict], arms: Sequence[Arm]) -> report.Table:
+    """How coloured the first layer's kernels are in the more and in the less coloured tower (section 6.1)."""
+    table = []
+    for arm in arms:
+        pairs = [(row['colour_0'], row['colour_1']) for row in rows if row['arm'] == arm.name and 'colour_0' in row]
+        more, less = [max(pair) for pair in pairs], [min(pair) for pair in pairs]
+        table.append((arm.name, said(more), said(less), said([a - b for a, b in zip(more, less, strict=True)])))
+    columns = ('network', 'more coloured half', 'less coloured half', 'difference')
+    note = (
+        "Mean share of a kernel's energy that is not grey, in each half of the first layer (a tower each, but with one "
+        'GPU, which is the control). The paper: one tower is largely without colour, the other coloured, in every run.'
+    )
+    return report.Table('The towers specialise?', columns, table, note)
+
+
 def figure1_table(rows: Sequence[dict], arms: Sequence[str], rates: Sequence[float]) -> report.Table:
     """Passes to 25% training error of ReLU and tanh, and their ratio, beside the paper's six."""
     reached = [row for row in rows if row.get('reached')]
@@ -140,9 +155,9 @@ def text(table: report.Table) -> str:
     return '\n'.join([table.title, *rows, table.note])
 
 
-def test_split(dataset: sources.Dataset) -> Sequence | None:
-    """Where errors are measured: val, or test where there is no val."""
-    return dataset.splits.get('val', dataset.splits.get('test'))
+def tested_on(dataset: sources.Dataset) -> str | None:
+    """The split where errors are measured: val, or test where there is no val."""
+    return next((name for name in ('val', 'test') if name in dataset.splits), None)
 
 
 def last(workdir: str) -> checkpoint.Checkpoint:
@@ -165,14 +180,14 @@ _CAPTIONS = {
 def publish(
     suite: str,
     output: str,
-    table: report.Table,
+    tables: Sequence[report.Table],
     runs: Mapping[str, str],
     rows: Sequence[dict],
     dataset: sources.Dataset,
 ) -> None:
-    """Writes report.html: the table, every run, curves, and the first network that did not diverge to look into.
+    """Writes report.html: tables, every run, curves, and the first network to look into.
 
-    runs: the arm of each workdir.
+    runs: the arm of each workdir, of those that did not diverge.
     """
     from alexnet_jax import drawing
 
@@ -183,21 +198,12 @@ def publish(
             curve = figures.curves(workdir)['train']
             seeds.setdefault(arm, []).append((curve.epoch, curve.top1_error))
         drawn.append(('figure1', drawing.learning_curves(seeds, threshold=25.0, y_label='Training error rate (%)'), []))
-    diverged = {(row['arm'], row['seed']) for row in rows if row['diverged']}
-    whole = [workdir for workdir, arm in runs.items() if (arm, int(workdir.rsplit('-', 1)[1])) not in diverged]
-    shown = {}
-    if whole:
-        trained, split = last(whole[0]), 'val' if 'val' in dataset.splits else 'test'
-        has_test = split in dataset.splits
-        drawn += figures.draw(trained, run=whole[0], dataset=dataset if has_test else None, split=split)
-        records = dataset.splits[split if has_test else 'train']
-        picks = np.random.default_rng(0).permutation(len(records))[:6]
-        pictures, labels = data.pick(records, picks, trained.record_size)
-        shown = {
-            'checkpoint': trained,
-            'image_NHWC': pictures,
-            'captions': [dataset.class_names[label] for label in labels],
-        }
+    workdir, split = next(iter(runs)), tested_on(dataset) or 'train'
+    trained = last(workdir)
+    drawn += figures.draw(trained, run=workdir, dataset=dataset, split=split)
+    records = dataset.splits[split]
+    picks = np.random.default_rng(0).permutation(len(records))[:6]
+    pictures, labels = data.pick(records, picks, trained.record_size)
     pages = [
         report.Figure(name.capitalize(), drawing.save(figure, folder, name)[0], _CAPTIONS[name])
         for name, figure, _ in drawn
@@ -214,9 +220,11 @@ def publish(
         summary=f'{len(rows)} runs on {train_images:,} training images of {dataset.record_size} px '
         f'({rows[0].get("data", "")}), {", ".join(environment["devices"][:8])}, '
         f'jax {environment["versions"]["jax"]}, commit {environment["commit"]}.',
-        tables=[table, all_runs],
+        tables=[*tables, all_runs],
         figures=pages,
-        **shown,
+        checkpoint=trained,
+        image_NHWC=pictures,
+        captions=[dataset.class_names[label] for label in labels],
     )
 
 

@@ -96,9 +96,10 @@ def train_step(
         grads, sums = gradient((batch, masks))
     else:
         split = jax.tree.map(lambda x: _dealt(x, *parts), (batch, masks))
-        first = gradient(jax.tree.map(lambda x: x[0], split))
+        shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, gradient(part)), None)  # noqa: E731
-        (grads, sums), _ = lax.scan(add, first, jax.tree.map(lambda x: x[1:], split))
+        (grads, sums), _ = lax.scan(add, zero, split)
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))

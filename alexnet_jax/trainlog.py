@@ -61,22 +61,24 @@ class TrainLog:
     def pause(self):
         """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
         the time inside does not count in images/s."""
-        while self._pending:
-            self._take()
+        self._take_all()
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def reached(self, error: float) -> bool:
         """Whether the last line's training error is that, percent, or less; fetches all reports first."""
-        while self._pending:
-            self._take()
+        self._take_all()
         return reached(self._saved, error)
 
     def state(self) -> dict:
         """What a run that goes on from here needs to log as this one would have; JSON. Within `pause`."""
         sums = self._saved['sums']
         return {**self._saved, 'sums': sums and {key: float(value) for key, value in sums.items()}}
+
+    def _take_all(self) -> None:
+        while self._pending:
+            self._take()
 
     def _take(self) -> None:
         step, report, waited, sent, log = self._pending.popleft()

@@ -28,15 +28,11 @@ def tuned(config: ConfigDict, source: Checkpoint | None, path: str, classes: int
     if source is not None:
         for section, fields in (('model', model.FIELDS), ('data', augment.Augmentation._fields)):
             theirs = source.config[section]
-            config[section].update({key: _tuples(theirs[key]) for key in fields if key in theirs})
+            config[section].update({key: model.tuples(theirs[key]) for key in fields if key in theirs})
         if not config.optim.layer_rates:
             config.optim.layer_rates = ((list(source.network.table())[-1], 10.0),)
     config.data.path, config.model.num_classes = path, classes
     return config
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def prepared(pictures: str, folder: str, size: int, val_fraction: float) -> sources.Dataset:
@@ -53,7 +49,7 @@ def main() -> None:
         raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
     cli.set_up_jax()
     source = load_checkpoint(args.init_from) if args.init_from else None
-    size = source.record_size if source else -(-args.config.data.image_size * 8 // 7)
+    size = source.record_size if source else augment.record_size(args.config.data.image_size)
     data, run = (os.path.join(args.output, name) for name in ('data', 'run'))
     os.makedirs(args.output, exist_ok=True)
     dataset = prepared(args.input, data, size, args.val_fraction)

@@ -56,8 +56,8 @@ class RunWriter:
             self._lines.flush()
             flat = {}
             for key, value in line.items():
-                inside = value.items() if isinstance(value, dict) else ()
-                flat |= {f'{key}/{name}': number for name, number in inside} or {key: value}
+                by_layer = isinstance(value, dict)
+                flat |= {f'{key}/{name}': number for name, number in value.items()} if by_layer else {key: value}
             for key, value in flat.items():
                 if key not in ('step', 'split'):
                     summary = scalar(f'{line["split"]}/{key}', value, display_name='', summary_description='')

@@ -6,8 +6,7 @@ Sources: linear scaling and warm-up, Goyal et al. 2017; layer-wise rates (LARS),
 
 The argument is the batch, a multiple of 128; --config.accumulate=8 computes it in eight parts where memory is short,
 with the same update. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
-Reported elsewhere, top-1 error on ILSVRC-2012 validation, centre crop: LARS's paper claims batches of 8,192 without
-loss for AlexNet; its table for AlexNet with batch normalisation has 39.8% at 512 and 39.9% at 8,192.
+Reported elsewhere (top-1, centre crop): LARS's paper claims batches of 8,192 without loss of accuracy for AlexNet.
 Here: the update, the warm-up and the parts are held against optax and against the whole batch; it was not trained.
 """
 

@@ -17,7 +17,6 @@ from alexnet_jax import (
     figures,
     layers,
     model,
-    report,
     results,
     sources,
     suites,
@@ -233,5 +232,25 @@ def test_a_dry_run_trains_nothing(tmp_path):
     assert not (tmp_path / 'out' / 'runs').exists()
 
 
-def test_table_is_the_reports():
-    assert isinstance(results.comparison('x', [], []), report.Table)
+def test_colours_by_hand():
+    """The more coloured half is not always the first."""
+    rows = [
+        {'arm': 'a', 'colour_0': 0.2, 'colour_1': 0.6},
+        {'arm': 'a', 'colour_0': 0.7, 'colour_1': 0.1},
+        {'arm': 'b'},
+    ]
+    table = results.colours(rows, [Arm('a', {}), Arm('b', {})])
+    assert table.rows == [('a', '0.65 ± 0.07', '0.15 ± 0.07', '0.50 ± 0.14'), ('b', '', '', '')]
+
+
+def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
+    """Before its first checkpoint, and told again from what was written."""
+    base = small.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})
+    (trial,) = experiments.trials([Arm('wild', {})], base, 1, str(tmp_path))
+    digits = sources.open_dataset('digits')
+    for _ in range(2):
+        row = experiments.run(trial, 'ablations', digits)
+        assert row['diverged'] and 'top1_error' not in row
+    assert 'not finite' in capsys.readouterr().out
+    table = results.comparison('ablations', [row], [trial.arm])
+    assert table.rows[0][:4] == ('wild', '0', '', '')
