@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
 from alexnet_jax import cli, processes
 from alexnet_jax.errors import UserError
@@ -330,7 +329,7 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', 'configs/paper.py', 'A file of configs/: the network and its update.')
+    cli.define_config('config', 'configs/paper.py', 'A file of configs/: the network and its update.')
     flags.DEFINE_enum('against', None, [TORCH], 'A peer that takes turns with us.')
     flags.DEFINE_integer('batch_size', 0, 'Images a batch; 0: as the config says.', lower_bound=0)
     flags.DEFINE_integer('repeats', 5, 'Turns of each side.', lower_bound=1)

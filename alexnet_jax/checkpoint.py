@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from alexnet_jax import augment, digests, model, processes
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import TerminatedError, UserError, telling
+from alexnet_jax.errors import TerminatedError, UserError, local, telling
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
@@ -63,7 +63,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
-        self.folder = _path(os.path.join(workdir, FOLDER))
+        self.folder = local(os.path.join(workdir, FOLDER))
         self.damaged: list[str] = []
         with telling(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
@@ -306,7 +306,7 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 def _find(path: str) -> tuple[str, int | None]:
     """(workdir, step) of what a user may call a checkpoint."""
-    path = _path(path)
+    path = local(path)
     parent, name = os.path.split(path)
     if name == FOLDER and os.path.isdir(path):
         return parent, None
@@ -318,11 +318,6 @@ def _find(path: str) -> tuple[str, int | None]:
         f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax.main or one of its '
         f'{FOLDER}/STEP folders.'
     )
-
-
-def _path(path: str) -> str:
-    """As orbax takes it: absolute, without a slash at the end."""
-    return path.rstrip('/') if '://' in path else os.path.abspath(path)
 
 
 def config_to_json(config) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from logging import getLogger
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
+from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean, local
 
-_CONFIGS = ('config', 'base')  # flags that are config files
+_configs = {}  # flags that are config files, and the file where none is given
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
@@ -33,7 +33,15 @@ def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | 
     logging.set_verbosity(logging.FATAL)  # orbax logs with their tracebacks errors that it raises too
     getLogger('asyncio').setLevel('CRITICAL')
     threading.excepthook, sys.unraisablehook = _tell_of_thread, _tell_of_lost
+    sys.argv = _configs_first(sys.argv)
     app.run(lambda argv: _call(main, argv[1:], required, arguments), flags_parser=_parse)
+
+
+def define_config(name: str, default: str | None, help: str) -> None:
+    """A flag for a config file, whose keys are flags too: --config=FILE --config.KEY=VALUE, in any order."""
+    config_flags.DEFINE_config_file(name, None, f'{help} Default: {default}.' if default else help)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    _configs[name] = default
 
 
 def define_cpu_devices() -> None:
@@ -75,6 +83,8 @@ def _call(main, words, required, arguments) -> None:
     try:
         if words and arguments is None:
             raise UserError(f'unexpected argument {words[0]!r}; options start with --.')
+        for word in sys.argv[1:]:
+            local(word.partition('=')[2] or word)
         for name in required:
             if not flags.FLAGS[name].value:
                 raise UserError(f'--{name} is missing; see --help.')
@@ -120,10 +130,21 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _nobody_reads()
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_config_error(argv) or _one_line(str(error)), 2)
-    for name in _CONFIGS:
-        if name in flags.FLAGS and not isinstance(flags.FLAGS[name].value, ConfigDict | None):
+    for name in _configs:
+        if not isinstance(flags.FLAGS[name].value, ConfigDict | None):
             _fail(_config_error(argv) or 'the config cannot be loaded.', 2)
     return arguments
+
+
+def _configs_first(argv: Sequence[str]) -> list[str]:
+    """--config=FILE before all --config.KEY=VALUE, as absl wants it, and with its default where it is not given."""
+    words = list(argv[1:])
+    for name, default in _configs.items():
+        first = [word for word in words if re.match(rf'--?{name}=', word)]
+        if default and not first and f'--{name}' not in words:
+            first = [f'--{name}={default}']
+        words = [*first, *(word for word in words if word not in first)]
+    return [argv[0], *words]
 
 
 def _one_line(text: str) -> str:
@@ -138,7 +159,7 @@ def _one_line(text: str) -> str:
 def _config_error(argv: Sequence[str]) -> str | None:
     """What is wrong with --config or a --config.KEY, with the nearest right name; None if that is not the matter."""
     words = [word.lstrip('-') for argument in argv[1:] for word in argument.split('=', 1)]
-    flag = next((name for name in _CONFIGS if name in words[:-1]), None)
+    flag = next((name for name in _configs if name in words[:-1]), None)
     if flag is None:
         return None
     path, _, variant = words[words.index(flag) + 1].partition(':')

@@ -337,12 +337,10 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    from ml_collections import config_flags
-
     flags.DEFINE_string('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.')
     flags.DEFINE_string('output', None, 'Directory to write; must not exist.')
     flags.DEFINE_string('to', 'checkpoint', 'checkpoint or safetensors.')
     flags.DEFINE_string('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.')
     flags.DEFINE_string('classes', None, 'Text file of class names, one a line, in the order of the outputs.')
-    config_flags.DEFINE_config_file('config', None, 'The config whose network and preprocessing the weights are of.')
+    cli.define_config('config', None, 'The config whose network and preprocessing the weights are of.')
     cli.run(main, required=('input', 'output'))

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 from collections.abc import Iterable
 
@@ -29,6 +30,16 @@ def telling(what: str, remedy: str = ''):
         if found := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
             raise UserError(f'{what}: {found[1]}. {remedy}') from error
         raise
+
+
+def local(path: str) -> str:
+    """A path made absolute, without a slash at its end; raises UserError for an address such as gs://bucket/run."""
+    if '://' in path:
+        raise UserError(
+            f'{path!r} is not a path; locks, digests and renames are of a file system. Download it, or mount the '
+            'bucket (gcsfuse, mountpoint-s3), and give the path there.'
+        )
+    return os.path.abspath(path)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

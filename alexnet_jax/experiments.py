@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from alexnet_jax import (
     assemble,
@@ -303,7 +303,7 @@ def main(words: Sequence[str]) -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('data', None, 'A prepared directory, or images as alexnet_jax.prepare takes them.')
     flags.DEFINE_string('output', None, 'Directory for runs/, results.csv and report.html.')
-    config_flags.DEFINE_config_file('base', 'configs/paper.py', 'The config that the networks differ from.')
+    cli.define_config('base', 'configs/paper.py', 'The config that the networks differ from.')
     flags.DEFINE_integer('seeds', 0, 'Networks of each kind; 0: 3, and 5 for ensemble.')
     flags.DEFINE_float('scale', 1.0, 'Part of the training images to train on, always the same.')
     flags.DEFINE_boolean('dry_run', False, 'Only show the runs, their images and predicted hours.')

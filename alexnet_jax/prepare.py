@@ -23,7 +23,7 @@ from absl import flags
 from PIL import Image
 
 from alexnet_jax import cli, digests, images, listing, processes, statistics
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, local
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
 _JPEG_QUALITY = 95
@@ -84,7 +84,7 @@ def prepare(
         raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
     if seed < 0 or max_bad < 0:
         raise UserError(f'--seed={seed}, --max_bad={max_bad}; expected 0 or more.')
-    output = os.path.abspath(output)
+    output = local(output)
     if os.path.exists(output):
         raise UserError(f'{output!r} exists already; remove it or choose another --output.')
     splits, class_names = listing.find(source)

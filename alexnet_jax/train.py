@@ -26,7 +26,7 @@ from alexnet_jax import (
 )
 from alexnet_jax.assemble import Run
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean
+from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean, local
 
 # What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
 _MAY_DIFFER = {
@@ -303,7 +303,7 @@ def _take_over(source: checkpoint.Checkpoint, params, config: ConfigDict, run: R
 def _check_workdir(workdir: str) -> None:
     """Makes the workdir; raises UserError where it cannot be written."""
     try:
-        os.makedirs(workdir, exist_ok=True)
+        os.makedirs(local(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):
             raise PermissionError('not writable')
     except OSError as error:

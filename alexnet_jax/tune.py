@@ -11,7 +11,7 @@ import os
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from alexnet_jax import augment, cli, evaluate, figures, listing, model, prepare, sharding, sources, train
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
@@ -51,7 +51,6 @@ def main() -> None:
     source = load_checkpoint(args.init_from) if args.init_from else None
     size = source.record_size if source else augment.record_size(args.config.data.image_size)
     data, run = (os.path.join(args.output, name) for name in ('data', 'run'))
-    os.makedirs(args.output, exist_ok=True)
     dataset = prepared(args.input, data, size, args.val_fraction)
     config = tuned(args.config, source, data, len(dataset.class_names))
     config.init_from = args.init_from
@@ -82,7 +81,7 @@ def main() -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('input', None, 'Pictures in class folders, or what else alexnet_jax.prepare takes.')
     flags.DEFINE_string('output', None, 'Directory for data/, run/ and figures/.')
-    config_flags.DEFINE_config_file('config', 'configs/finetune.py', 'Rates and length; from scratch the network, too.')
+    cli.define_config('config', 'configs/finetune.py', 'Rates and length; from scratch the network, too.')
     flags.DEFINE_string('init_from', '', 'A checkpoint to begin with: a workdir, or what convert wrote.')
     flags.DEFINE_float('val_fraction', 0.1, 'Part of the pictures set aside where there is no val folder.')
     cli.define_cpu_devices()

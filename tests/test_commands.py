@@ -11,6 +11,7 @@ import time
 import pytest
 
 import alexnet_jax
+from alexnet_jax.__main__ import COMMANDS
 from tests.conftest import ROOT
 
 MAIN = ['main', '--config=configs/quickstart.py', '--cpu_devices=1']
@@ -43,6 +44,9 @@ def _assert_user_error(result, pattern):
         ([*MAIN], '--workdir is missing'),
         ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax.prepare --input'),
         ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
+        ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run' is not a path"),
+        (['prepare', '--input=W', '--output=s3://bucket/data'], "'s3://bucket/data' is not a path"),
+        (['predict', '--checkpoint=W', 'https://host/cat.jpg'], "'https://host/cat.jpg' is not a path"),
         ([*MAIN, '--workdir=W', '--cpu_devices=3'], '3 devices do not pair up into two towers'),
         ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),
         (['main', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
@@ -56,6 +60,9 @@ def _assert_user_error(result, pattern):
         (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; it has: train, val"),
         (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3; expected 1'),
         (['evaluate', '--data=digits'], '--checkpoint is missing'),
+        (['tune', '--input=W', '--output=W', '--config.num_epoch=1'], "no key 'num_epoch'. Did you mean 'num_epochs'"),
+        (['tune', '--config.seed=1', '--config=configs/nobody.py'], "no config file 'configs/nobody.py'"),
+        (['tune', '--config.num_epochs=1', '--input=W', '--output=W/out'], "there is no input"),
         (['benchmark'], 'nothing to work on: give one mode .step, input, train, prepare. or more'),
         (['benchmark', 'speed'], "'speed'; expected one of step, input, train, prepare"),
         (['benchmark', 'prepare'], '--input is missing: images for alexnet_jax.prepare'),
@@ -172,6 +179,20 @@ def test_the_package_lists_its_commands():
 
 def _package(*words):
     return subprocess.run([sys.executable, '-m', 'alexnet_jax', *words], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_has_the_purpose_an_example_and_only_its_own_flags(name):
+    done = _run(name, '--help')
+    assert done.returncode in (0, 1) and 'Traceback' not in done.stderr  # absl's help ends with 1
+    said = done.stdout
+    source = (ROOT / 'alexnet_jax' / f'{name}.py').read_text()
+    assert said.startswith(ast.get_docstring(ast.parse(source)).splitlines()[0])
+    assert f'\n    python -m alexnet_jax.{name} ' in said.partition('flags:')[0]
+    shown = set(re.findall(r'^  --(?:\[no\])?(\w+)', said, re.M))
+    own = set(re.findall(r"(?:DEFINE_\w+|define_config)\(\s*'(\w+)'", source))
+    assert shown == own | ({'cpu_devices'} if 'define_cpu_devices' in source else set()), shown ^ own
 
 
 def test_the_package_runs_a_command_and_suggests_the_nearest():
