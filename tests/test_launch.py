@@ -86,12 +86,31 @@ def test_slurm_trains_on_two_processes_as_one_would(tmp_path):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 
 
+def _looked_at_by(tool, *words):
+    """By a tool that may not be installed: `pip install -e '.[lint]'`."""
+    found = shutil.which(tool, path=os.pathsep.join((os.path.dirname(sys.executable), os.environ['PATH'])))
+    if found is None:
+        pytest.skip(f'needs {tool}, which is not installed')
+    done = subprocess.run([found, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize('name', ['local.sh', 'slurm.sh'])
 def test_scripts_are_shells(name):
     subprocess.run(['bash', '-n', str(LAUNCH / name)], check=True)
-    if shutil.which('shellcheck') is None:
-        pytest.skip('read by bash; shellcheck, which would look closer, is not installed')
-    subprocess.run(['shellcheck', str(LAUNCH / name)], check=True)
+    _looked_at_by('shellcheck', str(LAUNCH / name))
+
+
+def test_the_dockerfile_is_one():
+    _looked_at_by('hadolint', str(LAUNCH / 'Dockerfile'))
+
+
+def test_kubernetes_takes_the_job_in_the_jobset(tmp_path):
+    """JobSet's own fields have no schema here; the Job in it has Kubernetes'."""
+    (job,) = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())['spec']['replicatedJobs']
+    whole = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': job['name']}, **job['template']}
+    (tmp_path / 'job.yaml').write_text(yaml.safe_dump(whole))
+    _looked_at_by('kubernetes-validate', '--strict', str(tmp_path / 'job.yaml'))
 
 
 def test_the_jobset_agrees_with_itself_and_with_the_command():
