@@ -132,7 +132,7 @@ def search(activation: str, base: ConfigDict, output: str, dataset: sources.Data
     """
     rows, passes, best = {}, {}, len(RATES) // 2
     while True:
-        for i in (best, best - 1, best + 1):
+        for i in (best, best + 1, best - 1):  # a higher rate is quicker, or soon out of the question
             if 0 <= i < len(RATES) and i not in rows:
                 changes = cifar.figure1(activation, RATES[i])
                 limit = min((*passes.values(), changes['num_epochs']))
