@@ -55,7 +55,8 @@ def set_up_jax() -> None:
     """--cpu_devices, other processes of the same run, and compiled programs kept for the next start.
 
     Call it before anything touches a device. For several processes, each has the same JAX_COORDINATOR_ADDRESS and
-    JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them).
+    JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process takes all
+    GPUs it sees, or those of JAX_LOCAL_DEVICE_IDS.
     """
     import jax  # not above: the processes of alexnet_jax.prepare do without
 
@@ -70,7 +71,8 @@ def set_up_jax() -> None:
                 f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
             ) from error
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
-        jax.distributed.initialize(num_processes=count, process_id=number)
+        # Where JAX finds Slurm by itself it gives each process one GPU, although ours has all of its node.
+        jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR puts it elsewhere
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         cache = os.path.join(base, 'alexnet_jax')

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains on N processes of this machine: launch/local.sh N --config=... --workdir=... [--cpu_devices=1]
+# Process i has GPU i. (One process alone drives all GPUs, which is simpler: python -m alexnet_jax.main.)
 # SIGTERM and Ctrl-C reach every process. When one fails, the others are ended; its exit code is that of the script.
 set -u
 count=${1:-}
@@ -13,7 +14,7 @@ trap 'signalled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
 trap 'signalled=1; kill -INT $(jobs -rp) 2>/dev/null' INT
 pids=()
 for ((i = 0; i < count; i++)); do
-  JAX_PROCESS_ID=$i "$python" -m alexnet_jax.main "$@" &
+  JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i "$python" -m alexnet_jax.main "$@" &
   pids+=($!)
 done
 code=0 killer=

@@ -39,6 +39,8 @@ def _slurm(tmp_path, *words, task=None):
         'SLURM_JOB_NODELIST': 'node[1-2]',
         'SLURM_JOB_ID': str(os.getpid()),
         'SLURM_NTASKS': '2',
+        'SLURM_STEP_NODELIST': 'node[1-2]',
+        'SLURM_LOCALID': '0',
     }
     return subprocess.run(
         [str(LAUNCH / 'slurm.sh'), *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True
@@ -71,6 +73,39 @@ def test_slurm_puts_back_what_was_told_to_stop(tmp_path, code, requeued):
     assert (tmp_path / 'queue').exists() == requeued
     if requeued:
         assert (tmp_path / 'queue').read_text() == f'requeue {os.getpid()}\n'
+
+
+_DEVICES = """#!{python}
+import sys
+import jax
+from absl import flags
+from alexnet_jax import cli
+flags.FLAGS(sys.argv[:1])
+cli.define_cpu_devices()
+flags.FLAGS.cpu_devices = 1
+cli.set_up_jax()
+print('GPUs:', jax.config.values['jax_cuda_visible_devices'])
+"""
+
+
+@pytest.mark.slow
+def test_under_slurm_a_task_has_all_gpus_of_its_node(tmp_path):
+    """JAX, left to itself, would take SLURM_LOCALID for the number of the only one."""
+    task = tmp_path / 'task'
+    task.write_text(_DEVICES.format(python=sys.executable))
+    task.chmod(0o755)
+    done = _slurm(tmp_path, task=str(task))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ['GPUs: all'] * 2
+
+
+def test_of_several_processes_on_one_machine_each_has_a_gpu(tmp_path):
+    task = tmp_path / 'task'
+    task.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "GPU $JAX_LOCAL_DEVICE_IDS"\n')
+    task.chmod(0o755)
+    here = {**os.environ, 'PYTHON': str(task)}
+    done = subprocess.run([str(LAUNCH / 'local.sh'), '2'], env=here, capture_output=True, text=True)
+    assert done.returncode == 0 and sorted(done.stdout.splitlines()) == ['GPU 0', 'GPU 1'], done.stderr
 
 
 @pytest.mark.slow
