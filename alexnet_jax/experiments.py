@@ -141,7 +141,9 @@ def search(activation: str, base: ConfigDict, output: str, dataset: sources.Data
                 rows[i] = run(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
                     passes[i] = math.ceil(rows[i]['epochs'])
-        quickest = min(passes, key=passes.get, default=best)
+            quickest = min(passes, key=passes.get, default=best)
+            if quickest != best:
+                break
         if quickest == best:
             return RATES[best], list(rows.values())
         best = quickest

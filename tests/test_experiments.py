@@ -137,8 +137,7 @@ def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
 
 def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
     """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken."""
-    needs = {0.0001: 90, 0.0003: 60, 0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11, 0.1: 200}
-    asked = []
+    needs, asked = {}, []
 
     def run(trial, suite, dataset):
         rate, limit = trial.config.optim.learning_rate, trial.config.num_epochs
@@ -146,10 +145,17 @@ def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
         return {'learning_rate': rate, 'epochs': min(needs[rate], limit), 'reached': needs[rate] <= limit}
 
     monkeypatch.setattr(experiments, 'run', run)
+    needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
     best, rows = experiments.search('relu', _paper(), str(tmp_path), None)
     assert best == 0.01
-    assert asked == [(0.003, 100.0), (0.001, 12.0), (0.01, 12.0), (0.03, 9.0)]
-    assert [row['reached'] for row in rows] == [True, False, True, False]
+    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not asked for
+    assert [row['reached'] for row in rows] == [True, True, False]
+
+    asked.clear()
+    needs.update({0.0001: 9, 0.0003: 8, 0.001: 11, 0.01: 12})
+    best, _ = experiments.search('relu', _paper(), str(tmp_path), None)
+    assert best == 0.0003
+    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
 
 
 def _command(*words, code=0):
