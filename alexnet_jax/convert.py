@@ -62,7 +62,7 @@ def from_params(network: model.AlexNet, image_size: int, params: dict[str, Any])
     if network.local:
         raise UserError('model.local: no other format has layers with kernels of their own at every place.')
     table = network.table()
-    plain = not any({'lrn', 'spatial_norm', 'tanh', 'avg_pool'} & set(row.then.split()) for row in table.values())
+    plain = all(set(row.then.split()) <= {'relu', 'pool', 'dropout'} for row in table.values())
     counts = (len(network.conv), len(network.dense))
     found = []
     for i, (name, sizes) in enumerate(layers.sizes(network, image_size).items()):

@@ -294,4 +294,4 @@ def _words(network, layer: Conv | Dense, inputs: tuple[int, ...], step: str) -> 
             if network.dropout_inverted:
                 return 'dropout', f'{rate} At test, as here, nothing happens.'
             return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
-    raise AssertionError(step)  # layers.sizes admits no other
+    return step, ''  # of somebody's own

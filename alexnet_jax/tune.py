@@ -35,11 +35,12 @@ def tuned(config: ConfigDict, source: Checkpoint | None, path: str, classes: int
     return config
 
 
-def prepared(pictures: str, folder: str, size: int, val_fraction: float) -> sources.Dataset:
+def prepared(pictures: str, folder: str, size: int, val_fraction: float, max_bad: int) -> sources.Dataset:
     """The pictures as training reads them, prepared into `folder` unless they lie there already."""
     if not os.path.exists(folder):
         has_val = 'val' in listing.find(pictures).splits
-        prepare.prepare(pictures, folder, size=size, val_fraction=0.0 if has_val else val_fraction)
+        fraction = 0.0 if has_val else val_fraction
+        prepare.prepare(pictures, folder, size=size, val_fraction=fraction, max_bad=max_bad)
     return sources.open_dataset(folder)
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     source = load_checkpoint(args.init_from) if args.init_from else None
     size = source.record_size if source else augment.record_size(args.config.data.image_size)
     data, run = (os.path.join(args.output, name) for name in ('data', 'run'))
-    dataset = prepared(args.input, data, size, args.val_fraction)
+    dataset = prepared(args.input, data, size, args.val_fraction, args.max_bad)
     config = tuned(args.config, source, data, len(dataset.class_names))
     config.init_from = args.init_from
     train.train_and_evaluate(config, run)
@@ -84,5 +85,6 @@ if __name__ == '__main__':
     cli.define_config('config', 'configs/finetune.py', 'Rates and length; from scratch the network, too.')
     flags.DEFINE_string('init_from', '', 'A checkpoint to begin with: a workdir, or what convert wrote.')
     flags.DEFINE_float('val_fraction', 0.1, 'Part of the pictures set aside where there is no val folder.')
+    flags.DEFINE_integer('max_bad', 0, 'Unreadable pictures to leave out before giving up.')
     cli.define_cpu_devices()
     cli.run(main, required=('input', 'output', 'config'))

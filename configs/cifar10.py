@@ -1,6 +1,6 @@
 """The CIFAR-10 networks of the authors: 80sec, 19pct, 18pct, 13pct and 11pct (alexnet_jax/cifar.py says what they are).
 
-    python -m alexnet_jax.prepare --input=cifar10_jpeg.tar.gz --output=data/cifar10 --size=32 --format=raw
+    python -m alexnet_jax.prepare --input=cifar10 --output=data/cifar10 --size=32 --format=raw
     python -m alexnet_jax.main --config=configs/cifar10.py:80sec --workdir=runs/80sec --config.data.path=data/cifar10
 
 The authors: 26%, 19%, 18%, 13% and 11% top-1 test error, the first three from the centre crop (the whole image), the

@@ -4,7 +4,7 @@
 
 The paper reports, for one such network, ten views: 37.5% top-1 and 17.0% top-5 error on the ILSVRC-2010 test set, 40.7%
 and 18.2% on the ILSVRC-2012 validation set (table 2, "1 CNN"). Five to six days on two GTX 580. Here it was run for a
-few updates on 1,000 photos only: see the README, "ImageNet".
+few updates on 1,000 photos only: see docs/imagenet.md.
 
 The argument `init=authors` (configs/paper.py:init=authors) draws the weights of conv 3, 4 and 5 with the standard
 deviation 0.03 of the authors' released code instead of the printed 0.01. With 0.01 and biases of 1 the upper layers

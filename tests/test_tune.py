@@ -20,7 +20,7 @@ def get_config():
 """
 
 
-def _pictures(folder, classes, count=40):
+def write_pictures(folder, classes, count=40):
     """Digits as PNG, in folders named by words."""
     taken = dict.fromkeys(classes, 0)
     for i, record in enumerate(sources.open_dataset('digits').split('train')):
@@ -44,8 +44,11 @@ def _run(module, *words, code=0):
 @pytest.mark.slow
 def test_from_class_folders_to_predictions(tmp_path):
     (tmp_path / 'config.py').write_text(CONFIG)
-    pictures, out = _pictures(tmp_path / 'pictures', (0, 1, 4)), tmp_path / 'out'
+    pictures, out = write_pictures(tmp_path / 'pictures', (0, 1, 4)), tmp_path / 'out'
     words = (f'--input={pictures}', f'--output={out}', f'--config={tmp_path}/config.py')
+    (pictures / 'digit 0' / 'bad.png').write_bytes(b'no picture')
+    assert 'bad.png' in _run('tune', *words, code=2)
+    words = (*words, '--max_bad=1')
     said = _run('tune', *words)
     assert 'of 12 val images, ten views' in said and (out / 'figures' / 'confusion.png').exists()
     first = checkpoint.load_checkpoint(str(out / 'run'))
@@ -54,7 +57,7 @@ def test_from_class_folders_to_predictions(tmp_path):
     assert 'digit ' in _run('predict', f'--checkpoint={out}/run', pictures / 'digit 4')
 
     # Tuned for other classes: all layers but the classifier come from there.
-    others, tuned = _pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
+    others, tuned = write_pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
     words = (f'--input={others}', f'--output={tuned}', f'--config={tmp_path}/config.py', f'--init_from={out}/run')
     said = _run('tune', *words, '--config.num_steps=1', '--config.optim.learning_rate=0.0')
     assert 'fc8 starts afresh' in said
