@@ -253,6 +253,7 @@ def test_colours_by_hand():
     assert table.rows == [('a', '0.65 ± 0.07', '0.15 ± 0.07', '0.50 ± 0.14'), ('b', '', '', '')]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
     """Before its first checkpoint, and told again from what was written."""
     base = small.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})

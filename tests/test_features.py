@@ -177,6 +177,7 @@ def _run(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command(path, loaded, tmp_path):
     fixed = [f'--checkpoint={path}', '--data=digits', '--cpu_devices=1']
     result = _run(*fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train')
