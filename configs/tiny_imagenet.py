@@ -6,7 +6,8 @@
 Not of the paper or the authors: the network of quickstart.py (five convolutions in the paper's groups, a third of its
 kernels and fewer, weights as wide as such narrow layers need), 20 classes, random windows of 56 px. Nobody reports an
 error for it.
-Here: 53.1% top-1 error from the centre crop, 50.9% over ten views (20 classes, five seeds, last step: docs/experiments.md).
+Here: 53.1% top-1 error from the centre crop, 50.9% over ten views (20 classes, five seeds, last step;
+docs/experiments.md).
 """
 
 import os

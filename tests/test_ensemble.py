@@ -146,7 +146,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('views', [1, 10])
+@pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_predict_command(checkpoints, photos, views):
     """In the order of the arguments; probabilities of the squares that `prepare` would have made."""
     result = _run(

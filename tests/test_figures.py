@@ -260,6 +260,7 @@ def test_command(path, tmp_path):
     assert 'nearest training images in fc7: ' in result.stdout
 
 
+@pytest.mark.slow
 def test_command_errors(path, tmp_path):
     for arguments, message in (
         ([f'--output={tmp_path}/out'], 'give either --run=WORKDIR or --checkpoint=PATH'),
