@@ -151,6 +151,12 @@ def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
     assert 'id="walk"' in page and 'id="slide"' not in page and '#slide' not in page
 
 
+def test_a_step_of_ones_own_is_shown_by_its_name():
+    """docs/variants.md: the report explains a step that has words, and gets along without."""
+    network = small.network()
+    assert report._words(network, network.table()['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+
+
 def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
     """Of 8 kernels on 8 px maps: pooled to 4, then to 2."""
     row = (8, 3, 5, (1, 1), 1, 0.1, 0.0, 'relu pool pool')
