@@ -77,7 +77,8 @@ def _six(base: ConfigDict) -> tuple:
 def without_layer(index: int) -> Callable[[ConfigDict], tuple]:
     """The convolutions without one. Its stride goes to the layer after it, its pooling to the one before it.
 
-    So maps keep their sizes above; of the first layer both go to the second. The paper does not say how it was done.
+    So maps keep their sizes above; of the first layer both go to the second, and the spread of the weights that suits
+    pixels. Without the third layer no convolution reads both towers. The paper does not say how it was done.
     """
 
     def rows(base):
@@ -86,6 +87,8 @@ def without_layer(index: int) -> Callable[[ConfigDict], tuple]:
         if index < len(rows):
             rows[index][2] *= gone[2]
         rows[0][4] = 1  # the image is not in two groups
+        if index == 0:
+            rows[0][5] = gone[5]
         heir = rows[max(index - 1, 0)]
         heir[-1] = ' '.join([heir[-1], *(['pool'] * gone[-1].split().count('pool'))])
         return tuple(tuple(row) for row in rows)

@@ -77,6 +77,16 @@ def test_a_removed_layer_leaves_the_sizes_above_it():
     assert last == {0: (7, 7), **{i: (6, 6) for i in range(1, 5)}}
 
 
+def test_the_layer_that_comes_to_the_pixels_gets_weights_for_pixels():
+    """Weights that suit activations of about 1 would be a hundred times too wide for values up to 255."""
+    base = small.digits_config()
+    first, second, *_ = base.model.conv
+    row = suites.changed(base, {'model.conv': suites.without_layer(0)}).model.conv[0]
+    assert (row[0], row[2], row[5]) == (second[0], 1, 0.003) != (second[0], 1, second[5])
+    kept = suites.changed(base, {'model.conv': suites.without_layer(1)}).model.conv[0]
+    assert kept[5] == first[5] == 0.003
+
+
 def test_arms_work_for_small_networks_too():
     base = small.digits_config()
     for arm in suites.ablations(base):
