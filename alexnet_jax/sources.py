@@ -3,9 +3,9 @@
 A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a notebook may pass a list.
 """
 
+import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from alexnet_jax import digests, statistics
 from alexnet_jax.errors import UserError
 
 DIGITS = 'digits'  # data.path of the embedded data
+_MOST = 1 << 24  # characters of a features.json
 
 
 class Dataset(NamedTuple):
@@ -109,12 +110,27 @@ def _check_features(path: str) -> None:
     """TFDS imports and calls what features.json names: nothing but its own features may be named there."""
     try:
         with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
-            named = re.findall(r'"pythonClassName"\s*:\s*"([^"]*)"', file.read(1 << 24))
-    except (OSError, ValueError) as error:
+            text = file.read(_MOST)
+        if len(text) == _MOST:
+            raise ValueError(f'features.json has {_MOST} characters or more')
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
-    for name in named:
+    for name in _named(found):
         if not name.startswith('tensorflow_datasets.core.features.'):
             raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
+
+
+def _named(found: Any) -> Iterator[str]:
+    """Every class named in a features.json, in TFDS's two spellings and in its old format ("type")."""
+    if isinstance(found, list):
+        for value in found:
+            yield from _named(value)
+    elif isinstance(found, dict):
+        for key, value in found.items():
+            if key in ('pythonClassName', 'python_class_name', 'type', 'proto_cls') and isinstance(value, str):
+                yield value
+            yield from _named(value)
 
 
 class _Records:

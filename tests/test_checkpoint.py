@@ -209,15 +209,31 @@ def test_verify(copy, tmp_path, capsys):
     assert 'label.labels.txt' in str(error.value)
 
 
-def test_features_of_somebody_else_are_not_imported(copy, tmp_path):
-    """TFDS imports the module that features.json names, and calls what it finds there."""
+@pytest.mark.parametrize(
+    'named',
+    [
+        '{"pythonClassName": "antigravity.FeaturesDict", "featuresDict": {"features": {}}}',
+        '{"python_class_name": "antigravity.FeaturesDict", "featuresDict": {"features": {}}}',
+        '{"python\\u0043lassName": "antigravity.FeaturesDict", "featuresDict": {"features": {}}}',
+        '{"type": "antigravity.FeaturesDict", "content": {}}',
+        '{"type": "tensorflow_datasets.core.features.image_feature.Image", "proto_cls": "antigravity.X", "content": {}}',
+    ],
+)
+def test_features_of_somebody_else_are_not_imported(named, tmp_path):
+    """TFDS imports the module that features.json names, however it is spelt, and calls what it finds there."""
     data = tmp_path / 'data'
     data.mkdir()
     (data / 'dataset_info.json').write_text('{}')
-    (data / 'features.json').write_text('{"pythonClassName": "antigravity.FeaturesDict", "content": {}}')
-    with pytest.raises(UserError, match="names 'antigravity.FeaturesDict', which is no feature of TFDS"):
+    (data / 'features.json').write_text(named)
+    with pytest.raises(UserError, match="names 'antigravity.*', which is no feature of TFDS"):
         sources.open_dataset(str(data))
     assert 'antigravity' not in sys.modules
+    (data / 'features.json').write_text(' ' * 2**24 + named)
+    with pytest.raises(UserError, match='characters or more'):
+        sources.open_dataset(str(data))
+    (data / 'features.json').write_text('[' * 10**6)
+    with pytest.raises(UserError, match='cannot be opened as a prepared dataset'):
+        sources.open_dataset(str(data))
 
 
 def _blocked(pid):
