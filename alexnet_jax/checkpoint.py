@@ -6,8 +6,10 @@ stored in the global layout and restore on any mesh.
 """
 
 import contextlib
+import functools
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
-from alexnet_jax import augment, digests, model, processes
+from alexnet_jax import augment, digests, layers, model, processes
 from alexnet_jax.augment import Augmentation
 from alexnet_jax.errors import TerminatedError, UserError, local, telling
 from alexnet_jax.statistics import Statistics
@@ -133,7 +136,7 @@ class Checkpoints:
         """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
 
         state: without optimiser state (None) the checkpoint can be used, but no run goes on from it.
-        meta: see `Checkpoint`: 'config', 'class_names', 'image_size', 'record_size', 'examples', 'fingerprint'.
+        meta: see `Checkpoint`: 'config', 'class_names', 'record_size', 'examples', 'fingerprint'.
         top1_error: of the validation just made, percent; None where there was none.
 
         Raises:
@@ -196,9 +199,9 @@ class Checkpoints:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta = self._orbax.restore(self._path(step), args=args).meta
             side = meta['record_size']
-            like = Statistics(*(np.zeros(shape, np.float32) for shape in ((side, side, 3), (3,), (3, 3))))
-            args = ocp.args.Composite(statistics=ocp.args.StandardRestore(like._asdict()))
-            return meta, Statistics(**self._orbax.restore(self._path(step), args=args).statistics)
+            shapes = ((side, side, 3), (3,), (3, 3))
+            like = Statistics(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
+            return meta, Statistics(**self._arrays(step, 'statistics', like._asdict()))
 
     def load(self, step: int) -> Checkpoint:
         """All it takes to use a step's network, after checking its files. Raises UserError."""
@@ -207,21 +210,37 @@ class Checkpoints:
         with self._readable(step):
             network = model.from_config(meta['config']['model'])
             augmentation = augment.from_config(meta['config']['data'])
-        shapes = jax.eval_shape(lambda key: model.init(network, key, meta['image_size']), jax.random.key(0))
-        with self._readable(step):
-            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-            params = self._orbax.restore(self._path(step), args=args).params
+            augment.positions(meta['record_size'], augmentation.image_size)
+            layers.sizes(network, augmentation.image_size)
+            class_names = tuple(map(str, meta['class_names']))
+            if len(class_names) != network.num_classes:
+                raise ValueError(f'it names {len(class_names)} classes and has {network.num_classes}')
+            init = functools.partial(model.init, network, image_size=augmentation.image_size)
+            params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
         return Checkpoint(
             step=step,
             params=params,
             network=network,
             augmentation=augmentation,
             record_size=meta['record_size'],
-            class_names=tuple(meta['class_names']),
+            class_names=class_names,
             statistics=statistics,
             config=meta['config'],
         )
+
+    def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
+        """A step's arrays in numpy, of the shapes of `like`: orbax would take memory for whatever the files declare."""
+        declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
+        found, wanted = (
+            {name: tuple(x.shape) for name, x in traverse_util.flatten_dict(tree, sep='/').items()}
+            for tree in (declared, like)
+        )
+        for name in {**wanted, **found}:
+            if found.get(name) != wanted.get(name):
+                raise ValueError(f'{item}/{name}: {found.get(name, "missing")}; expected {wanted.get(name, "nothing")}')
+        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+        return self._orbax.restore(self._path(step), args=args)[item]
 
     @contextlib.contextmanager
     def _readable(self, step: int):

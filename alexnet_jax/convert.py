@@ -205,7 +205,6 @@ def convert(
     meta = {
         'config': plain,
         'class_names': names,
-        'image_size': image_size,
         'record_size': len(stats.mean_image),
         'examples': 0,
         'fingerprint': '',

@@ -67,7 +67,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
     meta = {
         'config': checkpoint.config_to_json(config),
         'class_names': list(run.dataset.class_names),
-        'image_size': config.data.image_size,
         'record_size': run.dataset.record_size,
         'examples': run.examples,
         'fingerprint': run.dataset.fingerprint,

@@ -1,6 +1,8 @@
 """Digests, what is taken for whole and what for damaged, and files that somebody has tampered with."""
 
+import functools
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import threading
 import chex
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,7 +31,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp('run')
     config, digits = small.digits_config(), sources.open_dataset('digits')
     network = model.from_config(config.model)
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names), 'image_size': 28}
+    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 1, 'fingerprint': ''}
     params = small.init(network, 0, 28)
     with checkpoint.Checkpoints(str(path)) as saved:
@@ -43,6 +46,53 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def copy(workdir, tmp_path):
     return shutil.copytree(workdir, tmp_path / 'copy')
+
+
+def _meta_is(value, *keys):
+    """Another value in a step's meta, under keys one below the other."""
+
+    def change(step):
+        path = step / 'meta' / 'metadata'
+        meta = json.loads(path.read_text())
+        inner = functools.reduce(operator.getitem, keys[:-1], meta)
+        inner[keys[-1]] = value
+        path.write_text(json.dumps(meta))
+
+    return change
+
+
+def _larger(step):
+    """fc 7 of 4000 x 4000, all zeros: 64 MB of memory, a few kB on disk."""
+    saved = checkpoint.load_checkpoint(str(step))
+    saved.params['fc7']['kernel'] = np.zeros((4000, 4000), np.float32)
+    shutil.rmtree(step / 'params')
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(step / 'params', saved.params)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (_larger, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
+        (_meta_is(16, 'record_size'), r'statistics/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
+        (_meta_is('32', 'record_size'), 'cannot be read'),
+        (_meta_is(-1, 'record_size'), 'cannot be read'),
+        (_meta_is(2**31, 'config', 'model', 'dense', 0, 0), r'fc6/bias: \(32,\); expected \(2147483648,\)'),
+        (_meta_is('nonsense', 'config', 'model', 'conv', 0, 7), "'nonsense'"),
+        (_meta_is(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
+        (_meta_is(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
+        (_meta_is(5, 'class_names'), 'cannot be read'),
+        (_meta_is(['0', '1'], 'class_names'), 'it names 2 classes and has 10'),
+    ],
+)
+def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change, message):
+    """With digests that fit: somebody made it so. What the files declare takes no memory before it is looked at."""
+    step = copy / 'checkpoints' / '3'
+    change(step)
+    digests.write(str(step))
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_checkpoint(str(step))
+    assert len(str(error.value).splitlines()) == 1
 
 
 def _folder(tmp_path):

@@ -23,7 +23,7 @@ def checkpoints(tmp_path_factory):
     """Paths of three checkpoints with weights of three seeds."""
     config, digits, paths = small.digits_config(), sources.open_dataset('digits'), []
     network = model.from_config(config.model)
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names), 'image_size': 28}
+    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
     for seed in range(3):
         paths.append(str(tmp_path_factory.mktemp('checkpoints') / str(seed)))

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 def untrained(path, **changes):
     """Saves a small network with drawn weights, of the digits, as a checkpoint in `path`."""
     config, digits = small.digits_config(**changes), sources.open_dataset('digits')
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names), 'image_size': 28}
+    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
     with checkpoint.Checkpoints(str(path)) as saved:
         params = small.init(model.from_config(config.model), 0, 28)

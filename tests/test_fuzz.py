@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alexnet_jax import checkpoint, convert, listing, prepare, statistics, weights
+from alexnet_jax import checkpoint, convert, digests, listing, prepare, statistics, weights
 from alexnet_jax.errors import UserError
+from tests.test_features import untrained
 
 _NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 _VAL = 'ILSVRC2012_img_val.tar'
@@ -430,3 +431,23 @@ def test_means_and_statistics(examples, folder, tmp_path):
     assert all(check(case) is not None for case in files.items())
     cases = st.sampled_from(sorted(files)).flatmap(lambda name: st.tuples(st.just(name), _damaged([files[name]])))
     _fuzz(examples, cases, check)
+
+
+@pytest.mark.slow
+def test_what_lies_beside_a_checkpoints_arrays(tmp_path):
+    """Its meta, with a list of digests that fits."""
+    step = os.path.join(untrained(tmp_path / 'run'), 'checkpoints', '0')
+    path = os.path.join(step, 'meta', 'metadata')
+    with open(path) as file:
+        whole = json.load(file)
+
+    def check(meta):
+        with open(path, 'w') as file:
+            json.dump(meta, file)
+        digests.write(step)
+        try:
+            checkpoint.load_checkpoint(step)
+        except UserError as error:
+            _one_line(error)
+
+    _fuzz(150, _changed(whole), check)

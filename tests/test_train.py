@@ -139,7 +139,6 @@ def test_an_early_best_is_kept(tmp_path):
     meta = {
         'config': checkpoint.config_to_json(config),
         'class_names': list('0123456789'),
-        'image_size': 28,
         'record_size': 32,
     }
     for step, error in ((1, 30.0), (2, 10.0), (3, None), (4, 20.0), (5, 10.5), (6, None)):
