@@ -100,6 +100,9 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
+    jit = functools.partial(
+        jax.jit, compiler_options={'xla_gpu_deterministic_ops': True} if config.deterministic else None
+    )
     return Run(
         dataset=dataset,
         network=network,
@@ -110,8 +113,8 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
         batches=batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        init=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(
+        init=jit(init, out_shardings=shardings),
+        train_step=jit(
             functools.partial(
                 steps.train_step,
                 network=network,
@@ -125,13 +128,12 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
             ),
             out_shardings=(shardings, everywhere),
             donate_argnums=() if config.debug else 0,  # a NaN check runs the step a second time
-            compiler_options={'xla_gpu_deterministic_ops': True} if config.deterministic else None,
         ),
-        eval_step=jax.jit(
+        eval_step=jit(
             functools.partial(steps.eval_step, forward=forward, augmentation=augmentation, views=1),
             out_shardings=everywhere,
         ),
-        after_validation=jax.jit(optimizer.after_validation, out_shardings=shardings.opt_state),
+        after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
         examples=examples,
         total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
     )

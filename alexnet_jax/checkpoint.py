@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
 from alexnet_jax import augment, digests, layers, model, processes
 from alexnet_jax.augment import Augmentation
@@ -56,8 +55,8 @@ class Checkpoints:
 
     A state is written in the background and then sealed: the digests of all its files are put beside them. A step
     without digests does not count. Opened for training, it removes such steps, moves damaged ones aside (to
-    `STEP.damaged`) and says so in `damaged`, so that `latest()` is always good. Use it as a context; the end waits for
-    what is being saved.
+    `STEP.damaged`) and names both in `damaged`, so that `latest()` is always good. Use it as a context; the end waits
+    for what is being saved.
 
     read_only: for all but the training process; it touches nothing, also not a save under way in another process.
 
@@ -104,6 +103,11 @@ class Checkpoints:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
+    def poll(self) -> None:
+        """Raises UserError if the state that was being saved could not be: now, not at the next save. Never waits."""
+        if self._sealing is not None and self._sealing.done():
+            self.wait()
+
     def steps(self) -> list[int]:
         """Those that count, in order."""
         return [step for step in numbers(self.folder) if digests.has(self._path(step))]
@@ -126,6 +130,8 @@ class Checkpoints:
     def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Raises UserError unless the files of a step are as they were written; wanted: see `digests.problems`."""
         if found := digests.problems(self._path(step), wanted):
+            if not os.path.isdir(self._path(step)):
+                raise UserError(f'{self._path(step)} is gone: its run has saved newer steps; give the command again.')
             others = ', '.join(str(s) for s in self.steps() if s != step)
             raise UserError(
                 f'the checkpoint is damaged: {found[0]}. '
@@ -196,10 +202,8 @@ class Checkpoints:
     def read_meta(self, step: int) -> tuple[dict[str, Any], Statistics]:
         """What lies beside a step's arrays: (meta, statistics). Raises UserError."""
         with self._readable(step):
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = self._orbax.restore(self._path(step), args=args).meta
-            side = meta['record_size']
-            shapes = ((side, side, 3), (3,), (3, 3))
+            meta = self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
             like = Statistics(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
             return meta, Statistics(**self._arrays(step, 'statistics', like._asdict()))
 
@@ -231,16 +235,13 @@ class Checkpoints:
     def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """A step's arrays in numpy, of the shapes of `like`: orbax would take memory for whatever the files declare."""
         declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
-        found, wanted = (
-            {name: tuple(x.shape) for name, x in traverse_util.flatten_dict(tree, sep='/').items()}
-            for tree in (declared, like)
-        )
+        named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+        found, wanted = ({named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (declared, like))
         for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
                 raise ValueError(f'{item}/{name}: {found.get(name, "missing")}; expected {wanted.get(name, "nothing")}')
-        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-        return self._orbax.restore(self._path(step), args=args)[item]
+        args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
+        return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     @contextlib.contextmanager
     def _readable(self, step: int):
@@ -268,10 +269,12 @@ def numbers(folder: str) -> list[int]:
 def _put_right(folder: str) -> list[str]:
     """Removes what a kill left half done, and moves damaged steps aside; what was wrong with these."""
     os.makedirs(folder, exist_ok=True)
+    half_written = []
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name == _REMOVED or '.orbax-checkpoint-tmp' in name:
             shutil.rmtree(path)
+            half_written += [path] * (name != _REMOVED)
         elif name.endswith(_REPLACED):  # the step that was to take its place counts only with its digests
             step = path.removesuffix(_REPLACED)
             if digests.has(step):
@@ -296,11 +299,14 @@ def _put_right(folder: str) -> list[str]:
         )
     if unsealed:
         shutil.rmtree(unsealed)
+        half_written.append(unsealed)
     for path in found:
         aside = f'{path}.damaged'
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
-    return [f'{problem}; it is now in {path}.damaged' for path, problem in found.items()]
+    return [f'{path}: half written, without {digests.FILE_NAME}; it is removed' for path in half_written] + [
+        f'{problem}; it is now in {path}.damaged' for path, problem in found.items()
+    ]
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -314,10 +320,8 @@ def load_checkpoint(path: str) -> Checkpoint:
     """
     root, step = _find(path)
     with Checkpoints(root, read_only=True) as checkpoints:
-        if step is None:
-            step = checkpoints.best()
-        if step is None:
-            step = checkpoints.latest()
+        for choose in (checkpoints.best, checkpoints.latest):
+            step = choose() if step is None else step
         if step is None:
             raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax.main.')
         return checkpoints.load(step)

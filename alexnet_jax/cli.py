@@ -111,6 +111,12 @@ def _call(main, words, required, arguments) -> None:
             raise
         _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
     except Exception as error:
+        if 'RESOURCE_EXHAUSTED' in str(error):  # as XLA says it
+            _fail(
+                f'the device has not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or in '
+                'training --config.accumulate=N, which computes a batch in N parts with the same result.',
+                2,
+            )
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
         if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):

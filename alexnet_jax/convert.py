@@ -7,13 +7,11 @@ A file of weights gives features, groups and classes. What it does not say (stri
 preprocessing) is taken from a config: configs/caffe.py for a .caffemodel, configs/torchvision.py for the others.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import runpy
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ import numpy as np
 from absl import flags
 
 import alexnet_jax
-from alexnet_jax import augment, checkpoint, cli, layers, listing, model, statistics, steps, weights
+from alexnet_jax import augment, checkpoint, cli, layers, listing, model, processes, statistics, steps, weights
 from alexnet_jax.errors import UserError
 from alexnet_jax.layers import Conv, Dense
 from alexnet_jax.statistics import Statistics
@@ -179,7 +177,7 @@ def convert(
         if mean or config is not None or classes:
             raise UserError('--mean, --config and --classes are for --to=checkpoint; a checkpoint holds them already.')
         loaded = checkpoint.load_checkpoint(source)
-        with new_directory(output) as folder:
+        with processes.new_directory(output) as folder:
             write_safetensors(folder, loaded)
         return
     if not os.path.isfile(source):
@@ -210,7 +208,7 @@ def convert(
         'fingerprint': '',
     }
     state = steps.TrainState(np.int32(0), to_params(network, image_size, found, bgr=bgr), None)
-    with new_directory(output) as folder, checkpoint.Checkpoints(folder) as checkpoints:
+    with processes.new_directory(output) as folder, checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(state, stats, meta, None)
         checkpoints.wait()
     _describe(network, found, plain['data'], used)
@@ -308,25 +306,6 @@ def write_safetensors(folder: str, loaded: checkpoint.Checkpoint) -> None:
     data = safetensors.numpy.save(tensors, metadata={'format': 'pt', weights.METADATA_KEY: json.dumps(own)})
     pathlib.Path(folder, FILE_NAME).write_bytes(data)
     statistics.save(folder, loaded.statistics)
-
-
-@contextlib.contextmanager
-def new_directory(output: str) -> Iterator[str]:
-    """A sibling of `output` to be written into; renamed to it at the end, removed where that is not reached."""
-    output = os.path.abspath(output)
-    partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        os.makedirs(partial)
-        yield partial
-        os.rename(partial, output)
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # orbax and tensorstore: each its own kind
-        reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
-        raise UserError(f'cannot write {output!r}: {reason}.') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:

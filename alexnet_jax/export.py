@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from jax import export as jax_export
 
-from alexnet_jax import cli, convert, evaluate, layers, sharding, steps
+from alexnet_jax import cli, convert, evaluate, layers, processes, sharding, steps
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -152,7 +152,7 @@ def main() -> None:
         raise UserError(f'{args.output!r} exists already; remove it or choose another --output.')
     cli.set_up_jax()
     checkpoint = load_checkpoint(args.checkpoint)
-    with convert.new_directory(args.output) as folder:
+    with processes.new_directory(args.output) as folder:
         convert.write_safetensors(folder, checkpoint)
         for name, text in (
             ('config.json', json.dumps(hub_config(checkpoint, args.views), indent=2)),

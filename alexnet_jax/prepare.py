@@ -11,7 +11,6 @@ import hashlib
 import io
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -91,22 +90,8 @@ def prepare(
     orders = _orders(splits, val_fraction, seed)
     print('  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items()), flush=True)
 
-    partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
-    try:
-        os.makedirs(partial, exist_ok=True)
-        # Not inside: it is removed, and a folder that another process has taken away meanwhile must not count.
-        with processes.alone(f'{partial}.lock', f'preparing {output!r}'):
-            try:
-                shutil.rmtree(partial)  # of a run that was killed
-                os.makedirs(partial)
-                _write_all(partial, orders, class_names, size, format, max_bad, workers)
-                os.rename(partial, output)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                os.remove(f'{partial}.lock')
-    except (OSError, RuntimeError) as error:  # array_record says RuntimeError for a full disk
-        reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
-        raise UserError(f'cannot write {output!r}: {reason}.') from error
+    with processes.new_directory(output) as folder:
+        _write_all(folder, orders, class_names, size, format, max_bad, workers)
     print(f'{output} is ready.', flush=True)
 
 

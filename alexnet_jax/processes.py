@@ -6,15 +6,16 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, local
 
 
 def end_with_parent(*_) -> None:
@@ -66,6 +67,34 @@ def alone(path: str, doing: str):
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise UserError(f'another process was just {doing}; try again.')  # and has removed the file
         yield
+
+
+@contextlib.contextmanager
+def new_directory(output: str) -> Iterator[str]:
+    """A sibling of `output` for one process to write into; renamed to it at the end, removed where that is not reached.
+
+    Raises:
+      UserError: it cannot be written, or another process is at it.
+    """
+    output = local(output)
+    partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
+    try:
+        os.makedirs(partial, exist_ok=True)
+        # Not inside: it is removed, and a folder that another process has taken away meanwhile must not count.
+        with alone(f'{partial}.lock', f'writing {output!r}'):
+            try:
+                shutil.rmtree(partial)  # of a run that was killed
+                os.makedirs(partial)
+                yield partial
+                os.rename(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.remove(f'{partial}.lock')
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # array_record, orbax and tensorstore: each its own kind
+        reason = getattr(error, 'strerror', None) or str(error).split('\n', 1)[0]
+        raise UserError(f'cannot write {output!r}: {reason}.') from error
 
 
 def first_decides(function: Callable[[], Any]) -> Any:

@@ -101,6 +101,10 @@ def _prepared(path: str) -> Dataset:
         fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
     except Exception as error:  # whatever TFDS and array_record make of damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {str(error).splitlines()[0]}') from error
+    if fingerprint and not digests.has(path):  # `prepare` wrote them together
+        raise UserError(
+            f'the prepared data are damaged: {digests.FILE_NAME} is missing in {path!r}; prepare them again.'
+        )
     if side is None or (side, channels) != (width, 3):
         raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
     return Dataset(splits, class_names, side, statistics.load(path), fingerprint)

@@ -79,7 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         processes.termination() as asked_to_stop,
     ):
         for problem in checkpoints.damaged:
-            writers.warn(f'a checkpoint is damaged and not used: {problem}.')
+            writers.warn(f'a checkpoint is not used: {problem}.')
         state, saved = _restore_or_init(checkpoints, run, config, key, meta, workdir)
         step, unfinished = int(state.step), saved.get('unfinished', False)
         reached = trainlog.reached(saved.get('log'), config.stop_at_error)
@@ -127,6 +127,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
                 if not unfinished:
                     # A line before each save, so that no mean reaches back over a restart.
                     log.add(step, report, waited=waited, log=logs or saves or last)
+                    checkpoints.poll()
                 if config.stop_at_error and (logs or unfinished):
                     last = last or log.reached(config.stop_at_error)
                 saves = saves or last

@@ -1,9 +1,12 @@
 """Digests, what is taken for whole and what for damaged, and files that somebody has tampered with."""
 
+import concurrent.futures
+import errno
 import functools
 import json
 import operator
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -174,12 +177,42 @@ def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
         assert (copy / 'checkpoints' / '4').exists()
     with checkpoint.Checkpoints(str(copy)) as saved:
         assert saved.steps() == [2] and saved.latest() == saved.best() == 2
-        (problem,) = saved.damaged
+        *half_written, problem = saved.damaged
         assert 'checkpoints/3/meta/metadata: its bytes have changed' in problem and '3.damaged' in problem
+        assert sorted(path.name for path in map(_named, half_written)) == ['4', '5.orbax-checkpoint-tmp']
         state = steps.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
         saved.save(state, before.statistics, json.loads((copy / 'meta.json').read_text()), 5.0)
     assert checkpoint.load_checkpoint(str(copy)).step == 3
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
+
+
+def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(copy):
+    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+        step = saved.latest()
+        shutil.rmtree(copy / 'checkpoints' / str(step))
+        with pytest.raises(UserError, match='checkpoints/3 is gone: its run has saved newer steps'):
+            saved.load(step)
+
+
+def _named(half_written):
+    path, _, said = half_written.partition(': ')
+    assert said == 'half written, without SHA256SUMS; it is removed'
+    return pathlib.Path(path)
+
+
+def test_a_save_that_fails_in_the_background_is_told_before_the_next(copy, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with checkpoint.Checkpoints(str(copy)) as saved:
+        before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
+        saved.poll()  # nothing is under way
+        monkeypatch.setattr(digests, 'write', full)
+        saved.save(steps.TrainState(jnp.int32(4), before.params, None), before.statistics, meta, 1.0)
+        concurrent.futures.wait([saved._sealing])
+        with pytest.raises(UserError, match='step 4 cannot be saved .* No space left on device'):
+            saved.poll()
+        assert saved.steps() == [2, 3]
 
 
 def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
@@ -257,6 +290,9 @@ def test_verify(copy, tmp_path, capsys):
         (data / 'label.labels.txt').write_text('another\n')
         sources.open_dataset(str(data))
     assert 'label.labels.txt' in str(error.value)
+    (data / 'SHA256SUMS').unlink()
+    with pytest.raises(UserError, match='SHA256SUMS is missing'):
+        sources.open_dataset(str(data))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +302,7 @@ def test_verify(copy, tmp_path, capsys):
         '{"python_class_name": "antigravity.FeaturesDict", "featuresDict": {"features": {}}}',
         '{"python\\u0043lassName": "antigravity.FeaturesDict", "featuresDict": {"features": {}}}',
         '{"type": "antigravity.FeaturesDict", "content": {}}',
-        '{"type": "tensorflow_datasets.core.features.image_feature.Image", "proto_cls": "antigravity.X", "content": {}}',
+        '{"type": "tensorflow_datasets.core.features.Image", "proto_cls": "antigravity.X", "content": {}}',
     ],
 )
 def test_features_of_somebody_else_are_not_imported(named, tmp_path):
@@ -320,6 +356,22 @@ def test_only_one_at_a_time(tmp_path):
                 raise AssertionError
     with processes.alone(lock, 'training'):
         pass
+
+
+def test_a_directory_is_written_whole_and_by_one(tmp_path):
+    output = tmp_path / 'deep' / 'out'
+    with processes.new_directory(str(output)) as folder:
+        (pathlib.Path(folder) / 'file').write_text('first')
+        with pytest.raises(UserError, match='another process is writing .*deep/out'):
+            with processes.new_directory(str(output)):
+                raise AssertionError
+        assert not output.exists()
+    assert (output / 'file').read_text() == 'first' and os.listdir(output.parent) == ['out']
+    with pytest.raises(UserError, match='cannot write .*other.: No space'):
+        with processes.new_directory(str(output.parent / 'other')) as folder:
+            (pathlib.Path(folder) / 'file').write_text('half')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(output.parent) == ['out']
 
 
 def test_a_signal_waits_for_the_loop(monkeypatch):

@@ -111,6 +111,18 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.slow
+def test_too_large_for_the_device_is_one_line(tmp_path):
+    """2^48 floats, whatever the device."""
+    script = 'cli.run(lambda: print(jnp.zeros(1 << 48).sum()), required=())'
+    result = subprocess.run(
+        [sys.executable, '-c', f'import jax.numpy as jnp; from alexnet_jax import cli; {script}'],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )  # fmt: skip
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert 'not enough memory' in result.stderr and '--config.accumulate=N' in result.stderr
+
+
+@pytest.mark.slow
 def test_train_resume_evaluate(tmp_path):
     """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
     run = ['main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alexnet_jax import checkpoint, convert, digests, listing, prepare, statistics, weights
+from alexnet_jax import checkpoint, convert, digests, listing, prepare, processes, statistics, weights
 from alexnet_jax.errors import UserError
 from tests.test_features import untrained
 
@@ -325,7 +325,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def read(folder, monkeypatch, capsys):
     """Does all that converting a file takes, but write."""
-    monkeypatch.setattr(convert, 'new_directory', lambda output: contextlib.nullcontext())
+    monkeypatch.setattr(processes, 'new_directory', lambda output: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, 'Checkpoints', _Nowhere)
 
     def read(name, content):

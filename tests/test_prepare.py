@@ -443,7 +443,8 @@ def test_damaged_statistics_are_named(folder, tmp_path):
         UserError, match=r'data are damaged: .*statistics.npz: its bytes have changed \(SHA-256\); prep'
     ):
         sources.open_dataset(str(out))
-    (out / 'SHA256SUMS').unlink()  # a dataset that somebody else wrote
+    for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote
+        (out / name).unlink()
     with pytest.raises(UserError, match='statistics.npz is damaged'):
         sources.open_dataset(str(out))
     (out / 'dataset_info.json').write_text(json.dumps({'name': 'images'}))

@@ -6,11 +6,10 @@ import pathlib
 import tempfile
 import time
 
-import numpy as np
 from absl import logging
 
 from tests.faults import faults
-from tests.faults.scene import LostError, NotHereError, Scene
+from tests.faults.scene import LostError, NotHereError, attempt
 
 
 def main() -> None:
@@ -27,11 +26,9 @@ def main() -> None:
         for trial in range(args.trials):
             fault = chosen[trial % len(chosen)]
             with tempfile.TemporaryDirectory() as folder:
-                rng = np.random.default_rng([args.seed, trial])
-                scene = Scene(pathlib.Path(folder), rng, pathlib.Path(shared))
                 try:
-                    fault(scene)
-                    outcome = 'survived'
+                    scene = attempt(fault, pathlib.Path(folder), pathlib.Path(shared), args.seed, trial)
+                    slowest, outcome = max(slowest, scene.slowest_stop), 'survived'
                 except LostError as error:
                     outcome = 'lost'
                     print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
@@ -41,7 +38,6 @@ def main() -> None:
                 except Exception as error:  # of the trial, not of the run
                     outcome = 'not made'
                     print(f'trial {trial}, {fault.__name__}: {error!r}', flush=True)
-                slowest = max(slowest, scene.slowest_stop)
             counts[fault.__name__][outcome] += 1
             print(
                 f'{trial + 1}/{args.trials}  {fault.__name__}: {outcome}  ({time.monotonic() - began:.0f} s)',

@@ -33,9 +33,19 @@ class NotHereError(Exception):
     """This machine does not let the fault be made."""
 
 
+class TooLateError(Exception):
+    """The run was over before the fault came: nothing was tried."""
+
+
 def expect(holds, what: str) -> None:
     if not holds:
         raise LostError(what)
+
+
+def in_time(made) -> None:
+    """Whether the fault met a run that was under way; a trial without one must not count as survived."""
+    if not made:
+        raise TooLateError
 
 
 class Scene:
@@ -144,13 +154,14 @@ class Scene:
         """Sends a signal and waits; nothing of the child may be left: no process, no shared memory."""
         before = _unused_memory()
         began = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(child.pid, number)
+        in_time(child.poll() is None)
+        (os.killpg if group else os.kill)(child.pid, number)
         try:
             code = child.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             raise LostError(f'{_PATIENCE} s after signal {number} it still runs: {self.printed()[-2000:]}') from None
+        in_time(number != signal.SIGKILL or code == -number)
         if number == signal.SIGTERM:
             self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
         self.expect_nothing_left(before)
@@ -241,3 +252,22 @@ def filled(path: pathlib.Path):
         yield
     finally:
         filler.unlink()
+
+
+def attempt(fault, folder: pathlib.Path, shared: pathlib.Path, *seed: int) -> Scene:
+    """Makes a fault, and once more where the run was over before it came.
+
+    Raises:
+      LostError: something promised did not hold.
+      NotHereError: the fault cannot be made.
+    """
+    for turn in range(5):
+        scene = Scene(folder / str(turn), np.random.default_rng([*seed, turn]), shared)
+        scene.folder.mkdir(parents=True)
+        try:
+            fault(scene)
+            return scene
+        except TooLateError:
+            for pid in scene.alive():
+                os.kill(pid, signal.SIGKILL)
+    raise NotHereError('five runs were over before it came')
