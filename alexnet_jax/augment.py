@@ -92,35 +92,68 @@ class Draw(NamedTuple):
 def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> Draw:
     """Draws crop, reflection and colour for one image: 2048 = 32 x 32 x 2 cut-outs in the paper.
 
-    They depend on (seed, position in the stream) alone. All numbers are drawn whatever the switches say, so that
-    switching one off leaves the others as they were.
+    They depend on (seed, position in the stream) alone.
     """
-    rng = np.random.default_rng((seed, 0, position // augmentation.draw_every))
-    mirror = np.bool_(rng.random() < 0.5)
+    drawn = draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
+    return Draw(*(values[0] for values in drawn))
+
+
+def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int, record_size: int) -> Draw:
+    """What `draw` draws for `count` positions from `first` on, with an axis for them in front of every field.
+
+    All numbers are drawn whatever the switches say, so that switching one off leaves the others as they were.
+    """
+    every, size = augmentation.draw_every, augmentation.image_size
+    groups = np.arange(first, first + count) // every
+    shared = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
+    mirror, place, areas = shared[:, 0] < 0.5, shared[:, 1:3], shared[:, 4:].reshape(count, 10, 2)
+    extent = np.full((count, 2), size)
     if augmentation.crop_area:
-        offset, extent = _part_of_the_area(rng, record_size, augmentation.crop_area)
+        extent = _parts_of_the_area(areas, record_size, augmentation.crop_area)
+        room = record_size - extent + 1
     else:
-        count = positions(record_size, augmentation.image_size, augmentation.all_positions)
-        offset, extent = rng.integers(0, count, 2), (augmentation.image_size,) * 2
-        if not augmentation.random_crop:
-            offset = ((record_size - augmentation.image_size) // 2,) * 2
-    alphas = np.random.default_rng((seed, 1, position)).standard_normal(3, dtype=np.float32)
+        room = positions(record_size, size, augmentation.all_positions)
+    offset = np.floor(place * room)
+    if not augmentation.random_crop:
+        offset[:] = (record_size - size) // 2
+    alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]
     return Draw(
-        np.asarray(offset, np.int32),
-        np.asarray(extent, np.int32),
+        offset.astype(np.int32),
+        extent.astype(np.int32),
         mirror & augmentation.reflect,
-        alphas * np.float32(augmentation.colour_std),
+        (alphas * augmentation.colour_std).astype(np.float32),
     )
 
 
-def _part_of_the_area(rng: np.random.Generator, size: int, area: tuple[float, float]):
-    """(offset, extent) of a part of a square's area with sides of 3:4 to 4:3, as torchvision's RandomResizedCrop."""
-    for _ in range(10):
-        share, aspect = rng.uniform(*area), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        extent = np.round(size * np.sqrt([share / aspect, share * aspect])).astype(int)
-        if (0 < extent).all() and (extent <= size).all():
-            return rng.integers(0, size - extent + 1), extent
-    return (0, 0), (size, size)
+def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:
+    """Float64 [count, words] in [0, 1): row i depends on (key, first + i) alone. words: a multiple of 4.
+
+    Philox counts instead of remembering, four numbers a count: what belongs to a position is found without drawing all
+    before it, and a batch takes one call (a generator for every image took 40 us each).
+    """
+    counter = int(first) * (words // 4)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(int(count) * words)
+    return (raw >> np.uint64(11)).reshape(count, words) * 2.0**-53
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """As many independent normal numbers as uniform ones (Box and Muller)."""
+    radius, angle = np.split(uniform, 2, axis=-1)
+    radius = np.sqrt(-2 * np.log(1 - radius))
+    return np.concatenate([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)], axis=-1)
+
+
+def _parts_of_the_area(uniform: np.ndarray, size: int, area: tuple[float, float]) -> np.ndarray:
+    """Height and width [N, 2] of parts of a square's area with sides of 3:4 to 4:3, as torchvision's RandomResizedCrop.
+
+    uniform: [N, tries, 2]; the first try that fits into the square counts, else it is the square.
+    """
+    share = area[0] + (area[1] - area[0]) * uniform[..., 0]
+    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * uniform[..., 1])
+    tries = np.round(size * np.sqrt(np.stack([share / aspect, share * aspect], axis=-1)))
+    fits = ((tries > 0) & (tries <= size)).all(-1)
+    found = np.take_along_axis(tries, fits.argmax(1)[:, None, None], axis=1)[:, 0]
+    return np.where(fits.any(1)[:, None], found, size).astype(int)
 
 
 def cut(image_HWC: np.ndarray, drawn: Draw, size: int, out: np.ndarray | None = None) -> np.ndarray:

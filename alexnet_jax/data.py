@@ -138,20 +138,20 @@ def _with_position(position: int, index) -> tuple[int, int]:
 
 
 def _train_batch(source, augmentation, seed, record_size, on_device, places) -> Batch:
-    """places: (position in the stream, index of the record) of each image."""
+    """places: (position in the stream, index of the record) of each image; positions follow each other."""
     count, size = len(places), augmentation.image_size
     # Cut into the batch itself: memory that is touched for the first time is slow.
     images = None if on_device else np.empty((count, size, size, 3), np.uint8)
-    draws, labels, unreadable = [], np.zeros(count, np.int32), []
-    weight = np.ones(count, np.float32)
-    for i, (position, index) in enumerate(places):
-        drawn = augment.draw(augmentation, seed=seed, position=position, record_size=record_size)
-        draws.append(drawn)
+    labels, weight, unreadable = np.zeros(count, np.int32), np.ones(count, np.float32), []
+    first = places[0][0]
+    draws = augment.draw_batch(augmentation, seed=seed, first=first, count=count, record_size=record_size)
+    for i, (_, index) in enumerate(places):
         try:
             record = source[index]
             if record['label'] < 0:  # `load` could not read it, and said so
                 raise UserError('')
             if images is not None:
+                drawn = augment.Draw(*(values[i] for values in draws))
                 augment.cut(decode(record, record_size), drawn, size, out=images[i])
             labels[i] = record['label']
         except UserError as error:
@@ -161,7 +161,7 @@ def _train_batch(source, augmentation, seed, record_size, on_device, places) -> 
                 images[i] = 0
     return {
         **({'index': np.array([index for _, index in places], np.int32)} if on_device else {'image': images}),
-        **{name: np.stack([getattr(drawn, name) for drawn in draws]) for name in augment.Draw._fields},
+        **draws._asdict(),
         'label': labels,
         'weight': weight,
         **({'unreadable': unreadable} if unreadable else {}),

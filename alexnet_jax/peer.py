@@ -80,6 +80,8 @@ class Squares(Dataset):
     def __init__(self, images: Sequence, augmentation: augment.Augmentation, record_size: int):
         """images: (what, label): a path of a square JPEG, or a `listing.Ref` of an image of any size."""
         self.images, self.augmentation, self.record_size = images, augmentation, record_size
+        # At once, as ours draws a batch: one by one they would be a handicap.
+        self.draws = augment.draw_batch(augmentation, seed=0, first=0, count=len(images), record_size=record_size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,7 +98,7 @@ class Squares(Dataset):
         else:
             with open(what, 'rb') as file:
                 pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert('RGB'))
-        drawn = augment.draw(self.augmentation, seed=0, position=index, record_size=self.record_size)
+        drawn = augment.Draw(*(values[index] for values in self.draws))
         image = augment.cut(pixels, drawn, self.augmentation.image_size)
         return torch.from_numpy(image), torch.from_numpy(drawn.colour), label
 

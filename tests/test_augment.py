@@ -88,6 +88,39 @@ def test_draws_cover_2048_cut_outs():
     chex.assert_trees_all_close(alphas.mean(0), np.zeros(3, np.float32), atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    'augmentation',
+    [
+        augment.Augmentation(),
+        augment.Augmentation(draw_every=32, all_positions=True),
+        augment.Augmentation(crop_area=(0.08, 1.0), mean='channel'),
+        augment.Augmentation(random_crop=False, reflect=False),
+    ],
+)
+def test_what_is_drawn_at_a_position_does_not_depend_on_its_batch(augmentation):
+    found = augment.draw_batch(augmentation, seed=2, first=21, count=50, record_size=256)
+    alone = [augment.draw(augmentation, seed=2, position=21 + i, record_size=256) for i in range(50)]
+    for name, values in found._asdict().items():
+        chex.assert_trees_all_equal(values, np.stack([getattr(drawn, name) for drawn in alone]))
+    other = augment.draw_batch(augmentation, seed=3, first=21, count=50, record_size=256)
+    assert not (other.colour == found.colour).any()
+
+
+def test_uniform_numbers_are_those_of_numpys_generator():
+    """The same counter, read by numpy itself, one row after the other."""
+    theirs = np.random.Generator(np.random.Philox(key=(7, 1), counter=10 * 2)).random((3, 8))
+    chex.assert_trees_all_equal(augment._uniform((7, 1), 10, 3, 8), theirs)
+
+
+def test_colours_are_normal_and_independent():
+    alphas = augment.draw_batch(augment.Augmentation(colour_std=1.0), seed=0, first=0, count=200_000, record_size=256)
+    alphas = alphas.colour.astype(np.float64)
+    moments = [np.mean(alphas**power, axis=0) for power in (1, 2, 3, 4)]
+    chex.assert_trees_all_close(moments, [np.full(3, float(m)) for m in (0, 1, 0, 3)], atol=0.05)
+    chex.assert_trees_all_close(np.corrcoef(alphas.T), np.eye(3), atol=0.01)
+    chex.assert_trees_all_close(np.corrcoef(alphas[1:, 0], alphas[:-1, 0]), np.eye(2), atol=0.01)
+
+
 def test_switching_one_draw_off_leaves_the_others():
     (a,) = _draws(augment.Augmentation(), 1, 256)
     (b,) = _draws(augment.Augmentation(reflect=False, colour_std=0.0), 1, 256)
