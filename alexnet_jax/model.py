@@ -109,7 +109,8 @@ class AlexNet(nn.Module):
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         x = x_NHWC.astype(self.dtype)
         split = False  # whether x holds only this tower's maps
-        for name, layer in self.table().items():
+        table = self.table()
+        for name, layer in table.items():
             if split and layer.groups == 1:
                 x = lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)
             groups, features = max(1, layer.groups // towers), layer.features // towers
@@ -123,22 +124,23 @@ class AlexNet(nn.Module):
                 shape = (x[0].size // groups, features)
             kernel, bias = Weights(shape, layer.init_std, layer.bias, places, name=name)()
             kernel, wide = kernel.astype(self.dtype), jnp.promote_types(self.dtype, jnp.float32)
+            logits = name == list(table)[-1]  # never rounded to bfloat16: of 1,000, the best two would often tie
             window = {'stride': layer.stride, 'padding': layer.padding} if isinstance(layer, Conv) else {}
             if isinstance(layer, Local):
                 x = ops.local_conv(x, kernel, size=layer.kernel, **window, groups=groups)
             elif isinstance(layer, Conv):
                 x = ops.conv(x, kernel, **window, groups=groups)
             else:
-                x = ops.dense(x, kernel, groups=groups)
+                x = ops.dense(x, kernel, groups=groups, dtype=wide if logits else None)
             # In float32, for the gradient's sum over all places: a bias is one of few numbers that many add to.
             bias = jnp.expand_dims(bias.astype(wide), range(x.ndim - bias.ndim))
-            x = (x.astype(wide) + bias).astype(self.dtype)
+            x = (x.astype(wide) + bias).astype(wide if logits else self.dtype)
             self.sow('intermediates', f'{name}_linear', x)
             for step in layer.then.split():
                 x = self._step(step, x, None if masks is None else masks.get(name), towers)
                 self.sow('intermediates', f'{name}_{step}', x)
             split = towers > 1
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x
 
     def _step(self, step: str, x, mask, towers: int):
         match step:

@@ -128,19 +128,20 @@ def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[in
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
 
 
-def dense(x, kernel_IO, *, groups: int = 1):
+def dense(x, kernel_IO, *, groups: int = 1, dtype=None):
     """A fully-connected layer; maps are flattened in (H, W, C) order, group by group.
 
     Args:
       x: float [N, ..., C].
       kernel_IO: float [inputs / groups, O]; the first O / groups outputs read the first C / groups channels.
       groups: 1 reads everything, as in the paper.
+      dtype: of the sums, if it is to be another than that of x.
 
     Returns:
       float [N, O].
     """
     outputs = [
-        part.reshape(part.shape[0], -1) @ kernel
+        jnp.matmul(part.reshape(part.shape[0], -1), kernel, preferred_element_type=dtype)
         for part, kernel in zip(jnp.split(x, groups, axis=-1), jnp.split(kernel_IO, groups, axis=-1), strict=True)
     ]
     return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
