@@ -159,7 +159,7 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     run = [
         'main', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
         f'--config.data.path={data}', '--config.batch_size=16', '--config.num_steps=8',
-        '--config.checkpoint_every_steps=2',
+        '--config.checkpoint_every_steps=2', '--config.log_every_steps=1',
     ]  # fmt: skip
     command = [sys.executable, '-m', f'alexnet_jax.{run[0]}', *run[1:]]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
