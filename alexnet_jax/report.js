@@ -46,10 +46,11 @@ function choices(fieldset, name, labels, draw, choose) {
   });
 }
 
-/** Arrow keys anywhere in a toy, but where a slider or a choice has them already. */
+/** Arrow keys anywhere in a toy, but where a slider, a choice or, with another key, the browser has them already. */
 function keys(section, moves) {
   section.addEventListener('keydown', (event) => {
-    if (event.target instanceof HTMLInputElement || !(event.key in moves)) return;
+    const { altKey, ctrlKey, metaKey, shiftKey } = event;
+    if (altKey || ctrlKey || metaKey || shiftKey || event.target instanceof HTMLInputElement || !(event.key in moves)) return;
     event.preventDefault();
     moves[event.key]();
   });
@@ -102,9 +103,10 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
       if (y < 0 || x < 0 || y >= side || x >= side) return [128, 128, 128];
       return pictures[picture].subarray(3 * (y * side + x), 3 * (y * side + x) + 3);
     });
-    canvas.width = canvas.height = zoom * padded;
+    canvas.width = canvas.height = zoom * padded + 10;
     const context = canvas.getContext('2d');
     context.imageSmoothingEnabled = false;
+    context.translate(5, 5); // room for the frame around the outermost windows
     context.drawImage(plain, 0, 0, zoom * padded, zoom * padded);
     for (const [width, colour] of [[6, '#000'], [3, '#f0e442']]) {
       context.lineWidth = width;
@@ -223,8 +225,8 @@ function walkToy(section, { stages, labels }) {
     find('value').textContent = `${at + 1} of ${count}, ${title}`;
     find('words').textContent = words;
     find('note').textContent = note;
-    find('previous').disabled = at === 0;
-    find('next').disabled = at === count - 1;
+    find('previous').setAttribute('aria-disabled', at === 0); // not disabled: it would lose the focus, and the keys
+    find('next').setAttribute('aria-disabled', at === count - 1);
     const here = stops.findLastIndex(([, first]) => first <= at);
     Array.from(find('layers').children, (button, i) => button.setAttribute('aria-current', i === here));
   }

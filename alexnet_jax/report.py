@@ -122,10 +122,7 @@ def _table(table: Table) -> str:
         head += f'<th scope="col"{right}>{html.escape(column)}</th>'
     rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ''
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">\n'
-        f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n{note}'
-    )
+    return _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>') + note
 
 
 def _is_number(value) -> bool:
@@ -147,10 +144,15 @@ def _figure(figure: Figure) -> str:
     with telling(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
     text = html.escape(figure.caption)
-    return (  # in an <img> also an SVG's scripts and links are dead
-        f'<figure><img class="figure" src="data:{kind};base64,{content}" alt="{text or html.escape(figure.title)}">'
-        f'<figcaption>{text}</figcaption></figure>\n'
+    image = (  # in an <img> also an SVG's scripts and links are dead
+        f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or html.escape(figure.title)}">'
     )
+    return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
+
+
+def _scrolling(title: str, content: str) -> str:
+    """What may be wider than the page; the keyboard reaches it."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}">\n{content}</div>\n'
 
 
 def _toys(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:

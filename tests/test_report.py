@@ -58,8 +58,11 @@ def checkpoint():
 def toys(checkpoint, tmp_path_factory):
     """A page with toys and hostile texts."""
     wide = report.Table('Wide', tuple(f'column {i}' for i in range(20)), [tuple(range(10**6, 10**6 + 20))])
-    content = {'tables': [TABLE, wide], 'checkpoint': checkpoint, 'image_NHWC': _images(), 'captions': [HOSTILE]}
-    return _write(tmp_path_factory.mktemp('toys') / 'r.html', title='title' * 30, **content)
+    folder = tmp_path_factory.mktemp('toys')
+    Image.new('RGB', (2025, 90)).save(folder / 'wide.png')
+    content = {'tables': [TABLE, wide], 'figures': [report.Figure('Wide <i>', str(folder / 'wide.png'))]}
+    content |= {'checkpoint': checkpoint, 'image_NHWC': _images(), 'captions': [HOSTILE]}
+    return _write(folder / 'r.html', title='title' * 30, **content)
 
 
 def _write(path, **contents):
@@ -99,6 +102,7 @@ def test_figures_and_toys_lie_in_the_file(checkpoint, tmp_path):
     page = _write(tmp_path / 'r.html', figures=figures, checkpoint=checkpoint, image_NHWC=_images(1))
     assert f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" alt="&quot;quoted&quot;"' in page
     assert 'src="data:image/png;base64,' in page and 'alt="B"' in page
+    assert re.findall('<div class="scroll" tabindex="0" role="region" aria-label="(.)">\n<img', page) == ['A', 'B']
     assert not re.search(r'https?:|url\(|@import|<link', page)
     assert all(value.startswith(('data:image/', '#')) for value in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.svg', 'b.PNG', 'r.html'], 'nothing half written is left'
@@ -277,6 +281,10 @@ def played(toys, tmp_path_factory):
       found.third = window.report.featureMap(0, 2)[1];
       await new Promise((resolve) => setTimeout(resolve, 300));
       found.still = at();
+      const held = { key: 'ArrowRight', bubbles: true, cancelable: true };
+      found.passed = ['altKey', 'ctrlKey', 'metaKey', 'shiftKey'].map((name) =>
+        slide.querySelector('.stage').dispatchEvent(new KeyboardEvent('keydown', { ...held, [name]: true })));
+      found.places.push(at());
       slide.querySelector('.play').click();
       await new Promise((resolve) => setTimeout(resolve, 1000));
       slide.querySelector('.play').click();
@@ -292,6 +300,27 @@ def played(toys, tmp_path_factory):
       found.maps = walk.querySelectorAll('.maps canvas').length;
       walk.querySelector('.layers button:last-child').click();
       found.stages.push(shown());
+      const next = walk.querySelector('.next');
+      walk.querySelector('.previous').click();
+      next.focus();
+      next.click(); // the end: the keys go on from here
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      found.ends = ['.previous', '.next'].map((name) => walk.querySelector(name).getAttribute('aria-disabled'));
+      press(document.activeElement, 'ArrowLeft');
+      found.stages.push(shown());
+      press(document.activeElement, 'ArrowRight');
+      found.frames = [0, 1, Number(slide.querySelector('.place').max)].map((place) => {
+        slide.querySelector('.place').value = place;
+        slide.querySelector('.place').dispatchEvent(new Event('input'));
+        const canvas = slide.querySelector('.picture');
+        const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        let yellow = 0;
+        for (let i = 0; i < data.length; i += 4) yellow += data[i] === 240 && data[i + 1] === 228 && data[i + 2] === 66;
+        return yellow;
+      });
+      found.behind = getComputedStyle(slide.querySelector('.map')).backgroundImage;
+      const figure = document.querySelector('img.figure'), box = figure.closest('.scroll');
+      found.figure = [figure.clientWidth, box.clientWidth, box.scrollWidth];
       found.labels = [...walk.querySelectorAll('dt')].map((node) => node.textContent);
       const named = (node) => node.matches('[aria-label]') || node.closest('label, .maps[aria-label]');
       found.unnamed = [...document.querySelectorAll('canvas')].filter((node) => !named(node)).length;
@@ -310,13 +339,17 @@ def test_the_page_raises_no_errors_and_fits_a_phone(played):
     assert played['width'][1] == played['endWidth'][1] == 375
     assert played['width'][0] <= 375 and played['endWidth'][0] <= 375
     assert played['unnamed'] == played['clickable'] == 0
+    image, box, content = played['figure']
+    assert image == 66 * 16 <= content and box < 375, 'as wide as on a desk, and it scrolls'
 
 
 @pytest.mark.slow
 @in_browser
 def test_the_window_moves_by_key_and_button(played):
     side = (small.SIZE + 1 - 5) // 2 + 1
-    assert played['places'] == [0, 1, 1 + side, side, 0, 0, 1, 1]
+    assert played['places'] == [0, 1, 1 + side, side, 0, 0, 1, 1, 1] and played['passed'] == [True] * 4
+    assert played['frames'][0] == played['frames'][1] == played['frames'][2] > 0, 'whole, at the edge, too'
+    assert played['behind'].startswith('repeating-linear-gradient')
     assert played['value'].startswith(f'Row 1 of {side}, column 2: 75 products and the bias 2 add up to ')
     assert float(played['value'].split()[-1][:-1]) == pytest.approx(played['third'], rel=5e-3)
     assert played['still'] == 1 and played['played'] > 1 and played['paused']
@@ -329,5 +362,7 @@ def test_the_walk_goes_by_key_and_button(played):
     assert played['stages'] == [
         f'1 of {count}, the picture', f'1 of {count}, the picture', f'2 of {count}, conv1: convolution',
         f'3 of {count}, conv1: ReLU', f'4 of {count}, conv1: response normalisation', f'{count} of {count}, the labels',
+        f'{count - 1} of {count}, fc8: fully connected',
     ]  # fmt: skip
+    assert played['ends'] == ['false', 'true']
     assert played['maps'] == 8 and len(played['labels']) == 5
