@@ -305,8 +305,10 @@ def _of_images(checkpoint: Checkpoint, dataset: sources.Dataset, split: str, see
     right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
     images, labels = data.pick(source, right, checkpoint.record_size)
     query = features.activations(checkpoint, images, layer)[layer]
-    indices, _ = nearest(query, (part for part, _ in features.stream(checkpoint, train, layer)))
-    found = [data.pick(train, row, checkpoint.record_size) for row in indices]
+    indices, _ = nearest(query, (part for part, _ in features.stream(checkpoint, train, layer)), count=7)
+    own = right if split == 'train' else [-1] * len(right)  # no image is a neighbour of itself
+    rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
+    found = [data.pick(train, row, checkpoint.record_size) for row in rows]
     figure = drawing.neighbours(
         crops(images),
         [crops(near) for near, _ in found],
@@ -314,7 +316,7 @@ def _of_images(checkpoint: Checkpoint, dataset: sources.Dataset, split: str, see
         [[classes[label] for label in row] for _, row in found],
     )
     same = sum(row.count(label) for label, (_, row) in zip(labels, found, strict=True))
-    line = f'nearest training images in {layer}: {same} of {indices.size} have the class of their {split} image'
+    line = f'nearest training images in {layer}: {same} of {sum(map(len, rows))} have the class of their {split} image'
     yield 'neighbours', figure, [line]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, drawing, evaluate, figures, model, sources
+from alexnet_jax import augment, checkpoint, drawing, evaluate, features, figures, model, sources
 from alexnet_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.test_features import untrained
@@ -129,6 +129,25 @@ def test_nearest_of_far_and_few():
     base = query + np.array([[2.0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
     indices, distances = figures.nearest(query, [base])
     assert indices.tolist() == [[2, 1, 0]] and distances.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_an_image_is_no_neighbour_of_itself(split, path, monkeypatch):
+    """The other training images by their distance in fc7, one by one; of split train the query is one of them."""
+    loaded, digits, drawn = checkpoint.load_checkpoint(path), sources.open_dataset('digits'), []
+    records = {name: digits.splits[name][:30] for name in ('train', 'val')}
+    images = {name: np.stack([record['image'] for record in part]) for name, part in records.items()}
+    seen = {name: augment.centre(part, loaded.image_size) for name, part in images.items()}
+    base, queries = (features.activations(loaded, images[name], 'fc7')['fc7'] for name in ('train', split))
+    monkeypatch.setattr(drawing, 'neighbours', lambda *found: drawn.append(found))
+    list(figures._of_images(loaded, digits._replace(splits=records), split, seed=0))
+    ((shown, near, *_),) = drawn
+    assert len(shown) == 5
+    for image, found in zip(shown, near, strict=True):
+        (own,) = (i for i in range(30) if np.array_equal(seen[split][i], image))
+        distances = ((base.astype(np.float64) - queries[own]) ** 2).sum(1)
+        order = [i for i in np.argsort(distances, kind='stable') if split == 'val' or i != own]
+        np.testing.assert_array_equal(found, seen['train'][order[:6]])
 
 
 def test_confusion_by_hand():
