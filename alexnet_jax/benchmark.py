@@ -342,4 +342,4 @@ if __name__ == '__main__':
     flags.DEFINE_enum('precision', None, list(PRECISIONS), 'Of products on both sides; of the model too if bfloat16.')
     flags.DEFINE_string('input', None, 'Originals, as for alexnet_jax.prepare.')
     cli.define_cpu_devices()
-    cli.run(main, required=('config',), arguments='mode (step, input, train, prepare)')
+    cli.run(main, required=('config',), arguments='one mode (step, input, train, prepare)')

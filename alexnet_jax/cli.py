@@ -25,7 +25,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 def run(main: Callable[..., None], *, required: Sequence[str], arguments: str | None = None) -> None:
     """Parses the flags, sees that the required ones are there, and calls `main()`; never returns.
 
-    arguments: what the words are that come without --; then `main(words)` is called, with one at least.
+    arguments: what the words are that come without --, and how many; then `main(words)` is called, with one at least.
 
     Exit codes: 0; 1 when training diverged or the program is wrong (with its traceback); 2 for a user's error; 130 and
     143 when it was told to stop, by SIGINT and SIGTERM.
@@ -95,7 +95,7 @@ def _call(main, words, required, arguments) -> None:
         elif words:
             main(words)
         else:
-            raise UserError(f'nothing to work on: give one {arguments} or more.')
+            raise UserError(f'nothing to work on: give {arguments}.')
     except UserError as error:
         _fail(str(error), 2)
     except DivergedError as error:

@@ -103,4 +103,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('top', 5, 'Labels an image; all, where there are fewer classes.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object for each file.')
     cli.define_cpu_devices()
-    cli.run(main, required=('checkpoint',), arguments='IMAGE_OR_FOLDER')
+    cli.run(main, required=('checkpoint',), arguments='one IMAGE_OR_FOLDER or more')

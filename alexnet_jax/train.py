@@ -203,7 +203,7 @@ def _validate(run: Run, config: ConfigDict, state, step: int, val, writer, asked
     if not math.isfinite(result['loss']):
         raise DivergedError(
             f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
-            'optim.learning_rate (in another --workdir, if this has a checkpoint).'
+            'optim.learning_rate (in another directory, if this has a checkpoint).'
         )
     line = {
         'step': step,
@@ -237,13 +237,13 @@ def _restore_or_init(
         if differences:
             raise UserError(
                 f'{workdir} holds a run of another config: {"; ".join(differences)}. '
-                'Give the same config, or another --workdir.'
+                'Give the same config, or another directory.'
             )
         same = all(old[name] == meta[name] for name in _DATA_KEYS)
         if not same or not all(np.array_equal(a, b) for a, b in zip(statistics, run.dataset.statistics, strict=True)):
             raise UserError(
                 f'{workdir} was trained on other data than {config.data.path!r} (other images, or prepared otherwise); '
-                'give the same data, or another --workdir.'
+                'give the same data, or another directory.'
             )
         return checkpoints.restore(step, run.state_shapes), old
     state = run.init(key)

@@ -103,7 +103,7 @@ class TrainLog:
         self._saved['nonfinite'] += 1
         count, most = self._saved['nonfinite'], self._budget.max_nonfinite
         what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
-        remedy = 'Lower optim.learning_rate (in another --workdir, if this has a checkpoint).'
+        remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
         if self._budget.on_nonfinite == 'stop':
             raise DivergedError(f'{what}; the update was not made, and none after it is kept. {remedy}')
         if count > most:

@@ -55,4 +55,4 @@ def main(paths: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.run(main, required=(), arguments='directory')
+    cli.run(main, required=(), arguments='one directory or more')

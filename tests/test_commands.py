@@ -63,7 +63,7 @@ def _assert_user_error(result, pattern):
         (['tune', '--input=W', '--output=W', '--config.num_epoch=1'], "no key 'num_epoch'. Did you mean 'num_epochs'"),
         (['tune', '--config.seed=1', '--config=configs/nobody.py'], "no config file 'configs/nobody.py'"),
         (['tune', '--config.num_epochs=1', '--input=W', '--output=W/out'], "there is no input"),
-        (['benchmark'], 'nothing to work on: give one mode .step, input, train, prepare. or more'),
+        (['benchmark'], r'nothing to work on: give one mode .step, input, train, prepare.\.'),
         (['benchmark', 'speed'], "'speed'; expected one of step, input, train, prepare"),
         (['benchmark', 'prepare'], '--input is missing: images for alexnet_jax.prepare'),
         (['benchmark', 'input'], 'no data given; pass --config.data.path=DIR'),
