@@ -145,6 +145,16 @@ def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
     assert table.rows[2][1:] == ('2', '5.50 ± 0.71', '6')
 
 
+def test_the_cifar_arms_name_the_files_they_are_of():
+    """The names in layers/layers-cifar of the release, and section 3.3."""
+    arms = {arm.name: arm for arm in suites.cifar10(_paper())}
+    files = ('layers-80sec.cfg', 'layers-19pct.cfg', 'layers-18pct.cfg', 'layers-conv-local-13pct.cfg')
+    for name, file in zip(('80sec', '19pct', '18pct', '13pct'), files, strict=True):
+        assert file in arms[name].source
+    assert arms['13pct'].paper == arms['13pct'].log == (13.0, None)
+    assert arms['11pct'].paper == (-2.0, None) and '11%' in arms['11pct'].source
+
+
 def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
     """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken."""
     needs, asked = {}, []
