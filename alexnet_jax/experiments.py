@@ -10,7 +10,6 @@ shows the runs and how long they may take.
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,7 +32,6 @@ from alexnet_jax import (
     listing,
     model,
     prepare,
-    report,
     results,
     sharding,
     sources,
@@ -41,10 +39,11 @@ from alexnet_jax import (
     train,
     writers,
 )
-from alexnet_jax.errors import DivergedError, UserError, did_you_mean
+from alexnet_jax.errors import DivergedError, UserError, did_you_mean, local, telling
 from alexnet_jax.suites import Arm
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
+SUITES = (FIGURE1, *suites.SUITES)
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of figure 1's search, for each activation
 
 
@@ -54,44 +53,66 @@ class Trial(NamedTuple):
     arm: Arm
     seed: int
     config: ConfigDict
-    workdir: str
+    output: str  # the suite's
+
+    @property
+    def workdir(self) -> str:
+        return os.path.join(self.output, 'runs', f'{self.arm.name.replace(",", "").replace(" ", "_")}-{self.seed}')
 
 
 def trials(arms: Sequence[Arm], base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """Every arm with every seed, and where each lies: the same arm of two suites is the same run."""
+    """Every arm with every seed; the same arm of two suites is the same run."""
     found = []
     for arm in arms:
         for seed in range(seeds):
             config = suites.changed(base, arm.changes)
             config.seed = base.seed + seed
-            folder = f'{arm.name.replace(",", "").replace(" ", "_")}-{config.seed}'
-            found.append(Trial(arm, config.seed, config, os.path.join(output, 'runs', folder)))
+            found.append(Trial(arm, config.seed, config, output))
     return found
 
 
 def run(trial: Trial, suite: str, dataset: sources.Dataset) -> dict[str, Any]:
-    """Trains one network to its end, or what is left of it, and measures it: a row of results.csv.
+    """Trains one network to its end, or what is left of it, and measures it: a row, put into results.csv, too.
 
-    A network that diverges is a result, too. What was measured before is read, not measured again.
+    A network that diverges is a result, too. What was found before is read, not found again.
     """
-    path = os.path.join(trial.workdir, 'result.json')
-    diverged = False
-    try:
-        train.train_and_evaluate(trial.config, trial.workdir)  # says where it is of another config
-    except DivergedError as error:
-        print(f'{trial.arm.name}, seed {trial.seed}: {error}', flush=True)
-        diverged = True
+    name, found = f'{trial.arm.name}, seed {trial.seed}', _read(trial, 'result')
+    if found and found['diverged'] and found['step'] == _latest(trial) and _is_of(trial):
+        print(f'{name}: diverged before.', flush=True)
+    else:
+        diverged = False
+        try:
+            train.train_and_evaluate(trial.config, trial.workdir)  # says where it is of another config
+        except DivergedError as error:
+            print(f'{name}: {error}', flush=True)
+            diverged = True
+        step = _latest(trial)
+        if not found or (found['step'], found['diverged']) != (step, diverged):  # or it was made longer
+            found = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
+            writers.write_json(trial.workdir, {'result': found})
+        jax.clear_caches()  # the next network is another program
+    row = {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, **found}
+    results.write_csv(os.path.join(trial.output, 'results.csv'), [row], whole=False)
+    return row
+
+
+def _read(trial: Trial, name: str) -> dict[str, Any] | None:
+    """NAME.json of a run; None where there is none."""
+    path = os.path.join(trial.workdir, f'{name}.json')
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
+
+
+def _is_of(trial: Trial) -> bool:
+    """Whether a run is of this config: of one that diverged before its first checkpoint `train` cannot say it."""
+    return _read(trial, 'config') == checkpoint.config_to_json(trial.config)
+
+
+def _latest(trial: Trial) -> int | None:
     with checkpoint.Checkpoints(trial.workdir, read_only=True) as saved:
-        step = saved.latest()
-    found = None
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            found = json.load(file)
-    if found is None or found['step'] != step:  # a run that was made longer is measured again
-        found = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
-        writers.write_json(trial.workdir, {'result': found})
-    jax.clear_caches()  # the next network is another program
-    return {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, **found}
+        return saved.latest()
 
 
 def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
@@ -105,8 +126,9 @@ def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
         'epochs': float(passes.epoch[-1]),
         'learning_rate': config.optim.learning_rate,
         'train_error': error,
-        'reached': 0 < error <= config.stop_at_error,
     }
+    if config.stop_at_error:
+        found['reached'] = error <= config.stop_at_error
     if name := results.tested_on(dataset):
         split = dataset.splits[name]
         mesh = sharding.make_mesh(data=len(jax.devices()), tower=1)
@@ -140,7 +162,7 @@ def search(activation: str, base: ConfigDict, output: str, dataset: sources.Data
                 (trial,) = trials([arm], base, 1, output)
                 rows[i] = run(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
-                    passes[i] = math.ceil(rows[i]['epochs'])
+                    passes[i] = max(1, int(rows[i]['epochs']))  # the last batch of a pass reaches into the next
             quickest = min(passes, key=passes.get, default=best)
             if quickest != best:
                 break
@@ -162,33 +184,15 @@ def figure1(base: ConfigDict, seeds: int, output: str, dataset: sources.Dataset)
     return found, rows
 
 
-def averaged(suite: str, found: Sequence[Trial], dataset: sources.Dataset) -> report.Table:
-    """`views`: the centre against ten views; `ensemble`: one network against the average of all, over ten views."""
-    split, mesh = dataset.splits[results.tested_on(dataset)], sharding.make_mesh(data=len(jax.devices()), tower=1)
-    loaded = [results.last(trial.workdir) for trial in found]
-    keys, tested = ('top1_error', 'top5_error'), {}
-    for views in (1, 10):
-        tested[views] = [evaluate.evaluate(one, split, mesh, views=views) for one in loaded]
-    if suite == 'views':
-        names, before, after = ('centre', 'ten views'), tested[1], tested[10]
-        paper, log = (-1.5, -1.3), (-1.55, -1.30)
-        source = 'section 6: 39.0 / 18.3 against 37.5 / 17.0, ILSVRC-2010 test; net 145'
-    else:
-        names, before = ('one network', f'{len(loaded)} networks averaged'), tested[10]
-        after = [evaluate.evaluate_ensemble(loaded, split, mesh, views=10)] * len(loaded)
-        paper, log = (-2.6, -1.8), (None, None)
-        source = 'table 2: 40.7 / 18.2 against 38.1 / 16.4 with five, ILSVRC-2012 validation'
-    gains = [[b[key] - a[key] for a, b in zip(before, after, strict=True)] for key in keys]
-    ours = ' / '.join(results.said(gain, signed=True) for gain in gains)
-    claims = (results.points(paper, signed=True), results.points(log, signed=True))
-    lines = [
-        (name, f'{len(loaded)}', *(results.said([one[key] for one in found]) for key in keys))
-        for name, found in zip(names, (before, after if suite == 'views' else after[:1]), strict=True)
-    ]
-    table = [(*lines[0], '', '', '', '', ''), (*lines[1], ours, *claims, results.verdict(gains[0], -1), source)]
-    columns = ('tested as', 'networks', 'top-1', 'top-5', 'difference', 'paper', "authors' log", 'sign', 'source')
-    note = 'Errors in percent on the same images, mean and standard deviation over networks of other seeds.'
-    return report.Table(f'{suite}: beside the paper', columns, table, note)
+def each(
+    suite: str, base: ConfigDict, seeds: int, output: str, dataset: sources.Dataset
+) -> tuple[list[Trial], list[dict]]:
+    """The arms of a suite, one after the other: the trials, and a row for each."""
+    found, rows = trials(suites.SUITES[suite](base), base, seeds, output), []
+    for i, trial in enumerate(found):
+        print(f'{i + 1}/{len(found)}  {trial.arm.name}, seed {trial.seed}', flush=True)
+        rows.append(run(trial, suite, dataset))
+    return found, rows
 
 
 def plan(found: Sequence[Trial], examples: int) -> str:
@@ -224,37 +228,67 @@ def _prepared(path: str) -> str:
     return path if path == sources.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json')) else ''
 
 
-def prepared(path: str, output: str, size: int) -> str:
-    """A directory in the output with what `path` holds, prepared."""
-    folder = os.path.join(output, f'data-{size}')
+def prepared(path: str, output: str, size: int, suite: str) -> str:
+    """A directory in the output with what `path` holds, prepared; OUTPUT/data-SIZE.source says what that was."""
+    folder, source = os.path.join(output, f'data-{size}'), path if path.startswith('tfds:') else local(path)
     if not os.path.exists(folder):
+        _check_splits(listing.find(path), suite, repr(path))
         prepare.prepare(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
+        with open(f'{folder}.source', 'w', encoding='utf-8') as file:
+            file.write(source)
+        return folder
+    known = 'somewhere else'
+    if os.path.exists(f'{folder}.source'):
+        with open(f'{folder}.source', encoding='utf-8') as file:
+            known = file.read()
+    if known != source:
+        raise UserError(
+            f'{folder} was prepared from {known}, not from {source}; give the same --data, remove that folder, or give '
+            'another --output.'
+        )
     return folder
+
+
+def _check_splits(found: sources.Dataset | listing.Listing, suite: str, where: str) -> None:
+    """Raises UserError where a suite would have nothing to train on, or nothing to measure on."""
+    if 'train' not in found.splits:
+        raise UserError(
+            f'{where} has {" and ".join(found.splits)} but no training images; a suite takes a split train.'
+        )
+    if suite != FIGURE1 and not {'val', 'test'} & found.splits.keys():
+        raise UserError(
+            f'{where} has no val and no test images to measure on; add some, or prepare them with --val_fraction.'
+        )
+
+
+def at_most(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
+    """The runs that figure 1 can take: every rate with the first seed, one of them with the others."""
+    found = []
+    for activation in ('relu', 'tanh'):
+        arms = [Arm(f'{activation} {rate:g}', cifar.figure1(activation, rate)) for rate in RATES]
+        best = Arm(f'{activation}, the best rate', cifar.figure1(activation, RATES[0]))
+        found += trials(arms, base, 1, output) + trials([best], base, seeds, output)[1:]
+    return found
 
 
 def _show(suite: str, base: ConfigDict, seeds: int, args) -> None:
     """--dry_run: nothing is written, nothing prepared."""
-    if _prepared(args.data):
-        dataset = sources.open_dataset(args.data)
-        count, classes = len(dataset.split('train')), len(dataset.class_names)
-    else:
-        listed = listing.find(args.data)
-        count, classes = len(listed.splits.get('train', ())), len(listed.class_names)
-    base.model.num_classes = classes
+    found = sources.open_dataset(args.data) if _prepared(args.data) else listing.find(args.data)
+    _check_splits(found, suite, repr(args.data))
+    base.model.num_classes = len(found.class_names)
     if suite == FIGURE1:
         print('At most: a rate slower than the best is given up, and what reaches 25% ends there.')
-        arms = [Arm(f'{a} {rate:g}', cifar.figure1(a, rate)) for a in ('relu', 'tanh') for rate in RATES]
+        planned = at_most(base, seeds, args.output)
     else:
-        arms = suites.SUITES[suite](base)
-    print(plan(trials(arms, base, seeds, args.output), round(count * args.scale)))
+        planned = trials(suites.SUITES[suite](base), base, seeds, args.output)
+    print(plan(planned, round(len(found.splits['train']) * args.scale)))
 
 
 def main(words: Sequence[str]) -> None:
     args = flags.FLAGS
     suite, *rest = words
-    names = [FIGURE1, *suites.SUITES]
-    if rest or suite not in names:
-        raise UserError(f'{" ".join(words)!r} is no suite.{did_you_mean(words[-1], names)}')
+    if rest or suite not in SUITES:
+        raise UserError(f'{" ".join(words)!r} is no suite.{did_you_mean(words[-1], SUITES)}')
     seeds = args.seeds or (5 if suite == 'ensemble' else 3)
     if seeds < 1 or not 0 < args.scale <= 1:
         raise UserError(f'--seeds={args.seeds}, --scale={args.scale}; expected 1 or more, and a number up to 1.')
@@ -268,34 +302,32 @@ def main(words: Sequence[str]) -> None:
     if args.dry_run:
         _show(suite, base, seeds, args)
         return
-    os.makedirs(args.output, exist_ok=True)
-    base.data.path = _prepared(args.data) or prepared(args.data, args.output, size)
+    with telling(f'--output={args.output!r} cannot be used', 'Give another directory.'):
+        os.makedirs(args.output, exist_ok=True)
+    base.data.path = _prepared(args.data) or prepared(args.data, args.output, size, suite)
     dataset = sources.open_dataset(base.data.path)
+    again = f' (remove it if {args.data!r} has changed)' if base.data.path != args.data else ''
+    _check_splits(dataset, suite, f'{base.data.path!r}{again}')
     if small and dataset.record_size != size:
         raise UserError(f'{args.data!r} is prepared at {dataset.record_size} px; {suite} takes --size={size}.')
     base.model.num_classes = len(dataset.class_names)
-    arms = [] if suite == FIGURE1 else suites.SUITES[suite](base)
-    csv = os.path.join(args.output, 'results.csv')
     if suite == FIGURE1:
         found, rows = figure1(base, seeds, args.output, dataset)
     else:
-        if not results.tested_on(dataset):
-            raise UserError(f'{args.data!r} has no val and no test images to measure on; prepare with --val_fraction.')
-        found, rows = trials(arms, base, seeds, args.output), []
-        for i, trial in enumerate(found):
-            print(f'{i + 1}/{len(found)}  {trial.arm.name}, seed {trial.seed}', flush=True)
-            rows.append(run(trial, suite, dataset))
-            results.write_csv(csv, rows)
-    results.write_csv(csv, rows)
+        found, rows = each(suite, base, seeds, args.output, dataset)
+    results.write_csv(os.path.join(args.output, 'results.csv'), rows, whole=True)
     diverged = {(row['arm'], row['seed']) for row in rows if row['diverged']}
     whole = [trial for trial in found if (trial.arm.name, trial.seed) not in diverged]
     if not whole:
-        raise UserError(f'all networks of {suite} diverged; lower --base.optim.learning_rate, in another --output.')
+        lower = 'lower --base.optim.learning_rate, in another --output.'
+        remedy = 'it sets the rates itself: look at the images (docs/trouble.md).' if small else lower
+        raise UserError(f'all networks of {suite} diverged; {remedy}')
     if suite == FIGURE1:
         tables = [results.figure1_table(rows, list(dict.fromkeys(trial.arm.name for trial in found)), RATES)]
     elif suite in AVERAGED:
-        tables = [averaged(suite, whole, dataset)]
+        tables = [results.averaged(suite, [trial.workdir for trial in whole], dataset)]
     else:
+        arms = suites.SUITES[suite](base)
         tables = [results.comparison(suite, rows, arms), results.colours(rows, arms)]
     print('\n\n'.join(map(results.text, tables)))
     results.publish(suite, args.output, tables, {trial.workdir: trial.arm.name for trial in whole}, rows, dataset)
@@ -310,4 +342,4 @@ if __name__ == '__main__':
     flags.DEFINE_float('scale', 1.0, 'Part of the training images to train on, always the same.')
     flags.DEFINE_boolean('dry_run', False, 'Only show the runs, their images and predicted hours.')
     cli.define_cpu_devices()
-    cli.run(main, required=('data', 'output', 'base'), arguments='SUITE')
+    cli.run(main, required=('data', 'output', 'base'), arguments=f'one SUITE ({", ".join(SUITES)})')

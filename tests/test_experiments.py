@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from alexnet_jax import (
     suites,
     train,
 )
+from alexnet_jax.errors import DivergedError, UserError
 from alexnet_jax.suites import Arm
 from tests import small
 from tests.conftest import ROOT, SHARED_DATA
@@ -145,6 +147,47 @@ def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
     assert table.rows[2][1:] == ('2', '5.50 ± 0.71', '6')
 
 
+def test_the_ensembles_gain_by_hand(averaging):
+    table = results.averaged('ensemble', ['10', '14'], averaging)
+    one, average = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    # Ten views of each network have a point less than its centre: 9 / 5 and 13 / 9, together 8 / 6.
+    assert (one['tested as'], one['networks'], one['top-1'], one['top-5']) == (
+        'one network', '2', '11.00 ± 2.83', '7.00 ± 2.83',
+    )  # fmt: skip
+    assert (average['tested as'], average['top-1'], average['top-5']) == ('2 networks averaged', '8.00', '6.00')
+    # 8 - 9, 8 - 13 and 6 - 5, 6 - 9
+    assert average['difference'] == '-3.00 ± 2.83 / -1.00 ± 2.83' and average['sign'] == 'agrees'
+    assert (average['paper'], average["authors' log"]) == ('-2.60 / -1.80', '')
+    assert one['difference'] == one['sign'] == '' and 'There is one average' in table.note
+
+
+def test_the_gain_of_ten_views_by_hand(averaging):
+    table = results.averaged('views', ['10', '14'], averaging)
+    centre, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (centre['tested as'], centre['top-1'], centre['top-5']) == ('centre', '12.00 ± 2.83', '7.00 ± 2.83')
+    assert (ten['tested as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
+    assert ten['difference'] == '-1.00 ± 0.00 / +0.00 ± 0.00' and ten['sign'] == 'agrees'
+    assert ten['paper'] == '-1.50 / -1.30' and 'There is one average' not in table.note
+
+
+@pytest.fixture
+def averaging(monkeypatch):
+    """Networks called by their top-1 error from the centre; top-5 is 5 less, ten views a point of top-1 better."""
+
+    def evaluated(network, split, mesh, views):
+        assert split == ['of val'] and views in (1, 10)
+        return {'top1_error': network - (views == 10), 'top5_error': network - 5.0}
+
+    def together(networks, split, mesh, views):
+        assert (networks, split, views) == ([10.0, 14.0], ['of val'], 10)
+        return {'top1_error': 8.0, 'top5_error': 6.0}
+
+    monkeypatch.setattr(results, 'last', float)
+    monkeypatch.setattr(evaluate, 'evaluate', evaluated)
+    monkeypatch.setattr(evaluate, 'evaluate_ensemble', together)
+    return sources.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)
+
+
 def test_the_cifar_arms_name_the_files_they_are_of():
     """The names in layers/layers-cifar of the release, and section 3.3."""
     arms = {arm.name: arm for arm in suites.cifar10(_paper())}
@@ -155,14 +198,40 @@ def test_the_cifar_arms_name_the_files_they_are_of():
     assert arms['11pct'].paper == (-2.0, None) and '11%' in arms['11pct'].source
 
 
+def test_rows_stay_until_they_are_replaced(tmp_path):
+    path = str(tmp_path / 'results.csv')
+    a, b = ({'suite': 'views', 'arm': 'base', 'seed': seed, 'epochs': 1.0} for seed in (0, 1))
+    results.write_csv(path, [{**a, 'suite': 'ensemble'}], whole=True)
+    results.write_csv(path, [a, b], whole=True)
+
+    def rows():
+        with open(path) as file:
+            return sorted((row['suite'], int(row['seed']), float(row['epochs'])) for row in csv.DictReader(file))
+
+    results.write_csv(path, [{**b, 'epochs': 2.0}], whole=False)
+    assert rows() == [('ensemble', 0, 1.0), ('views', 0, 1.0), ('views', 1, 2.0)]
+    results.write_csv(path, [a], whole=True)
+    assert rows() == [('ensemble', 0, 1.0), ('views', 0, 1.0)]
+
+
+def test_the_page_says_what_was_measured():
+    rows = [{'diverged': True}, {'diverged': False, 'data': 'tiny', 'train_images': 10_000}]
+    environment = {'devices': ['cpu:0'], 'versions': {'jax': '1.2'}, 'commit': 'abc'}
+    expected = '2 runs on 10,000 training images of 64 px (tiny), cpu:0, jax 1.2, commit abc.'
+    assert results.summary(rows, 64, environment) == expected
+
+
 def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
-    """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken."""
+    """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken.
+
+    The last batch of a pass reaches a little into the next.
+    """
     needs, asked = {}, []
 
     def run(trial, suite, dataset):
         rate, limit = trial.config.optim.learning_rate, trial.config.num_epochs
         asked.append((rate, limit))
-        return {'learning_rate': rate, 'epochs': min(needs[rate], limit), 'reached': needs[rate] <= limit}
+        return {'learning_rate': rate, 'epochs': min(needs[rate], limit) + 0.0016, 'reached': needs[rate] <= limit}
 
     monkeypatch.setattr(experiments, 'run', run)
     needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
@@ -176,6 +245,222 @@ def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
     best, _ = experiments.search('relu', _paper(), str(tmp_path), None)
     assert best == 0.0003
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Training that takes no time, dies before the update that `left` counts down to, and knows what it has done."""
+    state = SimpleNamespace(left=1000, trained=[], measured=[])
+
+    def train_and_evaluate(config, workdir):
+        if workdir in state.trained:
+            return  # is finished
+        state.left -= 1
+        if not state.left:
+            raise _Killed
+        state.trained.append(workdir)
+        os.makedirs(workdir)
+
+    def measure(trial, dataset):
+        state.measured.append(trial.workdir)
+        needs = {0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11}.get(trial.config.optim.learning_rate, 100)
+        epochs = min(needs, trial.config.num_epochs) + 0.0016
+        return {'epochs': epochs, 'learning_rate': trial.config.optim.learning_rate, 'reached': needs < epochs}
+
+    monkeypatch.setattr(train, 'train_and_evaluate', train_and_evaluate)
+    monkeypatch.setattr(experiments, 'measure', measure)
+    monkeypatch.setattr(experiments, '_latest', lambda trial: 7)
+    return state
+
+
+def _csv(folder):
+    with open(folder / 'results.csv') as file:
+        return [(row['arm'], int(row['seed']), row['epochs'], row['reached']) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('suite', ['figure1', 'cifar10'])
+def test_a_suite_that_is_killed_anywhere_goes_on_where_it_was(suite, fakes, tmp_path):
+    """Also in the middle of a search: each network is trained and measured once, the rows are as those of one go."""
+
+    def go(folder):
+        more = (small.digits_config(), 2, str(tmp_path / folder), None)
+        return (experiments.figure1(*more) if suite == 'figure1' else experiments.each(suite, *more))[1]
+
+    expected, count = go('whole'), len(fakes.trained)
+    assert len(expected) == count == len(_csv(tmp_path / 'whole')) > 6
+    for kill in range(1, count + 1):
+        fakes.trained.clear(), fakes.measured.clear()
+        fakes.left, folder = kill, tmp_path / f'killed-{kill}'
+        with pytest.raises(_Killed):
+            go(folder)
+        assert len(fakes.trained) == kill - 1 == (len(_csv(folder)) if kill > 1 else 0), 'each has its row at once'
+        fakes.left = 1000
+        assert go(folder) == expected
+        assert len(set(fakes.trained)) == len(fakes.trained) == count and fakes.measured == fakes.trained
+        assert sorted(_csv(folder)) == sorted(_csv(tmp_path / 'whole'))
+
+
+def test_a_finished_suite_that_is_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
+    more = ('views', small.digits_config(), 3, str(tmp_path), None)
+    experiments.each(*more)
+    before = _csv(tmp_path)
+
+    def killed(config, workdir):
+        if workdir.endswith('-2'):
+            raise _Killed
+
+    monkeypatch.setattr(train, 'train_and_evaluate', killed)
+    with pytest.raises(_Killed):
+        experiments.each(*more)
+    assert sorted(_csv(tmp_path)) == sorted(before) and len(before) == 3
+
+
+def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys):
+    """But by another config, which can only be seen in config.json where there is no checkpoint."""
+    asked = []
+
+    def diverges(config, workdir):
+        os.makedirs(workdir, exist_ok=True)
+        with open(os.path.join(workdir, 'config.json'), 'w') as file:
+            json.dump(checkpoint.config_to_json(config), file)
+        asked.append(config.optim.learning_rate)
+        raise DivergedError('step 1: not finite.')
+
+    monkeypatch.setattr(train, 'train_and_evaluate', diverges)
+    monkeypatch.setattr(experiments, '_latest', lambda trial: None)
+    for rate in (9.0, 9.0, 8.0):
+        base = small.digits_config(**{'optim.learning_rate': rate})
+        (trial,) = experiments.trials([Arm('wild', {})], base, 1, str(tmp_path))
+        assert experiments.run(trial, 'ablations', None)['diverged']
+    assert asked == [9.0, 8.0]
+    first, again, other = capsys.readouterr().out.splitlines()
+    assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
+    assert again == f'wild, seed {base.seed}: diverged before.'
+
+
+@pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
+def test_reached(threshold, error, reached, monkeypatch, tmp_path):
+    """No error at all is below any threshold; where there is none, nothing is said."""
+    curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
+    network = SimpleNamespace(table=lambda: {'conv1': SimpleNamespace(features=3)})
+    monkeypatch.setattr(results, 'last', lambda workdir: SimpleNamespace(network=network))
+    monkeypatch.setattr(figures, 'curves', lambda workdir: {'train': curve})
+    (trial,) = experiments.trials([Arm('a', {'stop_at_error': threshold})], small.digits_config(), 1, str(tmp_path))
+    found = experiments.measure(trial, sources.Dataset({'train': [0] * 4}, ('a',), 32, None))
+    assert found.get('reached') is reached and found['train_error'] == error and found['train_images'] == 4
+
+
+def _pictures(folder, *names):
+    for name in names:
+        (folder / name / 'cat').mkdir(parents=True)
+        (folder / name / 'cat' / '1.png').touch()  # listed, never opened
+    return str(folder)
+
+
+@pytest.fixture
+def preparing(monkeypatch):
+    """What was asked to be prepared."""
+    asked = []
+
+    def prepared(source, output, **_):
+        asked.append(source)
+        os.makedirs(output)
+
+    monkeypatch.setattr(prepare, 'prepare', prepared)
+    return asked
+
+
+def test_images_are_prepared_once_and_those_of_another_folder_are_refused(preparing, tmp_path, monkeypatch):
+    one, other = (_pictures(tmp_path / name, 'train', 'val') for name in ('one', 'other'))
+    out = str(tmp_path / 'out')
+    for path in (one, f'{one}/', os.path.relpath(one)):
+        assert experiments.prepared(path, out, 32, 'cifar10') == os.path.join(out, 'data-32')
+    assert preparing == [one]
+    for path in (other, str(tmp_path / 'typo')):
+        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same --data'):
+            experiments.prepared(path, out, 32, 'cifar10')
+    assert experiments.prepared(other, out, 64, 'views') == os.path.join(out, 'data-64')
+    os.remove(os.path.join(out, 'data-32.source'))
+    with pytest.raises(UserError, match='data-32 was prepared from somewhere else'):
+        experiments.prepared(one, out, 32, 'cifar10')
+
+
+@pytest.mark.parametrize('dry', [False, True])
+@pytest.mark.parametrize(
+    ('folders', 'suite', 'message'),
+    [
+        (('train',), 'views', 'raw. has no val and no test images to measure on'),
+        (('test', 'val'), 'figure1', 'raw. has test and val but no training images'),
+        ((), 'figure1', 'there is no input .*raw'),
+    ],
+)
+def test_what_cannot_be_used_is_not_prepared(dry, folders, suite, message, preparing, tmp_path):
+    raw = _pictures(tmp_path / 'raw', *folders)
+    with pytest.raises(UserError, match=message):
+        if dry:
+            args = SimpleNamespace(data=raw, output=str(tmp_path / 'out'), scale=1.0)
+            experiments._show(suite, small.digits_config(), 3, args)
+        else:
+            experiments.prepared(raw, str(tmp_path / 'out'), 32, suite)
+    assert not preparing and not (tmp_path / 'out').exists()
+
+
+def test_figure_1_without_images_to_measure_on(preparing, tmp_path):
+    raw = _pictures(tmp_path / 'raw', 'train')
+    assert experiments.prepared(raw, str(tmp_path), 32, 'figure1') and preparing == [raw]
+
+
+@pytest.mark.parametrize(('seeds', 'count'), [(1, 14), (3, 18)])
+def test_the_runs_that_figure_1_can_take(seeds, count):
+    """Seven rates for each of two activations with one seed; of each the best with all others."""
+    found = experiments.at_most(_paper(), seeds, 'out')
+    assert len(found) == len({trial.workdir for trial in found}) == count
+    assert sum(trial.seed > 0 for trial in found) == count - 14
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`main` in this process, every run of which diverges."""
+    base = small.digits_config()
+    flags = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
+
+    def run(suite, **changes):
+        monkeypatch.setattr(experiments.flags, 'FLAGS', SimpleNamespace(**{**flags, **changes}))
+        experiments.main([suite])
+
+    def diverged(trial, suite, dataset):
+        return {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, 'diverged': True}
+
+    monkeypatch.setattr(experiments.cli, 'set_up_jax', lambda: None)
+    monkeypatch.setattr(experiments, 'run', diverged)
+    return run
+
+
+def test_a_remedy_that_the_suite_takes(command):
+    with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the rates itself: look at the im'):
+        command('cifar10')
+    with pytest.raises(UserError, match='all networks of views diverged; lower --base.optim.learning_rate, in another'):
+        command('views')
+
+
+def test_an_output_that_cannot_be_made(command, tmp_path):
+    (tmp_path / 'file').touch()
+    for name, why in (('file', 'File exists'), ('file/below', 'Not a directory')):
+        with pytest.raises(UserError, match=f"^--output='.*{name}' cannot be used: {why}. Give another directory.$"):
+            command('views', output=str(tmp_path / name))
+
+
+def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkeypatch):
+    """One that figure1 has left: it took no images to measure on."""
+    digits = sources.open_dataset('digits')
+    monkeypatch.setattr(experiments, 'prepared', lambda *_: 'out/data-32')
+    monkeypatch.setattr(sources, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']}))
+    with pytest.raises(UserError, match="'out/data-32' .remove it if 'raw' has changed. has no val and no test images"):
+        command('cifar10', data='raw')
 
 
 def _command(*words, code=0):
@@ -244,11 +529,13 @@ def test_a_row_is_what_evaluate_says(tmp_path):
         (('ablation',), "Did you mean 'ablations'?"),
         (('views', '--scale=2'), '--scale=2.0'),
         (('views', '--base=configs/papr.py'), "there is no config file 'configs/papr.py'"),
+        (('views', '--output=README.md/out'), "--output='README.md/out' cannot be used: Not a directory"),
+        ((), 'give one SUITE (figure1, ablations, cifar10, ensemble, views)'),
     ],
 )
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line(words, message, tmp_path):
-    said = _command(*words, '--data=digits', f'--output={tmp_path}/out', code=2)
+    said = _command('--data=digits', f'--output={tmp_path}/out', *words, code=2)
     assert message in said and 'Traceback' not in said
 
 
