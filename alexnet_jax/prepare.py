@@ -26,6 +26,7 @@ from alexnet_jax.errors import UserError, local
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
 _JPEG_QUALITY = 95
+_LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
 _MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
 
 
@@ -63,7 +64,8 @@ def prepare(
     """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
 
     Args:
-      source: see `listing.find`.
+      source: see `listing.find`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt` with a class's folder, a
+        tab and its name on each line; labels keep the order of the folders.
       output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
       size: side of the squares, pixels.
       format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB).
@@ -86,13 +88,28 @@ def prepare(
     output = local(output)
     if os.path.exists(output):
         raise UserError(f'{output!r} exists already; remove it or choose another --output.')
-    splits, class_names = listing.find(source)
+    splits, folders = listing.find(source)
+    class_names = _in_words(source, folders)
     orders = _orders(splits, val_fraction, seed)
     print('  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items()), flush=True)
 
     with processes.new_directory(output) as folder:
         _write_all(folder, orders, class_names, size, format, max_bad, workers)
     print(f'{output} is ready.', flush=True)
+
+
+def _in_words(path: str, class_names: Sequence[str]) -> tuple[str, ...]:
+    """What people call the classes, as a list in the input says; two of one name keep their folders' beside it."""
+    words = {}
+    for place in (os.path.join(path, name) for name in _LISTS):
+        if os.path.isfile(place):
+            with open(place, encoding='utf-8', errors='replace') as file:
+                for line in file.read(_LONGEST_LIST).splitlines():
+                    folder, _, name = line.partition('\t')
+                    words[folder.strip()] = ' '.join(name.split(',')[0].split())
+    names = [words.get(name) or name for name in class_names]
+    pairs = zip(names, class_names, strict=True)
+    return tuple(name if names.count(name) == 1 else f'{name} ({folder})' for name, folder in pairs)
 
 
 def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:

@@ -160,6 +160,24 @@ def test_folder_of_splits(folder, tmp_path, kind):
     assert len(dataset.split('train')) == 10
 
 
+def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
+    """Their order stays that of the folders; two cranes (a bird, a machine) stay apart."""
+    for name in ('n04', 'n03', 'n02', 'n01'):
+        _write(tmp_path / 'raw', {f'train/{name}/a.jpg': _encode(_pixels(0))})
+    (tmp_path / 'raw' / 'words.txt').write_text('n00\tentity\nn01\tcrane\nn02\tcrane\nn03\tEgyptian cat, Felis catus\n')
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), size=16, workers=1)
+    assert sources.open_dataset(str(tmp_path / 'out')).class_names == (
+        'crane (n01)',
+        'crane (n02)',
+        'Egyptian cat',
+        'n04',
+    )
+    (tmp_path / 'raw' / 'classes.tsv').write_bytes(b'n04\t\xff\n\n\t\t\nn01\n')
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'again'), size=16, workers=1)
+    names = sources.open_dataset(str(tmp_path / 'again')).class_names
+    assert names[2] == 'Egyptian cat' and all(name.isprintable() for name in names)
+
+
 def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
     def prepared(seed, workers):
         out = str(tmp_path / f'{seed}-{workers}')
