@@ -64,7 +64,7 @@ def prepare(
     """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
 
     Args:
-      source: see `listing.find`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt` with a class's folder, a
+      source: see `listing.find`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`: a class's folder, a
         tab and its name on each line; labels keep the order of the folders.
       output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
       size: side of the squares, pixels.
