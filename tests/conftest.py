@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 import jax
@@ -16,6 +17,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix='alexnet_jax_tests_')
 for _name, _value in (('compilation_cache_dir', _CACHE.name), ('persistent_cache_min_compile_time_secs', 0.2)):
     jax.config.update(f'jax_{_name}', _value)
     os.environ[f'JAX_{_name.upper()}'] = str(_value)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it; under the commands absl has done it
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
