@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, data, layers, model, optim, sharding, sources, steps
+from alexnet_jax import augment, data, layers, model, optim, processes, sharding, sources, steps
 from alexnet_jax.errors import UserError, did_you_mean
 from alexnet_jax.statistics import FILE_NAME
 
@@ -151,17 +150,16 @@ def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -
     if not where:
         return train, {}
     size = dataset.record_size
-    needed = len(train) * 3 * size**2
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    if where == 'device':
-        limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
-        # A CPU's devices share its memory with the array that is read into.
-        needed, memory = (needed, limit) if limit else (needed * (1 + len(mesh.local_devices)), memory)
-    if needed > 0.8 * memory:
-        raise UserError(
-            f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, more than 80% of '
-            f"the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
-        )
+    host = device = len(train) * 3 * size**2
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') if where == 'device' else None
+    if where == 'device' and not limit:  # a CPU's devices share its memory with the array that is read into
+        host *= 1 + len(mesh.local_devices)
+    for needed, memory in ((host, processes.memory()), (device, limit)):
+        if memory and needed > 0.8 * memory:
+            raise UserError(
+                f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, more than 80% '
+                f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
+            )
     images, labels = data.load(train, size)
     if where == 'host':
         return [{'image': image, 'label': label} for image, label in zip(images, labels, strict=True)], {}

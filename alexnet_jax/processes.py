@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import threading
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.errors import UserError, local
+
+_CONTAINER = '/sys/fs/cgroup/memory.max'  # of cgroup v2
 
 
 def end_with_parent(*_) -> None:
@@ -32,6 +35,14 @@ def end_with_parent(*_) -> None:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes this process may use: the machine's, or what a container is allowed."""
+    found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        found = min(found, int(pathlib.Path(_CONTAINER).read_text()))
+    return found
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from alexnet_jax import (
     digests,
     evaluate,
     model,
+    processes,
     sharding,
     sources,
     statistics,
@@ -578,11 +579,21 @@ def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
     chex.assert_trees_all_close(found['device'][1], found[''][1], rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(assemble.os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 1000}.__getitem__)
-    message = r"data.cache='host': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of memory; use"
-    with pytest.raises(UserError, match=message):
-        assemble.build(_config(**{'data.cache': 'host'}))
+def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
+    """1,437 images of 32 px take 4.4 MB, and with a copy for each of four CPU devices five times as much."""
+    container = tmp_path / 'memory.max'
+    container.write_text('max\n')
+    monkeypatch.setattr(processes, '_CONTAINER', str(container))
+    machine = processes.memory()
+    assert machine > 2**30
+    for where, memory in (('host', 5.4e6), ('device', 27e6)):
+        container.write_text(f'{memory:.0f}\n')
+        assert processes.memory() == memory < machine
+        message = rf"data.cache='{where}': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of mem"
+        with pytest.raises(UserError, match=message):
+            assemble.build(_config(**{'data.cache': where}))
+    container.write_text('5600000')
+    assemble.build(_config(**{'data.cache': 'host'}))
 
 
 def _quickstart(**changes):
