@@ -233,9 +233,9 @@ def prepared(path: str, output: str, size: int, suite: str) -> str:
     folder, source = os.path.join(output, f'data-{size}'), path if path.startswith('tfds:') else local(path)
     if not os.path.exists(folder):
         _check_splits(listing.find(path), suite, repr(path))
-        prepare.prepare(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
         with open(f'{folder}.source', 'w', encoding='utf-8') as file:
             file.write(source)
+        prepare.prepare(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
         return folder
     known = 'somewhere else'
     if os.path.exists(f'{folder}.source'):

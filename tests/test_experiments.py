@@ -377,6 +377,7 @@ def preparing(monkeypatch):
 def test_images_are_prepared_once_and_those_of_another_folder_are_refused(preparing, tmp_path, monkeypatch):
     one, other = (_pictures(tmp_path / name, 'train', 'val') for name in ('one', 'other'))
     out = str(tmp_path / 'out')
+    os.mkdir(out)
     for path in (one, f'{one}/', os.path.relpath(one)):
         assert experiments.prepared(path, out, 32, 'cifar10') == os.path.join(out, 'data-32')
     assert preparing == [one]
