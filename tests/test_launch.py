@@ -84,7 +84,7 @@ flags.FLAGS(sys.argv[:1])
 cli.define_cpu_devices()
 flags.FLAGS.cpu_devices = 1
 cli.set_up_jax()
-print('GPUs:', jax.config.values['jax_cuda_visible_devices'])
+sys.stdout.write('GPUs: ' + jax.config.values['jax_cuda_visible_devices'] + '\\n')  # in one go: two tasks share it
 """
 
 
