@@ -111,7 +111,7 @@ def _call(main, words, required, arguments) -> None:
             raise
         _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
     except Exception as error:
-        if 'RESOURCE_EXHAUSTED' in str(error):  # as XLA says it
+        if 'RESOURCE_EXHAUSTED' in str(error) and 'os_error_code' not in str(error):  # XLA; tensorstore means the disk
             _fail(
                 f'the device has not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or in '
                 'training --config.accumulate=N, which computes a batch in N parts with the same result.',
