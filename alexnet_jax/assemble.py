@@ -49,10 +49,11 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
+def build(config: ConfigDict, dataset: sources.Dataset | None = None, described: list | None = None) -> Run:
     """Turns a config into objects, checking all that can be checked before anything is compiled.
 
-    dataset: instead of that at `config.data.path`.
+    dataset: instead of that at `config.data.path`. described: devices that need not be there, instead of those that
+    are (see `traffic.described`): the steps can be compiled, and `statistics` has shapes alone.
 
     Raises:
       UserError: the config does not fit the data, the devices or itself.
@@ -69,7 +70,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
         )
     image_size = augmentation.image_size
     augment.positions(dataset.record_size, image_size)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh, devices=described)
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
 
@@ -108,7 +109,9 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None) -> Run:
         augmentation=augmentation,
         mesh=mesh,
         optimizer=optimizer,
-        statistics=jax.device_put(dataset.statistics, everywhere),
+        statistics=jax.device_put(dataset.statistics, everywhere)
+        if described is None
+        else sharding.shapes(dataset.statistics, everywhere),
         batches=batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),

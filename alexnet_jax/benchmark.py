@@ -7,7 +7,8 @@ from prepared data; with --input=RAW PyTorch reads and squares those originals, 
 files. train: both together, beside the step alone. prepare: --input=RAW into records.
 
 The sides take turns; each is waited for once, at the end of its turn, and a turn is one measurement. Printed are a
-table of medians, what the compiled step moves between devices, a line of JSON and, with --against=torch, `ratio: X`.
+table of medians, what the compiled step computes and moves by layer and between devices, a line of JSON and, with
+--against=torch, `ratio: X`. With --compile_for=h200 a step is compiled for a GPU that need not be there, and not run.
 """
 
 import contextlib
@@ -50,13 +51,11 @@ def take_turns(sides: Sequence[Side], repeats: int) -> dict[str, list[float]]:
 
 
 def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[str, Any]) -> str:
-    """The table, one line of JSON, and the ratio of the medians where there is a peer."""
+    """The tables, one line of JSON, and the ratio of the medians where there is a peer."""
     lines, found = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"turns":>6}'], {}
-    moved = {}
     for side in sides:
-        own = rates[side.name]
+        own, facts = rates[side.name], side.facts or {}
         median = stats.median(own)
-        facts = side.facts or {}
         line = f'{side.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
         if 'flops' in facts:
             line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s'
@@ -65,14 +64,22 @@ def report(sides: Sequence[Side], rates: dict[str, list[float]], settings: dict[
         if facts.get('bytes'):
             line += f', {facts["bytes"] / 2**30:.2f} GiB'
         lines.append(line)
-        moved |= facts.get('moved', {})
         found[side.name] = {'median': median, 'turns': own, **facts}
-    for name, (count, size) in moved.items():
-        lines.append(f'moved by {count} {name}: {size / 1e6:.3f} MB a step and device')
+    lines += compiled_report(sides[0].facts or {})
     lines.append(json.dumps({'images_per_second': found, **settings}))
     if TORCH in found:
         lines.append(f'ratio: {found[OURS]["median"] / found[TORCH]["median"]:.3f}')
     return '\n'.join(lines)
+
+
+def compiled_report(facts: dict[str, Any]) -> list[str]:
+    """Lines on what the compiled step does, layer by layer and between devices."""
+    from alexnet_jax import traffic
+
+    lines = traffic.table(facts['layers']) if 'layers' in facts else []
+    for name, (count, size) in facts.get('moved', {}).items():
+        lines.append(f'moved by {count} {name}: {size / 1e6:.3f} MB a step and device')
+    return lines
 
 
 def synthetic(config) -> Any:
@@ -91,31 +98,20 @@ def synthetic(config) -> Any:
     return sources.Dataset({'train': records}, names, size, statistics.finish(moments))
 
 
-def our_training(run, config, steps: int, stack, *, name: str, batches: bool) -> tuple[Side, int]:
+def our_training(run, config, steps: int, precision: str, stack, *, name: str, batches: bool) -> tuple[Side, int]:
     """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
 
     Returns the side and how many steps its turns have: `steps`, or with 0 what takes two seconds.
     """
     import jax
 
-    from alexnet_jax import layers, sharding
+    from alexnet_jax import sharding, traffic
 
     key = sharding.random_key(run.mesh, config.seed)
     stream = run.batches(0)
     stack.callback(stream.close)
     batch, state = run.to_mesh(next(stream)), run.init(key)
-    began = time.perf_counter()
-    compiled = run.train_step.lower(state, batch, run.statistics, key).compile()
-    took = time.perf_counter() - began
-    costs = layers.sizes(run.network, run.augmentation.image_size)
-    forward = sum(cost.flops for cost in costs.values())
-    facts = {
-        'compile_seconds': round(took, 1),
-        'flops': 3 * forward - next(iter(costs.values())).flops,  # an image's; no gradient reaches the pixels
-        'moved': sharding.moved(compiled.as_text(), run.mesh.size) if run.mesh.size > 1 else {},
-    }
-    if planned := compiled.memory_analysis():
-        facts['bytes'] = planned.argument_size_in_bytes + planned.temp_size_in_bytes
+    compiled, facts = traffic.compile_step(run, config.batch_size, precision, (state, batch, run.statistics, key))
 
     def turn() -> float:  # of `steps` steps, as that stands below
         nonlocal state, batch
@@ -258,16 +254,16 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
             stream = torch_loader(run, config, raw, stack)
             sides.append(reading(TORCH, stream, config.batch_size, steps, ready))
         return sides
-    ours, steps = our_training(run, config, steps, stack, name=OURS, batches=mode == 'train')
+    ours, steps = our_training(run, config, steps, precision, stack, name=OURS, batches=mode == 'train')
     sides = [ours]
     if mode == 'train':
         alone = f'{OURS}, step alone'
-        sides.append(our_training(run, config, steps, stack, name=alone, batches=False)[0])
+        sides.append(our_training(run, config, steps, precision, stack, name=alone, batches=False)[0])
     elif run.mesh.size > 1:
         single = config.copy_and_resolve_references()
         single.mesh.update({'data': 1, 'tower': 1})
         one = assemble.build(single, dataset)
-        sides.append(our_training(one, single, steps, stack, name='one device', batches=False)[0])
+        sides.append(our_training(one, single, steps, precision, stack, name='one device', batches=False)[0])
     if torch:
         data = torch_loader(run, config, raw, stack) if mode == 'train' else None
         sides.append(torch_training(run, config, steps, precision, data))
@@ -287,6 +283,8 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f'--input is for input and prepare; {mode} does not read originals.')
     if args.input and (args.input.startswith('tfds:') or not args.against) and mode == 'input':
         raise UserError('--input is what --against=torch reads: archives or folders of files.')
+    if args.compile_for and (mode != 'step' or args.against):
+        raise UserError('--compile_for is for step alone: it compiles, and runs nothing.')
     if args.against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
         try:
@@ -307,19 +305,22 @@ def main(words: Sequence[str]) -> None:
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
     if args.batch_size:
         config.batch_size = args.batch_size
+    settings = {'mode': mode, 'precision': precision, 'config': config.to_dict(), **writers.environment()}
+    if args.compile_for:
+        from alexnet_jax import traffic
+
+        facts = traffic.described_step(config, synthetic(config), precision, args.compile_for)
+        print('\n'.join([*compiled_report(facts), json.dumps({**settings, 'compiled': facts})]), flush=True)
+        return
     with contextlib.ExitStack() as stack:
         sides = _sides(
             mode, config, stack, torch=bool(args.against), steps=args.steps, raw=args.input, precision=precision
         )
         rates = take_turns(sides, args.repeats)
-    settings = {
-        'mode': mode,
+    settings |= {
         'repeats': args.repeats,
-        'precision': precision,
         'peak_host_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         'device_memory': jax.devices()[0].memory_stats(),
-        'config': config.to_dict(),
-        **writers.environment(),
     }
     if args.against:
         from alexnet_jax import peer
@@ -340,6 +341,7 @@ if __name__ == '__main__':
         lower_bound=0,
     )
     flags.DEFINE_enum('precision', None, list(PRECISIONS), 'Of products on both sides; of the model too if bfloat16.')
+    flags.DEFINE_string('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
     flags.DEFINE_string('input', None, 'Originals, as for alexnet_jax.prepare.')
     cli.define_cpu_devices()
     cli.run(main, required=('config',), arguments='one mode (step, input, train, prepare)')

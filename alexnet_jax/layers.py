@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from alexnet_jax import ops
+from alexnet_jax import pooling
 from alexnet_jax.errors import UserError
 
 FAN_IN = 'fan_in'  # an init that depends on the number of inputs, see `Conv.init_std`
@@ -186,5 +186,5 @@ def _shapes(model, name, layer, inputs, image_size) -> Iterator[tuple[str, tuple
                     f'an image of {image_size} px does not fit the network: {name} pools {size} px maps through '
                     f'{model.pool_window} px windows; use a larger data.image_size.'
                 )
-            size = ops.pooled_size(size, model.pool_window, model.pool_stride)
+            size = pooling.pooled_size(size, model.pool_window, model.pool_stride)
         yield step, (size, size, layer.features)

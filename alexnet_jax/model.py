@@ -3,6 +3,7 @@
 The defaults are the paper's network (section 3.5, figure 2). A variant is another table, never another class.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax import layers, ops
+from alexnet_jax import layers, ops, pooling
 from alexnet_jax.errors import UserError, did_you_mean
 from alexnet_jax.layers import FAN_IN, Conv, Dense, Local
 
@@ -107,71 +108,82 @@ class AlexNet(nn.Module):
     @nn.compact
     def __call__(self, x_NHWC, masks: dict[str, Any] | None = None):
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
-        x = x_NHWC.astype(self.dtype)
-        split = False  # whether x holds only this tower's maps
-        table = self.table()
-        for name, layer in table.items():
-            if split and layer.groups == 1:
-                x = lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)
-            groups, features = max(1, layer.groups // towers), layer.features // towers
-            inputs, places = x.shape[-1] // groups, ()
-            if isinstance(layer, Local):
-                shape = (inputs * layer.kernel**2, features)
-                places = ((x.shape[1] + sum(layer.padding) - layer.kernel) // layer.stride + 1,) * 2
-            elif isinstance(layer, Conv):
-                shape = (layer.kernel, layer.kernel, inputs, features)
-            else:
-                shape = (x[0].size // groups, features)
-            kernel, bias = Weights(shape, layer.init_std, layer.bias, places, name=name)()
-            kernel, wide = kernel.astype(self.dtype), jnp.promote_types(self.dtype, jnp.float32)
-            logits = name == list(table)[-1]  # never rounded to bfloat16: of 1,000, the best two would often tie
-            window = {'stride': layer.stride, 'padding': layer.padding} if isinstance(layer, Conv) else {}
-            if isinstance(layer, Local):
-                x = ops.local_conv(x, kernel, size=layer.kernel, **window, groups=groups)
-            elif isinstance(layer, Conv):
-                x = ops.conv(x, kernel, **window, groups=groups)
-            else:
-                x = ops.dense(x, kernel, groups=groups, dtype=wide if logits else None)
-            # In float32, for the gradient's sum over all places: a bias is one of few numbers that many add to.
-            bias = jnp.expand_dims(bias.astype(wide), range(x.ndim - bias.ndim))
-            x = (x.astype(wide) + bias).astype(wide if logits else self.dtype)
-            self.sow('intermediates', f'{name}_linear', x)
-            for step in layer.then.split():
-                x = self._step(step, x, None if masks is None else masks.get(name), towers)
-                self.sow('intermediates', f'{name}_{step}', x)
+        parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
+        split = False  # whether they are only this tower's
+        for name, layer in self.table().items():
+            with jax.named_scope(name):
+                if split and layer.groups == 1:
+                    (x,) = ops.regroup(parts, 1)
+                    parts = [lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)]
+                parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)), towers)
+                self._keep(f'{name}_linear', parts)
+                for step in layer.then.split():
+                    with jax.named_scope(step):
+                        mask = None if masks is None else masks.get(name)
+                        parts = self._step(step, parts, mask, max(1, self.norm_groups // towers))
+                    self._keep(f'{name}_{step}', parts)
             split = towers > 1
-        return x
+        return parts[0]
 
-    def _step(self, step: str, x, mask, towers: int):
+    def _linear(self, name: str, layer: Conv | Dense, parts: list, towers: int) -> list:
+        """A layer's weighted sums and biases: each group's of its own part."""
+        features, inputs, places = layer.features // towers, parts[0].shape[-1], ()
+        if isinstance(layer, Local):
+            shape = (inputs * layer.kernel**2, features)
+            places = ((parts[0].shape[1] + sum(layer.padding) - layer.kernel) // layer.stride + 1,) * 2
+            op = functools.partial(ops.local_conv, size=layer.kernel, stride=layer.stride, padding=layer.padding)
+        elif isinstance(layer, Conv):
+            shape = (layer.kernel, layer.kernel, inputs, features)
+            op = functools.partial(ops.conv, stride=layer.stride, padding=layer.padding)
+        else:
+            shape = (parts[0][0].size, features)
+            # The logits are never rounded to bfloat16: of 1,000, the best two would often tie.
+            logits = name == list(self.table())[-1]
+            op = functools.partial(ops.dense, dtype=jnp.promote_types(self.dtype, jnp.float32) if logits else None)
+        kernel, bias = Weights(shape, layer.init_std, layer.bias, places, name=name)()
+        kernels, biases = (ops.regroup([whole], len(parts)) for whole in (kernel.astype(self.dtype), bias))
+        return [ops.add_bias(op(x, w), b) for x, w, b in zip(parts, kernels, biases, strict=True)]
+
+    def _keep(self, name: str, parts: list) -> None:
+        if self.is_mutable_collection('intermediates'):
+            self.sow('intermediates', name, *ops.regroup(parts, 1))
+
+    def _step(self, step: str, parts: list, mask, norm_groups: int) -> list:
         match step:
             case 'relu':
-                return nn.relu(x)
+                op = ops.relu
             case 'tanh':
-                return jnp.tanh(x)
+                op = jnp.tanh
             case 'lrn':
-                return ops.local_response_norm(
-                    x,
+                if norm_groups % len(parts):  # windows that cross from one part to the next
+                    parts = ops.regroup(parts, 1)
+                op = functools.partial(
+                    ops.local_response_norm,
                     n=self.lrn_n,
                     k=self.lrn_k,
                     alpha=self.lrn_alpha / self.lrn_n if self.lrn_alpha_over_n else self.lrn_alpha,
                     beta=self.lrn_beta,
-                    groups=max(1, self.norm_groups // towers),
+                    groups=norm_groups // len(parts),
                 )
             case 'pool':
-                return ops.max_pool(x, window=self.pool_window, stride=self.pool_stride)
+                op = functools.partial(pooling.max_pool, window=self.pool_window, stride=self.pool_stride)
             case 'avg_pool':
-                return ops.avg_pool(x, window=self.pool_window, stride=self.pool_stride)
+                op = functools.partial(pooling.avg_pool, window=self.pool_window, stride=self.pool_stride)
             case 'dropout':
-                return ops.dropout(x, mask, rate=self.dropout_rate, inverted=self.dropout_inverted)
+                kept = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
+                op = functools.partial(ops.dropout, rate=self.dropout_rate, inverted=self.dropout_inverted)
+                return [op(x, part) for x, part in zip(parts, kept, strict=True)]
             case 'spatial_norm':
-                return ops.spatial_response_norm(
-                    x,
+                op = functools.partial(
+                    ops.spatial_response_norm,
                     n=self.spatial_n,
                     k=self.spatial_k,
                     alpha=self.spatial_alpha / self.spatial_n**2,
                     beta=self.spatial_beta,
                 )
-        raise AssertionError(step)  # layers.sizes admits no other
+            case _:
+                raise AssertionError(step)  # layers.sizes admits no other
+        return [op(x) for x in parts]
 
 
 FIELDS = tuple(name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis'))

@@ -1,6 +1,8 @@
-"""The paper's array operations as pure functions: convolution in groups, response normalisation, pooling, dropout.
+"""The paper's array operations as pure functions: convolution, response normalisation, dropout.
 
-All take and return NHWC arrays, have no parameters of their own and no state.
+All take and return NHWC arrays, have no parameters of their own and no state. Several have gradients of their own: what
+lies between two convolutions moves more bytes than it computes, and is written so that XLA moves few (on a GPU) and
+computes little (on a CPU); docs/performance.md counts them.
 """
 
 import functools
@@ -14,28 +16,33 @@ from jax import lax
 _PATCH_BYTES = 12 << 20  # of `_weight_gradient` at once: two images of conv 1
 
 
-def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int], groups: int = 1):
-    """Cross-correlates each group of input channels with its own share of the kernels.  Paper, section 3.5.
+def regroup(parts: list, count: int) -> list:
+    """The same channels (the last axis) in `count` arrays of equal size: one for each group of a layer.
+
+    A layer in two groups is two layers side by side, and what follows it is done to each half: whole maps are put
+    together only where a layer reads all of them, and cut up where groups begin. (XLA's `feature_group_count` took
+    five times as long on the CPU backend; joining after every layer moves a tenth more bytes.)
+    """
+    if len(parts) == count:
+        return parts
+    return jnp.split(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1), count, axis=-1)
+
+
+def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int]):
+    """Cross-correlates the maps with each kernel.  Paper, section 3.5.
 
     Args:
       x_NHWC: float [N, H, W, C].
-      kernel_HWIO: float [h, w, C / groups, O]; the first O / groups kernels read the first C / groups channels.
+      kernel_HWIO: float [h, w, C, O].
       stride: step of the window in both directions, in pixels.
       padding: zeros (before, after) both rows and columns. `(0, 3)` lets an 11x11 window with stride 4 visit
         55 places of a 224 px image, the last hanging over the right and bottom edges as in the authors' code.
-      groups: a convolution for each group rather than XLA's `feature_group_count`, which took five times as long
-        on the CPU backend, forward and backward.
 
     Returns:
       float [N, H', W', O].
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
-    convolve = _convolve if stride == 1 else _strided
-    outputs = [
-        convolve(stride, tuple(padding), x, kernel)
-        for x, kernel in zip(jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWIO, groups, axis=-1), strict=True)
-    ]
-    return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
+    return (_convolve if stride == 1 else _strided)(stride, tuple(padding), x_NHWC, kernel_HWIO)
 
 
 def _convolve(stride: int, padding: tuple[int, int], x_NHWC, kernel_HWIO):
@@ -100,51 +107,79 @@ def _weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
     return whole[:size, :size].astype(kernel_HWIO.dtype)
 
 
-def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[int, int], groups: int = 1):
+def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[int, int]):
     """A convolution with a kernel of its own at every place.  Type `local` of the authors' `layer.py`.
 
     Args:
       x_NHWC: float [N, H, W, C].
-      kernel_HWPO: float [H', W', C / groups * size * size, O]: for each place the weights of a patch, channel by
-        channel, row by row, for each output.
+      kernel_HWPO: float [H', W', C * size * size, O]: for each place the weights of a patch, channel by channel, row
+        by row, for each output.
       size, stride, padding: of the window, as in `conv`.
-      groups: the first O / groups outputs read the first C / groups channels.
 
     Returns:
       float [N, H', W', O].
     """
     chex.assert_rank([x_NHWC, kernel_HWPO], 4)
-    outputs = [
-        lax.conv_general_dilated_local(
-            x,
-            kernel,
-            (stride, stride),
-            (padding, padding),
-            filter_shape=(size, size),
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )
-        for x, kernel in zip(jnp.split(x_NHWC, groups, axis=-1), jnp.split(kernel_HWPO, groups, axis=-1), strict=True)
-    ]
-    return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
+    return lax.conv_general_dilated_local(
+        x_NHWC,
+        kernel_HWPO,
+        (stride, stride),
+        (padding, padding),
+        filter_shape=(size, size),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
 
 
-def dense(x, kernel_IO, *, groups: int = 1, dtype=None):
-    """A fully-connected layer; maps are flattened in (H, W, C) order, group by group.
+def dense(x, kernel_IO, *, dtype=None):
+    """A fully-connected layer; maps are flattened in (H, W, C) order.
 
     Args:
       x: float [N, ..., C].
-      kernel_IO: float [inputs / groups, O]; the first O / groups outputs read the first C / groups channels.
-      groups: 1 reads everything, as in the paper.
+      kernel_IO: float [inputs, O].
       dtype: of the sums, if it is to be another than that of x.
 
     Returns:
       float [N, O].
     """
-    outputs = [
-        jnp.matmul(part.reshape(part.shape[0], -1), kernel, preferred_element_type=dtype)
-        for part, kernel in zip(jnp.split(x, groups, axis=-1), jnp.split(kernel_IO, groups, axis=-1), strict=True)
-    ]
-    return outputs[0] if groups == 1 else jnp.concatenate(outputs, axis=-1)
+    return jnp.matmul(x.reshape(x.shape[0], -1), kernel_IO, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def add_bias(x, bias):
+    """x + bias, in the type of x. The gradient of the bias is summed, over all it was added to, in the bias's own type.
+
+    (So a bias in float32 is a number that many bfloat16 ones add to exactly; and cuDNN can add it, and apply the ReLU
+    behind it, as a convolution's output is written, which it does not where the sum is of another type.)
+
+    Args:
+      x: float [N, ...].
+      bias: float, of the shape of the last axes of x.
+    """
+    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - bias.ndim))
+
+
+def _add_bias_forward(x, bias):
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias, gradient):
+    wide = gradient.astype(jnp.promote_types(gradient.dtype, bias.dtype))
+    return gradient, wide.sum(range(gradient.ndim - bias.ndim)).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_jvp
+def relu(x):
+    """max(x, 0), section 3.1; the slope is 0 where that is 0.
+
+    `jax.nn.relu` takes the slope from x, which has then to be kept beside what is made of it.
+    """
+    return jnp.maximum(x, 0)
+
+
+relu.defjvps(lambda tangent, y, _: jnp.where(y > 0, tangent, 0))
 
 
 def local_response_norm(
@@ -199,10 +234,15 @@ def _over_energy_forward(windows, k, alpha, beta, x):
 
 
 def _over_energy_backward(windows, k, alpha, beta, x, gradient):
-    """With d = k + alpha sum x^2:  g d^-beta - 2 alpha beta x sum' (g x d^-beta / d), sum' over those that saw x."""
+    """With d = k + alpha sum x^2:  g d^-beta - 2 alpha beta x sum' (g x d^-beta / d), sum' over those that saw x.
+
+    The barrier keeps XLA, which does not know this 1 then, from finding d equal to the forward pass's and storing that,
+    four bytes a number.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dtype, x, gradient = x.dtype, x.astype(wide), gradient.astype(wide)
-    denominator = k + alpha * _window_sums(jnp.square(x), windows)
+    one = lax.optimization_barrier(jnp.ones((), wide))
+    denominator = k + alpha * _window_sums(jnp.square(one * x), windows)
     direct = gradient * _power(denominator, beta)
     through = _window_sums(direct * x / denominator, windows, reverse=True)
     return ((direct - (2 * alpha * beta) * x * through).astype(dtype),)
@@ -225,56 +265,6 @@ def _window_sums(x, windows, reverse: bool = False):
         size, around = x.shape[axis], (n // 2, (n - 1) // 2)
         x = jnp.pad(x, [around[:: -1 if reverse else 1] if i == axis else (0, 0) for i in range(x.ndim)])
         x = sum(lax.slice_in_dim(x, j, j + size, axis=axis) for j in range(n))
-    return x
-
-
-def pooled_size(size: int, window: int, stride: int) -> int:
-    """Pooling windows along a side of `size` pixels: the last may be cut by the edge, as in the authors' kernels."""
-    return 1 + -(-(size - window) // stride)
-
-
-def max_pool(x_NHWC, *, window: int, stride: int):
-    """Overlapping max pooling where window > stride.  Paper, section 3.4.
-
-    Rows, then columns, each as the maximum of `window` strided slices: on the CPU backend the gradient of this is two
-    to three times faster than that of `reduce_window`. Where values tie, the gradient is shared among them.
-
-    Args:
-      x_NHWC: float [N, H, W, C].
-      window, stride: the paper's 3 and 2.
-
-    Returns:
-      float [N, pooled_size(H), pooled_size(W), C].
-    """
-    chex.assert_rank(x_NHWC, 4)
-    x = x_NHWC
-    for axis in (1, 2):
-        span = (pooled_size(x.shape[axis], window, stride) - 1) * stride + 1
-        missing = span + window - 1 - x.shape[axis]
-        if missing > 0:
-            widths = [(0, missing if i == axis else 0) for i in range(4)]
-            x = jnp.pad(x, widths, constant_values=-jnp.inf)
-        x = functools.reduce(jnp.maximum, [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)])
-    return x
-
-
-def avg_pool(x_NHWC, *, window: int, stride: int):
-    """Overlapping mean pooling, as the CIFAR-10 networks of the authors have it; not in the paper.
-
-    A window that is cut by the edge is the mean of what it holds, as in the authors' kernels.
-
-    x_NHWC: float [N, H, W, C]. Returns float [N, pooled_size(H), pooled_size(W), C].
-    """
-    chex.assert_rank(x_NHWC, 4)
-    x = x_NHWC
-    for axis in (1, 2):
-        size = x.shape[axis]
-        span = (pooled_size(size, window, stride) - 1) * stride + 1
-        inside = [min(window, size - start) for start in range(0, span, stride)]
-        missing = max(0, span + window - 1 - size)
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
-        x = sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window))
-        x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x
 
 

@@ -149,6 +149,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         )
 
 
+def shapes(arrays, sharding: NamedSharding):
+    """What to compile for: the arrays' shapes, as if they lay there."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
+
+
 def to_mesh(mesh: Mesh, batch: dict):
     """Sends a host batch (numpy, this process's part of the data axis) to the devices; returns global arrays."""
     sharding = batch_sharding(mesh)

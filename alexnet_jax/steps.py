@@ -81,15 +81,18 @@ def train_step(
     """
     count, image_size = len(batch['label']), augmentation.image_size
     if 'records' in batch:
-        batch = augment.cut_on_device(batch, image_size)
-    masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
+        with jax.named_scope('input'):
+            batch = augment.cut_on_device(batch, image_size)
+    with jax.named_scope('masks'):
+        masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
     colour = True if colour_steps is None else state.step < colour_steps
     dtype = jnp.promote_types(network.dtype, jnp.float32)
     total = jnp.maximum(batch['weight'].sum(), 1) if parts[0] > 1 else None
 
     def gradient(part):
         batch, masks = part
-        x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
+        with jax.named_scope('input'):
+            x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
         return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
 
     if parts[0] == 1:
@@ -100,19 +103,20 @@ def train_step(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, gradient(part)), None)  # noqa: E731
         (grads, sums), _ = lax.scan(add, zero, split)
-    norm = optax.global_norm(grads)
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))
-    new = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
-    report = {
-        **sums,
-        'gradient_norm': norm,
-        'gradient_norms': {name: optax.global_norm(parts) for name, parts in grads.items()},
-        'update_norms': {name: optax.global_norm(parts) for name, parts in updates.items()},
-        'learning_rate': optimizer.learning_rate(state.opt_state),
-        'finite': finite,
-    }
+    with jax.named_scope('update'):
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+        report = {
+            **sums,
+            'gradient_norm': norm,
+            'gradient_norms': {name: optax.global_norm(parts) for name, parts in grads.items()},
+            'update_norms': {name: optax.global_norm(parts) for name, parts in updates.items()},
+            'learning_rate': optimizer.learning_rate(state.opt_state),
+            'finite': finite,
+        }
     return TrainState(state.step + 1, params, opt_state), report
 
 

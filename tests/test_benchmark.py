@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import assemble, benchmark, sharding
+from alexnet_jax import assemble, benchmark, layers, sharding, traffic
 from alexnet_jax.benchmark import Side
 from alexnet_jax.errors import UserError
 from tests import small
@@ -64,6 +64,91 @@ def test_what_a_program_moves_is_counted_as_for_rings():
         'reduce-scatter': (1, 24 * 2),
         'collective-permute': (1, 8),
     }
+
+
+PROGRAM = """
+HloModule jit_f, is_scheduled=true
+
+%cutting (param_0: f32[100,10], param_1: bf16[4]) -> f32[2,10] {
+  %param_0 = f32[100,10]{1,0} parameter(0)
+  %bitcast.1 = f32[10,100]{1,0} bitcast(%param_0)
+  %slice.1 = f32[2,10]{1,0} slice(%bitcast.1), slice={[0:2], [0:10]}
+  %param_1 = bf16[4]{0} parameter(1)
+  ROOT %add.1 = f32[2,10]{1,0} add(%slice.1, %slice.1), metadata={op_name="jit(f)/jvp(Net)/conv1/lrn/add"}
+}
+
+%product (param_0.1: f32[2,10], param_1.1: f32[10,3]) -> (f32[2,3], pred[7]) {
+  %param_0.1 = f32[2,10]{1,0} parameter(0)
+  %param_1.1 = f32[10,3]{1,0} parameter(1)
+  ROOT %dot.1 = f32[2,3]{1,0} dot(%param_0.1, %param_1.1), metadata={op_name="jit(f)/transpose(jvp(Net))/fc2/dot"}
+}
+
+%body (t: (f32[5])) -> (f32[5]) {
+  %t = (f32[5]{0}) parameter(0)
+  %gte.1 = f32[5]{0} get-tuple-element(%t), index=0
+  %negate.1 = f32[5]{0} negate(%gte.1), metadata={op_name="jit(f)/while/body/update/neg"}
+  ROOT %tuple.1 = (f32[5]{0}) tuple(%negate.1)
+}
+
+ENTRY %main (a: f32[100,10], b: bf16[4]) -> f32[2,3] {
+  %a = f32[100,10]{1,0} parameter(0), metadata={op_name="a"}
+  %b = bf16[4]{0} parameter(1)
+  %c = f32[10,3]{1,0} constant({...})
+  %cut = f32[2,10]{1,0} fusion(%a, %b), kind=kLoop, calls=%cutting
+  %both = (f32[2,3]{1,0}, pred[7]{0}) fusion(%cut, /*index=1*/%c), kind=kCustom, calls=%product
+  %y = f32[2,3]{1,0} get-tuple-element(%both), index=0
+  %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%b), custom_call_target="__cudnn$convForward", metadata={op_name="jit(f)/conv1/conv"}
+  %w = (f32[5]{0}) while(%start), condition=%never, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %convert.1 = f32[4]{0} convert(%b)
+  ROOT %copy.1 = f32[2,3]{1,0} copy(%y)
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_a_program_are_counted_kernel_by_kernel():
+    found = traffic.kernels(PROGRAM, ['conv1', 'fc2', 'update'])
+    assert found == [
+        ('conv1', False, 2 * 10 * 4 + 2 * 10 * 4 + 4 * 2),  # writes, reads of a what it cuts out, reads b
+        ('fc2', True, 2 * 3 * 4 + 7 + 2 * 10 * 4 + 10 * 3 * 4),
+        ('conv1', True, 8 * 2 + 4 * 2),
+        ('update', False, 6 * (5 * 4 + 5 * 4)),
+        ('other', False, 4 * 4 + 4 * 2),
+        ('other', False, 2 * (2 * 3 * 4)),
+    ]
+
+
+def test_a_step_computes_and_moves_what_its_layers_need():
+    config = small.digits_config(**{'batch_size': 8, 'mesh.data': 1, 'mesh.tower': 1})
+    run = assemble.build(config)
+    key, batches = jax.random.key(0), run.batches(0)
+    _, facts = traffic.compile_step(run, 8, 'float32', (run.init(key), next(batches), run.statistics, key))
+    batches.close()
+    costs = layers.sizes(run.network, config.data.image_size)
+    forward = {name: 8 * cost.flops for name, cost in costs.items()}
+    rows = facts['layers']
+    for name, cost in costs.items():
+        assert rows[name]['flops'] == forward[name] * (2 if name == 'conv1' else 3)
+        least = 4 * (cost.parameters + 8 * (np.prod(cost.inputs) + np.prod(cost.linear)))  # forward, in and out once
+        assert rows[name]['product_bytes'] + rows[name]['other_bytes'] > least, name
+    parameters = sum(cost.parameters for cost in costs.values())
+    assert rows['update']['other_bytes'] > 4 * 5 * parameters  # reads weights, velocity, gradient; writes the first two
+    assert rows['all']['flops'] == pytest.approx(sum(rows[name]['flops'] for name in costs))
+    assert traffic.table(rows)[-1].split()[0] == 'all'
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_gpu_that_is_not_there():
+    """On an H200 cuDNN adds bias and ReLU, and between the convolutions little is moved: bytes an image and layer."""
+    pytest.importorskip('jax_cuda12_plugin', reason="needs pip install -e '.[cuda12]'")
+    command = [sys.executable, '-m', 'alexnet_jax.benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
+    result = subprocess.run([*command, '--compile_for=2xh200'], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])['compiled']
+    assert (found['device'], found['devices']) == ('NVIDIA H200', 2)
+    assert {name: count for name, (count, _) in found['moved'].items()}['all-gather'] == 4
+    numbers = 256 * 55 * 55 * 96 / 2  # of conv 1, in one tower
+    # Normalisation: 2 + 2 forward; backward 2 + 2 of the gradient and x, 4 + 4 of the terms; pooling and ReLU 6 more.
+    assert found['layers']['conv1']['other_bytes'] < 30 * numbers
 
 
 @pytest.mark.slow

@@ -238,6 +238,7 @@ ORDER = (
     'digests',
     'statistics',
     'ops',
+    'pooling',
     'layers',
     'model',
     'sharding',

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import ops
+from alexnet_jax import ops, pooling
 
 
 def _random(*shape):
     return np.random.default_rng(0).standard_normal(shape)
+
+
+def _in_groups(op, groups: int, x, kernel):
+    """A layer in groups, as the network has it: each group of inputs meets its own share of the kernels."""
+    pairs = zip(ops.regroup([jnp.asarray(x)], groups), ops.regroup([jnp.asarray(kernel)], groups), strict=True)
+    (y,) = ops.regroup([op(*pair) for pair in pairs], 1)
+    return y
 
 
 def _lrn_by_hand(a, n, k, alpha, beta):
@@ -73,7 +80,7 @@ def test_response_norm_has_the_papers_constants():
 )
 def test_max_pool_by_hand(size, window, stride, places):
     x = _random(2, size, size, 3).astype(np.float32)
-    y = ops.max_pool(x, window=window, stride=stride)
+    y = pooling.max_pool(x, window=window, stride=stride)
     chex.assert_shape(y, (2, places, places, 3))
     for i in range(places):
         for j in range(places):
@@ -81,20 +88,58 @@ def test_max_pool_by_hand(size, window, stride, places):
             chex.assert_trees_all_equal(np.asarray(y[:, i, j]), seen.max((1, 2)))
 
 
-def test_max_pool_gradient_goes_to_the_winner():
-    x = np.zeros((1, 5, 5, 1))
-    x[0, 2, 2, 0] = 1  # seen by all four overlapping windows
-    grad = jax.grad(lambda x: ops.max_pool(x, window=3, stride=2).sum())(jnp.asarray(x))
+@pytest.mark.parametrize(
+    ('size', 'window', 'stride'), [(13, 3, 2), (8, 3, 2), (6, 3, 1), (9, 2, 2), (11, 5, 2), (10, 5, 3), (17, 16, 1)]
+)
+@pytest.mark.parametrize('values', [1, 2, 1000])
+def test_max_pool_shares_its_gradient_among_the_winners(size, window, stride, values):
+    """values: how many there are to draw from; of one or two, most windows hold their maximum several times."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, values, (2, size, size + 1, 3)).astype(float)
+    with jax.enable_x64():
+        y, pull_back = jax.vjp(functools.partial(pooling.max_pool, window=window, stride=stride), jnp.asarray(x))
+        gradient = rng.standard_normal(y.shape)
+        (found,) = pull_back(jnp.asarray(gradient))
     expected = np.zeros_like(x)
-    expected[0, 2, 2, 0] = 4
-    chex.assert_trees_all_equal(np.asarray(grad, np.float64), expected)
+    for n, i, j, c in np.ndindex(y.shape):
+        seen = (n, slice(i * stride, i * stride + window), slice(j * stride, j * stride + window), c)
+        winners = x[seen] == x[seen].max()
+        expected[seen] += gradient[n, i, j, c] * winners / winners.sum()
+    chex.assert_trees_all_close(np.asarray(found), expected, atol=1e-12)
+
+
+def test_max_pool_gradient_is_summed_in_float32():
+    """In bfloat16 it is the float32 one, rounded once."""
+    x, gradient = (jnp.asarray(_random(2, side, side, 3), jnp.bfloat16) for side in (9, 4))
+    pool = functools.partial(pooling.max_pool, window=3, stride=2)
+    (narrow,) = jax.vjp(pool, x)[1](gradient)
+    (wide,) = jax.vjp(pool, x.astype(jnp.float32))[1](gradient.astype(jnp.float32))
+    chex.assert_trees_all_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+def test_gradient_of_a_bias_is_summed_in_its_own_type():
+    """3,968 times 1 + 2^-7 is 3,999, which bfloat16 does not have, and would stop counting at a few hundred."""
+    x, bias = jnp.zeros((4, 32, 31, 2), jnp.bfloat16), jnp.asarray([0.5, -3.0])
+    y, pull_back = jax.vjp(ops.add_bias, x, bias)
+    of_x, of_bias = pull_back(jnp.full_like(x, 1 + 2**-7))
+    assert y.dtype == of_x.dtype == jnp.bfloat16 and of_bias.dtype == jnp.float32
+    chex.assert_trees_all_equal(y.astype(jnp.float32), jnp.broadcast_to(bias, x.shape))
+    chex.assert_trees_all_equal(of_bias, jnp.full(2, 3999.0))
+    places = jnp.arange(6.0).reshape(3, 2)  # one of its own at every place: only images are summed over
+    chex.assert_trees_all_equal(jax.grad(lambda b: ops.add_bias(jnp.zeros((5, 3, 2)), b).sum())(places), 5 + 0 * places)
+
+
+def test_relu_has_no_slope_where_it_is_zero():
+    x = jnp.asarray([-2.0, -0.0, 0.0, 3.0, jnp.nan])
+    chex.assert_trees_all_equal(ops.relu(x), jnp.asarray([0.0, 0.0, 0.0, 3.0, jnp.nan]))
+    chex.assert_trees_all_equal(jax.vmap(jax.grad(ops.relu))(x[:4]), jnp.asarray([0.0, 0.0, 0.0, 1.0]))
 
 
 @pytest.mark.parametrize('groups', [1, 2])
 def test_conv_by_hand(groups):
     x, kernel = _random(2, 7, 7, 4), _random(3, 3, 4 // groups, 6)
     with jax.enable_x64():
-        y = ops.conv(jnp.asarray(x), jnp.asarray(kernel), stride=2, padding=(0, 1), groups=groups)
+        y = _in_groups(functools.partial(ops.conv, stride=2, padding=(0, 1)), groups, x, kernel)
     padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     chex.assert_shape(y, (2, 3, 3, 6))
     for o in range(6):
@@ -113,7 +158,7 @@ def test_conv_by_hand(groups):
 def test_gradients_of_conv_by_hand(monkeypatch, count, size, stride, padding, groups):
     monkeypatch.setattr(ops, '_PATCH_BYTES', 60_000)  # several images at a time, and several times
     x, kernel = _random(count, 19, 23, 4), _random(size, size, 4 // groups, 6)
-    conv = functools.partial(ops.conv, stride=stride, padding=padding, groups=groups)
+    conv = functools.partial(_in_groups, functools.partial(ops.conv, stride=stride, padding=padding), groups)
     with jax.enable_x64():
         y, pull_back = jax.vjp(conv, jnp.asarray(x), jnp.asarray(kernel))
         weights = np.random.default_rng(1).standard_normal(y.shape)
@@ -136,7 +181,7 @@ def test_dense_by_hand():
     x, kernel = _random(2, 2, 2, 4), _random(8, 6)
     with jax.enable_x64():
         whole = ops.dense(jnp.asarray(x), jnp.asarray(_random(16, 6)))
-        halves = ops.dense(jnp.asarray(x), jnp.asarray(kernel), groups=2)
+        halves = _in_groups(ops.dense, 2, x, kernel)
     chex.assert_trees_all_close(whole, x.reshape(2, 16) @ _random(16, 6), rtol=1e-12)
     for o in range(6):
         inputs = x[..., :2] if o < 3 else x[..., 2:]
@@ -198,9 +243,8 @@ def test_local_conv_has_a_kernel_at_every_place(groups, size, stride, padding):
             weight = kernel[i, j, (c * size + a) * size + b, o]
             expected[n, i, j, o] += padded[n, i * stride + a, j * stride + b, group * inputs + c] * weight
     with jax.enable_x64():
-        found = ops.local_conv(
-            jnp.asarray(x), jnp.asarray(kernel), size=size, stride=stride, padding=padding, groups=groups
-        )
+        local = functools.partial(ops.local_conv, size=size, stride=stride, padding=padding)
+        found = _in_groups(local, groups, x, kernel)
     chex.assert_trees_all_close(found, expected, rtol=1e-12)
 
 
@@ -213,4 +257,6 @@ def test_avg_pool_is_the_mean_of_what_a_window_holds(side, window, stride):
         part = x[:, i * stride : i * stride + window, j * stride : j * stride + window]  # cut off by the edge
         expected[:, i, j] = part.mean((1, 2))
     with jax.enable_x64():
-        chex.assert_trees_all_close(ops.avg_pool(jnp.asarray(x), window=window, stride=stride), expected, rtol=1e-12)
+        chex.assert_trees_all_close(
+            pooling.avg_pool(jnp.asarray(x), window=window, stride=stride), expected, rtol=1e-12
+        )

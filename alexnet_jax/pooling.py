@@ -1,0 +1,110 @@
+"""Overlapping pooling (section 3.4) as pure functions of NHWC arrays; the last window may be cut by the edge."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def pooled_size(size: int, window: int, stride: int) -> int:
+    """Pooling windows along a side of `size` pixels: the last may be cut by the edge, as in the authors' kernels."""
+    return 1 + -(-(size - window) // stride)
+
+
+def max_pool(x_NHWC, *, window: int, stride: int):
+    """Overlapping max pooling where window > stride.  Paper, section 3.4.
+
+    Where several places of a window hold its maximum they share its gradient. (The authors' kernels give each of them
+    all of it, PyTorch's give the first of them all.)
+
+    Args:
+      x_NHWC: float [N, H, W, C].
+      window, stride: the paper's 3 and 2.
+
+    Returns:
+      float [N, pooled_size(H), pooled_size(W), C].
+    """
+    chex.assert_rank(x_NHWC, 4)
+    return _max_pool(window, stride, x_NHWC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _max_pool(window: int, stride: int, x):
+    """Rows, then columns, each as the maximum of `window` strided slices.
+
+    The gradient asks every place which of the few windows over it had their maximum there: one pass that writes the
+    result once, and nothing is scattered. The derived one writes a mask for every maximum it takes.
+    """
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _taken(x, window, stride, axis))
+    return x
+
+
+def _taken(x, window: int, stride: int, axis: int) -> list:
+    """What the first, second, ... place of each window along an axis holds; -inf beyond the edge."""
+    span = (pooled_size(x.shape[axis], window, stride) - 1) * stride + 1
+    if (missing := span + window - 1 - x.shape[axis]) > 0:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
+    return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
+
+
+def _max_pool_forward(window, stride, x):
+    """Counts, too, how many places of a window hold its maximum: x is at hand here, and is read once for both."""
+    y = _max_pool(window, stride, x)
+    count = np.min_scalar_type(window**2)
+    places = [place for row in _taken(x, window, stride, 1) for place in _taken(row, window, stride, 2)]
+    ties = sum((place == y).astype(count) for place in places)
+    y, ties = lax.optimization_barrier((y, ties))  # else XLA counts later, from x again
+    return y, (x, y, ties)
+
+
+def _max_pool_backward(window, stride, arrays, gradient):
+    x, y, ties = arrays
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    share = gradient.astype(wide) / ties.astype(wide)
+    # A place p is the one p % stride + m * stride of the window p // stride - m, if that is within the window.
+    back = range(-(-window // stride))
+    inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
+    total = 0
+    for m, n in itertools.product(back, back):
+        over = functools.partial(_over_places, back=(m, n), stride=stride, shape=x.shape)
+        mine = (x == over(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
+        total += jnp.where(mine, over(share), 0)
+    return (total.astype(x.dtype),)
+
+
+def _over_places(y, back: tuple[int, int], stride: int, shape: tuple[int, ...]):
+    """For each place (i, j) of a shape what y holds at (i // stride - back[0], j // stride - back[1]); 0 beyond."""
+    for axis, m in zip((1, 2), back, strict=True):
+        count = -(-shape[axis] // stride)
+        widths = [(m, max(0, count - m - y.shape[axis])) if i == axis else (0, 0) for i in range(4)]
+        y = lax.slice_in_dim(jnp.pad(y, widths), 0, count, axis=axis)
+        y = lax.slice_in_dim(jnp.repeat(y, stride, axis), 0, shape[axis], axis=axis)
+    return y
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def avg_pool(x_NHWC, *, window: int, stride: int):
+    """Overlapping mean pooling, as the CIFAR-10 networks of the authors have it; not in the paper.
+
+    A window that is cut by the edge is the mean of what it holds, as in the authors' kernels.
+
+    x_NHWC: float [N, H, W, C]. Returns float [N, pooled_size(H), pooled_size(W), C].
+    """
+    chex.assert_rank(x_NHWC, 4)
+    x = x_NHWC
+    for axis in (1, 2):
+        size = x.shape[axis]
+        span = (pooled_size(size, window, stride) - 1) * stride + 1
+        inside = [min(window, size - start) for start in range(0, span, stride)]
+        missing = max(0, span + window - 1 - size)
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
+        x = sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window))
+        x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
+    return x

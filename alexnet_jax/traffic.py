@@ -1,0 +1,252 @@
+"""What a compiled step reads and writes, layer by layer, and how fast it can be at best.
+
+Also for a GPU that is not at hand: XLA compiles for it from a description.
+"""
+
+import collections
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from alexnet_jax import assemble, layers, sharding
+from alexnet_jax.errors import UserError
+
+OTHER = 'other'  # kernels that belong to no layer
+
+
+class Peaks(NamedTuple):
+    """What a device can do a second, by its data sheet, without sparsity."""
+
+    flops: dict[str, float]  # of products, by precision
+    bytes: float
+
+
+# By what JAX calls the device.
+PEAKS = {'NVIDIA H200': Peaks({'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12}, 4.8e12)}
+
+# What XLA asks of a device to compile for it; from the data sheet and CUDA's programming guide (compute capability 9).
+_DESCRIPTIONS = {
+    'h200': """
+        gpu_device_info {
+          cuda_compute_capability { major: 9 }
+          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          memory_bandwidth: 4800000000000 device_memory_size: 150754820096 l2_cache_size: 52428800
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+          registers_per_block_limit: 65536 registers_per_core_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }
+        platform_name: "CUDA" device_description_str: "NVIDIA H200"
+        dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
+    """,
+}
+
+
+def described(what: str) -> list:
+    """Devices of one host to compile for, which need not be there: nothing can be put on them.
+
+    what: 'h200', or several: '2xh200'.
+
+    Raises:
+      UserError: another device, or its compiler, a part of the extra `cuda12`, is not installed.
+    """
+    from jax.experimental import topologies
+
+    count, name = re.fullmatch(r'(?:(\d+)x)?(.*)', what).groups(default='1')
+    if name not in _DESCRIPTIONS or int(count) < 1:
+        raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')  # it looks at the GPUs that are there
+    try:
+        topology = topologies.get_topology_desc(
+            platform='cuda', target_config=_DESCRIPTIONS[name], topology=f'1x1x{count}'
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"--compile_for={name} needs JAX's compiler for NVIDIA GPUs (no GPU): pip install -e '.[cuda12]'; {error}"
+        ) from error
+    return list(topology.devices)
+
+
+def compile_step(run, batch_size: int, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
+    """A compiled training step, and what is known of it before it runs.
+
+    Args:
+      run: from `assemble.build`.
+      batch_size: of all devices.
+      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
+      arguments: of `run.train_step`, or their shapes.
+    """
+    began = time.perf_counter()
+    compiled = run.train_step.lower(*arguments).compile()
+    took, text, planned = time.perf_counter() - began, compiled.as_text(), compiled.memory_analysis()
+    rows = by_layer(run, text, batch_size, precision)
+    return compiled, {
+        'compile_seconds': round(took, 1),
+        'flops': rows['all']['flops'] * run.mesh.size / batch_size,  # an image's
+        'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
+        'moved': sharding.moved(text, run.mesh.size) if run.mesh.size > 1 else {},
+        'layers': rows,
+    }
+
+
+def described_step(config, dataset, precision: str, what: str) -> dict[str, Any]:
+    """What is known of a training step that is compiled for devices which need not be there.
+
+    config, dataset: as for `assemble.build`. what: as for `described`.
+    """
+    devices = described(what)
+    run = assemble.build(config, dataset, described=devices)
+    batches = run.batches(0)
+    batch = sharding.shapes(next(batches), sharding.batch_sharding(run.mesh))
+    batches.close()
+    key = sharding.shapes(jax.eval_shape(jax.random.key, 0), sharding.replicated(run.mesh))
+    _, facts = compile_step(run, config.batch_size, precision, (run.state_shapes, batch, run.statistics, key))
+    return {**facts, 'device': devices[0].device_kind, 'devices': run.mesh.size}
+
+
+class Kernel(NamedTuple):
+    """A step of a compiled program that runs by itself: a fusion, a library's call, an operation left alone."""
+
+    scope: str  # of `jax.named_scope`, the outermost of those asked for
+    product: bool  # a convolution or a product of matrices
+    bytes: float  # read and written
+
+
+def kernels(compiled_text: str, scopes: Sequence[str]) -> list[Kernel]:
+    """What a program runs, with the bytes that pass between it and memory, if nothing stays in a cache.
+
+    An array that is only cut into counts with what is cut out. Loops count as often as they run, where XLA knows.
+
+    Args:
+      compiled_text: `jit(f).lower(...).compile().as_text()`.
+      scopes: names of `jax.named_scope` to tell apart.
+    """
+    programs, entry = _programs(compiled_text)
+    return list(_kernels(programs, entry, tuple(scopes), 1))
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    kind: str
+    operands: list[str]
+    rest: str  # of the line
+
+
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
+_FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
+_CUTS = {'slice', 'dynamic-slice', 'gather'}
+_PRODUCTS = {'convolution', 'dot'}
+
+
+def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Every computation's instructions, by name; and the name of the one that is run."""
+    found, current, entry = {}, None, ''
+    for line in text.splitlines():
+        if head := re.match(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$', line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (parts := _INSTRUCTION.match(line)):
+            name, shape, kind, operands, rest = parts.groups()
+            names = re.findall(r'%([\w.\-]+)', operands) or [operands]  # a parameter has its number there
+            current.append(_Instruction(name, shape, kind, names, rest))
+    return found, entry
+
+
+def _kernels(programs, name: str, scopes: tuple[str, ...], times: int) -> Iterator[Kernel]:
+    sizes = {}
+    for one in programs[name]:
+        sizes[one.name] = _bytes(one.shape)
+        called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', one.rest)
+        if one.kind in _FREE or one.kind.endswith('-done'):
+            continue
+        if one.kind in ('while', 'call'):
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
+            yield from _kernels(programs, called[0], scopes, times * int(known[1] if known else 1))
+            continue
+        inside = programs.get(called[0], []) if one.kind == 'fusion' else []
+        read = [_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(one.operands)]
+        target = re.search(r'custom_call_target="([^"]*)"', one.rest)
+        paths = [name for part in (one, *inside) for name in re.findall(r'op_name="([^"]*)"', part.rest)]
+        here = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own come first
+        product = bool(_PRODUCTS & {one.kind, *(part.kind for part in inside)})
+        product = product or bool(target and re.search('conv|gemm|matmul|dot', target[1]))
+        yield Kernel(here[0] if here else OTHER, product, times * (sizes[one.name] + sum(read)))
+
+
+def _read(size: int, number: int, inside: list[_Instruction]) -> int:
+    """Bytes a fusion reads of its operand of that number: less than its size, if it only cuts into it."""
+    same, cut = {one.name for one in inside if one.kind == 'parameter' and one.operands == [str(number)]}, 0
+    for one in inside:
+        if not same & set(one.operands):
+            continue
+        if one.kind == 'bitcast':
+            same.add(one.name)
+        elif one.kind in _CUTS and one.operands[0] in same:
+            cut += _bytes(one.shape)
+        else:
+            return size
+    return min(size, cut) if cut else size
+
+
+_WIDTHS = {'pred': 1, 'token': 0, 'opaque': 0}
+
+
+def _bytes(shape: str) -> int:
+    """Of 'f32[2,3]{1,0}', or of a tuple of such."""
+    total = 0
+    for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape):
+        bits = re.sub(r'^[a-z]+', '', kind)
+        width = _WIDTHS[kind] if kind in _WIDTHS else max(1, int(bits) // 8)
+        total += width * math.prod(int(side) for side in sides.split(',') if side)
+    return total
+
+
+def by_layer(run, compiled_text: str, batch_size: int, precision: str) -> dict[str, dict[str, float]]:
+    """What each layer of a compiled training step computes and moves, input and update beside them, and all together.
+
+    'least_us', where the device's peaks are known, is the time for its products (their operations or their bytes,
+    whichever take longer) and for the bytes of all else.
+
+    Args:
+      run: from `assemble.build`.
+      compiled_text: of its `train_step`.
+      batch_size: of all devices; the numbers are those of one.
+      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
+    """
+    costs = layers.sizes(run.network, run.augmentation.image_size)
+    first = next(iter(costs))  # no gradient reaches the pixels
+    flops = {
+        name: (2 if name == first else 3) * cost.flops * batch_size / run.mesh.size for name, cost in costs.items()
+    }
+    products, rest = collections.Counter(), collections.Counter()
+    for kernel in kernels(compiled_text, [*costs, 'masks', 'input', 'update']):
+        (products if kernel.product else rest)[kernel.scope] += kernel.bytes
+    peaks, rows = PEAKS.get(run.mesh.devices.flat[0].device_kind), {}
+    for name in [*costs, *sorted({*products, *rest} - set(costs))]:
+        row = {'flops': flops.get(name, 0.0), 'product_bytes': products[name], 'other_bytes': rest[name]}
+        if peaks:
+            compute = max(row['flops'] / peaks.flops[precision], products[name] / peaks.bytes)
+            row['least_us'] = 1e6 * (compute + rest[name] / peaks.bytes)
+        rows[name] = row
+    return {**rows, 'all': {key: sum(row[key] for row in rows.values()) for key in rows[first]}}
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Lines that show what `by_layer` found."""
+    heads = {
+        'flops': 'GFLOP',
+        'product_bytes': 'MB, products',
+        'other_bytes': 'MB, the rest',
+        'least_us': 'us at least',
+    }
+    units = {'flops': 1e9, 'product_bytes': 1e6, 'other_bytes': 1e6, 'least_us': 1}
+    keys = list(rows['all'])
+    lines = [f'{"":8}' + ''.join(f'{heads[key]:>14}' for key in keys)]
+    lines += [f'{name:8}' + ''.join(f'{row[key] / units[key]:14,.1f}' for key in keys) for name, row in rows.items()]
+    return lines
