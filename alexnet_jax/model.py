@@ -151,7 +151,7 @@ class AlexNet(nn.Module):
     def _step(self, step: str, parts: list, mask, norm_groups: int) -> list:
         match step:
             case 'relu':
-                op = ops.relu
+                op = nn.relu
             case 'tanh':
                 op = jnp.tanh
             case 'lrn':

@@ -148,8 +148,8 @@ def dense(x, kernel_IO, *, dtype=None):
 def add_bias(x, bias):
     """x + bias, in the type of x. The gradient of the bias is summed, over all it was added to, in the bias's own type.
 
-    (So a bias in float32 is a number that many bfloat16 ones add to exactly; and cuDNN can add it, and apply the ReLU
-    behind it, as a convolution's output is written, which it does not where the sum is of another type.)
+    (One of few numbers that many add to. And cuDNN adds it while it writes a convolution's output, which it does not do
+    where the sum is of another type than that.)
 
     Args:
       x: float [N, ...].
@@ -168,18 +168,6 @@ def _add_bias_backward(bias, gradient):
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
-
-
-@jax.custom_jvp
-def relu(x):
-    """max(x, 0), section 3.1; the slope is 0 where that is 0.
-
-    `jax.nn.relu` takes the slope from x, which has then to be kept beside what is made of it.
-    """
-    return jnp.maximum(x, 0)
-
-
-relu.defjvps(lambda tangent, y, _: jnp.where(y > 0, tangent, 0))
 
 
 def local_response_norm(

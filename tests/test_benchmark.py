@@ -138,7 +138,7 @@ def test_a_step_computes_and_moves_what_its_layers_need():
 
 @pytest.mark.slow
 def test_a_step_compiles_for_a_gpu_that_is_not_there():
-    """On an H200 cuDNN adds bias and ReLU, and between the convolutions little is moved: bytes an image and layer."""
+    """There cuDNN adds the biases, and between the convolutions little is moved."""
     pytest.importorskip('jax_cuda12_plugin', reason="needs pip install -e '.[cuda12]'")
     command = [sys.executable, '-m', 'alexnet_jax.benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
     result = subprocess.run([*command, '--compile_for=2xh200'], capture_output=True, text=True, cwd=ROOT, check=False)
