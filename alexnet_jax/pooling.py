@@ -34,14 +34,16 @@ def max_pool(x_NHWC, *, window: int, stride: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _max_pool(window: int, stride: int, x):
-    """Rows, then columns, each as the maximum of `window` strided slices.
+    """The gradient asks every place which of the few windows over it had their maximum there.
 
-    The gradient asks every place which of the few windows over it had their maximum there: one pass that writes the
-    result once, and nothing is scattered. The derived one writes a mask for every maximum it takes.
+    That is one pass, which writes the result once, and nothing is scattered, as it is in `reduce_window`'s own.
     """
-    for axis in (1, 2):
-        x = functools.reduce(jnp.maximum, _taken(x, window, stride, axis))
-    return x
+    ends = [(0, (pooled_size(size, window, stride) - 1) * stride + window - size) for size in x.shape[1:3]]
+    ends = [(0, max(0, end)) for _, end in ends]
+    lowest = np.asarray(-np.inf, x.dtype)
+    return lax.reduce_window(
+        x, lowest, lax.max, (1, window, window, 1), (1, stride, stride, 1), [(0, 0), *ends, (0, 0)]
+    )
 
 
 def _taken(x, window: int, stride: int, axis: int) -> list:
@@ -54,9 +56,9 @@ def _taken(x, window: int, stride: int, axis: int) -> list:
 
 def _max_pool_forward(window, stride, x):
     """Counts, too, how many places of a window hold its maximum: x is at hand here, and is read once for both."""
-    y = _max_pool(window, stride, x)
     count = np.min_scalar_type(window**2)
     places = [place for row in _taken(x, window, stride, 1) for place in _taken(row, window, stride, 2)]
+    y = functools.reduce(jnp.maximum, places)
     ties = sum((place == y).astype(count) for place in places)
     y, ties = lax.optimization_barrier((y, ties))  # else XLA counts later, from x again
     return y, (x, y, ties)

@@ -151,6 +151,7 @@ def test_conv_by_hand(groups):
 )
 def test_gradients_of_conv_by_hand(monkeypatch, count, size, stride, padding, groups):
     monkeypatch.setattr(ops, '_PATCH_BYTES', 60_000)  # several images at a time, and several times
+    monkeypatch.setattr(ops, '_LARGE_BYTES', 0)
     x, kernel = _random(count, 19, 23, 4), _random(size, size, 4 // groups, 6)
     conv = functools.partial(_in_groups, functools.partial(ops.conv, stride=stride, padding=padding), groups)
     with jax.enable_x64():
