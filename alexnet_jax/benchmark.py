@@ -299,6 +299,9 @@ def main(words: Sequence[str]) -> None:
 
     from alexnet_jax import writers
 
+    if args.compile_for:
+        jax.config.update('jax_platforms', 'cpu')  # see `traffic.described`
+
     jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'float32')
     jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])

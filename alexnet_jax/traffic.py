@@ -5,7 +5,6 @@ Also for a GPU that is not at hand: XLA compiles for it from a description.
 
 import collections
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,8 @@ _DESCRIPTIONS = {
 def described(what: str) -> list:
     """Devices of one host to compile for, which need not be there: nothing can be put on them.
 
+    Where none are there set `jax_platforms` to 'cpu' first: else JAX looks for them, and gives its compiler up.
+
     what: 'h200', or several: '2xh200'.
 
     Raises:
@@ -60,7 +61,6 @@ def described(what: str) -> list:
     count, name = re.fullmatch(r'(?:(\d+)x)?(.*)', what).groups(default='1')
     if name not in _DESCRIPTIONS or int(count) < 1:
         raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
-    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')  # it looks at the GPUs that are there
     try:
         topology = topologies.get_topology_desc(
             platform='cuda', target_config=_DESCRIPTIONS[name], topology=f'1x1x{count}'

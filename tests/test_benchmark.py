@@ -136,6 +136,12 @@ def test_a_step_computes_and_moves_what_its_layers_need():
     assert traffic.table(rows)[-1].split()[0] == 'all'
 
 
+def test_devices_to_compile_for_are_named_and_counted():
+    for what in ('h100', 'x', '0xh200', '2h200'):
+        with pytest.raises(UserError, match=f'--compile_for={what}; expected h200'):
+            traffic.described(what)
+
+
 @pytest.mark.slow
 def test_a_step_compiles_for_a_gpu_that_is_not_there():
     """There cuDNN adds the biases, and between the convolutions little is moved."""
