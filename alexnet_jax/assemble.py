@@ -71,6 +71,11 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     image_size = augmentation.image_size
     augment.positions(dataset.record_size, image_size)
     mesh = sharding.make_mesh(**config.mesh, devices=described)
+    if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
+        raise UserError(  # XLA's AllReducePromotion takes the whole process down
+            "model.dtype='bfloat16' over two towers is more than XLA's CPU compiler can do; use --config.mesh.tower=1 "
+            'or --config.model.dtype=float32.'
+        )
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
 

@@ -283,7 +283,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f'--input is for input and prepare; {mode} does not read originals.')
     if args.input and (args.input.startswith('tfds:') or not args.against) and mode == 'input':
         raise UserError('--input is what --against=torch reads: archives or folders of files.')
-    if args.compile_for and (mode != 'step' or args.against):
+    if args.compile_for is not None and (mode != 'step' or args.against):
         raise UserError('--compile_for is for step alone: it compiles, and runs nothing.')
     if args.against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
@@ -297,9 +297,9 @@ def main(words: Sequence[str]) -> None:
     cli.set_up_jax()
     import jax
 
-    from alexnet_jax import writers
+    from alexnet_jax import traffic, writers
 
-    if args.compile_for:
+    if args.compile_for is not None:
         jax.config.update('jax_platforms', 'cpu')  # see `traffic.described`
 
     jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
@@ -308,19 +308,18 @@ def main(words: Sequence[str]) -> None:
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
     if args.batch_size:
         config.batch_size = args.batch_size
-    settings = {'mode': mode, 'precision': precision, 'config': config.to_dict(), **writers.environment()}
-    if args.compile_for:
-        from alexnet_jax import traffic
-
+    settings = {'mode': mode, 'precision': precision, **writers.environment()}
+    if args.compile_for is not None:
         facts = traffic.described_step(config, synthetic(config), precision, args.compile_for)
-        print('\n'.join([*compiled_report(facts), json.dumps({**settings, 'compiled': facts})]), flush=True)
+        record = {**settings, 'config': config.to_dict(), 'compiled': facts}
+        print('\n'.join([*compiled_report(facts), json.dumps(record)]), flush=True)
         return
+    wanted = {'torch': bool(args.against), 'steps': args.steps, 'raw': args.input, 'precision': precision}
     with contextlib.ExitStack() as stack:
-        sides = _sides(
-            mode, config, stack, torch=bool(args.against), steps=args.steps, raw=args.input, precision=precision
-        )
+        sides = _sides(mode, config, stack, **wanted)
         rates = take_turns(sides, args.repeats)
     settings |= {
+        'config': config.to_dict(),
         'repeats': args.repeats,
         'peak_host_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         'device_memory': jax.devices()[0].memory_stats(),

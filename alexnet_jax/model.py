@@ -136,7 +136,7 @@ class AlexNet(nn.Module):
             shape = (layer.kernel, layer.kernel, inputs, features)
             op = functools.partial(ops.conv, stride=layer.stride, padding=layer.padding)
         else:
-            shape = (parts[0][0].size, features)
+            shape = (math.prod(parts[0].shape[1:]), features)
             # The logits are never rounded to bfloat16: of 1,000, the best two would often tie.
             logits = name == list(self.table())[-1]
             op = functools.partial(ops.dense, dtype=jnp.promote_types(self.dtype, jnp.float32) if logits else None)

@@ -161,6 +161,9 @@ def add_bias(x, bias):
     Args:
       x: float [N, ...].
       bias: float, of the shape of the last axes of x.
+
+    Returns:
+      of the shape and type of x.
     """
     return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - bias.ndim))
 

@@ -76,7 +76,7 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
 
     def block(params, x_nHWC, masks):
         # Every device has its part of the sums over the batch and over the towers' maps. JAX would see to it operation
-        # by operation, but not where one has a gradient of its own, as `ops.conv` with a stride.
+        # by operation, but not where one has a gradient of its own, as most of `ops` have.
         if 'data' in axes:
             params = lax.pcast(params, 'data', to='varying')
         if 'tower' in axes:

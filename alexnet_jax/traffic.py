@@ -58,16 +58,18 @@ def described(what: str) -> list:
     """
     from jax.experimental import topologies
 
-    count, name = re.fullmatch(r'(?:(\d+)x)?(.*)', what).groups(default='1')
-    if name not in _DESCRIPTIONS or int(count) < 1:
+    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', what)
+    if not match or match[2] not in _DESCRIPTIONS:
         raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
+    count, name = match.groups(default='1')
     try:
         topology = topologies.get_topology_desc(
             platform='cuda', target_config=_DESCRIPTIONS[name], topology=f'1x1x{count}'
         )
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"--compile_for={name} needs JAX's compiler for NVIDIA GPUs (no GPU): pip install -e '.[cuda12]'; {error}"
+            f"--compile_for={what} needs JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]' "
+            f'({error}).'
         ) from error
     return list(topology.devices)
 
@@ -80,6 +82,10 @@ def compile_step(run, batch_size: int, precision: str, arguments: Sequence) -> t
       batch_size: of all devices.
       precision: of the products: 'float32', 'tf32' or 'bfloat16'.
       arguments: of `run.train_step`, or their shapes.
+
+    Returns:
+      the program, and 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device:
+      arguments and what lies in between), 'moved' (see `sharding.moved`), 'layers' (see `by_layer`).
     """
     began = time.perf_counter()
     compiled = run.train_step.lower(*arguments).compile()
@@ -98,7 +104,12 @@ def described_step(config, dataset, precision: str, what: str) -> dict[str, Any]
     """What is known of a training step that is compiled for devices which need not be there.
 
     config, dataset: as for `assemble.build`. what: as for `described`.
+
+    Raises:
+      UserError: from either; or the config keeps its images on a device.
     """
+    if config.data.cache == 'device':
+        raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
     devices = described(what)
     run = assemble.build(config, dataset, described=devices)
     batches = run.batches(0)
@@ -120,7 +131,8 @@ class Kernel(NamedTuple):
 def kernels(compiled_text: str, scopes: Sequence[str]) -> list[Kernel]:
     """What a program runs, with the bytes that pass between it and memory, if nothing stays in a cache.
 
-    An array that is only cut into counts with what is cut out. Loops count as often as they run, where XLA knows.
+    An array that is only cut into counts with what is cut out, one that is changed in place in full. Loops count as
+    often as they run, where XLA knows; branches are not looked into.
 
     Args:
       compiled_text: `jit(f).lower(...).compile().as_text()`.
@@ -176,7 +188,12 @@ def _kernels(programs, name: str, scopes: tuple[str, ...], times: int) -> Iterat
         here = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own come first
         product = bool(_PRODUCTS & {one.kind, *(part.kind for part in inside)})
         product = product or bool(target and re.search('conv|gemm|matmul|dot', target[1]))
-        yield Kernel(here[0] if here else OTHER, product, times * (sizes[one.name] + sum(read)))
+        written = sizes[one.name]
+        if one.kind.endswith('-start') and one.kind != 'all-reduce-start' and one.shape.startswith('('):
+            written -= sum(
+                sizes.get(operand, 0) for operand in one.operands
+            )  # what goes in is listed with what comes out
+        yield Kernel(here[0] if here else OTHER, product, times * (written + sum(read)))
 
 
 def _read(size: int, number: int, inside: list[_Instruction]) -> int:

@@ -99,6 +99,8 @@ ENTRY %main (a: f32[100,10], b: bf16[4]) -> f32[2,3] {
   %y = f32[2,3]{1,0} get-tuple-element(%both), index=0
   %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%b), custom_call_target="__cudnn$convForward", metadata={op_name="jit(f)/conv1/conv"}
   %w = (f32[5]{0}) while(%start), condition=%never, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %gather = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%b), replica_groups={{0,1}}, dimensions={0}
+  %gathered = bf16[8]{0} all-gather-done(%gather)
   %convert.1 = f32[4]{0} convert(%b)
   ROOT %copy.1 = f32[2,3]{1,0} copy(%y)
 }
@@ -112,6 +114,7 @@ def test_bytes_of_a_program_are_counted_kernel_by_kernel():
         ('fc2', True, 2 * 3 * 4 + 7 + 2 * 10 * 4 + 10 * 3 * 4),
         ('conv1', True, 8 * 2 + 4 * 2),
         ('update', False, 6 * (5 * 4 + 5 * 4)),
+        ('other', False, 8 * 2 + 4 * 2),
         ('other', False, 4 * 4 + 4 * 2),
         ('other', False, 2 * (2 * 3 * 4)),
     ]
@@ -137,7 +140,7 @@ def test_a_step_computes_and_moves_what_its_layers_need():
 
 
 def test_devices_to_compile_for_are_named_and_counted():
-    for what in ('h100', 'x', '0xh200', '2h200'):
+    for what in ('h100', 'x', '', '0xh200', '2h200', 'h200\n'):
         with pytest.raises(UserError, match=f'--compile_for={what}; expected h200'):
             traffic.described(what)
 

@@ -68,6 +68,8 @@ def _assert_user_error(result, pattern):
         (['benchmark', 'prepare'], '--input is missing: images for alexnet_jax.prepare'),
         (['benchmark', 'input'], 'no data given; pass --config.data.path=DIR'),
         (['benchmark', 'train', '--input=W'], 'train does not read originals'),
+        (['benchmark', 'train', '--compile_for=h200'], '--compile_for is for step alone'),
+        (['benchmark', 'step', '--compile_for='], 'expected h200, or several such as 2xh200'),
         (['convert', '--output=W'], '--input is missing'),
         (['convert', '--input=W', '--output=W'], 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
         (['convert', '--input=README.md', '--output=W'], "expected a name ending in .caffemodel.* found '.md'"),

@@ -622,6 +622,14 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
         assert (a != b).any()  # it was another precision
 
 
+def test_bfloat16_over_two_towers_of_a_cpu_is_refused():
+    """XLA's compiler would end the process."""
+    changes = {'model.dtype': 'bfloat16', 'mesh.data': 1}
+    with pytest.raises(UserError, match=r"'bfloat16' over two towers .* use --config.mesh.tower=1 or"):
+        assemble.build(_config(**changes, **{'mesh.tower': 2}))
+    assemble.build(_config(**changes, **{'mesh.tower': 1}))
+
+
 @pytest.mark.slow
 def test_training_in_bfloat16_tracks_float32():
     """60 updates of the quickstart: from 2.3 (guessing) to about 1.2 in both, within what two seeds differ by."""
