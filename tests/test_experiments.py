@@ -468,7 +468,7 @@ def _command(*words, code=0):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(
         [sys.executable, '-m', 'alexnet_jax.experiments', *map(str, words), '--cpu_devices=1'],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
