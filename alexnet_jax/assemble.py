@@ -105,6 +105,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
+    place = jax.device_put if described is None else sharding.shapes
     jit = functools.partial(
         jax.jit, compiler_options={'xla_gpu_deterministic_ops': True} if config.deterministic else None
     )
@@ -114,9 +115,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         augmentation=augmentation,
         mesh=mesh,
         optimizer=optimizer,
-        statistics=jax.device_put(dataset.statistics, everywhere)
-        if described is None
-        else sharding.shapes(dataset.statistics, everywhere),
+        statistics=place(dataset.statistics, everywhere),
         batches=batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),

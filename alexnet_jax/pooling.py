@@ -38,24 +38,30 @@ def _max_pool(window: int, stride: int, x):
 
     That is one pass, which writes the result once, and nothing is scattered, as it is in `reduce_window`'s own.
     """
-    ends = [(0, (pooled_size(size, window, stride) - 1) * stride + window - size) for size in x.shape[1:3]]
-    ends = [(0, max(0, end)) for _, end in ends]
-    lowest = np.asarray(-np.inf, x.dtype)
-    return lax.reduce_window(
-        x, lowest, lax.max, (1, window, window, 1), (1, stride, stride, 1), [(0, 0), *ends, (0, 0)]
-    )
+    ends = [(0, max(0, _span(size, window, stride) + window - 1 - size)) for size in x.shape[1:3]]
+    windows, strides = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, np.asarray(-np.inf, x.dtype), lax.max, windows, strides, [(0, 0), *ends, (0, 0)])
+
+
+def _span(size: int, window: int, stride: int) -> int:
+    """Places from the first of the first window to the first of the last."""
+    return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
 def _taken(x, window: int, stride: int, axis: int) -> list:
     """What the first, second, ... place of each window along an axis holds; -inf beyond the edge."""
-    span = (pooled_size(x.shape[axis], window, stride) - 1) * stride + 1
+    span = _span(x.shape[axis], window, stride)
     if (missing := span + window - 1 - x.shape[axis]) > 0:
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
     return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
 
 
 def _max_pool_forward(window, stride, x):
-    """Counts, too, how many places of a window hold its maximum: x is at hand here, and is read once for both."""
+    """Counts, too, how many places of a window hold its maximum: x is at hand here, and is read once for both.
+
+    From slices, which XLA fuses with the count; where nothing is counted it would fuse them with what x comes from, and
+    compute that again for each window over a place.
+    """
     count = np.min_scalar_type(window**2)
     places = [place for row in _taken(x, window, stride, 1) for place in _taken(row, window, stride, 2)]
     y = functools.reduce(jnp.maximum, places)
@@ -103,7 +109,7 @@ def avg_pool(x_NHWC, *, window: int, stride: int):
     x = x_NHWC
     for axis in (1, 2):
         size = x.shape[axis]
-        span = (pooled_size(size, window, stride) - 1) * stride + 1
+        span = _span(size, window, stride)
         inside = [min(window, size - start) for start in range(0, span, stride)]
         missing = max(0, span + window - 1 - size)
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])

@@ -196,22 +196,25 @@ def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
         if not match:
             continue
         shapes, name, asynchronous = match.groups()
-        arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
+        arrays = array_bytes(shapes)
         if asynchronous and name == 'collective-permute':
             arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
         elif asynchronous and name != 'all-reduce':
             arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
-        size = sum(_width(kind) * math.prod(int(side) for side in sides.split(',') if side) for kind, sides in arrays)
         group = _group_size(line, devices)
         share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
         count, total = found.get(name, (0, 0.0))
-        found[name] = (count + 1, total + size * share.get(name, (group - 1) / group))
+        found[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
     return found
 
 
-def _width(kind: str) -> int:
-    """Bytes of an HLO type: 'bf16', 'f32', 's8'; 'pred' is a byte."""
-    return 1 if kind == 'pred' else int(re.sub(r'\D', '', kind)) // 8
+def array_bytes(shape: str) -> list[int]:
+    """Of the arrays in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. What has no width, a token, has no bytes."""
+    return [
+        (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
+        * math.prod(map(int, filter(None, sides.split(','))))
+        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+    ]
 
 
 def _group_size(line: str, devices: int) -> int:

@@ -4,7 +4,6 @@ Also for a GPU that is not at hand: XLA compiles for it from a description.
 """
 
 import collections
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -173,7 +172,7 @@ def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _kernels(programs, name: str, scopes: tuple[str, ...], times: int) -> Iterator[Kernel]:
     sizes = {}
     for one in programs[name]:
-        sizes[one.name] = _bytes(one.shape)
+        sizes[one.name] = sum(sharding.array_bytes(one.shape))
         called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', one.rest)
         if one.kind in _FREE or one.kind.endswith('-done'):
             continue
@@ -190,9 +189,7 @@ def _kernels(programs, name: str, scopes: tuple[str, ...], times: int) -> Iterat
         product = product or bool(target and re.search('conv|gemm|matmul|dot', target[1]))
         written = sizes[one.name]
         if one.kind.endswith('-start') and one.kind != 'all-reduce-start' and one.shape.startswith('('):
-            written -= sum(
-                sizes.get(operand, 0) for operand in one.operands
-            )  # what goes in is listed with what comes out
+            written -= sum(sizes.get(operand, 0) for operand in one.operands)  # listed with what comes out
         yield Kernel(here[0] if here else OTHER, product, times * (written + sum(read)))
 
 
@@ -205,23 +202,10 @@ def _read(size: int, number: int, inside: list[_Instruction]) -> int:
         if one.kind == 'bitcast':
             same.add(one.name)
         elif one.kind in _CUTS and one.operands[0] in same:
-            cut += _bytes(one.shape)
+            cut += sum(sharding.array_bytes(one.shape))
         else:
             return size
     return min(size, cut) if cut else size
-
-
-_WIDTHS = {'pred': 1, 'token': 0, 'opaque': 0}
-
-
-def _bytes(shape: str) -> int:
-    """Of 'f32[2,3]{1,0}', or of a tuple of such."""
-    total = 0
-    for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape):
-        bits = re.sub(r'^[a-z]+', '', kind)
-        width = _WIDTHS[kind] if kind in _WIDTHS else max(1, int(bits) // 8)
-        total += width * math.prod(int(side) for side in sides.split(',') if side)
-    return total
 
 
 def by_layer(run, compiled_text: str, batch_size: int, precision: str) -> dict[str, dict[str, float]]:

@@ -133,6 +133,7 @@ def test_a_step_computes_and_moves_what_its_layers_need():
         assert rows[name]['flops'] == forward[name] * (2 if name == 'conv1' else 3)
         least = 4 * (cost.parameters + 8 * (np.prod(cost.inputs) + np.prod(cost.linear)))  # forward, in and out once
         assert rows[name]['product_bytes'] + rows[name]['other_bytes'] > least, name
+    assert rows['input']['other_bytes'] > 8 * 3 * config.data.image_size**2  # reads the pixels
     parameters = sum(cost.parameters for cost in costs.values())
     assert rows['update']['other_bytes'] > 4 * 5 * parameters  # reads weights, velocity, gradient; writes the first two
     assert rows['all']['flops'] == pytest.approx(sum(rows[name]['flops'] for name in costs))

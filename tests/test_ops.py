@@ -100,10 +100,11 @@ def test_max_pool_shares_its_gradient_among_the_winners(size, window, stride, va
         y, pull_back = jax.vjp(functools.partial(pooling.max_pool, window=window, stride=stride), jnp.asarray(x))
         gradient = rng.standard_normal(y.shape)
         (found,) = pull_back(jnp.asarray(gradient))
-    expected = np.zeros_like(x)
+    y, expected = np.asarray(y), np.zeros_like(x)
     for n, i, j, c in np.ndindex(y.shape):
         seen = (n, slice(i * stride, i * stride + window), slice(j * stride, j * stride + window), c)
         winners = x[seen] == x[seen].max()
+        assert y[n, i, j, c] == x[seen].max()  # computed otherwise where a gradient is wanted
         expected[seen] += gradient[n, i, j, c] * winners / winners.sum()
     chex.assert_trees_all_close(np.asarray(found), expected, atol=1e-12)
 
