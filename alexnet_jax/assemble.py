@@ -106,9 +106,8 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
     place = jax.device_put if described is None else sharding.shapes
-    jit = functools.partial(
-        jax.jit, compiler_options={'xla_gpu_deterministic_ops': True} if config.deterministic else None
-    )
+    options = {'xla_gpu_deterministic_ops': True} if config.deterministic else {}
+    jit = functools.partial(jax.jit, compiler_options=options)
     return Run(
         dataset=dataset,
         network=network,
@@ -119,7 +118,8 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         batches=batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        init=jit(init, out_shardings=shardings),
+        # It runs once, and on a CPU LLVM spends seconds on making its many draws fast.
+        init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
         train_step=jit(
             functools.partial(
                 steps.train_step,

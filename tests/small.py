@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import model, optim
-from tests.conftest import ROOT
+from tests import ROOT
 
 # Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
 SMALL = dict(

@@ -13,8 +13,7 @@ import pytest
 
 from alexnet_jax import augment, model, steps
 from alexnet_jax.statistics import Statistics
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 SIZE = 36  # conv 1: (36 - 5) / 2 is not whole, so its last window hangs over the edge
 

@@ -13,8 +13,7 @@ from PIL import Image
 from alexnet_jax import assemble, benchmark, layers, sharding, traffic
 from alexnet_jax.benchmark import Side
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 # Small images of a small network; conv 1 has a stride.
 TINY = [

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 
 from alexnet_jax import checkpoint, digests, model, prepare, processes, sources, steps, verify
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

@@ -9,7 +9,7 @@ import pytest
 
 from alexnet_jax import assemble, cifar, convert, layers, model, sharding
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 
 CONV1, CONV2, CONV3 = 5 * 5 * 3 * 32 + 32, 5 * 5 * 32 * 32 + 32, 5 * 5 * 32 * 64 + 64
 WIDE1, WIDE2 = 5 * 5 * 3 * 64 + 64, 5 * 5 * 64 * 64 + 64

@@ -12,7 +12,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
-from tests.conftest import ROOT
+from tests import ROOT
 
 MAIN = ['main', '--config=configs/quickstart.py', '--cpu_devices=1']
 

@@ -22,8 +22,7 @@ import pytest
 import alexnet_jax
 from alexnet_jax import checkpoint, convert, model
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 safetensors_torch = pytest.importorskip('safetensors.torch')

@@ -14,7 +14,7 @@ import pytest
 
 from alexnet_jax import augment, data, sources
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.small import running
 
 

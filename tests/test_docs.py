@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from alexnet_jax.__main__ import COMMANDS
-from tests.conftest import ROOT, SHARED_DATA
+from tests import ROOT, SHARED_DATA
 from tests.test_tune import write_pictures
 
 CHECKLIST = ROOT / 'docs' / 'paper.md'

@@ -14,8 +14,7 @@ from PIL import Image
 
 from alexnet_jax import checkpoint, ensemble, evaluate, model, prepare, sharding, sources, steps
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 
 @pytest.fixture(scope='module')

@@ -28,8 +28,7 @@ from alexnet_jax import (
 )
 from alexnet_jax.errors import DivergedError, UserError
 from alexnet_jax.suites import Arm
-from tests import small
-from tests.conftest import ROOT, SHARED_DATA
+from tests import ROOT, SHARED_DATA, small
 
 BASE = """
 from tests import small

@@ -11,7 +11,7 @@ from jax import export as jax_export
 
 from alexnet_jax import checkpoint, evaluate, export, sources
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.test_features import untrained
 
 

@@ -15,8 +15,7 @@ import safetensors.numpy
 
 from alexnet_jax import checkpoint, evaluate, features, model, sources, steps
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 
 def untrained(path, **changes):

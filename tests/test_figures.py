@@ -13,7 +13,7 @@ from PIL import Image
 
 from alexnet_jax import augment, checkpoint, drawing, evaluate, features, figures, model, sources
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.test_features import untrained
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from alexnet_jax import assemble, checkpoint, train
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 
 def _shrunk(name, arg=None, **changes):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 LAUNCH = ROOT / 'launch'
 # What the script uses of Slurm: tasks with a number each, the exit code of the worst, a list of hosts, the queue.

@@ -8,8 +8,7 @@ import pytest
 
 from alexnet_jax import layers, model, ops
 from alexnet_jax.errors import UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 # kernel area x inputs x kernels + biases, from section 3.5.
 PARAMETERS = {

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 PATH = ROOT / 'notebooks' / 'tour.ipynb'
 

@@ -13,8 +13,7 @@ import pytest
 
 from alexnet_jax import augment, metrics, model, steps
 from alexnet_jax.statistics import Statistics
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 F = torch.nn.functional

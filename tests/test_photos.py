@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import data, sources
-from tests.conftest import ROOT
+from tests import ROOT
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 nn = torch.nn

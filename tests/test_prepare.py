@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from alexnet_jax import listing, prepare, sources, statistics
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.small import running
 
 

@@ -15,8 +15,7 @@ import pytest
 
 from alexnet_jax import assemble, checkpoint, data, evaluate, processes, sharding, sources, steps, train, trainlog
 from alexnet_jax.errors import DivergedError, TerminatedError, UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 from tests.faults.scene import final_state, lines
 from tests.test_data import Records
 

@@ -29,8 +29,7 @@ from alexnet_jax import (
     train,
 )
 from alexnet_jax.errors import DivergedError, UserError
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 
 TIMINGS = ('images_per_second', 'data_wait')
 
@@ -653,9 +652,8 @@ def test_deterministic_reaches_the_compiler(monkeypatch):
     for deterministic in (False, True):
         options.clear()
         run = assemble.build(_config(deterministic=deterministic))
-        assert len(options) >= 3 and options == [{'xla_gpu_deterministic_ops': True} if deterministic else None] * len(
-            options
-        )
+        assert len(options) >= 3
+        assert all(given.get('xla_gpu_deterministic_ops', False) is deterministic for given in options)
     state, batch = run.init(jax.random.key(0)), run.to_mesh(_first_batch(run))
     run.train_step(state, batch, run.statistics, jax.random.key(0))  # the CPU's compiler takes it too
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import checkpoint, sources, tune
-from tests import small
-from tests.conftest import ROOT
+from tests import ROOT, small
 from tests.test_features import untrained
 
 CONFIG = """

@@ -13,7 +13,7 @@ import pytest
 
 from alexnet_jax import augment, layers, model, optim, sharding
 from alexnet_jax.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.test_sharding import COLLECTIVES
 
 # Weights as kernel area x inputs of one kernel x kernels, biases, and places at which each kernel is applied.

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import assemble, checkpoint, sources, verify
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.faults import config as config_file
 
 TIMINGS = ('images_per_second', 'data_wait')
