@@ -13,6 +13,7 @@ table of medians, what the compiled step computes and moves by layer and between
 
 import contextlib
 import json
+import math
 import os
 import resource
 import statistics as stats
@@ -82,22 +83,6 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def synthetic(config) -> Any:
-    """`sources.Dataset` of a few random squares, 256 px for 224: what a step costs does not depend on the pixels."""
-    import numpy as np
-
-    from alexnet_jax import augment, sources, statistics
-
-    size = augment.record_size(config.data.image_size)
-    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
-    moments = statistics.no_moments(size)
-    for image in images:
-        moments = moments.add(image)
-    names = tuple(str(i) for i in range(config.model.num_classes))
-    records = [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]
-    return sources.Dataset({'train': records}, names, size, statistics.finish(moments))
-
-
 def our_training(run, config, steps: int, precision: str, stack, *, name: str, batches: bool) -> tuple[Side, int]:
     """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
 
@@ -105,12 +90,18 @@ def our_training(run, config, steps: int, precision: str, stack, *, name: str, b
     """
     import jax
 
-    from alexnet_jax import sharding, traffic
+    from alexnet_jax import sharding, traffic, trainlog
 
     key = sharding.random_key(run.mesh, config.seed)
     stream = run.batches(0)
     stack.callback(stream.close)
     batch, state = run.to_mesh(next(stream)), run.init(key)
+    if not batches:
+        stream.close()
+    log = trainlog.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is that of guessing
+        None, **{'batch_size': config.batch_size, 'examples': run.examples, 'total_steps': 0, 'num_classes': 1},
+        budget=trainlog.Budget('skip', math.inf, math.inf),
+    )  # fmt: skip
     compiled, facts = traffic.compile_step(run, config.batch_size, precision, (state, batch, run.statistics, key))
 
     def turn() -> float:  # of `steps` steps, as that stands below
@@ -119,10 +110,11 @@ def our_training(run, config, steps: int, precision: str, stack, *, name: str, b
         for _ in range(_ready(config) if batches else 0):  # not those that were made while others had their turn
             next(stream)
         began = time.perf_counter()
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             if batches:
                 batch = run.to_mesh(next(stream))
-            state, _report = compiled(state, batch, run.statistics, key)
+            state, report = compiled(state, batch, run.statistics, key)
+            log.add(step, report, waited=0.0, log=False)
         jax.block_until_ready(state)
         return steps * config.batch_size / (time.perf_counter() - began)
 
@@ -148,11 +140,11 @@ def torch_training(run, config, steps: int, precision: str, data: Any = None) ->
         rng, count = np.random.default_rng(0), config.batch_size
         images = torch.from_numpy(rng.integers(0, 256, (count, size, size, 3), np.uint8))
         labels = torch.from_numpy(rng.integers(0, config.model.num_classes, count))
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        batch = [part.to(device) for part in (images, torch.zeros(count, 3), labels)]
+        batch = [part.to(peer.device()) for part in (images, torch.zeros(count, 3), labels)]
     for _ in range(2):
+        peer.forget_peak()  # of what is compiled and chosen
         update(batch if data is None else next(data))
-    wait()
+        wait()
     facts = {'first_two_steps_seconds': round(time.perf_counter() - began, 1), 'bytes': peer.peak_bytes()}
 
     def turn() -> float:
@@ -190,8 +182,10 @@ def _refill(ready: int, batch_size: int, rate: float) -> None:
 
 def _ready(config) -> int:
     """Batches that lie ready or are under way at most, on either side."""
-    threads = config.data.num_threads or min(processes.cores(), 16)  # as in data.py; PyTorch has two a worker
-    return max(1, config.data.num_workers) * (2 * threads + 4)
+    from alexnet_jax import data
+
+    workers = config.data.num_workers  # PyTorch has two a worker
+    return max(1, workers) * (2 * (config.data.num_threads or data.default_threads(workers)) + 4)
 
 
 def torch_loader(run, config, raw: str | None, stack):
@@ -239,7 +233,7 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
     if mode == 'prepare':
         return [preparing(raw)]
     if mode == 'step':
-        dataset = synthetic(config)
+        dataset = sources.synthetic(config)
     else:
         dataset = sources.open_dataset(config.data.path)
         config.model.num_classes = len(dataset.class_names)
@@ -270,6 +264,19 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
     return sides
 
 
+def _find_torch(gpu: bool) -> None:
+    """After JAX has opened its devices. Raises UserError where there is no PyTorch for the same."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'") from error
+    if gpu != torch.cuda.is_available():
+        ours, theirs = ('a GPU', 'none') if gpu else ('no GPU', 'one')
+        raise UserError(
+            f'JAX has {ours} here and PyTorch {theirs}; install both for it (docs/performance.md), or --cpu_devices=1.'
+        )
+
+
 def main(words: Sequence[str]) -> None:
     args, config = flags.FLAGS, flags.FLAGS.config
     mode = words[0]
@@ -287,30 +294,31 @@ def main(words: Sequence[str]) -> None:
         raise UserError('--compile_for is for step alone: it compiles, and runs nothing.')
     if args.against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peer needs memory too
-        try:
-            import torch
-        except ImportError as error:
-            raise UserError(
-                "--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'"
-            ) from error
-        del torch
+        if args.cpu_devices:
+            os.environ['CUDA_VISIBLE_DEVICES'] = ''
     cli.set_up_jax()
     import jax
 
-    from alexnet_jax import traffic, writers
+    from alexnet_jax import sources, traffic, writers
 
     if args.compile_for is not None:
         jax.config.update('jax_platforms', 'cpu')  # see `traffic.described`
 
+    gpu = args.compile_for is not None or jax.devices()[0].platform == 'gpu'
+    if args.against:
+        _find_torch(gpu)
+        if gpu:
+            config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch's side has
     jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
-    precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'float32')
+    # Without a word that in which JAX trains there.
+    precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
     jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
     if args.batch_size:
         config.batch_size = args.batch_size
     settings = {'mode': mode, 'precision': precision, **writers.environment()}
     if args.compile_for is not None:
-        facts = traffic.described_step(config, synthetic(config), precision, args.compile_for)
+        facts = traffic.described_step(config, sources.synthetic(config), precision, args.compile_for)
         record = {**settings, 'config': config.to_dict(), 'compiled': facts}
         print('\n'.join([*compiled_report(facts), json.dumps(record)]), flush=True)
         return
@@ -318,12 +326,9 @@ def main(words: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         sides = _sides(mode, config, stack, **wanted)
         rates = take_turns(sides, args.repeats)
-    settings |= {
-        'config': config.to_dict(),
-        'repeats': args.repeats,
-        'peak_host_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        'device_memory': jax.devices()[0].memory_stats(),
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
+    settings['device_memory'] = jax.devices()[0].memory_stats()
     if args.against:
         from alexnet_jax import peer
 
@@ -336,12 +341,8 @@ if __name__ == '__main__':
     flags.DEFINE_enum('against', None, [TORCH], 'A peer that takes turns with us.')
     flags.DEFINE_integer('batch_size', 0, 'Images a batch; 0: as the config says.', lower_bound=0)
     flags.DEFINE_integer('repeats', 5, 'Turns of each side.', lower_bound=1)
-    flags.DEFINE_integer(
-        'steps',
-        0,
-        'Batches in a turn; 0: enough for two seconds, or to empty the buffers of a pipeline twice.',
-        lower_bound=0,
-    )
+    enough = '0: enough for two seconds, or to empty the buffers of a pipeline twice.'
+    flags.DEFINE_integer('steps', 0, f'Batches in a turn; {enough}', lower_bound=0)
     flags.DEFINE_enum('precision', None, list(PRECISIONS), 'Of products on both sides; of the model too if bfloat16.')
     flags.DEFINE_string('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
     flags.DEFINE_string('input', None, 'Originals, as for alexnet_jax.prepare.')

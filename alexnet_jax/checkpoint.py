@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,13 +161,10 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         with self._saving(step):
-            processes.first_decides(lambda: self._make_place(step))
-            self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
+            path = self._path(step)
+            processes.first_decides(lambda: os.path.exists(path) and os.rename(path, path + _REPLACED))
+            self._orbax.save(path, args=ocp.args.Composite(**items))
         self._sealing = self._sealer.submit(self._seal, step)
-
-    def _make_place(self, step: int) -> None:
-        if os.path.exists(self._path(step)):
-            os.rename(self._path(step), self._path(step) + _REPLACED)
 
     def _seal(self, step: int) -> None:
         with self._saving(step):
@@ -240,6 +238,9 @@ class Checkpoints:
         for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
                 raise ValueError(f'{item}/{name}: {found.get(name, "missing")}; expected {wanted.get(name, "nothing")}')
+        there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
+        if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # little is compressed
+            raise ValueError(f'{item} says it has {taken:,} bytes, and holds {there:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
@@ -263,7 +264,8 @@ class Checkpoints:
 
 def numbers(folder: str) -> list[int]:
     """Steps that have a folder in `checkpoints/`, finished or not, in order."""
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
 
 
 def _put_right(folder: str) -> list[str]:
@@ -333,7 +335,7 @@ def _find(path: str) -> tuple[str, int | None]:
     parent, name = os.path.split(path)
     if name == FOLDER and os.path.isdir(path):
         return parent, None
-    if name.isdigit() and os.path.basename(parent) == FOLDER and os.path.isdir(path):
+    if re.fullmatch('[0-9]+', name) and os.path.basename(parent) == FOLDER and os.path.isdir(path):
         return os.path.dirname(parent), int(name)
     if os.path.isdir(os.path.join(path, FOLDER)):
         return path, None

@@ -96,6 +96,7 @@ def _call(main, words, required, arguments) -> None:
             main(words)
         else:
             raise UserError(f'nothing to work on: give {arguments}.')
+        sys.stdout.flush()  # while an error can still be told
     except UserError as error:
         _fail(str(error), 2)
     except DivergedError as error:
@@ -109,6 +110,8 @@ def _call(main, words, required, arguments) -> None:
     except OSError as error:
         if error.errno not in _DISK:
             raise
+        if not error.filename:
+            _drop_output()
         _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
     except Exception as error:
         if 'RESOURCE_EXHAUSTED' in str(error) and 'os_error_code' not in str(error):  # XLA; tensorstore means the disk
@@ -127,8 +130,13 @@ def _call(main, words, required, arguments) -> None:
 
 def _nobody_reads():
     """Of `... | head`: whoever read the output has had enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    _drop_output()
     sys.exit(141)
+
+
+def _drop_output():
+    """What still waits to be written; else the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from absl import flags
 from PIL import Image
 
 from alexnet_jax import augment, processes
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UnreadableError, UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -25,7 +25,7 @@ def decode(record: dict, size: int) -> np.ndarray:
     """uint8 [size, size, 3] of a record: its JPEG decoded, or its raw pixels as they are.
 
     Raises:
-      UserError: the bytes are no image, or one of another size.
+      UnreadableError: the bytes are no image, or one of another size.
     """
     found = record['image']
     try:
@@ -33,12 +33,14 @@ def decode(record: dict, size: int) -> np.ndarray:
             with Image.open(io.BytesIO(found), formats=('JPEG', 'PNG')) as image:
                 if image.size != (size, size):  # seen before the pixels take memory
                     raise ValueError(f'it has {image.width} x {image.height} px; expected {size} x {size}')
-                found = np.asarray(image.convert('RGB'))
+                found = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
         if found.shape != (size, size, 3):
             raise ValueError(f'it has the shape {found.shape}; expected {(size, size, 3)}')
     except Exception as error:  # Pillow refuses files in more ways than it documents
         name = record.get('file_name', b'').decode(errors='replace')
-        raise UserError(f'the record of image {name!r} cannot be decoded ({error}); prepare the data again.') from error
+        raise UnreadableError(
+            f'the record of image {name!r} cannot be decoded ({error}); prepare the data again.'
+        ) from error
     return found
 
 
@@ -66,7 +68,7 @@ def train_batches(
       augmentation: what is drawn.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes.
-      num_threads: threads, in each process; 0 takes one a core, 16 at most.
+      num_threads: threads, in each process; 0 takes `default_threads`.
       records_on_device: `augment.cut_on_device` will cut them out; their numbers are enough.
 
     Yields:
@@ -149,12 +151,12 @@ def _train_batch(source, augmentation, seed, record_size, on_device, places) -> 
         try:
             record = source[index]
             if record['label'] < 0:  # `load` could not read it, and said so
-                raise UserError('')
+                raise UnreadableError('')
             if images is not None:
                 drawn = augment.Draw(*(values[i] for values in draws))
                 augment.cut(decode(record, record_size), drawn, size, out=images[i])
             labels[i] = record['label']
-        except UserError as error:
+        except UnreadableError as error:
             unreadable += [str(error)] if str(error) else []
             weight[i] = 0
             if images is not None:
@@ -179,7 +181,7 @@ def _eval_batch(source, record_size, places) -> Batch:
             record = source[int(place)]
             images[i] = decode(record, record_size)
             labels[i], weight[i] = record['label'], 1
-        except UserError as error:
+        except UnreadableError as error:
             unreadable.append(str(error))
     return {
         'image': images,
@@ -189,9 +191,14 @@ def _eval_batch(source, record_size, places) -> Batch:
     }
 
 
+def default_threads(num_workers: int) -> int:
+    """One a core, dealt out to the processes; each has a batch in hand, so 16 at most."""
+    return max(1, min(processes.cores(), 16) // max(1, num_workers))
+
+
 def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
-    threads = num_threads or min(processes.cores(), 16)  # each thread has a batch in hand: bounded on large machines
+    threads = num_threads or default_threads(num_workers)
     # Rows of one process lie together in the global batch: batch first, then deal the parts out.
     parts = stream.batch(batch_size // count, batch_fn=list)[start * count + index :: count].map(build)
     # A thread fills a whole batch: so many are under way, and two more wait. (Grain's default holds 500 batches.)

@@ -64,11 +64,15 @@ def _problems(folder: str, wanted: Callable[[str], bool]) -> list[str]:
     if not os.path.isfile(path):
         return [f'{path}: missing']
     listed, found = {}, []
-    with open(path, encoding='utf-8', errors='replace') as file:
-        for line in file:
-            if not (match := re.fullmatch(r'([0-9a-f]{64})  (.+)\n', line)):
-                return [f'{path}: not a list of digests']
-            listed[match[2]] = match[1]
+    try:
+        with open(path, encoding='utf-8', errors='replace') as file:
+            lines = file.readlines()
+    except FileNotFoundError:  # since then
+        return [f'{path}: missing']
+    for line in lines:
+        if not (match := re.fullmatch(r'([0-9a-f]{64})  (.+)\n', line)):
+            return [f'{path}: not a list of digests']
+        listed[match[2]] = match[1]
     there = set(_files(folder))
     for name in sorted(listed.keys() | there):
         file_path = os.path.join(folder, name)
@@ -77,6 +81,8 @@ def _problems(folder: str, wanted: Callable[[str], bool]) -> list[str]:
                 found.append(f'{file_path}: missing')
             elif name not in listed:
                 found.append(f'{file_path}: not in {FILE_NAME} (remove it if it does not belong there)')
+            elif not os.path.isfile(file_path):  # to read a pipe is to wait for ever
+                found.append(f'{file_path}: not a file')
             elif wanted(name) and digest(file_path) != listed[name]:
                 found.append(f'{file_path}: its bytes have changed (SHA-256)')
         except PermissionError:
@@ -87,11 +93,12 @@ def _problems(folder: str, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def _files(folder: str) -> list[str]:
-    """Paths of all files below a folder, but for the list itself, with / and in a fixed order."""
+    """Paths of all files below a folder, but for the list, with / and in a fixed order; none where it is gone."""
     found = []
 
     def fail(error):
-        raise error
+        if not isinstance(error, FileNotFoundError):
+            raise error
 
     for root, _, names in os.walk(folder, onerror=fail):
         found += [os.path.relpath(os.path.join(root, name), folder) for name in names]

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Something the user can put right. The message names the value, what was expected and the remedy."""
 
 
+class UnreadableError(UserError):
+    """One record is damaged; where its place is kept, with weight 0, the others go on."""
+
+
 class DivergedError(FloatingPointError):
     """Loss or gradient stopped being finite; the message names the step."""
 

@@ -268,6 +268,8 @@ def images_below(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
     here = os.path.realpath(folder)
     if here in _above:  # a link has led round in a circle
         return
+    if len(_above) > 100:
+        raise UserError(f'{_above[0]!r} holds folders more than 100 deep; give one whose images lie nearer.')
     for entry in _entries(folder):
         if os.path.isdir(entry.path):  # unlike entry.is_dir, it says no of a link to itself
             yield from images_below(entry.path, (*_above, here))

@@ -132,33 +132,44 @@ def training(
       precision: 'float32', 'tf32' or 'bfloat16'.
       threads: of the CPU.
     """
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    where = device()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = precision == 'tf32'
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    layout = torch.channels_last if device.type == 'cuda' else torch.contiguous_format  # no faster on the CPU
-    net = Net(network, image_size).to(device, memory_format=layout).train()
-    forward = torch.compile(net) if device.type == 'cuda' else net
+    layout = torch.channels_last if where.type == 'cuda' else torch.contiguous_format  # no faster on the CPU
+    net = Net(network, image_size).to(where, memory_format=layout).train()
+    forward = torch.compile(net) if where.type == 'cuda' else net
     decay = optim.weight_decay
     groups = [
         {'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': decay},
         {'params': [p for p in net.parameters() if p.ndim == 1]},
     ]
     optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum)
-    mean = torch.from_numpy(np.float32(mean))[:, None, None].to(device)
+    mean = torch.from_numpy(np.float32(mean))[:, None, None].to(where)
 
     def update(batch) -> None:
-        images, colour, labels = (part.to(device, non_blocking=True) for part in batch)
+        images, colour, labels = (part.to(where, non_blocking=True) for part in batch)
         x = images.permute(0, 3, 1, 2).contiguous(memory_format=layout).float() - mean + colour[:, :, None, None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bfloat16'):
             loss = functional.cross_entropy(forward(x).float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-    return update, torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    return update, torch.cuda.synchronize if where.type == 'cuda' else lambda: None
+
+
+def device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def forget_peak() -> None:
+    """`peak_bytes` counts from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> int | None:
@@ -169,4 +180,9 @@ def peak_bytes() -> int | None:
 def facts() -> dict[str, str]:
     """Version and device, for the record."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
-    return {'torch': torch.__version__, 'torch_device': name, 'torch_threads': str(torch.get_num_threads())}
+    return {
+        'torch': torch.__version__,
+        'torch_cuda': f'{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}',
+        'torch_device': name,
+        'torch_threads': str(torch.get_num_threads()),
+    }

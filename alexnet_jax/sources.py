@@ -5,14 +5,15 @@ A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import digests, statistics
-from alexnet_jax.errors import UserError
+from alexnet_jax import augment, digests, statistics
+from alexnet_jax.errors import UnreadableError, UserError, telling
 
 DIGITS = 'digits'  # data.path of the embedded data
 _MOST = 1 << 24  # characters of a features.json
@@ -93,7 +94,7 @@ def _prepared(path: str) -> Dataset:
         label, image = features['label'], features['image']
         decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
         splits = {
-            name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}')
+            name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}', split.filepaths)
             for name, split in builder.info.splits.items()
             if split.num_examples
         }
@@ -138,22 +139,38 @@ def _named(found: Any) -> Iterator[str]:
 
 
 class _Records:
-    """A TFDS data source whose errors name the record."""
+    """A TFDS data source whose errors name the record, or the file that cannot be opened any more."""
 
-    def __init__(self, source, name: str):
-        self._source, self._name = source, name
+    def __init__(self, source, name: str, files: Sequence[os.PathLike]):
+        self._name, self._files, self._count = name, [os.fspath(file) for file in files], len(source)
+        self._source, self._closed = source, pickle.dumps(source)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_source': None}  # a worker process makes its own when it reads
 
     def __getitem__(self, index) -> dict[str, Any]:
         if not 0 <= index < len(self):  # what ends a loop over the records
             raise IndexError(f'record {index} of {len(self)} in {self._name}')
         try:
             return self._source[index]
-        except Exception as error:  # array_record and TFDS: RuntimeError, DecodeError and others
+        except Exception:  # array_record and TFDS: RuntimeError, DecodeError and others
+            pass  # once more, with readers of its own: one that could not open its file never will
+        try:
+            source = pickle.loads(self._closed)
+            record = source[index]
+        except Exception as error:
+            with telling(f'the data are gone while they are read, {self._name}', 'Put them back and go on.'):
+                for file in self._files:
+                    open(file, 'rb').close()
             reason = str(error).split('\n', 1)[0][:200]
-            raise UserError(f'record {index} in {self._name} cannot be read ({reason}); prepare it again.') from error
+            raise UnreadableError(
+                f'record {index} in {self._name} cannot be read ({reason}); prepare it again.'
+            ) from error
+        self._source = source
+        return record
 
 
 def _digits() -> Dataset:
@@ -176,3 +193,15 @@ def _digits() -> Dataset:
         moments = moments.add(record['image'])
     names = tuple(str(i) for i in range(10))
     return Dataset({'train': train, 'val': val}, names, 32, statistics.finish(moments), DIGITS)
+
+
+def synthetic(config) -> Dataset:
+    """A few random squares, 256 px for 224, to train on where only the speed counts: it does not depend on pixels."""
+    size = augment.record_size(config.data.image_size)
+    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    moments = statistics.no_moments(size)
+    for image in images:
+        moments = moments.add(image)
+    names = tuple(str(i) for i in range(config.model.num_classes))
+    records = [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]
+    return Dataset({'train': records}, names, size, statistics.finish(moments))

@@ -34,6 +34,7 @@ _MAY_DIFFER = {
     'accumulate', 'debug', 'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path', 'data.num_workers',
     'data.num_threads', 'data.cache', 'data.max_bad',
 }  # fmt: skip
+_META = {'config': dict, 'class_names': list, 'record_size': int, 'examples': int, 'fingerprint': str}
 _DATA_KEYS = ('examples', 'class_names', 'record_size', 'fingerprint')
 
 
@@ -225,6 +226,9 @@ def _restore_or_init(
     step = checkpoints.latest()
     if step is not None:
         old, statistics = checkpoints.read_meta(step)
+        whole = all(isinstance(old.get(name), kind) for name, kind in _META.items())
+        if not whole or not trainlog.fits(old.get('log')):
+            raise UserError(f'{workdir}: step {step} is of no run of alexnet_jax; give another directory.')
         if not old['examples']:
             raise UserError(
                 f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
@@ -232,7 +236,7 @@ def _restore_or_init(
             )
         try:
             differences = _differences(_completed(old['config']), _completed(meta['config']))
-        except (UserError, KeyError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{workdir} holds a run of another version of alexnet_jax: {error}') from error
         if differences:
             raise UserError(
@@ -246,6 +250,8 @@ def _restore_or_init(
                 'give the same data, or another directory.'
             )
         return checkpoints.restore(step, run.state_shapes), old
+    if made := writers.last_step(workdir):
+        writers.warn(f'{workdir} has no checkpoint; the {made} steps of its metrics.jsonl are made again.')
     state = run.init(key)
     if config.init_from:
         source = checkpoint.load_checkpoint(config.init_from)

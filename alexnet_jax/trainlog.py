@@ -7,9 +7,16 @@ from collections import deque
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from alexnet_jax import metrics, writers
 from alexnet_jax.errors import DivergedError, UserError
+
+# What a run that goes on needs of the one before. norms: of the last gradient that was finite, and of its update.
+_FRESH = {
+    'sums': None, 'steps': 0, 'error': None, 'nonfinite': 0, 'pass': 0, 'bad': 0, 'norms': {}, 'stall': (0.0, 0.0, 0),
+}  # fmt: skip
 
 
 class Budget(NamedTuple):
@@ -18,6 +25,12 @@ class Budget(NamedTuple):
     on_nonfinite: str  # 'stop' or 'skip'
     max_nonfinite: int  # batches left out
     max_bad: int  # unreadable images in a pass through the data
+
+
+@jax.jit
+def _packed(report: dict) -> jax.Array:
+    """A report's numbers in one array: to fetch each by itself takes about as long as a fast step."""
+    return jnp.stack(jax.tree.leaves(report))
 
 
 class TrainLog:
@@ -43,17 +56,18 @@ class TrainLog:
     ):
         self._writer, self._budget = writer, budget
         self._batch_size, self._examples, self._total_steps = batch_size, examples, total_steps
-        self._saved = {'sums': None, 'steps': 0, 'error': None, 'nonfinite': 0, 'pass': 0, 'bad': 0, **(saved or {})}
+        self._saved = {**_FRESH, **(saved or {})}
         self._pending = deque()
-        self._norms = {}  # of the last gradient that was finite, and of its update
         self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
         self._paused = 0.0  # seconds that were no training
         self._printed = -math.inf
-        self._stall = Stall(num_classes, window=min(1000, max(100, math.ceil(examples / batch_size))))
+        window = min(1000, max(100, math.ceil(examples / batch_size)))
+        self._stall = Stall(num_classes, window, *self._saved['stall'])
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
         """report: of `steps.train_step`, on device. waited: seconds spent waiting for its batch. log: write a line."""
-        self._pending.append((step, report, waited, time.perf_counter() - self._paused, log))
+        sent = time.perf_counter() - self._paused
+        self._pending.append((step, jax.tree.structure(report), _packed(report), waited, sent, log))
         while len(self._pending) > 2:
             self._take()
 
@@ -74,15 +88,19 @@ class TrainLog:
     def state(self) -> dict:
         """What a run that goes on from here needs to log as this one would have; JSON. Within `pause`."""
         sums = self._saved['sums']
-        return {**self._saved, 'sums': sums and {key: float(value) for key, value in sums.items()}}
+        return {
+            **self._saved,
+            'sums': sums and {key: float(value) for key, value in sums.items()},
+            'stall': self._stall.so_far,
+        }
 
     def _take_all(self) -> None:
         while self._pending:
             self._take()
 
     def _take(self) -> None:
-        step, report, waited, sent, log = self._pending.popleft()
-        report = jax.device_get(report)
+        step, structure, numbers, waited, sent, log = self._pending.popleft()
+        report = jax.tree.unflatten(structure, np.asarray(numbers))
         rate = float(report.pop('learning_rate'))
         norms = {name: report.pop(name) for name in ('gradient_norm', 'gradient_norms', 'update_norms')}
         saved = self._saved
@@ -91,7 +109,7 @@ class TrainLog:
         self._count_bad(step, self._batch_size - round(float(report['weight'])))
         if report.pop('finite'):
             saved['sums'] = metrics.merge(saved['sums'], report)
-            self._norms = jax.tree.map(float, norms)
+            saved['norms'] = jax.tree.map(float, norms)
             if self._stall.seen(float(report['loss']), float(report['weight'])):
                 writers.warn(self._stall.advice(step))
         else:
@@ -136,7 +154,7 @@ class TrainLog:
             'split': 'train',
             **metrics.finish(self._saved['sums']),
             'learning_rate': rate,
-            **self._norms,
+            **self._saved['norms'],
             'images_per_second': speed,
             'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
         }
@@ -149,6 +167,14 @@ class TrainLog:
         self._saved.update({'sums': None, 'steps': 0, 'error': line['top1_error']})
 
 
+def fits(saved) -> bool:
+    """Whether that can be the `state()` of a log, by what it holds; None where there was none."""
+    if not isinstance(saved, dict | None):
+        return False
+    numbers = [type(number) in (int, float) for number in jax.tree.leaves(saved)]
+    return all(numbers) and isinstance((saved or {}).get('sums'), dict | None)
+
+
 def reached(saved: dict | None, error: float) -> bool:
     """The same of a log's `state()`; an error of 0 is never reached."""
     last = (saved or {}).get('error')
@@ -158,10 +184,15 @@ def reached(saved: dict | None, error: float) -> bool:
 class Stall:
     """Sees a loss that stays where guessing is: at ln(classes), 1% more or less, over the last `window` updates."""
 
-    def __init__(self, num_classes: int, window: int):
+    def __init__(self, num_classes: int, window: int, loss: float = 0.0, weight: float = 0.0, steps: int = 0):
+        """loss, weight, steps: `so_far` of the run that this one goes on with."""
         self._guessing, self._window = math.log(num_classes), window
-        self._loss = self._weight = 0.0
-        self._steps = 0
+        self._loss, self._weight, self._steps = loss, weight, steps
+
+    @property
+    def so_far(self) -> list[float]:
+        """Loss, weight and updates of this window."""
+        return [self._loss, self._weight, self._steps]
 
     def seen(self, loss: float, weight: float) -> bool:
         """Whether that is so, asked once a window. loss, weight: summed over a batch."""

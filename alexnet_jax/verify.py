@@ -3,10 +3,11 @@
     python -m alexnet_jax.verify DIR...
 
 DIR is a directory of `prepare`, a workdir (all its steps), or one step's folder. Exit code 1, naming each file, where
-anything is damaged, missing or half-written.
+anything is damaged, missing or half-written (as the last step of a run is while it saves).
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,14 +30,16 @@ def verify(path: str) -> tuple[list[str], list[str]]:
             break
     else:
         prepared = os.path.exists(os.path.join(path, 'dataset_info.json'))
-        step = path if os.path.basename(path).isdigit() else None
+        step = re.fullmatch('[0-9]+', os.path.basename(path))
         if not (digests.has(path) or prepared or step):
             raise UserError(
                 f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
                 'steps.'
             )
         folders = [path]
-    return folders, [problem for folder in folders for problem in digests.problems(folder)]
+    found = {folder: digests.problems(folder) for folder in folders}
+    found = {folder: own for folder, own in found.items() if os.path.isdir(folder)}  # a run removes its old steps
+    return list(found), [problem for own in found.values() for problem in own]
 
 
 def main(paths: Sequence[str]) -> None:

@@ -88,6 +88,16 @@ def _telling(workdir: str):
     return telling(f'{workdir!r} cannot be written', remedy)
 
 
+def last_step(workdir: str) -> int:
+    """Of its metrics.jsonl; 0 where there is none."""
+    last, path = 0, os.path.join(workdir, _METRICS)
+    with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill in mid-write
+                last = int(json.loads(line)['step'])
+    return last
+
+
 def write_json(workdir: str, files: dict[str, dict]) -> None:
     """Process 0 replaces each file (NAME.json) in one move. Raises UserError."""
     for name, content in files.items() if jax.process_index() == 0 else ():
@@ -170,6 +180,7 @@ def environment() -> dict:
         ).stdout.strip()
     except OSError:  # no git
         commit = ''
+    of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
     versions = {}
     for name in packages:
@@ -177,12 +188,14 @@ def environment() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a folder without installing
             versions[name] = None
+    versions |= {found.name: found.version for found in metadata.distributions() if found.name in of_gpus}
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
         'cores': os.cpu_count(),
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
+        'xla_flags': os.environ.get('XLA_FLAGS'),
         'commit': commit or None,
         'command': sys.argv,
     }

@@ -15,9 +15,10 @@
 set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) || exit 2
 export JAX_COORDINATOR_ADDRESS=$first:$((20000 + SLURM_JOB_ID % 20000)) JAX_NUM_PROCESSES=$SLURM_NTASKS
+# srun does not take over its cores from the job by itself.
 # exec: the signal has to reach Python. --wait, and not --kill-on-bad-exit: after SIGTERM one may still be saving.
 # shellcheck disable=SC2016 # SLURM_PROCID is each task's own
-srun --kill-on-bad-exit=0 --wait=120 bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec "${PYTHON:-python}" -m alexnet_jax.main "$@"' task "$@"
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=120 bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec "${PYTHON:-python}" -m alexnet_jax.main "$@"' task "$@"
 code=$?
 ((code == 143)) && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import assemble, benchmark, layers, sharding, traffic
+from alexnet_jax import assemble, benchmark, layers, sharding, sources, traffic
 from alexnet_jax.benchmark import Side
 from alexnet_jax.errors import UserError
 from tests import ROOT, small
@@ -166,7 +166,7 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
     config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})
     config.data.image_size = small.SIZE
-    run = assemble.build(config, benchmark.synthetic(config))
+    run = assemble.build(config, sources.synthetic(config))
     key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
     batches = run.batches(0)
     batch, state = run.to_mesh(next(batches)), run.init(key)
@@ -235,6 +235,16 @@ def test_every_mode_beside_pytorch(images, mode):
     found = json.loads(record)
     ours, theirs = (found['images_per_second'][name]['median'] for name in ('alexnet_jax', 'torch'))
     assert ratio == f'ratio: {ours / theirs:.3f}' and found['torch']
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), [(False, True), (True, False)])
+def test_a_peer_on_another_kind_of_device_is_none(ours, theirs, monkeypatch):
+    """JAX falls back to the CPU, or PyTorch does: a ratio of the two would mean nothing."""
+    torch = pytest.importorskip('torch')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: theirs)
+    with pytest.raises(UserError, match=r'JAX has (no|a) GPU here and PyTorch (one|none); install both'):
+        benchmark._find_torch(ours)
+    benchmark._find_torch(theirs)
 
 
 def test_the_peer_computes_the_same_network():

@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from alexnet_jax import checkpoint, digests, model, prepare, processes, sources, steps, verify
 from alexnet_jax.errors import UserError
+from alexnet_jax.statistics import Statistics
 from tests import ROOT, small
 
 SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -72,9 +74,19 @@ def _larger(step):
         writer.save(step / 'params', saved.params)
 
 
+def _vast(step):
+    """A mean image of 3,000 x 3,000 zeros, and a meta that agrees: 108 MB of memory, a few kB on disk."""
+    shutil.rmtree(step / 'statistics')
+    zeros = Statistics(np.zeros((3000, 3000, 3), np.float32), np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(step / 'statistics', zeros._asdict())
+    _meta_is(3000, 'record_size')(step)
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
+        (_vast, r'statistics says it has 108,000,048 bytes, and holds \d'),
         (_larger, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
         (_meta_is(16, 'record_size'), r'statistics/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
         (_meta_is('32', 'record_size'), 'cannot be read'),
@@ -95,6 +107,38 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change,
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load_checkpoint(str(step))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_only_numbers_are_steps(tmp_path):
+    for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663'):
+        (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    assert checkpoint.numbers(str(tmp_path / 'checkpoints')) == [2, 10]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = _folder(tmp_path)
+    (folder / 'one').unlink()
+    os.mkfifo(folder / 'one')
+    (problem,) = digests.problems(str(folder))
+    assert problem.endswith('/one: not a file')
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'), [(os.path, 'isfile'), (re, 'fullmatch'), (digests, '_files'), (digests, 'digest')]
+)
+def test_a_folder_that_goes_away_while_it_is_looked_through(module, name, tmp_path, monkeypatch):
+    """At every turn: files are missing, nothing is raised."""
+    folder, before = _folder(tmp_path / 'step'), getattr(module, name)
+
+    def gone(*args):
+        found = before(*args)
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(module, name, gone)
+    found = digests.problems(str(folder))
+    monkeypatch.undo()
+    assert found and not folder.exists()
 
 
 def _folder(tmp_path):

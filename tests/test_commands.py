@@ -287,3 +287,16 @@ def test_imports_point_one_way():
                 assert room in ORDER[: ORDER.index(path.stem)], f'{path.stem} imports {room}'
     specs = [p.stem for p in (ROOT / 'alexnet_jax').glob('*.py') if 'PartitionSpec' in p.read_text()]
     assert specs == ['sharding']
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which this system has not got')
+def test_output_that_cannot_be_written_is_one_line():
+    """Also what Python would write only at its end."""
+    program = "from alexnet_jax import cli; cli.run(lambda: print('x'), required=(), arguments=None)"
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', program], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+    expected = 'error: the output cannot be written or read: No space left on device.\n'
+    assert (done.returncode, done.stderr) == (2, expected)

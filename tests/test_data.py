@@ -49,6 +49,12 @@ def test_batches_hold_bytes_and_draws():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(('cores', 'workers', 'threads'), [(2, 0, 2), (64, 0, 16), (16, 4, 4), (16, 15, 1), (2, 8, 1)])
+def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypatch):
+    monkeypatch.setattr(data.processes, 'cores', lambda: cores)
+    assert data.default_threads(workers) == threads
+
+
 def test_every_pass_holds_every_image_once_in_another_order():
     stream = np.concatenate(
         [b['label'] for b in _train(take=25)]

@@ -14,9 +14,11 @@ from tests import ROOT
 
 LAUNCH = ROOT / 'launch'
 # What the script uses of Slurm: tasks with a number each, the exit code of the worst, a list of hosts, the queue.
+# srun gives each task one core unless it is told the number again.
 SRUN = """#!/usr/bin/env python3
 import os, subprocess, sys
-words = [word for word in sys.argv[1:] if not word.startswith('--kill') and not word.startswith('--wait')]
+words = [word for word in sys.argv[1:] if not word.startswith(('--kill', '--wait', '--cpus'))]
+assert '--cpus-per-task=32' in sys.argv
 numbers = range(int(os.environ['SLURM_NTASKS']))
 tasks = [subprocess.Popen(words, env={**os.environ, 'SLURM_PROCID': str(i)}) for i in numbers]
 sys.exit(max(task.wait() for task in tasks))
@@ -39,6 +41,7 @@ def _slurm(tmp_path, *words, task=None):
         'SLURM_JOB_NODELIST': 'node[1-2]',
         'SLURM_JOB_ID': str(os.getpid()),
         'SLURM_NTASKS': '2',
+        'SLURM_CPUS_PER_TASK': '32',
         'SLURM_STEP_NODELIST': 'node[1-2]',
         'SLURM_LOCALID': '0',
     }

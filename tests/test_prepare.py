@@ -21,8 +21,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image, ImageOps
 
-from alexnet_jax import listing, prepare, sources, statistics
-from alexnet_jax.errors import UserError
+from alexnet_jax import augment, data, listing, prepare, sources, statistics
+from alexnet_jax.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
 
@@ -119,6 +119,56 @@ def test_odd_exif_does_not_spoil_an_image():
     with pytest.raises(Exception, match='not an integer'):  # as Pillow's own transposition finds
         ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
     chex.assert_trees_all_equal(prepare.square(odd, 40), prepare.square(content, 40))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tmp_path, workers):
+    """And what is back when it is asked for once more was never gone, though array_record's own reader stays so."""
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, format='raw')
+    away = tmp_path / 'away'
+    whole = [record['image'] for record in sources.open_dataset(str(out)).splits['train']]
+    out.rename(away)
+    away.rename(out)
+
+    def stream(records):
+        batches = data.train_batches(
+            records, batch_size=5, seed=0, start_step=0, record_size=16, num_workers=workers, num_threads=1,
+            augmentation=augment.Augmentation(image_size=16, reflect=False),
+        )  # fmt: skip
+        try:
+            return next(batches)
+        finally:
+            batches.close()
+
+    records = sources.open_dataset(str(out)).splits['train']
+    out.rename(away)
+    with pytest.raises(UserError, match='the data are gone while they are read') as error:
+        stream(records)
+    assert not isinstance(error.value, UnreadableError)
+    with pytest.raises(UserError, match='the data are gone while they are read.*No such file'):
+        records[3]
+    away.rename(out)
+    assert stream(records)['weight'].all()
+    for record, image in zip(records, whole, strict=True):
+        chex.assert_trees_all_equal(record['image'], image)
+    for shard in out.glob('*train*array_record*'):  # every byte of pixels and names is another
+        content = bytearray(shard.read_bytes())
+        content[64:-64] = bytes(byte ^ 1 for byte in content[64:-64])
+        shard.write_bytes(content)
+    records = sources.open_dataset(str(out)).splits['train']
+    with pytest.raises(UnreadableError, match='record 3 in train of .* cannot be read'):
+        records[3]
+    assert not stream(records)['weight'].any()
+
+
+def test_folders_in_folders_without_end(tmp_path):
+    here = tmp_path / 'train'
+    for _ in range(300):
+        here /= 'd'
+    here.mkdir(parents=True)
+    with pytest.raises(UserError, match='more than 100 deep'):
+        list(listing.images_below(str(tmp_path)))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import collections
 import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -16,6 +17,38 @@ from tests import small
 
 MESHES = [(1, 2), (2, 2)]
 COLLECTIVES = r' (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\('
+
+
+def test_the_gpus_of_several_hosts_make_a_mesh():
+    """XLA calls each host of theirs a slice; towers are neighbours, on one host."""
+
+    class Gpu(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    devices = [Gpu(id=i, slice_index=i // 4, process_index=i // 4, platform='gpu', device_kind='') for i in range(8)]
+    mesh = sharding.make_mesh(data=0, tower=2, devices=devices)
+    assert dict(mesh.shape) == {'data': 4, 'tower': 2}
+    assert [[device.id for device in row] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ('platform', 'wanted', 'plugins', 'told'),
+    [
+        ('cpu', None, ['xla_cuda12'], 'no device for xla_cuda12'),
+        ('cpu', 'cpu', ['xla_cuda12'], ''),
+        ('gpu', None, ['xla_cuda12'], ''),
+        ('cpu', None, [], ''),
+    ],
+)
+def test_a_gpu_that_is_not_found_is_told(platform, wanted, plugins, told, monkeypatch, capsys):
+    """JAX's own warning does not come through."""
+    found = [SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(sharding.metadata, 'entry_points', lambda group: found if group == 'jax_plugins' else [])
+    monkeypatch.setattr(sharding.jax, 'config', SimpleNamespace(jax_platforms=wanted))
+    monkeypatch.setattr(sharding.os.path, 'exists', lambda path: False)
+    sharding._tell_of_no_gpu.__wrapped__(platform)
+    said = capsys.readouterr().err
+    assert told in said and bool(said) == bool(told)
 
 
 def _place(mesh, tree):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import assemble, checkpoint, data, evaluate, processes, sharding, sources, steps, train, trainlog
-from alexnet_jax.errors import DivergedError, TerminatedError, UserError
+from alexnet_jax.errors import DivergedError, TerminatedError, UnreadableError, UserError
 from tests import ROOT, small
 from tests.faults.scene import final_state, lines
 from tests.test_data import Records
@@ -117,6 +117,45 @@ def test_a_loss_that_stays_at_guessing_is_seen():
     assert not any(stall.seen(loss * 64, 64) for loss in (2.3, 2.3, 2.2, 2.1, 2.35, 2.35, 2.35, 2.35))
 
 
+def _reported(losses, at, saved=None):
+    """The log of a run of one update for each loss (None: not finite), stopped before update `at` and gone on with."""
+    log, state = None, None
+    lines = []
+    writer = type('Writer', (), {'write': staticmethod(lines.append)})
+    for i, loss in enumerate(losses, 1):
+        if log is None or i == at:
+            if log is not None:
+                with log.pause():
+                    state = json.loads(json.dumps(log.state()))
+            log = trainlog.TrainLog(
+                writer, batch_size=8, examples=800, total_steps=10**6, num_classes=10,
+                budget=trainlog.Budget('skip', 10**6, 0), saved=state,
+            )  # fmt: skip
+        numbers = {'loss': 8 * (loss or 0.0), 'top1': 4.0, 'top5': 1.0, 'weight': 8.0, 'learning_rate': 0.01}
+        norms = {'gradient_norm': float(i), 'gradient_norms': {'fc8': float(i)}, 'update_norms': {'fc8': 1.0 / i}}
+        report = {**numbers, **norms, 'finite': loss is not None}
+        log.add(i, jax.tree.map(np.float32, report), waited=0.0, log=i % 3 == 0)
+    with log.pause():
+        pass
+    return [{key: line[key] for key in line if key not in ('images_per_second', 'data_wait')} for line in lines]
+
+
+@pytest.mark.parametrize('at', range(2, 8))
+def test_a_log_taken_up_again_writes_the_same_lines(at):
+    """Also of the norms, which are those of the last finite gradient: here of a run before."""
+    losses = [1.0, 2.0, 3.0, 4.0, None, None, None, 8.0, None]
+    whole = _reported(losses, at=0)
+    assert [line['step'] for line in whole] == [3, 6, 9] and whole[1]['gradient_norm'] == 4
+    assert _reported(losses, at) == whole
+
+
+def test_a_stall_is_seen_by_a_run_that_was_stopped(capsys):
+    """Its window of 100 updates goes on, too."""
+    for at, told in ((0, 1), (60, 1)):
+        _reported([2.3] * 101, at)
+        assert capsys.readouterr().err.count('the loss was that of guessing') == told
+
+
 @pytest.mark.slow
 def test_a_run_that_learns_nothing_is_told_so(capsys, tmp_path):
     train.train_and_evaluate(_config(num_steps=101, **{'optim.learning_rate': 0.0}), str(tmp_path / 'stalled'))
@@ -133,7 +172,7 @@ class Damaged(Records):
 
     def __getitem__(self, i):
         if i in self.bad:
-            raise UserError(f'record {i} in train of here cannot be read (broken); prepare it again.')
+            raise UnreadableError(f'record {i} in train of here cannot be read (broken); prepare it again.')
         return super().__getitem__(i)
 
 

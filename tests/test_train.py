@@ -293,14 +293,16 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
 
 
 @pytest.mark.slow
-def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path):
+def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path, capsys):
     with pytest.raises(
         DivergedError, match=r'step \d+: loss, gradient or update is not finite \(learning rate 1e\+30\)'
     ):
         train.train_and_evaluate(_config(**{'optim.learning_rate': 1e30, 'optim.schedule': 'plateau'}), str(tmp_path))
     assert not os.listdir(tmp_path / 'checkpoints')
-    # Nothing was saved, so the remedy may be tried in the same place.
+    # Nothing was saved, so the remedy may be tried in the same place. Somebody else may miss what was: it is said.
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 7, "split": "train"}\n{"step": 8, "sp')
     train.train_and_evaluate(_config(num_steps=2), str(tmp_path))
+    assert f'{tmp_path} has no checkpoint; the 7 steps of its metrics.jsonl are made again' in capsys.readouterr().err
     assert [line['step'] for line in _lines(tmp_path) if line['split'] == 'train'] == [1, 2]
 
 
@@ -520,6 +522,28 @@ def test_a_run_of_an_older_version_goes_on(uninterrupted, tmp_path):
     _edit_meta(tmp_path, lambda config: config.pop('model'))
     with pytest.raises(UserError, match='checkpoints/30 cannot be read'):
         checkpoint.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'config': []}, 'step 30 is of no run of alexnet_jax; give another directory'),
+        ({'fingerprint': None}, 'step 30 is of no run'),
+        ({'log': 5}, 'step 30 is of no run'),
+        ({'log': {'steps': 'two'}}, 'step 30 is of no run'),
+        ({'config': {'model': 3, 'data': {}}}, 'a run of another version'),
+        ({'examples': 10}, 'was trained on other data'),
+    ],
+)
+def test_a_workdir_that_somebody_else_made_is_one_line(change, message, uninterrupted, tmp_path):
+    """With digests that fit."""
+    config, workdir, _ = uninterrupted
+    shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
+    path = tmp_path / 'checkpoints' / '30' / 'meta' / 'metadata'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    digests.write(str(tmp_path / 'checkpoints' / '30'))
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, str(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):

@@ -9,7 +9,7 @@ import time
 from absl import logging
 
 from tests.faults import faults
-from tests.faults.scene import LostError, NotHereError, attempt
+from tests.faults.scene import NotHereError, attempt
 
 
 def main() -> None:
@@ -29,14 +29,11 @@ def main() -> None:
                 try:
                     scene = attempt(fault, pathlib.Path(folder), pathlib.Path(shared), args.seed, trial)
                     slowest, outcome = max(slowest, scene.slowest_stop), 'survived'
-                except LostError as error:
-                    outcome = 'lost'
-                    print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
                 except NotHereError as error:
                     outcome = 'not made'
                     print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
-                except Exception as error:  # of the trial, not of the run
-                    outcome = 'not made'
+                except Exception as error:  # LostError, or what the trial makes of a workdir it cannot read
+                    outcome = 'lost'
                     print(f'trial {trial}, {fault.__name__}: {error!r}', flush=True)
             counts[fault.__name__][outcome] += 1
             print(

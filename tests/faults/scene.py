@@ -48,6 +48,22 @@ def in_time(made) -> None:
         raise TooLateError
 
 
+def step_of(workdir) -> int:
+    """The last in metrics.jsonl: where a run was at least, and no more than a few steps ago."""
+    found = re.findall(r'^\{"step": (\d+),', _text(workdir / 'metrics.jsonl'), re.M)
+    return int(found[-1]) if found else 0
+
+
+def noticed(code: int, before: int) -> None:
+    """An exit code that is not 0. With 0 the run must have been near its end when the fault came, at step `before`."""
+    expect(code != 0 or before > config_file.get_config().num_steps - 24, f'a fault at step {before} changed nothing')
+    in_time(code != 0)
+
+
+def _text(path: pathlib.Path) -> str:
+    return path.read_text(errors='replace') if path.exists() else ''
+
+
 class Scene:
     """A folder for one trial, its chance, and runs that nothing happened to, to compare with."""
 
@@ -91,8 +107,7 @@ class Scene:
             raise LostError(f'it still runs after {seconds} s: {self.printed()[-2000:]}') from None
 
     def printed(self) -> str:
-        path = self.folder / 'log.txt'
-        return path.read_text(errors='replace') if path.exists() else ''
+        return _text(self.folder / 'log.txt')
 
     def reference(self, *options, processes=1) -> pathlib.Path:
         """The workdir of the same run, never stopped."""
@@ -191,9 +206,13 @@ class Scene:
 
     def expect_same_end(self, workdir, *options, processes=1, written: str = '') -> None:
         """The same command goes on to the same parameters, optimiser state and metrics, bit for bit."""
+        sealed = [path.parent.name for path in workdir.glob('checkpoints/*/SHA256SUMS')]
+        steps = [int(found[1]) for name in sealed if (found := re.fullmatch(r'(\d+)(\.replaced)?', name))]
         code, printed = self.run(workdir, *options, processes=processes)
         expect(code == 0, f'the same command ends with {code}: {printed[-3000:]}')
-        expect(written in printed, f'{written!r} is not in what it says: {printed[-3000:]}')
+        # To begin anew ends the same, too.
+        written = written or (f'(Going on from|is finished:) step {max(steps)} of' if steps else '')
+        expect(re.search(written, printed), f'{written!r} is not in what it says: {printed[-3000:]}')
         whole = self.reference(*options, processes=processes)
         expect(lines(workdir) == lines(whole), f'the metrics differ: {lines(workdir)} and {lines(whole)}')
         a, b = (jax.tree.leaves(final_state(path)) for path in (workdir, whole))
@@ -259,7 +278,7 @@ def attempt(fault, folder: pathlib.Path, shared: pathlib.Path, *seed: int) -> Sc
 
     Raises:
       LostError: something promised did not hold.
-      NotHereError: the fault cannot be made.
+      NotHereError: the fault cannot be made here.
     """
     for turn in range(5):
         scene = Scene(folder / str(turn), np.random.default_rng([*seed, turn]), shared)
