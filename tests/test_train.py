@@ -125,7 +125,7 @@ def test_the_last_two_and_the_best_are_kept(uninterrupted):
     _, workdir, _ = uninterrupted
     errors = {line['step']: line['top1_error'] for line in _lines(workdir) if line['split'] == 'val'}
     saved_with_error = {s: e for s, e in errors.items() if s in (24, 30)}  # saved at 8, 16, 24, 30
-    best = min(saved_with_error, key=saved_with_error.get)
+    best = min(saved_with_error, key=lambda step: (saved_with_error[step], -step))  # of equals the later
     kept = {int(name) for name in os.listdir(workdir / 'checkpoints')}
     assert kept == {24, 30, best}
     assert checkpoint.load_checkpoint(str(workdir)).step == best
