@@ -377,7 +377,7 @@ def killed_in_prepare(scene: Scene) -> None:
     raw, out = scene.raw(), scene.folder / 'out'
     command = ('prepare', f'--input={raw}', f'--output={out}', '--size=32')
     child = scene.start(None, command=command)
-    time.sleep(scene.rng.uniform(0, 6))
+    time.sleep(scene.rng.uniform(0, 4))
     scene.stop(child, signal.SIGKILL)
     if not out.exists():
         code, printed = scene.run(None, command=command)
