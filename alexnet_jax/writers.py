@@ -90,12 +90,7 @@ def _telling(workdir: str):
 
 def last_step(workdir: str) -> int:
     """Of its metrics.jsonl; 0 where there is none."""
-    last, path = 0, os.path.join(workdir, _METRICS)
-    with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill in mid-write
-                last = int(json.loads(line)['step'])
-    return last
+    return max((step for _, step, _ in _whole_lines(os.path.join(workdir, _METRICS))), default=0)
 
 
 def write_json(workdir: str, files: dict[str, dict]) -> None:
@@ -113,18 +108,25 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8', errors='replace') as file:
-        for line in file:
-            try:
-                found = json.loads(line)
-                if _beyond(found['step'], found['split'], step, validated):
-                    break
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill in mid-write
-            kept.append(line if line.endswith('\n') else line + '\n')
+    for line, line_step, split in _whole_lines(path):
+        if _beyond(line_step, split, step, validated):
+            break
+        kept.append(line if line.endswith('\n') else line + '\n')
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         file.writelines(kept)
     os.replace(path + '.tmp', path)
+
+
+def _whole_lines(path: str) -> list[tuple[str, int, str]]:
+    """(line, its step, its split) of those in a metrics.jsonl that no kill has torn; none where there is no file."""
+    found = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    said = json.loads(line)
+                    found.append((line, int(said['step']), str(said['split'])))
+    return found
 
 
 def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
