@@ -5,7 +5,6 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 """
 
 import contextlib
-import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,7 +77,10 @@ def train_batches(
       cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `tell_unreadable`.
     """
     augment.positions(record_size, augmentation.image_size)  # raises before a worker would
-    build = functools.partial(_train_batch, source, augmentation, seed, record_size, records_on_device)
+
+    def build(places):  # no partial: grain names a step by its repr, which would print every record of a list
+        return _train_batch(source, augmentation, seed, record_size, records_on_device, places)
+
     # Numbered before the batches are dealt out: the position is that in the whole stream.
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map_with_index(_with_position)
     return _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads)
@@ -101,7 +103,10 @@ def eval_batches(
       'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as above.
     """
     padded = -(-len(source) // batch_size) * batch_size
-    build = functools.partial(_eval_batch, source, record_size)
+
+    def build(places):  # as above
+        return _eval_batch(source, record_size, places)
+
     return _iterate(grain.MapDataset.range(padded), build, batch_size, 0, shard, num_workers, num_threads)
 
 
