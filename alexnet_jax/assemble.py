@@ -39,6 +39,7 @@ class Run(NamedTuple):
     optimizer: optim.Optimizer
     statistics: Any  # Statistics, on the mesh
     batches: Callable  # first step -> iterator over training batches on the host; close() it
+    val_batches: Callable  # () -> the same of the val split, pass after pass
     to_mesh: Callable  # host batch -> global arrays
     state_shapes: steps.TrainState  # ShapeDtypeStructs with shardings
     init: Callable  # key -> TrainState
@@ -83,19 +84,26 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         config.data.cache, sources.part(dataset.splits['train'], config.data.fraction), dataset, mesh
     )
 
+    pipeline = dict(
+        batch_size=config.batch_size,
+        record_size=dataset.record_size,
+        shard=sharding.data_shard(mesh),
+        num_workers=config.data.num_workers,
+        num_threads=config.data.num_threads,
+    )
+
     def batches(start_step: int):
         return data.train_batches(
             train,
-            batch_size=config.batch_size,
             seed=config.seed,
             start_step=start_step,
-            record_size=dataset.record_size,
             augmentation=augmentation,
-            shard=sharding.data_shard(mesh),
-            num_workers=config.data.num_workers,
-            num_threads=config.data.num_threads,
             records_on_device=bool(cached),
+            **pipeline,
         )
+
+    def val_batches():
+        return data.eval_batches(dataset.splits.get('val', ()), repeat=True, **pipeline)
 
     examples = len(train)
     steps_per_epoch = examples / config.batch_size
@@ -116,6 +124,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         optimizer=optimizer,
         statistics=place(dataset.statistics, everywhere),
         batches=batches,
+        val_batches=val_batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **cached},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         # It runs once, and on a CPU LLVM spends seconds on making its many draws fast.

@@ -94,10 +94,12 @@ def eval_batches(
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     num_threads: int = 0,
+    repeat: bool = False,
 ) -> Iterator[Batch]:
     """One pass over a split in order, every record once; the last batch is filled up with weight 0.
 
-    Arguments as for `train_batches`. All processes get the same number of batches.
+    Arguments as for `train_batches`; with `repeat` one pass follows the other, with the same worker processes. All
+    processes get the same number of batches: ceil(records / batch_size) in a pass.
 
     Yields:
       'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as above.
@@ -107,7 +109,9 @@ def eval_batches(
     def build(places):  # as above
         return _eval_batch(source, record_size, places)
 
-    return _iterate(grain.MapDataset.range(padded), build, batch_size, 0, shard, num_workers, num_threads)
+    stream = grain.MapDataset.range(padded)
+    stream = stream.repeat() if repeat else stream
+    return _iterate(stream, build, batch_size, 0, shard, num_workers, num_threads)
 
 
 def load(source: Sequence, size: int) -> tuple[np.ndarray, list[int]]:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,23 +28,22 @@ def one_pass(
     eval_step: Callable,
     params,
     statistics: Statistics,
-    source: Sequence,
+    batches: Iterator[data.Batch],
     mesh,
     *,
-    batch_size: int,
+    examples: int,
     max_bad: int = 0,
     asked_to_stop: Callable[[], bool] = lambda: False,
-    **pipeline,
 ) -> dict[str, float]:
-    """Counts every record of `source` once.
+    """Counts every record of a split once.
 
     Args:
       eval_step: jitted `steps.eval_step`.
       params, statistics: on the mesh.
-      batch_size: images at a time; changes nothing in the result.
+      batches: of `data.eval_batches`, one pass; their size changes nothing in the result.
+      examples: records in that pass.
       max_bad: records that may be unreadable; they are named, and not among 'count'.
       asked_to_stop: asked before every batch.
-      pipeline: num_workers, num_threads of `data.eval_batches`.
 
     Returns:
       'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
@@ -55,24 +54,21 @@ def one_pass(
     """
     total = previous = None
     began, waited = time.perf_counter(), 0.0
-    size, shard = len(statistics.mean_image), sharding.data_shard(mesh)
-    batches = data.eval_batches(source, batch_size=batch_size, record_size=size, shard=shard, **pipeline)
-    with contextlib.closing(batches):
-        while True:
-            if asked_to_stop():
-                raise TerminatedError
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited += time.perf_counter() - asked
-            if batch is None:
-                break
-            sums = eval_step(params, sharding.to_mesh(mesh, data.tell_unreadable(batch)), statistics)
-            if previous is not None:
-                total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
-            previous = sums
+    while True:
+        if asked_to_stop():
+            raise TerminatedError
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        sums = eval_step(params, sharding.to_mesh(mesh, data.tell_unreadable(batch)), statistics)
+        if previous is not None:
+            total = metrics.merge(total, _host(previous))  # fetched one late: the device is never idle
+        previous = sums
     total = metrics.merge(total, _host(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
-    _check_count(count, len(source), max_bad)
+    _check_count(count, examples, max_bad)
     return {
         **metrics.finish(total),
         'count': count,
@@ -91,7 +87,10 @@ def evaluate(
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
     batch_size, test, params, statistics = _ready(checkpoint, mesh, views, batch_size)
     eval_step = jax.jit(functools.partial(steps.eval_step, **test), out_shardings=sharding.replicated(mesh))
-    return one_pass(eval_step, params, statistics, source, mesh, batch_size=batch_size)
+    shard = sharding.data_shard(mesh)
+    batches = data.eval_batches(source, batch_size=batch_size, record_size=checkpoint.record_size, shard=shard)
+    with contextlib.closing(batches):
+        return one_pass(eval_step, params, statistics, batches, mesh, examples=len(source))
 
 
 def _ready(checkpoint: Checkpoint, mesh, views: int, batch_size: int):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -18,6 +19,9 @@ import numpy as np
 
 from alexnet_jax.errors import UserError, local
 
+# Grain removes batches from shared memory in the background. What is left at the end Python's tracker removes, and
+# calls a leak.
+_QUIET = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = '/sys/fs/cgroup/memory.max'  # of cgroup v2
 
 
@@ -52,6 +56,8 @@ def signals_held():
     Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
     save first, and one that dies with a lock of its queue in hand leaves the parent waiting for ever.
     """
+    if _QUIET not in sys.warnoptions:  # it is given to the tracker
+        sys.warnoptions.append(_QUIET)
     resource_tracker.ensure_running()  # when it starts, it lets them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:

@@ -1,6 +1,7 @@
 """train_and_evaluate(config, workdir): the loop - update, evaluate, decide the rate, save."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -109,6 +110,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
             checkpoints.save(state, run.dataset.statistics, so_far, error)
 
         batches, traced = run.batches(step), range(step + 2, step + 2 + profile)
+        val_batches = run.val_batches()  # kept from one validation to the next: worker processes take seconds to start
         try:
             while step < run.total_steps or unfinished:
                 if not unfinished:
@@ -142,7 +144,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
                         if stops:
                             raise TerminatedError
                         if val is not None and (decides or last):
-                            result = _validate(run, config, state, step, val, writer, asked_to_stop)
+                            result = _validate(run, config, state, step, val_batches, writer, asked_to_stop)
                             error = result['top1_error']
                     except TerminatedError:  # what belongs to this step after its update comes first the next time
                         if not again:  # else it lies there so
@@ -164,6 +166,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
             raise DivergedError(f'{error} {kept} in {workdir}.') from None
         finally:
             batches.close()
+            val_batches.close()
             writer.close()
             with contextlib.suppress(RuntimeError):  # there is none any more
                 if profile:
@@ -188,18 +191,17 @@ def _due(step: int, config: ConfigDict, run: Run, cadence: str) -> bool:
     return step * config.batch_size // run.examples > (step - 1) * config.batch_size // run.examples
 
 
-def _validate(run: Run, config: ConfigDict, state, step: int, val, writer, asked_to_stop) -> dict[str, float]:
+def _validate(run: Run, config: ConfigDict, state, step: int, batches, writer, asked_to_stop) -> dict[str, float]:
+    examples = len(run.dataset.splits['val'])
     result = evaluate.one_pass(
         run.eval_step,
         state.params,
         run.statistics,
-        val,
+        itertools.islice(batches, math.ceil(examples / config.batch_size)),
         run.mesh,
-        batch_size=config.batch_size,
+        examples=examples,
         max_bad=config.data.max_bad,
         asked_to_stop=asked_to_stop,
-        num_workers=config.data.num_workers,
-        num_threads=config.data.num_threads,
     )
     if not math.isfinite(result['loss']):
         raise DivergedError(

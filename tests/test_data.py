@@ -2,7 +2,9 @@
 
 import collections
 import itertools
+import multiprocessing
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -68,6 +70,20 @@ def test_records_in_memory_are_never_printed():
     assert len(list(data.eval_batches(records, batch_size=2, record_size=6))) == 2
 
 
+def test_what_workers_leave_in_shared_memory_is_removed_without_a_word():
+    code = (
+        'from alexnet_jax import processes\nfrom multiprocessing import shared_memory\n'
+        'with processes.signals_held():\n    print(shared_memory.SharedMemory(create=True, size=9).name)'
+    )
+    ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stderr == ''
+    left = pathlib.Path('/dev/shm', ended.stdout.strip())
+    deadline = time.monotonic() + 10
+    while left.exists() and time.monotonic() < deadline:  # the tracker outlives the program by a moment
+        time.sleep(0.05)
+    assert not left.exists()
+
+
 def test_every_pass_holds_every_image_once_in_another_order():
     stream = np.concatenate(
         [b['label'] for b in _train(take=25)]
@@ -128,6 +144,19 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
             seen.update(part['label'][part['weight'] > 0].tolist())
     assert seen == {i: 1 for i in range(30)}
     assert len(batches) == 1  # all processes take part in every step
+
+
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_evaluation_pass_after_pass_keeps_its_processes(num_workers):
+    options = dict(batch_size=8, record_size=6, num_workers=num_workers)
+    once = list(data.eval_batches(Records(30), **options))
+    batches, pids = data.eval_batches(Records(30), **options, repeat=True), []
+    for _ in range(3):
+        chex.assert_trees_all_equal(list(itertools.islice(batches, 4)), once)
+        pids.append({process.pid for process in multiprocessing.active_children()})
+    assert pids[0] == pids[1] == pids[2] and len(pids[0]) == num_workers
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 def test_a_record_that_is_no_image_is_named():
