@@ -46,6 +46,7 @@ class Run(NamedTuple):
     train_step: Callable  # (state, batch, statistics, key) -> (state, report); takes the state over
     eval_step: Callable  # (params, batch, statistics) -> sums, of the centre crop
     after_validation: Callable  # (opt_state, error) -> opt_state
+    num_workers: int  # processes that decode; 0: threads
     examples: int  # in the train split
     total_steps: int
 
@@ -84,11 +85,14 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         config.data.cache, sources.part(dataset.splits['train'], config.data.fraction), dataset, mesh
     )
 
+    shard = sharding.data_shard(mesh)
+    platform = mesh.devices.flat[0].platform
+    num_workers = _workers(config, dataset, platform, config.batch_size // shard[1])
     pipeline = dict(
         batch_size=config.batch_size,
         record_size=dataset.record_size,
-        shard=sharding.data_shard(mesh),
-        num_workers=config.data.num_workers,
+        shard=shard,
+        num_workers=num_workers,
         num_threads=config.data.num_threads,
     )
 
@@ -149,6 +153,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
             out_shardings=everywhere,
         ),
         after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
+        num_workers=num_workers,
         examples=examples,
         total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
     )
@@ -159,6 +164,15 @@ def network_of(config: ConfigDict) -> tuple[model.AlexNet, augment.Augmentation]
     _check_keys(config)
     _check_ranges(config)
     return model.from_config(config.model), augment.from_config(config.data)
+
+
+def _workers(config: ConfigDict, dataset: sources.Dataset, platform: str, batch_size: int) -> int:
+    """`data.num_workers`, or for -1: none where the step needs the cores, or where nothing has to be decoded."""
+    if config.data.num_workers >= 0:
+        return config.data.num_workers
+    if platform == 'cpu' or config.data.cache or isinstance(dataset.splits['train'], list):
+        return 0
+    return data.default_workers(batch_size * 3 * (config.data.image_size**2 + dataset.record_size**2))
 
 
 def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:
@@ -204,7 +218,7 @@ def _check_ranges(config: ConfigDict) -> None:
     cache = config.data.cache
     if cache not in ('', 'host', 'device'):
         raise UserError(f"data.cache={cache!r}; expected '', 'host' or 'device'.")
-    if cache and config.data.num_workers:
+    if cache and config.data.num_workers > 0:
         raise UserError(f'data.cache={cache!r} leaves nothing to decode; use it with --config.data.num_workers=0.')
     if cache == 'device' and config.data.crop_area:
         raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
@@ -219,8 +233,10 @@ def _check_ranges(config: ConfigDict) -> None:
             f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
         )
     sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}
-    sizes |= {f'data.{key}': config.data[key] for key in ('num_workers', 'num_threads', 'max_bad')}
+    sizes |= {f'data.{key}': config.data[key] for key in ('num_threads', 'max_bad')}
     sizes['max_nonfinite'] = config.max_nonfinite
     for key, value in sizes.items():
         if value < 0:
             raise UserError(f'{key}={value}; expected 0 or more.')
+    if config.data.num_workers < -1:
+        raise UserError(f'data.num_workers={config.data.num_workers}; expected -1 or more.')

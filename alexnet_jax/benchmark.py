@@ -238,6 +238,7 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
         dataset = sources.open_dataset(config.data.path)
         config.model.num_classes = len(dataset.class_names)
     run = assemble.build(config, dataset)
+    config.data.num_workers = run.num_workers  # for what -1 stands
     if mode == 'input':
         ready = _ready(config)
         steps = steps or max(16, 2 * ready)
@@ -303,7 +304,6 @@ def main(words: Sequence[str]) -> None:
 
     if args.compile_for is not None:
         jax.config.update('jax_platforms', 'cpu')  # see `traffic.described`
-
     gpu = args.compile_for is not None or jax.devices()[0].platform == 'gpu'
     if args.against:
         _find_torch(gpu)

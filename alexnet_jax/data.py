@@ -6,6 +6,7 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 
 import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -198,6 +199,20 @@ def _eval_batch(source, record_size, places) -> Batch:
         'weight': weight,
         **({'unreadable': unreadable} if unreadable else {}),
     }
+
+
+def default_workers(batch_bytes: int) -> int:
+    """Processes to decode in beside an accelerator: one a core but one, 32 at most, and no more than shared memory has
+    room for; 0, which are threads, where that leaves few.
+
+    batch_bytes: of a batch for training and one for validation; of each a process has five under way.
+    """
+    try:
+        room = shutil.disk_usage('/dev/shm').free
+    except OSError:
+        return 0
+    workers = min(processes.cores() - 1, 32, room // (5 * batch_bytes))
+    return workers if workers > 2 else 0
 
 
 def default_threads(num_workers: int) -> int:

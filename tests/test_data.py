@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import chex
 import numpy as np
@@ -55,6 +56,17 @@ def test_batches_hold_bytes_and_draws():
 def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypatch):
     monkeypatch.setattr(data.processes, 'cores', lambda: cores)
     assert data.default_threads(workers) == threads
+
+
+@pytest.mark.parametrize(
+    ('cores', 'free_mib', 'workers'), [(16, 65536, 15), (64, 65536, 32), (2, 65536, 0), (16, 64, 0), (16, 1000, 4)]
+)
+def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, workers, monkeypatch):
+    """128 images to train on and 128 to validate with: 128 * 3 * (224^2 + 256^2) bytes = 42.4 MiB. A process has five
+    of each; a container has 64 MiB of shared memory."""
+    monkeypatch.setattr(data.processes, 'cores', lambda: cores)
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
+    assert data.default_workers(128 * 3 * (224**2 + 256**2)) == workers
 
 
 def test_records_in_memory_are_never_printed():

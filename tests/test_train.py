@@ -436,7 +436,7 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
         ),
         ({'data.crop_area': (0.1, 1.0), 'data.mean': 'centre'}, "data.mean='centre', but data.crop_area"),
         ({'seed': -1}, 'seed=-1; expected 0 to'),
-        ({'data.num_workers': -1}, 'data.num_workers=-1; expected 0 or more'),
+        ({'data.num_workers': -2}, 'data.num_workers=-2; expected -1 or more'),
         ({'data.cache': 'disk'}, "data.cache='disk'; expected '', 'host' or 'device'"),
         ({'data.cache': 'host', 'data.num_workers': 2}, "data.cache='host' leaves nothing to decode"),
         ({'data.cache': 'device', 'data.crop_area': (0.1, 1.0), 'data.mean': 'channel'}, 'cannot resize'),
@@ -448,6 +448,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('platform', 'changes', 'workers'),
+    [
+        ('gpu', {}, 15), ('cpu', {}, 0), ('gpu', {'data.num_workers': 2}, 2), ('cpu', {'data.num_workers': 2}, 2),
+        ('gpu', {'data.num_workers': 0}, 0), ('gpu', {'data.cache': 'host'}, 0),
+    ],
+)  # fmt: skip
+def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(platform, changes, workers, monkeypatch):
+    monkeypatch.setattr(data, 'default_workers', lambda batch_bytes: 15)
+    config, digits = _config(), sources.open_dataset('digits')
+    config.update_from_flattened_dict(changes)
+    prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
+    assert assemble._workers(config, prepared, platform, 64) == workers
+    if 'data.num_workers' not in changes:
+        assert assemble._workers(config, digits, platform, 64) == 0  # nothing there has to be decoded
 
 
 def test_a_run_made_longer_ends_as_one_planned_so(uninterrupted, tmp_path):
