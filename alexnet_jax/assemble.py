@@ -81,18 +81,14 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
 
-    train, cached = _cached(
-        config.data.cache, sources.part(dataset.splits['train'], config.data.fraction), dataset, mesh
-    )
-
     shard = sharding.data_shard(mesh)
-    platform = mesh.devices.flat[0].platform
-    num_workers = _workers(config, dataset, platform, config.batch_size // shard[1])
+    num_workers = _workers(config, dataset, mesh.devices.flat[0].platform, config.batch_size // shard[1])
+    part = sources.part(dataset.splits['train'], config.data.fraction)
+    train, cached = _cached(config.data.cache, part, dataset, mesh, num_workers)
     pipeline = dict(
         batch_size=config.batch_size,
         record_size=dataset.record_size,
         shard=shard,
-        num_workers=num_workers,
         num_threads=config.data.num_threads,
     )
 
@@ -103,11 +99,12 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
             start_step=start_step,
             augmentation=augmentation,
             records_on_device=bool(cached),
+            num_workers=0 if config.data.cache else num_workers,  # then nothing is left to decode
             **pipeline,
         )
 
     def val_batches():
-        return data.eval_batches(dataset.splits.get('val', ()), repeat=True, **pipeline)
+        return data.eval_batches(dataset.splits.get('val', ()), repeat=True, num_workers=num_workers, **pipeline)
 
     examples = len(train)
     steps_per_epoch = examples / config.batch_size
@@ -168,14 +165,22 @@ def network_of(config: ConfigDict) -> tuple[model.AlexNet, augment.Augmentation]
 
 def _workers(config: ConfigDict, dataset: sources.Dataset, platform: str, batch_size: int) -> int:
     """`data.num_workers`, or for -1: none where the step needs the cores, or where nothing has to be decoded."""
+    script = processes.script_without_guard()
+    if config.data.num_workers > 0 and script:
+        raise UserError(
+            f'data.num_workers={config.data.num_workers}: each of these processes would run {script!r} once more; put '
+            "what it does under if __name__ == '__main__':, or decode in threads (0)."
+        )
     if config.data.num_workers >= 0:
         return config.data.num_workers
-    if platform == 'cpu' or config.data.cache or isinstance(dataset.splits['train'], list):
+    if platform == 'cpu' or script or isinstance(dataset.splits['train'], list):
         return 0
     return data.default_workers(batch_size * 3 * (config.data.image_size**2 + dataset.record_size**2))
 
 
-def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -> tuple[Sequence, dict[str, jax.Array]]:
+def _cached(
+    where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh, num_workers: int
+) -> tuple[Sequence, dict[str, jax.Array]]:
     """(the training records, what else a batch needs): read, or in memory already, as `data.cache` says."""
     if not where:
         return train, {}
@@ -190,7 +195,7 @@ def _cached(where: str, train: Sequence, dataset: sources.Dataset, mesh: Mesh) -
                 f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, more than 80% '
                 f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
             )
-    images, labels = data.load(train, size)
+    images, labels = data.load(train, size, num_workers)
     if where == 'host':
         return [{'image': image, 'label': label} for image, label in zip(images, labels, strict=True)], {}
     everywhere = sharding.replicated(mesh)
@@ -218,8 +223,6 @@ def _check_ranges(config: ConfigDict) -> None:
     cache = config.data.cache
     if cache not in ('', 'host', 'device'):
         raise UserError(f"data.cache={cache!r}; expected '', 'host' or 'device'.")
-    if cache and config.data.num_workers > 0:
-        raise UserError(f'data.cache={cache!r} leaves nothing to decode; use it with --config.data.num_workers=0.')
     if cache == 'device' and config.data.crop_area:
         raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
     if not 0 < config.data.fraction <= 1:

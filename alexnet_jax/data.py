@@ -6,6 +6,7 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from alexnet_jax import augment, processes
 from alexnet_jax.errors import UnreadableError, UserError
 
 Batch = dict[str, np.ndarray]
+_FEW = 3  # processes that are not slower than threads
+_SHARED = '/dev/shm'
 
 
 def decode(record: dict, size: int) -> np.ndarray:
@@ -67,7 +70,7 @@ def train_batches(
       record_size: side of a record, pixels.
       augmentation: what is drawn.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
-      num_workers: 0 decodes in threads; else in so many processes.
+      num_workers: 0 decodes in threads; else in so many processes, and a script needs its `if __name__ == '__main__':`.
       num_threads: threads, in each process; 0 takes `default_threads`.
       records_on_device: `augment.cut_on_device` will cut them out; their numbers are enough.
 
@@ -105,23 +108,33 @@ def eval_batches(
     Yields:
       'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as above.
     """
-    padded = -(-len(source) // batch_size) * batch_size
+    count = -(-len(source) // batch_size)
+    stream, workers = grain.MapDataset.range(count * batch_size), min(num_workers, count)
 
     def build(places):  # as above
         return _eval_batch(source, record_size, places)
 
-    stream = grain.MapDataset.range(padded)
-    stream = stream.repeat() if repeat else stream
-    return _iterate(stream, build, batch_size, 0, shard, num_workers, num_threads)
+    def iterate(stream):
+        return _iterate(stream, build, batch_size, 0, shard, workers, num_threads)
+
+    if not repeat:
+        return iterate(stream)
+    # Processes take seconds to start. Threads do not, and would hold the next pass's batches till then.
+    return iterate(stream.repeat()) if workers else _again(lambda: iterate(stream))
 
 
-def load(source: Sequence, size: int) -> tuple[np.ndarray, list[int]]:
+def _again(one_pass) -> Iterator[Batch]:
+    while True:
+        yield from one_pass()
+
+
+def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, list[int]]:
     """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
     Those that cannot be read have the label -1, and are told of.
     """
     images, labels = np.empty((len(source), size, size, 3), np.uint8), []
-    for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size):
+    for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size, num_workers=num_workers):
         tell_unreadable(batch)
         count = min(len(batch['label']), len(source) - len(labels))
         images[len(labels) : len(labels) + count] = batch['image'][:count]
@@ -207,12 +220,19 @@ def default_workers(batch_bytes: int) -> int:
 
     batch_bytes: of a batch for training and one for validation; of each a process has five under way.
     """
-    try:
-        room = shutil.disk_usage('/dev/shm').free
-    except OSError:
+    workers = min(processes.cores() - 1, 32)
+    if workers < _FEW:
         return 0
-    workers = min(processes.cores() - 1, 32, room // (5 * batch_bytes))
-    return workers if workers > 2 else 0
+    free = shutil.disk_usage(_SHARED).free // processes.beside() if os.path.isdir(_SHARED) else 0
+    if (room := free // (5 * batch_bytes)) < workers:
+        workers = room if room >= _FEW else 0
+        how = f'{workers} processes' if workers else 'threads'
+        print(
+            f'warning: {_SHARED} has {free >> 20} MiB, room for the batches of {room} processes: images are decoded in '
+            f'{how}. A container gets more with --ipc=host or --shm-size=16g.',
+            file=sys.stderr,
+        )
+    return workers
 
 
 def default_threads(num_workers: int) -> int:
@@ -234,6 +254,9 @@ def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) 
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
             worker_init_fn=processes.end_with_parent,
         )
+        # Images go through shared memory; labels and draws are smaller than what that takes.
+        options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     return _closing(dataset, processes.signals_held() if num_workers else contextlib.nullcontext())
 
 

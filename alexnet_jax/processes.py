@@ -22,7 +22,7 @@ from alexnet_jax.errors import UserError, local
 # Grain removes batches from shared memory in the background. What is left at the end Python's tracker removes, and
 # calls a leak.
 _QUIET = 'ignore:resource_tracker:UserWarning'
-_CONTAINER = '/sys/fs/cgroup/memory.max'  # of cgroup v2
+_CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
 
 
 def end_with_parent(*_) -> None:
@@ -36,17 +36,37 @@ def end_with_parent(*_) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def script_without_guard() -> str | None:
+    """The path of a script whose work each worker process would do once more: nothing in it names __main__."""
+    main = sys.modules['__main__']
+    path = getattr(main, '__file__', None)
+    if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
+        return None  # a notebook, or `python -m`
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return None if '__main__' in file.read() else path
+
+
+def beside() -> int:
+    """Processes of one run on this machine, as `launch/local.sh` says; they share what it has."""
+    said = os.environ.get('LOCAL_WORLD_SIZE', '')
+    return max(1, int(said)) if said.isdecimal() else 1
+
+
 def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    """Cores this process may use: of the machine's, or of what a container is allowed."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        quota, period = map(int, (_CONTAINER / 'cpu.max').read_text().split())
+        found = min(found, -(-quota // period))
+    return max(1, found // beside())
 
 
 def memory() -> int:
-    """Bytes this process may use: the machine's, or what a container is allowed."""
+    """Bytes this process may use, likewise."""
     found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with contextlib.suppress(OSError, ValueError):  # none, or "max"
-        found = min(found, int(pathlib.Path(_CONTAINER).read_text()))
-    return found
+    with contextlib.suppress(OSError, ValueError):
+        found = min(found, int((_CONTAINER / 'memory.max').read_text()))
+    return found // beside()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ count=${1:-}
 shift
 python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
-export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count LOCAL_WORLD_SIZE=$count
 signalled=
 trap 'signalled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
 trap 'signalled=1; kill -INT $(jobs -rp) 2>/dev/null' INT

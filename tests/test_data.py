@@ -15,7 +15,7 @@ import chex
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, data, sources
+from alexnet_jax import augment, data, processes, sources
 from alexnet_jax.errors import UserError
 from tests import ROOT
 from tests.small import running
@@ -61,12 +61,28 @@ def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypat
 @pytest.mark.parametrize(
     ('cores', 'free_mib', 'workers'), [(16, 65536, 15), (64, 65536, 32), (2, 65536, 0), (16, 64, 0), (16, 1000, 4)]
 )
-def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, workers, monkeypatch):
+def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, workers, monkeypatch, capsys):
     """128 images to train on and 128 to validate with: 128 * 3 * (224^2 + 256^2) bytes = 42.4 MiB. A process has five
     of each; a container has 64 MiB of shared memory."""
     monkeypatch.setattr(data.processes, 'cores', lambda: cores)
     monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
-    assert data.default_workers(128 * 3 * (224**2 + 256**2)) == workers
+    batch_bytes = 128 * 3 * (224**2 + 256**2)
+    assert data.default_workers(batch_bytes) == workers
+    assert ('--ipc=host' in capsys.readouterr().err) == (free_mib < 65536)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # of launch/local.sh
+    assert data.default_workers(batch_bytes) == (workers if free_mib == 65536 else 0)
+
+
+@pytest.mark.parametrize(
+    ('beside', 'quota', 'cores'),
+    [('', 'max 100000', 8), ('2', 'max 100000', 4), ('', '250000 100000', 3), ('2', '100000 100000', 1)],
+)
+def test_cores_are_those_of_the_container_dealt_out(beside, quota, cores, tmp_path, monkeypatch):
+    (tmp_path / 'cpu.max').write_text(quota)
+    monkeypatch.setattr(processes, '_CONTAINER', tmp_path)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', beside)
+    assert processes.cores() == cores
 
 
 def test_records_in_memory_are_never_printed():

@@ -4,7 +4,9 @@ import json
 import os
 import runpy
 import shutil
+import sys
 import time
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -438,7 +440,6 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
         ({'seed': -1}, 'seed=-1; expected 0 to'),
         ({'data.num_workers': -2}, 'data.num_workers=-2; expected -1 or more'),
         ({'data.cache': 'disk'}, "data.cache='disk'; expected '', 'host' or 'device'"),
-        ({'data.cache': 'host', 'data.num_workers': 2}, "data.cache='host' leaves nothing to decode"),
         ({'data.cache': 'device', 'data.crop_area': (0.1, 1.0), 'data.mean': 'channel'}, 'cannot resize'),
     ],
 )
@@ -454,7 +455,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
     ('platform', 'changes', 'workers'),
     [
         ('gpu', {}, 15), ('cpu', {}, 0), ('gpu', {'data.num_workers': 2}, 2), ('cpu', {'data.num_workers': 2}, 2),
-        ('gpu', {'data.num_workers': 0}, 0), ('gpu', {'data.cache': 'host'}, 0),
+        ('gpu', {'data.num_workers': 0}, 0),
     ],
 )  # fmt: skip
 def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(platform, changes, workers, monkeypatch):
@@ -465,6 +466,23 @@ def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(p
     assert assemble._workers(config, prepared, platform, 64) == workers
     if 'data.num_workers' not in changes:
         assert assemble._workers(config, digits, platform, 64) == 0  # nothing there has to be decoded
+
+
+def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'default_workers', lambda batch_bytes: 15)
+    config, digits = _config(), sources.open_dataset('digits')
+    prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
+    script = tmp_path / 'mine.py'
+    monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__spec__=None, __file__=str(script)))
+    for text, workers in (("if __name__ == '__main__':\n    train()", 15), ('train()', 0)):
+        script.write_text(text)
+        assert assemble._workers(config, prepared, 'gpu', 64) == workers
+    config.data.num_workers = 2
+    with pytest.raises(UserError, match="would run '.*mine.py' once more; put what it does under if __name__"):
+        assemble._workers(config, prepared, 'gpu', 64)
+    for main in (SimpleNamespace(__spec__=None), SimpleNamespace(__spec__='-m', __file__=str(script))):  # a notebook
+        monkeypatch.setitem(sys.modules, '__main__', main)
+        assert assemble._workers(config, prepared, 'gpu', 64) == 2
 
 
 def test_a_run_made_longer_ends_as_one_planned_so(uninterrupted, tmp_path):
@@ -623,7 +641,7 @@ def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
     """1,437 images of 32 px take 4.4 MB, and with a copy for each of four CPU devices five times as much."""
     container = tmp_path / 'memory.max'
     container.write_text('max\n')
-    monkeypatch.setattr(processes, '_CONTAINER', str(container))
+    monkeypatch.setattr(processes, '_CONTAINER', tmp_path)
     machine = processes.memory()
     assert machine > 2**30
     for where, memory in (('host', 5.4e6), ('device', 27e6)):
@@ -632,6 +650,9 @@ def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
         message = rf"data.cache='{where}': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of mem"
         with pytest.raises(UserError, match=message):
             assemble.build(_config(**{'data.cache': where}))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share it
+        assert processes.memory() == memory // 4
+        monkeypatch.delenv('LOCAL_WORLD_SIZE')
     container.write_text('5600000')
     assemble.build(_config(**{'data.cache': 'host'}))
 
