@@ -190,21 +190,19 @@ def _ready(config) -> int:
 
 def torch_loader(run, config, raw: str | None, stack):
     """PyTorch's DataLoader over originals, or over the training records as JPEG files."""
-    from alexnet_jax import listing, peer
+    from alexnet_jax import listing, peer, sources
 
     if raw:
         splits, _ = listing.find(raw)
         if 'train' not in splits:
             raise UserError(f'--input={raw} has no train split; it has: {", ".join(splits)}.')
-        images = [(ref, ref.label) for ref in splits['train']]
+        images = splits['train']
     else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         images = []
-        for i, record in enumerate(run.dataset.splits['train']):
+        for i, record in enumerate(sources.part(run.dataset.splits['train'], config.data.fraction)):
             if not isinstance(record['image'], bytes):
-                raise UserError(
-                    '--against=torch reads JPEG squares; give data prepared with --format=jpeg, or --input=RAW.'
-                )
+                raise UserError('--against=torch reads JPEG squares: prepare with --format=jpeg, or give --input=RAW.')
             images.append((os.path.join(folder, f'{i}.jpg'), record['label']))
             with open(images[-1][0], 'wb') as file:
                 file.write(record['image'])
@@ -237,6 +235,8 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
     else:
         dataset = sources.open_dataset(config.data.path)
         config.model.num_classes = len(dataset.class_names)
+        if torch and not raw:  # it gets copies of the records; both sides read so many at most
+            config.data.fraction = min(config.data.fraction, 20_000 / len(dataset.split('train')))
     run = assemble.build(config, dataset)
     config.data.num_workers = run.num_workers  # for what -1 stands
     if mode == 'input':

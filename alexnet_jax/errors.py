@@ -37,7 +37,9 @@ def telling(what: str, remedy: str = ''):
 
 
 def local(path: str) -> str:
-    """A path made absolute, without a slash at its end; raises UserError for an address such as gs://bucket/run."""
+    """A path made absolute, without a slash at its end; raises UserError for gs://bucket/run, and for ~ in it."""
+    if path.startswith('~/'):
+        raise UserError(f'{path!r}: the shell has left ~ as it is, behind a =; write $HOME{path[1:]} instead.')
     if '://' in path:
         raise UserError(
             f'{path!r} is not a path; locks, digests and renames are of a file system. Download it, or mount the '

@@ -31,7 +31,7 @@ class Ref(NamedTuple):
     offset: int  # bytes into the file; for TFDS the index
     length: int  # bytes; -1 for a whole file
     name: str  # for messages and for the record: the path below the input
-    label: int
+    label: int  # -1 where only the TFDS dataset's record says it
     split: str = ''  # of a TFDS dataset
 
 
@@ -100,15 +100,16 @@ def _refuse_doubles(found: list[_Found]) -> None:
             )
 
 
-def read(ref: Ref) -> bytes | np.ndarray:
-    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded.
+def read(ref: Ref) -> tuple[bytes | np.ndarray, int]:
+    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded; and its label.
 
     Raises:
       OSError, ValueError: it cannot be read, see `images.read`.
     """
     if ref.path.startswith(_TFDS):
-        return _tfds_source(ref.path, ref.split)[ref.offset]['image']
-    return images.read(ref.path, ref.offset, ref.length)
+        record = _tfds_source(ref.path, ref.split)[ref.offset]
+        return record['image'], int(record['label'])
+    return images.read(ref.path, ref.offset, ref.length), ref.label
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -300,12 +301,10 @@ def _tfds(path: str) -> Listing:
         split = _SPLITS.get(name)
         if split is None or not info.num_examples:
             continue
-        source = _tfds_source(path, name)
-        splits[split] = [
-            Ref(path, i, -1, f'{name}/{i}', int(source[i]['label']), name) for i in range(info.num_examples)
-        ]
+        if _tfds_source(path, name)[0]['label'] >= 0:  # ImageNet's test images have none
+            splits[split] = [Ref(path, i, -1, f'{name}/{i}', -1, name) for i in range(info.num_examples)]
     if not splits:
-        raise UserError(f'{path} has none of the splits {", ".join(sorted(_SPLITS))}.')
+        raise UserError(f'{path} has none of the splits {", ".join(sorted(_SPLITS))} with labels.')
     return Listing(splits, tuple(builder.info.features['label'].names))
 
 

@@ -78,7 +78,7 @@ class Squares(Dataset):
     """A Dataset of images, cut out and mirrored as `augment.draw` says: uint8 [s, s, 3], a colour shift and a label."""
 
     def __init__(self, images: Sequence, augmentation: augment.Augmentation, record_size: int):
-        """images: (what, label): a path of a square JPEG, or a `listing.Ref` of an image of any size."""
+        """images: (path of a square JPEG, label), or a `listing.Ref` of an image of any size."""
         self.images, self.augmentation, self.record_size = images, augmentation, record_size
         # At once, as ours draws a batch: one by one they would be a handicap.
         self.draws = augment.draw_batch(augmentation, seed=0, first=0, count=len(images), record_size=record_size)
@@ -87,16 +87,18 @@ class Squares(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int):
-        what, label = self.images[index]
+        what = self.images[index]
         if isinstance(what, listing.Ref):
-            image = Image.open(io.BytesIO(listing.read(what))).convert('RGB')
+            encoded, label = listing.read(what)
+            image = Image.open(io.BytesIO(encoded)).convert('RGB')
             scale = self.record_size / min(image.size)
             width, height = (max(self.record_size, round(side * scale)) for side in image.size)
             left, top = (width - self.record_size) // 2, (height - self.record_size) // 2
             square = (left, top, left + self.record_size, top + self.record_size)
             pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR).crop(square))
         else:
-            with open(what, 'rb') as file:
+            path, label = what
+            with open(path, 'rb') as file:
                 pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert('RGB'))
         drawn = augment.Draw(*(values[index] for values in self.draws))
         image = augment.cut(pixels, drawn, self.augmentation.image_size)

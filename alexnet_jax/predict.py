@@ -11,11 +11,13 @@ folder all images are taken, those in folders below too, in the order of their n
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 from absl import flags
 
-from alexnet_jax import cli, evaluate, images, listing, prepare
+from alexnet_jax import cli, evaluate, images, listing, prepare, processes
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -49,11 +51,14 @@ def best(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) 
       UserError: after the others, if there were files that are no images.
     """
     wrong = []
+    checkpoint = checkpoint._replace(params=jax.device_put(checkpoint.params))  # once, not for each batch
     for start in range(0, len(files), _BATCH):
-        batch, squares = [], []
-        for path in files[start : start + _BATCH]:
+        batch, squares, paths = [], [], files[start : start + _BATCH]
+        with ThreadPoolExecutor(processes.cores()) as pool:
+            reading = [pool.submit(_square, path, checkpoint.record_size) for path in paths]
+        for path, square in zip(paths, reading, strict=True):
             try:
-                squares.append(_square(path, checkpoint.record_size))
+                squares.append(square.result())
                 batch.append(path)
             except UserError as error:
                 wrong.append(str(error))

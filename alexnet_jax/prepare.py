@@ -6,6 +6,7 @@ The shorter side becomes `size` pixels, the central square is kept (section 2). 
 `tfds.builder_from_directory(DIR)` opens, with statistics.npz beside it where there are training images, and SHA256SUMS.
 """
 
+import collections
 import functools
 import hashlib
 import io
@@ -108,8 +109,8 @@ def _in_words(path: str, class_names: Sequence[str]) -> tuple[str, ...]:
                     folder, _, name = line.partition('\t')
                     words[folder.strip()] = ' '.join(name.split(',')[0].split())
     names = [words.get(name) or name for name in class_names]
-    pairs = zip(names, class_names, strict=True)
-    return tuple(name if names.count(name) == 1 else f'{name} ({folder})' for name, folder in pairs)
+    pairs, counts = zip(names, class_names, strict=True), collections.Counter(names)
+    return tuple(name if counts[name] == 1 else f'{name} ({folder})' for name, folder in pairs)
 
 
 def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:
@@ -237,7 +238,8 @@ def _write(shard: Shard) -> Written:
     moments, digest, count, num_bytes, bad = statistics.no_moments(shard.size), hashlib.sha256(), 0, 0, []
     for ref in shard.refs:
         try:
-            pixels = square(listing.read(ref), shard.size)
+            image, label = listing.read(ref)
+            pixels = square(image, shard.size)
         except Exception as error:  # Pillow refuses files in more ways than it documents
             bad.append(f'{ref.name}: {(str(error).splitlines() or [type(error).__name__])[0]}')
             continue
@@ -247,13 +249,13 @@ def _write(shard: Shard) -> Written:
         record = features.serialize_example(
             {
                 'image': io.BytesIO(image) if shard.format == 'jpeg' else pixels,
-                'label': ref.label,
+                'label': label,
                 'file_name': ref.name,
             }
         )
         writer.write(record)
         # Not of the record: protobuf may order its fields otherwise the next time.
-        digest.update(f'{ref.name}\0{ref.label}\0'.encode() + image)
+        digest.update(f'{ref.name}\0{label}\0'.encode() + image)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
     return Written(digest.hexdigest(), digests.digest(shard.path), count, num_bytes, moments, bad)

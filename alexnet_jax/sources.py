@@ -56,7 +56,10 @@ def open_dataset(path: str) -> Dataset:
     if not os.path.isdir(path):
         raise UserError(f'there is no data directory {path!r}; {remedy}')
     if not os.path.exists(os.path.join(path, 'dataset_info.json')):
-        raise UserError(f'{path!r} holds no prepared data (no dataset_info.json); {remedy}')
+        raise UserError(
+            f'{path!r} holds no prepared data (no dataset_info.json); if it holds images, prepare them: '
+            f'python -m alexnet_jax.prepare --input={path} --output=DIR'
+        )
     return _prepared(path)
 
 

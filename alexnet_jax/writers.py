@@ -16,7 +16,6 @@ import jax
 from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
 
 from alexnet_jax.errors import telling
 
@@ -58,10 +57,11 @@ class RunWriter:
             for key, value in line.items():
                 by_layer = isinstance(value, dict)
                 flat |= {f'{key}/{name}': number for name, number in value.items()} if by_layer else {key: value}
+            event = event_pb2.Event(step=line['step'], wall_time=now)
             for key, value in flat.items():
                 if key not in ('step', 'split'):
-                    summary = scalar(f'{line["split"]}/{key}', value, display_name='', summary_description='')
-                    self._events.write_event(event_pb2.Event(summary=summary, step=line['step'], wall_time=now))
+                    event.summary.value.add(tag=f'{line["split"]}/{key}', simple_value=value)
+            self._events.write_event(event)
             if now - self._flushed > 10:
                 self.flush()
 
@@ -135,19 +135,19 @@ def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
 
 def _cut_events(path: str, step: int, validated: bool) -> None:
     """Truncates an events file before its first record after `step`, or where a kill tore it."""
-    end = 0
+    end, size = 0, os.path.getsize(path)
     with open(path, 'rb') as file:
         # A record: length (8 bytes), its checksum (4), an Event, its checksum (4).
         while len(header := file.read(12)) == 12:
             (length,) = struct.unpack('<Q', header[:8])
-            if length > os.path.getsize(path):
+            if length > size:
                 break
             record = file.read(length + 4)
             try:
                 event = event_pb2.Event.FromString(record[:length])
             except DecodeError:
                 break
-            split = ''.join(value.tag for value in event.summary.value).split('/')[0]
+            split = event.summary.value[0].tag.split('/')[0] if event.summary.value else ''
             if len(record) < length + 4 or _beyond(event.step, split, step, validated):
                 break
             end = file.tell()

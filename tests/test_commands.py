@@ -46,6 +46,7 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
         ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run' is not a path"),
         (['prepare', '--input=W', '--output=s3://bucket/data'], "'s3://bucket/data' is not a path"),
+        ([*MAIN, '--workdir=~/run'], "'~/run': the shell has left ~ as it is, behind a =; write .HOME/run instead"),
         (['predict', '--checkpoint=W', 'https://host/cat.jpg'], "'https://host/cat.jpg' is not a path"),
         ([*MAIN, '--workdir=W', '--cpu_devices=3'], '3 devices do not pair up into two towers'),
         ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),

@@ -223,7 +223,7 @@ def test_archives(examples, tmp_path):
             return _one_line(error)
         for ref in refs:
             try:
-                assert len(listing.read(ref)) <= len(content)
+                assert len(listing.read(ref)[0]) <= len(content)
             except ValueError as error:
                 _one_line(error)
 

@@ -460,15 +460,17 @@ def test_a_generated_tfds_dataset(tmp_path):
     features = tfds.builder('cifar10', data_dir=str(tmp_path)).info.features
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name='cifar10', filetype_suffix='array_record')
     infos, pictures = [], {}
-    for split, count in (('train', 6), ('test', 3)):
+    for split, count in (('train', 6), ('test', 3), ('validation', 2)):
         files = template.replace(split=split)
         path = files.sharded_filepath(shard_index=0, num_shards=1)
         writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
         for i in range(count):
             pixels = _pixels(len(pictures), 32, 32)
-            pictures[f'{split}/{i}'] = pixels, features['label'].names[i]
+            if split != 'validation':
+                pictures[f'{split}/{i}'] = pixels, features['label'].names[i]
             encoded = io.BytesIO(_encode(pixels, 'PNG'))
-            writer.write(features.serialize_example({'id': str(i), 'image': encoded, 'label': i}))
+            label = -1 if split == 'validation' else i
+            writer.write(features.serialize_example({'id': str(i), 'image': encoded, 'label': label}))
         writer.close()
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=files))
     tfds.folder_dataset.write_metadata(
@@ -483,6 +485,7 @@ def test_a_generated_tfds_dataset(tmp_path):
     found = {**_read_back(out, 'train'), **_read_back(out, 'test')}
     chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
     assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
+    assert set(sources.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
     with pytest.raises(UserError, match='tfds:mnist is not there in the array_record format .* takes TensorFlow'):
         prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
     with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
@@ -496,7 +499,7 @@ def test_original_photos(imagenet_tar, tmp_path):
     classes = listing.imagenet_classes()
     for ref in refs[::25]:
         assert ref.name.startswith(classes[ref.label])
-        pixels = prepare.square(listing.read(ref), 256)
+        pixels = prepare.square(listing.read(ref)[0], 256)
         assert pixels.shape == (256, 256, 3) and pixels.std() > 5
 
 
