@@ -154,7 +154,7 @@ def averaged(suite: str, workdirs: Sequence[str], dataset: sources.Dataset) -> r
     split, mesh = dataset.splits[tested_on(dataset)], sharding.make_mesh(data=len(jax.devices()), tower=1)
     loaded = [last(workdir) for workdir in workdirs]
     keys, tested = ('top1_error', 'top5_error'), {}
-    for views in (1, 10):
+    for views in (1, 10) if suite == 'views' else (10,):
         tested[views] = [evaluate.evaluate(one, split, mesh, views=views) for one in loaded]
     if suite == 'views':
         names, before, after = ('centre', 'ten views'), tested[1], tested[10]
