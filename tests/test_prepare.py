@@ -121,7 +121,7 @@ def test_odd_exif_does_not_spoil_an_image():
     chex.assert_trees_all_equal(prepare.square(odd, 40), prepare.square(content, 40))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tmp_path, workers):
     """And what is back when it is asked for once more was never gone, though array_record's own reader stays so."""
     out = tmp_path / 'out'

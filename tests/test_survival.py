@@ -40,7 +40,8 @@ def _stop_after(monkeypatch, calls):
     monkeypatch.setattr(processes, 'termination', lambda: contextlib.nullcontext(lambda: next(count) >= calls))
 
 
-@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1])
 def test_stopped_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch, seed):
     """Again and again, until it gets through: parameters, velocities, rates and every line are those of a whole run."""
     rng, stops = np.random.default_rng(seed), []
