@@ -102,13 +102,14 @@ def test_under_slurm_a_task_has_all_gpus_of_its_node(tmp_path):
     assert done.stdout.splitlines() == ['GPUs: all'] * 2
 
 
-def test_of_several_processes_on_one_machine_each_has_a_gpu(tmp_path):
+def test_of_several_processes_on_one_machine_each_has_a_gpu_and_knows_their_number(tmp_path):
     task = tmp_path / 'task'
-    task.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "GPU $JAX_LOCAL_DEVICE_IDS"\n')
+    said = 'echo "GPU $JAX_LOCAL_DEVICE_IDS, one of $LOCAL_WORLD_SIZE"'
+    task.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n{said}\n')
     task.chmod(0o755)
     here = {**os.environ, 'PYTHON': str(task)}
     done = subprocess.run([str(LAUNCH / 'local.sh'), '2'], env=here, capture_output=True, text=True)
-    assert done.returncode == 0 and sorted(done.stdout.splitlines()) == ['GPU 0', 'GPU 1'], done.stderr
+    assert done.returncode == 0 and sorted(done.stdout.splitlines()) == [f'GPU {i}, one of 2' for i in (0, 1)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The loop: exact resume, what is kept and written, what stops it. Small networks on the embedded digits."""
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -466,6 +467,21 @@ def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(p
     assert assemble._workers(config, prepared, platform, 64) == workers
     if 'data.num_workers' not in changes:
         assert assemble._workers(config, digits, platform, 64) == 0  # nothing there has to be decoded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['host', 'device'])
+def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
+    run = assemble.build(_config(**{'data.cache': cache, 'data.num_workers': 2}))
+    batches, val_batches = run.batches(0), run.val_batches()
+    try:
+        next(batches)
+        assert not multiprocessing.active_children()
+        chex.assert_trees_all_equal(next(val_batches), next(assemble.build(_config()).val_batches()))
+        assert len(multiprocessing.active_children()) == 2
+    finally:
+        batches.close()
+        val_batches.close()
 
 
 def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monkeypatch):
