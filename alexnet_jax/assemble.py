@@ -166,7 +166,7 @@ def network_of(config: ConfigDict) -> tuple[model.AlexNet, augment.Augmentation]
     return model.from_config(config.model), augment.from_config(config.data)
 
 
-def _workers(config: ConfigDict, dataset: sources.Dataset, mesh: Mesh, batch_size: int) -> int:
+def _workers(config: ConfigDict, dataset: sources.Dataset, mesh: Mesh, rows: int) -> int:
     """`data.num_workers`, or for -1: none where the step needs the cores, or where nothing has to be decoded."""
     script = processes.script_without_guard()
     if config.data.num_workers > 0 and script:
@@ -178,8 +178,8 @@ def _workers(config: ConfigDict, dataset: sources.Dataset, mesh: Mesh, batch_siz
         return config.data.num_workers
     if mesh.devices.flat[0].platform == 'cpu' or script or isinstance(dataset.splits['train'], list):
         return 0
-    batch_bytes = batch_size * 3 * (config.data.image_size**2 + dataset.record_size**2)
-    return data.default_workers(batch_bytes, len(mesh.local_devices))
+    row_bytes = 3 * (config.data.image_size**2 + dataset.record_size**2)
+    return data.default_workers(rows, row_bytes, len(mesh.local_devices))
 
 
 def _cached(

@@ -6,6 +6,7 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from alexnet_jax.errors import UnreadableError, UserError
 
 Batch = dict[str, np.ndarray]
 _FEW = 3  # processes that are not slower than threads
+_PIECE = 1024  # images that a worker process makes at a time, at most: it holds a few such pieces in shared memory
 _SHARED = '/dev/shm'
 
 
@@ -224,20 +226,28 @@ def _eval_batch(source, record_size, places) -> Batch:
     }
 
 
-def default_workers(batch_bytes: int, devices: int) -> int:
+def _joined(pieces: Sequence[Batch]) -> Batch:
+    """One batch of several pieces."""
+    found = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0] if key != 'unreadable'}
+    unreadable = list(itertools.chain.from_iterable(piece.get('unreadable', ()) for piece in pieces))
+    return found | ({'unreadable': unreadable} if unreadable else {})
+
+
+def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     """Processes to decode in beside accelerators: one a core but one, and no more than shared memory has room for; 0,
     which are threads, where that leaves few.
 
     Args:
-      batch_bytes: of a batch for training and one for validation. Of each w processes were seen to have 4 w + 2 in
-        shared memory.
+      rows: of this process in a batch. Of each kind of batch w processes were seen to have 4 w + 2 pieces in shared
+        memory.
+      row_bytes: of an image for training and one for validation.
       devices: of this process; each has 32 processes at most.
     """
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _FEW:
         return 0
     free = shutil.disk_usage(_SHARED).free // processes.beside() if os.path.isdir(_SHARED) else 0
-    if (room := free // (5 * batch_bytes)) < workers:
+    if (room := free // (5 * min(rows, _PIECE) * row_bytes)) < workers:
         workers = room if room >= _FEW else 0
         how = f'{workers} processes' if workers else 'threads'
         print(
@@ -255,10 +265,16 @@ def default_threads(num_workers: int) -> int:
 
 def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
-    threads = num_threads or default_threads(num_workers)
-    # Rows of one process lie together in the global batch: batch first, then deal the parts out.
-    parts = stream.batch(batch_size // count, batch_fn=list)[start * count + index :: count].map(build)
-    # A thread fills a whole batch: so many are under way, and two more wait. (Grain's default holds 500 batches.)
+    rows, threads = batch_size // count, num_threads or default_threads(num_workers)
+    pieces = -(-rows // _PIECE) if num_workers else 1
+
+    def places(number):
+        batch, piece = divmod(number, pieces)
+        first = (start + batch) * batch_size + index * rows  # rows of one process lie together in the global batch
+        return [stream[first + row] for row in range(rows * piece // pieces, rows * (piece + 1) // pieces)]
+
+    parts = grain.MapDataset.range((len(stream) // batch_size - start) * pieces).map(places).map(build)
+    # A thread fills a whole piece: so many are under way, and two more wait. (Grain's default holds 500 batches.)
     dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a script; grain reads a flag of its own
@@ -270,6 +286,8 @@ def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) 
         # Images go through shared memory; labels and draws are smaller than what that takes.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+    if pieces > 1:
+        dataset = dataset.batch(pieces, batch_fn=_joined)
     return _closing(dataset, processes.signals_held() if num_workers else contextlib.nullcontext())
 
 

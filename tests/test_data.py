@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, data, processes, sources
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
 
@@ -24,19 +24,22 @@ from tests.small import running
 class Records:
     """`count` images that tell their own number. (A class, so that worker processes can load it.)"""
 
-    def __init__(self, count, size=6):
-        self.count, self.size = count, size
+    def __init__(self, count, size=6, damaged=()):
+        self.count, self.size, self.damaged = count, size, damaged
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, i):
+        if i in self.damaged:
+            raise UnreadableError(f'record {i}')
         return {'image': np.full((self.size, self.size, 3), i % 256, np.uint8), 'label': i}
 
 
-def _train(count=50, *, batch_size=8, start_step=0, take=10, **options):
+def _train(count=50, *, batch_size=8, start_step=0, take=10, damaged=(), **options):
     options = {'seed': 3, 'augmentation': augment.Augmentation(image_size=4), 'num_threads': 2, **options}
-    batches = data.train_batches(Records(count), batch_size=batch_size, start_step=start_step, record_size=6, **options)
+    records = Records(count, damaged=damaged)
+    batches = data.train_batches(records, batch_size=batch_size, start_step=start_step, record_size=6, **options)
     try:
         return list(itertools.islice(batches, take))
     finally:
@@ -64,14 +67,16 @@ def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypat
 )
 def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, devices, workers, monkeypatch, capsys):
     """128 images to train on and 128 to validate with: 128 * 3 * (224^2 + 256^2) bytes = 42.4 MiB, of which a process
-    may have five; a container has 64 MiB of shared memory."""
+    may have five; a container has 64 MiB of shared memory. Of larger batches it makes 1,024 at a time."""
     monkeypatch.setattr(data.processes, 'cores', lambda: cores)
     monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
-    batch_bytes = 128 * 3 * (224**2 + 256**2)
-    assert data.default_workers(batch_bytes, devices) == workers
+    row_bytes = 3 * (224**2 + 256**2)
+    assert data.default_workers(128, row_bytes, devices) == workers
     assert ('--ipc=host' in capsys.readouterr().err) == (free_mib < 65536)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # of launch/local.sh
-    assert data.default_workers(batch_bytes, devices) == (workers if free_mib == 65536 else 0)
+    assert data.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE')
+    assert data.default_workers(8192, row_bytes, devices) == (min(workers, 38) if free_mib == 65536 else 0)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +156,17 @@ def test_threads_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('num_workers', [1, 3])
-def test_worker_processes_change_nothing(num_workers):
-    chex.assert_trees_all_equal(_train(start_step=2, num_workers=num_workers), _train(start_step=2))
+@pytest.mark.parametrize(('num_workers', 'piece'), [(1, 8), (3, 8), (2, 3)])
+def test_worker_processes_change_nothing(num_workers, piece, monkeypatch):
+    """Nor that they make a batch of 8 in pieces of 2, 3 and 3, of which some have images that cannot be read."""
+    monkeypatch.setattr(data, '_PIECE', piece)
+    for shard in ((0, 1), (1, 2)):
+        in_threads, in_processes = (
+            _train(start_step=2, damaged=range(0, 50, 3), shard=shard, num_workers=number) for number in (0, num_workers)
+        )
+        why = [[batch.pop('unreadable', []) for batch in batches] for batches in (in_threads, in_processes)]
+        assert why[0] == why[1] and max(map(len, why[0])) > 1
+        chex.assert_trees_all_equal(in_processes, in_threads)
 
 
 @pytest.mark.parametrize('count', [2, 4])
