@@ -39,7 +39,7 @@ from alexnet_jax import (
     train,
     writers,
 )
-from alexnet_jax.errors import DivergedError, UserError, did_you_mean, local, telling
+from alexnet_jax.errors import DivergedError, UserError, did_you_mean, telling
 from alexnet_jax.suites import Arm
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
@@ -229,23 +229,11 @@ def _prepared(path: str) -> str:
 
 
 def prepared(path: str, output: str, size: int, suite: str) -> str:
-    """A directory in the output with what `path` holds, prepared; OUTPUT/data-SIZE.source says what that was."""
-    folder, source = os.path.join(output, f'data-{size}'), path if path.startswith('tfds:') else local(path)
+    """A directory in the output with what `path` holds, prepared."""
+    folder = os.path.join(output, f'data-{size}')
     if not os.path.exists(folder):
         _check_splits(listing.find(path), suite, repr(path))
-        with open(f'{folder}.source', 'w', encoding='utf-8') as file:
-            file.write(source)
-        prepare.prepare(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
-        return folder
-    known = 'somewhere else'
-    if os.path.exists(f'{folder}.source'):
-        with open(f'{folder}.source', encoding='utf-8') as file:
-            known = file.read()
-    if known != source:
-        raise UserError(
-            f'{folder} was prepared from {known}, not from {source}; give the same --data, remove that folder, or give '
-            'another --output.'
-        )
+    prepare.once(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
     return folder
 
 

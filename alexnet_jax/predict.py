@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from alexnet_jax import cli, evaluate, images, listing, prepare, processes
+from alexnet_jax import cli, evaluate, images, listing, processes
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -77,7 +77,7 @@ def best(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) 
 
 def _square(path: str, size: int) -> np.ndarray:
     try:
-        return prepare.square(images.read(path), size)
+        return images.square(images.read(path), size)
     except (OSError, ValueError) as error:
         raise UserError(f'{path!r} cannot be read as an image ({error})') from error
 

@@ -102,6 +102,35 @@ def prepare(
     print(f'{output} is ready.', flush=True)
 
 
+def once(source: str, output: str, *, size: int, val_fraction: float = 0.0, **options) -> None:
+    """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
+
+    For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
+
+    Raises:
+      UserError: `output` was prepared from something else; or see `prepare`.
+    """
+    made = source if source.startswith('tfds:') else local(source)
+    if val_fraction:
+        made += f' with --val_fraction={val_fraction:g}'
+    if not os.path.exists(output):
+        with open(f'{output}.source', 'w', encoding='utf-8') as file:
+            file.write(made)
+        if val_fraction and 'val' in listing.find(source).splits:
+            val_fraction = 0.0
+        prepare(source, output, size=size, val_fraction=val_fraction, **options)
+        return
+    known = 'somewhere else'
+    if os.path.exists(f'{output}.source'):
+        with open(f'{output}.source', encoding='utf-8') as file:
+            known = file.read()
+    if known != made:
+        raise UserError(
+            f'{output} was prepared from {known}, not from {made}; give the same again, or another --output, or remove '
+            'that folder.'
+        )
+
+
 def _in_words(path: str, class_names: Sequence[str]) -> tuple[str, ...]:
     """What people call the classes, as a list in the input says; two of one name keep their folders' beside it."""
     words = {}
@@ -243,7 +272,7 @@ def _write(shard: Shard) -> Written:
     for ref in shard.refs:
         try:
             image, label = _read(ref)
-            pixels = square(image, shard.size)
+            pixels = images.square(image, shard.size)
         except UserError:
             raise
         except Exception as error:  # Pillow refuses files in more ways than it documents
@@ -277,31 +306,6 @@ def _read(ref: listing.Ref) -> tuple[bytes | np.ndarray, int]:
             raise
         where = error.filename or ref.path
         raise UserError(f'the image {ref.name!r} cannot be read any more: {where}: {error.strerror}.') from error
-
-
-def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """An image's central square with its shorter side resized to `size`, uint8 [size, size, 3].  Section 2.
-
-    Resized by Pillow's BILINEAR, whose window widens with the reduction (antialiased). Deviation: the paper names no
-    filter, and nothing of EXIF's rotation, which is applied.
-
-    Args:
-      image: a file's bytes, or uint8 pixels [H, W, C].
-
-    Raises:
-      ValueError: it cannot be read; see `images.decode`.
-    """
-    if isinstance(image, np.ndarray):
-        rgb = images.rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
-    else:
-        rgb = images.decode(image)
-    scale = size / min(rgb.size)
-    width, height = (max(size, round(side * scale)) for side in rgb.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    # The same pixels as resizing all of it to width x height and then cropping, without computing the rest.
-    x, y = rgb.width / width, rgb.height / height
-    box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, cli, evaluate, figures, listing, model, prepare, sharding, sources, train
+from alexnet_jax import augment, cli, evaluate, figures, model, prepare, sharding, sources, train
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -36,12 +36,19 @@ def tuned(config: ConfigDict, source: Checkpoint | None, path: str, classes: int
 
 
 def prepared(pictures: str, folder: str, size: int, val_fraction: float, max_bad: int) -> sources.Dataset:
-    """The pictures as training reads them, prepared into `folder` unless they lie there already."""
-    if not os.path.exists(folder):
-        has_val = 'val' in listing.find(pictures).splits
-        fraction = 0.0 if has_val else val_fraction
-        prepare.prepare(pictures, folder, size=size, val_fraction=fraction, max_bad=max_bad)
-    return sources.open_dataset(folder)
+    """The pictures as training reads them, prepared into `folder` unless they lie there already.
+
+    Raises:
+      UserError: other pictures, or squares of another size, lie there.
+    """
+    prepare.once(pictures, folder, size=size, val_fraction=val_fraction, max_bad=max_bad)
+    dataset = sources.open_dataset(folder)
+    if dataset.record_size != size:
+        raise UserError(
+            f'{folder} was prepared at {dataset.record_size} px, this network takes {size}; remove it, or give another '
+            '--output.'
+        )
+    return dataset
 
 
 def main() -> None:

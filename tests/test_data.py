@@ -162,7 +162,8 @@ def test_worker_processes_change_nothing(num_workers, piece, monkeypatch):
     monkeypatch.setattr(data, '_PIECE', piece)
     for shard in ((0, 1), (1, 2)):
         in_threads, in_processes = (
-            _train(start_step=2, damaged=range(0, 50, 3), shard=shard, num_workers=number) for number in (0, num_workers)
+            _train(start_step=2, damaged=range(0, 50, 3), shard=shard, num_workers=number)
+            for number in (0, num_workers)
         )
         why = [[batch.pop('unreadable', []) for batch in batches] for batches in (in_threads, in_processes)]
         assert why[0] == why[1] and max(map(len, why[0])) > 1

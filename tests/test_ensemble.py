@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, ensemble, evaluate, model, prepare, sharding, sources, steps
+from alexnet_jax import checkpoint, ensemble, evaluate, images, model, sharding, sources, steps
 from alexnet_jax.errors import UserError
 from tests import ROOT, small
 
@@ -34,8 +34,8 @@ def checkpoints(tmp_path_factory):
 
 def _outputs(paths, views=1):
     digits = sources.open_dataset('digits').split('val')
-    images, labels = np.stack([r['image'] for r in digits]), np.array([r['label'] for r in digits])
-    return [evaluate.predict(checkpoint.load_checkpoint(p), images, views=views) for p in paths], labels
+    pixels, labels = np.stack([r['image'] for r in digits]), np.array([r['label'] for r in digits])
+    return [evaluate.predict(checkpoint.load_checkpoint(p), pixels, views=views) for p in paths], labels
 
 
 def test_average_by_hand():
@@ -157,7 +157,7 @@ def test_predict_command(checkpoints, photos, views):
     names = ['grey.png', 'a.jpg', 'b.png', 'grey.png', 'more/c.JPEG']
     assert [line['file'] for line in lines] == [f'{photos}/{name}' for name in names]
     loaded = checkpoint.load_checkpoint(checkpoints[0])
-    squares = np.stack([prepare.square((photos / name).read_bytes(), 32) for name in names])
+    squares = np.stack([images.square((photos / name).read_bytes(), 32) for name in names])
     expected = evaluate.predict(loaded, squares, views=views)
     for line, p in zip(lines, expected, strict=True):
         order = np.argsort(-p)[:3]

@@ -381,7 +381,7 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
         assert experiments.prepared(path, out, 32, 'cifar10') == os.path.join(out, 'data-32')
     assert preparing == [one]
     for path in (other, str(tmp_path / 'typo')):
-        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same --data'):
+        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same again'):
             experiments.prepared(path, out, 32, 'cifar10')
     assert experiments.prepared(other, out, 64, 'views') == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alexnet_jax import checkpoint, convert, digests, listing, prepare, processes, statistics, weights
+from alexnet_jax import checkpoint, convert, digests, images, listing, processes, statistics, weights
 from alexnet_jax.errors import UserError
 from tests.test_features import untrained
 
@@ -138,7 +138,7 @@ def _pictures():
 
 def _square(content):
     try:
-        found = prepare.square(content, 16)
+        found = images.square(content, 16)
     except ValueError as error:
         _one_line(error)
     else:
@@ -149,7 +149,7 @@ def _square(content):
 def test_images(examples):
     wholes = _pictures()
     for whole in wholes:
-        assert prepare.square(whole, 16).std() > 5
+        assert images.square(whole, 16).std() > 5
     heads = st.sampled_from([whole[:n] for whole in wholes for n in (4, 12, 40)])
     noise = st.builds(bytes.__add__, heads | st.just(b''), st.binary(max_size=300))
     _fuzz(examples, _damaged(wholes) | _damaged(wholes) | noise, _square)

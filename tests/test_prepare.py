@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image, ImageOps
 
-from alexnet_jax import augment, data, listing, prepare, sources, statistics
+from alexnet_jax import augment, data, images, listing, prepare, sources, statistics
 from alexnet_jax.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
@@ -69,7 +69,7 @@ def test_square_is_the_shorter_side_resized_and_the_centre_cut():
         w, h = round(width * scale), round(height * scale)
         left, top = (w - 64) // 2, (h - 64) // 2
         resized = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + 64, top + 64))
-        found = prepare.square(_encode(image, 'PNG'), 64)
+        found = images.square(_encode(image, 'PNG'), 64)
         assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
 
 
@@ -93,7 +93,7 @@ def test_odd_files_come_out_right():
         'EXIF': (_encode(image, quality=98, subsampling=0, exif=turned), np.rot90(pixels, -1)),
     }
     for name, (content, expected) in cases.items():
-        found = prepare.square(content, 64)
+        found = images.square(content, 64)
         assert found.shape == (64, 64, 3) and found.dtype == np.uint8, name
         inner = np.r_[4:28, 36:60]  # away from the edges between colours, where JPEG smears
         difference = np.abs(found.astype(int) - expected)[inner][:, inner]
@@ -107,7 +107,7 @@ def test_every_exif_orientation(orientation):
     exif[0x0112] = orientation
     stored = Image.open(io.BytesIO(_encode(_pixels(1, 40, 40), quality=95, exif=exif)))
     upright = np.asarray(ImageOps.exif_transpose(stored))
-    chex.assert_trees_all_equal(prepare.square(_encode(_pixels(1, 40, 40), quality=95, exif=exif), 40), upright)
+    chex.assert_trees_all_equal(images.square(_encode(_pixels(1, 40, 40), quality=95, exif=exif), 40), upright)
 
 
 def test_odd_exif_does_not_spoil_an_image():
@@ -118,7 +118,7 @@ def test_odd_exif_does_not_spoil_an_image():
     odd = content[:entry] + b'\x01\x00' + content[entry + 2 :]  # now its width is the text 'maker'
     with pytest.raises(Exception, match='not an integer'):  # as Pillow's own transposition finds
         ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
-    chex.assert_trees_all_equal(prepare.square(odd, 40), prepare.square(content, 40))
+    chex.assert_trees_all_equal(images.square(odd, 40), images.square(content, 40))
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -190,7 +190,7 @@ def test_folder_of_splits(folder, tmp_path, kind):
     squares = {}
     for name, (pixels, class_name) in train.items():
         with open(os.path.join(folder, name), 'rb') as file:
-            squares[name] = prepare.square(file.read(), 32)
+            squares[name] = images.square(file.read(), 32)
         assert class_name == name.split('/')[1]
         difference = np.abs(pixels.astype(int) - squares[name])
         assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
@@ -366,8 +366,8 @@ def official(tmp_path):
     root.mkdir()
     inner = {}
     for k in (0, 500, 999):
-        images = {f'{classes[k]}_{i}.JPEG': _encode(_pixels(k + i)) for i in range(2)}
-        inner[f'{classes[k]}.tar'] = _tar(tmp_path / 'inner.tar', images)
+        files = {f'{classes[k]}_{i}.JPEG': _encode(_pixels(k + i)) for i in range(2)}
+        inner[f'{classes[k]}.tar'] = _tar(tmp_path / 'inner.tar', files)
     _tar(root / 'ILSVRC2012_img_train.tar', inner)
     _tar(root / 'ILSVRC2012_img_val.tar', {f'ILSVRC2012_val_{i:08}.JPEG': _encode(_pixels(i)) for i in (3, 1, 2)})
     return root
@@ -543,7 +543,7 @@ def test_original_photos(imagenet_tar, tmp_path):
     classes = listing.imagenet_classes()
     for ref in refs[::25]:
         assert ref.name.startswith(classes[ref.label])
-        pixels = prepare.square(listing.read(ref)[0], 256)
+        pixels = images.square(listing.read(ref)[0], 256)
         assert pixels.shape == (256, 256, 3) and pixels.std() > 5
 
 
@@ -598,7 +598,7 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
         'pipe.jpg': (None, 'not a regular file'),
         'gone.jpg': (None, 'No such file'),
     }
-    assert prepare.square(_png(16, 16, rows), 16).std() > 5
+    assert images.square(_png(16, 16, rows), 16).std() > 5
     files = good | {name: content for name, (content, _) in bad.items() if content is not None}
     _write(tmp_path / 'in' / 'cat', files)
     os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # without taking room
@@ -620,7 +620,7 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
 def test_formats_are_those_of_photos():
     for kind in ('ICO', 'ICNS', 'TGA', 'PCX', 'SGI', 'JPEG2000', 'DDS', 'PDF', 'EPS'):
         with pytest.raises(ValueError, match='^of no known format$'):
-            prepare.square(_encode(_pixels(0), kind), 16)
+            images.square(_encode(_pixels(0), kind), 16)
 
 
 def test_nothing_is_unpacked_from_an_archive(tmp_path):

@@ -1,6 +1,7 @@
 """Own pictures in one command: from class folders to a network, then another one tuned from it."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import checkpoint, sources, tune
+from alexnet_jax.errors import UserError
 from tests import ROOT, small
 from tests.test_features import untrained
 
@@ -66,6 +68,22 @@ def test_from_class_folders_to_predictions(tmp_path):
         (second.params[name]['kernel'] == first.params[name]['kernel']).all() for name in ('conv1', 'conv5', 'fc7')
     )
     assert 'there is no checkpoint' in _run('tune', *words[:-1], '--init_from=nowhere', code=2)
+
+
+def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
+    """What lies there stays as it is, and it may be all there is: the pictures need not be there any more."""
+    one, other = (write_pictures(tmp_path / name, classes, 2) for name, classes in (('one', (0, 1)), ('two', (2, 7))))
+    folder = str(tmp_path / 'data')
+    first = tune.prepared(str(one), folder, 16, 0.5, 0)
+    assert first.class_names == ('digit 0', 'digit 1') and len(first.splits['val']) == 2
+    with pytest.raises(UserError, match=f'data was prepared from {one} with --val_fraction=0.5, not from {other} with'):
+        tune.prepared(str(other), folder, 16, 0.5, 0)
+    with pytest.raises(UserError, match=f'not from {one} with --val_fraction=0.25; give the same again, or another'):
+        tune.prepared(str(one), folder, 16, 0.25, 0)
+    with pytest.raises(UserError, match='was prepared at 16 px, this network takes 24'):
+        tune.prepared(str(one), folder, 24, 0.5, 0)
+    shutil.rmtree(one)
+    assert tune.prepared(str(one), folder, 16, 0.5, 0).class_names == first.class_names
 
 
 def test_a_tuned_config_is_the_checkpoints_network_with_the_configs_rates(tmp_path):
