@@ -183,11 +183,13 @@ def cut_on_device(batch: dict, size: int) -> dict:
     """
 
     def from_one(record_HWC, offset, reflect):
-        part = lax.dynamic_slice(record_HWC, (*offset, jnp.zeros_like(offset[0])), (size, size, 3))
+        start = (*offset, jnp.zeros_like(offset[0]))  # of one type, in float64 too
+        part = lax.dynamic_slice(record_HWC, start, (size, size, 3))
         return jnp.where(reflect, part[:, ::-1], part)
 
     def from_all(index, offset, reflect):
-        part = lax.dynamic_slice(batch['records'], (index, offset[0], offset[1], 0), (1, size, size, 3))[0]
+        start = (index, *offset, jnp.zeros_like(index))
+        part = lax.dynamic_slice(batch['records'], start, (1, size, size, 3))[0]
         return jnp.where(reflect, part[:, ::-1], part)
 
     cut_out, which = (from_one, 'whole') if 'whole' in batch else (from_all, 'index')

@@ -82,55 +82,68 @@ def _host(sums) -> dict[str, float]:
 
 
 def evaluate(
-    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128
+    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128, max_bad: int = 0
 ) -> dict[str, float]:
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
-    batch_size, test, params, statistics = _ready(checkpoint, mesh, views, batch_size)
-    eval_step = jax.jit(functools.partial(steps.eval_step, **test), out_shardings=sharding.replicated(mesh))
-    shard = sharding.data_shard(mesh)
-    batches = data.eval_batches(source, batch_size=batch_size, record_size=checkpoint.record_size, shard=shard)
-    with contextlib.closing(batches):
-        return one_pass(eval_step, params, statistics, batches, mesh, examples=len(source))
+    eval_step, params, statistics, batch_size = _ready(steps.eval_step, checkpoint, mesh, views, batch_size)
+    with contextlib.closing(_batches(checkpoint, source, mesh, batch_size)) as batches:
+        return one_pass(eval_step, params, statistics, batches, mesh, examples=len(source), max_bad=max_bad)
 
 
-def _ready(checkpoint: Checkpoint, mesh, views: int, batch_size: int):
-    """(batch size that divides, keywords of `steps.log_probabilities`, parameters and statistics on the mesh)."""
-    layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])
-    test = {
-        'forward': sharding.forward(checkpoint.network, mesh),
-        'augmentation': checkpoint.augmentation,
-        'views': views,
-    }
-    parts = mesh.shape['data']
+def _ready(function: Callable, checkpoint: Checkpoint, mesh, views: int, batch_size: int):
+    """(the function of `_jitted`, parameters and statistics on the mesh, batch size rounded up to its data parts)."""
+    layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # says what does not divide
+    jitted = _jitted(function, checkpoint.network, checkpoint.augmentation, mesh, views)
     params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
     statistics = jax.device_put(checkpoint.statistics, sharding.replicated(mesh))
-    return -(-batch_size // parts) * parts, test, params, statistics
+    parts = mesh.shape['data']
+    return jitted, params, statistics, -(-batch_size // parts) * parts
+
+
+@functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
+def _jitted(function: Callable, network, augmentation, mesh, views: int):
+    """`steps.eval_step`, `steps.log_probabilities` or `_outputs`, for this network and what it sees of an image."""
+    forward = sharding.forward(network, mesh)
+    test = functools.partial(function, forward=forward, augmentation=augmentation, views=views)
+    return jax.jit(test, out_shardings=sharding.replicated(mesh))
+
+
+def _batches(checkpoint: Checkpoint, source: Sequence, mesh, batch_size: int) -> Iterator[data.Batch]:
+    if not len(source):
+        raise UserError('there are no images to evaluate on.')
+    shard = sharding.data_shard(mesh)
+    return data.eval_batches(source, batch_size=batch_size, record_size=checkpoint.record_size, shard=shard)
+
+
+def _outputs(params, batch, statistics, **test):
+    """Of all processes: softmax outputs, labels, weights."""
+    return jnp.exp(steps.log_probabilities(params, batch['image'], statistics, **test)), batch['label'], batch['weight']
 
 
 def probabilities(
-    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128
+    checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128, max_bad: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A checkpoint's softmax outputs for all of a source, averaged over the views: (float32 [N, K], int labels [N])."""
-    batch_size, test, params, statistics = _ready(checkpoint, mesh, views, batch_size)
+    """A checkpoint's softmax outputs for all of a source, averaged over the views: (float32 [N, K], int labels [N]).
 
-    def outputs(params, batch, statistics):
-        scores = steps.log_probabilities(params, batch['image'], statistics, **test)
-        return jnp.exp(scores), batch['label'], batch['weight']
-
-    function = jax.jit(outputs, out_shardings=sharding.replicated(mesh))
-    found, size, shard = [], checkpoint.record_size, sharding.data_shard(mesh)
-    for batch in data.eval_batches(source, batch_size=batch_size, record_size=size, shard=shard):
-        batch = data.tell_unreadable(batch)
-        part, labels, weights = jax.device_get(function(params, sharding.to_mesh(mesh, batch), statistics))
+    Up to max_bad records may be unreadable; they are named, and left out.
+    """
+    function, params, statistics, batch_size = _ready(_outputs, checkpoint, mesh, views, batch_size)
+    found = []
+    for batch in _batches(checkpoint, source, mesh, batch_size):
+        batch = sharding.to_mesh(mesh, data.tell_unreadable(batch))
+        part, labels, weights = jax.device_get(function(params, batch, statistics))
         found.append((part[weights > 0], labels[weights > 0]))
     outputs, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    _check_count(len(labels), len(source), max_bad=0)
+    _check_count(len(labels), len(source), max_bad)
     return outputs, labels
 
 
 def _check_count(count: int, expected: int, max_bad: int) -> None:
     if expected - count > max_bad or not count:
-        raise UserError(f'{expected - count} of {expected} images cannot be read (named above); prepare them again.')
+        raise UserError(
+            f'{expected - count} of {expected} images cannot be read (named above), max_bad={max_bad}; prepare the '
+            'data again.'
+        )
 
 
 def evaluate_ensemble(
@@ -142,6 +155,7 @@ def evaluate_ensemble(
     tune_on: Sequence | None = None,
     views: int = 1,
     batch_size: int = 128,
+    max_bad: int = 0,
 ) -> dict[str, Any]:
     """Errors of the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
 
@@ -153,6 +167,7 @@ def evaluate_ensemble(
       tune_on: records on which to look for the weights instead, see `ensemble.tune`.
       views: 1 or 10.
       batch_size: images at a time.
+      max_bad: records that may be unreadable, as in `one_pass`.
 
     Returns:
       'loss', 'top1_error', 'top5_error', 'count' as `one_pass`, and 'weights', which add up to 1.
@@ -162,7 +177,8 @@ def evaluate_ensemble(
     """
 
     def outputs(source):
-        found = [probabilities(c, source, mesh, views=views, batch_size=batch_size) for c in checkpoints]
+        test = {'views': views, 'batch_size': batch_size, 'max_bad': max_bad}
+        found = [probabilities(checkpoint, source, mesh, **test) for checkpoint in checkpoints]
         return [p for p, _ in found], found[0][1]
 
     tested = outputs(source)
@@ -180,13 +196,13 @@ def evaluate_ensemble(
     return {**metrics.finish(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 
 
-def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: int = 128, mesh=None) -> np.ndarray:
-    """Softmax outputs, averaged over the paper's ten views or of the centre crop (section 4.1).
+def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: int = 128, mesh=None) -> np.ndarray:
+    """Softmax outputs of the centre crop, or averaged over the paper's ten views (section 4.1).
 
     Args:
       checkpoint: from `load_checkpoint`.
       image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-      views: 10, or 1 for the centre alone.
+      views: 1 for the centre alone, or 10.
       batch_size: images at a time, at most.
       mesh: from `sharding.make_mesh`; None computes on one device.
 
@@ -202,27 +218,16 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 10, batch_size: 
         raise UserError(
             f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
         )
-    if mesh is None:
-        mesh = sharding.make_mesh(data=1, tower=1)
-    divisor = mesh.shape['data']
-    batch_size = -(-max(1, min(batch_size, len(image_NHWC))) // divisor) * divisor
-    layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])
-    function = _log_probabilities(checkpoint.network, mesh, checkpoint.augmentation, views)
-    params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
+    mesh = mesh or sharding.make_mesh(data=1, tower=1)
+    wanted = max(1, min(batch_size, len(image_NHWC)))
+    function, params, statistics, batch_size = _ready(steps.log_probabilities, checkpoint, mesh, views, wanted)
     parts = []
     for start in range(0, len(image_NHWC), batch_size):
         part = image_NHWC[start : start + batch_size]
         missing = batch_size - len(part)  # fill the last batch up: one shape, one compilation
         part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)])
-        parts.append(np.exp(function(params, part, checkpoint.statistics))[: batch_size - missing])
+        parts.append(np.exp(function(params, part, statistics))[: batch_size - missing])
     return np.concatenate(parts) if parts else np.zeros((0, len(checkpoint.class_names)), np.float32)
-
-
-@functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
-def _log_probabilities(network, mesh, augmentation, views):
-    forward = sharding.forward(network, mesh)
-    test = functools.partial(steps.log_probabilities, forward=forward, augmentation=augmentation, views=views)
-    return jax.jit(test, out_shardings=sharding.replicated(mesh))
 
 
 def check_data(checkpoint: Checkpoint, dataset: sources.Dataset, path: str) -> None:
@@ -246,8 +251,11 @@ def check_record_size(checkpoint: Checkpoint, dataset: sources.Dataset, path: st
 
 def main() -> None:
     args = flags.FLAGS
-    if args.batch_size < 1 or args.tower not in (1, 2):
-        raise UserError(f'--batch_size={args.batch_size}, --tower={args.tower}; expected at least 1, and 1 or 2.')
+    if args.batch_size < 1 or args.tower not in (1, 2) or args.max_bad < 0:
+        raise UserError(
+            f'--batch_size={args.batch_size}, --tower={args.tower}, --max_bad={args.max_bad}; expected at least 1, 1 '
+            'or 2, and at least 0.'
+        )
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     weights = _weights(args.weights, len(args.checkpoint))
@@ -260,7 +268,7 @@ def main() -> None:
         check_data(checkpoint, dataset, path)
         layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
-    test = {'views': args.views, 'batch_size': args.batch_size}
+    test = {'views': args.views, 'batch_size': args.batch_size, 'max_bad': args.max_bad}
     keys = ['top1_error', 'top5_error', 'loss', 'count']
     if len(checkpoints) == 1:
         result = evaluate(checkpoints[0], source, mesh, **test)
@@ -309,6 +317,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('weights', '', "Of an ensemble: numbers with commas, or 'tuned' on the val split; else equal.")
     flags.DEFINE_integer('batch_size', 128, 'Images at a time.')
     flags.DEFINE_integer('tower', 1, 'Devices a network is split over: 1, or 2.')
+    flags.DEFINE_integer('max_bad', 0, 'Unreadable images to leave out before giving up.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object as the last line.')
     cli.define_cpu_devices()
     cli.run(main, required=('checkpoint', 'data'))

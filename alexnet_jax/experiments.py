@@ -136,7 +136,7 @@ def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
         ten = dataset.record_size > config.data.image_size  # else all ten are the same two
         for views, (top1, top5) in {1: ('top1_error', 'top5_error'), 10: ('top1_ten', 'top5_ten')}.items():
             if views == 1 or ten:
-                result = evaluate.evaluate(trained, split, mesh, views=views)
+                result = evaluate.evaluate(trained, split, mesh, views=views, max_bad=config.data.max_bad)
                 found[top1], found[top5] = result['top1_error'], result['top5_error']
     if trained.network.table()['conv1'].features % 2 == 0:
         halves = np.split(figures.colour_share(trained.params['conv1']['kernel']), 2)

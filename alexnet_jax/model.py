@@ -33,8 +33,8 @@ class Weights(nn.Module):
     def __call__(self):
         bound = math.prod(self.shape[:-1]) ** -0.5  # torch.nn's default for both, kaiming_uniform(a=sqrt(5))
 
-        def uniform(key, shape, dtype=jnp.float32):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+        def uniform(key, shape):
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
         kernel = uniform if self.init_std == FAN_IN else nn.initializers.normal(self.init_std)
         bias = uniform if self.bias == FAN_IN else nn.initializers.constant(self.bias)
@@ -66,7 +66,8 @@ class AlexNet(nn.Module):
         the second normalisation); alpha is divided by n^2.
       dropout_rate: probability that a hidden unit is silenced (section 4.2).
       dropout_inverted: scale in training (Caffe, torchvision) and not at test (section 4.2).
-      dtype: of the computation: 'float32', 'bfloat16', 'float64'. Parameters are float32.
+      dtype: of the computation: 'float32', 'bfloat16', 'float64'. Parameters are float32, or float64
+        where jax.enable_x64 is on.
       tower_axis: None on one device.
     """
 

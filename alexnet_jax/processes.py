@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -168,8 +169,10 @@ def first_decides(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             found = {'result': function()}
-        except (UserError, OSError) as error:
-            found = {'error': str(error)}
+        except Exception as error:  # whatever it is: the others wait
+            found = {'error': str(error)[:4096]}
+            if not isinstance(error, UserError | OSError):
+                traceback.print_exc()
     encoded = np.frombuffer(json.dumps(found).encode(), np.uint8)
     text = np.zeros(1 << 16, np.uint8)
     text[: len(encoded)] = encoded

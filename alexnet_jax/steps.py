@@ -74,7 +74,7 @@ def train_step(
       forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
       optimizer: from `optim.make_optimizer`.
       augmentation: how bytes become inputs.
-      colour_steps: batches with colour, then it is off; None: it never is.
+      colour_steps: updates with colour, then it is off, as the rates' stages count them; None: it never is.
       accumulate: the batch is computed in so many parts, one after the other, and their gradients are added: the same
         update, in one part's memory.
       data_parts: of the mesh's data axis.
@@ -89,7 +89,7 @@ def train_step(
             batch = augment.cut_on_device(batch, image_size)
     with jax.named_scope('masks'):
         masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
-    colour = True if colour_steps is None else state.step < colour_steps
+    colour = True if colour_steps is None else state.opt_state.count < colour_steps
     dtype = jnp.promote_types(network.dtype, jnp.float32)
     total = jnp.maximum(batch['weight'].sum(), 1) if accumulate > 1 else None
 

@@ -87,12 +87,7 @@ class TrainLog:
 
     def state(self) -> dict:
         """What a run that goes on from here needs to log as this one would have; JSON. Within `pause`."""
-        sums = self._saved['sums']
-        return {
-            **self._saved,
-            'sums': sums and {key: float(value) for key, value in sums.items()},
-            'stall': self._stall.so_far,
-        }
+        return {**self._saved, 'stall': self._stall.so_far}
 
     def _take_all(self) -> None:
         while self._pending:
@@ -108,7 +103,7 @@ class TrainLog:
         self._clock.append((sent, waited))
         self._count_bad(step, self._batch_size - round(float(report['weight'])))
         if report.pop('finite'):
-            saved['sums'] = metrics.merge(saved['sums'], report)
+            saved['sums'] = metrics.merge(saved['sums'], jax.tree.map(float, report))  # float32 cannot add an epoch
             saved['norms'] = jax.tree.map(float, norms)
             if self._stall.seen(float(report['loss']), float(report['weight'])):
                 writers.warn(self._stall.advice(step))

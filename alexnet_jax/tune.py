@@ -66,7 +66,7 @@ def main() -> None:
 
     best, val = load_checkpoint(run), dataset.split('val')
     mesh = sharding.make_mesh(data=len(jax.devices()), tower=1)
-    outputs, labels = evaluate.probabilities(best, val, mesh, views=10)
+    outputs, labels = evaluate.probabilities(best, val, mesh, views=10, max_bad=config.data.max_bad)
     matrix = figures.confusion(labels, outputs.argmax(1), len(best.class_names))
     print(
         f'step {best.step}, the best of {run}: top-1 error {100 * (1 - matrix.trace() / matrix.sum()):.2f}% of '

@@ -102,6 +102,25 @@ def test_evaluating_an_ensemble(checkpoints, views, weights):
     np.testing.assert_allclose(found['loss'], -np.log(mean[np.arange(360), labels]).mean(), rtol=1e-4)
 
 
+def test_images_that_cannot_be_read_count_nowhere(checkpoints):
+    """And are no reason to give up while they are no more than allowed."""
+    loaded, mesh = [checkpoint.load_checkpoint(path) for path in checkpoints[:2]], sharding.make_mesh(data=2, tower=1)
+    records = sources.open_dataset('digits').split('val')[:40]
+    spoilt = [{**r, 'image': b'no image', 'file_name': b''} if i in (3, 30) else r for i, r in enumerate(records)]
+    whole = [r for i, r in enumerate(records) if i not in (3, 30)]
+    for call in (
+        lambda source, **allowed: evaluate.evaluate(loaded[0], source, mesh, batch_size=16, **allowed),
+        lambda source, **allowed: evaluate.evaluate_ensemble(loaded, source, mesh, batch_size=16, **allowed),
+    ):
+        expected, found = call(whole), call(spoilt, max_bad=2)
+        for name in ('loss', 'top1_error', 'top5_error', 'count'):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6)
+        with pytest.raises(UserError, match=r'2 of 40 images cannot be read \(named above\), max_bad=1'):
+            call(spoilt, max_bad=1)
+        with pytest.raises(UserError, match='there are no images'):
+            call([])
+
+
 def _run(command, *arguments):
     return subprocess.run(
         [sys.executable, '-m', f'alexnet_jax.{command}', *arguments], capture_output=True, text=True, cwd=ROOT,

@@ -303,12 +303,15 @@ def test_moved_from_mesh_to_mesh_it_ends_the_same(tmp_path, monkeypatch):
         _float64(monkeypatch)
         config = _config(**{'model.dtype': 'float64'})
         train.train_and_evaluate(config, str(tmp_path / 'whole'))
+        made = [0]
         ways = ({'data.num_threads': 3}, {'data.cache': 'host'}, {'data.num_workers': 2}, {'data.cache': 'device'}, {})
-        for (parts, towers), way, calls in zip(_MESHES, ways, (5, 6, 7, 5, 1000), strict=True):
+        for (parts, towers), way, calls in zip(_MESHES, ways, (5, 6, 7, 12, 1000), strict=True):
             moved = _config(**{'model.dtype': 'float64', 'mesh.data': parts, 'mesh.tower': towers, **way})
             with monkeypatch.context() as patch, contextlib.suppress(TerminatedError):
                 _stop_after(patch, calls)
                 train.train_and_evaluate(moved, str(tmp_path / 'moved'))
+            made.append(lines(tmp_path / 'moved')[-1]['step'])
+        assert all(b - a >= 2 for a, b in itertools.pairwise(made))  # on each mesh updates were made
         a, b = (_arrays(config, tmp_path / name) for name in ('whole', 'moved'))
         assert a.params['conv1']['kernel'].dtype == np.float64
         chex.assert_trees_all_close(a, b, rtol=1e-9, atol=1e-12)

@@ -293,7 +293,9 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
             ]
             logits = np.asarray(found.network.apply({'params': found.params}, part), np.float64)
             ten += np.exp(logits) / np.exp(logits).sum(1, keepdims=True) / 10
-    chex.assert_trees_all_close(evaluate.predict(found, images[:4]), ten.astype(np.float32), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        evaluate.predict(found, images[:4], views=10), ten.astype(np.float32), rtol=1e-4, atol=1e-6
+    )
     with pytest.raises(UserError, match=r'expected uint8 of \(N, 32, 32, 3\)'):
         evaluate.predict(found, images[:, :28, :28])
 
@@ -632,8 +634,11 @@ def test_the_steps_of_a_run_follow_its_config():
     batch, key = _first_batch(on), jax.random.key(0)
     quiet = {**batch, 'colour': np.zeros_like(batch['colour'])}
 
-    def loss(run, batch, step):
-        state = run.init(key)._replace(step=jax.device_put(jnp.int32(step), sharding.replicated(run.mesh)))
+    def loss(run, batch, updates):
+        """After so many updates, and two batches that were left out."""
+        state = run.init(key)
+        step, count = jax.device_put((jnp.int32(updates + 2), jnp.int32(updates)), sharding.replicated(run.mesh))
+        state = state._replace(step=step, opt_state=state.opt_state._replace(count=count))
         return float(run.train_step(state, sharding.to_mesh(run.mesh, batch), run.statistics, key)[1]['loss'])
 
     assert loss(on, batch, 22) == loss(off, quiet, 22)
