@@ -21,7 +21,7 @@ def purpose(command: str) -> str:
 
 def main(words: list[str]) -> None:
     """Runs the command that `words` begin with, or lists them all."""
-    if not words:
+    if not words or words[0] in ('-h', '--help', 'help'):
         for name in COMMANDS:
             print(f'python -m alexnet_jax.{name:11} {purpose(name)}')
         print('Each tells more with --help.')

@@ -41,7 +41,7 @@ class Run(NamedTuple):
     statistics: Any  # Statistics, on the mesh
     batches: Callable  # first step -> iterator over training batches on the host; close() it
     val_batches: Callable  # () -> the same of the val split, pass after pass
-    to_mesh: Callable  # host batch -> global arrays
+    to_mesh: Callable  # host batch -> global arrays; names the images in it that cannot be read
     state_shapes: steps.TrainState  # ShapeDtypeStructs with shardings
     init: Callable  # key -> TrainState
     train_step: Callable  # (state, batch, statistics, key) -> (state, report); takes the state over
@@ -128,7 +128,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         statistics=place(dataset.statistics, everywhere),
         batches=batches,
         val_batches=val_batches,
-        to_mesh=lambda batch: {**sharding.to_mesh(mesh, batch), **on_device},
+        to_mesh=lambda batch: {**sharding.to_mesh(mesh, data.tell_unreadable(batch)), **on_device},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         # It runs once, and on a CPU LLVM spends seconds on making its many draws fast.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),

@@ -118,13 +118,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The one with the lowest val error, of those that have one. Raises UserError where one of these is damaged."""
-        return _lowest({step: self._error(step) for step in self.steps()})
+        return _lowest({step: self._error(step) for step in self._expected()})
+
+    def _expected(self) -> list[int]:
+        """Those that count, and those that should: only the last can be half written, and only a run removes others."""
+        found = recovery.numbers(self.folder)
+        return [s for s in found if digests.has(self._path(s)) or (s != found[-1] and os.path.isdir(self._path(s)))]
 
     def _error(self, step: int) -> float | None:
-        path = os.path.join(self._path(step), _METRICS, _METRICS)
-        if not os.path.exists(path):
-            return None
         self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
+        path = os.path.join(self._path(step), _METRICS, _METRICS)
+        if not os.path.exists(path):  # nor is it missing: it had no validation
+            return None
         with self._readable(step), open(path, encoding='utf-8') as file:
             return float(json.load(file)['top1_error'])
 
@@ -183,7 +188,7 @@ class Checkpoints:
 
     def _retired(self) -> list[int]:
         """Steps to remove: not the last, the best, nor one whose error cannot be read, which need not end a run."""
-        steps, errors = self.steps(), {}
+        steps, errors = self._expected(), {}
         kept = set(steps[-_LAST:])
         for step in steps:
             try:
@@ -293,7 +298,11 @@ def load_checkpoint(path: str) -> Checkpoint:
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
-    root, step = _find(path)
+    with telling(f'the checkpoint {path!r} cannot be read'):
+        return _load(path, *_find(path))
+
+
+def _load(path: str, root: str, step: int | None) -> Checkpoint:
     with Checkpoints(root, read_only=True) as checkpoints:
         for choose in (checkpoints.best, checkpoints.latest):
             step = choose() if step is None else step
@@ -312,6 +321,10 @@ def _find(path: str) -> tuple[str, int | None]:
         return os.path.dirname(parent), int(name)
     if os.path.isdir(os.path.join(path, FOLDER)):
         return path, None
+    if os.path.isfile(path):
+        raise UserError(f'there is no checkpoint at {path!r}, a file; of weights alexnet_jax.convert makes one.')
+    if os.path.isdir(os.path.join(path, 'run', FOLDER)):
+        raise UserError(f'there is no checkpoint at {path!r}. Did you mean {os.path.join(path, "run")!r}?')
     raise UserError(
         f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax.main or one of its '
         f'{FOLDER}/STEP folders.'

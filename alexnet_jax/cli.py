@@ -117,9 +117,10 @@ def _call(main, words, required, arguments) -> None:
             _drop_output()
         _fail(f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2)
     except Exception as error:
-        if 'RESOURCE_EXHAUSTED' in str(error) and 'os_error_code' not in str(error):  # XLA; tensorstore means the disk
+        full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', str(error))
+        if full and 'os_error_code' not in str(error):  # XLA, numpy; tensorstore means the disk
             _fail(
-                f'the device has not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or in '
+                f'there is not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or in '
                 'training --config.accumulate=N, which computes a batch in N parts with the same result.',
                 2,
             )
@@ -147,6 +148,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         arguments = flags.FLAGS(argv)
     except BrokenPipeError:  # of `--help | head`
         _nobody_reads()
+    except IndexError as error:
+        _fail(f'{_one_line(str(error))}; a tuple is given whole: --config.KEY="((...), ...)".', 2)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_config_error(argv) or _one_line(str(error)), 2)
     for name in _configs:

@@ -21,7 +21,7 @@ from absl import flags
 
 import alexnet_jax
 from alexnet_jax import augment, checkpoint, cli, layers, listing, model, processes, statistics, steps, weights
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, check_new
 from alexnet_jax.layers import Conv, Dense
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.weights import Layer
@@ -171,8 +171,7 @@ def convert(
     """
     if to not in ('checkpoint', 'safetensors'):
         raise UserError(f'--to={to!r}; expected checkpoint or safetensors.')
-    if os.path.exists(output):
-        raise UserError(f'{output!r} exists already; remove it or choose another --output.')
+    check_new(output)
     if to == 'safetensors':
         if mean or config is not None or classes:
             raise UserError('--mean, --config and --classes are for --to=checkpoint; a checkpoint holds them already.')
@@ -282,7 +281,7 @@ def _class_names(count: int, path: str | None, own: dict | None) -> list[str]:
     where = '--classes'
     if path:
         try:
-            names = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8').strip().splitlines()]
+            names = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8-sig').strip().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'--classes={path!r} cannot be read: {error}.') from error
         where = f'--classes={path!r}'

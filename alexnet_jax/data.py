@@ -24,6 +24,7 @@ Batch = dict[str, np.ndarray]
 _FEW = 3  # processes that are not slower than threads
 _PIECE = 1024  # images that a worker process makes at a time, at most: it holds a few such pieces in shared memory
 _SHARED = '/dev/shm'
+_LOST = -2  # label of what `load` could not read, and told of; TFDS has -1 for no label
 
 
 def decode(record: dict, size: int) -> np.ndarray:
@@ -39,8 +40,8 @@ def decode(record: dict, size: int) -> np.ndarray:
                 if image.size != (size, size):  # seen before the pixels take memory
                     raise ValueError(f'it has {image.width} x {image.height} px; expected {size} x {size}')
                 found = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
-        if found.shape != (size, size, 3):
-            raise ValueError(f'it has the shape {found.shape}; expected {(size, size, 3)}')
+        if found.shape != (size, size, 3) or found.dtype != np.uint8:
+            raise ValueError(f'it is {found.dtype} of shape {found.shape}; expected uint8 of {(size, size, 3)}')
     except Exception as error:  # Pillow refuses files in more ways than it documents
         name = record.get('file_name', b'').decode(errors='replace')
         raise UnreadableError(
@@ -136,14 +137,14 @@ def _again(one_pass) -> Iterator[Batch]:
 def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, list[int]]:
     """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
-    Those that cannot be read have the label -1, and are told of.
+    Those that cannot be read have the label -2, and are told of.
     """
     images, labels = np.empty((len(source), size, size, 3), np.uint8), []
     for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size, num_workers=num_workers):
         tell_unreadable(batch)
         count = min(len(batch['label']), len(source) - len(labels))
         images[len(labels) : len(labels) + count] = batch['image'][:count]
-        labels += np.where(batch['weight'] > 0, batch['label'], -1)[:count].tolist()
+        labels += np.where(batch['weight'] > 0, batch['label'], _LOST)[:count].tolist()
     return images, labels
 
 
@@ -185,8 +186,9 @@ def _train_batch(source, augmentation, seed, record_size, on_device, in_memory, 
     for i, (_, index) in enumerate(places):
         try:
             record = source[index]
-            if record['label'] < 0:  # `load` could not read it, and said so
-                raise UnreadableError('')
+            if record['label'] < 0:
+                name = record.get('file_name', b'').decode(errors='replace')
+                raise UnreadableError('' if record['label'] == _LOST else f'the image {name!r} has no label.')
             if images is not None:
                 drawn = augment.Draw(*(values[i] for values in draws))
                 augment.cut(decode(record, record_size), drawn, size, out=images[i])
@@ -308,8 +310,9 @@ def _closing(dataset, starting) -> Iterator[Batch]:
         if 'terminated unexpectedly' not in str(error):
             raise
         raise UserError(
-            f'a process that decodes images has died ({str(error).split(". ")[0]}); out of memory? The same command '
-            'goes on from the last checkpoint; --config.data.num_workers=0 decodes in threads.'
+            f'a process that decodes images has died ({str(error).split(". ")[0]}); out of memory, or of '
+            f'{_SHARED}? The same command goes on from the last checkpoint; --config.data.num_workers=0 decodes in '
+            'threads.'
         ) from error
     finally:
         if iterator is not None:

@@ -25,7 +25,9 @@ def write(folder: str, known: Mapping[str, str] | None = None) -> None:
     known: digests made before, by path below the folder.
     """
     known = known or {}
-    lines = [f'{known.get(name) or digest(os.path.join(folder, name))}  {name}\n' for name in _files(folder)]
+    names = _files(folder)
+    lines = [f'# {len(names)} files\n']  # a comment for sha256sum; a list cut short would go unseen
+    lines += [f'{known.get(name) or digest(os.path.join(folder, name))}  {name}\n' for name in names]
     path = os.path.join(folder, FILE_NAME)
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         file.writelines(lines)
@@ -46,9 +48,9 @@ def has(folder: str) -> bool:
 def problems(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """What is not as it was when the list was written, as 'PATH: what'; empty where all is well.
 
-    A file that is not in the list counts, too: else a list cut short would go unseen.
+    A file that is not in the list is no matter, unless the list does not say how many there are, as none did once.
 
-    wanted: which files to read, by their path below the folder; those that are missing or too many are always told.
+    wanted: which files to read, by their path below the folder; those that are missing are always told.
 
     Raises:
       UserError: a file may not be read.
@@ -63,18 +65,22 @@ def _problems(folder: str, wanted: Callable[[str], bool]) -> list[str]:
     path = os.path.join(folder, FILE_NAME)
     if not os.path.isfile(path):
         return [f'{path}: missing']
-    listed, found = {}, []
+    listed, found, count = {}, [], None
     try:
         with open(path, encoding='utf-8', errors='replace') as file:
             lines = file.readlines()
     except FileNotFoundError:  # since then
         return [f'{path}: missing']
+    if lines and (head := re.fullmatch(r'# ([0-9]+) files\n', lines[0])):
+        count, lines = int(head[1]), lines[1:]
     for line in lines:
         if not (match := re.fullmatch(r'([0-9a-f]{64})  (.+)\n', line)):
             return [f'{path}: not a list of digests']
         listed[match[2]] = match[1]
+    if count not in (None, len(listed)):
+        return [f'{path}: it lists {len(listed)} of {count} files']
     there = set(_files(folder))
-    for name in sorted(listed.keys() | there):
+    for name in sorted(listed if count is not None else listed.keys() | there):
         file_path = os.path.join(folder, name)
         try:
             if name not in there:

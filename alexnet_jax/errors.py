@@ -51,6 +51,12 @@ def local(path: str) -> str:
     return os.path.abspath(path)
 
 
+def check_new(path: str) -> None:
+    """Raises UserError where something lies already what a command is to write; also a link to nothing."""
+    if os.path.lexists(path):
+        raise UserError(f'{path!r} exists already; remove it or choose another --output.')
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'pool'?"` for the nearest of `choices`, or a list of all of them when none is near."""
     choices = sorted(choices)

@@ -9,6 +9,7 @@
 import contextlib
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -85,19 +86,21 @@ def evaluate(
     checkpoint: Checkpoint, source: Sequence, mesh, *, views: int = 1, batch_size: int = 128, max_bad: int = 0
 ) -> dict[str, float]:
     """Errors of a checkpoint on a source, from the centre (views=1) or ten views: see `one_pass`."""
-    eval_step, params, statistics, batch_size = _ready(steps.eval_step, checkpoint, mesh, views, batch_size)
+    eval_step, params, statistics, batch_size = _ready(
+        steps.eval_step, checkpoint, mesh, views, batch_size, len(source)
+    )
     with contextlib.closing(_batches(checkpoint, source, mesh, batch_size)) as batches:
         return one_pass(eval_step, params, statistics, batches, mesh, examples=len(source), max_bad=max_bad)
 
 
-def _ready(function: Callable, checkpoint: Checkpoint, mesh, views: int, batch_size: int):
-    """(the function of `_jitted`, parameters and statistics on the mesh, batch size rounded up to its data parts)."""
+def _ready(function: Callable, checkpoint: Checkpoint, mesh, views: int, batch_size: int, images: int):
+    """(the function of `_jitted`, parameters and statistics on the mesh, a batch size that divides into its parts)."""
     layers.sizes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # says what does not divide
     jitted = _jitted(function, checkpoint.network, checkpoint.augmentation, mesh, views)
     params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
     statistics = jax.device_put(checkpoint.statistics, sharding.replicated(mesh))
     parts = mesh.shape['data']
-    return jitted, params, statistics, -(-batch_size // parts) * parts
+    return jitted, params, statistics, -(-max(1, min(batch_size, images)) // parts) * parts
 
 
 @functools.lru_cache(maxsize=8)  # so that a second call of the same kind compiles nothing
@@ -127,7 +130,7 @@ def probabilities(
 
     Up to max_bad records may be unreadable; they are named, and left out.
     """
-    function, params, statistics, batch_size = _ready(_outputs, checkpoint, mesh, views, batch_size)
+    function, params, statistics, batch_size = _ready(_outputs, checkpoint, mesh, views, batch_size, len(source))
     found = []
     for batch in _batches(checkpoint, source, mesh, batch_size):
         batch = sharding.to_mesh(mesh, data.tell_unreadable(batch))
@@ -219,8 +222,9 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: i
             f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
         )
     mesh = mesh or sharding.make_mesh(data=1, tower=1)
-    wanted = max(1, min(batch_size, len(image_NHWC)))
-    function, params, statistics, batch_size = _ready(steps.log_probabilities, checkpoint, mesh, views, wanted)
+    function, params, statistics, batch_size = _ready(
+        steps.log_probabilities, checkpoint, mesh, views, batch_size, len(image_NHWC)
+    )
     parts = []
     for start in range(0, len(image_NHWC), batch_size):
         part = image_NHWC[start : start + batch_size]
@@ -267,6 +271,8 @@ def main() -> None:
     for path, checkpoint in zip(args.checkpoint, checkpoints, strict=True):
         check_data(checkpoint, dataset, path)
         layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
+        if args.views == 10 and not checkpoint.augmentation.reflect:
+            print(f'warning: {path} was trained without reflections; five of the ten views are.', file=sys.stderr)
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     test = {'views': args.views, 'batch_size': args.batch_size, 'max_bad': args.max_bad}
     keys = ['top1_error', 'top5_error', 'loss', 'count']

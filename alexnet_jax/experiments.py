@@ -313,7 +313,7 @@ def main(words: Sequence[str]) -> None:
     if suite == FIGURE1:
         tables = [results.figure1_table(rows, list(dict.fromkeys(trial.arm.name for trial in found)), RATES)]
     elif suite in AVERAGED:
-        tables = [results.averaged(suite, [trial.workdir for trial in whole], dataset)]
+        tables = [results.averaged(suite, [trial.workdir for trial in whole], dataset, base.data.max_bad)]
     else:
         arms = suites.SUITES[suite](base)
         tables = [results.comparison(suite, rows, arms), results.colours(rows, arms)]

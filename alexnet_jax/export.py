@@ -22,7 +22,7 @@ from jax import export as jax_export
 
 from alexnet_jax import cli, convert, evaluate, layers, processes, sharding, steps
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, check_new
 
 FILE_NAME = 'model.stablehlo'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -148,8 +148,7 @@ def main() -> None:
     args = flags.FLAGS
     if args.views not in (1, 10):
         raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
-    if os.path.exists(args.output):
-        raise UserError(f'{args.output!r} exists already; remove it or choose another --output.')
+    check_new(args.output)
     cli.set_up_jax()
     checkpoint = load_checkpoint(args.checkpoint)
     with processes.new_directory(args.output) as folder:

@@ -24,7 +24,7 @@ from absl import flags
 
 from alexnet_jax import augment, cli, data, evaluate, sources
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
-from alexnet_jax.errors import UserError, did_you_mean, telling
+from alexnet_jax.errors import UserError, check_new, did_you_mean, telling
 from alexnet_jax.model import AlexNet
 
 ENDINGS = ('.safetensors', '.npz')
@@ -170,8 +170,7 @@ def check_output(output: str) -> None:
     """Raises UserError where `output` has another ending, or is there already."""
     if not output.endswith(ENDINGS):
         raise UserError(f'--output={output!r}; expected a name ending in {" or ".join(ENDINGS)}.')
-    if os.path.exists(output):
-        raise UserError(f'{output!r} exists already; remove it or choose another --output.')
+    check_new(output)
 
 
 def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:

@@ -1,17 +1,48 @@
-"""From an image file to an upright RGB square, and what is refused before memory is spent on it."""
+"""Image files: where they lie, and from one to an upright RGB square; what is refused before memory is spent on it."""
 
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from alexnet_jax.errors import UserError
+
+SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 MAX_BYTES = 2**28  # of a file
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 # No others: Pillow hands EPS to Ghostscript, and knows formats by the dozen that no data set has. MPO counts as JPEG.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
+
+
+def below(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
+    """Paths of the image files in a folder and those in it, in the order of their names. Raises UserError."""
+    here = os.path.realpath(folder)
+    if here in _above:  # a link has led round in a circle
+        return
+    if len(_above) > 100:
+        raise UserError(f'{_above[0]!r} holds folders more than 100 deep; give one whose images lie nearer.')
+    for entry in entries(folder):
+        if os.path.isdir(entry.path):  # unlike entry.is_dir, it says no of a link to itself
+            yield from below(entry.path, (*_above, here))
+        elif is_image(entry.name):
+            yield entry.path
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def entries(folder: str) -> list[os.DirEntry]:
+    """What a folder holds, but for hidden things, in the order of the names."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not e.name.startswith('.')), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f'cannot read the folder {folder!r}: {error.strerror}.') from error
 
 
 def read(path: str, offset: int = 0, length: int = -1) -> bytes:
@@ -56,6 +87,13 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
+def jpeg(pixels: np.ndarray) -> bytes:
+    """A JPEG of uint8 [H, W, 3], of quality 95."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, 'JPEG', quality=95)
+    return buffer.getvalue()
+
+
 def decode(content: bytes) -> Image.Image:
     """An image file's pixels, RGB, turned upright as its EXIF data say.
 
@@ -75,7 +113,8 @@ def decode(content: bytes) -> Image.Image:
                     raise Image.DecompressionBombError(f'{width} x {height} pixels')
                 # Before its EXIF data are asked for: they load a PNG, and what fails there would not fail again.
                 image.load()
-                return rgb(_upright(image))
+                wide = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # a PGM's are of 16 bits
+                upright = rgb(_upright(image))
         except Image.DecompressionBombError as error:  # also Pillow's own, from twice as many on
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}, more than the {MAX_PIXELS:,} that an image may have') from error
@@ -83,6 +122,9 @@ def decode(content: bytes) -> Image.Image:
             raise ValueError('of no known format') from error
         except Exception as error:  # Pillow refuses files in more ways than it documents
             raise ValueError(f'damaged: {(str(error).splitlines() or [type(error).__name__])[0]}') from error
+    if wide:
+        raise ValueError('its pixels are 32-bit numbers, of which nothing says what is white')
+    return upright
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from alexnet_jax import images
 from alexnet_jax.errors import UserError
 
-_SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 _SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 _TRAIN_TAR, _VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 _VAL_PREFIX = 'ILSVRC2012_val_'
@@ -73,7 +72,7 @@ def find(path: str) -> Listing:
     if not found:
         raise UserError(
             f'{path!r} holds no images; expected {_TRAIN_TAR}, {_VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
-            f'({", ".join(_SUFFIXES)}).'
+            f'({", ".join(images.SUFFIXES)}).'
         )
     _refuse_doubles(found)
     class_names = imagenet_classes() if official else tuple(sorted({f.class_name for f in found}))
@@ -225,11 +224,11 @@ def _stem(name: str) -> str:
 
 
 def _folder(path: str) -> Iterator[_Found]:
-    tars = [entry for entry in _entries(path) if entry.is_file() and entry.name.endswith('.tar')]
+    tars = [entry for entry in images.entries(path) if entry.is_file() and entry.name.endswith('.tar')]
     for entry in tars:
         if entry.name in (_TRAIN_TAR, _VAL_TAR) or _is_class_tar(entry.name):
             yield from _archive(entry.path)
-    folders = [entry for entry in _entries(path) if entry.is_dir()]
+    folders = [entry for entry in images.entries(path) if entry.is_dir()]
     splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
     for entry in splits:
         yield from _split_folder(entry.path, path, _split_of(entry.name))
@@ -242,7 +241,7 @@ def _folder(path: str) -> Iterator[_Found]:
 
 def _holds_classes(folder: str) -> bool:
     """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
-    return any(e.is_dir() or _is_class_tar(e.name) or e.name.startswith(_VAL_PREFIX) for e in _entries(folder))
+    return any(e.is_dir() or _is_class_tar(e.name) or e.name.startswith(_VAL_PREFIX) for e in images.entries(folder))
 
 
 def _split_of(folder: str) -> str | None:
@@ -252,14 +251,24 @@ def _split_of(folder: str) -> str | None:
 
 def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]:
     """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
-    for entry in _entries(folder):
+    empty, loose = [], 0
+    for entry in images.entries(folder):
         if entry.is_dir():
-            for image in images_below(entry.path):
+            image = None
+            for image in images.below(entry.path):
                 yield _file(image, root, split or 'train', entry.name)
-        elif entry.name.startswith(_VAL_PREFIX) and _is_image(entry.name):
+            empty += [] if image else [entry.name]
+        elif entry.name.startswith(_VAL_PREFIX) and images.is_image(entry.name):
             yield _file(entry.path, folder, split or 'val', _validation_class(entry.name))
         elif split == 'train' and _is_class_tar(entry.name):
             yield from _archive(entry.path)
+        else:
+            loose += images.is_image(entry.name)
+    if loose:
+        print(f'in no class folder, and so left out: {loose} images in {folder}', file=sys.stderr, flush=True)
+    if empty:
+        names = ', '.join(empty)
+        print(f'without images ({", ".join(images.SUFFIXES)}), and so left out: {names}', file=sys.stderr, flush=True)
 
 
 def _file(path: str, root: str, split: str, class_name: str) -> _Found:
@@ -269,33 +278,6 @@ def _file(path: str, root: str, split: str, class_name: str) -> _Found:
 def text(name: str) -> str:
     """A file name that UTF-8 can write, also where the file system's is none."""
     return os.fsencode(name).decode('utf-8', 'replace')
-
-
-def images_below(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
-    """Paths of the image files in a folder and those in it, in the order of their names. Raises UserError."""
-    here = os.path.realpath(folder)
-    if here in _above:  # a link has led round in a circle
-        return
-    if len(_above) > 100:
-        raise UserError(f'{_above[0]!r} holds folders more than 100 deep; give one whose images lie nearer.')
-    for entry in _entries(folder):
-        if os.path.isdir(entry.path):  # unlike entry.is_dir, it says no of a link to itself
-            yield from images_below(entry.path, (*_above, here))
-        elif _is_image(entry.name):
-            yield entry.path
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES)
-
-
-def _entries(folder: str) -> list[os.DirEntry]:
-    """What a folder holds, but for hidden things, in the order of the names."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
-    except OSError as error:
-        raise UserError(f'cannot read the folder {folder!r}: {error.strerror}.') from error
 
 
 def _tfds(path: str) -> Listing:

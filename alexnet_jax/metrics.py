@@ -16,9 +16,10 @@ def log_likelihood(logits_NK, label_N):
 
 
 def of_label(x_NK, label_N):
-    """Each row's entry at its label, float [N]."""
-    classes_1K = jnp.arange(x_NK.shape[-1])[None]
-    return jnp.sum(jnp.where(classes_1K == label_N[:, None], x_NK, 0), axis=-1)
+    """Each row's entry at its label, float [N]; not a number where the label is none of the K classes."""
+    count = x_NK.shape[-1]
+    entry = jnp.sum(jnp.where(jnp.arange(count)[None] == label_N[:, None], x_NK, 0), axis=-1)
+    return jnp.where((label_N >= 0) & (label_N < count), entry, jnp.nan)
 
 
 def top_k_error(score_NK, label_N, k: int):

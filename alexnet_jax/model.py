@@ -288,7 +288,7 @@ def dropout_masks(model: AlexNet, key: chex.PRNGKey, batch_size: int, image_size
 
     Drawn in global shape, so that every mesh sees the same masks and no two towers share one.
     """
-    keep = 1 - model.dropout_rate
+    keep = jnp.float32(1 - model.dropout_rate)  # a Python float would draw other masks under jax.enable_x64
     return {
         name: jax.random.bernoulli(jax.random.fold_in(key, i), keep, (batch_size, *sizes.dropped))
         for i, (name, sizes) in enumerate(layers.sizes(model, image_size).items())

@@ -33,7 +33,7 @@ def files_in(arguments: Sequence[str]) -> list[str]:
     files = []
     for path in arguments:
         if os.path.isdir(path):
-            found = list(listing.images_below(path))
+            found = list(images.below(path))
             if not found:
                 raise UserError(f'there are no images in {path!r}.')
             files += found

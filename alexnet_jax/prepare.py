@@ -22,13 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from alexnet_jax import cli, digests, images, listing, processes, statistics
-from alexnet_jax.errors import UserError, local
+from alexnet_jax.errors import UserError, check_new, local, telling
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
-_JPEG_QUALITY = 95
 _LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
 _MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
 
@@ -90,12 +88,14 @@ def prepare(
     if seed < 0 or max_bad < 0:
         raise UserError(f'--seed={seed}, --max_bad={max_bad}; expected 0 or more.')
     output = local(output)
-    if os.path.exists(output):
-        raise UserError(f'{output!r} exists already; remove it or choose another --output.')
+    check_new(output)
     splits, folders = listing.find(source)
     class_names = _in_words(source, folders)
+    _check_names(class_names)
     orders = _orders(splits, val_fraction, seed)
-    print('  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items()), flush=True)
+    counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items())
+    more = ', ...' if len(class_names) > 5 else ''
+    print(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})', flush=True)
 
     with processes.new_directory(output) as folder:
         _write_all(folder, orders, class_names, size, format, max_bad, workers)
@@ -114,10 +114,12 @@ def once(source: str, output: str, *, size: int, val_fraction: float = 0.0, **op
     if val_fraction:
         made += f' with --val_fraction={val_fraction:g}'
     if not os.path.exists(output):
-        with open(f'{output}.source', 'w', encoding='utf-8') as file:
-            file.write(made)
-        if val_fraction and 'val' in listing.find(source).splits:
+        if 'val' in listing.find(source).splits:
             val_fraction = 0.0
+        with telling(f'{output!r} cannot be written'):
+            os.makedirs(os.path.dirname(local(output)), exist_ok=True)
+            with open(f'{output}.source', 'w', encoding='utf-8') as file:
+                file.write(made)
         prepare(source, output, size=size, val_fraction=val_fraction, **options)
         return
     known = 'somewhere else'
@@ -136,7 +138,7 @@ def _in_words(path: str, class_names: Sequence[str]) -> tuple[str, ...]:
     words = {}
     for place in (os.path.join(path, name) for name in _LISTS):
         if os.path.isfile(place):
-            with open(place, encoding='utf-8', errors='replace') as file:
+            with open(place, encoding='utf-8-sig', errors='replace') as file:
                 for line in file.read(_LONGEST_LIST).splitlines():
                     folder, _, name = line.partition('\t')
                     words[folder.strip()] = ' '.join(name.split(',')[0].split())
@@ -145,8 +147,15 @@ def _in_words(path: str, class_names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name if counts[name] == 1 else f'{name} ({folder})' for name, folder in pairs)
 
 
+def _check_names(class_names: Sequence[str]) -> None:
+    """TFDS keeps names as the lines of a file, without blanks around them or empty ones: labels would shift."""
+    for name in class_names:
+        if name.splitlines() != [name] or name != name.strip():
+            raise UserError(f'the class name {name!r} has blanks around it or more than a line; rename its folder.')
+
+
 def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:
-    """Each split in a random order fixed by the seed; the head of train set aside as val if so wished."""
+    """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished."""
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
@@ -155,7 +164,11 @@ def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int
         count = round(val_fraction * len(orders['train']))
         if not 0 < count < len(orders['train']):
             raise UserError(f'--val_fraction={val_fraction} sets {count} of {len(orders["train"])} images aside.')
-        orders['val'], orders['train'] = orders['train'][:count], orders['train'][count:]
+        aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # of the first so many
+        by_class = sorted(orders['train'], key=lambda ref: ref.label)
+        val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
+        for name, chosen in (('val', True), ('train', False)):
+            orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
     return orders
 
 
@@ -280,7 +293,7 @@ def _write(shard: Shard) -> Written:
             continue
         if shard.counts:
             moments = moments.add(pixels)
-        image = _jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
+        image = images.jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
         record = features.serialize_example(
             {
                 'image': io.BytesIO(image) if shard.format == 'jpeg' else pixels,
@@ -306,12 +319,6 @@ def _read(ref: listing.Ref) -> tuple[bytes | np.ndarray, int]:
             raise
         where = error.filename or ref.path
         raise UserError(f'the image {ref.name!r} cannot be read any more: {where}: {error.strerror}.') from error
-
-
-def _jpeg(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, 'JPEG', quality=_JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def main() -> None:

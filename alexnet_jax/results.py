@@ -150,11 +150,13 @@ def figure1_table(rows: Sequence[dict], arms: Sequence[str], rates: Sequence[flo
     )
 
 
-def averaged(suite: str, workdirs: Sequence[str], dataset: sources.Dataset) -> report.Table:
-    """`views`: the centre against ten views; `ensemble`: one network against the average of all, over ten views."""
+def averaged(suite: str, workdirs: Sequence[str], dataset: sources.Dataset, max_bad: int = 0) -> report.Table:
+    """`views`: the centre against ten views; `ensemble`: one network against the average of all, over ten views.
+
+    max_bad: images that may be unreadable, as in training.
+    """
     split, mesh = dataset.splits[tested_on(dataset)], sharding.make_mesh(data=len(jax.devices()), tower=1)
     loaded = [last(workdir) for workdir in workdirs]
-    max_bad = loaded[0].config['data']['max_bad']  # what training puts up with
     keys, tested = ('top1_error', 'top5_error'), {}
     for views in (1, 10) if suite == 'views' else (10,):
         tested[views] = [evaluate.evaluate(one, split, mesh, views=views, max_bad=max_bad) for one in loaded]

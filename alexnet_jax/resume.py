@@ -46,7 +46,12 @@ def restore_or_init(
     if step is not None:
         old, statistics = checkpoints.read_meta(step)
         _check_is_this_run(old, statistics, meta, run, config, workdir, step)
-        return checkpoints.restore(step, run.state_shapes), old
+        state = checkpoints.restore(step, run.state_shapes)
+        if int(state.step) != step:
+            raise UserError(
+                f'{checkpoints.folder}/{step} holds the state of step {int(state.step)}; give that folder its own name.'
+            )
+        return state, old
     if made := writers.last_step(workdir):
         writers.warn(f'{workdir} has no checkpoint; the {made} steps of its metrics.jsonl are made again.')
     state = run.init(key)

@@ -55,7 +55,9 @@ def open_dataset(path: str) -> Dataset:
     remedy = f'prepare one: python -m alexnet_jax.prepare --input=IMAGES --output={path}'
     if not os.path.isdir(path):
         raise UserError(f'there is no data directory {path!r}; {remedy}')
-    if not os.path.exists(os.path.join(path, 'dataset_info.json')):
+    with telling(f'the data directory {path!r} cannot be used'):
+        names = os.listdir(path)
+    if 'dataset_info.json' not in names:
         raise UserError(
             f'{path!r} holds no prepared data (no dataset_info.json); if it holds images, prepare them: '
             f'python -m alexnet_jax.prepare --input={path} --output=DIR'

@@ -63,12 +63,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         done = reached or step >= run.total_steps
         if done and not unsettled:
             if jax.process_index() == 0:
-                how = 'Lower stop_at_error' if reached else 'Raise num_epochs'
+                how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if config.num_steps else "num_epochs"}'
                 print(f'{workdir} is finished: step {step} of {run.total_steps}. {how} to go on.', flush=True)
             return {}
         if step and jax.process_index() == 0:
             print(f'Going on from step {step} of {run.total_steps} in {workdir}.', flush=True)
-        writers.write_json(workdir, {'config': meta['config'], 'environment': writers.environment()})
+        environment = writers.environment()
+        if step:
+            writers.warn_of_changes(workdir, environment)
+        writers.write_json(workdir, {'config': meta['config'], 'environment': environment})
         writer = enter(contextlib.closing(writers.RunWriter(workdir, step, validated=not unsettled)))
         log = trainlog.TrainLog(
             writer,
@@ -83,7 +86,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         val_batches = enter(contextlib.closing(run.val_batches()))
         batches = enter(contextlib.closing(run.batches(step)))
         wanted = itertools.islice(batches, max(0, run.total_steps - step))  # a run may have been made shorter
-        sent = sharding.sent_ahead(wanted, lambda batch: run.to_mesh(data.tell_unreadable(batch)))
+        sent = sharding.sent_ahead(wanted, run.to_mesh)
         after = _AfterUpdate(config, run, meta, writer, log, checkpoints, val_batches, asked_to_stop)
         tracing, traced = enter(contextlib.ExitStack()), range(step + 2, step + 2 + profile)
         result = {}

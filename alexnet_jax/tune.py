@@ -7,15 +7,18 @@ tenth is set aside. With --init_from a trained network is tuned: its table and p
 layers but the classifier. DIR gets data/, run/ and figures/; started again the command goes on where it was.
 """
 
+import math
 import os
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, cli, evaluate, figures, model, prepare, sharding, sources, train
+from alexnet_jax import augment, cli, evaluate, figures, model, prepare, sharding, sources, train, writers
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
+
+_FEW = 100  # updates in which no network was seen to learn from scratch
 
 
 def tuned(config: ConfigDict, source: Checkpoint | None, path: str, classes: int) -> ConfigDict:
@@ -48,6 +51,11 @@ def prepared(pictures: str, folder: str, size: int, val_fraction: float, max_bad
             f'{folder} was prepared at {dataset.record_size} px, this network takes {size}; remove it, or give another '
             '--output.'
         )
+    if len(dataset.class_names) == 1:
+        raise UserError(
+            f'{pictures!r} has one class only, {dataset.class_names[0]!r}; give a folder of class folders (are they '
+            f'one level further down?), and remove {folder}.'
+        )
     return dataset
 
 
@@ -62,15 +70,22 @@ def main() -> None:
     dataset = prepared(args.input, data, size, args.val_fraction, args.max_bad)
     config = tuned(args.config, source, data, len(dataset.class_names))
     config.init_from = args.init_from
+    steps = config.num_steps or math.ceil(config.num_epochs * len(dataset.split('train')) / config.batch_size)
+    if not source and steps < _FEW:
+        writers.warn(
+            f'{steps} updates in all, too few to learn from scratch: give more pictures, more epochs '
+            f'(--config.num_epochs={config.num_epochs:g}) or smaller batches (--config.batch_size={config.batch_size}).'
+        )
     train.train_and_evaluate(config, run)
 
     best, val = load_checkpoint(run), dataset.split('val')
     mesh = sharding.make_mesh(data=len(jax.devices()), tower=1)
-    outputs, labels = evaluate.probabilities(best, val, mesh, views=10, max_bad=config.data.max_bad)
+    views, crops = (10, 'ten views') if config.data.reflect else (1, 'centre crop')  # half of the ten are reflections
+    outputs, labels = evaluate.probabilities(best, val, mesh, views=views, max_bad=config.data.max_bad)
     matrix = figures.confusion(labels, outputs.argmax(1), len(best.class_names))
     print(
         f'step {best.step}, the best of {run}: top-1 error {100 * (1 - matrix.trace() / matrix.sum()):.2f}% of '
-        f'{matrix.sum()} val images, ten views. Most confused:'
+        f'{matrix.sum()} val images, {crops}. Most confused:'
     )
     for true, taken, number, share in figures.most_confused(matrix, best.class_names):
         print(f'  {true} taken for {taken}: {number} ({100 * share:.0f}% of {true})')

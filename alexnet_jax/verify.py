@@ -24,19 +24,17 @@ def verify(path: str) -> tuple[list[str], list[str]]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         raise UserError(f'there is no directory {path!r}; expected prepared data, a workdir or a checkpoint.')
-    for folder in (os.path.join(path, checkpoint.FOLDER), path):
-        if steps := recovery.numbers(folder):
-            folders = [os.path.join(folder, str(step)) for step in steps]
-            break
-    else:
-        prepared = os.path.exists(os.path.join(path, 'dataset_info.json'))
-        step = re.fullmatch('[0-9]+', os.path.basename(path))
-        if not (digests.has(path) or prepared or step):
-            raise UserError(
-                f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
-                'steps.'
-            )
-        folders = [path]
+    below = (os.path.join(path, checkpoint.FOLDER), path)
+    folders = [os.path.join(folder, str(step)) for folder in below for step in recovery.numbers(folder)]
+    prepared = os.path.exists(os.path.join(path, 'dataset_info.json'))
+    step = re.fullmatch('[0-9]+', os.path.basename(path)) and not folders
+    if digests.has(path) or prepared or step:  # it may be both, a workdir in its data
+        folders.append(path)
+    if not folders:
+        raise UserError(
+            f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
+            'steps.'
+        )
     found = {folder: digests.problems(folder) for folder in folders}
     found = {folder: own for folder, own in found.items() if os.path.isdir(folder)}  # a run removes its old steps
     return list(found), [problem for own in found.values() for problem in own]

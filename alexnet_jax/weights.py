@@ -279,6 +279,8 @@ def read_mean(path: str, bgr: bool) -> np.ndarray:
             array = np.load(path, mmap_mode='r', allow_pickle=False)
             if array.dtype.kind not in 'fiu':
                 raise TypeError(f'values of type {array.dtype}')
+            if array.size > 3 * 4096**2:
+                raise ValueError(f'an array of shape {array.shape}')
             with np.errstate(over='ignore'):
                 array = np.array(array, np.float32)
         except Exception as error:  # ValueError, OSError, EOFError, AttributeError of an archive

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from alexnet_jax import processes
 from alexnet_jax.errors import telling
 
 _METRICS = 'metrics.jsonl'
@@ -91,7 +92,8 @@ def _telling(workdir: str):
 
 def last_step(workdir: str) -> int:
     """Of its metrics.jsonl; 0 where there is none."""
-    return max((step for _, step, _ in _whole_lines(os.path.join(workdir, _METRICS))), default=0)
+    with _telling(workdir):
+        return max((found[0] for _, found in _read_lines(os.path.join(workdir, _METRICS)) if found), default=0)
 
 
 def write_json(workdir: str, files: dict[str, dict]) -> None:
@@ -108,26 +110,28 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
     """Keeps the whole lines up to and with `step`."""
     if not os.path.exists(path):
         return
+    lines = list(_read_lines(path))
+    if damaged := [number for number, (_, found) in enumerate(lines[:-1], 1) if not found]:  # a kill tears the last
+        warn(f'{path}: line {", ".join(map(str, damaged[:5]))} cannot be read, and is left out.')
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        for line, line_step, split in _whole_lines(path):
-            if _beyond(line_step, split, step, validated):
-                break
-            file.write(line if line.endswith('\n') else line + '\n')
+        for line, found in lines:
+            if found and not _beyond(*found, step, validated):
+                file.write(line if line.endswith('\n') else line + '\n')
     os.replace(path + '.tmp', path)
 
 
-def _whole_lines(path: str) -> Iterator[tuple[str, int, str]]:
-    """(line, its step, its split) of those in a metrics.jsonl that no kill has torn; none where there is no file."""
+def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
+    """(line, its step and split) of a metrics.jsonl, nothing of those that are torn; none where there is no file."""
     if not os.path.exists(path):
         return
     with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 said = json.loads(line)
-                found = line, int(said['step']), str(said['split'])
+                found = int(said['step']), str(said['split'])
             except (ValueError, KeyError, TypeError):
-                continue
-            yield found
+                found = None
+            yield line, found
 
 
 def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
@@ -195,13 +199,30 @@ def environment() -> dict:
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
-        'cores': os.cpu_count(),
+        'cores': processes.cores() * processes.beside(),  # of this machine, for this program
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),
         'commit': commit or None,
         'command': sys.argv,
     }
+
+
+def warn_of_changes(workdir: str, now: dict) -> None:
+    """Where a run goes on with other software or cores than the environment.json of its last start names."""
+    try:
+        with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
+            before = json.load(file)
+        before = {**before, **before.pop('versions')}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return
+    changes = [
+        f'{key} {before.get(key)} -> {value}'
+        for key, value in {**now, **now['versions']}.items()
+        if key in ('cores', 'xla_flags', *now['versions']) and before.get(key) != value
+    ]
+    if changes:
+        warn(f'{"; ".join(changes)}: the run goes on, but the last bits may be others than without the change.')
 
 
 def warn(message: str) -> None:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alexnet_jax import checkpoint, digests, model, prepare, processes, recovery, sources, steps, verify
+from alexnet_jax import checkpoint, digests, images, model, prepare, processes, recovery, sources, steps, verify
 from alexnet_jax.errors import UserError
 from alexnet_jax.statistics import Statistics
 from tests import ROOT, small
@@ -65,8 +65,12 @@ def _meta_is(value, *keys):
     return change
 
 
-def _stray_file(step):
-    (step / '.DS_Store').write_bytes(b'')
+def _no_error(step):
+    (step / 'metrics' / 'metrics').unlink()
+
+
+def _no_list(step):
+    (step / 'SHA256SUMS').unlink()
 
 
 def _other_error(step):
@@ -171,12 +175,17 @@ def test_the_list_is_that_of_sha256sum(tmp_path):
     [
         (lambda f: (f / 'one').write_text('oNe'), 'one: its bytes have changed'),
         (lambda f: (f / 'a' / 'two words').unlink(), 'a/two words: missing'),
-        (lambda f: (f / 'a' / 'four').write_text(''), 'a/four: not in SHA256SUMS'),
         (lambda f: (f / 'SHA256SUMS').unlink(), 'SHA256SUMS: missing'),
         (lambda f: (f / 'SHA256SUMS').write_text('x' * 70 + '\n'), 'SHA256SUMS: not a list of digests'),
         # Cut short at the end of a line, as a full disk may.
         (lambda f: (f / 'SHA256SUMS').write_text((f / 'SHA256SUMS').read_text()[:-30]), 'SHA256SUMS: not a list'),
-        (lambda f: os.truncate(f / 'SHA256SUMS', 64 + 2 + len('a/b/three') + 1), 'a/two words: not in SHA256SUMS'),
+        (lambda f: os.truncate(f / 'SHA256SUMS', 10 + 64 + 2 + len('a/b/three') + 1), 'SUMS: it lists 1 of 3 files'),
+        (lambda f: os.truncate(f / 'SHA256SUMS', 0), 'a/b/three: not in SHA256SUMS'),
+        # A list of an earlier version, which does not say how many there are, and was cut short.
+        (
+            lambda f: (f / 'SHA256SUMS').write_text((f / 'SHA256SUMS').read_text().split('\n', 2)[1] + '\n'),
+            'a/two words: not in SHA256SUMS',
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, damage, problem):
@@ -184,6 +193,13 @@ def test_damage_is_named(tmp_path, damage, problem):
     damage(folder)
     found = digests.problems(str(folder))
     assert found and found[0].startswith(str(folder)) and problem in found[0], found
+
+
+def test_files_that_others_leave_are_no_matter(tmp_path):
+    """A file manager's, or a note."""
+    folder = _folder(tmp_path)
+    (folder / 'a' / '.DS_Store').write_text('')
+    assert not digests.problems(str(folder))
 
 
 def _flip(path, rng):
@@ -250,7 +266,7 @@ def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(cop
             saved.load(step)
 
 
-@pytest.mark.parametrize('change', [_stray_file, _other_error])
+@pytest.mark.parametrize('change', [_no_error, _no_list, _other_error])
 def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys, change):
     """What is saved is there, and so is that step, for the next start; the others come and go."""
     with checkpoint.Checkpoints(str(copy)) as saved:
@@ -259,7 +275,7 @@ def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys
         for step in (4, 5):
             saved.save(steps.TrainState(jnp.int32(step), before.params, None), before.statistics, meta, 1.0)
             saved.wait()
-        assert saved.steps() == [2, 4, 5]
+        assert recovery.numbers(saved.folder) == [2, 4, 5]
         assert 'warning: the checkpoint is damaged: ' in capsys.readouterr().err
     with checkpoint.Checkpoints(str(copy)) as saved:
         assert ['checkpoints/2' in damaged for damaged in saved.damaged] == [True]
@@ -339,11 +355,19 @@ def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
     assert checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
 
 
+@pytest.mark.parametrize('change', [_no_error, _no_list])
+def test_the_best_step_is_not_one_of_those_that_are_whole(copy, change):
+    """A step is never passed over in silence because something of it is missing."""
+    change(copy / 'checkpoints' / '2')
+    with pytest.raises(UserError, match=r'the checkpoint is damaged: .*checkpoints/2/.*: missing\. Other steps .*: 3'):
+        checkpoint.load_checkpoint(str(copy))
+
+
 def test_verify(copy, tmp_path, capsys):
-    images = tmp_path / 'raw' / 'class'
-    images.mkdir(parents=True)
+    folder = tmp_path / 'raw' / 'class'
+    folder.mkdir(parents=True)
     for i in range(4):
-        (images / f'{i}.jpg').write_bytes(prepare._jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
+        (folder / f'{i}.jpg').write_bytes(images.jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
     data = tmp_path / 'data'
     prepare.prepare(str(tmp_path / 'raw'), str(data), size=16, workers=1)
     verify.main([str(copy), str(copy / 'checkpoints'), str(copy / 'checkpoints' / '2'), str(data)])
@@ -357,6 +381,10 @@ def test_verify(copy, tmp_path, capsys):
     assert result.returncode == 1
     assert f'damaged: {shard}: its bytes have changed' in result.stderr
     assert 'checkpoints/3/params/_METADATA: its bytes have changed' in result.stderr
+    (data / 'checkpoints').symlink_to(copy / 'checkpoints')  # both a workdir and its data
+    folders, found = verify.verify(str(data))
+    assert len(folders) == 3 and [problem.split(': ')[0] for problem in found][-1] == str(shard)
+    (data / 'checkpoints').unlink()
     for nothing, message in ((tmp_path / 'raw', 'holds nothing to verify'), (tmp_path / 'no', 'there is no directory')):
         with pytest.raises(UserError, match=message):
             verify.verify(str(nothing))

@@ -151,6 +151,22 @@ def test_a_restart_goes_on_at_step_times_batch(start_step):
     chex.assert_trees_all_equal(_train(take=12 - start_step, start_step=start_step), whole[start_step:])
 
 
+def test_pixels_that_are_no_bytes_are_refused():
+    """From 0 to 1 they would all be black."""
+    with pytest.raises(UnreadableError, match='float32 of shape .* expected uint8'):
+        data.decode({'image': np.ones((6, 6, 3), np.float32)}, 6)
+
+
+@pytest.mark.parametrize('label', [-1, -7])
+def test_an_image_without_a_label_is_named(label):
+    records = [{'image': np.zeros((6, 6, 3), np.uint8), 'label': label, 'file_name': b'a.jpg'}] * 3
+    fixed = {'seed': 0, 'start_step': 0, 'record_size': 6, 'augmentation': augment.Augmentation(image_size=4)}
+    batches = data.train_batches(records, batch_size=2, **fixed)
+    batch = next(batches)
+    batches.close()
+    assert batch['unreadable'] == ["the image 'a.jpg' has no label."] * 2 and not batch['weight'].any()
+
+
 def test_threads_change_nothing():
     chex.assert_trees_all_equal(_train(num_threads=1), _train(num_threads=5))
 

@@ -128,7 +128,7 @@ def _pictures():
         _encode(palette, 'GIF', save_all=True, append_images=[image.quantize(8)]),
         _encode(image, 'TIFF', exif=exif),
         *(_encode(image, 'TIFF', compression=kind) for kind in ('tiff_lzw', 'tiff_adobe_deflate', 'jpeg', 'packbits')),
-        _encode(image.convert('F').point(lambda level: level * 256 + 0), 'TIFF'),
+        _encode(sixteen, 'TIFF'),
         _encode(image, 'WEBP', exif=exif),
         _encode(image.convert('RGBA'), 'WEBP', lossless=True),
         _encode(image, 'PPM'),
@@ -150,6 +150,7 @@ def test_images(examples):
     wholes = _pictures()
     for whole in wholes:
         assert images.square(whole, 16).std() > 5
+    wholes.append(_encode(Image.fromarray(np.float32(np.arange(400).reshape(20, 20))), 'TIFF'))  # refused
     heads = st.sampled_from([whole[:n] for whole in wholes for n in (4, 12, 40)])
     noise = st.builds(bytes.__add__, heads | st.just(b''), st.binary(max_size=300))
     _fuzz(examples, _damaged(wholes) | _damaged(wholes) | noise, _square)

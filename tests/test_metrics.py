@@ -23,6 +23,11 @@ def test_errors_and_loss_against_numpy():
     chex.assert_trees_all_close(found, {'loss': loss, 'top1_error': 100 * top1, 'top5_error': 100 * top5}, rtol=1e-5)
 
 
+def test_a_label_of_no_class_is_no_loss_of_0():
+    found = metrics.log_likelihood(np.zeros((4, 3), np.float32), np.array([-1, 0, 2, 3]))
+    chex.assert_trees_all_close(found, np.array([np.nan, -np.log(3), -np.log(3), np.nan], np.float32), rtol=1e-6)
+
+
 def test_ties_count_their_share():
     """The error expected when tied classes are put in random order: all orders counted."""
     scores, label, k = np.array([[3.0, 1.0, 1.0, 1.0, 0.0]]), 2, 3

@@ -103,6 +103,14 @@ def test_conv1_hangs_over_the_right_and_bottom_edges():
     assert seen[54, 0] == seen[0, 54] == 3 * 8 * 11 and seen[54, 54] == 3 * 8 * 8
 
 
+def test_dropout_masks_are_the_same_in_float64():
+    network = model.AlexNet()
+    draw = lambda: jax.device_get(model.dropout_masks(network, jax.random.key(3), 8, 224))  # noqa: E731
+    masks = draw()
+    with jax.enable_x64():
+        chex.assert_trees_all_equal(draw(), masks)
+
+
 def test_dropout_masks_are_fair_and_independent():
     masks = model.dropout_masks(model.AlexNet(), jax.random.key(0), 64, 224)
     assert set(masks) == {'fc6', 'fc7'}

@@ -1,5 +1,6 @@
 """From raw files to records: every kind of input and of odd file, read back through TFDS alone."""
 
+import collections
 import io
 import json
 import os
@@ -166,7 +167,7 @@ def test_folders_in_folders_without_end(tmp_path):
         here /= 'd'
     here.mkdir(parents=True)
     with pytest.raises(UserError, match='more than 100 deep'):
-        list(listing.images_below(str(tmp_path)))
+        list(images.below(str(tmp_path)))
 
 
 @pytest.fixture
@@ -212,7 +213,9 @@ def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
     """Their order stays that of the folders; two cranes (a bird, a machine) stay apart."""
     for name in ('n04', 'n03', 'n02', 'n01'):
         _write(tmp_path / 'raw', {f'train/{name}/a.jpg': _encode(_pixels(0))})
-    (tmp_path / 'raw' / 'words.txt').write_text('n00\tentity\nn01\tcrane\nn02\tcrane\nn03\tEgyptian cat, Felis catus\n')
+    (tmp_path / 'raw' / 'words.txt').write_text(
+        '\ufeffn01\tcrane\r\nn00\tentity\nn02\tcrane\nn03\tEgyptian cat, Felis catus\n'
+    )
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), size=16, workers=1)
     assert sources.open_dataset(str(tmp_path / 'out')).class_names == (
         'crane (n01)',
@@ -247,8 +250,21 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
     prepare.prepare(str(tmp_path / 'flat'), out, size=16, val_fraction=0.25, seed=5, workers=1)
     train, val = _read_back(out, 'train'), _read_back(out, 'val')
     assert (len(train), len(val)) == (15, 5) and not set(train) & set(val)
+    assert sorted(collections.Counter(name[0] for name in val).values()) == [2, 3]  # of each class its part
     with pytest.raises(UserError, match='needs a train split and no val split; there are: train, val'):
         prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
+
+
+def test_what_is_left_out_is_told(tmp_path, capfd):
+    """And what was found: a folder too deep shows as one class."""
+    content = _encode(_pixels(0))
+    files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}
+    _write(tmp_path / 'in', files)
+    prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, workers=1)
+    said, errors = capfd.readouterr()
+    assert 'train: 2 images  classes: 2 (a, b)' in said
+    assert f'in no class folder, and so left out: 1 images in {tmp_path}/in' in errors
+    assert 'without images (.jpeg' in errors and 'and so left out: c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -572,6 +588,16 @@ def _png(width, height, data):
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
 
+@pytest.mark.parametrize('name', ['  ', ' cat', 'cat ', 'a cat\nand a dog', 'cat\r', 'cat\x85dog'])
+def test_class_names_that_tfds_would_read_otherwise_are_refused(name, tmp_path):
+    """Its file of names has one a line, without blanks around them or empty ones: labels would name other classes."""
+    folders = {'dog': _encode(_pixels(0)), name: _encode(_pixels(1))}
+    _write(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
+    with pytest.raises(UserError, match='class name .* has blanks around it or more than a line; rename its folder'):
+        prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
     """Each is named with its reason, nothing else is said of it, and the good ones that Pillow would warn of are in."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 48), np.uint8)
@@ -579,10 +605,9 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
     flipped = bytearray(rows)
     flipped[len(rows) // 2] ^= 255
     palette = Image.fromarray(_pixels(0)).quantize(16)
-    nan = Image.fromarray(np.full((20, 20), np.nan, np.float32))
     good = {
         'palette.png': _encode(palette, 'PNG', transparency=bytes(range(16))),
-        'nan.tif': _encode(nan, 'TIFF'),
+        'sixteen.tif': _encode(Image.fromarray(np.full((20, 20), 40_000, np.uint16)), 'TIFF'),
         'two.jpg': _encode(_pixels(1), 'MPO', save_all=True, append_images=[Image.fromarray(_pixels(2))]),
     }
     bad = {
@@ -592,6 +617,12 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
         'cut.jpg': (_encode(_pixels(3))[:700], 'damaged: image file is truncated'),
         'empty.jpg': (b'', 'the file is empty'),
         'text.jpg': (b'hello', 'of no known format'),
+        # 0 to 1, or to 255: as 16-bit numbers all of it would be black.
+        'float.tif': (_encode(Image.fromarray(np.ones((20, 20), np.float32)), 'TIFF'), 'its pixels are 32-bit numbers'),
+        'int.tif': (
+            _encode(Image.fromarray(np.full((20, 20), 255, np.int32)), 'TIFF'),
+            'its pixels are 32-bit numbers',
+        ),
         # Pillow would start Ghostscript.
         'figure.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n', 'of no known format'),
         'huge.jpg': (b'', '268,435,457 bytes, more than the 268,435,456 that an image may have'),

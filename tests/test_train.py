@@ -33,6 +33,7 @@ from alexnet_jax import (
     statistics,
     steps,
     train,
+    writers,
 )
 from alexnet_jax.errors import DivergedError, UserError
 from tests import ROOT, small
@@ -470,7 +471,7 @@ def _mesh(platform):
     ],
 )  # fmt: skip
 def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(platform, changes, workers, monkeypatch):
-    monkeypatch.setattr(data, 'default_workers', lambda batch_bytes, devices: 15)
+    monkeypatch.setattr(data, 'default_workers', lambda rows, row_bytes, devices: 15)
     config, digits = _config(), sources.open_dataset('digits')
     config.update_from_flattened_dict(changes)
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
@@ -495,7 +496,7 @@ def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
 
 
 def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'default_workers', lambda batch_bytes, devices: 15)
+    monkeypatch.setattr(data, 'default_workers', lambda rows, row_bytes, devices: 15)
     config, digits = _config(), sources.open_dataset('digits')
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
     script = tmp_path / 'mine.py'
@@ -624,6 +625,34 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     with pytest.raises(UserError, match=r'no checkpoint in .* is whole: .*/30/params/_METADATA: missing'):
         train.train_and_evaluate(config, str(tmp_path))
     assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
+
+
+def test_a_folder_that_has_another_steps_name_is_not_gone_on_with(uninterrupted, tmp_path):
+    config, workdir, _ = uninterrupted
+    shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '100')
+    with pytest.raises(UserError, match='checkpoints/100 holds the state of step 30'):
+        train.train_and_evaluate(config, str(tmp_path))
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path, capsys):
+    def line(step, split='train'):
+        return json.dumps({'step': step, 'split': split}) + '\n'
+
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(line(1) + line(2)[1:] + line(30) + line(4) + line(5) + line(5, 'val') + line(6) + '{"st')
+    writers.RunWriter(str(tmp_path), 5, validated=False).close()
+    assert path.read_text() == line(1) + line(4) + line(5)
+    assert capsys.readouterr().err == f'warning: {path}: line 2 cannot be read, and is left out.\n'
+
+
+def test_other_software_or_cores_than_before_are_told(tmp_path, capsys):
+    now = writers.environment()
+    writers.warn_of_changes(str(tmp_path), now)  # of an earlier start nothing is known
+    writers.write_json(str(tmp_path), {'environment': now})
+    writers.warn_of_changes(str(tmp_path), {**now, 'commit': 'another', 'command': []})
+    assert not capsys.readouterr().err
+    writers.warn_of_changes(str(tmp_path), {**now, 'cores': 77, 'versions': {**now['versions'], 'jax': '9.9'}})
+    assert f'cores {now["cores"]} -> 77; jax {jax.__version__} -> 9.9: the run goes on' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -70,6 +70,11 @@ def test_from_class_folders_to_predictions(tmp_path):
     assert 'there is no checkpoint' in _run('tune', *words[:-1], '--init_from=nowhere', code=2)
 
 
+def _nested(folder, pictures):
+    shutil.copytree(pictures, folder / 'one')
+    return folder
+
+
 def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
     """What lies there stays as it is, and it may be all there is: the pictures need not be there any more."""
     one, other = (write_pictures(tmp_path / name, classes, 2) for name, classes in (('one', (0, 1)), ('two', (2, 7))))
@@ -82,6 +87,8 @@ def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
         tune.prepared(str(one), folder, 16, 0.25, 0)
     with pytest.raises(UserError, match='was prepared at 16 px, this network takes 24'):
         tune.prepared(str(one), folder, 24, 0.5, 0)
+    with pytest.raises(UserError, match=f"has one class only, 'one'; .* and remove {tmp_path}/nested."):
+        tune.prepared(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
     shutil.rmtree(one)
     assert tune.prepared(str(one), folder, 16, 0.5, 0).class_names == first.class_names
 
