@@ -76,7 +76,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     mesh = sharding.make_mesh(**config.mesh, devices=described)
     if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
         raise UserError(  # XLA's AllReducePromotion takes the whole process down
-            "model.dtype='bfloat16' over two towers is more than XLA's CPU compiler can do; use --config.mesh.tower=1 "
+            "XLA's CPU compiler crashes on model.dtype='bfloat16' over two towers; use --config.mesh.tower=1 "
             'or --config.model.dtype=float32.'
         )
     layers.sizes(network, image_size, towers=config.mesh.tower)  # also where a single device holds both
@@ -128,7 +128,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
         statistics=place(dataset.statistics, everywhere),
         batches=batches,
         val_batches=val_batches,
-        to_mesh=lambda batch: {**sharding.to_mesh(mesh, data.tell_unreadable(batch)), **on_device},
+        to_mesh=lambda batch: {**sharding.to_mesh(mesh, data.warn_unreadable(batch)), **on_device},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         # It runs once, and on a CPU LLVM spends seconds on making its many draws fast.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
@@ -224,7 +224,10 @@ def _check_keys(config: ConfigDict) -> None:
 
 def _check_ranges(config: ConfigDict) -> None:
     if config.init_fresh and not config.init_from:
-        raise UserError(f'init_fresh={config.init_fresh} without init_from: every layer starts afresh then.')
+        raise UserError(
+            f'init_fresh={config.init_fresh} names layers to draw anew, but init_from is empty; set it, or drop '
+            'init_fresh.'
+        )
     if config.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}; expected 'stop' or 'skip'.")
     cache = config.data.cache

@@ -1,6 +1,6 @@
 """The paper's data augmentation (section 4.1): random draws on the host, arithmetic on the device.
 
-`draw` and `cut` run in the input pipeline on uint8; `finish` and `views` run inside the jitted step, so that bytes and
+`draw` and `crop` run in the input pipeline on uint8; `finish` and `views` run inside the jitted step, so that bytes and
 not floats cross to the device.
 """
 
@@ -83,14 +83,14 @@ def _numbers(values, count: int) -> bool:
 class Draw(NamedTuple):
     """What is random about one image in one use."""
 
-    offset: np.ndarray  # int32 [2]: row and column of the cut-out's first pixel
+    offset: np.ndarray  # int32 [2]: row and column of the crop's first pixel
     extent: np.ndarray  # int32 [2]: its height and width, before it is brought to image_size
     reflect: np.bool_  # mirror left to right
     colour: np.ndarray  # float32 [3]: the paper's alphas, one for each principal component
 
 
 def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> Draw:
-    """Draws crop, reflection and colour for one image: 2048 = 32 x 32 x 2 cut-outs in the paper.
+    """Draws crop, reflection and colour for one image: 2048 = 32 x 32 x 2 crops in the paper.
 
     They depend on (seed, position in the stream) alone.
     """
@@ -156,7 +156,7 @@ def _parts_of_the_area(uniform: np.ndarray, size: int, area: tuple[float, float]
     return np.where(fits.any(1)[:, None], found, size).astype(int)
 
 
-def cut(image_HWC: np.ndarray, drawn: Draw, size: int, out: np.ndarray | None = None) -> np.ndarray:
+def crop(image_HWC: np.ndarray, drawn: Draw, size: int, out: np.ndarray | None = None) -> np.ndarray:
     """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so; in `out`, if that is given."""
     (y, x), (height, width) = drawn.offset, drawn.extent
     part = image_HWC[y : y + height, x : x + width]
@@ -171,12 +171,12 @@ def cut(image_HWC: np.ndarray, drawn: Draw, size: int, out: np.ndarray | None = 
     return out
 
 
-def cut_on_device(batch: dict, size: int) -> dict:
-    """What `cut` does, for a batch of whole records, or one that has their numbers and all records.
+def crop_on_device(batch: dict, size: int) -> dict:
+    """What `crop` does, for a batch of whole records, or one that has their numbers and all records.
 
     Args:
       batch: 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]; 'offset' and 'reflect'.
-      size: of the cut-outs, pixels.
+      size: of the crops, pixels.
 
     Returns:
       the batch with 'image' uint8 [n, size, size, 3] instead of these.
@@ -198,12 +198,12 @@ def cut_on_device(batch: dict, size: int) -> dict:
 
 
 def record_size(image_size: int) -> int:
-    """Side of the records that cut-outs of a size are taken from, in the paper's proportion: 256 for 224."""
+    """Side of the records that crops of a size are taken from, in the paper's proportion: 256 for 224."""
     return -(-image_size * 8 // 7)
 
 
 def positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
-    """Places at which a cut-out may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
+    """Places at which a crop may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
 
     all_positions: counts the last one too, as the authors' code does: 33.
 
@@ -240,11 +240,11 @@ def finish(batch: dict, statistics: Statistics, augmentation: Augmentation, *, c
     """Turns a training batch's bytes into the network's input: minus the mean, plus the colour shift.
 
     Args:
-      batch: 'image' uint8 [N, s, s, 3], cut and mirrored; 'offset' int32 [N, 2], 'reflect' bool [N], 'colour' float32
+      batch: 'image' uint8 [N, s, s, 3], cropped, mirrored; 'offset' int32 [N, 2], 'reflect' bool [N], 'colour' float32
         [N, 3] as drawn for each.
       statistics: of the training set.
-      augmentation: with mean='crop' the mean image is cut and mirrored like its image (section 2: the mean activity of
-        each pixel); with 'centre' its central part stays as it is, whatever the cut.
+      augmentation: with mean='crop' the mean image is cropped and mirrored like its image (section 2: the mean activity
+        of each pixel); with 'centre' its central part stays as it is, whatever the crop.
       colour: bool scalar, whether colour is (still) on.
       dtype: of the result.
 
@@ -271,7 +271,7 @@ def finish(batch: dict, statistics: Statistics, augmentation: Augmentation, *, c
 
 
 def _fixed_mean(statistics: Statistics, augmentation: Augmentation, size: int):
-    """[1, size, size, 3] or [1, 1, 1, 3], the same for every cut-out."""
+    """[1, size, size, 3] or [1, 1, 1, 3], the same for every crop."""
     mean = jnp.asarray(statistics.mean_image)[None]
     return centre(mean, size) if augmentation.mean == 'centre' else mean.mean((1, 2), keepdims=True)
 

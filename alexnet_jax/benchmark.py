@@ -96,7 +96,7 @@ def our_training(run, config, steps: int, precision: str, stack, *, name: str, b
     stream = run.batches(0)
     stack.callback(stream.close)
     batch, state = run.to_mesh(next(stream)), run.init(key)
-    sent = sharding.sent_ahead(stream, run.to_mesh)
+    sent = sharding.prefetch_to_device(stream, run.to_mesh)
     if not batches:
         stream.close()
     log = trainlog.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is that of guessing
@@ -214,7 +214,7 @@ def _sides(mode: str, config, stack, *, torch: bool, steps: int, raw: str | None
     if mode == 'prepare':
         return [preparing(raw)]
     if mode == 'step':
-        dataset = sources.synthetic(config)
+        dataset = sources.synthetic(config.data.image_size, config.model.num_classes)
     else:
         dataset = sources.open_dataset(config.data.path)
         config.model.num_classes = len(dataset.class_names)
@@ -305,7 +305,8 @@ def main(words: Sequence[str]) -> None:
         config.batch_size = args.batch_size
     settings = {'mode': mode, 'precision': precision, **writers.environment()}
     if args.compile_for is not None:
-        facts = traffic.described_step(config, sources.synthetic(config), precision, args.compile_for)
+        dataset = sources.synthetic(config.data.image_size, config.model.num_classes)
+        facts = traffic.described_step(config, dataset, precision, args.compile_for)
         record = {**settings, 'config': config.to_dict(), 'compiled': facts}
         print('\n'.join([*compiled_report(facts), json.dumps(record)]), flush=True)
         return

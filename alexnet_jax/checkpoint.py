@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
     params: Any  # numpy, in the global layout
     network: model.AlexNet
     augmentation: Augmentation  # with it the size of the network's input, and what is subtracted from pixels
-    record_size: int  # side of the images its cut-outs are taken from, pixels
+    record_size: int  # side of the images its crops are taken from, pixels
     class_names: tuple[str, ...]
     statistics: Statistics
     config: dict[str, Any]
@@ -69,7 +69,7 @@ class Checkpoints:
         self.damaged: list[str] = []
         with telling(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
-                self.damaged = processes.first_decides(lambda: recovery.put_right(self.folder))
+                self.damaged = processes.first_process_decides(lambda: recovery.repair(self.folder))
         # Not orbax's CheckpointManager: it reads all steps when it opens, also those that are damaged; and when a save
         # fails in one of several processes, it waits for the others before it says so, and they for it.
         arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'statistics')}
@@ -145,7 +145,10 @@ class Checkpoints:
 
     def _check_is_there(self, step: int) -> None:
         if not os.path.isdir(self._path(step)):
-            raise UserError(f'{self._path(step)} is gone: its run has saved newer steps; give the command again.')
+            raise UserError(
+                f'{self._path(step)} was removed while it was read: its run has saved newer steps; give the command '
+                'again.'
+            )
 
     def save(self, state: TrainState, statistics: Statistics, meta: dict[str, Any], top1_error: float | None) -> None:
         """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
@@ -170,7 +173,7 @@ class Checkpoints:
         step = int(state.step)
         with self._saving(step):
             path = self._path(step)
-            processes.first_decides(lambda: os.path.exists(path) and os.rename(path, path + recovery.REPLACED))
+            processes.first_process_decides(lambda: os.path.exists(path) and os.rename(path, path + recovery.REPLACED))
             self._orbax.save(path, args=ocp.args.Composite(**items))
         self._sealing = self._sealer.submit(self._seal, step)
 

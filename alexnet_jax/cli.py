@@ -127,7 +127,10 @@ def _call(main, words, required, arguments) -> None:
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
         if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):
-            _fail(f'another process of this run has gone; it says why ({str(error).splitlines()[0][:200]}).', 1)
+            _fail(
+                f'another process of this run has ended, and says why ({str(error).splitlines()[0][:200]}).',
+                1,
+            )
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
 

@@ -76,15 +76,15 @@ def train_batches(
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes, and a script needs its `if __name__ == '__main__':`.
       num_threads: threads, in each process; 0 takes `default_threads`.
-      records_on_device: `augment.cut_on_device` will cut them out; their numbers are enough.
-      in_memory: all of them, decoded, uint8 [N, S, S, 3]: batches have copies of whole ones, which take less of the
-        host than cutting, and `augment.cut_on_device` cuts.
+      records_on_device: batches have only the numbers of records; `augment.crop_on_device` crops them in the step.
+      in_memory: all decoded records, uint8 [N, S, S, 3], or None. Batches then have whole copies ('whole'), which cost
+        the host less than cropping, and `augment.crop_on_device` crops them in the step.
 
     Yields:
       'image' uint8 [n, s, s, 3] (or 'index' int32 [n], or 'whole' uint8 [n, S, S, 3], see above),
       'offset' and 'extent' int32 [n, 2], 'reflect' bool [n], 'colour' float32 [n, 3],
       'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count. An image that
-      cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `tell_unreadable`.
+      cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `warn_unreadable`.
     """
     augment.positions(record_size, augmentation.image_size)  # raises before a worker would
 
@@ -141,7 +141,7 @@ def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray,
     """
     images, labels = np.empty((len(source), size, size, 3), np.uint8), []
     for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size, num_workers=num_workers):
-        tell_unreadable(batch)
+        warn_unreadable(batch)
         count = min(len(batch['label']), len(source) - len(labels))
         images[len(labels) : len(labels) + count] = batch['image'][:count]
         labels += np.where(batch['weight'] > 0, batch['label'], _LOST)[:count].tolist()
@@ -154,7 +154,7 @@ def pick(source: Sequence, indices: Sequence[int], size: int) -> tuple[np.ndarra
     return np.stack([decode(record, size) for record in records]), [int(record['label']) for record in records]
 
 
-def tell_unreadable(batch: Batch) -> Batch:
+def warn_unreadable(batch: Batch) -> Batch:
     """Takes out of a batch what it says of images that cannot be read, and prints it."""
     problems = batch.pop('unreadable', [])
     for problem in problems[:3]:
@@ -191,7 +191,7 @@ def _train_batch(source, augmentation, seed, record_size, on_device, in_memory, 
                 raise UnreadableError('' if record['label'] == _LOST else f'the image {name!r} has no label.')
             if images is not None:
                 drawn = augment.Draw(*(values[i] for values in draws))
-                augment.cut(decode(record, record_size), drawn, size, out=images[i])
+                augment.crop(decode(record, record_size), drawn, size, out=images[i])
             labels[i] = record['label']
         except UnreadableError as error:
             unreadable += [str(error)] if str(error) else []

@@ -57,9 +57,9 @@ def one_pass(
     began, waited = time.perf_counter(), 0.0
 
     def send(batch):
-        return sharding.to_mesh(mesh, data.tell_unreadable(batch))
+        return sharding.to_mesh(mesh, data.warn_unreadable(batch))
 
-    for batch, seconds in sharding.sent_ahead(batches, send):
+    for batch, seconds in sharding.prefetch_to_device(batches, send):
         if asked_to_stop():
             raise TerminatedError
         waited += seconds
@@ -133,7 +133,7 @@ def probabilities(
     function, params, statistics, batch_size = _ready(_outputs, checkpoint, mesh, views, batch_size, len(source))
     found = []
     for batch in _batches(checkpoint, source, mesh, batch_size):
-        batch = sharding.to_mesh(mesh, data.tell_unreadable(batch))
+        batch = sharding.to_mesh(mesh, data.warn_unreadable(batch))
         part, labels, weights = jax.device_get(function(params, batch, statistics))
         found.append((part[weights > 0], labels[weights > 0]))
     outputs, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))

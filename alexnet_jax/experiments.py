@@ -199,7 +199,8 @@ def plan(found: Sequence[Trial], examples: int) -> str:
     """The runs of a suite, their images, and hours predicted from a few updates of the first network."""
     first = found[0].config
     with contextlib.ExitStack() as stack:
-        built = assemble.build(suites.changed(first, {'data.fraction': 1.0}), sources.synthetic(first))
+        dataset = sources.synthetic(first.data.image_size, first.model.num_classes)
+        built = assemble.build(suites.changed(first, {'data.fraction': 1.0}), dataset)
         side, _ = benchmark.our_training(built, first, 0, 'float32', stack, name='', batches=False)
         rate = side.turn()
     costs = [products(trial.config) for trial in found]

@@ -103,7 +103,7 @@ def _stream(checkpoint, source, function, batch_size) -> Iterator[Part]:
     count = 0
     with contextlib.closing(batches):
         for batch in batches:
-            there = data.tell_unreadable(batch)['weight'] > 0
+            there = data.warn_unreadable(batch)['weight'] > 0
             (found,) = function(params, batch['image'], statistics)
             count += int(there.sum())
             yield np.asarray(found)[there], batch['label'][there]

@@ -128,7 +128,7 @@ def make_optimizer(
 
     def stage(state: SgdState):
         """Which row holds for the next update."""
-        return state.drops if schedule == 'plateau' else sum((state.count >= s for s in starts[1:]), jnp.int32(0))
+        return state.drops if schedule == 'plateau' else jnp.sum(state.count >= jnp.asarray(starts[1:], jnp.int32))
 
     def warmed(rate, state: SgdState):
         return rate * jnp.minimum(1.0, (state.count + 1) / warmup_steps) if warmup_steps else rate

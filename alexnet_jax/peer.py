@@ -106,7 +106,7 @@ class Squares(Dataset):
             with open(path, 'rb') as file:
                 pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert('RGB'))
         drawn = augment.Draw(*(values[index] for values in self.draws))
-        image = augment.cut(pixels, drawn, self.augmentation.image_size)
+        image = augment.crop(pixels, drawn, self.augmentation.image_size)
         return torch.from_numpy(image), torch.from_numpy(drawn.colour), label
 
 

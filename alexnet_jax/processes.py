@@ -38,7 +38,10 @@ def end_with_parent(*_) -> None:
 
 
 def script_without_guard() -> str | None:
-    """The path of a script whose work each worker process would do once more: nothing in it names __main__."""
+    """The path of the main script, if it has no `__main__` guard and each spawned worker would run it again.
+
+    None for a guarded script, a notebook or `python -m`.
+    """
     main = sys.modules['__main__']
     path = getattr(main, '__file__', None)
     if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
@@ -158,7 +161,7 @@ def new_directory(output: str) -> Iterator[str]:
         raise UserError(f'cannot write {output!r}: {reason}.') from error
 
 
-def first_decides(function: Callable[[], Any]) -> Any:
+def first_process_decides(function: Callable[[], Any]) -> Any:
     """What `function` returns (JSON) in the first of the processes that train together; the others wait for it."""
     import jax
     from jax.experimental import multihost_utils

@@ -17,7 +17,7 @@ def numbers(folder: str) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
 
 
-def put_right(folder: str) -> list[str]:
+def repair(folder: str) -> list[str]:
     """Removes what a kill has left half done, and moves damaged steps aside, to `STEP.damaged`.
 
     Returns:

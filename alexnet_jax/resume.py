@@ -42,7 +42,7 @@ def restore_or_init(
       UserError: the checkpoint is of another config, of other data or of no run; or `init_from` does not fit.
     """
     # One for all: on a shared disk the others may not see yet what the first has written or moved away.
-    step = processes.first_decides(checkpoints.latest)
+    step = processes.first_process_decides(checkpoints.latest)
     if step is not None:
         old, statistics = checkpoints.read_meta(step)
         _check_is_this_run(old, statistics, meta, run, config, workdir, step)
@@ -73,7 +73,7 @@ def _check_is_this_run(
     """Raises UserError where a checkpoint, by its meta and statistics, is not of this config and these data."""
     whole = all(isinstance(old.get(name), kind) for name, kind in _META.items())
     if not whole or not trainlog.fits(old.get('log')):
-        raise UserError(f'{workdir}: step {step} is of no run of alexnet_jax; give another directory.')
+        raise UserError(f'{workdir}: step {step} was not written by alexnet_jax.main; use another --workdir.')
     if not old['examples']:
         raise UserError(
             f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
@@ -97,7 +97,7 @@ def _check_is_this_run(
 
 
 def _meaning(network: model.AlexNet, augmentation: Augmentation) -> dict[str, Any]:
-    """What the same weights would compute something else with: preprocessing, norms, what a layer does."""
+    """Settings that change what the same weights compute: preprocessing, norms and pools, what each layer does."""
     found = {f'data.{name}': getattr(augmentation, name) for name in ('image_size', 'mean', 'pixel_std')}
     for name in model.AlexNet.__dataclass_fields__:
         if name.startswith(('lrn_', 'norm_', 'spatial_', 'pool_')) or name == 'dropout_inverted':

@@ -4,9 +4,7 @@ The only file that names PartitionSpec. Every function takes the mesh; there is 
 """
 
 import functools
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -193,7 +191,7 @@ def to_mesh(mesh: Mesh, batch: dict):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def sent_ahead(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
+def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
     """Batches on the devices, each sent before the one before it is used; and the seconds that it was waited for.
 
     A GPU writes into new memory only when all that was launched before is done, so a batch sent behind a step is copied
@@ -227,56 +225,8 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
     count, rest = divmod(mesh.shape['data'], len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
-        raise UserError(f'this process holds rows {rows} of {mesh.shape["data"]} on the data axis, not an even run.')
+        raise UserError(
+            f"this process's devices are rows {rows} of {mesh.shape['data']} on mesh.data; each process needs the same "
+            'number of consecutive rows. Change mesh.data or the number of processes.'
+        )
     return rows[0] // len(rows), count
-
-
-_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
-
-
-def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
-    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
-
-    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
-    that all get costs that twice, one that is dealt out once.
-
-    Args:
-      compiled_text: `jit(f).lower(...).compile().as_text()`.
-      devices: that the program runs on.
-    """
-    found = {}
-    for line in compiled_text.splitlines():
-        match = re.search(_COLLECTIVE, line)
-        if not match:
-            continue
-        shapes, name, asynchronous = match.groups()
-        arrays = array_bytes(shapes)
-        if asynchronous and name == 'collective-permute':
-            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
-        elif asynchronous and name != 'all-reduce':
-            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
-        group = _group_size(line, devices)
-        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
-        count, total = found.get(name, (0, 0.0))
-        found[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
-    return found
-
-
-def array_bytes(shape: str) -> list[int]:
-    """Of the arrays in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. What has no width, a token, has no bytes."""
-    return [
-        (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
-        * math.prod(map(int, filter(None, sides.split(','))))
-        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
-    ]
-
-
-def _group_size(line: str, devices: int) -> int:
-    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
-        return len(groups[1].split(','))
-    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
-        return int(groups[1])
-    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
-        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
-        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
-    return devices

@@ -167,7 +167,7 @@ class _Records:
             source = pickle.loads(self._closed)
             record = source[index]
         except Exception as error:
-            with telling(f'the data are gone while they are read, {self._name}', 'Put them back and go on.'):
+            with telling(f'data files disappeared while they were read, {self._name}', 'Put them back and go on.'):
                 for file in self._files:
                     open(file, 'rb').close()
             reason = str(error).split('\n', 1)[0][:200]
@@ -193,20 +193,39 @@ def _digits() -> Dataset:
         records.append({'image': np.repeat(np.asarray(grey)[:, :, None], 3, axis=2), 'label': int(label)})
     order = np.random.default_rng(0).permutation(len(records))
     val, train = ([records[i] for i in part] for part in (order[:360], order[360:]))
-    moments = statistics.no_moments(32)
-    for record in train:
-        moments = moments.add(record['image'])
-    names = tuple(str(i) for i in range(10))
-    return Dataset({'train': train, 'val': val}, names, 32, statistics.finish(moments), DIGITS)
+    return in_memory({'train': train, 'val': val}, tuple(str(i) for i in range(10)), DIGITS)
 
 
-def synthetic(config) -> Dataset:
+def synthetic(image_size: int, num_classes: int) -> Dataset:
     """A few random squares, 256 px for 224, to train on where only the speed counts: it does not depend on pixels."""
-    size = augment.record_size(config.data.image_size)
+    size = augment.record_size(image_size)
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
-    moments = statistics.no_moments(size)
-    for image in images:
-        moments = moments.add(image)
-    names = tuple(str(i) for i in range(config.model.num_classes))
-    records = [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]
-    return Dataset({'train': records}, names, size, statistics.finish(moments))
+    names = tuple(str(i) for i in range(num_classes))
+    return in_memory({'train': [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]}, names)
+
+
+def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str], fingerprint: str = '') -> Dataset:
+    """A dataset of records in memory, with the statistics of its train split.
+
+    Args:
+      splits: 'train', and 'val' or 'test' where there are such: lists of {'image': uint8 [S, S, 3], 'label': int}.
+      class_names: one for each label, from 0.
+      fingerprint: that tells these records from others when a run goes on.
+
+    Raises:
+      UserError: images of another kind or of several sizes, or a label that has no name.
+    """
+    first = np.shape(splits['train'][0]['image'])
+    for record in (record for records in splits.values() for record in records):
+        image, label = record['image'], record['label']
+        if getattr(image, 'dtype', None) != np.uint8 or image.shape != (first[0], first[0], 3):
+            raise UserError(
+                f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
+                f'uint8 of ({first[0]}, {first[0]}, 3), as all others.'
+            )
+        if not 0 <= label < len(class_names):
+            raise UserError(f'an image has the label {label}; expected 0 to {len(class_names) - 1}.')
+    moments = statistics.no_moments(first[0])
+    for record in splits['train']:
+        moments = moments.add(record['image'])
+    return Dataset(splits, tuple(class_names), first[0], statistics.finish(moments), fingerprint)

@@ -86,7 +86,7 @@ def train_step(
     count, image_size = len(batch['label']), augmentation.image_size
     if 'image' not in batch:
         with jax.named_scope('input'):
-            batch = augment.cut_on_device(batch, image_size)
+            batch = augment.crop_on_device(batch, image_size)
     with jax.named_scope('masks'):
         masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
     colour = True if colour_steps is None else state.opt_state.count < colour_steps

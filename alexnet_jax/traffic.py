@@ -4,6 +4,7 @@ Also for a GPU that is not at hand: XLA compiles for it from a description.
 """
 
 import collections
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,7 @@ def compile_step(run, batch_size: int, precision: str, arguments: Sequence) -> t
 
     Returns:
       the program, and 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device:
-      arguments and what lies in between), 'moved' (see `sharding.moved`), 'layers' (see `by_layer`).
+      arguments and what lies in between), 'moved' (see `moved`), 'layers' (see `by_layer`).
     """
     began = time.perf_counter()
     compiled = run.train_step.lower(*arguments).compile()
@@ -94,7 +95,7 @@ def compile_step(run, batch_size: int, precision: str, arguments: Sequence) -> t
         'compile_seconds': round(took, 1),
         'flops': rows['all']['flops'] * run.mesh.size / batch_size,  # an image's
         'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
-        'moved': sharding.moved(text, run.mesh.size) if run.mesh.size > 1 else {},
+        'moved': moved(text, run.mesh.size) if run.mesh.size > 1 else {},
         'layers': rows,
     }
 
@@ -172,7 +173,7 @@ def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _kernels(programs, name: str, scopes: tuple[str, ...], times: int) -> Iterator[Kernel]:
     sizes = {}
     for one in programs[name]:
-        sizes[one.name] = sum(sharding.array_bytes(one.shape))
+        sizes[one.name] = sum(array_bytes(one.shape))
         called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', one.rest)
         if one.kind in _FREE or one.kind.endswith('-done'):
             continue
@@ -202,7 +203,7 @@ def _read(size: int, number: int, inside: list[_Instruction]) -> int:
         if one.kind == 'bitcast':
             same.add(one.name)
         elif one.kind in _CUTS and one.operands[0] in same:
-            cut += sum(sharding.array_bytes(one.shape))
+            cut += sum(array_bytes(one.shape))
         else:
             return size
     return min(size, cut) if cut else size
@@ -251,3 +252,54 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     lines = [f'{"":8}' + ''.join(f'{heads[key]:>14}' for key in keys)]
     lines += [f'{name:8}' + ''.join(f'{row[key] / units[key]:14,.1f}' for key in keys) for name, row in rows.items()]
     return lines
+
+
+_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
+
+
+def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
+    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
+
+    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
+    that all get costs that twice, one that is dealt out once.
+
+    Args:
+      compiled_text: `jit(f).lower(...).compile().as_text()`.
+      devices: that the program runs on.
+    """
+    found = {}
+    for line in compiled_text.splitlines():
+        match = re.search(_COLLECTIVE, line)
+        if not match:
+            continue
+        shapes, name, asynchronous = match.groups()
+        arrays = array_bytes(shapes)
+        if asynchronous and name == 'collective-permute':
+            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
+        elif asynchronous and name != 'all-reduce':
+            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
+        group = _group_size(line, devices)
+        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
+        count, total = found.get(name, (0, 0.0))
+        found[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
+    return found
+
+
+def array_bytes(shape: str) -> list[int]:
+    """Of the arrays in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. What has no width, a token, has no bytes."""
+    return [
+        (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
+        * math.prod(map(int, filter(None, sides.split(','))))
+        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+    ]
+
+
+def _group_size(line: str, devices: int) -> int:
+    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+        return len(groups[1].split(','))
+    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+        return int(groups[1])
+    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
+        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
+    return devices

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from alexnet_jax import assemble, checkpoint, data, evaluate, processes, resume, sharding, trainlog, writers
+from alexnet_jax import assemble, checkpoint, data, evaluate, processes, resume, sharding, sources, trainlog, writers
 from alexnet_jax.assemble import Run
 from alexnet_jax.errors import DivergedError, TerminatedError, UserError, local
 from alexnet_jax.steps import TrainState
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) -> dict[str, float]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str, *, dataset: sources.Dataset | None = None, profile: int = 0
+) -> dict[str, float]:
     """Trains to the end, from the beginning or from the workdir's last checkpoint.
 
     At a step: update, evaluate, decide the rate, save; so what was decided is what is saved. A run that is stopped and
@@ -25,6 +27,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
     Args:
       config: see configs/paper.py; it is not changed.
       workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
+      dataset: from `sources.in_memory`, say; None opens what `config.data.path` names.
       profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
 
     Returns:
@@ -35,7 +38,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
       DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
       TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
     """
-    run = assemble.build(config)
+    run = assemble.build(config, dataset)
     _check_workdir(workdir)
     if 'val' not in run.dataset.splits:
         writers.warn('no val split: nothing is evaluated, and the learning rate does not follow the validation error.')
@@ -58,10 +61,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         for problem in checkpoints.damaged:
             writers.warn(f'a checkpoint is not used: {problem}.')
         state, saved = resume.restore_or_init(checkpoints, run, config, key, meta, workdir)
-        step, unsettled = int(state.step), saved.get('unfinished', False)
+        step, unfinished = int(state.step), saved.get('unfinished', False)
         reached = trainlog.reached(saved.get('log'), config.stop_at_error)
         done = reached or step >= run.total_steps
-        if done and not unsettled:
+        if done and not unfinished:
             if jax.process_index() == 0:
                 how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if config.num_steps else "num_epochs"}'
                 print(f'{workdir} is finished: step {step} of {run.total_steps}. {how} to go on.', flush=True)
@@ -72,7 +75,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         if step:
             writers.warn_of_changes(workdir, environment)
         writers.write_json(workdir, {'config': meta['config'], 'environment': environment})
-        writer = enter(contextlib.closing(writers.RunWriter(workdir, step, validated=not unsettled)))
+        writer = enter(contextlib.closing(writers.RunWriter(workdir, step, validated=not unfinished)))
         log = trainlog.TrainLog(
             writer,
             batch_size=config.batch_size,
@@ -86,13 +89,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, profile: int = 0) ->
         val_batches = enter(contextlib.closing(run.val_batches()))
         batches = enter(contextlib.closing(run.batches(step)))
         wanted = itertools.islice(batches, max(0, run.total_steps - step))  # a run may have been made shorter
-        sent = sharding.sent_ahead(wanted, run.to_mesh)
+        sent = sharding.prefetch_to_device(wanted, run.to_mesh)
         after = _AfterUpdate(config, run, meta, writer, log, checkpoints, val_batches, asked_to_stop)
         tracing, traced = enter(contextlib.ExitStack()), range(step + 2, step + 2 + profile)
         result = {}
         try:
-            if unsettled:  # SIGTERM came between this step's update and what belongs to it
-                state, done, result = after(state, step, again=True)
+            if unfinished:  # SIGTERM came between this step's update and what belongs to it
+                state, done, result = after(state, step, resumed=True)
             while not done:
                 if profile and step == traced.start:
                     tracing.enter_context(jax.profiler.trace(os.path.join(workdir, 'profile')))
@@ -150,8 +153,10 @@ class _AfterUpdate(NamedTuple):
         decision = 'val' in self.run.dataset.splits and now('eval_every_steps')
         return _Due(now('log_every_steps') or save, decision, save, last)
 
-    def __call__(self, state: TrainState, step: int, again: bool = False) -> tuple[TrainState, bool, dict[str, float]]:
-        """again: SIGTERM came here before, and the update is all that was done.
+    def __call__(
+        self, state: TrainState, step: int, *, resumed: bool = False
+    ) -> tuple[TrainState, bool, dict[str, float]]:
+        """resumed: the checkpoint was saved as unfinished: of this step only the update is done.
 
         Returns:
           (state, whether the run ends here, the numbers of a validation or nothing).
@@ -160,7 +165,7 @@ class _AfterUpdate(NamedTuple):
           TerminatedError: SIGTERM has come. The update is saved; the rest of it will be done first the next time.
         """
         due, error, result = self.due(step), self.config.stop_at_error, {}
-        if error and (due.line or again) and self.log.reached(error):
+        if error and (due.line or resumed) and self.log.reached(error):
             due = due._replace(save=True, last=True)
         stops = self.asked_to_stop()
         if not (due.decision or due.save or stops):
@@ -172,7 +177,7 @@ class _AfterUpdate(NamedTuple):
                 if due.decision or (due.last and 'val' in self.run.dataset.splits):
                     result = self._validate(state, step)
             except TerminatedError:
-                if not again:  # else it lies there so
+                if not resumed:  # else it lies there so
                     self._save(state, None, unfinished=True)
                     self.checkpoints.wait()
                 raise TerminatedError(
@@ -225,7 +230,7 @@ def _alone(workdir: str):
     with contextlib.ExitStack() as stack:
         lock = os.path.join(workdir, '.lock')
         held = processes.alone(lock, f'training in {workdir!r}')
-        processes.first_decides(lambda: stack.enter_context(held))
+        processes.first_process_decides(lambda: stack.enter_context(held))
         yield
 
 

@@ -118,7 +118,7 @@ class TrainLog:
         what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
         remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
         if self._budget.on_nonfinite == 'stop':
-            raise DivergedError(f'{what}; the update was not made, and none after it is kept. {remedy}')
+            raise DivergedError(f'{what}; this update was discarded, and no later state is saved. {remedy}')
         if count > most:
             raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
         writers.warn(f'{what}; its batch is left out, number {count} of at most max_nonfinite={most}.')

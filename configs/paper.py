@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.num_epochs = 90.0  # passes through the training set; "roughly 90 cycles", section 5
     config.num_steps = 0  # updates; if not 0, instead of num_epochs
     config.stop_at_error = (
-        0.0  # %; ends the run at a training line (see below) of this top-1 error or less; 0: does not
+        0.0  # percent; the run ends once a line (see below) has this training error or less; 0: never
     )
     config.log_every_steps = 1  # 0: once an epoch; a line is the mean since the one before
     config.eval_every_steps = 0  # 0: once an epoch

@@ -49,7 +49,7 @@ def test_finish_subtracts_the_mean_under_the_crop_and_adds_the_colour():
     draws = _draws(augmentation, len(records), 12)
     assert {bool(d.reflect) for d in draws} == {True, False}
     batch = {
-        'image': np.stack([augment.cut(r, d, size) for r, d in zip(records, draws, strict=True)]),
+        'image': np.stack([augment.crop(r, d, size) for r, d in zip(records, draws, strict=True)]),
         **{name: np.stack([getattr(d, name) for d in draws]) for name in augment.Draw._fields},
     }
     found = np.asarray(augment.finish(batch, stats, augmentation))
@@ -180,7 +180,7 @@ def test_crops_of_a_part_of_the_area():
 def test_a_part_of_the_area_is_brought_to_size_by_pillow():
     image = _images(1, 32)[0]
     drawn = augment.Draw(np.array([3, 5]), np.array([12, 20]), np.bool_(True), np.zeros(3))
-    found = augment.cut(image, drawn, 8)
+    found = augment.crop(image, drawn, 8)
     expected = np.asarray(Image.fromarray(image[3:15, 5:25]).resize((8, 8), Image.Resampling.BILINEAR))[:, ::-1]
     chex.assert_trees_all_equal(found, expected)
 
@@ -193,7 +193,7 @@ def test_mean_and_pixel_std(mean):
     (record,) = _images(1, 12)
     drawn = next(d for d in _draws(augmentation, 20, 12) if d.reflect and tuple(d.offset) != (2, 2))
     batch = {name: np.stack([value]) for name, value in drawn._asdict().items()}
-    batch['image'] = augment.cut(record, drawn, 8)[None]
+    batch['image'] = augment.crop(record, drawn, 8)[None]
     y, x = drawn.offset
     under = {
         'crop': stats.mean_image[y : y + 8, x : x + 8][:, ::-1],

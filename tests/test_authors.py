@@ -273,7 +273,7 @@ def _record_batch(augmentation, count, record_size):
     rng = np.random.default_rng(1)
     records = rng.integers(0, 256, (count, record_size, record_size, 3), np.uint8)
     draws = [augment.draw(augmentation, seed=0, position=20 * i, record_size=record_size) for i in range(count)]
-    cuts = np.stack([augment.cut(r, d, augmentation.image_size) for r, d in zip(records, draws, strict=True)])
+    cuts = np.stack([augment.crop(r, d, augmentation.image_size) for r, d in zip(records, draws, strict=True)])
     return records, {'image': cuts, **{f: np.stack([getattr(d, f) for d in draws]) for f in augment.Draw._fields}}
 
 

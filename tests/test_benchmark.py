@@ -56,7 +56,7 @@ def test_what_a_program_moves_is_counted_as_for_rings():
       %p = (s8[8]{0}, s8[8]{0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}
       %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
     """
-    found = sharding.moved(text, devices=8)
+    found = traffic.moved(text, devices=8)
     assert found == {
         'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
         'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
@@ -166,12 +166,12 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
     config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})
     config.data.image_size = small.SIZE
-    run = assemble.build(config, sources.synthetic(config))
+    run = assemble.build(config, sources.synthetic(config.data.image_size, config.model.num_classes))
     key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
     batches = run.batches(0)
     batch, state = run.to_mesh(next(batches)), run.init(key)
     batches.close()
-    found = sharding.moved(run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower)
+    found = traffic.moved(run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower)
     # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
     halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
     if tower == 2:

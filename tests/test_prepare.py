@@ -142,10 +142,10 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
 
     records = sources.open_dataset(str(out)).splits['train']
     out.rename(away)
-    with pytest.raises(UserError, match='the data are gone while they are read') as error:
+    with pytest.raises(UserError, match='data files disappeared while they were read') as error:
         stream(records)
     assert not isinstance(error.value, UnreadableError)
-    with pytest.raises(UserError, match='the data are gone while they are read.*No such file'):
+    with pytest.raises(UserError, match='data files disappeared while they were read.*No such file'):
         records[3]
     away.rename(out)
     assert stream(records)['weight'].all()

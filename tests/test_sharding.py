@@ -232,11 +232,11 @@ def test_a_batch_is_sent_before_the_one_before_it_is_used():
         happened.append(f'{batch} sent')
         return -batch
 
-    for sent, waited in sharding.sent_ahead(made(), send):
+    for sent, waited in sharding.prefetch_to_device(made(), send):
         happened.append(f'{-sent} used')
         assert 0 <= waited < 1
     assert ', '.join(happened) == ('0 made, 0 sent, 1 made, 1 sent, 0 used, 2 made, 2 sent, 1 used, 2 used')
-    assert list(sharding.sent_ahead(iter([]), send)) == []
+    assert list(sharding.prefetch_to_device(iter([]), send)) == []
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_a_record_that_cannot_be_read_keeps_its_place(capsys):
             assert (a[name] == b[name]).all()
         assert not b['image'][bad].any()
         missing += bad.sum()
-        assert 'unreadable' not in data.tell_unreadable(b)
+        assert 'unreadable' not in data.warn_unreadable(b)
     assert 5 <= missing <= 8  # each once a pass, 3.2 passes
     told = capsys.readouterr().err.splitlines()
     assert len(told) == missing and told[0].startswith('warning: weight 0: record ')
@@ -229,9 +229,9 @@ def test_of_an_evaluation_too(capsys):
     to_be_cut = [{'image': image, **record} for image, record in zip(images, known, strict=True)]
     capsys.readouterr()
     for a, b, c in zip(_stream(Damaged({7, 31})), _stream(to_be_cut), _stream(known, in_memory=images), strict=True):
-        data.tell_unreadable(a)
+        data.warn_unreadable(a)
         chex.assert_trees_all_equal(a, b)
-        cut = jax.device_get(data.augment.cut_on_device(c, 4))
+        cut = jax.device_get(data.augment.crop_on_device(c, 4))
         bad = a['weight'] == 0
         assert not cut['image'][bad].any()
         for name in a:

@@ -269,6 +269,36 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
         chex.assert_trees_all_equal(other, states[0])
 
 
+def test_the_readmes_python_runs_as_it_stands(uninterrupted, tmp_path, monkeypatch):
+    _, workdir, _ = uninterrupted
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S))
+    for path in ('runs/quickstart', 'runs/own'):
+        assert path in code
+    monkeypatch.syspath_prepend(str(ROOT))  # for configs/
+    exec(code.replace('runs/quickstart', str(workdir)).replace('runs/own', str(tmp_path)), found := {})
+    assert found['probabilities'].shape == (360, 10)
+    own = checkpoint.load_checkpoint(str(tmp_path))
+    assert own.class_names == ('even', 'odd') and own.step == 5
+    chex.assert_trees_all_close(
+        own.statistics.mean_image, np.mean(found['images'], axis=0, dtype=np.float64), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ('image', 'label', 'message'),
+    [
+        (np.ones((8, 8, 3), np.float32), 0, r'an image is float32 of shape \(8, 8, 3\); expected uint8 of \(8, 8, 3\)'),
+        (np.ones((9, 9, 3), np.uint8), 0, r'an image is uint8 of shape \(9, 9, 3\); expected uint8 of \(8, 8, 3\)'),
+        (np.ones((8, 8, 3), np.uint8), 2, 'has the label 2; expected 0 to 1'),
+        (np.ones((8, 8, 3), np.uint8), -1, 'has the label -1; expected 0 to 1'),
+    ],
+)
+def test_arrays_that_are_no_dataset(image, label, message):
+    good = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}
+    with pytest.raises(UserError, match=message):
+        sources.in_memory({'train': [good, {'image': image, 'label': label}]}, ('a', 'b'))
+
+
 def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     _, workdir, result = uninterrupted
     found = checkpoint.load_checkpoint(str(workdir / 'checkpoints' / '30'))
@@ -285,7 +315,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     chex.assert_trees_all_close(evaluate.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
     chex.assert_shape(evaluate.predict(found, images[:0], views=1), (0, 10))
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
-    # Ten views: the mean of the softmax outputs of ten cut-outs made here by hand.
+    # Ten views: the mean of the softmax outputs of ten crops made here by hand.
     ten = np.zeros((4, 10))
     for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)):
         for step in (1, -1):
@@ -365,7 +395,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.steps, 'eval_step', traced['eval'])
     seen = []
     build = assemble.build
-    monkeypatch.setattr(assemble, 'build', lambda c: seen.append(build(c)) or seen[-1])
+    monkeypatch.setattr(assemble, 'build', lambda c, dataset: seen.append(build(c, dataset)) or seen[-1])
     train.train_and_evaluate(config, str(tmp_path))
     chex.clear_trace_counter()
     longer = config.copy_and_resolve_references()
@@ -589,17 +619,17 @@ def test_a_run_of_an_older_version_goes_on(uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'config': []}, 'step 30 is of no run of alexnet_jax; give another directory'),
-        ({'fingerprint': None}, 'step 30 is of no run'),
-        ({'log': 5}, 'step 30 is of no run'),
-        ({'log': {'steps': 'two'}}, 'step 30 is of no run'),
-        ({'log': {'stall': [0.0, 0.0, 0, 0]}}, 'step 30 is of no run'),
-        ({'log': {'stall': 3}}, 'step 30 is of no run'),
-        ({'log': {'sums': {}}}, 'step 30 is of no run'),
-        ({'log': {'norms': 1.0}}, 'step 30 is of no run'),
-        ({'log': {'window': 3}}, 'step 30 is of no run'),
-        ({'log': {'error': [1.0]}}, 'step 30 is of no run'),
-        ({'log': {'steps': {}}}, 'step 30 is of no run'),
+        ({'config': []}, 'step 30 was not written by alexnet_jax.main; use another --workdir'),
+        ({'fingerprint': None}, 'step 30 was not written by'),
+        ({'log': 5}, 'step 30 was not written by'),
+        ({'log': {'steps': 'two'}}, 'step 30 was not written by'),
+        ({'log': {'stall': [0.0, 0.0, 0, 0]}}, 'step 30 was not written by'),
+        ({'log': {'stall': 3}}, 'step 30 was not written by'),
+        ({'log': {'sums': {}}}, 'step 30 was not written by'),
+        ({'log': {'norms': 1.0}}, 'step 30 was not written by'),
+        ({'log': {'window': 3}}, 'step 30 was not written by'),
+        ({'log': {'error': [1.0]}}, 'step 30 was not written by'),
+        ({'log': {'steps': {}}}, 'step 30 was not written by'),
         ({'config': {'model': 3, 'data': {}}}, 'a run of another version'),
         ({'examples': 10}, 'was trained on other data'),
     ],
@@ -697,11 +727,11 @@ def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
         assert 'image' not in batch
         for key, value in found[''][0].items():
             assert key == 'image' or (batch[key] == value).all()
-        on_device = augment.cut_on_device(runs[where].to_mesh(batch), 29)
+        on_device = augment.crop_on_device(runs[where].to_mesh(batch), 29)
         chex.assert_trees_all_equal(np.asarray(on_device['image']), found[''][0]['image'])
         chex.assert_trees_all_close((params, loss), found[''][1], rtol=1e-4, atol=1e-6)
     # Each device cuts what it has.
-    cut = jax.jit(lambda batch: augment.cut_on_device(batch, 29))
+    cut = jax.jit(lambda batch: augment.crop_on_device(batch, 29))
     text = cut.lower(runs['host'].to_mesh(found['host'][0])).compile().as_text()
     assert not re.findall('all-gather|all-reduce|all-to-all|collective-permute', text)
 
@@ -763,7 +793,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
 def test_bfloat16_over_two_towers_of_a_cpu_is_refused():
     """XLA's compiler would end the process."""
     changes = {'model.dtype': 'bfloat16', 'mesh.data': 1}
-    with pytest.raises(UserError, match=r"'bfloat16' over two towers .* use --config.mesh.tower=1 or"):
+    with pytest.raises(UserError, match=r"'bfloat16' over two towers; use --config.mesh.tower=1 or"):
         assemble.build(_config(**changes, **{'mesh.tower': 2}))
     assemble.build(_config(**changes, **{'mesh.tower': 1}))
 

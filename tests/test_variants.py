@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, layers, model, optim, sharding
+from alexnet_jax import augment, layers, model, optim, sharding, traffic
 from alexnet_jax.errors import UserError
 from tests import ROOT
 from tests.test_sharding import COLLECTIVES
@@ -138,7 +138,7 @@ def test_collectives(variant, gathers):
     # What the summary says crosses is what the program moves: two images of float32.
     crossing = layers.crossing(network, 224, 2)
     assert len(crossing) == gathers
-    assert sharding.moved(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
+    assert traffic.moved(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
 
 
 @pytest.mark.parametrize(
