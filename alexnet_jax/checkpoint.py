@@ -118,7 +118,14 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The one with the lowest val error, of those that have one. Raises UserError where one of these is damaged."""
-        return _lowest({step: self._error(step) for step in self._expected()})
+        errors = {}
+        for step in self._expected():
+            try:
+                errors[step] = self._error(step)
+            except UserError:
+                if os.path.isdir(self._path(step)):  # else its run has removed it: it is not the best
+                    raise
+        return _lowest(errors)
 
     def _expected(self) -> list[int]:
         """Those that count, and those that should: only the last can be half written, and only a run removes others."""

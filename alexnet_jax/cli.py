@@ -120,7 +120,7 @@ def _call(main, words, required, arguments) -> None:
         full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', str(error))
         if full and 'os_error_code' not in str(error):  # XLA, numpy; tensorstore means the disk
             _fail(
-                f'there is not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or in '
+                f'there is not enough memory ({_first_line(error)}); lower the batch size, or in '
                 'training --config.accumulate=N, which computes a batch in N parts with the same result.',
                 2,
             )
@@ -133,6 +133,10 @@ def _call(main, words, required, arguments) -> None:
             )
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _nobody_reads():
@@ -152,6 +156,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except BrokenPipeError:  # of `--help | head`
         _nobody_reads()
     except IndexError as error:
+        if not any('[' in word for word in argv):  # of a config file
+            raise
         _fail(f'{_one_line(str(error))}; a tuple is given whole: --config.KEY="((...), ...)".', 2)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_config_error(argv) or _one_line(str(error)), 2)

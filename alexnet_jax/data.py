@@ -115,7 +115,8 @@ def eval_batches(
       'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as above.
     """
     count = -(-len(source) // batch_size)
-    stream, workers = grain.MapDataset.range(count * batch_size), min(num_workers, count)
+    stream = grain.MapDataset.range(count * batch_size)
+    workers = min(num_workers, count * _pieces(batch_size // shard[1]))
 
     def build(places):  # as above
         return _eval_batch(source, record_size, places)
@@ -168,6 +169,13 @@ def _with_position(position: int, index) -> tuple[int, int]:
     return position, int(index)
 
 
+def _check_label(record: dict) -> None:
+    """Raises UnreadableError where a record has none, without a word where that was said before."""
+    if record['label'] < 0:
+        name = record.get('file_name', b'').decode(errors='replace')
+        raise UnreadableError('' if record['label'] == _LOST else f'the image {name!r} has no label.')
+
+
 def _train_batch(source, augmentation, seed, record_size, on_device, in_memory, places) -> Batch:
     """places: (position in the stream, index of the record) of each image; positions follow each other."""
     count, size = len(places), augmentation.image_size
@@ -186,9 +194,7 @@ def _train_batch(source, augmentation, seed, record_size, on_device, in_memory, 
     for i, (_, index) in enumerate(places):
         try:
             record = source[index]
-            if record['label'] < 0:
-                name = record.get('file_name', b'').decode(errors='replace')
-                raise UnreadableError('' if record['label'] == _LOST else f'the image {name!r} has no label.')
+            _check_label(record)
             if images is not None:
                 drawn = augment.Draw(*(values[i] for values in draws))
                 augment.crop(decode(record, record_size), drawn, size, out=images[i])
@@ -216,6 +222,7 @@ def _eval_batch(source, record_size, places) -> Batch:
             break
         try:
             record = source[int(place)]
+            _check_label(record)
             images[i] = decode(record, record_size)
             labels[i], weight[i] = record['label'], 1
         except UnreadableError as error:
@@ -241,7 +248,7 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
 
     Args:
       rows: of this process in a batch. Of each kind of batch w processes were seen to have 4 w + 2 pieces in shared
-        memory.
+        memory, and those besides that wait for the last of their batch.
       row_bytes: of an image for training and one for validation.
       devices: of this process; each has 32 processes at most.
     """
@@ -249,7 +256,8 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     if workers < _FEW:
         return 0
     free = shutil.disk_usage(_SHARED).free // processes.beside() if os.path.isdir(_SHARED) else 0
-    if (room := free // (5 * min(rows, _PIECE) * row_bytes)) < workers:
+    pieces = free // (min(rows, _PIECE) * row_bytes)
+    if (room := max(0, pieces - _pieces(rows) + 1) // 5) < workers:
         workers = room if room >= _FEW else 0
         how = f'{workers} processes' if workers else 'threads'
         print(
@@ -260,6 +268,10 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     return workers
 
 
+def _pieces(rows: int) -> int:
+    return -(-rows // _PIECE)
+
+
 def default_threads(num_workers: int) -> int:
     """One a core, dealt out to the processes; each has a batch in hand, so 16 at most."""
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
@@ -268,7 +280,7 @@ def default_threads(num_workers: int) -> int:
 def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
-    pieces = -(-rows // _PIECE) if num_workers else 1
+    pieces = _pieces(rows) if num_workers else 1
 
     def places(number):
         batch, piece = divmod(number, pieces)

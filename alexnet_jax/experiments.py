@@ -232,9 +232,11 @@ def _prepared(path: str) -> str:
 def prepared(path: str, output: str, size: int, suite: str) -> str:
     """A directory in the output with what `path` holds, prepared."""
     folder = os.path.join(output, f'data-{size}')
+    listed = None
     if not os.path.exists(folder):
-        _check_splits(listing.find(path), suite, repr(path))
-    prepare.once(path, folder, size=size, format='raw' if size <= 64 else 'jpeg')
+        listed = listing.find(path)
+        _check_splits(listed, suite, repr(path))
+    prepare.once(path, folder, size=size, format='raw' if size <= 64 else 'jpeg', listed=listed)
     return folder
 
 

@@ -75,6 +75,8 @@ def square(image: bytes | np.ndarray, size: int) -> np.ndarray:
       ValueError: it cannot be read; see `decode`.
     """
     if isinstance(image, np.ndarray):
+        if image.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f'its pixels are {image.dtype}, of which nothing says what is white')
         whole = rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
     else:
         whole = decode(image)

@@ -234,9 +234,11 @@ def _folder(path: str) -> Iterator[_Found]:
         yield from _split_folder(entry.path, path, _split_of(entry.name))
     if not splits:
         yield from _split_folder(path, path, None)
-    elif len(splits) < len(folders):
+        return
+    if len(splits) < len(folders):
         others = ', '.join(entry.name for entry in folders if entry not in splits)
         print(f'not splits, and so left out: {others}', file=sys.stderr, flush=True)
+    _tell_loose(path, sum(entry.is_file() and images.is_image(entry.name) for entry in images.entries(path)))
 
 
 def _holds_classes(folder: str) -> bool:
@@ -264,11 +266,15 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[_Found]
             yield from _archive(entry.path)
         else:
             loose += images.is_image(entry.name)
-    if loose:
-        print(f'in no class folder, and so left out: {loose} images in {folder}', file=sys.stderr, flush=True)
+    _tell_loose(folder, loose)
     if empty:
         names = ', '.join(empty)
         print(f'without images ({", ".join(images.SUFFIXES)}), and so left out: {names}', file=sys.stderr, flush=True)
+
+
+def _tell_loose(folder: str, count: int) -> None:
+    if count:
+        print(f'in no class folder, and so left out: {count} images in {folder}', file=sys.stderr, flush=True)
 
 
 def _file(path: str, root: str, split: str, class_name: str) -> _Found:

@@ -7,48 +7,24 @@ The shorter side becomes `size` pixels, the central square is kept (section 2). 
 """
 
 import collections
-import contextlib
-import errno
 import functools
 import hashlib
-import io
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 
-from alexnet_jax import cli, digests, images, listing, processes, statistics
+from alexnet_jax import cli, digests, listing, processes, shards, statistics
 from alexnet_jax.errors import UserError, check_new, local, telling
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
 _LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
 _MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
-
-
-class Shard(NamedTuple):
-    """One file to be written, by one process."""
-
-    path: str
-    refs: Sequence[listing.Ref]
-    size: int
-    format: str
-    class_names: tuple[str, ...]
-    counts: bool  # whether its pixels enter the statistics
-
-
-class Written(NamedTuple):
-    digest: str  # of its records
-    sha256: str  # of its file
-    count: int
-    num_bytes: int
-    moments: statistics.Moments
-    bad: list[str]  # 'name: reason'
 
 
 def prepare(
@@ -61,6 +37,7 @@ def prepare(
     seed: int = 0,
     max_bad: int = 0,
     workers: int | None = None,
+    listed: listing.Listing | None = None,
 ) -> None:
     """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
 
@@ -75,6 +52,7 @@ def prepare(
       seed: of the order in which images are written, and of the choice for val.
       max_bad: unreadable images that are named, counted and left out; one more ends it.
       workers: processes; all cores by default.
+      listed: what `listing.find` says of the source, where that was asked before.
 
     Raises:
       UserError: an option out of its range, no images, too many bad ones, no space.
@@ -89,7 +67,7 @@ def prepare(
         raise UserError(f'--seed={seed}, --max_bad={max_bad}; expected 0 or more.')
     output = local(output)
     check_new(output)
-    splits, folders = listing.find(source)
+    splits, folders = listed or listing.find(source)
     class_names = _in_words(source, folders)
     _check_names(class_names)
     orders = _orders(splits, val_fraction, seed)
@@ -102,7 +80,15 @@ def prepare(
     print(f'{output} is ready.', flush=True)
 
 
-def once(source: str, output: str, *, size: int, val_fraction: float = 0.0, **options) -> None:
+def once(
+    source: str,
+    output: str,
+    *,
+    size: int,
+    val_fraction: float = 0.0,
+    listed: listing.Listing | None = None,
+    **options,
+) -> None:
     """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
 
     For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
@@ -110,23 +96,27 @@ def once(source: str, output: str, *, size: int, val_fraction: float = 0.0, **op
     Raises:
       UserError: `output` was prepared from something else; or see `prepare`.
     """
-    made = source if source.startswith('tfds:') else local(source)
-    if val_fraction:
-        made += f' with --val_fraction={val_fraction:g}'
+    path = source if source.startswith('tfds:') else local(source)
+    made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
+    encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
-        if 'val' in listing.find(source).splits:
-            val_fraction = 0.0
+        listed = listed or listing.find(source)
+        if 'val' in listed.splits:
+            val_fraction, made = 0.0, path
         with telling(f'{output!r} cannot be written'):
             os.makedirs(os.path.dirname(local(output)), exist_ok=True)
-            with open(f'{output}.source', 'w', encoding='utf-8') as file:
+            with open(f'{output}.source', 'w', **encoding) as file:
                 file.write(made)
-        prepare(source, output, size=size, val_fraction=val_fraction, **options)
+        prepare(source, output, size=size, val_fraction=val_fraction, listed=listed, **options)
         return
-    known = 'somewhere else'
-    if os.path.exists(f'{output}.source'):
-        with open(f'{output}.source', encoding='utf-8') as file:
-            known = file.read()
-    if known != made:
+    if not os.path.exists(f'{output}.source'):
+        raise UserError(
+            f'it is not known what {output} was prepared from; if that was {made}, write so into {output}.source, else '
+            'give another --output, or remove that folder.'
+        )
+    with open(f'{output}.source', **encoding) as file:
+        known = file.read().rstrip('\n')
+    if known not in (made, path):  # the path alone where it has a val split of its own
         raise UserError(
             f'{output} was prepared from {known}, not from {made}; give the same again, or another --output, or remove '
             'that folder.'
@@ -155,18 +145,25 @@ def _check_names(class_names: Sequence[str]) -> None:
 
 
 def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:
-    """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished."""
+    """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished.
+
+    No class loses its last image to val; what classes a `tfds:` set's images are of is not known here.
+    """
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
         if 'train' not in orders or 'val' in orders:
             raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
-        count = round(val_fraction * len(orders['train']))
-        if not 0 < count < len(orders['train']):
-            raise UserError(f'--val_fraction={val_fraction} sets {count} of {len(orders["train"])} images aside.')
         aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # of the first so many
         by_class = sorted(orders['train'], key=lambda ref: ref.label)
-        val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
+        left = collections.Counter(ref.label for ref in by_class)
+        val = set()
+        for ref, before, after in zip(by_class, aside, aside[1:], strict=False):
+            if before < after and left[ref.label] > 1:
+                left[ref.label] -= 1
+                val.add(ref)
+        if not 0 < len(val) < len(by_class):
+            raise UserError(f'--val_fraction={val_fraction} sets {len(val)} of {len(by_class)} images aside.')
         for name, chosen in (('val', True), ('train', False)):
             orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
     return orders
@@ -176,13 +173,13 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
     import tensorflow_datasets as tfds
 
     template = functools.partial(tfds.core.ShardedFileTemplate, data_dir=folder, dataset_name=_NAME)
-    shards = {}
+    planned = {}
     for split, refs in orders.items():
         number = max(-(-len(refs) // _MOST_IN_SHARD), min(_SHARDS, len(refs)))
         cuts = [len(refs) * i // number for i in range(number + 1)]
         files = template(split=split, filetype_suffix='array_record')
-        shards[split] = [
-            Shard(
+        planned[split] = [
+            shards.Shard(
                 os.fspath(files.sharded_filepath(shard_index=i, num_shards=number)),
                 refs[cuts[i] : cuts[i + 1]],
                 size,
@@ -192,9 +189,9 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
             )
             for i in range(number)
         ]
-    results = _in_processes([s for split in shards.values() for s in split], max_bad, workers)
+    results = _in_processes([shard for split in planned.values() for shard in split], max_bad, workers)
     infos, fingerprint, known = [], hashlib.sha256(), {}
-    for split, files in shards.items():
+    for split, files in planned.items():
         written = [results.pop(0) for _ in files]
         known |= {os.path.basename(s.path): w.sha256 for s, w in zip(files, written, strict=True)}
         fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
@@ -213,7 +210,7 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
             statistics.save(folder, statistics.finish(moments))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=_features(size, format, class_names),
+        features=shards.features(size, format, class_names),
         split_infos=infos,
         filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
         check_data=False,
@@ -223,15 +220,15 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
     digests.write(folder, known)
 
 
-def _in_processes(shards: list[Shard], max_bad: int, workers: int | None) -> list[Written]:
+def _in_processes(wanted: list[shards.Shard], max_bad: int, workers: int | None) -> list[shards.Written]:
     """Writes all shards on all cores; results in the order of the shards."""
-    total, began, done, bad = sum(len(s.refs) for s in shards), time.monotonic(), 0, 0
+    total, began, done, bad = sum(len(s.refs) for s in wanted), time.monotonic(), 0, 0
     # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
     context = multiprocessing.get_context('spawn')
     workers = workers or processes.cores()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
-        with contextlib.nullcontext() if __name__ == '__main__' else processes.without_main():
-            futures = [pool.submit(_write, shard) for shard in shards]
+        with processes.without_main():
+            futures = [pool.submit(shards.write, shard) for shard in wanted]
         pending = set(futures)
         try:
             while pending:
@@ -258,67 +255,6 @@ def _in_processes(shards: list[Shard], max_bad: int, workers: int | None) -> lis
     if bad:
         print(f'{bad} unreadable images were left out.', file=sys.stderr, flush=True)
     return [future.result() for future in futures]
-
-
-@functools.cache
-def _features(size: int, format: str, class_names: tuple[str, ...]):
-    import tensorflow_datasets as tfds
-
-    shape = (size, size, 3)
-    if format == 'jpeg':
-        image = tfds.features.Image(shape=shape, encoding_format='jpeg')
-    else:
-        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-    return tfds.features.FeaturesDict(
-        {'image': image, 'label': tfds.features.ClassLabel(names=class_names), 'file_name': tfds.features.Text()}
-    )
-
-
-def _write(shard: Shard) -> Written:
-    """Runs in a worker process: reads, squares, encodes and writes a shard's images."""
-    from array_record.python import array_record_module
-
-    features = _features(shard.size, shard.format, shard.class_names)
-    # One record a group: random access reads only what it needs. JPEGs do not compress further.
-    writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, digest, count, num_bytes, bad = statistics.no_moments(shard.size), hashlib.sha256(), 0, 0, []
-    for ref in shard.refs:
-        try:
-            image, label = _read(ref)
-            pixels = images.square(image, shard.size)
-        except UserError:
-            raise
-        except Exception as error:  # Pillow refuses files in more ways than it documents
-            bad.append(f'{ref.name}: {(str(error).splitlines() or [type(error).__name__])[0]}')
-            continue
-        if shard.counts:
-            moments = moments.add(pixels)
-        image = images.jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
-        record = features.serialize_example(
-            {
-                'image': io.BytesIO(image) if shard.format == 'jpeg' else pixels,
-                'label': label,
-                'file_name': ref.name,
-            }
-        )
-        writer.write(record)
-        # Not of the record: protobuf may order its fields otherwise the next time.
-        digest.update(f'{ref.name}\0{label}\0'.encode() + image)
-        count, num_bytes = count + 1, num_bytes + len(record)
-    writer.close()
-    return Written(digest.hexdigest(), digests.digest(shard.path), count, num_bytes, moments, bad)
-
-
-def _read(ref: listing.Ref) -> tuple[bytes | np.ndarray, int]:
-    """`listing.read`, but a file system that does not give the image is no fault of the image."""
-    try:
-        return listing.read(ref)
-    except OSError as error:
-        dangling = os.path.islink(ref.path) and ref.length < 0 and error.errno in (errno.ENOENT, errno.ELOOP)
-        if error.errno is None or dangling:  # of what was read; a link to nothing is a bad image
-            raise
-        where = error.filename or ref.path
-        raise UserError(f'the image {ref.name!r} cannot be read any more: {where}: {error.strerror}.') from error
 
 
 def main() -> None:

@@ -164,8 +164,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises UserError where a batch does not divide into the mesh's parts, and each into `accumulate`."""
     parts = mesh.shape['data']
-    if batch_size < 1:
-        raise UserError(f'batch_size={batch_size}; expected 1 or more.')
     if batch_size % parts:
         raise UserError(
             f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '

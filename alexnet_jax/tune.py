@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, cli, evaluate, figures, model, prepare, sharding, sources, train, writers
+from alexnet_jax import assemble, augment, cli, evaluate, figures, model, prepare, sharding, sources, train, writers
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError
 
@@ -70,6 +70,7 @@ def main() -> None:
     dataset = prepared(args.input, data, size, args.val_fraction, args.max_bad)
     config = tuned(args.config, source, data, len(dataset.class_names))
     config.init_from = args.init_from
+    assemble.network_of(config)  # its numbers are in their ranges
     steps = config.num_steps or math.ceil(config.num_epochs * len(dataset.split('train')) / config.batch_size)
     if not source and steps < _FEW:
         writers.warn(

@@ -110,11 +110,12 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
     """Keeps the whole lines up to and with `step`."""
     if not os.path.exists(path):
         return
-    lines = list(_read_lines(path))
-    if damaged := [number for number, (_, found) in enumerate(lines[:-1], 1) if not found]:  # a kill tears the last
-        warn(f'{path}: line {", ".join(map(str, damaged[:5]))} cannot be read, and is left out.')
+    torn = None
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        for line, found in lines:
+        for number, (line, found) in enumerate(_read_lines(path), 1):
+            if torn:  # a kill tears the last alone
+                warn(f'{path}: line {torn} cannot be read, and is left out.')
+            torn = None if found else number
             if found and not _beyond(*found, step, validated):
                 file.write(line if line.endswith('\n') else line + '\n')
     os.replace(path + '.tmp', path)

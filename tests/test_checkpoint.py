@@ -355,6 +355,20 @@ def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
     assert checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
 
 
+def test_a_step_that_training_retires_is_not_the_best(copy, monkeypatch):
+    """Between the listing of the steps and the look at each."""
+    check = checkpoint.Checkpoints.check
+
+    def retired(self, step, wanted):
+        if step == 2:
+            shutil.rmtree(copy / 'checkpoints' / '2')
+        check(self, step, wanted)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, 'check', retired)
+    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+        assert saved.best() == 3
+
+
 @pytest.mark.parametrize('change', [_no_error, _no_list])
 def test_the_best_step_is_not_one_of_those_that_are_whole(copy, change):
     """A step is never passed over in silence because something of it is missing."""

@@ -41,6 +41,7 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.bach_size=1'], r"no key 'bach_size'. Did you mean 'batch_size'\?"),
         ([*MAIN, '--workdir=W', '--config.batch_size=many'], r'config.batch_size=many: invalid literal for int'),
         ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
+        ([*MAIN, '--workdir=W', '--config.num_epochs=inf', '--config.num_steps=0'], 'num_epochs=inf'),
         ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0; expected 1 or more'),
         ([*MAIN, '--workdir=W', '--config.model.conv[0]=5'], 'a tuple is given whole'),
         ([*MAIN], '--workdir is missing'),
@@ -115,6 +116,13 @@ def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
+
+
+def test_no_memory_is_one_line():
+    """Python's own error says nothing."""
+    script = 'from alexnet_jax import cli\ndef f(): raise MemoryError\ncli.run(f, required=())'
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
 
 
 @pytest.mark.slow
@@ -255,12 +263,23 @@ ORDER = (
     'steps',
     'sources',
     'data',
+    'recovery',
+    'checkpoint',
+    'writers',
+    'trainlog',
+    'ensemble',
+    'cli',
+    'evaluate',
+    'assemble',
+    'resume',
+    'train',
+    'main',
 )
 ONLY = {
     'ml_collections': {'assemble', 'train', 'resume', 'main', 'cli', 'convert', 'benchmark', 'suites'}
     | {'experiments', 'tune'},
     'grain': {'data'},
-    'tensorflow_datasets': {'sources', 'prepare', 'listing'},
+    'tensorflow_datasets': {'sources', 'prepare', 'listing', 'shards'},
     'orbax': {'checkpoint'},
     'flax': {'model'},
     'optax': {'optim', 'steps'},

@@ -76,7 +76,16 @@ def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, devices
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # of launch/local.sh
     assert data.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
     monkeypatch.delenv('LOCAL_WORLD_SIZE')
-    assert data.default_workers(8192, row_bytes, devices) == (min(workers, 38) if free_mib == 65536 else 0)
+    assert data.default_workers(8192, row_bytes, devices) == (min(workers, 37) if free_mib == 65536 else 0)
+
+
+def test_pieces_that_wait_for_their_batch_take_room_too(monkeypatch, capsys):
+    """Four processes were seen to have 4 * 4 + 2 + 7 pieces of a batch of eight: more than 24 in 8 GiB."""
+    monkeypatch.setattr(data.processes, 'cores', lambda: 16)
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=8 << 30))
+    row_bytes = 3 * (224**2 + 256**2)
+    assert (8 << 30) // (1024 * row_bytes) == 24
+    assert data.default_workers(8192, row_bytes, 1) == 3 and data.default_workers(1024, row_bytes, 1) == 4
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,12 @@ def test_an_image_without_a_label_is_named(label):
     batches = data.train_batches(records, batch_size=2, **fixed)
     batch = next(batches)
     batches.close()
-    assert batch['unreadable'] == ["the image 'a.jpg' has no label."] * 2 and not batch['weight'].any()
+    (whole,) = data.eval_batches(records, batch_size=3, record_size=6)
+    for found in (batch, whole):
+        why = found['unreadable']
+        assert set(why) == {"the image 'a.jpg' has no label."} and not found['weight'].any()
+    _, labels = data.load(records, 6)
+    assert labels == [data._LOST] * 3
 
 
 def test_threads_change_nothing():

@@ -385,7 +385,7 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
             experiments.prepared(path, out, 32, 'cifar10')
     assert experiments.prepared(other, out, 64, 'views') == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
-    with pytest.raises(UserError, match='data-32 was prepared from somewhere else'):
+    with pytest.raises(UserError, match=f'not known what {out}/data-32 was prepared from; if that was {one}, write so'):
         experiments.prepared(one, out, 32, 'cifar10')
 
 

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image, ImageOps
 
-from alexnet_jax import augment, data, images, listing, prepare, sources, statistics
+from alexnet_jax import augment, data, images, listing, prepare, shards, sources, statistics
 from alexnet_jax.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
@@ -255,6 +255,23 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
         prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
 
 
+def test_no_class_loses_its_last_image_to_val(tmp_path):
+    """One and three images a class in turn: of 40 a third are set aside, but no class's only one."""
+    refs = [listing.Ref(f'{c}/{i}', 0, -1, f'{c}/{i}', c) for c in range(20) for i in range(1 if c % 2 else 3)]
+    orders = prepare._orders({'train': refs}, 0.3, seed=0)
+    assert {ref.label for ref in orders['train']} == set(range(20)) and 8 <= len(orders['val']) <= 12
+    assert set(orders['train']) | set(orders['val']) == set(refs)
+    with pytest.raises(UserError, match='sets 0 of 10 images aside'):
+        prepare._orders({'train': [ref for ref in refs if ref.label % 2]}, 0.3, seed=0)
+
+
+def test_arrays_that_are_no_grey_levels_are_refused():
+    for kind in (np.float32, np.int32):
+        with pytest.raises(ValueError, match=f'its pixels are {kind.__name__}, of which nothing says what is white'):
+            images.square(np.full((16, 16, 1), 200, kind), 8)
+    assert images.square(np.full((16, 16, 1), 200, np.uint8), 8).min() == 200
+
+
 def test_what_is_left_out_is_told(tmp_path, capfd):
     """And what was found: a folder too deep shows as one class."""
     content = _encode(_pixels(0))
@@ -264,7 +281,7 @@ def test_what_is_left_out_is_told(tmp_path, capfd):
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'in no class folder, and so left out: 1 images in {tmp_path}/in' in errors
-    assert 'without images (.jpeg' in errors and 'and so left out: c\n' in errors
+    assert errors.count('left out') == 2 and 'without images (.jpeg' in errors and 'and so left out: c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -321,13 +338,13 @@ def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monk
     monkeypatch.setattr(listing, '_tfds_builder', lambda path: builder)
     monkeypatch.setattr(listing, '_tfds_source', lambda path, split: builder.as_data_source(split))
     ref = listing.Ref('tfds:ours', 3, -1, 'train/3', -1, 'train')
-    assert prepare._read(ref)[0].shape == (16, 16, 3)
+    assert shards._read(ref)[0].shape == (16, 16, 3)
     (tmp_path / 'out').rename(tmp_path / 'away')
     with pytest.raises(UserError, match="'train/3' cannot be read any more: .*array_record.*: No such file"):
-        prepare._read(ref)
+        shards._read(ref)
     os.symlink('nowhere.tar', tmp_path / 'train.tar')
     with pytest.raises(UserError, match="'a.jpg' cannot be read any more: .*train.tar: No such file"):
-        prepare._read(listing.Ref(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
+        shards._read(listing.Ref(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
 
 
 def test_empty_and_all_bad_folders(tmp_path):
@@ -441,10 +458,12 @@ def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
 def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
     _write(tmp_path / 'in', {f'{c}/{i}.png': _encode(_pixels(i), 'PNG') for c in ('train', 'bus') for i in range(2)})
     assert listing.find(str(tmp_path / 'in')).class_names == ('bus', 'train')
-    _write(tmp_path / 'split', {f'{s}/cat/a.png': _encode(_pixels(0), 'PNG') for s in ('train', 'extra')})
+    names = ('train/cat/a.png', 'extra/cat/a.png', 'loose.png')
+    _write(tmp_path / 'split', {name: _encode(_pixels(0), 'PNG') for name in names})
     found = listing.find(str(tmp_path / 'split'))
     assert set(found.splits) == {'train'} and len(found.splits['train']) == 1
-    assert 'not splits, and so left out: extra' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert 'not splits, and so left out: extra' in said and 'and so left out: 1 images in' in said
 
 
 def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):

@@ -89,6 +89,13 @@ def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
         tune.prepared(str(one), folder, 24, 0.5, 0)
     with pytest.raises(UserError, match=f"has one class only, 'one'; .* and remove {tmp_path}/nested."):
         tune.prepared(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
+    os.rename(tmp_path / 'data.source', tmp_path / 'kept')
+    with pytest.raises(UserError, match=f'not known what {folder} was prepared from; if that was {one}'):
+        tune.prepared(str(one), folder, 16, 0.5, 0)
+    os.rename(tmp_path / 'kept', tmp_path / 'data.source')
+    odd = write_pictures(tmp_path / os.fsdecode(b'odd\xff'), (0, 1), 2)
+    for _ in range(2):
+        assert len(tune.prepared(str(odd), str(tmp_path / 'odd'), 16, 0.5, 0).splits['val']) == 2
     shutil.rmtree(one)
     assert tune.prepared(str(one), folder, 16, 0.5, 0).class_names == first.class_names
 
