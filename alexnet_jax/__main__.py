@@ -22,9 +22,8 @@ def purpose(command: str) -> str:
 def main(words: list[str]) -> None:
     """Runs the command that `words` begin with, or lists them all."""
     if not words or words[0] in ('-h', '--help', 'help'):
-        for name in COMMANDS:
-            print(f'python -m alexnet_jax.{name:11} {purpose(name)}')
-        print('Each tells more with --help.')
+        lines = [f'python -m alexnet_jax.{name:11} {purpose(name)}' for name in COMMANDS]
+        print('\n'.join([*lines, 'Each tells more with --help.']))
     elif words[0] in COMMANDS:
         sys.argv = words
         runpy.run_module(f'alexnet_jax.{words[0]}', run_name='__main__', alter_sys=True)

@@ -153,6 +153,8 @@ def _drop_output():
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(argv)
+    except SystemExit:  # of --help, which absl ends with 1
+        sys.exit(0)
     except BrokenPipeError:  # of `--help | head`
         _nobody_reads()
     except IndexError as error:
@@ -169,7 +171,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _configs_first(argv: Sequence[str]) -> list[str]:
     """--config=FILE before all --config.KEY=VALUE, as absl wants it, and with its default where it is not given."""
-    words = list(argv[1:])
+    words = ['--help' if word == '-h' else word for word in argv[1:]]
     for name, default in _configs.items():
         first = [word for word in words if re.match(rf'--?{name}=', word)]
         if default and not first and f'--{name}' not in words:

@@ -89,6 +89,12 @@ def card(checkpoint: Checkpoint, views: int) -> str:
     seen = 'the central crop' if views == 1 else 'ten crops (corners and centre, with reflections), averaged'
     config = checkpoint.config
     data = os.path.basename(config['data']['path'].rstrip('/')) or 'not recorded'
+    origin = 'its weights converted by alexnet_jax from a file of others'
+    if checkpoint.step:
+        batch = config['batch_size']
+        origin = f'trained with alexnet_jax for {checkpoint.step:,} updates on batches of {batch}; data: {data}'
+    scaled = any(std != 1 for std in checkpoint.augmentation.pixel_std)
+    pixels = f"the training set's mean subtracted{', divided by a deviation for each colour' if scaled else ''}"
     return f"""---
 library_name: jax
 pipeline_tag: image-classification
@@ -97,12 +103,12 @@ tags: [alexnet, image-classification]
 
 # AlexNet, {parameters:,} parameters, {len(checkpoint.class_names)} classes
 
-Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012), trained with
-alexnet_jax for {checkpoint.step:,} updates on batches of {config['batch_size']}; data: {data}.
+Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
+{origin}.
 Its accuracy is not stated here: measure it on your own.
 
 - In: uint8 RGB [N, {side}, {side}, 3]: the shorter side resized to {side} (bilinear, antialiased), its central square.
-- Inside: {crop} px crops ({seen}), the training set's mean subtracted.
+- Inside: {crop} px crops ({seen}), {pixels}.
 - Out: float32 probabilities [N, {len(checkpoint.class_names)}]; names in `config.json`, `id2label`.
 
 ```python

@@ -213,8 +213,10 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
       fingerprint: that tells these records from others when a run goes on.
 
     Raises:
-      UserError: images of another kind or of several sizes, or a label that has no name.
+      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
     """
+    if not splits.get('train'):
+        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")
     first = np.shape(splits['train'][0]['image'])
     for record in (record for records in splits.values() for record in records):
         image, label = record['image'], record['label']

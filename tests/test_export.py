@@ -45,6 +45,10 @@ def test_the_command(views, images, tmp_path):
     assert config['id2label'] == {str(i): str(i) for i in range(10)} and config['num_labels'] == 10
     card = (out / 'README.md').read_text()
     assert card.startswith('---\nlibrary_name: jax\n') and 'uint8 RGB [N, 32, 32, 3]' in card
+    assert 'mean subtracted.' in card and 'converted by alexnet_jax from a file of others' in card  # it has no step
+    scaled = loaded._replace(step=7, augmentation=loaded.augmentation._replace(pixel_std=(58.0, 57.0, 57.0)))
+    card = export.card(scaled, views)
+    assert 'for 7 updates on batches of' in card and 'divided by a deviation for each colour.' in card
     # The weights come back as a checkpoint that says the same.
     _run('convert', f'--input={out}/model.safetensors', f'--output={tmp_path}/back')
     again = evaluate.predict(checkpoint.load_checkpoint(str(tmp_path / 'back')), images, views=views)

@@ -297,6 +297,8 @@ def test_arrays_that_are_no_dataset(image, label, message):
     good = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}
     with pytest.raises(UserError, match=message):
         sources.in_memory({'train': [good, {'image': image, 'label': label}]}, ('a', 'b'))
+    with pytest.raises(UserError, match="no images in a split 'train'; there are: val"):
+        sources.in_memory({'val': [good]}, ('a', 'b'))
 
 
 def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
