@@ -323,7 +323,8 @@ def test_colour_goes_off_at_its_step():
         masks = model.dropout_masks(network, jax.random.fold_in(jax.random.key(0), now), 4, small.SIZE)
         logits = np.asarray(network.apply({'params': params}, x, masks), np.float64)
         expected = -(logits[np.arange(4), np.arange(4)] - np.log(np.exp(logits).sum(1))).sum()
-        found = step(steps.TrainState(jnp.int32(now), params, optimizer.tx.init(params)))
+        updates = optimizer.tx.init(params)._replace(count=jnp.int32(now))
+        found = step(steps.TrainState(jnp.int32(now), params, updates))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
