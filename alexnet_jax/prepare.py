@@ -147,7 +147,7 @@ def _check_names(class_names: Sequence[str]) -> None:
 def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int) -> dict[str, list[listing.Ref]]:
     """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished.
 
-    No class loses its last image to val; what classes a `tfds:` set's images are of is not known here.
+    (Not of each class for `tfds:`, whose labels are not known here.)
     """
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
@@ -156,16 +156,13 @@ def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int
             raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
         aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # of the first so many
         by_class = sorted(orders['train'], key=lambda ref: ref.label)
-        left = collections.Counter(ref.label for ref in by_class)
-        val = set()
-        for ref, before, after in zip(by_class, aside, aside[1:], strict=False):
-            if before < after and left[ref.label] > 1:
-                left[ref.label] -= 1
-                val.add(ref)
+        val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
         if not 0 < len(val) < len(by_class):
             raise UserError(f'--val_fraction={val_fraction} sets {len(val)} of {len(by_class)} images aside.')
         for name, chosen in (('val', True), ('train', False)):
             orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
+        if lost := len({ref.label for ref in by_class} - {ref.label for ref in orders['train']}):
+            print(f'warning: --val_fraction leaves no training image of {lost} classes.', file=sys.stderr, flush=True)
     return orders
 
 

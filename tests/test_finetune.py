@@ -108,7 +108,7 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     begin = {'init_from': str(tmp_path / 'old'), 'num_steps': 1}
     with pytest.raises(UserError, match="init_fresh names a layer 'fc9'. Did you mean 'fc"):
         train.train_and_evaluate(small.digits_config(**begin, init_fresh=('fc9',)), str(tmp_path / 'a'))
-    with pytest.raises(UserError, match=r"init_fresh=\('fc8',\) without init_from"):
+    with pytest.raises(UserError, match=r"init_fresh=\('fc8',\) names layers to draw anew, but init_from is empty"):
         train.train_and_evaluate(small.digits_config(init_fresh=('fc8',)), str(tmp_path / 'b'))
     six = small.digits_config(**begin)
     six.model.conv = (*six.model.conv, (8, 3, 1, (1, 1), 1, 0.1, 0.0, 'relu'))

@@ -255,14 +255,17 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
         prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
 
 
-def test_no_class_loses_its_last_image_to_val(tmp_path):
-    """One and three images a class in turn: of 40 a third are set aside, but no class's only one."""
-    refs = [listing.Ref(f'{c}/{i}', 0, -1, f'{c}/{i}', c) for c in range(20) for i in range(1 if c % 2 else 3)]
-    orders = prepare._orders({'train': refs}, 0.3, seed=0)
-    assert {ref.label for ref in orders['train']} == set(range(20)) and 8 <= len(orders['val']) <= 12
-    assert set(orders['train']) | set(orders['val']) == set(refs)
-    with pytest.raises(UserError, match='sets 0 of 10 images aside'):
-        prepare._orders({'train': [ref for ref in refs if ref.label % 2]}, 0.3, seed=0)
+def test_classes_that_lose_all_images_to_val_are_counted(capsys):
+    """Of a photo a class, as in the official archive's first thousand, every fifth goes."""
+    refs = [listing.Ref(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
+    orders = prepare._orders({'train': refs}, 0.2, seed=0)
+    labels = sorted(ref.label for ref in orders['val'])
+    assert len(labels) == 4 and set(np.diff(labels)) == {5} and set(orders['train']) | set(orders['val']) == set(refs)
+    assert 'leaves no training image of 4 classes' in capsys.readouterr().err
+    prepare._orders({'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}, 0.2, seed=0)
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match='sets 0 of 20 images aside'):
+        prepare._orders({'train': refs}, 0.02, seed=0)
 
 
 def test_arrays_that_are_no_grey_levels_are_refused():

@@ -51,7 +51,7 @@ def test_from_class_folders_to_predictions(tmp_path):
     assert 'bad.png' in _run('tune', *words, code=2)
     words = (*words, '--max_bad=1')
     said = _run('tune', *words)
-    assert 'of 12 val images, ten views' in said and (out / 'figures' / 'confusion.png').exists()
+    assert 'of 12 val images, centre crop' in said and (out / 'figures' / 'confusion.png').exists()
     first = checkpoint.load_checkpoint(str(out / 'run'))
     assert first.class_names == ('digit 0', 'digit 1', 'digit 4')
     assert 'is finished' in _run('tune', *words)  # again: nothing is prepared or trained
