@@ -3,6 +3,7 @@
 import argparse
 import collections
 import pathlib
+import signal
 import tempfile
 import time
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument('--only', choices=[fault.__name__ for fault in faults.ALL])
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
     chosen = [fault for fault in faults.ALL if args.only in (None, fault.__name__)]
     counts = collections.defaultdict(collections.Counter)
     slowest, began = 0.0, time.monotonic()
