@@ -127,10 +127,7 @@ def _call(main, words, required, arguments) -> None:
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
         if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):
-            _fail(
-                f'another process of this run has ended, and says why ({str(error).splitlines()[0][:200]}).',
-                1,
-            )
+            _fail(f'another process of this run has ended, and says why ({_first_line(error)}).', 1)
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
 
@@ -153,8 +150,10 @@ def _drop_output():
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(argv)
-    except SystemExit:  # of --help, which absl ends with 1
-        sys.exit(0)
+    except SystemExit:
+        if not any(word.lstrip('-').startswith('help') for word in argv[1:]):
+            raise
+        sys.exit(0)  # absl ends --help with 1
     except BrokenPipeError:  # of `--help | head`
         _nobody_reads()
     except IndexError as error:

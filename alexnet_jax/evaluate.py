@@ -272,7 +272,10 @@ def main() -> None:
         check_data(checkpoint, dataset, path)
         layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
         if args.views == 10 and not checkpoint.augmentation.reflect:
-            print(f'warning: {path} was trained without reflections; five of the ten views are.', file=sys.stderr)
+            print(
+                f'warning: {path} was trained without reflections; five of the ten views are reflections.',
+                file=sys.stderr,
+            )
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     test = {'views': args.views, 'batch_size': args.batch_size, 'max_bad': args.max_bad}
     keys = ['top1_error', 'top5_error', 'loss', 'count']

@@ -118,6 +118,11 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
 
 
+def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
+    (tmp_path / 'config.py').write_text('def get_config():\n    raise SystemExit(3)\n')
+    assert _run('main', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
+
+
 def test_no_memory_is_one_line():
     """Python's own error says nothing."""
     script = 'from alexnet_jax import cli\ndef f(): raise MemoryError\ncli.run(f, required=())'

@@ -105,7 +105,10 @@ def test_conv1_hangs_over_the_right_and_bottom_edges():
 
 def test_dropout_masks_are_the_same_in_float64():
     network = model.AlexNet()
-    draw = lambda: jax.device_get(model.dropout_masks(network, jax.random.key(3), 8, 224))  # noqa: E731
+
+    def draw():
+        return jax.device_get(model.dropout_masks(network, jax.random.key(3), 8, 224))
+
     masks = draw()
     with jax.enable_x64():
         chex.assert_trees_all_equal(draw(), masks)
