@@ -199,12 +199,18 @@ def _config_error(argv: Sequence[str]) -> str | None:
         names = [os.path.join(os.path.dirname(path), n) for n in _python_files(os.path.dirname(path) or '.')]
         return f'there is no config file {path!r}.' + (did_you_mean(path, names) if names else '')
     try:
-        get_config = runpy.run_path(path)['get_config']
+        get_config = runpy.run_path(path).get('get_config')
+        if not callable(get_config):
+            return f'{path!r} has no function get_config(); configs/paper.py shows one.'
         if variant and not inspect.signature(get_config).parameters:
             return f'{path!r} has no variants; expected --{flag}={path} without {":" + variant!r}.'
         config = get_config(*([variant] if variant else []))
-    except Exception:  # the config's own error: absl has it too
-        return None
+    except ValueError as error:  # of the config's own making: no such variant
+        return _first_line(error)
+    except Exception as error:
+        return f'{path!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}).'
+    if not isinstance(config, ConfigDict):
+        return f'get_config() of {path!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
     known = []
     for key, value in config.items():
         known += [f'{key}.{name}' for name in value] if isinstance(value, ConfigDict) else [key]

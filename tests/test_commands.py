@@ -123,6 +123,20 @@ def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
     assert _run('main', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
 
 
+@pytest.mark.parametrize(
+    'text, pattern',
+    [
+        ('seed = 1', r"c.py' has no function get_config\(\)"),
+        ('def get_config(:', r"c.py' cannot be loaded \(SyntaxError: "),
+        ('import nosuch', r"c.py' cannot be loaded \(ModuleNotFoundError: No module named 'nosuch'\)"),
+        ('def get_config():\n    return {}', 'returns dict; expected an ml_collections.ConfigDict'),
+    ],
+)
+def test_a_config_file_that_is_none(text, pattern, tmp_path):
+    (tmp_path / 'c.py').write_text(text)
+    _assert_user_error(_run('main', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
+
+
 def test_no_memory_is_one_line():
     """Python's own error says nothing."""
     script = 'from alexnet_jax import cli\ndef f(): raise MemoryError\ncli.run(f, required=())'
