@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from alexnet_jax import augment, digests, layers, model, processes, recovery
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import TerminatedError, UserError, local, telling
+from alexnet_jax.errors import TerminatedError, UserError, first_line, local, telling
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
@@ -283,10 +283,9 @@ class Checkpoints:
             raise UserError(f'the checkpoint {self._path(step)} is of another version: {error}') from error
         except Exception as error:
             self._check_is_there(step)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f'the checkpoint {self._path(step)} cannot be read ({reason}); move that folder away to use the one '
-                'before it.'
+                f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
+                'the one before it.'
             ) from error
 
     def _path(self, step: int) -> str:

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import processes
-from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean, local
+from alexnet_jax.errors import DivergedError, TerminatedError, UserError, did_you_mean, first_line, local
 
 _configs = {}  # flags that are config files, and the file where none is given
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
@@ -120,20 +120,16 @@ def _call(main, words, required, arguments) -> None:
         full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', str(error))
         if full and 'os_error_code' not in str(error):  # XLA, numpy; tensorstore means the disk
             _fail(
-                f'there is not enough memory ({_first_line(error)}); lower the batch size, or in '
+                f'there is not enough memory ({first_line(error)[:200]}); lower the batch size, or in '
                 'training --config.accumulate=N, which computes a batch in N parts with the same result.',
                 2,
             )
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
         if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):
-            _fail(f'another process of this run has ended, and says why ({_first_line(error)}).', 1)
+            _fail(f'another process of this run has ended, and says why ({first_line(error)[:200]}).', 1)
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _nobody_reads():

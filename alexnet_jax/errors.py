@@ -39,6 +39,11 @@ def telling(what: str, remedy: str = ''):
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def local(path: str) -> str:
     """A path made absolute, without a slash at its end; raises UserError for gs://bucket/run, and for ~ in it."""
     if path.startswith('~/'):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, first_line
 
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 MAX_BYTES = 2**28  # of a file
@@ -123,7 +123,7 @@ def decode(content: bytes) -> Image.Image:
         except UnidentifiedImageError as error:  # it names a buffer
             raise ValueError('of no known format') from error
         except Exception as error:  # Pillow refuses files in more ways than it documents
-            raise ValueError(f'damaged: {(str(error).splitlines() or [type(error).__name__])[0]}') from error
+            raise ValueError(f'damaged: {first_line(error)}') from error
     if wide:
         raise ValueError('its pixels are 32-bit numbers, of which nothing says what is white')
     return upright

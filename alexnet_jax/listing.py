@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from alexnet_jax import images
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, first_line
 
 _SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 _TRAIN_TAR, _VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
@@ -312,7 +312,7 @@ def _tfds_builder(path: str):
     try:
         builder = tfds.builder(name, file_format='array_record')
     except Exception as error:  # TFDS: unknown names, bad configs and versions, each its own kind
-        raise UserError(f'{path} cannot be opened: {str(error).splitlines()[0]}') from error
+        raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
     if not builder.info.splits:
         try:
             import tensorflow  # noqa: F401

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax import digests, images, listing, statistics
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, first_line
 
 
 class Shard(NamedTuple):
@@ -64,7 +64,7 @@ def write(shard: Shard) -> Written:
         except UserError:
             raise
         except Exception as error:  # Pillow refuses files in more ways than it documents
-            bad.append(f'{ref.name}: {(str(error).splitlines() or [type(error).__name__])[0]}')
+            bad.append(f'{ref.name}: {first_line(error)}')
             continue
         if shard.counts:
             moments = moments.add(pixels)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import augment, digests, statistics
-from alexnet_jax.errors import UnreadableError, UserError, telling
+from alexnet_jax.errors import UnreadableError, UserError, first_line, telling
 
 DIGITS = 'digits'  # data.path of the embedded data
 _MOST = 1 << 24  # characters of a features.json
@@ -106,7 +106,7 @@ def _prepared(path: str) -> Dataset:
         class_names, (side, width, channels) = tuple(label.names), image.shape
         fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
     except Exception as error:  # whatever TFDS and array_record make of damaged files
-        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {str(error).splitlines()[0]}') from error
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     if fingerprint and not digests.has(path):  # `prepare` wrote them together
         raise UserError(
             f'the prepared data are damaged: {digests.FILE_NAME} is missing in {path!r}; prepare them again.'

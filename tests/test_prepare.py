@@ -603,6 +603,19 @@ def test_damaged_statistics_are_named(folder, tmp_path):
         sources.open_dataset(str(out))
 
 
+def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def refuse(path):
+        raise AssertionError
+
+    for name in ('dataset_info.json', 'features.json'):
+        (tmp_path / name).write_text('{}')
+    monkeypatch.setattr(tfds, 'builder_from_directory', refuse)
+    with pytest.raises(UserError, match='cannot be opened as a prepared dataset: AssertionError'):
+        sources.open_dataset(str(tmp_path))
+
+
 def _png(width, height, data):
     """A PNG of its bare parts, the checksums right."""
     parts = (b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', data), (b'IEND', b'')
