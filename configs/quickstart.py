@@ -15,7 +15,7 @@ import ml_collections
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
-def _he(inputs: int) -> float:
+def he(inputs: int) -> float:
     """Standard deviation that keeps the scale of activations through ReLU layers (He et al. 2015).
 
     The paper's 0.01 suits its width; these layers are an order of magnitude narrower.
@@ -32,15 +32,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.image_size = 28
     config.data.reflect = False
     config.model.conv = (
-        (32, 5, 1, (2, 2), 1, _he(5 * 5 * 3) / 64, 0.0, 'relu lrn pool'),  # pixels have a scale of about 64
-        (64, 5, 1, (2, 2), 2, _he(5 * 5 * 16), 0.0, 'relu lrn pool'),
-        (96, 3, 1, (1, 1), 1, _he(3 * 3 * 64), 0.0, 'relu'),
-        (96, 3, 1, (1, 1), 2, _he(3 * 3 * 48), 0.0, 'relu'),
-        (64, 3, 1, (1, 1), 2, _he(3 * 3 * 48), 0.0, 'relu pool'),
+        (32, 5, 1, (2, 2), 1, he(5 * 5 * 3) / 64, 0.0, 'relu lrn pool'),  # pixels have a scale of about 64
+        (64, 5, 1, (2, 2), 2, he(5 * 5 * 16), 0.0, 'relu lrn pool'),
+        (96, 3, 1, (1, 1), 1, he(3 * 3 * 64), 0.0, 'relu'),
+        (96, 3, 1, (1, 1), 2, he(3 * 3 * 48), 0.0, 'relu'),
+        (64, 3, 1, (1, 1), 2, he(3 * 3 * 48), 0.0, 'relu pool'),
     )
     config.model.dense = (
-        (256, 1, _he(3 * 3 * 64), 0.0, 'relu dropout'),
-        (256, 1, _he(256), 0.0, 'relu dropout'),
+        (256, 1, he(3 * 3 * 64), 0.0, 'relu dropout'),
+        (256, 1, he(256), 0.0, 'relu dropout'),
     )
     config.model.num_classes = 10
     config.model.classifier = (0.05, 0.0)

@@ -20,7 +20,7 @@ _QUICKSTART = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'quicksta
 
 def get_config() -> ml_collections.ConfigDict:
     quickstart = runpy.run_path(_QUICKSTART)
-    config, he = quickstart['get_config'](), quickstart['_he']
+    config, he = quickstart['get_config'](), quickstart['he']
     config.batch_size = 128
     config.num_epochs = 15.0
     config.log_every_steps = 0
