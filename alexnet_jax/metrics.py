@@ -1,5 +1,7 @@
 """Loss and errors as sums over images; divide once, at the end."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -57,7 +59,7 @@ def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
 
 def merge(a: Sums | None, b: Sums) -> Sums:
     """Sums over the images of both; None: of no image yet."""
-    return b if a is None else jax.tree.map(lambda x, y: x + y, a, b)
+    return b if a is None else jax.tree.map(operator.add, a, b)
 
 
 def finish(total: Sums) -> dict[str, float]:

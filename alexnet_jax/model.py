@@ -3,6 +3,7 @@
 The defaults are the paper's network (section 3.5, figure 2). A variant is another table, never another class.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -187,7 +188,7 @@ class AlexNet(nn.Module):
         return [op(x) for x in parts]
 
 
-FIELDS = tuple(name for name in AlexNet.__dataclass_fields__ if name not in ('parent', 'name', 'tower_axis'))
+FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
 
 
 def from_config(fields: dict[str, Any]) -> AlexNet:

@@ -170,8 +170,8 @@ def make_optimizer(
             step = rate_now(path)
             return jnp.where(step > 0, v if rate_in_velocity else step * v, 0).astype(v.dtype)
 
-        new = jax.tree_util.tree_map_with_path(velocity, state.velocity, grads, params)
-        updates = jax.tree_util.tree_map_with_path(change, new)
+        new = jax.tree.map_with_path(velocity, state.velocity, grads, params)
+        updates = jax.tree.map_with_path(change, new)
         return updates, state._replace(velocity=new, count=state.count + 1)
 
     def after_validation(state: SgdState, error) -> SgdState:

@@ -99,7 +99,7 @@ def _check_is_this_run(
 def _meaning(network: model.AlexNet, augmentation: Augmentation) -> dict[str, Any]:
     """Settings that change what the same weights compute: preprocessing, norms and pools, what each layer does."""
     found = {f'data.{name}': getattr(augmentation, name) for name in ('image_size', 'mean', 'pixel_std')}
-    for name in model.AlexNet.__dataclass_fields__:
+    for name in model.FIELDS:
         if name.startswith(('lrn_', 'norm_', 'spatial_', 'pool_')) or name == 'dropout_inverted':
             found[f'model.{name}'] = getattr(network, name)
     for name, row in network.table().items():

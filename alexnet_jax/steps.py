@@ -106,19 +106,19 @@ def train_step(
     else:
         parts = jax.tree.map(lambda x: _dealt(x, accumulate, data_parts), (batch, masks))
         shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zero = jax.tree.map(jnp.zeros_like, shapes)
         (grads, sums), _ = lax.scan(add, zero, parts)
     with jax.named_scope('update'):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.tree.norm(updates))
         new = (optax.apply_updates(state.params, updates), opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
         report = {
             **sums,
             'gradient_norm': norm,
-            'gradient_norms': {name: optax.global_norm(layer) for name, layer in grads.items()},
-            'update_norms': {name: optax.global_norm(layer) for name, layer in updates.items()},
+            'gradient_norms': {name: optax.tree.norm(layer) for name, layer in grads.items()},
+            'update_norms': {name: optax.tree.norm(layer) for name, layer in updates.items()},
             'learning_rate': optimizer.learning_rate(state.opt_state),
             'finite': finite,
         }
