@@ -35,7 +35,7 @@ _LEAST_SECONDS = 2.0  # of a turn
 
 
 class Side(NamedTuple):
-    """One of those that take turns."""
+    """What is measured, in turns with others."""
 
     name: str
     turn: Callable[[], float]  # works to the end; images a second

@@ -98,7 +98,7 @@ class Checkpoints:
                 self._orbax.close()
 
     def wait(self) -> None:
-        """Until the state that is being saved lies there whole. Raises UserError if it cannot be saved."""
+        """Waits until the save under way is complete and sealed. Raises UserError if it cannot be."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
@@ -109,15 +109,15 @@ class Checkpoints:
             self.wait()
 
     def steps(self) -> list[int]:
-        """Those that count, in order."""
+        """The steps that count, in ascending order."""
         return [step for step in recovery.numbers(self.folder) if digests.has(self._path(step))]
 
     def latest(self) -> int | None:
-        """The last of them."""
+        """The last step that counts; None where there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The one with the lowest val error, of those that have one. Raises UserError where one of these is damaged."""
+        """The step with the lowest val error; None where none was validated. Raises UserError where one is damaged."""
         errors = {}
         for step in self._expected():
             try:
@@ -128,7 +128,7 @@ class Checkpoints:
         return _lowest(errors)
 
     def _expected(self) -> list[int]:
-        """Those that count, and those that should: only the last can be half written, and only a run removes others."""
+        """Steps that count, and earlier ones without digests: they are damaged; only the last can be half written."""
         found = recovery.numbers(self.folder)
         return [s for s in found if digests.has(self._path(s)) or (s != found[-1] and os.path.isdir(self._path(s)))]
 
@@ -293,7 +293,7 @@ class Checkpoints:
 
 
 def _lowest(errors: dict[int, float | None]) -> int | None:
-    """The step with the lowest error, the last of several; None has none."""
+    """The step with the lowest error, the last one of equals; None where no step has an error."""
     known = {step: error for step, error in errors.items() if error is not None}
     return min(known, key=lambda step: (known[step], -step), default=None)
 

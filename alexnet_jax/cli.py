@@ -133,13 +133,13 @@ def _call(main, words, required, arguments) -> None:
 
 
 def _nobody_reads():
-    """Of `... | head`: whoever read the output has had enough."""
+    """Ends without a word where the reader has closed the pipe, as in `... | head`."""
     _drop_output()
     sys.exit(141)
 
 
 def _drop_output():
-    """What still waits to be written; else the flush at exit would fail again."""
+    """Discards what still waits to be written: the flush at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -222,7 +222,7 @@ def _python_files(folder: str) -> list[str]:
 
 
 def _tell_of_thread(failure) -> None:
-    """One line for what ends a thread: whoever waits for its work gets the error too, and says what to do."""
+    """Prints in one line what ended a thread; whoever waits for its result gets the error too, and tells the remedy."""
     print(f'error in the background: {" ".join(str(failure.exc_value).split())[:300]}', file=sys.stderr, flush=True)
 
 

@@ -138,7 +138,7 @@ def _again(one_pass) -> Iterator[Batch]:
 def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, list[int]]:
     """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
-    Those that cannot be read have the label -2, and are told of.
+    Records that cannot be read are named on stderr, and have the label -2.
     """
     images, labels = np.empty((len(source), size, size, 3), np.uint8), []
     for batch in eval_batches(source, batch_size=min(64, len(source)), record_size=size, num_workers=num_workers):

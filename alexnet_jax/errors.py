@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class UnreadableError(UserError):
-    """One record is damaged; where its place is kept, with weight 0, the others go on."""
+    """One record cannot be read. Batches keep its place, with weight 0, and go on with the others."""
 
 
 class DivergedError(FloatingPointError):
@@ -57,7 +57,7 @@ def local(path: str) -> str:
 
 
 def check_new(path: str) -> None:
-    """Raises UserError where something lies already what a command is to write; also a link to nothing."""
+    """Raises UserError where the file or folder that a command is to write exists already, be it as a dangling link."""
     if os.path.lexists(path):
         raise UserError(f'{path!r} exists already; remove it or choose another --output.')
 

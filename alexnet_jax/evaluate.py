@@ -119,7 +119,7 @@ def _batches(checkpoint: Checkpoint, source: Sequence, mesh, batch_size: int) ->
 
 
 def _outputs(params, batch, statistics, **test):
-    """Of all processes: softmax outputs, labels, weights."""
+    """Softmax outputs, labels and weights of the global batch: replicated, so that every process has all of them."""
     return jnp.exp(steps.log_probabilities(params, batch['image'], statistics, **test)), batch['label'], batch['weight']
 
 
@@ -235,7 +235,7 @@ def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: i
 
 
 def check_data(checkpoint: Checkpoint, dataset: sources.Dataset, path: str) -> None:
-    """Raises UserError where a checkpoint, of that path, cannot be tested on these data."""
+    """Raises UserError where classes or record size of the data are not the checkpoint's; path: for the message."""
     if len(dataset.class_names) != len(checkpoint.class_names):
         raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
     if dataset.class_names != checkpoint.class_names:

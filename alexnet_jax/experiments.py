@@ -219,18 +219,18 @@ def plan(found: Sequence[Trial], examples: int) -> str:
 
 
 def products(config: ConfigDict) -> int:
-    """Of a network, for one image."""
+    """Floating-point operations of the forward products of a config's network, for one image."""
     sizes = layers.sizes(model.from_config(config.model), config.data.image_size)
     return sum(size.flops for size in sizes.values())
 
 
 def _prepared(path: str) -> str:
-    """`path`, where it holds prepared data already."""
+    """`path` if it holds prepared data already, else ''."""
     return path if path == sources.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json')) else ''
 
 
 def prepared(path: str, output: str, size: int, suite: str) -> str:
-    """A directory in the output with what `path` holds, prepared."""
+    """Prepares the images at `path` into a folder of the output, unless that was done before; returns that folder."""
     folder = os.path.join(output, f'data-{size}')
     listed = None
     if not os.path.exists(folder):

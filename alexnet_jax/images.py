@@ -130,7 +130,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode."""
+    """An image of any mode as RGB; 16 bits a pixel are scaled to 8."""
     if image.mode.startswith(('I', 'F')):  # 16 bits a pixel: converting would clip, not scale
         image = Image.fromarray(np.uint8(np.asarray(image, np.uint32).clip(0, 65535) >> 8))
     return image.convert('RGB')

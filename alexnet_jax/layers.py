@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     inputs: tuple[int, ...]  # (H, W, C) or (F,)
     linear: tuple[int, ...]  # before what follows
     outputs: tuple[int, ...]  # after it
-    dropped: tuple[int, ...] | None  # where dropout acts; None without
+    dropped: tuple[int, ...] | None  # where dropout acts; None if it does not
     parameters: int
     flops: int  # of the products: two for a multiplication and its addition
 

@@ -282,7 +282,7 @@ def _file(path: str, root: str, split: str, class_name: str) -> _Found:
 
 
 def text(name: str) -> str:
-    """A file name that UTF-8 can write, also where the file system's is none."""
+    """A file name as valid UTF-8: what is not is replaced."""
     return os.fsencode(name).decode('utf-8', 'replace')
 
 

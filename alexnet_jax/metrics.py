@@ -12,13 +12,14 @@ Sums = dict[str, jax.Array]  # of each of these names, summed over images
 def log_likelihood(logits_NK, label_N):
     """Log-probability of the right class, float [N].  Paper, section 3.5 (softmax, multinomial log-likelihood).
 
-    Written without a gather along K: where the classes are split over devices, XLA adds all-reduces and nothing else.
+    logits_NK: float [N, K]; label_N: int [N]. Written without a gather along K: where the classes are split over
+    devices, XLA adds all-reduces and nothing else.
     """
     return of_label(jax.nn.log_softmax(logits_NK), label_N)
 
 
 def of_label(x_NK, label_N):
-    """Each row's entry at its label, float [N]; not a number where the label is none of the K classes."""
+    """Each row's entry at its label, float [N]; NaN where the label is none of the K classes."""
     count = x_NK.shape[-1]
     entry = jnp.sum(jnp.where(jnp.arange(count)[None] == label_N[:, None], x_NK, 0), axis=-1)
     return jnp.where((label_N >= 0) & (label_N < count), entry, jnp.nan)
@@ -58,12 +59,12 @@ def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
 
 
 def merge(a: Sums | None, b: Sums) -> Sums:
-    """Sums over the images of both; None: of no image yet."""
+    """Adds two sets of sums; None stands for no images yet."""
     return b if a is None else jax.tree.map(operator.add, a, b)
 
 
 def finish(total: Sums) -> dict[str, float]:
-    """Means of summed sums: loss in nats, errors in percent (0 to 100) as in the paper."""
+    """Means over all images: loss in nats, errors in percent (0 to 100) as in the paper."""
     count = float(total['weight'])
     return {
         'loss': float(total['loss']) / count,

@@ -137,7 +137,7 @@ def make_optimizer(
         return warmed(jnp.asarray([learning_rate * row.weights for row in rows])[stage(state)], state)
 
     def rates_of(layer: str, part: str) -> list[float]:
-        """Of one array, row by row."""
+        """The rates of one array, one for each of `rows`."""
         fixed = learning_rate * dict(layer_rates).get(layer, 1.0) * (bias_rate if part == 'bias' else 1.0)
         return [fixed * row.factor(layer, part) for row in rows]
 

@@ -154,13 +154,13 @@ def batches(run: Run, config, raw: str | None, stack: contextlib.ExitStack) -> I
 def training(
     network: AlexNet, image_size: int, mean: np.ndarray, optim, *, precision: str, threads: int
 ) -> tuple[Callable, Callable]:
-    """(batch -> None: one update, begun; () -> None: waits until all are done).
+    """Returns (update, wait): `update(batch)` begins one update, `wait()` returns when all are done.
 
     On a GPU channels-last, `torch.compile` from the pixels to the loss, autocast and a fused update, as PyTorch's own
     guide advises; on the CPU none of them.
 
     Args:
-      network, image_size: of the table.
+      network: whose table it has. image_size: side of its input, pixels.
       mean: float [3], of the pixels.
       optim: a config's `optim`; its rate, momentum and weight decay, of weights alone.
       precision: 'float32', 'tf32' or 'bfloat16'.

@@ -68,13 +68,13 @@ def without_main():
 
 
 def beside() -> int:
-    """Processes of one run on this machine, as `launch/local.sh` says; they share what it has."""
+    """How many processes of this run share this machine: LOCAL_WORLD_SIZE, which `launch/local.sh` sets, else 1."""
     said = os.environ.get('LOCAL_WORLD_SIZE', '')
     return max(1, int(said)) if said.isdecimal() else 1
 
 
 def on_several_machines() -> bool:
-    """Whether the processes of this run may be: there are several, and `launch/local.sh` has not started them."""
+    """Whether this run may be spread over machines: it has several processes, not started by `launch/local.sh`."""
     several = 'JAX_COORDINATOR_ADDRESS' in os.environ and os.environ.get('JAX_NUM_PROCESSES', '') != '1'
     return several and 'LOCAL_WORLD_SIZE' not in os.environ
 
@@ -89,7 +89,7 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes this process may use, likewise."""
+    """Bytes of memory this process may use: its share of the machine's, or of what a container is allowed."""
     found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with contextlib.suppress(OSError, ValueError):
         found = min(found, int((_CONTAINER / 'memory.max').read_text()))
@@ -98,7 +98,7 @@ def memory() -> int:
 
 @contextlib.contextmanager
 def signals_held():
-    """Within it SIGTERM and SIGINT wait. A process started here inherits that at its birth: it never sees them.
+    """Blocks SIGTERM and SIGINT within it. A process started here inherits the block, and never sees them.
 
     Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
     save first, and one that dies with a lock of its queue in hand leaves the parent waiting for ever.

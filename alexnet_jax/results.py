@@ -34,7 +34,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def differences(rows: Sequence[dict], arm: str, against: str, key: str) -> list[float]:
-    """Of two arms in one measure, seed by seed, where both have it."""
+    """`arm` minus `against` in the measure `key`, for each seed that both have."""
     values = {(row['arm'], row['seed']): row.get(key) for row in rows}
     pairs = [(values.get((arm, seed)), values.get((against, seed))) for name, seed in values if name == arm]
     return [a - b for a, b in pairs if a is not None and b is not None]
@@ -101,7 +101,7 @@ def comparison(suite: str, rows: list[dict], arms: Sequence[Arm]) -> report.Tabl
 
 
 def said(values: Sequence[float | None], signed: bool = False) -> str:
-    """'41.20 ± 0.31'."""
+    """Mean and standard deviation: '41.20 ± 0.31'; of one value itself, of none nothing."""
     values = [value for value in values if value is not None]
     if not values:
         return ''
@@ -110,7 +110,7 @@ def said(values: Sequence[float | None], signed: bool = False) -> str:
 
 
 def points(pair: suites.Points, signed: bool) -> str:
-    """Those of (top-1, top-5) that are stated."""
+    """A pair (top-1, top-5) as text, without what is not stated: '1.40 / 1.20'."""
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 

@@ -177,7 +177,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def shapes(arrays, sharding: NamedSharding):
-    """What to compile for: the arrays' shapes, as if they lay there."""
+    """ShapeDtypeStructs with a sharding, as `jit(f).lower` takes them in place of the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 

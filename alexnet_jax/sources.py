@@ -79,7 +79,7 @@ class _Part:
 
 
 def part(records: Sequence, fraction: float) -> Sequence:
-    """A fixed part of a split, drawn once and for all: every smaller part lies in every larger one."""
+    """A random subset of a split, always the same; a smaller one is contained in every larger one."""
     if fraction == 1:
         return records
     count = max(1, round(fraction * len(records)))

@@ -38,12 +38,12 @@ class Moments(NamedTuple):
         return self._replace(count=self.count + 1)
 
     def merge(self, other: 'Moments') -> 'Moments':
-        """Those of both sets of images together."""
+        """The sums over both sets of images."""
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def no_moments(size: int) -> Moments:
-    """Those of no image yet; size: side of the images, pixels."""
+    """The sums over no image yet; size: side of the images, pixels."""
     return Moments(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
 
 

@@ -67,17 +67,18 @@ def train_step(
 
     Args:
       state: on the mesh; donate it.
-      batch: from `data.train_batches`, on the mesh; with numbers for images also all 'records' (`data.cache='device'`).
+      batch: from `data.train_batches`, on the mesh; where it has 'index' instead of 'image' (`data.cache='device'`),
+        it has all 'records', too.
       statistics: of the training set.
       key: of the run; what is drawn here depends on it and on the step alone.
       network: for the shape of its dropout masks.
       forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
       optimizer: from `optim.make_optimizer`.
       augmentation: how bytes become inputs.
-      colour_steps: updates with colour, then it is off, as the rates' stages count them; None: it never is.
+      colour_steps: colour is on for so many updates, counted as `optim.stages` counts them, then off; None: always on.
       accumulate: the batch is computed in so many parts, one after the other, and their gradients are added: the same
         update, in one part's memory.
-      data_parts: of the mesh's data axis.
+      data_parts: size of the mesh's data axis.
 
     Returns:
       the new state, and sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,

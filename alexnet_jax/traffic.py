@@ -286,7 +286,7 @@ def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Of the arrays in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. What has no width, a token, has no bytes."""
+    """Bytes of each array in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. A token has none."""
     return [
         (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
         * math.prod(map(int, filter(None, sides.split(','))))

@@ -163,7 +163,7 @@ class TrainLog:
 
 
 def fits(saved) -> bool:
-    """Whether that can be the `state()` of a log, by what it holds; None where there was none."""
+    """Whether what a checkpoint holds has the form of `TrainLog.state()`; None, where there was no log, has."""
     if saved is None:
         return True
     if not isinstance(saved, dict) or not saved.keys() <= _FRESH.keys():
@@ -179,7 +179,7 @@ def fits(saved) -> bool:
 
 
 def reached(saved: dict | None, error: float) -> bool:
-    """The same of a log's `state()`; an error of 0 is never reached."""
+    """Whether the last line in a log's `state()` has that training error, percent, or less; 0 is never reached."""
     last = (saved or {}).get('error')
     return error > 0 and last is not None and last <= error
 
@@ -198,7 +198,7 @@ class Stall:
         return [self._loss, self._weight, self._steps]
 
     def seen(self, loss: float, weight: float) -> bool:
-        """Whether that is so, asked once a window. loss, weight: summed over a batch."""
+        """Counts a batch in; whether a window ended and its loss stayed there. loss, weight: summed over the batch."""
         self._loss, self._weight, self._steps = self._loss + loss, self._weight + weight, self._steps + 1
         if self._steps < self._window:
             return False

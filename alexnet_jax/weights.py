@@ -54,6 +54,7 @@ def read(path: str) -> tuple[list[Layer], dict[str, Any] | None, bool]:
 
 
 def unreadable(path: str, expected: str, error: Exception) -> UserError:
+    """The error to raise for a file that is not what was expected; it shows how the file begins."""
     with open(path, 'rb') as file:
         head = file.read(8)
     reason = printed(re.split(r'[\n.]', str(error))[0])
@@ -64,7 +65,7 @@ def unreadable(path: str, expected: str, error: Exception) -> UserError:
 
 
 def printed(text: str, longest: int = 100) -> str:
-    """A file's words, as one short line."""
+    """Text out of a file as one short, printable line."""
     return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
 
 

@@ -68,7 +68,7 @@ class RunWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Call before saving: what a checkpoint has behind it is not written again."""
+        """Call before saving: a run that goes on from a checkpoint does not write again what was written before it."""
         if self._writes:
             with self._telling():
                 self._events.flush()
@@ -91,7 +91,7 @@ def _telling(workdir: str):
 
 
 def last_step(workdir: str) -> int:
-    """Of its metrics.jsonl; 0 where there is none."""
+    """The last step in the workdir's metrics.jsonl; 0 where there is none."""
     with _telling(workdir):
         return max((found[0] for _, found in _read_lines(os.path.join(workdir, _METRICS)) if found), default=0)
 
@@ -173,7 +173,7 @@ def progress(line: dict, total_steps: int, ending: str = '') -> None:
 
 
 def duration(seconds: float) -> str:
-    """'1:02:03'."""
+    """Hours, minutes and seconds: '1:02:03'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}'
