@@ -28,6 +28,7 @@ _LINES = ((BLUE, '-'), (VERMILLION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK,
 
 _WORDS = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches of figure 2
+_PER_ROW = 16  # kernels of figure 3
 
 
 def save(figure: Figure, folder: str, name: str) -> list[str]:
@@ -145,12 +146,12 @@ def _connect(axes: Axes, source: _Box, target: _Box, row, across: int) -> None:
         axes.plot([source.right, target.left], [start, end], **style, zorder=5)
 
 
-def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None, per_row: int = 16) -> Figure:
+def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None) -> Figure:
     """The first layer's kernels as figure 3 shows them: 16 a row, one pixel between, one tower above the other.
 
     towers: from `figures.kernels`. shares: mean `figures.colour_share` of each tower, for the titles.
     """
-    sheets = [_sheet(pictures, per_row) for pictures in towers]
+    sheets = [_sheet(pictures) for pictures in towers]
     inches = 8 / sheets[0].shape[1]
     figure = Figure(figsize=(8.4, sum(len(sheet) * inches + 0.45 for sheet in sheets)), layout='constrained')
     panels = figure.subplots(len(sheets), 1, squeeze=False)[:, 0]
@@ -162,13 +163,13 @@ def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None,
     return figure
 
 
-def _sheet(pictures: np.ndarray, per_row: int) -> np.ndarray:
+def _sheet(pictures: np.ndarray) -> np.ndarray:
     """[O, H, W, 3] side by side on white, a pixel apart."""
     count, height, width, _ = pictures.shape
-    rows = -(-count // per_row)
-    sheet = np.ones((rows * (height + 1) + 1, per_row * (width + 1) + 1, 3))
+    rows = -(-count // _PER_ROW)
+    sheet = np.ones((rows * (height + 1) + 1, _PER_ROW * (width + 1) + 1, 3))
     for i, picture in enumerate(pictures):
-        y, x = 1 + i // per_row * (height + 1), 1 + i % per_row * (width + 1)
+        y, x = 1 + i // _PER_ROW * (height + 1), 1 + i % _PER_ROW * (width + 1)
         sheet[y : y + height, x : x + width] = picture
     return sheet
 
