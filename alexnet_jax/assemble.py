@@ -245,6 +245,8 @@ def _check_ranges(config: ConfigDict) -> None:
         raise UserError(
             f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
         )
+    if config.mesh.tower not in (1, 2):
+        raise UserError(f'mesh.tower={config.mesh.tower}; the network has 1 tower or 2.')
     if config.batch_size < 1:
         raise UserError(f'batch_size={config.batch_size}; expected 1 or more.')
     sizes = {key: config[key] for key in ('num_steps', 'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps')}

@@ -168,6 +168,8 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
     """--config=FILE before all --config.KEY=VALUE, as absl wants it, and with its default where it is not given."""
     words = ['--help' if word == '-h' else word for word in argv[1:]]
     for name, default in _configs.items():
+        for i in [i for i, word in enumerate(words[:-1]) if word in (f'-{name}', f'--{name}')][:1]:
+            words[i : i + 2] = [f'{words[i]}={words[i + 1]}']
         first = [word for word in words if re.match(rf'--?{name}=', word)]
         if default and not first and f'--{name}' not in words:
             first = [f'--{name}={default}']
@@ -202,9 +204,9 @@ def _config_error(argv: Sequence[str]) -> str | None:
             return f'{path!r} has no variants; expected --{flag}={path} without {":" + variant!r}.'
         config = get_config(*([variant] if variant else []))
     except ValueError as error:  # of the config's own making: no such variant
-        return _first_line(error)
+        return first_line(error)
     except Exception as error:
-        return f'{path!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}).'
+        return f'{path!r} cannot be loaded ({type(error).__name__}: {first_line(error)}).'
     if not isinstance(config, ConfigDict):
         return f'get_config() of {path!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
     known = []

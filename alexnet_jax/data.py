@@ -43,11 +43,15 @@ def decode(record: dict, size: int) -> np.ndarray:
         if found.shape != (size, size, 3) or found.dtype != np.uint8:
             raise ValueError(f'it is {found.dtype} of shape {found.shape}; expected uint8 of {(size, size, 3)}')
     except Exception as error:  # Pillow refuses files in more ways than it documents
-        name = record.get('file_name', b'').decode(errors='replace')
         raise UnreadableError(
-            f'the record of image {name!r} cannot be decoded ({error}); prepare the data again.'
+            f'the record of image {_name(record)!r} cannot be decoded ({error}); prepare the data again.'
         ) from error
     return found
+
+
+def _name(record: dict) -> str:
+    name = record.get('file_name', b'')
+    return name.decode(errors='replace') if isinstance(name, bytes) else str(name)
 
 
 def train_batches(
@@ -172,8 +176,7 @@ def _with_position(position: int, index) -> tuple[int, int]:
 def _check_label(record: dict) -> None:
     """Raises UnreadableError where a record has none, without a word where that was said before."""
     if record['label'] < 0:
-        name = record.get('file_name', b'').decode(errors='replace')
-        raise UnreadableError('' if record['label'] == _LOST else f'the image {name!r} has no label.')
+        raise UnreadableError('' if record['label'] == _LOST else f'the image {_name(record)!r} has no label.')
 
 
 def _train_batch(source, augmentation, seed, record_size, on_device, in_memory, places) -> Batch:

@@ -7,6 +7,7 @@ softmax are inside. `model.safetensors`, `config.json` and `README.md` lie as on
 is loaded in a process of its own, which knows nothing of this package, and compared.
 """
 
+import collections
 import io
 import json
 import os
@@ -68,7 +69,8 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
     """What the hub's tools read of a classifier, and under 'alexnet_jax' all that this package needs."""
-    names = checkpoint.class_names
+    counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes 'crane'
+    names = [name if counts[name] == 1 else f'{name} ({i})' for i, name in enumerate(checkpoint.class_names)]
     return {
         'model_type': 'alexnet',
         'architectures': ['AlexNet'],

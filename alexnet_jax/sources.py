@@ -209,6 +209,7 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
 
     Args:
       splits: 'train', and 'val' or 'test' where there are such: lists of {'image': uint8 [S, S, 3], 'label': int}.
+        Empty ones are left out.
       class_names: one for each label, from 0.
       fingerprint: that tells these records from others when a run goes on.
 
@@ -217,17 +218,18 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
     """
     if not splits.get('train'):
         raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")
-    first = np.shape(splits['train'][0]['image'])
+    splits = {name: records for name, records in splits.items() if records}
+    size = (*np.shape(splits['train'][0]['image']), 0)[0]
     for record in (record for records in splits.values() for record in records):
         image, label = record['image'], record['label']
-        if getattr(image, 'dtype', None) != np.uint8 or image.shape != (first[0], first[0], 3):
+        if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
             raise UserError(
                 f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
-                f'uint8 of ({first[0]}, {first[0]}, 3), as all others.'
+                f'uint8 of ({size}, {size}, 3), as all others.'
             )
-        if not 0 <= label < len(class_names):
-            raise UserError(f'an image has the label {label}; expected 0 to {len(class_names) - 1}.')
-    moments = statistics.no_moments(first[0])
+        if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
+            raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
+    moments = statistics.no_moments(size)
     for record in splits['train']:
         moments = moments.add(record['image'])
-    return Dataset(splits, tuple(class_names), first[0], statistics.finish(moments), fingerprint)
+    return Dataset(splits, tuple(class_names), size, statistics.finish(moments), fingerprint)

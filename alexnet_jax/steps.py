@@ -131,9 +131,10 @@ def log_probabilities(
 ):
     """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
 
-    image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the centre, 10 the paper's ten.
+    image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the centre, 10 the paper's ten; a UserError else.
     """
-    inputs = augment.views(image_NHWC, statistics, augmentation, count=views)
+    dtype = jax.tree.leaves(params)[0].dtype
+    inputs = augment.views(image_NHWC, statistics, augmentation, count=views, dtype=dtype)
     each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
     return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
 

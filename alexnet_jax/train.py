@@ -92,6 +92,9 @@ def train_and_evaluate(
         sent = sharding.prefetch_to_device(wanted, run.to_mesh)
         after = _AfterUpdate(config, run, meta, writer, log, checkpoints, val_batches, asked_to_stop)
         tracing, traced = enter(contextlib.ExitStack()), range(step + 2, step + 2 + profile)
+        if profile and traced.start >= run.total_steps:
+            left = run.total_steps - step
+            writers.warn(f'--profile leaves two updates out, and there are {left} to come: nothing is traced.')
         result = {}
         try:
             if unfinished:  # SIGTERM came between this step's update and what belongs to it

@@ -182,10 +182,10 @@ def duration(seconds: float) -> str:
 def environment() -> dict:
     """Versions, devices and commit, for environment.json and for published numbers."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
+    describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
     try:
-        commit = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40'], cwd=root, capture_output=True, text=True
-        ).stdout.strip()
+        commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ''
     of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')

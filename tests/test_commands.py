@@ -45,6 +45,8 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0; expected 1 or more'),
         ([*MAIN, '--workdir=W', '--config.model.conv[0]=5'], 'a tuple is given whole'),
         ([*MAIN], '--workdir is missing'),
+        (['main', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid lit'),
+        ([*MAIN, '--summary', '--config.mesh.tower=0'], 'mesh.tower=0; the network has 1 tower or 2'),
         ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax.prepare --input'),
         ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
         ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run' is not a path"),

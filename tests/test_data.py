@@ -249,9 +249,10 @@ def test_evaluation_pass_after_pass_keeps_its_processes(num_workers):
     assert not multiprocessing.active_children()
 
 
-def test_a_record_that_is_no_image_is_named():
+@pytest.mark.parametrize('name', [b'n01/a.jpg', 'n01/a.jpg'])
+def test_a_record_that_is_no_image_is_named(name):
     with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
-        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': b'n01/a.jpg'}, 6)
+        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
 
 
 def test_digits_are_real_and_apart():

@@ -29,6 +29,14 @@ def images():
     return np.stack([record['image'] for record in sources.open_dataset('digits').split('val')])[:7]
 
 
+def test_classes_of_one_name_keep_their_labels_apart(tmp_path):
+    source = checkpoint.load_checkpoint(untrained(tmp_path / 'run', **{'mesh.tower': 1}))
+    names = ('crane', 'kite', 'crane', *source.class_names[3:])
+    config = export.hub_config(source._replace(class_names=names), 1)
+    assert config['label2id']['kite'] == 1 and len(config['label2id']) == config['num_labels'] == 10
+    assert {int(i): config['label2id'][name] for i, name in config['id2label'].items()} == {i: i for i in range(10)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 def test_the_command(views, images, tmp_path):

@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -289,14 +290,20 @@ def test_the_readmes_python_runs_as_it_stands(uninterrupted, tmp_path, monkeypat
     [
         (np.ones((8, 8, 3), np.float32), 0, r'an image is float32 of shape \(8, 8, 3\); expected uint8 of \(8, 8, 3\)'),
         (np.ones((9, 9, 3), np.uint8), 0, r'an image is uint8 of shape \(9, 9, 3\); expected uint8 of \(8, 8, 3\)'),
-        (np.ones((8, 8, 3), np.uint8), 2, 'has the label 2; expected 0 to 1'),
-        (np.ones((8, 8, 3), np.uint8), -1, 'has the label -1; expected 0 to 1'),
+        (np.ones((8, 8, 3), np.uint8), 2, 'has the label 2; expected an integer, 0 to 1'),
+        (np.uint8(3), 0, r'an image is uint8 of shape \(\); expected'),
+        (np.ones((8, 8, 3), np.uint8), -1, 'has the label -1; expected an integer, 0 to 1'),
+        (np.ones((8, 8, 3), np.uint8), 0.5, 'has the label 0.5; expected an integer'),
+        (np.ones((8, 8, 3), np.uint8), 'cat', "has the label 'cat'; expected an integer"),
     ],
 )
 def test_arrays_that_are_no_dataset(image, label, message):
-    good = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}
+    good, other = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}, {'image': image, 'label': label}
     with pytest.raises(UserError, match=message):
-        sources.in_memory({'train': [good, {'image': image, 'label': label}]}, ('a', 'b'))
+        sources.in_memory({'train': [good, other]}, ('a', 'b'))
+    with pytest.raises(UserError):
+        sources.in_memory({'train': [other, good]}, ('a', 'b'))
+    assert list(sources.in_memory({'train': [good], 'val': []}, ('a', 'b')).splits) == ['train']
     with pytest.raises(UserError, match="no images in a split 'train'; there are: val"):
         sources.in_memory({'val': [good]}, ('a', 'b'))
 
@@ -687,6 +694,18 @@ def test_other_software_or_cores_than_before_are_told(tmp_path, capsys):
     assert f'cores {now["cores"]} -> 77; jax {jax.__version__} -> 9.9: the run goes on' in capsys.readouterr().err
 
 
+def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path):
+    package = tmp_path / 'venv' / 'lib' / 'alexnet_jax'
+    shutil.copytree(ROOT / 'alexnet_jax', package)
+    script = "from alexnet_jax import writers; print(writers.environment()['commit'])"
+    for repository, known in ((tmp_path, False), (package.parent, True)):
+        subprocess.run(['git', 'init', '-q'], cwd=repository, check=True)
+        who = ['-c', 'user.name=a', '-c', 'user.email=b']
+        subprocess.run(['git', *who, 'commit', '-q', '--allow-empty', '-m', 'c'], cwd=repository, check=True)
+        done = subprocess.run([sys.executable, '-c', script], cwd=package.parent, capture_output=True, text=True)
+        assert (len(done.stdout.strip()) >= 40) == known, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_steps_of_a_run_follow_its_config():
     """What `data` says of colour reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
@@ -893,10 +912,12 @@ def test_sigterm_does_not_end_the_program_while_the_last_step_is_saved(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_profile_is_of_the_updates_asked_for(tmp_path):
+def test_a_profile_is_of_the_updates_asked_for(tmp_path, capsys):
     config = small.digits_config(num_steps=6, eval_every_steps=6)
     train.train_and_evaluate(config, str(tmp_path), profile=2)
     (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
     assert b'train_step' in trace.read_bytes()
     train.train_and_evaluate(small.digits_config(num_steps=4), str(tmp_path / 'again'), profile=9)  # shorter than that
     assert list((tmp_path / 'again' / 'profile').rglob('*.xplane.pb'))
+    train.train_and_evaluate(small.digits_config(num_steps=2), str(tmp_path / 'short'), profile=1)
+    assert 'there are 2 to come: nothing is traced' in capsys.readouterr().err
