@@ -6,14 +6,19 @@
 Sources: section 3.1, figure 1 and footnote 3 of the paper; `layers/layers-cifar/*.cfg` of the authors' release, and for
 '11pct' the public cuda-convnet. The names say the test error that the authors report.
 Deviation: their last stages were trained on the validation images too; here all training images are there throughout.
+Order, batches at the end of a pass and ties under a pooling window are those of `configs/authors_2012.py`.
 """
 
 from typing import Any
 
 
 def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.01, **changes) -> dict[str, Any]:
-    """What all have in common: batches of 128, a rate of 0.001, twice that for biases, no dropout, no colour."""
+    """What all have in common: batches of 128, a rate of 0.001, twice that for biases, no dropout, no colour.
+
+    All that the authors' files state, also where it is the paper's: experiments may begin at another config.
+    """
     return {
+        'batch_size': 128,
         'num_epochs': float(epochs),
         'log_every_steps': 0,
         'data.image_size': 32,
@@ -22,6 +27,8 @@ def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.0
         'data.crop_area': (),
         'data.reflect': False,
         'data.mean': 'centre',
+        'data.pixel_std': (1.0, 1.0, 1.0),
+        'data.draw_every': 1,
         'data.colour_std': 0.0,
         'model.conv': conv,
         'model.local': local,
@@ -38,7 +45,12 @@ def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.0
         'optim.learning_rate': 0.001,
         'optim.bias_rate': 2.0,
         'optim.layer_rates': (),
+        'optim.momentum': 0.9,
+        'optim.rate_in_velocity': True,
+        'optim.trust': 0.0,
+        'optim.warmup_epochs': 0.0,
         'optim.weight_decay': 0.004,
+        'optim.bias_decay': 0.0,
         'optim.layer_decays': decays,
         'optim.schedule': 'epochs',
         'optim.stages': tuple((epoch, factor, factor, ()) for epoch, factor in stages),

@@ -14,9 +14,10 @@ Arguments: the rates, as their training diaries tell them (the diary's "epoch N"
 Here: forward pass, update, augmentation and ten-view test agree with numpy written from the released code's formulas
 (tests/test_authors.py); it was not trained.
 
-Deviation: the images are shuffled anew on every pass, where theirs came in one order; biases' rates in the 2010 run are
-those of the one plan that is written out (`run4.sh`), since the run's own are lost; where values tie under a pooling
-window the gradient is shared among them, theirs went to each.
+Deviation: the images are shuffled anew on every pass, where theirs came in one order; a batch goes on into the next
+pass, where theirs ended with a short one; biases' rates in the 2010 run are those of the one plan that is written out
+(`run4.sh`), since the run's own are lost, and in the 2012 run their last value, all that is known; where values tie
+under a pooling window the gradient is shared among them, theirs went to each.
 """
 
 import os

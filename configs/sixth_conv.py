@@ -85,7 +85,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
         if authors:
             config.data.colour_epochs = 37.0
-        else:  # "an equal learning rate for all layers"
+        else:  # biases as weights
             stages = tuple((epoch, weights, weights, layers) for epoch, weights, _, layers in stages)
         config.optim.stages = stages
     return config

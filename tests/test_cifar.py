@@ -47,6 +47,19 @@ def test_the_authors_decays_and_falling_rates():
     assert (config.optim.learning_rate, config.optim.bias_rate, config.batch_size) == (0.001, 2.0, 128)
 
 
+@pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch'])
+def test_the_networks_are_the_same_whatever_config_they_begin_at(base):
+    """But for where the data lie, and what acts on dropout and colour, which they have not got."""
+    no_matter = {'path', 'dropout_inverted', 'colour_scale', 'colour_divide', 'colour_epochs'}
+    for name in cifar.NETS:
+        config, expected = runpy.run_path(str(ROOT / 'configs' / f'{base}.py'))['get_config'](), _config(name)
+        config.update_from_flattened_dict(cifar.NETS[name])
+        assert config.batch_size == expected.batch_size
+        for part in ('data', 'model', 'optim'):
+            values = config[part].items()
+            assert {key for key, value in values if value != expected[part][key]} <= no_matter
+
+
 @pytest.mark.slow
 def test_unshared_layers_agree_over_two_towers():
     network = model.AlexNet(
