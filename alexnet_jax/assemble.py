@@ -1,6 +1,7 @@
 """A config's objects: dataset, network, mesh, optimiser, and the jitted steps over them."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,9 @@ _KEYS = {  # of every config; the values are explained in configs/paper.py
     ),
     'data.': ('path', 'fraction', 'num_workers', 'num_threads', 'cache', 'max_bad', *augment.Augmentation._fields),
     'mesh.': ('data', 'tower'),
-    'optim.': (
-        'learning_rate', 'bias_rate', 'layer_rates', 'momentum', 'rate_in_velocity', 'weight_decay', 'bias_decay',
-        'layer_decays', 'trust', 'warmup_epochs', 'schedule', 'drop_factor', 'max_drops', 'patience', 'min_gain',
-        'stages',
-    ),
+    'optim.': [  # but for what follows from the data and the network
+        name for name in inspect.signature(optim.make_optimizer).parameters if name not in ('steps_per_epoch', 'layers')
+    ],
 }  # fmt: skip
 
 
@@ -52,11 +51,14 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def build(config: ConfigDict, dataset: sources.Dataset | None = None, described: list | None = None) -> Run:
+def build(config: ConfigDict, dataset: sources.Dataset | None = None, devices: list | None = None) -> Run:
     """Turns a config into objects, checking all that can be checked before anything is compiled.
 
-    dataset: instead of that at `config.data.path`. described: devices that need not be there, instead of those that
-    are (see `traffic.described`): the steps can be compiled, and `statistics` has shapes alone.
+    Args:
+      config: see configs/paper.py.
+      dataset: None opens that at `config.data.path`.
+      devices: None takes those of this machine. With devices that are only described (`traffic.topology_devices`) the
+        steps can be compiled, and `statistics` has shapes alone.
 
     Raises:
       UserError: the config does not fit the data, the devices or itself.
@@ -72,8 +74,8 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
             f'use --config.model.num_classes={len(dataset.class_names)}.'
         )
     image_size = augmentation.image_size
-    augment.positions(dataset.record_size, image_size)
-    mesh = sharding.make_mesh(**config.mesh, devices=described)
+    augment.crop_positions(dataset.record_size, image_size)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
         raise UserError(  # XLA's AllReducePromotion takes the whole process down
             "XLA's CPU compiler crashes on model.dtype='bfloat16' over two towers; use --config.mesh.tower=1 "
@@ -84,7 +86,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
 
     shard = sharding.data_shard(mesh)
     num_workers = _workers(config, dataset, mesh, config.batch_size // shard[1])
-    part = sources.part(dataset.splits['train'], config.data.fraction)
+    part = sources.subset(dataset.splits['train'], config.data.fraction)
     train, in_memory, on_device = _cached(config.data, part, dataset, mesh, num_workers)
     pipeline = dict(
         batch_size=config.batch_size,
@@ -116,7 +118,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, described:
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
-    place = jax.device_put if described is None else sharding.shapes
+    place = jax.device_put if devices is None else sharding.shape_structs
     options = {'xla_gpu_deterministic_ops': True} if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     return Run(
@@ -199,7 +201,7 @@ def _cached(
                 f'data.cache={where!r}: the {len(train)} training images take {needed / 2**30:.1f} GiB, more than 80% '
                 f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
             )
-    images, labels = data.load(train, size, num_workers)
+    images, labels = data.decode_all(train, size, num_workers)
     known = [{'label': label} for label in labels]
     if where == 'host' and config.crop_area:  # what has to be resized is cut out here
         return [{'image': image, **record} for image, record in zip(images, known, strict=True)], None, {}

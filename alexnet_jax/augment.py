@@ -1,7 +1,7 @@
 """The paper's data augmentation (section 4.1): random draws on the host, arithmetic on the device.
 
-`draw` and `crop` run in the input pipeline on uint8; `finish` and `views` run inside the jitted step, so that bytes and
-not floats cross to the device.
+`draw` and `crop` run in the input pipeline on uint8; `preprocess` and `views` run inside the jitted step, so that bytes
+and not floats cross to the device.
 """
 
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
         extent = _parts_of_the_area(areas, record_size, augmentation.crop_area)
         room = record_size - extent + 1
     else:
-        room = positions(record_size, size, augmentation.all_positions)
+        room = crop_positions(record_size, size, augmentation.all_positions)
     offset = np.floor(place * room)
     if not augmentation.random_crop:
         offset[:] = (record_size - size) // 2
@@ -197,12 +197,12 @@ def crop_on_device(batch: dict, size: int) -> dict:
     return {**rest, 'image': jax.vmap(cut_out)(batch[which], batch['offset'], batch['reflect'])}
 
 
-def record_size(image_size: int) -> int:
+def default_record_size(image_size: int) -> int:
     """Side of the records that crops of a size are taken from, in the paper's proportion: 256 for 224."""
     return -(-image_size * 8 // 7)
 
 
-def positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
+def crop_positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
     """Places at which a crop may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
 
     all_positions: counts the last one too, as the authors' code does: 33.
@@ -236,7 +236,7 @@ def colour_shift(alphas_N3, statistics: Statistics, scale: str = 'eigenvalue'):
     return (alphas_N3 * lengths[None]) @ statistics.eigenvectors.T
 
 
-def finish(batch: dict, statistics: Statistics, augmentation: Augmentation, *, colour=True, dtype=jnp.float32):
+def preprocess(batch: dict, statistics: Statistics, augmentation: Augmentation, *, colour=True, dtype=jnp.float32):
     """Turns a training batch's bytes into the network's input: minus the mean, plus the colour shift.
 
     Args:

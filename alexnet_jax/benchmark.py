@@ -290,7 +290,7 @@ def main(words: Sequence[str]) -> None:
     from alexnet_jax import sources, traffic, writers
 
     if args.compile_for is not None:
-        jax.config.update('jax_platforms', 'cpu')  # see `traffic.described`
+        jax.config.update('jax_platforms', 'cpu')  # see `traffic.topology_devices`
     gpu = args.compile_for is not None or jax.devices()[0].platform == 'gpu'
     if args.against:
         _find_torch(gpu)
@@ -306,7 +306,7 @@ def main(words: Sequence[str]) -> None:
     settings = {'mode': mode, 'precision': precision, **writers.environment()}
     if args.compile_for is not None:
         dataset = sources.synthetic(config.data.image_size, config.model.num_classes)
-        facts = traffic.described_step(config, dataset, precision, args.compile_for)
+        facts = traffic.compile_step_for(config, dataset, precision, args.compile_for)
         record = {**settings, 'config': config.to_dict(), 'compiled': facts}
         print('\n'.join([*compiled_report(facts), json.dumps(record)]), flush=True)
         return

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from alexnet_jax import augment, digests, layers, model, processes, recovery
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import TerminatedError, UserError, first_line, local, telling
+from alexnet_jax.errors import TerminatedError, UserError, as_user_error, first_line, local
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
@@ -67,7 +67,7 @@ class Checkpoints:
     def __init__(self, workdir: str, *, read_only: bool = False):
         self.folder = local(os.path.join(workdir, FOLDER))
         self.damaged: list[str] = []
-        with telling(f'the checkpoints in {self.folder!r} cannot be opened'):
+        with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
                 self.damaged = processes.first_process_decides(lambda: recovery.repair(self.folder))
         # Not orbax's CheckpointManager: it reads all steps when it opens, also those that are damaged; and when a save
@@ -210,7 +210,7 @@ class Checkpoints:
         return [step for step in steps if step not in kept]
 
     def _saving(self, step: int):
-        return telling(
+        return as_user_error(
             f'step {step} cannot be saved in {self.folder!r}',
             'Steps saved earlier are as they were; put it right and give the same command again.',
         )
@@ -242,7 +242,7 @@ class Checkpoints:
         with self._readable(step):
             network = model.from_config(meta['config']['model'])
             augmentation = augment.from_config(meta['config']['data'])
-            augment.positions(meta['record_size'], augmentation.image_size)
+            augment.crop_positions(meta['record_size'], augmentation.image_size)
             layers.sizes(network, augmentation.image_size)
             class_names = tuple(map(str, meta['class_names']))
             if len(class_names) != network.num_classes:
@@ -307,7 +307,7 @@ def load_checkpoint(path: str) -> Checkpoint:
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
-    with telling(f'the checkpoint {path!r} cannot be read'):
+    with as_user_error(f'the checkpoint {path!r} cannot be read'):
         return _load(path, *_find(path))
 
 

@@ -52,6 +52,13 @@ def define_cpu_devices() -> None:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['cpu_devices'])  # so that --help shows it
 
 
+def define_views() -> None:
+    flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
+    wanted = 'expected 1 (centre) or 10 (corners and centre, with reflections).'
+    flags.register_validator('views', lambda views: views in (1, 10), message=wanted)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['views'])  # so that --help shows it
+
+
 def set_up_jax() -> None:
     """--cpu_devices, other processes of the same run, and compiled programs kept for the next start.
 

@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 _FEW = 3  # processes that are not slower than threads
 _PIECE = 1024  # images that a worker process makes at a time, at most: it holds a few such pieces in shared memory
 _SHARED = '/dev/shm'
-_LOST = -2  # label of what `load` could not read, and told of; TFDS has -1 for no label
+_LOST = -2  # label of what `decode_all` could not read, and told of; TFDS has -1 for no label
 
 
 def decode(record: dict, size: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def train_batches(
       'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count. An image that
       cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `warn_unreadable`.
     """
-    augment.positions(record_size, augmentation.image_size)  # raises before a worker would
+    augment.crop_positions(record_size, augmentation.image_size)  # raises before a worker would
 
     def build(places):  # no partial: grain names a step by its repr, which would print every record of a list
         return _train_batch(source, augmentation, seed, record_size, records_on_device, in_memory, places)
@@ -139,7 +139,7 @@ def _again(one_pass) -> Iterator[Batch]:
         yield from one_pass()
 
 
-def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, list[int]]:
+def decode_all(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, list[int]]:
     """All records of a source, decoded: (uint8 [N, size, size, 3], labels), for `data.cache`.
 
     Records that cannot be read are named on stderr, and have the label -2.
@@ -153,7 +153,7 @@ def load(source: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray,
     return images, labels
 
 
-def pick(source: Sequence, indices: Sequence[int], size: int) -> tuple[np.ndarray, list[int]]:
+def decode_some(source: Sequence, indices: Sequence[int], size: int) -> tuple[np.ndarray, list[int]]:
     """(uint8 [N, size, size, 3], labels) of some records. Raises UserError where one cannot be read."""
     records = [source[int(index)] for index in indices]
     return np.stack([decode(record, size) for record in records]), [int(record['label']) for record in records]
@@ -258,7 +258,7 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _FEW:
         return 0
-    free = shutil.disk_usage(_SHARED).free // processes.beside() if os.path.isdir(_SHARED) else 0
+    free = shutil.disk_usage(_SHARED).free // processes.local_processes() if os.path.isdir(_SHARED) else 0
     pieces = free // (min(rows, _PIECE) * row_bytes)
     if (room := max(0, pieces - _pieces(rows) + 1) // 5) < workers:
         workers = room if room >= _FEW else 0
@@ -305,7 +305,7 @@ def _iterate(stream, build, batch_size, start, shard, num_workers, num_threads) 
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     if pieces > 1:
         dataset = dataset.batch(pieces, batch_fn=_joined)
-    return _closing(dataset, processes.signals_held() if num_workers else contextlib.nullcontext())
+    return _closing(dataset, processes.signals_blocked() if num_workers else contextlib.nullcontext())
 
 
 def _closing(dataset, starting) -> Iterator[Batch]:

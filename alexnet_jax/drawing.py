@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.errors import UserError, telling
+from alexnet_jax.errors import UserError, as_user_error
 
 try:
     import matplotlib
@@ -37,7 +37,7 @@ def save(figure: Figure, folder: str, name: str) -> list[str]:
     Returns the paths. Raises UserError where they cannot be written.
     """
     paths = [os.path.join(folder, f'{name}.{kind}') for kind in ('png', 'svg')]
-    with telling(f'{folder!r} cannot be written'), matplotlib.rc_context({'svg.hashsalt': 'alexnet_jax'}):
+    with as_user_error(f'{folder!r} cannot be written'), matplotlib.rc_context({'svg.hashsalt': 'alexnet_jax'}):
         os.makedirs(folder, exist_ok=True)
         figure.savefig(paths[0], dpi=150, metadata={'Software': None})
         figure.savefig(paths[1], dpi=150, metadata={'Date': None})

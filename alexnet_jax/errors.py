@@ -24,7 +24,7 @@ class TerminatedError(Exception):
 
 
 @contextlib.contextmanager
-def telling(what: str, remedy: str = ''):
+def as_user_error(what: str, remedy: str = ''):
     """Turns a file-system error inside it, also one wrapped by orbax or tensorstore, into a UserError.
 
     Its message is "WHAT: the system's reason. REMEDY".

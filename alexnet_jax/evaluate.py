@@ -71,7 +71,7 @@ def one_pass(
     elapsed, count = time.perf_counter() - began, round(total['weight'])
     _check_count(count, examples, max_bad)
     return {
-        **metrics.finish(total),
+        **metrics.means(total),
         'count': count,
         'images_per_second': count / elapsed,
         'data_wait': waited / elapsed,
@@ -194,9 +194,9 @@ def evaluate_ensemble(
     total = None
     for start in range(0, len(labels), 4096):  # metrics sorts nothing, but it compares: some at a time
         part, own = scores[start : start + 4096], labels[start : start + 4096]
-        sums = metrics.sums(metrics.of_label(part, own), part, own, np.ones(len(own), np.float32))
+        sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))
         total = metrics.merge(total, _host(sums))
-    return {**metrics.finish(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
+    return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 
 
 def predict(checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: int = 128, mesh=None) -> np.ndarray:
@@ -260,8 +260,6 @@ def main() -> None:
             f'--batch_size={args.batch_size}, --tower={args.tower}, --max_bad={args.max_bad}; expected at least 1, 1 '
             'or 2, and at least 0.'
         )
-    if args.views not in (1, 10):
-        raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     weights = _weights(args.weights, len(args.checkpoint))
     cli.set_up_jax()
     dataset = sources.open_dataset(args.data)
@@ -322,7 +320,7 @@ if __name__ == '__main__':
     )
     flags.DEFINE_string('data', None, "A prepared directory, or 'digits'.")
     flags.DEFINE_string('split', 'val', 'The split to evaluate on.')
-    flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
+    cli.define_views()
     flags.DEFINE_string('weights', '', "Of an ensemble: numbers with commas, or 'tuned' on the val split; else equal.")
     flags.DEFINE_integer('batch_size', 128, 'Images at a time.')
     flags.DEFINE_integer('tower', 1, 'Devices a network is split over: 1, or 2.')

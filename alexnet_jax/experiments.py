@@ -39,7 +39,7 @@ from alexnet_jax import (
     train,
     writers,
 )
-from alexnet_jax.errors import DivergedError, UserError, did_you_mean, telling
+from alexnet_jax.errors import DivergedError, UserError, as_user_error, did_you_mean
 from alexnet_jax.suites import Arm
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
@@ -122,7 +122,7 @@ def measure(trial: Trial, dataset: sources.Dataset) -> dict[str, Any]:
     error = float(passes.top1_error[-1])
     found = {
         'data': config.data.path,
-        'train_images': len(sources.part(dataset.splits['train'], config.data.fraction)),
+        'train_images': len(sources.subset(dataset.splits['train'], config.data.fraction)),
         'epochs': float(passes.epoch[-1]),
         'learning_rate': config.optim.learning_rate,
         'train_error': error,
@@ -288,12 +288,12 @@ def main(words: Sequence[str]) -> None:
     cli.set_up_jax()
     base = ConfigDict(args.base.to_dict())
     small = suite in (FIGURE1, 'cifar10')
-    size = 32 if small else augment.record_size(base.data.image_size)
+    size = 32 if small else augment.default_record_size(base.data.image_size)
     base.data.fraction, base.log_every_steps = args.scale, 0
     if args.dry_run:
         _show(suite, base, seeds, args)
         return
-    with telling(f'--output={args.output!r} cannot be used', 'Give another directory.'):
+    with as_user_error(f'--output={args.output!r} cannot be used', 'Give another directory.'):
         os.makedirs(args.output, exist_ok=True)
     base.data.path = _prepared(args.data) or prepared(args.data, args.output, size, suite)
     dataset = sources.open_dataset(base.data.path)

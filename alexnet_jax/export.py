@@ -154,8 +154,6 @@ def check(path: str, checkpoint: Checkpoint, views: int) -> float:
 
 def main() -> None:
     args = flags.FLAGS
-    if args.views not in (1, 10):
-        raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     check_new(args.output)
     cli.set_up_jax()
     checkpoint = load_checkpoint(args.checkpoint)
@@ -181,6 +179,6 @@ def main() -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.")
     flags.DEFINE_string('output', None, 'Directory to write; must not exist.')
-    flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, averaged.')
+    cli.define_views()
     cli.define_cpu_devices()
     cli.run(main, required=('checkpoint', 'output'))

@@ -24,7 +24,7 @@ from absl import flags
 
 from alexnet_jax import augment, cli, data, evaluate, sources
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
-from alexnet_jax.errors import UserError, check_new, did_you_mean, telling
+from alexnet_jax.errors import UserError, as_user_error, check_new, did_you_mean
 from alexnet_jax.model import AlexNet
 
 ENDINGS = ('.safetensors', '.npz')
@@ -155,7 +155,7 @@ def save(
     write = _write_npz if output.endswith('.npz') else _write_safetensors
     folder, name = os.path.split(os.path.abspath(output))
     partial = os.path.join(folder, f'.{name}.incomplete')
-    with telling(f'{output!r} cannot be written'), contextlib.closing(parts):
+    with as_user_error(f'{output!r} cannot be written'), contextlib.closing(parts):
         try:
             with open(partial, 'wb') as file:
                 write(file, shape, _telling_progress(parts, len(source)))

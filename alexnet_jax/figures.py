@@ -285,7 +285,7 @@ def _of_images(checkpoint: Checkpoint, dataset: sources.Dataset, split: str, see
     def crops(images):
         return augment.centre(images, checkpoint.image_size)  # what the network sees
 
-    images, labels = data.pick(source, order[:_LEFT], checkpoint.record_size)
+    images, labels = data.decode_some(source, order[:_LEFT], checkpoint.record_size)
     yield 'predictions', drawing.predictions(crops(images), predictions(checkpoint, images, labels)), []
 
     outputs, all_labels = evaluate.probabilities(checkpoint, source, sharding.make_mesh(data=0, tower=1))
@@ -303,12 +303,12 @@ def _of_images(checkpoint: Checkpoint, dataset: sources.Dataset, split: str, see
     layer = list(checkpoint.network.table())[-2:][0]
     train = dataset.split('train')
     right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
-    images, labels = data.pick(source, right, checkpoint.record_size)
+    images, labels = data.decode_some(source, right, checkpoint.record_size)
     query = features.activations(checkpoint, images, layer)[layer]
     indices, _ = nearest(query, (part for part, _ in features.stream(checkpoint, train, layer)), count=7)
     own = right if split == 'train' else [-1] * len(right)  # no image is a neighbour of itself
     rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
-    found = [data.pick(train, row, checkpoint.record_size) for row in rows]
+    found = [data.decode_some(train, row, checkpoint.record_size) for row in rows]
     figure = drawing.neighbours(
         crops(images),
         [crops(near) for near, _ in found],

@@ -15,10 +15,10 @@ def log_likelihood(logits_NK, label_N):
     logits_NK: float [N, K]; label_N: int [N]. Written without a gather along K: where the classes are split over
     devices, XLA adds all-reduces and nothing else.
     """
-    return of_label(jax.nn.log_softmax(logits_NK), label_N)
+    return take_label(jax.nn.log_softmax(logits_NK), label_N)
 
 
-def of_label(x_NK, label_N):
+def take_label(x_NK, label_N):
     """Each row's entry at its label, float [N]; NaN where the label is none of the K classes."""
     count = x_NK.shape[-1]
     entry = jnp.sum(jnp.where(jnp.arange(count)[None] == label_N[:, None], x_NK, 0), axis=-1)
@@ -33,7 +33,7 @@ def top_k_error(score_NK, label_N, k: int):
     src/layer.cu does the same). Scores that are not numbers count as errors.
     Deviation: the paper's "not among the five" says nothing of ties.
     """
-    score_N1 = of_label(score_NK, label_N)[:, None]
+    score_N1 = take_label(score_NK, label_N)[:, None]
     above = jnp.sum(score_NK > score_N1, axis=-1)
     tied = jnp.sum(score_NK == score_N1, axis=-1)
     hit = jnp.clip((k - above) / jnp.maximum(tied, 1), 0, 1)
@@ -63,7 +63,7 @@ def merge(a: Sums | None, b: Sums) -> Sums:
     return b if a is None else jax.tree.map(operator.add, a, b)
 
 
-def finish(total: Sums) -> dict[str, float]:
+def means(total: Sums) -> dict[str, float]:
     """Means over all images: loss in nats, errors in percent (0 to 100) as in the paper."""
     count = float(total['weight'])
     return {

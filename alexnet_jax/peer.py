@@ -141,7 +141,7 @@ def batches(run: Run, config, raw: str | None, stack: contextlib.ExitStack) -> I
     else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         images = []
-        for i, record in enumerate(sources.part(run.dataset.splits['train'], config.data.fraction)):
+        for i, record in enumerate(sources.subset(run.dataset.splits['train'], config.data.fraction)):
             if not isinstance(record['image'], bytes):
                 raise UserError('--against=torch reads JPEG squares: prepare with --format=jpeg, or give --input=RAW.')
             images.append((os.path.join(folder, f'{i}.jpg'), record['label']))

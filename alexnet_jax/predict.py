@@ -84,8 +84,6 @@ def _square(path: str, size: int) -> np.ndarray:
 
 def main(arguments: Sequence[str]) -> None:
     args = flags.FLAGS
-    if args.views not in (1, 10):
-        raise UserError(f'--views={args.views}; expected 1 (centre) or 10 (corners and centre, with reflections).')
     cli.set_up_jax()
     files = files_in(arguments)
     checkpoint = load_checkpoint(args.checkpoint)
@@ -104,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.")
-    flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
+    cli.define_views()
     flags.DEFINE_integer('top', 5, 'Labels an image; all, where there are fewer classes.')
     flags.DEFINE_boolean('json', False, 'Print one JSON object for each file.')
     cli.define_cpu_devices()

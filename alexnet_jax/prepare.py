@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from alexnet_jax import cli, digests, listing, processes, shards, statistics
-from alexnet_jax.errors import UserError, check_new, local, telling
+from alexnet_jax.errors import UserError, as_user_error, check_new, local
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
 _LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
@@ -103,7 +103,7 @@ def once(
         listed = listed or listing.find(source)
         if 'val' in listed.splits:
             val_fraction, made = 0.0, path
-        with telling(f'{output!r} cannot be written'):
+        with as_user_error(f'{output!r} cannot be written'):
             os.makedirs(os.path.dirname(local(output)), exist_ok=True)
             with open(f'{output}.source', 'w', **encoding) as file:
                 file.write(made)
@@ -204,7 +204,7 @@ def _write_all(folder, orders, class_names, size, format, max_bad, workers) -> N
         )
         if split == 'train':
             moments = functools.reduce(statistics.Moments.merge, [w.moments for w in written])
-            statistics.save(folder, statistics.finish(moments))
+            statistics.save(folder, statistics.from_moments(moments))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=shards.features(size, format, class_names),

@@ -67,7 +67,7 @@ def without_main():
         vars(main).update(hidden)
 
 
-def beside() -> int:
+def local_processes() -> int:
     """How many processes of this run share this machine: LOCAL_WORLD_SIZE, which `launch/local.sh` sets, else 1."""
     said = os.environ.get('LOCAL_WORLD_SIZE', '')
     return max(1, int(said)) if said.isdecimal() else 1
@@ -85,7 +85,7 @@ def cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # none, or "max"
         quota, period = map(int, (_CONTAINER / 'cpu.max').read_text().split())
         found = min(found, -(-quota // period))
-    return max(1, found // beside())
+    return max(1, found // local_processes())
 
 
 def memory() -> int:
@@ -93,11 +93,11 @@ def memory() -> int:
     found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with contextlib.suppress(OSError, ValueError):
         found = min(found, int((_CONTAINER / 'memory.max').read_text()))
-    return found // beside()
+    return found // local_processes()
 
 
 @contextlib.contextmanager
-def signals_held():
+def signals_blocked():
     """Blocks SIGTERM and SIGINT within it. A process started here inherits the block, and never sees them.
 
     Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
@@ -114,7 +114,7 @@ def signals_held():
 
 
 @contextlib.contextmanager
-def alone(path: str, doing: str):
+def locked(path: str, doing: str):
     """Holds a lock file while something is done that only one process may do; the system frees it however that ends.
 
     Raises:
@@ -145,7 +145,7 @@ def new_directory(output: str) -> Iterator[str]:
     try:
         os.makedirs(partial, exist_ok=True)
         # Not inside: it is removed, and a folder that another process has taken away meanwhile must not count.
-        with alone(f'{partial}.lock', f'writing {output!r}'):
+        with locked(f'{partial}.lock', f'writing {output!r}'):
             try:
                 shutil.rmtree(partial)  # of a run that was killed
                 os.makedirs(partial)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from alexnet_jax import augment, layers
 from alexnet_jax.checkpoint import Checkpoint
-from alexnet_jax.errors import UserError, telling
+from alexnet_jax.errors import UserError, as_user_error
 from alexnet_jax.layers import Conv, Dense, Local
 
 _PICTURES = 6  # with 224 px and 16 maps a layer the page then has about 3 MB
@@ -98,7 +98,7 @@ def write(
     for block, wanted in (('slide', 'slide' in toys), ('walk', 'walk' in toys), ('toys', toys)):
         page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
     page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
-    with telling(f'the report {path!r} cannot be written'):
+    with as_user_error(f'the report {path!r} cannot be written'):
         with open(path + '.tmp', 'w', encoding='utf-8') as file:
             file.write(page)
         os.replace(path + '.tmp', path)
@@ -141,7 +141,7 @@ def _figure(figure: Figure) -> str:
     kind = _TYPES.get(os.path.splitext(figure.path)[1].lower())
     if kind is None:
         raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
-    with telling(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
+    with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
     text = html.escape(figure.caption)
     image = (  # in an <img> also an SVG's scripts and links are dead

@@ -242,7 +242,7 @@ def publish(
     drawn += figures.draw(trained, run=workdir, dataset=dataset, split=split)
     records = dataset.splits[split]
     picks = np.random.default_rng(0).permutation(len(records))[:6]
-    pictures, labels = data.pick(records, picks, trained.record_size)
+    pictures, labels = data.decode_some(records, picks, trained.record_size)
     pages = [
         report.Figure(name.capitalize(), drawing.save(figure, folder, name)[0], _CAPTIONS[name])
         for name, figure, _ in drawn

@@ -176,7 +176,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         )
 
 
-def shapes(arrays, sharding: NamedSharding):
+def shape_structs(arrays, sharding: NamedSharding):
     """ShapeDtypeStructs with a sharding, as `jit(f).lower` takes them in place of the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 

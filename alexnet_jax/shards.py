@@ -56,7 +56,7 @@ def write(shard: Shard) -> Written:
     record_features = features(shard.size, shard.format, shard.class_names)
     # One record a group: random access reads only what it needs. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, digest, count, num_bytes, bad = statistics.no_moments(shard.size), hashlib.sha256(), 0, 0, []
+    moments, digest, count, num_bytes, bad = statistics.Moments.zeros(shard.size), hashlib.sha256(), 0, 0, []
     for ref in shard.refs:
         try:
             image, label = _read(ref)

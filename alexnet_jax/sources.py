@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import augment, digests, statistics
-from alexnet_jax.errors import UnreadableError, UserError, first_line, telling
+from alexnet_jax.errors import UnreadableError, UserError, as_user_error, first_line
 
 DIGITS = 'digits'  # data.path of the embedded data
 _MOST = 1 << 24  # characters of a features.json
@@ -55,7 +55,7 @@ def open_dataset(path: str) -> Dataset:
     remedy = f'prepare one: python -m alexnet_jax.prepare --input=IMAGES --output={path}'
     if not os.path.isdir(path):
         raise UserError(f'there is no data directory {path!r}; {remedy}')
-    with telling(f'the data directory {path!r} cannot be used'):
+    with as_user_error(f'the data directory {path!r} cannot be used'):
         names = os.listdir(path)
     if 'dataset_info.json' not in names:
         raise UserError(
@@ -65,7 +65,7 @@ def open_dataset(path: str) -> Dataset:
     return _prepared(path)
 
 
-class _Part:
+class _Subset:
     """Some of a split's records, in their order."""
 
     def __init__(self, records: Sequence, indices: np.ndarray):
@@ -78,12 +78,12 @@ class _Part:
         return self._records[int(self._indices[index])]
 
 
-def part(records: Sequence, fraction: float) -> Sequence:
+def subset(records: Sequence, fraction: float) -> Sequence:
     """A random subset of a split, always the same; a smaller one is contained in every larger one."""
     if fraction == 1:
         return records
     count = max(1, round(fraction * len(records)))
-    return _Part(records, np.sort(np.random.default_rng(0).permutation(len(records))[:count]))
+    return _Subset(records, np.sort(np.random.default_rng(0).permutation(len(records))[:count]))
 
 
 def _prepared(path: str) -> Dataset:
@@ -167,7 +167,9 @@ class _Records:
             source = pickle.loads(self._closed)
             record = source[index]
         except Exception as error:
-            with telling(f'data files disappeared while they were read, {self._name}', 'Put them back and go on.'):
+            with as_user_error(
+                f'data files disappeared while they were read, {self._name}', 'Put them back and go on.'
+            ):
                 for file in self._files:
                     open(file, 'rb').close()
             reason = str(error).split('\n', 1)[0][:200]
@@ -198,7 +200,7 @@ def _digits() -> Dataset:
 
 def synthetic(image_size: int, num_classes: int) -> Dataset:
     """A few random squares, 256 px for 224, to train on where only the speed counts: it does not depend on pixels."""
-    size = augment.record_size(image_size)
+    size = augment.default_record_size(image_size)
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     names = tuple(str(i) for i in range(num_classes))
     return in_memory({'train': [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]}, names)
@@ -229,7 +231,7 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
             )
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
-    moments = statistics.no_moments(size)
+    moments = statistics.Moments.zeros(size)
     for record in splits['train']:
         moments = moments.add(record['image'])
-    return Dataset(splits, tuple(class_names), size, statistics.finish(moments), fingerprint)
+    return Dataset(splits, tuple(class_names), size, statistics.from_moments(moments), fingerprint)

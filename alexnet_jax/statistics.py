@@ -30,6 +30,11 @@ class Moments(NamedTuple):
     image: np.ndarray  # float64 [S, S, 3]
     outer: np.ndarray  # float64 [3, 3]
 
+    @classmethod
+    def zeros(cls, size: int) -> 'Moments':
+        """The sums over no image yet; size: side of the images, pixels."""
+        return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
+
     def add(self, image_HWC: np.ndarray) -> 'Moments':
         """Counts one more uint8 image in (the sums are changed in place)."""
         pixels = image_HWC.reshape(-1, 3).astype(np.float32)
@@ -42,12 +47,7 @@ class Moments(NamedTuple):
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def no_moments(size: int) -> Moments:
-    """The sums over no image yet; size: side of the images, pixels."""
-    return Moments(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
-
-
-def finish(moments: Moments) -> Statistics:
+def from_moments(moments: Moments) -> Statistics:
     """The mean image, and eigenvalues and eigenvectors of the covariance of all training pixels' RGB values."""
     pixels = moments.count * moments.image.shape[0] * moments.image.shape[1]
     mean_rgb = moments.image.sum((0, 1)) / pixels

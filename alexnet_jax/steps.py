@@ -31,8 +31,8 @@ def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: in
 def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable, total=None):
     """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
 
-    x_NHWC: float [N, s, s, 3] from `augment.finish`; batch: 'label' and 'weight', [N]. total: what the sum is divided
-    by, where this is a part of a batch.
+    x_NHWC: float [N, s, s, 3] from `augment.preprocess`; batch: 'label' and 'weight', [N]. total: what the sum is
+    divided by, where this is a part of a batch.
     """
     logits = forward(params, x_NHWC, masks)
     likelihood = metrics.log_likelihood(logits, batch['label'])
@@ -96,7 +96,7 @@ def train_step(
 
     def gradient(batch, masks):
         with jax.named_scope('input'):
-            x = augment.finish(batch, statistics, augmentation, colour=colour, dtype=dtype)
+            x = augment.preprocess(batch, statistics, augmentation, colour=colour, dtype=dtype)
         return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
 
     def add(so_far, part):
@@ -145,4 +145,4 @@ def eval_step(
     """Metric sums of one batch from `data.eval_batches`; the rest as for `log_probabilities`."""
     test = {'forward': forward, 'augmentation': augmentation, 'views': views}
     scores = log_probabilities(params, batch['image'], statistics, **test)
-    return metrics.sums(metrics.of_label(scores, batch['label']), scores, batch['label'], batch['weight'])
+    return metrics.sums(metrics.take_label(scores, batch['label']), scores, batch['label'], batch['weight'])

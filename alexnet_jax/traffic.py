@@ -46,7 +46,7 @@ _DESCRIPTIONS = {
 }
 
 
-def described(what: str) -> list:
+def topology_devices(what: str) -> list:
     """Devices of one host to compile for, which need not be there: nothing can be put on them.
 
     Where none are there set `jax_platforms` to 'cpu' first: else JAX looks for them, and gives its compiler up.
@@ -95,27 +95,27 @@ def compile_step(run, batch_size: int, precision: str, arguments: Sequence) -> t
         'compile_seconds': round(took, 1),
         'flops': rows['all']['flops'] * run.mesh.size / batch_size,  # an image's
         'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
-        'moved': moved(text, run.mesh.size) if run.mesh.size > 1 else {},
+        'moved': collective_bytes(text, run.mesh.size) if run.mesh.size > 1 else {},
         'layers': rows,
     }
 
 
-def described_step(config, dataset, precision: str, what: str) -> dict[str, Any]:
+def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, Any]:
     """What is known of a training step that is compiled for devices which need not be there.
 
-    config, dataset: as for `assemble.build`. what: as for `described`.
+    config, dataset: as for `assemble.build`. what: as for `topology_devices`.
 
     Raises:
       UserError: from either; or the config keeps its images on a device.
     """
     if config.data.cache == 'device':
         raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
-    devices = described(what)
-    run = assemble.build(config, dataset, described=devices)
+    devices = topology_devices(what)
+    run = assemble.build(config, dataset, devices=devices)
     batches = run.batches(0)
-    batch = sharding.shapes(next(batches), sharding.batch_sharding(run.mesh))
+    batch = sharding.shape_structs(next(batches), sharding.batch_sharding(run.mesh))
     batches.close()
-    key = sharding.shapes(jax.eval_shape(jax.random.key, 0), sharding.replicated(run.mesh))
+    key = sharding.shape_structs(jax.eval_shape(jax.random.key, 0), sharding.replicated(run.mesh))
     _, facts = compile_step(run, config.batch_size, precision, (run.state_shapes, batch, run.statistics, key))
     return {**facts, 'device': devices[0].device_kind, 'devices': run.mesh.size}
 
@@ -257,7 +257,7 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 _COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
 
 
-def moved(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
+def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
     """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
 
     Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum

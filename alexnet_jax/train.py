@@ -98,7 +98,7 @@ def train_and_evaluate(
         result = {}
         try:
             if unfinished:  # SIGTERM came between this step's update and what belongs to it
-                state, done, result = after(state, step, resumed=True)
+                state, done, result = after(state, step, after.due(step), resumed=True)
             while not done:
                 if profile and step == traced.start:
                     tracing.enter_context(jax.profiler.trace(os.path.join(workdir, 'profile')))
@@ -112,7 +112,7 @@ def train_and_evaluate(
                 due = after.due(step)
                 log.add(step, report, waited=waited, log=due.line)
                 checkpoints.poll()
-                state, done, found = after(state, step)
+                state, done, found = after(state, step, due)
                 result = found or result
         except DivergedError as error:
             checkpoints.wait()
@@ -157,9 +157,9 @@ class _AfterUpdate(NamedTuple):
         return _Due(now('log_every_steps') or save, decision, save, last)
 
     def __call__(
-        self, state: TrainState, step: int, *, resumed: bool = False
+        self, state: TrainState, step: int, due: _Due, *, resumed: bool = False
     ) -> tuple[TrainState, bool, dict[str, float]]:
-        """resumed: the checkpoint was saved as unfinished: of this step only the update is done.
+        """due: of this step. resumed: the checkpoint was saved as unfinished: of the step only the update is done.
 
         Returns:
           (state, whether the run ends here, the numbers of a validation or nothing).
@@ -167,7 +167,7 @@ class _AfterUpdate(NamedTuple):
         Raises:
           TerminatedError: SIGTERM has come. The update is saved; the rest of it will be done first the next time.
         """
-        due, error, result = self.due(step), self.config.stop_at_error, {}
+        error, result = self.config.stop_at_error, {}
         if error and (due.line or resumed) and self.log.reached(error):
             due = due._replace(save=True, last=True)
         stops = self.asked_to_stop()
@@ -232,7 +232,7 @@ def _alone(workdir: str):
     """Refuses a second run on a workdir. Of several processes the first holds the lock."""
     with contextlib.ExitStack() as stack:
         lock = os.path.join(workdir, '.lock')
-        held = processes.alone(lock, f'training in {workdir!r}')
+        held = processes.locked(lock, f'training in {workdir!r}')
         processes.first_process_decides(lambda: stack.enter_context(held))
         yield
 

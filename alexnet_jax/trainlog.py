@@ -147,7 +147,7 @@ class TrainLog:
             'step': step,
             'epoch': step * self._batch_size / self._examples,
             'split': 'train',
-            **metrics.finish(self._saved['sums']),
+            **metrics.means(self._saved['sums']),
             'learning_rate': rate,
             **self._saved['norms'],
             'images_per_second': speed,

@@ -65,7 +65,7 @@ def main() -> None:
         raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
     cli.set_up_jax()
     source = load_checkpoint(args.init_from) if args.init_from else None
-    size = source.record_size if source else augment.record_size(args.config.data.image_size)
+    size = source.record_size if source else augment.default_record_size(args.config.data.image_size)
     data, run = (os.path.join(args.output, name) for name in ('data', 'run'))
     dataset = prepared(args.input, data, size, args.val_fraction, args.max_bad)
     config = tuned(args.config, source, data, len(dataset.class_names))

@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from alexnet_jax import processes
-from alexnet_jax.errors import telling
+from alexnet_jax.errors import as_user_error
 
 _METRICS = 'metrics.jsonl'
 
@@ -38,7 +38,7 @@ class RunWriter:
         self._writes = jax.process_index() == 0
         self._workdir, self._flushed = workdir, -math.inf
         if self._writes:
-            with self._telling():
+            with self._as_user_error():
                 path = os.path.join(workdir, _METRICS)
                 _cut_metrics(path, step, validated)
                 for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
@@ -52,7 +52,7 @@ class RunWriter:
         if not self._writes:
             return
         now = time.time()
-        with self._telling():
+        with self._as_user_error():
             self._lines.write(json.dumps(line, allow_nan=False) + '\n')
             self._lines.flush()
             flat = {}
@@ -70,7 +70,7 @@ class RunWriter:
     def flush(self) -> None:
         """Call before saving: a run that goes on from a checkpoint does not write again what was written before it."""
         if self._writes:
-            with self._telling():
+            with self._as_user_error():
                 self._events.flush()
                 self._flushed = time.time()
 
@@ -81,18 +81,18 @@ class RunWriter:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    def _telling(self):
-        return _telling(self._workdir)
+    def _as_user_error(self):
+        return _as_user_error(self._workdir)
 
 
-def _telling(workdir: str):
+def _as_user_error(workdir: str):
     remedy = 'Checkpoints are as they were; put it right and give the same command again.'
-    return telling(f'{workdir!r} cannot be written', remedy)
+    return as_user_error(f'{workdir!r} cannot be written', remedy)
 
 
 def last_step(workdir: str) -> int:
     """The last step in the workdir's metrics.jsonl; 0 where there is none."""
-    with _telling(workdir):
+    with _as_user_error(workdir):
         return max((found[0] for _, found in _read_lines(os.path.join(workdir, _METRICS)) if found), default=0)
 
 
@@ -100,7 +100,7 @@ def write_json(workdir: str, files: dict[str, dict]) -> None:
     """Process 0 replaces each file (NAME.json) in one move. Raises UserError."""
     for name, content in files.items() if jax.process_index() == 0 else ():
         path = os.path.join(workdir, f'{name}.json')
-        with _telling(workdir):
+        with _as_user_error(workdir):
             with open(path + '.tmp', 'w', encoding='utf-8') as file:
                 json.dump(content, file, indent=2)
             os.replace(path + '.tmp', path)
@@ -200,7 +200,7 @@ def environment() -> dict:
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
-        'cores': processes.cores() * processes.beside(),  # of this machine, for this program
+        'cores': processes.cores() * processes.local_processes(),  # of this machine, for this program
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),

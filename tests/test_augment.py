@@ -19,22 +19,22 @@ def _draws(augmentation, count, record_size):
 
 
 def _statistics(size):
-    moments = statistics.no_moments(size)
+    moments = statistics.Moments.zeros(size)
     for image in _images(20, size, seed=1):
         moments = moments.add(image)
-    return statistics.finish(moments)
+    return statistics.from_moments(moments)
 
 
 def test_statistics_against_numpy():
     images = _images(20, 6, seed=1)
     images[..., 1] = images[..., 0] // 2 + images[..., 1] // 4  # correlated, so that the components mean something
-    moments = statistics.no_moments(6)
-    other = statistics.no_moments(6)
+    moments = statistics.Moments.zeros(6)
+    other = statistics.Moments.zeros(6)
     for image in images[:7]:
         moments = moments.add(image)
     for image in images[7:]:
         other = other.add(image)
-    found = statistics.finish(moments.merge(other))
+    found = statistics.from_moments(moments.merge(other))
     chex.assert_trees_all_close(found.mean_image, images.mean(0).astype(np.float32), rtol=1e-6)
     covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64), bias=True)
     rebuilt = found.eigenvectors @ np.diag(found.eigenvalues) @ found.eigenvectors.T
@@ -42,7 +42,7 @@ def test_statistics_against_numpy():
     chex.assert_trees_all_close(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-6)
 
 
-def test_finish_subtracts_the_mean_under_the_crop_and_adds_the_colour():
+def test_preprocess_subtracts_the_mean_under_the_crop_and_adds_the_colour():
     stats, size = _statistics(12), 8
     augmentation = augment.Augmentation(image_size=size)
     records = _images(6, 12)
@@ -52,7 +52,7 @@ def test_finish_subtracts_the_mean_under_the_crop_and_adds_the_colour():
         'image': np.stack([augment.crop(r, d, size) for r, d in zip(records, draws, strict=True)]),
         **{name: np.stack([getattr(d, name) for d in draws]) for name in augment.Draw._fields},
     }
-    found = np.asarray(augment.finish(batch, stats, augmentation))
+    found = np.asarray(augment.preprocess(batch, stats, augmentation))
     for n, (record, drawn) in enumerate(zip(records, draws, strict=True)):
         # By hand: subtract the mean image from the whole record, then cut, then mirror.
         y, x = drawn.offset
@@ -149,11 +149,11 @@ def test_views_subtract_the_mean_of_their_own_crop():
 
 def test_records_smaller_than_the_crop_are_refused():
     with pytest.raises(UserError, match=r'data.image_size=224 is larger than the prepared images \(64 px\)'):
-        augment.positions(64, 224)
+        augment.crop_positions(64, 224)
 
 
 def test_all_positions_count_the_last_one_too():
-    assert augment.positions(256, 224, all_positions=True) == 33
+    assert augment.crop_positions(256, 224, all_positions=True) == 33
     draws = _draws(augment.Augmentation(all_positions=True), 4000, 256)
     seen = np.unique(np.stack([d.offset for d in draws]))
     chex.assert_trees_all_equal(seen, np.arange(33, dtype=np.int32))
@@ -201,7 +201,7 @@ def test_mean_and_pixel_std(mean):
         'channel': stats.mean_image.reshape(-1, 3).mean(0)[None, None],
     }
     expected = (record[y : y + 8, x : x + 8][:, ::-1] - under[mean]) / np.array([[std]])
-    chex.assert_trees_all_close(np.asarray(augment.finish(batch, stats, augmentation)[0]), expected, atol=1e-4)
+    chex.assert_trees_all_close(np.asarray(augment.preprocess(batch, stats, augmentation)[0]), expected, atol=1e-4)
     corner = augment.views(record[None], stats, augmentation, count=10)[1][0]  # rows and columns from 0
     under['crop'] = stats.mean_image[:8, :8]
     chex.assert_trees_all_close(np.asarray(corner), (record[:8, :8] - under[mean]) / np.array([[std]]), atol=1e-4)

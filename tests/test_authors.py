@@ -285,8 +285,8 @@ def test_pixels_that_reach_the_network():
     stats = Statistics(rng.uniform(90, 130, (12, 12, 3)), std**2, vectors)
     records, batch = _record_batch(augmentation, 6, 12)
     assert len({bool(r) for r in batch['reflect']}) == 2
-    on = np.asarray(augment.finish(batch, stats, augmentation, colour=True))
-    off = np.asarray(augment.finish(batch, stats, augmentation, colour=False))
+    on = np.asarray(augment.preprocess(batch, stats, augmentation, colour=True))
+    off = np.asarray(augment.preprocess(batch, stats, augmentation, colour=False))
     for n, record in enumerate(records):
         y, x = batch['offset'][n]
         cut = record[y : y + 8, x : x + 8].astype(float)
@@ -319,7 +319,7 @@ def test_colour_goes_off_at_its_step():
         )[1]['loss']
     )
     for now in (6, 7):
-        x = augment.finish(batch, stats, augmentation, colour=now < 7)
+        x = augment.preprocess(batch, stats, augmentation, colour=now < 7)
         masks = model.dropout_masks(network, jax.random.fold_in(jax.random.key(0), now), 4, small.SIZE)
         logits = np.asarray(network.apply({'params': params}, x, masks), np.float64)
         expected = -(logits[np.arange(4), np.arange(4)] - np.log(np.exp(logits).sum(1))).sum()

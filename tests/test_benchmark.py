@@ -56,7 +56,7 @@ def test_what_a_program_moves_is_counted_as_for_rings():
       %p = (s8[8]{0}, s8[8]{0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}
       %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
     """
-    found = traffic.moved(text, devices=8)
+    found = traffic.collective_bytes(text, devices=8)
     assert found == {
         'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
         'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
@@ -142,7 +142,7 @@ def test_a_step_computes_and_moves_what_its_layers_need():
 def test_devices_to_compile_for_are_named_and_counted():
     for what in ('h100', 'x', '', '0xh200', '2h200', 'h200\n'):
         with pytest.raises(UserError, match=f'--compile_for={what}; expected h200'):
-            traffic.described(what)
+            traffic.topology_devices(what)
 
 
 @pytest.mark.slow
@@ -171,7 +171,9 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
     batches = run.batches(0)
     batch, state = run.to_mesh(next(batches)), run.init(key)
     batches.close()
-    found = traffic.moved(run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower)
+    found = traffic.collective_bytes(
+        run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower
+    )
     # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
     halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
     if tower == 2:

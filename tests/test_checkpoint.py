@@ -450,7 +450,7 @@ def test_a_process_started_while_signals_are_held_never_sees_them():
 import multiprocessing, signal, time
 from alexnet_jax import processes
 if __name__ == '__main__':
-    with processes.signals_held():
+    with processes.signals_blocked():
         child = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
         child.start()
     print(child.pid, *signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
@@ -466,11 +466,11 @@ if __name__ == '__main__':
 
 def test_only_one_at_a_time(tmp_path):
     lock = str(tmp_path / 'lock')
-    with processes.alone(lock, 'training'):
+    with processes.locked(lock, 'training'):
         with pytest.raises(UserError, match='another process is training'):
-            with processes.alone(lock, 'training'):
+            with processes.locked(lock, 'training'):
                 raise AssertionError
-    with processes.alone(lock, 'training'):
+    with processes.locked(lock, 'training'):
         pass
 
 

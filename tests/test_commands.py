@@ -64,7 +64,7 @@ def _assert_user_error(result, pattern):
         (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),
         (['evaluate', '--checkpoint=W', '--data=digits'], "there is no checkpoint at"),
         (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; it has: train, val"),
-        (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3; expected 1'),
+        (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3: expected 1'),
         (['evaluate', '--data=digits'], '--checkpoint is missing'),
         (['evaluate', '--checkpoint=README.md', '--data=digits'], "there is no checkpoint at '.*README.md', a file"),
         (['tune', '--input=W', '--output=W', '--config.num_epoch=1'], "no key 'num_epoch'. Did you mean 'num_epochs'"),

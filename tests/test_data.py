@@ -133,7 +133,7 @@ def test_records_in_memory_are_never_printed():
 def test_what_workers_leave_in_shared_memory_is_removed_without_a_word():
     code = (
         'from alexnet_jax import processes\nfrom multiprocessing import shared_memory\n'
-        'with processes.signals_held():\n    print(shared_memory.SharedMemory(create=True, size=9).name)'
+        'with processes.signals_blocked():\n    print(shared_memory.SharedMemory(create=True, size=9).name)'
     )
     ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stderr == ''
@@ -177,7 +177,7 @@ def test_an_image_without_a_label_is_named(label):
     for found in (batch, whole):
         why = found['unreadable']
         assert set(why) == {"the image 'a.jpg' has no label."} and not found['weight'].any()
-    _, labels = data.load(records, 6)
+    _, labels = data.decode_all(records, 6)
     assert labels == [data._LOST] * 3
 
 
@@ -315,10 +315,10 @@ def test_workers_end_with_their_parent(tmp_path, sig):
 
 def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
     records = [{'label': i} for i in range(1000)]
-    small, large = (sources.part(records, fraction) for fraction in (0.1, 0.35))
+    small, large = (sources.subset(records, fraction) for fraction in (0.1, 0.35))
     few, many = ([record['label'] for record in part] for part in (small, large))
     assert (len(few), len(many)) == (100, 350)
     assert set(few) <= set(many) and sorted(few) == few
-    assert few == [record['label'] for record in sources.part(records, 0.1)]
+    assert few == [record['label'] for record in sources.subset(records, 0.1)]
     assert 30 < sum(label < 500 for label in few) < 70  # from everywhere
-    assert sources.part(records, 1.0) is records
+    assert sources.subset(records, 1.0) is records

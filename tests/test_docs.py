@@ -45,7 +45,7 @@ def _exists(token):
     if found := re.fullmatch(r'(configs/\w+\.py)(?::(.+))?', token):
         return bool(runpy.run_path(str(ROOT / found[1]))['get_config'](*([found[2]] if found[2] else [])))
     if found := re.fullmatch(r'python -m alexnet_jax\.(\w+)(.*)', token):
-        source = (ROOT / 'alexnet_jax' / f'{found[1]}.py').read_text()
+        source = ''.join((ROOT / 'alexnet_jax' / f'{name}.py').read_text() for name in (found[1], 'cli'))
         flags = re.findall(r'--(\w+)', found[2])
         return found[1] in COMMANDS and all(
             re.search(rf"(?:DEFINE_\w+|define_config)\(\s*'{flag}'", source) for flag in flags

@@ -200,7 +200,7 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         ([fixed, f'{tmp_path}/empty'], 'there are no images in'),
         ([fixed, f'{tmp_path}/bad.jpg'], "bad.jpg' cannot be read as an image (of no known format)"),
         ([fixed, f'{photos}/a.jpg', '--top=11'], '--top=11; expected 1 to 10'),
-        ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2; expected 1'),
+        ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2: expected 1'),
         (['--checkpoint=/nowhere', f'{photos}/a.jpg'], "there is no checkpoint at"),
     ):  # fmt: skip
         result = _run('predict', *arguments)

@@ -16,7 +16,7 @@ def test_errors_and_loss_against_numpy():
     best = np.argsort(-logits, axis=1)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     keep = weight > 0
-    found = metrics.finish(metrics.sums(metrics.log_likelihood(logits, labels), logits, labels, weight))
+    found = metrics.means(metrics.sums(metrics.log_likelihood(logits, labels), logits, labels, weight))
     top1 = (best[:, 0] != labels)[keep].mean()
     top5 = (best[:, :5] != labels[:, None]).all(1)[keep].mean()
     loss = -np.log(p[np.arange(50), labels])[keep].mean()

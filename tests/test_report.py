@@ -34,7 +34,7 @@ def _checkpoint(mean='crop', **changes):
     first = params[next(iter(network.table()))]
     first['bias'] = np.arange(first['bias'].size, dtype=np.float32)
     images = _images(20, seed=1)
-    moments = statistics.no_moments(RECORD)
+    moments = statistics.Moments.zeros(RECORD)
     for image in images // np.arange(1, 4, dtype=np.uint8):  # means that differ by channel
         moments = moments.add(image)
     return Checkpoint(
@@ -44,7 +44,7 @@ def _checkpoint(mean='crop', **changes):
         augmentation=augment.Augmentation(image_size=small.SIZE, mean=mean, pixel_std=(1.0, 2.0, 3.0)),
         record_size=RECORD,
         class_names=(HOSTILE, *(f'class {i}' for i in range(1, network.num_classes))),
-        statistics=statistics.finish(moments),
+        statistics=statistics.from_moments(moments),
         config={},
     )
 

@@ -222,7 +222,7 @@ def test_of_an_evaluation_too(capsys):
     parts = list(data.eval_batches(Damaged({7, 31}), batch_size=16, record_size=6))
     weight = np.concatenate([part['weight'] for part in parts])
     assert (np.flatnonzero(weight == 0) == [7, 31, *range(50, 64)]).all()
-    images, labels = data.load(Damaged({7, 31}), 6)
+    images, labels = data.decode_all(Damaged({7, 31}), 6)
     assert [i for i, label in enumerate(labels) if label < 0] == [7, 31] and not images[[7, 31]].any()
     # As `data.cache='host'` hands them on, to be cut here or on the device: the same weights, and nothing told again.
     known = [{'label': label} for label in labels]

@@ -245,8 +245,8 @@ def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch, what):
     other = {
         'fewer': digits._replace(splits={**digits.splits, 'train': digits.splits['train'][:-1]}),
         'another order': digits._replace(fingerprint='another'),
-        'another size': digits._replace(record_size=40, statistics=statistics.finish(statistics.no_moments(40).add(
-            np.zeros((40, 40, 3), np.uint8)))),
+        'another size': digits._replace(record_size=40, statistics=statistics.from_moments(
+            statistics.Moments.zeros(40).add(np.zeros((40, 40, 3), np.uint8)))),
     }[what]  # fmt: skip
     monkeypatch.setattr(sources, 'open_dataset', lambda path: other)
     with pytest.raises(UserError, match='was trained on other data'):
@@ -322,6 +322,8 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     chex.assert_shape(p, (360, 10))
     chex.assert_trees_all_close(p.sum(1), np.ones(360, np.float32), rtol=1e-5)
     chex.assert_trees_all_close(evaluate.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
+    both = sharding.make_mesh(data=2, tower=2)
+    chex.assert_trees_all_close(evaluate.predict(found, images[:7], batch_size=3, mesh=both), p[:7], rtol=1e-5)
     chex.assert_shape(evaluate.predict(found, images[:0], views=1), (0, 10))
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
     # Ten views: the mean of the softmax outputs of ten crops made here by hand.
@@ -797,7 +799,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     for dtype in ('float32', 'bfloat16'):
         run = _quickstart(**{'model.dtype': dtype})
         state, batch = run.init(jax.random.key(0)), _first_batch(run)
-        x = augment.finish(batch, run.statistics, run.augmentation)
+        x = augment.preprocess(batch, run.statistics, run.augmentation)
         masks = model.dropout_masks(run.network, jax.random.key(1), len(x), 32)
         forward = sharding.forward(run.network, run.mesh)
         loss = jax.jit(jax.grad(steps.loss_and_sums, has_aux=True), static_argnames='forward')

@@ -138,7 +138,7 @@ def test_collectives(variant, gathers):
     # What the summary says crosses is what the program moves: two images of float32.
     crossing = layers.crossing(network, 224, 2)
     assert len(crossing) == gathers
-    assert traffic.moved(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
+    assert traffic.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
 
 
 @pytest.mark.parametrize(
