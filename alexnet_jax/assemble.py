@@ -132,7 +132,7 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, devices: l
         val_batches=val_batches,
         to_mesh=lambda batch: {**sharding.to_mesh(mesh, data.warn_unreadable(batch)), **on_device},
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        # It runs once, and on a CPU LLVM spends seconds on making its many draws fast.
+        # It runs once: LLVM's optimisation of its random draws takes seconds on a CPU, and is left out.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
         train_step=jit(
             functools.partial(

@@ -105,7 +105,7 @@ def our_training(run, config, steps: int, precision: str, stack, *, name: str, b
     )  # fmt: skip
     compiled, facts = traffic.compile_step(run, config.batch_size, precision, (state, batch, run.statistics, key))
 
-    def turn() -> float:  # of `steps` steps, as that stands below
+    def turn() -> float:  # reads `steps` when it is called: below it is set after the warm-up
         nonlocal state, batch
         jax.block_until_ready(state)
         for _ in range(_ready(config) if batches else 0):  # not those that were made while others had their turn

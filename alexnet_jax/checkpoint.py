@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from alexnet_jax import augment, digests, layers, model, processes, recovery
 from alexnet_jax.augment import Augmentation
-from alexnet_jax.errors import TerminatedError, UserError, as_user_error, first_line, local
+from alexnet_jax.errors import TerminatedError, UserError, as_user_error, first_line, local, warn
 from alexnet_jax.statistics import Statistics
 from alexnet_jax.steps import TrainState
 
@@ -135,7 +134,7 @@ class Checkpoints:
     def _error(self, step: int) -> float | None:
         self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
         path = os.path.join(self._path(step), _METRICS, _METRICS)
-        if not os.path.exists(path):  # nor is it missing: it had no validation
+        if not os.path.exists(path):  # the digests are right, so the step was saved without a validation
             return None
         with self._readable(step), open(path, encoding='utf-8') as file:
             return float(json.load(file)['top1_error'])
@@ -204,7 +203,7 @@ class Checkpoints:
             try:
                 errors[step] = self._error(step)
             except UserError as error:
-                print(f'warning: {error}', file=sys.stderr, flush=True)
+                warn(str(error))
                 kept.add(step)
         kept.add(_lowest(errors))
         return [step for step in steps if step not in kept]

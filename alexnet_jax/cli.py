@@ -46,6 +46,7 @@ def define_config(name: str, default: str | None, help: str) -> None:
 
 
 def define_cpu_devices() -> None:
+    """--cpu_devices, which `set_up_jax` reads."""
     flags.DEFINE_integer(
         'cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', lower_bound=0
     )
@@ -53,6 +54,7 @@ def define_cpu_devices() -> None:
 
 
 def define_views() -> None:
+    """--views, 1 or 10."""
     flags.DEFINE_integer('views', 1, '1: centre crop; 10: the ten views of section 4.1, softmax averaged.')
     wanted = 'expected 1 (centre) or 10 (corners and centre, with reflections).'
     flags.register_validator('views', lambda views: views in (1, 10), message=wanted)
@@ -78,7 +80,7 @@ def set_up_jax() -> None:
             raise UserError(
                 f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
             ) from error
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
         # Where JAX finds Slurm by itself it gives each process one GPU, although ours has all of its node.
         jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
     # JAX_COMPILATION_CACHE_DIR puts it elsewhere. On several machines only there: the first process writes, so of those

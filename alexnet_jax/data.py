@@ -9,7 +9,6 @@ import io
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -18,7 +17,7 @@ from absl import flags
 from PIL import Image
 
 from alexnet_jax import augment, processes
-from alexnet_jax.errors import UnreadableError, UserError
+from alexnet_jax.errors import UnreadableError, UserError, warn
 
 Batch = dict[str, np.ndarray]
 _FEW = 3  # processes that are not slower than threads
@@ -163,9 +162,9 @@ def warn_unreadable(batch: Batch) -> Batch:
     """Takes out of a batch what it says of images that cannot be read, and prints it."""
     problems = batch.pop('unreadable', [])
     for problem in problems[:3]:
-        print(f'warning: weight 0: {problem}', file=sys.stderr, flush=True)
+        warn(f'weight 0: {problem}')
     if len(problems) > 3:
-        print(f'warning: and {len(problems) - 3} more in this batch', file=sys.stderr, flush=True)
+        warn(f'and {len(problems) - 3} more in this batch')
     return batch
 
 
@@ -263,10 +262,9 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     if (room := max(0, pieces - _pieces(rows) + 1) // 5) < workers:
         workers = room if room >= _FEW else 0
         how = f'{workers} processes' if workers else 'threads'
-        print(
-            f'warning: {_SHARED} has {free >> 20} MiB, room for the batches of {room} processes: images are decoded in '
-            f'{how}. A container gets more with --ipc=host or --shm-size=16g.',
-            file=sys.stderr,
+        warn(
+            f'{_SHARED} has {free >> 20} MiB, room for the batches of {room} processes: images are decoded in {how}. A '
+            'container gets more with --ipc=host or --shm-size=16g.'
         )
     return workers
 

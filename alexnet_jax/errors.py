@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable
 
 
@@ -37,6 +38,11 @@ def as_user_error(what: str, remedy: str = ''):
         if found := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
             raise UserError(f'{what}: {found[1]}. {remedy}') from error
         raise
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@
 import contextlib
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from absl import flags
 
 from alexnet_jax import cli, data, ensemble, layers, metrics, sharding, sources, steps
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
-from alexnet_jax.errors import TerminatedError, UserError
+from alexnet_jax.errors import TerminatedError, UserError, warn
 from alexnet_jax.statistics import Statistics
 
 
@@ -270,10 +269,7 @@ def main() -> None:
         check_data(checkpoint, dataset, path)
         layers.sizes(checkpoint.network, checkpoint.image_size, towers=args.tower)
         if args.views == 10 and not checkpoint.augmentation.reflect:
-            print(
-                f'warning: {path} was trained without reflections; five of the ten views are reflections.',
-                file=sys.stderr,
-            )
+            warn(f'{path} was trained without reflections; five of the ten views are reflections.')
     mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
     test = {'views': args.views, 'batch_size': args.batch_size, 'max_bad': args.max_bad}
     keys = ['top1_error', 'top5_error', 'loss', 'count']

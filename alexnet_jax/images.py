@@ -33,6 +33,7 @@ def below(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
 
 
 def is_image(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
     return name.lower().endswith(SUFFIXES)
 
 

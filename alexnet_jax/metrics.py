@@ -41,9 +41,13 @@ def top_k_error(score_NK, label_N, k: int):
 
 
 def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
-    """Weighted sums over a batch. Images of weight 0 (padding) count nowhere.
+    """Weighted sums over a batch, each a scalar. Images of weight 0 (padding) count nowhere.
 
-    score_NK: logits or probabilities; only their order matters.
+    Args:
+      log_likelihood_N: float [N], of the right class.
+      score_NK: float [N, K], logits or probabilities; only their order matters.
+      label_N: int [N].
+      weight_N: float [N], 0 or 1.
     """
     weight = weight_N.astype(log_likelihood_N.dtype)
 

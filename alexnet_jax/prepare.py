@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from alexnet_jax import cli, digests, listing, processes, shards, statistics
-from alexnet_jax.errors import UserError, as_user_error, check_new, local
+from alexnet_jax.errors import UserError, as_user_error, check_new, local, warn
 
 _NAME = 'images'  # of the TFDS dataset, and so of its files
 _LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
@@ -162,7 +162,7 @@ def _orders(splits: dict[str, list[listing.Ref]], val_fraction: float, seed: int
         for name, chosen in (('val', True), ('train', False)):
             orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
         if lost := len({ref.label for ref in by_class} - {ref.label for ref in orders['train']}):
-            print(f'warning: --val_fraction leaves no training image of {lost} classes.', file=sys.stderr, flush=True)
+            warn(f'--val_fraction leaves no training image of {lost} classes.')
     return orders
 
 

@@ -5,7 +5,6 @@ The only file that names PartitionSpec. Every function takes the mesh; there is 
 
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -17,7 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, warn
 from alexnet_jax.model import AlexNet
 
 
@@ -74,7 +73,7 @@ def _tell_of_no_gpu(platform: str) -> None:
         told = "this machine's GPU is not used: pip install -e '.[cuda12]'."
     else:
         return
-    print(f'warning: {told} If that is meant, --cpu_devices=1 says so.', file=sys.stderr, flush=True)
+    warn(f'{told} If that is meant, --cpu_devices=1 says so.')
 
 
 def forward(model: AlexNet, mesh: Mesh) -> Callable:

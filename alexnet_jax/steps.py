@@ -23,7 +23,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: int) -> TrainState:
-    """A fresh state; jit it with `out_shardings` to lay it out on a mesh."""
+    """A fresh state; jit it with `out_shardings` to lay it out on a mesh.
+
+    key: of the draws. image_size: side of the network's input, pixels.
+    """
     params = model.init(network, key, image_size)
     return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
 

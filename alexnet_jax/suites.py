@@ -152,7 +152,7 @@ def cifar10(base: ConfigDict) -> list[Arm]:
 
 
 def base_alone(base: ConfigDict) -> list[Arm]:
-    """For `ensemble` and `views`: one network, what is done with its outputs differs."""
+    """The base as the only arm, of `ensemble` and `views`: they differ in what is done with its outputs."""
     return [Arm('base', {}, paper=(40.7, 18.2), log=(40.66, 18.21), source='table 2, ten views, all of ImageNet')]
 
 

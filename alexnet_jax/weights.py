@@ -42,7 +42,11 @@ class Layer(NamedTuple):
 
 
 def read(path: str) -> tuple[list[Layer], dict[str, Any] | None, bool]:
-    """(layers, what a file written here says of itself, whether the input is BGR) of any kind of file."""
+    """(layers, what a file written here says of itself, whether the input is BGR) of any kind of file.
+
+    Raises:
+      UserError: a file of no known kind, or a damaged one.
+    """
     suffix = os.path.splitext(path)[1].lower()
     if suffix == '.caffemodel':
         return _read_caffe(path), None, True
@@ -269,7 +273,7 @@ def _read_caffe(path: str) -> list[Layer]:
 
 
 def read_mean(path: str, bgr: bool) -> np.ndarray:
-    """RGB mean, [S, S, 3] or [3]."""
+    """RGB mean, [S, S, 3] or [3]; bgr: the file has blue first. Raises UserError where it holds no mean."""
     if not os.path.isfile(path):
         raise UserError(f'there is no --mean={path!r}; expected a .binaryproto or .npy file.')
     if path.endswith('.binaryproto'):

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax import processes
+from alexnet_jax import errors, processes
 from alexnet_jax.errors import as_user_error
 
 _METRICS = 'metrics.jsonl'
@@ -229,4 +229,4 @@ def warn_of_changes(workdir: str, now: dict) -> None:
 def warn(message: str) -> None:
     """One line on stderr, from process 0."""
     if jax.process_index() == 0:
-        print(f'warning: {message}', file=sys.stderr, flush=True)
+        errors.warn(message)
