@@ -133,12 +133,26 @@ def _call(main, words, required, arguments) -> None:
                 'training --config.accumulate=N, which computes a batch in N parts with the same result.',
                 2,
             )
+        if _without_device(error):
+            said = f': {first_line(error)[:200]}' if str(error) else ''
+            _fail(
+                f'JAX cannot open its devices (JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}{said}); '
+                '--cpu_devices=1 computes on the CPU.',
+                2,
+            )
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
             raise
         if re.search('Gloo|NCCL|[Cc]oordination|heartbeat', str(error)):
             _fail(f'another process of this run has ended, and says why ({first_line(error)[:200]}).', 1)
         traceback.print_exc()
         _fail('the program is wrong; the other processes end with it.', 1)
+
+
+def _without_device(error: Exception) -> bool:
+    """Whether that is JAX, where a device does not open, or none is there of those asked for: that it only asserts."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    asserted = isinstance(error, AssertionError) and last.filename.endswith('xla_bridge.py')
+    return asserted or 'Unable to initialize backend' in str(error)
 
 
 def _nobody_reads():

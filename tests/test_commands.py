@@ -146,6 +146,19 @@ def test_no_memory_is_one_line():
     assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
 
 
+def test_no_device_is_one_line(tmp_path):
+    """Of a platform that JAX does not know, and of one it knows and finds no device of."""
+    done = _run(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
+    _assert_user_error(done, "JAX cannot open its devices .JAX_PLATFORMS='nothing': Unable to .*--cpu_devices=1")
+    script = (
+        'import jax; from jax._src import hardware_utils, xla_bridge; from alexnet_jax import cli\n'
+        "hardware_utils.has_visible_nvidia_gpu = lambda: False; jax.config.update('jax_platforms', 'cuda')\n"
+        'cli.run(jax.devices, required=())'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    _assert_user_error(done, 'JAX cannot open its devices')
+
+
 @pytest.mark.slow
 def test_too_large_for_the_device_is_one_line(tmp_path):
     """2^48 floats, whatever the device."""
