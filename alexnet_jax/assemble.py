@@ -119,7 +119,9 @@ def build(config: ConfigDict, dataset: sources.Dataset | None = None, devices: l
     shardings = sharding.state_sharding(mesh, shapes)
     everywhere = sharding.replicated(mesh)
     place = jax.device_put if devices is None else sharding.shape_structs
-    options = {'xla_gpu_deterministic_ops': True} if config.deterministic else {}
+    # With the first alone XLA of JAX 0.11 makes products for Triton, may not use it then, and finds no other for some.
+    fixed = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False}
+    options = fixed if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     return Run(
         dataset=dataset,
