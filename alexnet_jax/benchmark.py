@@ -29,7 +29,7 @@ from alexnet_jax import cli, processes  # JAX only where it is needed: not to pr
 from alexnet_jax.errors import UserError
 
 MODES = ('step', 'input', 'train', 'prepare')
-PRECISIONS = {'float32': 'float32', 'tf32': 'tensorfloat32', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
+PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
 OURS, TORCH = 'alexnet_jax', 'torch'
 _LEAST_SECONDS = 2.0  # of a turn
 
