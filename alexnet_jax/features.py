@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from alexnet_jax import augment, cli, data, evaluate, sources
+from alexnet_jax import augment, cli, data, evaluate, sharding, sources
 from alexnet_jax.checkpoint import Checkpoint, load_checkpoint
 from alexnet_jax.errors import UserError, as_user_error, check_new, did_you_mean
 from alexnet_jax.model import AlexNet
@@ -226,6 +226,7 @@ def main() -> None:
         raise UserError(f'--batch_size={args.batch_size}; expected at least 1.')
     check_output(args.output)
     cli.set_up_jax()
+    sharding.make_mesh(data=1, tower=1)  # for its warning where JAX has found no GPU
     dataset = sources.open_dataset(args.data)
     source, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
     evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may be others
