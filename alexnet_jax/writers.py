@@ -15,11 +15,18 @@ from importlib import metadata
 
 import jax
 from google.protobuf.message import DecodeError
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from alexnet_jax import errors, processes
 from alexnet_jax.errors import as_user_error
+
+# tensorboardX imports PyTorch where it is installed, for records of kinds that are not written here: seconds and 450 MB
+# in this process and in each that decodes.
+_without_torch = sys.modules.setdefault('torch', None) is None
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto import event_pb2  # noqa: E402
+
+if _without_torch:
+    del sys.modules['torch']
 
 _METRICS = 'metrics.jsonl'
 

@@ -280,6 +280,13 @@ def test_preparing_does_not_load_jax():
     assert result.stdout.strip() == '[]'
 
 
+def test_training_does_not_load_pytorch(tmp_path):
+    """Where it is installed: in every process that decodes it would take as much memory again."""
+    (tmp_path / 'torch.py').write_text('Tensor = None\n')
+    code = 'import sys, alexnet_jax.main; assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, check=True)
+
+
 # Which rooms a room may enter, and which libraries only some may know.
 ORDER = (
     'errors',
