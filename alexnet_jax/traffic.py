@@ -54,7 +54,7 @@ def topology_devices(what: str) -> list:
     what: 'h200', or several: '2xh200'.
 
     Raises:
-      UserError: another device, or its compiler, a part of the extra `cuda12`, is not installed.
+      UserError: another device, or its compiler, a part of the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
 
