@@ -253,7 +253,8 @@ def test_help_has_the_purpose_an_example_and_only_its_own_flags(name):
     assert f'\n    python -m alexnet_jax.{name} ' in said.partition('flags:')[0]
     shown = set(re.findall(r'^  --(?:\[no\])?(\w+)', said, re.M))
     own = set(re.findall(r"(?:DEFINE_\w+|define_config)\(\s*'(\w+)'", source))
-    assert shown == own | ({'cpu_devices'} if 'define_cpu_devices' in source else set()), shown ^ own
+    shared = {flag for flag in ('cpu_devices', 'views') if f'define_{flag}' in source}
+    assert shown == own | shared, shown ^ own
 
 
 def test_the_package_runs_a_command_and_suggests_the_nearest():
