@@ -4,20 +4,20 @@ from importlib import import_module
 
 __version__ = '0.1.0'
 
-_HOMES = {
-    'AlexNet': 'alexnet_jax.model',
-    'load_checkpoint': 'alexnet_jax.checkpoint',
-    'predict': 'alexnet_jax.evaluate',  # in a file predict.py it would be hidden by its own module, once imported
-    'ten_views': 'alexnet_jax.augment',
+_MODULES = {
+    'AlexNet': 'alexnet_jax.core.model',
+    'load_checkpoint': 'alexnet_jax.checkpoints.loading',
+    'predict': 'alexnet_jax.inference.predict',
+    'ten_views': 'alexnet_jax.core.augment',
 }
 __all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']
 
 
 def __getattr__(name):
-    """Loads on first use: the processes of `alexnet_jax.prepare` should not each load JAX."""
-    if name not in _HOMES:
+    """Loads on first use: the processes of `alexnet_jax prepare` should not each load JAX."""
+    if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

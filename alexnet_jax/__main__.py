@@ -1,36 +1,37 @@
-"""`python -m alexnet_jax` lists the commands; `python -m alexnet_jax main ...` is `python -m alexnet_jax.main ...`."""
+"""`alexnet_jax COMMAND ...`, also as `python -m alexnet_jax COMMAND ...`; without a command, a list of them."""
 
 import ast
+import importlib
 import pathlib
-import runpy
 import sys
 
-from alexnet_jax.errors import did_you_mean
+from alexnet_jax.commands import app
+from alexnet_jax.utils.errors import did_you_mean
 
 COMMANDS = (
-    'main', 'tune', 'prepare', 'evaluate', 'predict', 'features', 'figures', 'experiments', 'convert', 'export',
-    'benchmark', 'verify',
+    'train', 'finetune', 'prepare', 'evaluate', 'predict', 'activations', 'figures', 'experiments', 'convert', 'export',
+    'benchmark', 'verify', 'env',
 )  # fmt: skip
 
 
 def purpose(command: str) -> str:
     """The first line of a command's docstring."""
-    source = pathlib.Path(__file__).with_name(f'{command}.py').read_text(encoding='utf-8')
+    source = pathlib.Path(__file__).parent.joinpath('commands', f'{command}.py').read_text(encoding='utf-8')
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 
-def main(words: list[str]) -> None:
-    """Runs the command that `words` begin with, or lists them all."""
-    if not words or words[0] in ('-h', '--help', 'help'):
-        lines = [f'python -m alexnet_jax.{name:11} {purpose(name)}' for name in COMMANDS]
+def main() -> None:
+    """Runs the command that the command line begins with, or lists them all."""
+    name, words = (sys.argv[1:2] or [''])[0], sys.argv[2:]
+    if name in ('', '-h', '--help', 'help'):
+        lines = [f'alexnet_jax {command:12} {purpose(command)}' for command in COMMANDS]
         print('\n'.join([*lines, 'Each tells more with --help.']))
-    elif words[0] in COMMANDS:
-        sys.argv = words
-        runpy.run_module(f'alexnet_jax.{words[0]}', run_name='__main__', alter_sys=True)
+    elif name in COMMANDS:
+        app.run(importlib.import_module(f'alexnet_jax.commands.{name}'), words)
     else:
-        print(f'error: there is no command {words[0]!r}.{did_you_mean(words[0], COMMANDS)}', file=sys.stderr)
+        print(f'error: there is no command {name!r}.{did_you_mean(name, COMMANDS)}', file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()

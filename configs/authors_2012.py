@@ -2,14 +2,14 @@
 
 Source: the Computer History Museum's release (github.com/computerhistory/AlexNet-Source-Code).
 
-    python -m alexnet_jax.main --config=configs/authors_2012.py --workdir=runs/authors --config.data.path=DIR
+    alexnet_jax train --config=configs/authors_2012.py --workdir=runs/authors --config.data.path=DIR
 
 Arguments: the rates, as their training diaries tell them (the diary's "epoch N" is read as after N - 1 passes):
   schedule=2010  (the default) ILSVRC-2010, 93 epochs. Their log: test set, ten views 37.47% top-1, 17.00% top-5 error;
-                 centre crop 39.02% and 18.30%.
+                 center crop 39.02% and 18.30%.
   schedule=2012  ILSVRC-2012, 91 epochs. Their log: validation set, ten views, 40.66% and 18.21%.
   schedule=170   net 170 of January 2013, which nobody had to watch: 95 epochs, ILSVRC-2012. Their log: validation set,
-                 ten views, 40.53% and 18.05%; centre crop 42.34% and 19.58%.
+                 ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
 Here: forward pass, update, augmentation and ten-view test agree with numpy written from the released code's formulas
 (tests/test_authors.py); it was not trained.
@@ -29,7 +29,7 @@ _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 _SLOW = ('conv1', 0.001, 0.1)  # layer, factors of the rates of its weights and biases
 _FROZEN = ('conv1', 0.0, 0.0)
 
-# num_epochs, epochs with colour, rows of `optim.stages`: from epoch, factors of weights' and of biases' rates, layers.
+# num_epochs, epochs with color, rows of `optim.stages`: from epoch, factors of weights' and of biases' rates, layers.
 _SCHEDULES = {
     'schedule=2010': (
         93.0,
@@ -75,16 +75,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg not in _SCHEDULES:
         raise ValueError(f'configs/authors_2012.py has no variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
     config = runpy.run_path(_PAPER)['get_config']()
-    config.num_epochs, config.data.colour_epochs, stages = _SCHEDULES[arg]
+    config.num_epochs, config.data.color_epochs, stages = _SCHEDULES[arg]
 
     config.data.all_positions = True  # 33 x 33 x 2
     config.data.draw_every = 32  # crop_chunk in convdata_jpeg.py
-    config.data.mean = 'centre'
-    config.data.colour_scale = 'std'
-    config.data.colour_divide = True
+    config.data.mean = 'center'
+    config.data.color_scale = 'std'
+    config.data.color_divide = True
 
     config.model.conv = (
-        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'lrn pool relu'),  # normalised before the ReLU
+        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'lrn pool relu'),  # normalized before the ReLU
         (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn spatial_norm pool'),
         (384, 3, 1, (1, 1), 1, 0.03, 0.0, 'relu'),
         (384, 3, 1, (1, 1), 2, 0.03, 1.0, 'relu'),

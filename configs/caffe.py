@@ -1,16 +1,16 @@
 """Caffe's AlexNet: `models/bvlc_alexnet` of BVLC/caffe, `train_val.prototxt` and `solver.prototxt`.
 
-    python -m alexnet_jax.main --config=configs/caffe.py --workdir=runs/caffe --config.data.path=DIR
+    alexnet_jax train --config=configs/caffe.py --workdir=runs/caffe --config.data.path=DIR
 
 Weights that Caffe trained come in with
 
-    python -m alexnet_jax.convert --input=bvlc_alexnet.caffemodel --mean=imagenet_mean.binaryproto --output=runs/bvlc
+    alexnet_jax convert --input=bvlc_alexnet.caffemodel --mean=imagenet_mean.binaryproto --output=runs/bvlc
 
-It has the paper's widths and groups, but one tower: the normalisation reaches over all maps. Constant 1 and alpha / n
-in it, crops of 227 without padding, biases of 0.1 ("1 gave flat loss"), smaller weights in fc 6 and fc 7, no colour,
+It has the paper's widths and groups, but one tower: the normalization reaches over all maps. Constant 1 and alpha / n
+in it, crops of 227 without padding, biases of 0.1 ("1 gave flat loss"), smaller weights in fc 6 and fc 7, no color,
 dropout scaled in training.
 
-The source reports, ILSVRC-2012 validation set, centre crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
+The source reports, ILSVRC-2012 validation set, center crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
 error). Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py); it was not trained.
 
 Deviation: images are prepared as the paper's (shorter side to 256, central square); Caffe's script squeezes them to
@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data.image_size = 227
     config.data.all_positions = True
-    config.data.colour_std = 0.0
+    config.data.color_std = 0.0
 
     config.model.conv = (
         (96, 11, 4, (0, 0), 1, 0.01, 0.0, 'relu lrn pool'),

@@ -1,14 +1,14 @@
 """A few thousand pictures of one's own: the paper's network, tuned from a checkpoint or, with `:scratch`, from scratch.
 
-    python -m alexnet_jax.tune --input=PICTURES --output=runs/mine --init_from=runs/torchvision
+    alexnet_jax finetune --input=PICTURES --output=runs/mine --init_from=runs/torchvision
 
 It is a config like any other:
 
-    python -m alexnet_jax.main --config=configs/finetune.py --workdir=runs/mine --config.data.path=DIR
+    alexnet_jax train --config=configs/finetune.py --workdir=runs/mine --config.data.path=DIR
 
 Defaults that suit small sets, of nobody's paper: 30 passes in batches of 64, the rate a tenth of training's (from
-scratch all of it, and 60 passes) and falling twice; `tune` lets the new classifier learn ten times as fast. Weights of
-conv 3-5 as in the authors' code. Nobody reports an error for it.
+scratch all of it, and 60 passes) and falling twice; `finetune` lets the new classifier learn ten times as fast.
+Weights of conv 3-5 as in the authors' code. Nobody reports an error for it.
 Here: a narrow network was tuned on 500 small pictures (docs/own_pictures.md has its top-1 error over ten views); the
 paper's network was not.
 """

@@ -4,13 +4,13 @@ Sources: You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networ
 fall and the number of epochs are those of its third author's files for Caffe (`borisgin/nvcaffe`,
 `models/bvlc_alexnet/solver*.prototxt`).
 
-    python -m alexnet_jax.main --config=configs/large_batch.py:4096 --workdir=runs/large --config.data.path=DIR
+    alexnet_jax train --config=configs/large_batch.py:4096 --workdir=runs/large --config.data.path=DIR
 
-The argument is the batch: 1024, 4096, 8192 or 16384. --config.accumulate=8 computes it in eight parts where memory is
-short, with the same update. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
+The argument is the batch: 1024, 4096, 8192 or 16384. --config.grad_accum_steps=8 computes it in eight parts where
+memory is short, with the same update. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
 Deviation (from these files): the rate rises evenly over five epochs, there with the square of the step over four or
 five; it then falls once an epoch, there at every update. Those for 8,192 and 16,384 clip LARS's rates; ours do not.
-Reported elsewhere (top-1, centre crop): LARS's paper claims batches of 8,192 without loss of accuracy for AlexNet.
+Reported elsewhere (top-1, center crop): LARS's paper claims batches of 8,192 without loss of accuracy for AlexNet.
 Here: update, warm-up and parts are held against numpy and against the whole batch; it was not trained.
 """
 
@@ -31,7 +31,7 @@ def get_config(arg: str = '4096') -> ml_collections.ConfigDict:
     config.batch_size = int(arg)
     config.num_epochs = float(_EPOCHS)
     config.optim.learning_rate = _RATES[arg]
-    config.optim.trust = 0.001
+    config.optim.trust_coefficient = 0.001
     config.optim.warmup_epochs = 5.0
     config.optim.schedule = 'epochs'  # (1 - progress)^2, Caffe's "poly"
     falls = [(1 - epoch / _EPOCHS) ** 2 for epoch in range(_EPOCHS)]

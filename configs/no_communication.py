@@ -3,7 +3,7 @@
 Source: net 150 of the authors' release: conv 2 widened to 160 maps a tower, fc 6 to 4096 units a tower, fc 7 2048;
 60,714,408 parameters. Over two devices the forward pass communicates once.
 
-    python -m alexnet_jax.main --config=configs/no_communication.py --workdir=runs/apart --config.data.path=DIR
+    alexnet_jax train --config=configs/no_communication.py --workdir=runs/apart --config.data.path=DIR
 
 The authors' log (ILSVRC-2012 validation set, ten views, their net 145): 41.83% top-1 and 19.33% top-5 error against
 40.66% and 18.21%.
@@ -17,10 +17,10 @@ import runpy
 
 import ml_collections
 
-from alexnet_jax import suites
+from alexnet_jax.experiments import ablations
 
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.NO_COMMUNICATION)
+    return ablations.with_changes(runpy.run_path(_PAPER)['get_config'](arg), ablations.NO_COMMUNICATION)

@@ -3,7 +3,7 @@
 Source: section 3.4; `layers-147.cfg` of the authors' release, which takes a pixel of padding from conv 2 and conv 5 so
 that the maps stay 13x13 and 6x6, and the number of parameters what it was.
 
-    python -m alexnet_jax.main --config=configs/non_overlapping.py --workdir=runs/non_overlapping --config.data.path=DIR
+    alexnet_jax train --config=configs/non_overlapping.py --workdir=runs/non_overlapping --config.data.path=DIR
 
 The paper: 0.4 points of top-1 and 0.3 of top-5 error worse. The authors' log (ILSVRC-2012 validation set, ten views,
 their net 145): 41.06% top-1 and 18.51% top-5 error against 40.66% and 18.21%.
@@ -17,10 +17,10 @@ import runpy
 
 import ml_collections
 
-from alexnet_jax import suites
+from alexnet_jax.experiments import ablations
 
 _PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    return suites.changed(runpy.run_path(_PAPER)['get_config'](arg), suites.NON_OVERLAPPING)
+    return ablations.with_changes(runpy.run_path(_PAPER)['get_config'](arg), ablations.NON_OVERLAPPING)

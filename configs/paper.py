@@ -1,6 +1,6 @@
 """AlexNet as the paper states it: Krizhevsky, Sutskever and Hinton, NeurIPS 2012.
 
-    python -m alexnet_jax.main --config=configs/paper.py --workdir=runs/paper --config.data.path=DIR
+    alexnet_jax train --config=configs/paper.py --workdir=runs/paper --config.data.path=DIR
 
 The paper reports, for one such network, ten views: 37.5% top-1 and 17.0% top-5 error on the ILSVRC-2010 test set, 40.7%
 and 18.2% on the ILSVRC-2012 validation set (table 2, "1 CNN"). Five to six days on two GTX 580. Here it was run for a
@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.batch_size = 128  # images an update, all devices together; section 5
-    config.accumulate = 1  # parts a batch is computed in, one after the other: the same update in less memory
+    config.grad_accum_steps = 1  # parts a batch is computed in, one after the other: the same update in less memory
     config.num_epochs = 90.0  # passes through the training set; "roughly 90 cycles", section 5
     config.num_steps = 0  # updates; if not 0, instead of num_epochs
     config.stop_at_error = (
@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.debug = False  # stop at the first NaN and name the operation; slow
 
     config.data = ml_collections.ConfigDict()
-    config.data.path = ''  # a directory written by alexnet_jax.prepare, or 'digits'
+    config.data.path = ''  # a directory written by alexnet_jax prepare, or 'digits'
     config.data.fraction = 1.0  # of the training images; below 1: a part that is always the same
     config.data.image_size = 224  # side of the random patches, pixels; section 4.1
     config.data.crop_area = ()  # (): patches of the image's own scale; (0.08, 1.0): torchvision's parts of its area
@@ -49,16 +49,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.draw_every = 1  # successive images that share crop and reflection
     config.data.reflect = True  # mirror half of them; section 4.1
     config.data.mean = (
-        'crop'  # of the mean image, subtract the part under the crop, its 'centre', or a mean a 'channel'
+        'crop'  # of the mean image, subtract the part under the crop, its 'center', or a mean a 'channel'
     )
     config.data.pixel_std = (1.0, 1.0, 1.0)  # mean-subtracted R, G, B are divided by these; not in the paper
-    config.data.colour_std = 0.1  # of the principal components' alphas, 0: off; section 4.1
-    config.data.colour_scale = 'eigenvalue'  # of the components, section 4.1; 'std': their root
-    config.data.colour_divide = False  # whether the image is divided by 1 + colour_std
-    config.data.colour_epochs = 0.0  # colour goes off after so many epochs; 0: never
+    config.data.color_std = 0.1  # of the principal components' alphas, 0: off; section 4.1
+    config.data.color_scale = 'eigenvalue'  # of the components, section 4.1; 'std': their root
+    config.data.color_divide = False  # whether the image is divided by 1 + color_std
+    config.data.color_epochs = 0.0  # color goes off after so many epochs; 0: never
     config.data.num_workers = -1  # processes that decode; 0: threads; -1: beside a GPU one a core but one, else threads
     config.data.num_threads = 0  # in each process; 0: the cores, 16 at most, shared between the processes
-    config.data.max_bad = 10  # images in a pass that may be unreadable: they are named and count nothing; more end it
+    config.data.max_unreadable = (
+        10  # images in a pass that may be unreadable: they are named and count nothing; more end it
+    )
     config.data.cache = ''  # 'host', 'device': all training images in its memory, decoded; '': read as they come
 
     config.model = ml_collections.ConfigDict()
@@ -85,7 +87,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.lrn_alpha = 1e-4
     config.model.lrn_beta = 0.75
     config.model.lrn_alpha_over_n = False  # as printed; True divides alpha by n
-    config.model.norm_groups = 2  # normalisation stays within a tower (Deviation from the printed N); 1: across
+    config.model.norm_groups = 2  # normalization stays within a tower (Deviation from the printed N); 1: across
     config.model.spatial_n = 5  # px; with the next three of 'spatial_norm', which is not in the paper
     config.model.spatial_k = 1.0
     config.model.spatial_alpha = 1e-3  # divided by spatial_n^2
@@ -107,12 +109,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.weight_decay = 5e-4  # of weights; in an update it is times the learning rate; section 5
     config.optim.bias_decay = 0.0  # the same of biases
     config.optim.layer_decays = ()  # (('fc8', 0.01),): of that layer's weights, instead of weight_decay
-    config.optim.trust = 0.0  # LARS's trust coefficient, for large batches; 0: off
+    config.optim.trust_coefficient = 0.0  # LARS's trust coefficient, for large batches; 0: off
     config.optim.warmup_epochs = 0.0  # the rate rises over so many epochs; 0: off
     config.optim.schedule = 'plateau'  # 'plateau': follows the validation error; 'epochs': follows stages
     config.optim.drop_factor = 0.1  # section 5
     config.optim.max_drops = 3  # section 5; with 'plateau'
     config.optim.patience = 5  # validations without a gain before a drop; by hand in the paper
-    config.optim.min_gain = 0.1  # percentage points of top-1 error that count as a gain; by hand in the paper
+    config.optim.min_delta = 0.1  # percentage points of top-1 error that count as a gain; by hand in the paper
     config.optim.stages = ()  # with 'epochs': (from epoch, factor of weights' rates, of biases', layers), see optim.py
     return config

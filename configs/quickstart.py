@@ -1,6 +1,6 @@
 """A small instance of the same network on embedded real data: 1,797 handwritten digits, enlarged from 8 to 32 px.
 
-    python -m alexnet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --cpu_devices=2
+    alexnet_jax train --config=configs/quickstart.py --workdir=runs/quickstart --cpu_devices=2
 
 Two towers where there are two devices. 1,437 images for training, 360 for validation; no reflections (a mirrored digit
 is no digit).

@@ -4,7 +4,7 @@ Source: section 6 and table 2; net 146 of the authors' release (`layers-146*.cfg
 has 256 kernels of 3x3 that read both towers; 61,555,304 parameters with 1,000 classes. The fully-connected layers are
 fc7, fc8 and the classifier fc9.
 
-    python -m alexnet_jax.main --config=configs/sixth_conv.py --workdir=runs/six --config.data.path=DIR
+    alexnet_jax train --config=configs/sixth_conv.py --workdir=runs/six --config.data.path=DIR
 
 The words, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", are two commands:
 
@@ -34,7 +34,7 @@ import runpy
 
 import ml_collections
 
-from alexnet_jax import suites
+from alexnet_jax.experiments import ablations
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _LOWER = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
@@ -52,9 +52,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
     base = runpy.run_path(os.path.join(_HERE, 'authors_2012.py' if authors else 'paper.py'))['get_config']
     config = base('init=authors' if arg == 'init=authors' else None)
-    config = suites.changed(config, suites.SIXTH_CONV)
+    config = ablations.with_changes(config, ablations.SIXTH_CONV)
     if authors:
-        config.data.colour_epochs = 0.0
+        config.data.color_epochs = 0.0
 
     if arg == 'pretrain':
         config.model.num_classes = 21_843
@@ -84,7 +84,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             (41, 0.001, 0.1, (frozen,)),
         )
         if authors:
-            config.data.colour_epochs = 37.0
+            config.data.color_epochs = 37.0
         else:  # biases as weights
             stages = tuple((epoch, weights, weights, layers) for epoch, weights, _, layers in stages)
         config.optim.stages = stages

@@ -1,12 +1,12 @@
 """The paper's network, narrow, for 64 px images: a base for experiments on a machine without a GPU.
 
-    python -m alexnet_jax.prepare --input=tiny_imagenet_20 --output=data/tiny --size=64 --format=raw
-    python -m alexnet_jax.main --config=configs/tiny_imagenet.py --workdir=runs/tiny --config.data.path=data/tiny
+    alexnet_jax prepare --input=tiny_imagenet_20 --output=data/tiny --size=64 --format=raw
+    alexnet_jax train --config=configs/tiny_imagenet.py --workdir=runs/tiny --config.data.path=data/tiny
 
 Not of the paper or the authors: the network of quickstart.py (five convolutions in the paper's groups, a third of its
 kernels and fewer, weights as wide as such narrow layers need), 20 classes, random windows of 56 px. Nobody reports an
 error for it.
-Here: 53.1% top-1 error from the centre crop, 50.9% over ten views (20 classes, five seeds, last step;
+Here: 53.1% top-1 error from the center crop, 50.9% over ten views (20 classes, five seeds, last step;
 docs/experiments.md).
 """
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on N processes of this machine: launch/local.sh N --config=... --workdir=... [--cpu_devices=1]
-# Process i has GPU i. (One process alone drives all GPUs, which is simpler: python -m alexnet_jax.main.)
+# Process i has GPU i. (One process alone drives all GPUs, which is simpler: alexnet_jax train.)
 # SIGTERM and Ctrl-C reach every process. When one fails, the others are ended; its exit code is that of the script.
 set -u
 count=${1:-}
-[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: N is '$count'; usage: $0 N ARGS... (N processes of alexnet_jax.main)" >&2; exit 2; }
+[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: N is '$count'; usage: $0 N ARGS... (N processes of alexnet_jax train)" >&2; exit 2; }
 shift
 python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2

@@ -9,6 +9,7 @@ import jax
 import pytest
 from absl import flags
 
+from alexnet_jax.utils import logs
 from tests import SHARED_DATA
 
 jax.config.update('jax_platforms', 'cpu')
@@ -25,6 +26,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
+logs.configure()  # what a command prints
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it; under the commands absl has done it
 
 

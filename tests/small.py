@@ -5,7 +5,9 @@ import runpy
 import jax
 import numpy as np
 
-from alexnet_jax import model, optim
+from alexnet_jax.core import model, optim
+from alexnet_jax.core.config import optimizer_from_config
+from alexnet_jax.training.large_batch import hooks_from_config
 from tests import ROOT
 
 # Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
@@ -30,14 +32,16 @@ def network(**changes) -> model.AlexNet:
 
 
 def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
-    return jax.jit(lambda key: model.init(network, key, size))(jax.random.key(seed))
+    return jax.jit(lambda key: model.init_params(network, key, size))(jax.random.key(seed))
 
 
 def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
     """The update of configs/paper.py with other values; ten updates are an epoch."""
     config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
-    fields = {**config.optim, 'steps_per_epoch': 10.0, 'layers': list(network.table()), **changes}
-    return optim.make_optimizer(**fields)
+    options = {'steps_per_epoch': 10.0, 'layers': list(network.layer_specs())}
+    options |= {key: changes.pop(key) for key in options if key in changes}
+    fields = {**config.optim, **changes}
+    return optimizer_from_config(fields, **options, **hooks_from_config(fields, options['steps_per_epoch']))
 
 
 def digits_config(**changes):

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, model, steps
-from alexnet_jax.statistics import Statistics
+from alexnet_jax.core import augment, model, train_step
+from alexnet_jax.core.config import augmentation_from_config, model_from_config
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.data import random_crops
 from tests import ROOT, small
 
 SIZE = 36  # conv 1: (36 - 5) / 2 is not whole, so its last window hangs over the edge
@@ -28,9 +30,9 @@ def _small_model():
     kernels = ((8, 5, 2, (0, 1)), (12, 5, 1, (2, 2)), (16, 3, 1, (1, 1)), (16, 3, 1, (1, 1)), (12, 3, 1, (1, 1)))
     fields['conv'] = tuple((*k, row[4], 0.1, row[6], row[7]) for k, row in zip(kernels, fields['conv'], strict=True))
     fields['dense'] = tuple((24, row[1], 0.1, row[3], row[4]) for row in fields['dense'])
-    # Larger alphas, so that both normalisations are felt.
+    # Larger alphas, so that both normalizations are felt.
     fields |= {'num_classes': 10, 'lrn_alpha': 0.05, 'spatial_alpha': 0.4}
-    return model.from_config(fields)
+    return model_from_config(fields)
 
 
 def _conv(x_HWC, kernel_HWIO, bias, stride, padding):
@@ -118,17 +120,17 @@ def test_forward_pass_with_and_without_dropout():
 
 def test_network_of_the_config():
     """What section 2's table says of each layer, at full size."""
-    network = model.from_config(_get_config().model)
-    rows = network.table()
+    network = model_from_config(_get_config().model)
+    rows = network.layer_specs()
     assert [rows[f'conv{i}'].init_std for i in range(1, 6)] == [0.01, 0.01, 0.03, 0.03, 0.03]
     assert [row.bias for row in rows.values()] == [0, 1, 0, 1, 1, 1, 1, 0]
-    assert rows['conv1'].then == 'lrn pool relu' and rows['conv2'].then == 'relu lrn spatial_norm pool'
+    assert rows['conv1'].post == 'lrn pool relu' and rows['conv2'].post == 'relu lrn spatial_norm pool'
     assert (network.lrn_k, network.lrn_n, network.lrn_beta, network.norm_groups) == (2, 5, 0.75, 2)
     assert network.lrn_alpha / network.lrn_n == pytest.approx(2e-5) and network.lrn_alpha_over_n
     assert network.spatial_alpha / network.spatial_n**2 == pytest.approx(4e-5) and network.spatial_k == 1
 
 
-# (conv 1, other layers' weights; biases of conv 1, of the others; colour) in passes of section 11's table, 1-based.
+# (conv 1, other layers' weights; biases of conv 1, of the others; color) in passes of section 11's table, 1-based.
 RUN_2010 = (
     (1, 22, 0.01, 0.01, 0.02, 0.02, True),
     (23, 50, 0.001, 0.001, 0.002, 0.002, True),
@@ -150,9 +152,9 @@ HANDS_OFF = {1: 0.01, 23: 0.01, 25: 0.001587, 47: 0.001587, 48: 0.000252, 71: 0.
 
 def _rates(config, passes, per_epoch=200):
     """Rates after so many passes, measured: what an update with gradient -1 and velocity 0 adds."""
-    network = model.from_config(config.model)
+    network = model_from_config(config.model)
     optimizer = small.optimizer(network, **{**config.optim, 'weight_decay': 0.0}, steps_per_epoch=per_epoch)
-    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.table()}
+    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.layer_specs()}
     state = optimizer.tx.init(params)._replace(count=jnp.int32(round(per_epoch * passes)))
     updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
     return updates
@@ -162,7 +164,7 @@ def _rates(config, passes, per_epoch=200):
 def test_schedule_of_the_2010_and_2012_runs(arg, epochs, table):
     config = _get_config(arg)
     assert config.num_epochs == epochs
-    for first, last, conv1, other, conv1_bias, bias, colour in table:
+    for first, last, conv1, other, conv1_bias, bias, color in table:
         for epoch in (first, last):
             updates = _rates(config, epoch - 0.5)
             expected = {name: {'kernel': [other], 'bias': [bias]} for name in updates}
@@ -170,13 +172,13 @@ def test_schedule_of_the_2010_and_2012_runs(arg, epochs, table):
             for name, parts in expected.items():
                 for part, rate in parts.items():
                     np.testing.assert_allclose(updates[name][part], rate, rtol=1e-5, err_msg=f'{epoch} {name} {part}')
-            assert (epoch <= config.data.colour_epochs) == colour
+            assert (epoch <= config.data.color_epochs) == color
 
 
 def test_hands_off_schedule_of_net_170():
     config = _get_config('schedule=170')
     assert config.num_epochs == 95
-    assert 61 <= config.data.colour_epochs <= 68
+    assert 61 <= config.data.color_epochs <= 68
     for epoch, rate in HANDS_OFF.items():
         updates = _rates(config, epoch - 0.5)
         np.testing.assert_allclose(updates['fc8']['kernel'], rate, rtol=0.01)
@@ -202,15 +204,15 @@ CHAIN = {
         (41.01, 0, 0.00001, 0.00001, 0.00001),
     ]),
 }  # fmt: skip
-CHAIN['finetune'] = (54, 0, CHAIN['authors=2012'][2])  # the paper's words: colour stays, biases learn as weights do
+CHAIN['finetune'] = (54, 0, CHAIN['authors=2012'][2])  # the paper's words: color stays, biases learn as weights do
 
 
 @pytest.mark.parametrize('arg', CHAIN)
 def test_rates_of_the_chain_of_pre_training(arg):
     config = runpy.run_path(str(ROOT / 'configs' / 'sixth_conv.py'))['get_config'](arg)
-    epochs, colour, rows = CHAIN[arg]
-    assert (config.num_epochs, config.data.colour_epochs) == (epochs, colour)
-    last = list(model.from_config(config.model).table())[-1]
+    epochs, color, rows = CHAIN[arg]
+    assert (config.num_epochs, config.data.color_epochs) == (epochs, color)
+    last = list(model_from_config(config.model).layer_specs())[-1]
     for passes, conv1, convs, hidden, classifier in rows:
         slow_conv6 = convs if arg != 'authors=2009' else hidden  # conv 6 is new there
         for name, parts in _rates(config, passes, per_epoch=10_000).items():
@@ -225,7 +227,7 @@ def test_rates_of_the_chain_of_pre_training(arg):
 def test_update_rule_with_its_own_rates_for_biases_and_a_frozen_layer():
     """Section 4: v <- 0.9 v + eps g - wc eps w, w <- w + v; eps = 0 skips a matrix and its velocity."""
     config = _get_config()
-    network = model.from_config(config.model)
+    network = model_from_config(config.model)
     optimizer = small.optimizer(network, **config.optim, steps_per_epoch=1)
     rng = np.random.default_rng(0)
     w = {name: {'kernel': rng.normal(size=3), 'bias': rng.normal(size=3)} for name in ('conv1', 'conv2')}
@@ -252,15 +254,15 @@ def test_update_rule_with_its_own_rates_for_biases_and_a_frozen_layer():
 
 
 def test_augmentation_of_the_config():
-    """Section 6: 33 x 33 x 2, one draw for 32 images in a row, colour of each, central mean, division by 1.1."""
+    """Section 6: 33 x 33 x 2, one draw for 32 images in a row, color of each, central mean, division by 1.1."""
     config = _get_config()
-    augmentation = augment.from_config(config.data)
-    draws = [augment.draw(augmentation, seed=5, position=i, record_size=256) for i in range(1024)]
+    augmentation = augmentation_from_config(config.data)
+    draws = [random_crops.draw(augmentation, seed=5, position=i, record_size=256) for i in range(1024)]
     chunks = [{(*d.offset.tolist(), bool(d.reflect)) for d in draws[i : i + 32]} for i in range(0, 1024, 32)]
     assert all(len(chunk) == 1 for chunk in chunks)
     assert len(set.union(*chunks)) > 25  # 32 draws out of 2178
-    assert len({d.colour.tobytes() for d in draws}) == 1024
-    many = [augment.draw(augmentation, seed=5, position=32 * i, record_size=256) for i in range(8000)]
+    assert len({d.color.tobytes() for d in draws}) == 1024
+    many = [random_crops.draw(augmentation, seed=5, position=32 * i, record_size=256) for i in range(8000)]
     offsets = np.stack([d.offset for d in many])
     assert offsets.min() == 0 and offsets.max() == 32  # 8,000 draws miss one end with a probability below 1e-100
     assert abs(np.mean([d.reflect for d in many]) - 0.5) < 0.03
@@ -272,40 +274,43 @@ def test_augmentation_of_the_config():
 def _record_batch(augmentation, count, record_size):
     rng = np.random.default_rng(1)
     records = rng.integers(0, 256, (count, record_size, record_size, 3), np.uint8)
-    draws = [augment.draw(augmentation, seed=0, position=20 * i, record_size=record_size) for i in range(count)]
-    cuts = np.stack([augment.crop(r, d, augmentation.image_size) for r, d in zip(records, draws, strict=True)])
-    return records, {'image': cuts, **{f: np.stack([getattr(d, f) for d in draws]) for f in augment.Draw._fields}}
+    draws = [random_crops.draw(augmentation, seed=0, position=20 * i, record_size=record_size) for i in range(count)]
+    cuts = np.stack([random_crops.crop(r, d, augmentation.image_size) for r, d in zip(records, draws, strict=True)])
+    return records, {
+        'image': cuts,
+        **{f: np.stack([getattr(d, f) for d in draws]) for f in random_crops.AugmentParams._fields},
+    }
 
 
 def test_pixels_that_reach_the_network():
-    augmentation = augment.from_config({**_get_config().data, 'image_size': 8})
+    augmentation = augmentation_from_config({**_get_config().data, 'image_size': 8})
     rng = np.random.default_rng(0)
     vectors = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     std = np.array([19.72, 37.09, 121.78])
-    stats = Statistics(rng.uniform(90, 130, (12, 12, 3)), std**2, vectors)
+    stats = ImageStats(rng.uniform(90, 130, (12, 12, 3)), std**2, vectors)
     records, batch = _record_batch(augmentation, 6, 12)
     assert len({bool(r) for r in batch['reflect']}) == 2
-    on = np.asarray(augment.preprocess(batch, stats, augmentation, colour=True))
-    off = np.asarray(augment.preprocess(batch, stats, augmentation, colour=False))
+    on = np.asarray(augment.preprocess(batch, stats, augmentation, color=True))
+    off = np.asarray(augment.preprocess(batch, stats, augmentation, color=False))
     for n, record in enumerate(records):
         y, x = batch['offset'][n]
         cut = record[y : y + 8, x : x + 8].astype(float)
         if batch['reflect'][n]:
             cut = cut[:, ::-1]
         cut = cut - stats.mean_image[2:10, 2:10]
-        noise = sum(batch['colour'][n][i] * std[i] * vectors[:, i] for i in range(3))
+        noise = sum(batch['color'][n][i] * std[i] * vectors[:, i] for i in range(3))
         chex.assert_trees_all_close(on[n], (cut + noise) / 1.1, atol=1e-3)
-        chex.assert_trees_all_close(off[n], cut, atol=1e-3)  # once colour is off there is no division
-    scale = np.stack([augment.draw(augmentation, seed=0, position=i, record_size=12).colour for i in range(4000)])
+        chex.assert_trees_all_close(off[n], cut, atol=1e-3)  # once color is off there is no division
+    scale = np.stack([random_crops.draw(augmentation, seed=0, position=i, record_size=12).color for i in range(4000)])
     chex.assert_trees_all_close(scale.std(0), np.full(3, 0.1, np.float32), rtol=0.05)
 
 
 @pytest.mark.slow
-def test_colour_goes_off_at_its_step():
-    """The step's own loss with and without colour, on either side of the boundary."""
+def test_color_goes_off_at_its_step():
+    """The step's own loss with and without color, on either side of the boundary."""
     network = small.network(num_classes=10)
-    augmentation = augment.from_config({**_get_config().data, 'image_size': small.SIZE})
-    stats = Statistics(
+    augmentation = augmentation_from_config({**_get_config().data, 'image_size': small.SIZE})
+    stats = ImageStats(
         np.full((40, 40, 3), 120.0, np.float32), np.array([400.0, 1400, 14800], np.float32), np.eye(3, dtype=np.float32)
     )
     _, batch = _record_batch(augmentation, 4, 40)
@@ -314,17 +319,17 @@ def test_colour_goes_off_at_its_step():
     params = small.init(network)
     fixed = dict(network=network, forward=lambda p, x, m: network.apply({'params': p}, x, m), optimizer=optimizer)
     step = jax.jit(
-        lambda s: steps.train_step(
-            s, batch, stats, jax.random.key(0), **fixed, augmentation=augmentation, colour_steps=7
+        lambda s: train_step.train_step(
+            s, batch, stats, jax.random.key(0), **fixed, augmentation=augmentation, color_steps=7
         )[1]['loss']
     )
     for now in (6, 7):
-        x = augment.preprocess(batch, stats, augmentation, colour=now < 7)
+        x = augment.preprocess(batch, stats, augmentation, color=now < 7)
         masks = model.dropout_masks(network, jax.random.fold_in(jax.random.key(0), now), 4, small.SIZE)
         logits = np.asarray(network.apply({'params': params}, x, masks), np.float64)
         expected = -(logits[np.arange(4), np.arange(4)] - np.log(np.exp(logits).sum(1))).sum()
         updates = optimizer.tx.init(params)._replace(count=jnp.int32(now))
-        found = step(steps.TrainState(jnp.int32(now), params, updates))
+        found = step(train_step.TrainState(jnp.int32(now), params, updates))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -332,13 +337,13 @@ def test_colour_goes_off_at_its_step():
 def test_multiview_averages_softmax_and_subtracts_the_central_mean(count):
     network = _small_model()
     params = small.init(network, 0, SIZE)
-    augmentation = augment.from_config({**_get_config().data, 'image_size': SIZE})
+    augmentation = augmentation_from_config({**_get_config().data, 'image_size': SIZE})
     rng = np.random.default_rng(0)
-    stats = Statistics(rng.uniform(110, 130, (44, 44, 3)).astype(np.float32), np.ones(3), np.eye(3))
+    stats = ImageStats(rng.uniform(110, 130, (44, 44, 3)).astype(np.float32), np.ones(3), np.eye(3))
     image = rng.integers(100, 150, (1, 44, 44, 3), np.uint8)
     forward = lambda p, x: network.apply({'params': p}, x)  # noqa: E731
     options = dict(forward=forward, augmentation=augmentation, views=count)
-    found = np.exp(steps.log_probabilities(params, image, stats, **options))[0]
+    found = np.exp(train_step.log_probabilities(params, image, stats, **options))[0]
     mean = stats.mean_image[4:40, 4:40]
     total = np.zeros(10)
     for y, x in ((0, 0), (0, 8), (4, 4), (8, 0), (8, 8)) if count == 10 else ((4, 4),):
@@ -351,12 +356,12 @@ def test_multiview_averages_softmax_and_subtracts_the_central_mean(count):
 
 def test_a_network_in_float64_is_tested_on_inputs_in_float64():
     deviations = (58.4, 57.1, 57.4)
-    augmentation = augment.from_config({**_get_config().data, 'image_size': 4, 'pixel_std': deviations})
+    augmentation = augmentation_from_config({**_get_config().data, 'image_size': 4, 'pixel_std': deviations})
     rng = np.random.default_rng(0)
-    stats = Statistics(rng.uniform(110, 130, (6, 6, 3)).astype(np.float32), np.ones(3), np.eye(3))
+    stats = ImageStats(rng.uniform(110, 130, (6, 6, 3)).astype(np.float32), np.ones(3), np.eye(3))
     image = rng.integers(100, 150, (1, 6, 6, 3), np.uint8)
     logits = (image - stats.mean_image.astype(np.float64))[0, 1:5, 1:5].mean((0, 1)) / deviations
     with jax.enable_x64():
         options = dict(forward=lambda p, x: x.mean((1, 2)) * p, augmentation=augmentation, views=1)
-        found = steps.log_probabilities(jnp.float64(1), image, stats, **options)
+        found = train_step.log_probabilities(jnp.float64(1), image, stats, **options)
         np.testing.assert_allclose(found[0], logits - np.log(np.exp(logits).sum()), rtol=1e-12)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import assemble, benchmark, layers, sharding, sources, traffic
-from alexnet_jax.benchmark import Side
-from alexnet_jax.errors import UserError
+from alexnet_jax.benchmark import hlo_cost, throughput
+from alexnet_jax.benchmark.throughput import Contender
+from alexnet_jax.core import architecture, sharding
+from alexnet_jax.data import datasets
+from alexnet_jax.training import build
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 # Small images of a small network; conv 1 has a stride.
@@ -24,24 +27,27 @@ TINY = [
 
 def test_sides_take_turns_and_begin_by_turns():
     played = []
-    sides = [Side('a', lambda: played.append('a') or 1.0), Side('b', lambda: played.append('b') or 2.0)]
-    assert benchmark.take_turns(sides, 3) == {'a': [1.0] * 3, 'b': [2.0] * 3}
+    sides = [Contender('a', lambda: played.append('a') or 1.0), Contender('b', lambda: played.append('b') or 2.0)]
+    assert throughput.measure_in_turns(sides, 3) == {'a': [1.0] * 3, 'b': [2.0] * 3}
     assert ''.join(played) == 'abbaab'
 
 
 def test_the_report_ends_with_the_ratio_of_the_medians():
     ours, torch = (
-        Side(benchmark.OURS, lambda: 0.0, {'flops': 10**9, 'bytes': 2**30}),
-        Side(benchmark.TORCH, lambda: 0.0),
+        Contender(throughput.OURS, lambda: 0.0, {'flops': 10**9, 'bytes': 2**30}),
+        Contender(throughput.TORCH, lambda: 0.0),
     )
-    rates = {benchmark.OURS: [30.0, 10.0, 20.0], benchmark.TORCH: [5.0, 8.0, 90.0]}
-    *table, record, ratio = benchmark.report([ours, torch], rates, {'n': 3}).splitlines()
+    rates = {throughput.OURS: [30.0, 10.0, 20.0], throughput.TORCH: [5.0, 8.0, 90.0]}
+    *table, record, ratio = throughput.report([ours, torch], rates, {'n': 3}).splitlines()
     assert ratio == 'ratio: 2.500'
     found = json.loads(record)
-    assert found['n'] == 3 and found['images_per_second'][benchmark.TORCH] == {'median': 8.0, 'turns': [5.0, 8.0, 90.0]}
+    assert found['n'] == 3 and found['images_per_second'][throughput.TORCH] == {
+        'median': 8.0,
+        'measurements': [5.0, 8.0, 90.0],
+    }
     assert table[1].split()[:5] == ['alexnet_jax', '20.0', '10.0', '30.0', '3']
     assert '20 GFLOP/s' in table[1] and '1.00 GiB' in table[1]
-    alone = benchmark.report([ours], {benchmark.OURS: [1.0]}, {}).splitlines()
+    alone = throughput.report([ours], {throughput.OURS: [1.0]}, {}).splitlines()
     assert json.loads(alone[-1])  # without a peer there is no ratio
 
 
@@ -56,7 +62,7 @@ def test_what_a_program_moves_is_counted_as_for_rings():
       %p = (s8[8]{0}, s8[8]{0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}
       %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
     """
-    found = traffic.collective_bytes(text, devices=8)
+    found = hlo_cost.collective_bytes(text, devices=8)
     assert found == {
         'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
         'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
@@ -107,7 +113,7 @@ ENTRY %main (a: f32[100,10], b: bf16[4]) -> f32[2,3] {
 
 
 def test_bytes_of_a_program_are_counted_kernel_by_kernel():
-    found = traffic.kernels(PROGRAM, ['conv1', 'fc2', 'update'])
+    found = hlo_cost.hlo_ops(PROGRAM, ['conv1', 'fc2', 'update'])
     assert found == [
         ('conv1', False, 2 * 10 * 4 + 2 * 10 * 4 + 4 * 2),  # writes, reads of a what it cuts out, reads b
         ('fc2', True, 2 * 3 * 4 + 7 + 2 * 10 * 4 + 10 * 3 * 4),
@@ -121,11 +127,11 @@ def test_bytes_of_a_program_are_counted_kernel_by_kernel():
 
 def test_a_step_computes_and_moves_what_its_layers_need():
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': 1, 'mesh.tower': 1})
-    run = assemble.build(config)
-    key, batches = jax.random.key(0), run.batches(0)
-    _, facts = traffic.compile_step(run, 8, 'float32', (run.init(key), next(batches), run.statistics, key))
+    run = build.build(config)
+    key, batches = jax.random.key(0), run.train_batches(0)
+    _, facts = hlo_cost.compile_step(run, 'float32', (run.steps.init(key), next(batches), run.image_stats, key))
     batches.close()
-    costs = layers.sizes(run.network, config.data.image_size)
+    costs = architecture.infer_shapes(run.network, config.data.image_size)
     forward = {name: 8 * cost.flops for name, cost in costs.items()}
     rows = facts['layers']
     for name, cost in costs.items():
@@ -136,27 +142,27 @@ def test_a_step_computes_and_moves_what_its_layers_need():
     parameters = sum(cost.parameters for cost in costs.values())
     assert rows['update']['other_bytes'] > 4 * 5 * parameters  # reads weights, velocity, gradient; writes the first two
     assert rows['all']['flops'] == pytest.approx(sum(rows[name]['flops'] for name in costs))
-    assert traffic.table(rows)[-1].split()[0] == 'all'
+    assert hlo_cost.table(rows)[-1].split()[0] == 'all'
 
 
 def test_devices_to_compile_for_are_named_and_counted():
     for what in ('h100', 'x', '', '0xh200', '2h200', 'h200\n'):
         with pytest.raises(UserError, match=f'--compile_for={what}; expected h200'):
-            traffic.topology_devices(what)
+            hlo_cost.topology_devices(what)
 
 
 @pytest.mark.slow
 def test_a_step_compiles_for_a_gpu_that_is_not_there():
     """There cuDNN adds the biases, and between the convolutions little is moved."""
     pytest.importorskip('jax_cuda12_plugin', reason="needs pip install -e '.[cuda12]'")
-    command = [sys.executable, '-m', 'alexnet_jax.benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
+    command = [sys.executable, '-m', 'alexnet_jax', 'benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
     result = subprocess.run([*command, '--compile_for=2xh200'], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])['compiled']
     assert (found['device'], found['devices']) == ('NVIDIA H200', 2)
-    assert {name: count for name, (count, _) in found['moved'].items()}['all-gather'] == 4
+    assert {name: count for name, (count, _) in found['collectives'].items()}['all-gather'] == 4
     numbers = 256 * 55 * 55 * 96 / 2  # of conv 1, in one tower
-    # Normalisation: 2 + 2 forward; backward 2 + 2 of the gradient and x, 4 + 4 of the terms; pooling and ReLU 6 more.
+    # Normalization: 2 + 2 forward; backward 2 + 2 of the gradient and x, 4 + 4 of the terms; pooling and ReLU 6 more.
     assert found['layers']['conv1']['other_bytes'] < 30 * numbers
 
 
@@ -166,13 +172,13 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
     config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})
     config.data.image_size = small.SIZE
-    run = assemble.build(config, sources.synthetic(config.data.image_size, config.model.num_classes))
+    run = build.build(config, datasets.synthetic(config.data.image_size, config.model.num_classes))
     key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
-    batches = run.batches(0)
-    batch, state = run.to_mesh(next(batches)), run.init(key)
+    batches = run.train_batches(0)
+    batch, state = run.to_mesh(next(batches)), run.steps.init(key)
     batches.close()
-    found = traffic.collective_bytes(
-        run.train_step.lower(state, batch, run.statistics, key).compile().as_text(), data * tower
+    found = hlo_cost.collective_bytes(
+        run.steps.train_step.lower(state, batch, run.image_stats, key).compile().as_text(), data * tower
     )
     # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
     halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
@@ -196,13 +202,13 @@ def images(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
     command = ['prepare', f'--input={folder}/raw', f'--output={folder}/prepared', '--size=32']
-    subprocess.run([sys.executable, '-m', f'alexnet_jax.{command[0]}', *command[1:]], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, '-m', 'alexnet_jax', *command], cwd=ROOT, check=True)
     return folder
 
 
 def _benchmark(*arguments):
     result = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.benchmark', *map(str, arguments)],
+        [sys.executable, '-m', 'alexnet_jax', 'benchmark', *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -214,7 +220,7 @@ def test_step_on_two_devices_is_held_against_one():
     lines = _benchmark('step', *TINY, '--cpu_devices=2', '--config.mesh.tower=2')
     found = json.loads(lines[-1])
     assert set(found['images_per_second']) == {'alexnet_jax', 'one device'}
-    assert len(found['images_per_second']['one device']['turns']) == 2
+    assert len(found['images_per_second']['one device']['measurements']) == 2
     assert any(line.startswith('moved by 4 all-gather') for line in lines)
     assert found['config']['batch_size'] == 8 and found['versions']['jax'] == jax.__version__
 
@@ -245,17 +251,17 @@ def test_a_peer_on_another_kind_of_device_is_none(ours, theirs, monkeypatch):
     torch = pytest.importorskip('torch')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: theirs)
     with pytest.raises(UserError, match=r'JAX has (no|a) GPU here and PyTorch (one|none); install both'):
-        benchmark._find_torch(ours)
-    benchmark._find_torch(theirs)
+        throughput.check_torch(ours)
+    throughput.check_torch(theirs)
 
 
 def test_the_peer_computes_the_same_network():
     torch = pytest.importorskip('torch')
-    from alexnet_jax import peer
+    from alexnet_jax.benchmark import torch_baseline
 
     network = small.network(dropout_rate=0.0)
     params, x = small.init(network), 60 * np.random.default_rng(0).standard_normal((2, small.SIZE, small.SIZE, 3))
-    net = peer.Net(network, small.SIZE).eval()
+    net = torch_baseline.Net(network, small.SIZE).eval()
     with torch.no_grad():
         for name, layer in zip(params, net.layers, strict=True):
             kernel = np.asarray(params[name]['kernel'])
@@ -273,7 +279,7 @@ def test_the_peer_computes_the_same_network():
 )
 def test_a_network_that_the_peer_has_not_got_is_refused(change):
     pytest.importorskip('torch')
-    from alexnet_jax import peer
+    from alexnet_jax.benchmark import torch_baseline
 
     with pytest.raises(UserError, match='PyTorch has nothing like (fc6|conv1)'):
-        peer.Net(small.network(**change), small.SIZE)
+        torch_baseline.Net(small.network(**change), small.SIZE)

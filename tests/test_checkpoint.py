@@ -21,9 +21,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alexnet_jax import checkpoint, digests, images, model, prepare, processes, recovery, sources, steps, verify
-from alexnet_jax.errors import UserError
-from alexnet_jax.statistics import Statistics
+from alexnet_jax.checkpoints import loading, manager, repair, verify
+from alexnet_jax.commands import verify as verify_command
+from alexnet_jax.core import train_step
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.data import datasets, image_io
+from alexnet_jax.prepare import prepare
+from alexnet_jax.utils import checksums, distributed
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import atomic_directory, file_lock
 from tests import ROOT, small
 
 SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -33,17 +40,17 @@ SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(Heal
 def workdir(tmp_path_factory):
     """A workdir with steps 1 to 3 of a small network, errors 30, 10 and 20."""
     path = tmp_path_factory.mktemp('run')
-    config, digits = small.digits_config(), sources.open_dataset('digits')
-    network = model.from_config(config.model)
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
+    config, digits = small.digits_config(), datasets.open_dataset('digits')
+    network = model_from_config(config.model)
+    meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 1, 'fingerprint': ''}
     params = small.init(network, 0, 28)
-    with checkpoint.Checkpoints(str(path)) as saved:
+    with manager.CheckpointManager(str(path)) as saved:
         for step, error in enumerate((30.0, 10.0, 20.0), 1):
-            state = steps.TrainState(
+            state = train_step.TrainState(
                 jnp.int32(step), {**params, 'fc8': {k: v * step for k, v in params['fc8'].items()}}, None
             )
-            saved.save(state, digits.statistics, meta, error)
+            saved.save(state, digits.image_stats, meta, error)
     return path
 
 
@@ -80,7 +87,7 @@ def _other_error(step):
 
 def _larger(step):
     """fc 7 of 4000 x 4000, all zeros: 64 MB of memory, a few kB on disk."""
-    saved = checkpoint.load_checkpoint(str(step))
+    saved = loading.load_checkpoint(str(step))
     saved.params['fc7']['kernel'] = np.zeros((4000, 4000), np.float32)
     shutil.rmtree(step / 'params')
     with ocp.StandardCheckpointer() as writer:
@@ -89,19 +96,19 @@ def _larger(step):
 
 def _vast(step):
     """A mean image of 3,000 x 3,000 zeros, and a meta that agrees: 108 MB of memory, a few kB on disk."""
-    shutil.rmtree(step / 'statistics')
-    zeros = Statistics(np.zeros((3000, 3000, 3), np.float32), np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
+    shutil.rmtree(step / 'image_stats')
+    zeros = ImageStats(np.zeros((3000, 3000, 3), np.float32), np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
     with ocp.StandardCheckpointer() as writer:
-        writer.save(step / 'statistics', zeros._asdict())
+        writer.save(step / 'image_stats', zeros._asdict())
     _meta_is(3000, 'record_size')(step)
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (_vast, r'statistics says it has 108,000,048 bytes, and holds \d'),
+        (_vast, r'image_stats says it has 108,000,048 bytes, and holds \d'),
         (_larger, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
-        (_meta_is(16, 'record_size'), r'statistics/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
+        (_meta_is(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
         (_meta_is('32', 'record_size'), 'cannot be read'),
         (_meta_is(-1, 'record_size'), 'cannot be read'),
         (_meta_is(2**31, 'config', 'model', 'dense', 0, 0), r'fc6/bias: \(32,\); expected \(2147483648,\)'),
@@ -116,28 +123,28 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change,
     """With digests that fit: somebody made it so. What the files declare takes no memory before it is looked at."""
     step = copy / 'checkpoints' / '3'
     change(step)
-    digests.write(str(step))
+    checksums.write(str(step))
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.load_checkpoint(str(step))
+        loading.load_checkpoint(str(step))
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_only_numbers_are_steps(tmp_path):
     for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
-    assert recovery.numbers(str(tmp_path / 'checkpoints')) == [2, 10]
+    assert repair.list_steps(str(tmp_path / 'checkpoints')) == [2, 10]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     folder = _folder(tmp_path)
     (folder / 'one').unlink()
     os.mkfifo(folder / 'one')
-    (problem,) = digests.problems(str(folder))
+    (problem,) = checksums.find_mismatches(str(folder))
     assert problem.endswith('/one: not a file')
 
 
 @pytest.mark.parametrize(
-    ('module', 'name'), [(os.path, 'isfile'), (re, 'fullmatch'), (digests, '_files'), (digests, 'digest')]
+    ('module', 'name'), [(os.path, 'isfile'), (re, 'fullmatch'), (checksums, '_files'), (checksums, 'sha256')]
 )
 def test_a_folder_that_goes_away_while_it_is_looked_through(module, name, tmp_path, monkeypatch):
     """At every turn: files are missing, nothing is raised."""
@@ -149,7 +156,7 @@ def test_a_folder_that_goes_away_while_it_is_looked_through(module, name, tmp_pa
         return found
 
     monkeypatch.setattr(module, name, gone)
-    found = digests.problems(str(folder))
+    found = checksums.find_mismatches(str(folder))
     monkeypatch.undo()
     assert found and not folder.exists()
 
@@ -158,7 +165,7 @@ def _folder(tmp_path):
     (tmp_path / 'a' / 'b').mkdir(parents=True)
     for name in ('one', 'a/two words', 'a/b/three'):
         (tmp_path / name).write_text(name)
-    digests.write(str(tmp_path))
+    checksums.write(str(tmp_path))
     return tmp_path
 
 
@@ -167,7 +174,7 @@ def test_the_list_is_that_of_sha256sum(tmp_path):
     theirs = subprocess.run(['sha256sum', '--strict', '-c', 'SHA256SUMS'], cwd=folder, capture_output=True, text=True)
     assert theirs.returncode == 0, theirs.stderr
     assert sorted(theirs.stdout.splitlines()) == ['a/b/three: OK', 'a/two words: OK', 'one: OK']
-    assert not digests.problems(str(folder))
+    assert not checksums.find_mismatches(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_the_list_is_that_of_sha256sum(tmp_path):
 def test_damage_is_named(tmp_path, damage, problem):
     folder = _folder(tmp_path)
     damage(folder)
-    found = digests.problems(str(folder))
+    found = checksums.find_mismatches(str(folder))
     assert found and found[0].startswith(str(folder)) and problem in found[0], found
 
 
@@ -199,7 +206,7 @@ def test_files_that_others_leave_are_no_matter(tmp_path):
     """A file manager's, or a note."""
     folder = _folder(tmp_path)
     (folder / 'a' / '.DS_Store').write_text('')
-    assert not digests.problems(str(folder))
+    assert not checksums.find_mismatches(str(folder))
 
 
 def _flip(path, rng):
@@ -211,22 +218,22 @@ def _flip(path, rng):
 def test_one_flipped_bit_is_loaded_silently_by_orbax_and_refused_here(copy):
     """The control: with a list written after the damage the same files load, and a weight is another."""
     rng, silent = np.random.default_rng(0), 0
-    whole = checkpoint.load_checkpoint(str(copy / 'checkpoints' / '3')).params
+    whole = loading.load_checkpoint(str(copy / 'checkpoints' / '3')).params
     step = copy / 'checkpoints' / '3'
     for path in sorted((step / 'params' / 'ocdbt.process_0' / 'd').iterdir(), key=lambda p: p.stat().st_size)[-3:]:
         before = path.read_bytes()
         for _ in range(4):
             _flip(path, rng)
             with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its bytes have changed .* in .*: 2'):
-                checkpoint.load_checkpoint(str(step))
-            digests.write(str(step))
+                loading.load_checkpoint(str(step))
+            checksums.write(str(step))
             try:
-                loaded = checkpoint.load_checkpoint(str(step)).params
+                loaded = loading.load_checkpoint(str(step)).params
                 silent += any((a != b).any() for a, b in zip(*map(_leaves, (whole, loaded)), strict=True))
             except UserError:
                 pass
             path.write_bytes(before)
-            digests.write(str(step))
+            checksums.write(str(step))
     assert silent
 
 
@@ -239,23 +246,23 @@ def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
     (copy / 'checkpoints' / '4' / '_CHECKPOINT_METADATA').write_text('{}')
     (copy / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir()
     _flip(copy / 'checkpoints' / '3' / 'meta' / 'metadata', np.random.default_rng(0))
-    before = checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2'))
-    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+    before = loading.load_checkpoint(str(copy / 'checkpoints' / '2'))
+    with manager.CheckpointManager(str(copy), read_only=True) as saved:
         assert saved.steps() == [2, 3]  # reading touches nothing
         assert (copy / 'checkpoints' / '4').exists()
-    with checkpoint.Checkpoints(str(copy)) as saved:
+    with manager.CheckpointManager(str(copy)) as saved:
         assert saved.steps() == [2] and saved.latest() == saved.best() == 2
         *half_written, problem = saved.damaged
         assert 'checkpoints/3/meta/metadata: its bytes have changed' in problem and '3.damaged' in problem
         assert sorted(path.name for path in map(_named, half_written)) == ['4', '5.orbax-checkpoint-tmp']
-        state = steps.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
-        saved.save(state, before.statistics, json.loads((copy / 'meta.json').read_text()), 5.0)
-    assert checkpoint.load_checkpoint(str(copy)).step == 3
+        state = train_step.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
+        saved.save(state, before.image_stats, json.loads((copy / 'meta.json').read_text()), 5.0)
+    assert loading.load_checkpoint(str(copy)).step == 3
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
 
 
 def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(copy):
-    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+    with manager.CheckpointManager(str(copy), read_only=True) as saved:
         step = saved.latest()
         shutil.rmtree(copy / 'checkpoints' / str(step))
         with pytest.raises(UserError, match='checkpoints/3 was removed while it was read: its run'):
@@ -269,17 +276,17 @@ def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(cop
 @pytest.mark.parametrize('change', [_no_error, _no_list, _other_error])
 def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys, change):
     """What is saved is there, and so is that step, for the next start; the others come and go."""
-    with checkpoint.Checkpoints(str(copy)) as saved:
+    with manager.CheckpointManager(str(copy)) as saved:
         before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
         change(copy / 'checkpoints' / '2')
         for step in (4, 5):
-            saved.save(steps.TrainState(jnp.int32(step), before.params, None), before.statistics, meta, 1.0)
+            saved.save(train_step.TrainState(jnp.int32(step), before.params, None), before.image_stats, meta, 1.0)
             saved.wait()
-        assert recovery.numbers(saved.folder) == [2, 4, 5]
+        assert repair.list_steps(saved.folder) == [2, 4, 5]
         assert 'warning: the checkpoint is damaged: ' in capsys.readouterr().err
-    with checkpoint.Checkpoints(str(copy)) as saved:
+    with manager.CheckpointManager(str(copy)) as saved:
         assert ['checkpoints/2' in damaged for damaged in saved.damaged] == [True]
-        saved.save(steps.TrainState(jnp.int32(6), before.params, None), before.statistics, meta, 2.0)
+        saved.save(train_step.TrainState(jnp.int32(6), before.params, None), before.image_stats, meta, 2.0)
         saved.wait()
         assert saved.steps() == [5, 6]  # 5 is the best, too
 
@@ -294,33 +301,33 @@ def test_a_save_that_fails_in_the_background_is_told_before_the_next(copy, monke
     def full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with checkpoint.Checkpoints(str(copy)) as saved:
+    with manager.CheckpointManager(str(copy)) as saved:
         before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
         saved.poll()  # nothing is under way
-        monkeypatch.setattr(digests, 'write', full)
-        saved.save(steps.TrainState(jnp.int32(4), before.params, None), before.statistics, meta, 1.0)
-        concurrent.futures.wait([saved._sealing])
+        monkeypatch.setattr(checksums, 'write', full)
+        saved.save(train_step.TrainState(jnp.int32(4), before.params, None), before.image_stats, meta, 1.0)
+        concurrent.futures.wait([saved._finalizing])
         with pytest.raises(UserError, match='step 4 cannot be saved .* No space left on device'):
             saved.poll()
         assert saved.steps() == [2, 3]
 
 
 def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
-    """Killed before the new one is sealed: the old one comes back; after that: it is gone."""
+    """Killed before the new one is finalized: the old one comes back; after that: it is gone."""
     old, step = copy / 'checkpoints' / '3.replaced', copy / 'checkpoints' / '3'
     step.rename(old)
     shutil.copytree(old, step)
     (step / 'SHA256SUMS').unlink()
     (step / 'new').write_text('')
-    checkpoint.Checkpoints(str(copy)).close()
-    assert not old.exists() and not (step / 'new').exists() and not digests.problems(str(step))
+    manager.CheckpointManager(str(copy)).close()
+    assert not old.exists() and not (step / 'new').exists() and not checksums.find_mismatches(str(step))
     shutil.copytree(step, old)
-    checkpoint.Checkpoints(str(copy)).close()
-    assert not old.exists() and not digests.problems(str(step))
-    with checkpoint.Checkpoints(str(copy)) as saved:
+    manager.CheckpointManager(str(copy)).close()
+    assert not old.exists() and not checksums.find_mismatches(str(step))
+    with manager.CheckpointManager(str(copy)) as saved:
         before = saved.load(3)
         meta = json.loads((copy / 'meta.json').read_text())
-        saved.save(steps.TrainState(jnp.int32(3), before.params, None), before.statistics, meta, 1.0)
+        saved.save(train_step.TrainState(jnp.int32(3), before.params, None), before.image_stats, meta, 1.0)
         saved.wait()
         assert saved.best() == 3 and {path.name for path in step.parent.iterdir()} == {'2', '3'}
 
@@ -329,7 +336,7 @@ def test_steps_without_digests_are_not_thrown_away_but_the_last(copy):
     for step in ('2', '3'):  # as of a version that wrote none
         (copy / 'checkpoints' / step / 'SHA256SUMS').unlink()
     with pytest.raises(UserError, match='no checkpoint in .* is whole: .*/2/SHA256SUMS: missing.* wrote no'):
-        checkpoint.Checkpoints(str(copy))
+        manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
 
@@ -343,7 +350,7 @@ def test_where_every_step_is_damaged_nothing_is_moved(copy):
     for step in ('2', '3'):
         _flip(copy / 'checkpoints' / step / 'meta' / 'metadata', np.random.default_rng(0))
     with pytest.raises(UserError, match='no checkpoint in .* is whole: .*2/meta/metadata.*; .*3/meta/metadata'):
-        checkpoint.Checkpoints(str(copy))
+        manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
 
@@ -351,21 +358,21 @@ def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
     path = copy / 'checkpoints' / '3' / 'metrics' / 'metrics'
     path.write_text(path.read_text().replace('20.0', '00.0'))
     with pytest.raises(UserError, match='is damaged: .*checkpoints/3/metrics/metrics'):
-        checkpoint.load_checkpoint(str(copy))
-    assert checkpoint.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
+        loading.load_checkpoint(str(copy))
+    assert loading.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
 
 
 def test_a_step_that_training_retires_is_not_the_best(copy, monkeypatch):
     """Between the listing of the steps and the look at each."""
-    check = checkpoint.Checkpoints.check
+    check = manager.CheckpointManager.check
 
     def retired(self, step, wanted):
         if step == 2:
             shutil.rmtree(copy / 'checkpoints' / '2')
         check(self, step, wanted)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, 'check', retired)
-    with checkpoint.Checkpoints(str(copy), read_only=True) as saved:
+    monkeypatch.setattr(manager.CheckpointManager, 'check', retired)
+    with manager.CheckpointManager(str(copy), read_only=True) as saved:
         assert saved.best() == 3
 
 
@@ -374,23 +381,23 @@ def test_the_best_step_is_not_one_of_those_that_are_whole(copy, change):
     """A step is never passed over in silence because something of it is missing."""
     change(copy / 'checkpoints' / '2')
     with pytest.raises(UserError, match=r'the checkpoint is damaged: .*checkpoints/2/.*: missing\. Other steps .*: 3'):
-        checkpoint.load_checkpoint(str(copy))
+        loading.load_checkpoint(str(copy))
 
 
 def test_verify(copy, tmp_path, capsys):
     folder = tmp_path / 'raw' / 'class'
     folder.mkdir(parents=True)
     for i in range(4):
-        (folder / f'{i}.jpg').write_bytes(images.jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
+        (folder / f'{i}.jpg').write_bytes(image_io.encode_jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
     data = tmp_path / 'data'
     prepare.prepare(str(tmp_path / 'raw'), str(data), size=16, workers=1)
-    verify.main([str(copy), str(copy / 'checkpoints'), str(copy / 'checkpoints' / '2'), str(data)])
+    verify_command.main(None, [str(copy), str(copy / 'checkpoints'), str(copy / 'checkpoints' / '2'), str(data)])
     assert capsys.readouterr().out.count('all as written') == 4
     shard = next(data.glob('*train*array_record*'))
     _flip(shard, np.random.default_rng(0))
     _flip(copy / 'checkpoints' / '3' / 'params' / '_METADATA', np.random.default_rng(0))
     result = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.verify', str(copy), str(data)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, '-m', 'alexnet_jax', 'verify', str(copy), str(data)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1
     assert f'damaged: {shard}: its bytes have changed' in result.stderr
@@ -404,11 +411,11 @@ def test_verify(copy, tmp_path, capsys):
             verify.verify(str(nothing))
     with pytest.raises(UserError, match='the prepared data are damaged') as error:
         (data / 'label.labels.txt').write_text('another\n')
-        sources.open_dataset(str(data))
+        datasets.open_dataset(str(data))
     assert 'label.labels.txt' in str(error.value)
     (data / 'SHA256SUMS').unlink()
     with pytest.raises(UserError, match='SHA256SUMS is missing'):
-        sources.open_dataset(str(data))
+        datasets.open_dataset(str(data))
 
 
 @pytest.mark.parametrize(
@@ -428,14 +435,14 @@ def test_features_of_somebody_else_are_not_imported(named, tmp_path):
     (data / 'dataset_info.json').write_text('{}')
     (data / 'features.json').write_text(named)
     with pytest.raises(UserError, match="names 'antigravity.*', which is no feature of TFDS"):
-        sources.open_dataset(str(data))
+        datasets.open_dataset(str(data))
     assert 'antigravity' not in sys.modules
     (data / 'features.json').write_text(' ' * 2**24 + named)
     with pytest.raises(UserError, match='characters or more'):
-        sources.open_dataset(str(data))
+        datasets.open_dataset(str(data))
     (data / 'features.json').write_text('[' * 10**6)
     with pytest.raises(UserError, match='cannot be opened as a prepared dataset'):
-        sources.open_dataset(str(data))
+        datasets.open_dataset(str(data))
 
 
 def _blocked(pid):
@@ -448,7 +455,7 @@ def test_a_process_started_while_signals_are_held_never_sees_them():
     """In a fresh interpreter: its first process starts multiprocessing's tracker too, which lets signals through."""
     script = """
 import multiprocessing, signal, time
-from alexnet_jax import processes
+from alexnet_jax.utils import processes
 if __name__ == '__main__':
     with processes.signals_blocked():
         child = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
@@ -466,32 +473,32 @@ if __name__ == '__main__':
 
 def test_only_one_at_a_time(tmp_path):
     lock = str(tmp_path / 'lock')
-    with processes.locked(lock, 'training'):
+    with file_lock(lock, 'training'):
         with pytest.raises(UserError, match='another process is training'):
-            with processes.locked(lock, 'training'):
+            with file_lock(lock, 'training'):
                 raise AssertionError
-    with processes.locked(lock, 'training'):
+    with file_lock(lock, 'training'):
         pass
 
 
 def test_a_directory_is_written_whole_and_by_one(tmp_path):
     output = tmp_path / 'deep' / 'out'
-    with processes.new_directory(str(output)) as folder:
+    with atomic_directory(str(output)) as folder:
         (pathlib.Path(folder) / 'file').write_text('first')
         with pytest.raises(UserError, match='another process is writing .*deep/out'):
-            with processes.new_directory(str(output)):
+            with atomic_directory(str(output)):
                 raise AssertionError
         assert not output.exists()
     assert (output / 'file').read_text() == 'first' and os.listdir(output.parent) == ['out']
     with pytest.raises(UserError, match='cannot write .*other.: No space'):
-        with processes.new_directory(str(output.parent / 'other')) as folder:
+        with atomic_directory(str(output.parent / 'other')) as folder:
             (pathlib.Path(folder) / 'file').write_text('half')
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(output.parent) == ['out']
 
 
 def test_a_signal_waits_for_the_loop(monkeypatch):
-    with processes.termination() as asked:
+    with distributed.defer_sigterm() as asked:
         assert not asked()
         os.kill(os.getpid(), 15)
         assert asked()
@@ -503,7 +510,7 @@ def test_a_signal_waits_for_the_loop(monkeypatch):
 
 
 def _asked_elsewhere():
-    with processes.termination() as asked:
+    with distributed.defer_sigterm() as asked:
         return asked()
 
 
@@ -533,11 +540,11 @@ def test_whatever_happens_to_a_file_there_is_one_clear_error(workdir, tmp_path_f
     if victim.exists():
         victim.write_bytes(content)
     for sealed in (False, True):
-        if sealed and victim.name != digests.FILE_NAME:
-            digests.write(str(step))
+        if sealed and victim.name != checksums.FILE_NAME:
+            checksums.write(str(step))
         try:
-            found = checkpoint.load_checkpoint(str(step))
-            chex.assert_tree_all_finite(found.statistics)
+            found = loading.load_checkpoint(str(step))
+            chex.assert_tree_all_finite(found.image_stats)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
     shutil.rmtree(path)

@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import assemble, cifar, convert, layers, model, sharding
-from alexnet_jax.errors import UserError
+from alexnet_jax.convert import layout
+from alexnet_jax.core import architecture, model, sharding
+from alexnet_jax.core.config import _check_keys, model_from_config
+from alexnet_jax.experiments import cifar10
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT
 
 CONV1, CONV2, CONV3 = 5 * 5 * 3 * 32 + 32, 5 * 5 * 32 * 32 + 32, 5 * 5 * 32 * 64 + 64
@@ -27,13 +30,13 @@ def _config(name):
     return runpy.run_path(str(ROOT / 'configs' / 'cifar10.py'))['get_config'](name)
 
 
-@pytest.mark.parametrize('name', cifar.NETS)
+@pytest.mark.parametrize('name', cifar10.NETS)
 def test_parameters(name):
     config = _config(name)
-    network = model.from_config(config.model)
-    sizes = layers.sizes(network, config.data.image_size)
+    network = model_from_config(config.model)
+    sizes = architecture.infer_shapes(network, config.data.image_size)
     assert sum(size.parameters for size in sizes.values()) == PARAMETERS[name]
-    drawn = jax.eval_shape(lambda: model.init(network, jax.random.key(0), config.data.image_size))
+    drawn = jax.eval_shape(lambda: model.init_params(network, jax.random.key(0), config.data.image_size))
     assert {layer: sum(x.size for x in parts.values()) for layer, parts in drawn.items()} == {
         layer: size.parameters for layer, size in sizes.items()
     }
@@ -49,11 +52,11 @@ def test_the_authors_decays_and_falling_rates():
 
 @pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch'])
 def test_the_networks_are_the_same_whatever_config_they_begin_at(base):
-    """But for where the data lie, and what acts on dropout and colour, which they have not got."""
-    no_matter = {'path', 'dropout_inverted', 'colour_scale', 'colour_divide', 'colour_epochs'}
-    for name in cifar.NETS:
+    """But for where the data lie, and what acts on dropout and color, which they have not got."""
+    no_matter = {'path', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}
+    for name in cifar10.NETS:
         config, expected = runpy.run_path(str(ROOT / 'configs' / f'{base}.py'))['get_config'](), _config(name)
-        config.update_from_flattened_dict(cifar.NETS[name])
+        config.update_from_flattened_dict(cifar10.NETS[name])
         assert config.batch_size == expected.batch_size
         for part in ('data', 'model', 'optim'):
             values = config[part].items()
@@ -69,7 +72,7 @@ def test_unshared_layers_agree_over_two_towers():
         num_classes=3,
         classifier=(0.5, 0.0),
     )
-    params = model.init(network, jax.random.key(0), 15)
+    params = model.init_params(network, jax.random.key(0), 15)
     x = np.random.default_rng(0).standard_normal((4, 15, 15, 3)).astype(np.float32)
     labels = np.array([0, 1, 2, 0])
     with jax.enable_x64():
@@ -89,18 +92,18 @@ def test_unshared_layers_agree_over_two_towers():
 
 
 def test_figure_1_differs_in_the_activation_alone():
-    relu, tanh = (cifar.figure1(activation, 0.01) for activation in ('relu', 'tanh'))
+    relu, tanh = (cifar10.figure1_changes(activation, 0.01) for activation in ('relu', 'tanh'))
     assert {key for key in relu if relu[key] != tanh[key]} == {'model.conv'}
     assert str(relu['model.conv']).replace('relu', 'tanh') == str(tanh['model.conv'])
     assert not any(
-        (relu['optim.weight_decay'], relu['optim.layer_decays'], relu['data.reflect'], relu['data.colour_std'])
+        (relu['optim.weight_decay'], relu['optim.layer_decays'], relu['data.reflect'], relu['data.color_std'])
     )
 
 
 def test_no_other_format_has_unshared_layers():
-    network = model.from_config(_config('13pct').model)
+    network = model_from_config(_config('13pct').model)
     with pytest.raises(UserError, match='model.local'):
-        convert.from_params(network, 24, {})
+        layout.from_params(network, 24, {})
 
 
 def test_a_name_that_is_none():
@@ -109,7 +112,7 @@ def test_a_name_that_is_none():
 
 
 def test_every_key_of_the_networks_is_one_of_the_configs():
-    for changes in (*cifar.NETS.values(), cifar.figure1('tanh', 0.1)):
+    for changes in (*cifar10.NETS.values(), cifar10.figure1_changes('tanh', 0.1)):
         config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
         config.update_from_flattened_dict(changes)
-        assemble._check_keys(config)
+        _check_keys(config)

@@ -1,6 +1,7 @@
 """The commands as a user meets them: one line on stderr and exit code 2, never a traceback."""
 
-import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -8,20 +9,29 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
+from alexnet_jax.commands import app
 from tests import ROOT
 
-MAIN = ['main', '--config=configs/quickstart.py', '--cpu_devices=1']
+_PROGRAM = """
+from types import SimpleNamespace
+from alexnet_jax.commands import app
+def run(function):
+    nothing = {'__name__': 'mine', '__doc__': 'Mine.', 'FLAGS': ()}
+    app.run(SimpleNamespace(**nothing, main=lambda args: function()), [])
+"""
+MAIN = ['train', '--config=configs/quickstart.py', '--cpu_devices=1']
 
 
 def _run(*arguments, **environment):
     """environment: what differs from this process's; None takes a variable away."""
     environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
-        [sys.executable, '-m', f'alexnet_jax.{arguments[0]}', *map(str, arguments[1:])],
+        [sys.executable, '-m', 'alexnet_jax', *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
     )  # fmt: skip
 
@@ -45,20 +55,20 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0; expected 1 or more'),
         ([*MAIN, '--workdir=W', '--config.model.conv[0]=5'], 'a tuple is given whole'),
         ([*MAIN], '--workdir is missing'),
-        (['main', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid lit'),
+        (['train', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid'),
         ([*MAIN, '--summary', '--config.mesh.tower=0'], 'mesh.tower=0; the network has 1 tower or 2'),
-        ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax.prepare --input'),
+        ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax prepare --input'),
         ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
-        ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run' is not a path"),
-        (['prepare', '--input=W', '--output=s3://bucket/data'], "'s3://bucket/data' is not a path"),
+        ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run' is a remote path"),
+        (['prepare', '--input=W', '--output=s3://bucket/data'], "'s3://bucket/data' is a remote path"),
         ([*MAIN, '--workdir=~/run'], "'~/run': the shell has left ~ as it is, behind a =; write .HOME/run instead"),
-        (['predict', '--checkpoint=W', 'https://host/cat.jpg'], "'https://host/cat.jpg' is not a path"),
+        (['predict', '--checkpoint=W', 'https://host/cat.jpg'], "'https://host/cat.jpg' is a remote path"),
         ([*MAIN, '--workdir=W', '--cpu_devices=3'], '3 devices do not pair up into two towers'),
         ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),
-        (['main', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
-        (['main', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
-        (['main', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
-        (['main', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
+        (['train', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
+        (['train', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
+        (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
+        (['train', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
         (['prepare', '--output=W'], '--input is missing'),
         (['prepare', '--input=W', '--output=W/out'], 'there is no input'),
         (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),
@@ -67,16 +77,16 @@ def _assert_user_error(result, pattern):
         (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3: expected 1'),
         (['evaluate', '--data=digits'], '--checkpoint is missing'),
         (['evaluate', '--checkpoint=README.md', '--data=digits'], "there is no checkpoint at '.*README.md', a file"),
-        (['tune', '--input=W', '--output=W', '--config.num_epoch=1'], "no key 'num_epoch'. Did you mean 'num_epochs'"),
-        (['tune', '--config.seed=1', '--config=configs/nobody.py'], "no config file 'configs/nobody.py'"),
-        (['tune', '--config.num_epochs=1', '--input=W', '--output=W/out'], "there is no input"),
-        (['benchmark'], r'nothing to work on: give one mode .step, input, train, prepare.\.'),
+        (['finetune', '--input=W', '--output=W', '--config.num_epoch=1'], "'num_epoch'. Did you mean 'num_epochs'"),
+        (['finetune', '--config.seed=1', '--config=configs/nobody.py'], "no config file 'configs/nobody.py'"),
+        (['finetune', '--config.num_epochs=1', '--input=W', '--output=W/out'], "there is no input"),
+        (['benchmark'], "''; expected one of step, input, train, prepare"),
         (['benchmark', 'speed'], "'speed'; expected one of step, input, train, prepare"),
-        (['benchmark', 'prepare'], '--input is missing: images for alexnet_jax.prepare'),
+        (['benchmark', 'prepare'], '--input is missing'),
         (['benchmark', 'input'], 'no data given; pass --config.data.path=DIR'),
         (['benchmark', 'input', '--against=torch', '--config.data.cache=host'], "with our copying; use .*cache=''"),
-        (['benchmark', 'train', '--input=W'], 'train does not read originals'),
-        (['benchmark', 'train', '--compile_for=h200'], '--compile_for is for step alone'),
+        (['benchmark', 'train', '--input=W'], "Unknown command line flag 'input'"),
+        (['benchmark', 'train', '--compile_for=h200'], "Unknown command line flag 'compile_for'"),
         (['benchmark', 'step', '--compile_for='], 'expected h200, or several such as 2xh200'),
         (['convert', '--output=W'], '--input is missing'),
         (['convert', '--input=W', '--output=W'], 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
@@ -122,7 +132,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
     (tmp_path / 'config.py').write_text('def get_config():\n    raise SystemExit(3)\n')
-    assert _run('main', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
+    assert _run('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
 
 
 @pytest.mark.parametrize(
@@ -136,12 +146,12 @@ def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
 )
 def test_a_config_file_that_is_none(text, pattern, tmp_path):
     (tmp_path / 'c.py').write_text(text)
-    _assert_user_error(_run('main', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
+    _assert_user_error(_run('train', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
 
 
 def test_no_memory_is_one_line():
     """Python's own error says nothing."""
-    script = 'from alexnet_jax import cli\ndef f(): raise MemoryError\ncli.run(f, required=())'
+    script = f'{_PROGRAM}\ndef f(): raise MemoryError\nrun(f)'
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
 
@@ -151,9 +161,9 @@ def test_no_device_is_one_line(tmp_path):
     done = _run(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
     _assert_user_error(done, "JAX cannot open its devices .JAX_PLATFORMS='nothing': Unable to .*--cpu_devices=1")
     script = (
-        'import jax; from jax._src import hardware_utils, xla_bridge; from alexnet_jax import cli\n'
+        f'{_PROGRAM}\nimport jax; from jax._src import hardware_utils, xla_bridge\n'
         "hardware_utils.has_visible_nvidia_gpu = lambda: False; jax.config.update('jax_platforms', 'cuda')\n"
-        'cli.run(jax.devices, required=())'
+        'run(jax.devices)'
     )
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     _assert_user_error(done, 'JAX cannot open its devices')
@@ -162,19 +172,19 @@ def test_no_device_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_too_large_for_the_device_is_one_line(tmp_path):
     """2^48 floats, whatever the device."""
-    script = 'cli.run(lambda: print(jnp.zeros(1 << 48).sum()), required=())'
+    script = f'{_PROGRAM}\nimport jax.numpy as jnp\nrun(lambda: print(jnp.zeros(1 << 48).sum()))'
     result = subprocess.run(
-        [sys.executable, '-c', f'import jax.numpy as jnp; from alexnet_jax import cli; {script}'],
+        [sys.executable, '-c', script],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     )  # fmt: skip
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert 'not enough memory' in result.stderr and '--config.accumulate=N' in result.stderr
+    assert 'not enough memory' in result.stderr and '--config.grad_accum_steps=N' in result.stderr
 
 
 @pytest.mark.slow
 def test_train_resume_evaluate(tmp_path):
     """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
-    run = ['main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
+    run = ['train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
     first = _run(*run, '--config.num_steps=40')
     assert first.returncode == 0 and 'val    step 40/40' in first.stdout, first.stderr
     again = _run(*run, '--config.num_steps=40')
@@ -193,7 +203,7 @@ def test_train_resume_evaluate(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_learns_in_time(tmp_path):
-    result = _run('main', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
+    result = _run('train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
     assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 4
@@ -206,11 +216,11 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     prepared = _run('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
     assert prepared.returncode == 0, prepared.stderr
     run = [
-        'main', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
+        'train', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
         f'--config.data.path={data}', '--config.batch_size=16', '--config.num_steps=8',
         '--config.checkpoint_every_steps=2', '--config.log_every_steps=1',
     ]  # fmt: skip
-    command = [sys.executable, '-m', f'alexnet_jax.{run[0]}', *run[1:]]
+    command = [sys.executable, '-m', 'alexnet_jax', *run]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'  # there when the step is whole, some updates later
     while child.poll() is None and not saved.exists():
@@ -232,37 +242,64 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
 
 def test_the_package_lists_its_commands():
     result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
-    listed = re.findall(r'python -m alexnet_jax\.(\w+)', result.stdout)
-    package = ROOT / 'alexnet_jax'
-    commands = [p.stem for p in package.glob('*.py') if 'cli.run(' in p.read_text() and p.stem != 'cli']
-    assert sorted(listed) == sorted(commands)
+    listed = re.findall(r'^alexnet_jax (\w+) ', result.stdout, re.M)
+    modules = {path.stem for path in (ROOT / 'alexnet_jax' / 'commands').glob('*.py')} - {
+        '__init__',
+        'app',
+        'flag',
+    }
+    assert set(listed) == modules and len(listed) == len(COMMANDS)
 
 
 def _package(*words):
     return subprocess.run([sys.executable, '-m', 'alexnet_jax', *words], capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', COMMANDS)
-def test_help_has_the_purpose_an_example_and_only_its_own_flags(name):
-    done = _run(name, '-h')
-    assert done.returncode == 0 and not done.stderr
-    said = done.stdout
-    source = (ROOT / 'alexnet_jax' / f'{name}.py').read_text()
-    assert said.startswith(ast.get_docstring(ast.parse(source)).splitlines()[0])
-    assert f'\n    python -m alexnet_jax.{name} ' in said.partition('flags:')[0]
-    shown = set(re.findall(r'^  --(?:\[no\])?(\w+)', said, re.M))
-    own = set(re.findall(r"(?:DEFINE_\w+|define_config)\(\s*'(\w+)'", source))
-    shared = {flag for flag in ('cpu_devices', 'views') if f'define_{flag}' in source}
-    assert shown == own | shared, shown ^ own
+def _commands():
+    """Every command, and the subcommands of one that has them: (words, module or class)."""
+    for name in COMMANDS:
+        command = importlib.import_module(f'alexnet_jax.commands.{name}')
+        yield from [([name, sub], c) for sub, c in getattr(command, 'SUBCOMMANDS', {}).items()] or [([name], command)]
+
+
+@pytest.mark.parametrize(('words', 'command'), [pytest.param(w, c, id=' '.join(w)) for w, c in _commands()])
+def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
+    text = app.help_text(command)
+    assert text.startswith(inspect.getdoc(command).splitlines()[0])
+    assert re.search(rf'^ *alexnet_jax {" ".join(words)} ', text.partition('flags:')[0], re.M)
+    assert set(re.findall(r'^  --(?:\[no\])?(\w+)', text, re.M)) == {flag.name for flag in command.FLAGS}
+
+
+@pytest.mark.parametrize('word', ['-h', '--help'])
+def test_help_ends_with_0(word):
+    done = _package('evaluate', word)
+    assert (done.returncode, done.stderr) == (0, '') and '--checkpoint' in done.stdout
+    done = _package('benchmark', word)
+    assert (done.returncode, done.stderr) == (0, '') and '  step ' in done.stdout
+
+
+def test_env_prints_what_a_bug_report_needs():
+    done = _package('env', '--json', '--cpu_devices=1')
+    found = json.loads(done.stdout)
+    assert found['versions']['jax'] == jax.__version__ and found['devices'] == ['cpu:0 cpu']
+    done = _package('env', '--cpu_devices=1')
+    assert f'jax: {jax.__version__}\n' in done.stdout and 'devices: cpu:0 cpu\n' in done.stdout
+
+
+def test_the_module_of_the_readme_is_the_train_command():
+    done = [
+        subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True, cwd=ROOT)
+        for words in (['alexnet_jax.main', '--summary', MAIN[1]], ['alexnet_jax', 'train', '--summary', MAIN[1]])
+    ]
+    assert done[0].stdout == done[1].stdout and 'conv5' in done[0].stdout and not done[0].returncode
 
 
 def test_the_package_runs_a_command_and_suggests_the_nearest():
     done = _package('evalute', '--json')
     assert (done.returncode, done.stderr) == (2, "error: there is no command 'evalute'. Did you mean 'evaluate'?\n")
-    done = _package('main', '--config=configs/quickstart.py', '--summary')
+    done = _package('train', '--config=configs/quickstart.py', '--summary')
     assert done.returncode == 0 and 'conv5' in done.stdout and '2 towers, 28 px' in done.stdout
-    done = _package('main', '--config=configs/quickstart.py')
+    done = _package('train', '--config=configs/quickstart.py')
     assert done.returncode == 2 and '--workdir is missing' in done.stderr
 
 
@@ -276,7 +313,8 @@ def test_public_names():
 
 def test_preparing_does_not_load_jax():
     heavy = '("jax", "flax", "tensorflow", "torch")'
-    code = f'import sys, alexnet_jax.prepare; print([m for m in {heavy} if m in sys.modules])'
+    modules = 'alexnet_jax.prepare.prepare, alexnet_jax.prepare.record_writer, alexnet_jax.commands.prepare'
+    code = f'import sys, {modules}; print([m for m in {heavy} if m in sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == '[]'
 
@@ -284,82 +322,15 @@ def test_preparing_does_not_load_jax():
 def test_training_does_not_load_pytorch(tmp_path):
     """Where it is installed: in every process that decodes it would take as much memory again."""
     (tmp_path / 'torch.py').write_text('Tensor = None\n')
-    code = 'import sys, alexnet_jax.main; assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
+    checks = 'assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
+    code = f'import sys, alexnet_jax.commands.train; {checks}'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, check=True)
-
-
-# Which rooms a room may enter, and which libraries only some may know.
-ORDER = (
-    'errors',
-    'processes',
-    'digests',
-    'statistics',
-    'ops',
-    'pooling',
-    'layers',
-    'model',
-    'sharding',
-    'metrics',
-    'optim',
-    'augment',
-    'steps',
-    'sources',
-    'data',
-    'recovery',
-    'checkpoint',
-    'writers',
-    'trainlog',
-    'ensemble',
-    'cli',
-    'evaluate',
-    'assemble',
-    'resume',
-    'train',
-    'main',
-)
-ONLY = {
-    'ml_collections': {'assemble', 'train', 'resume', 'main', 'cli', 'convert', 'benchmark', 'suites'}
-    | {'experiments', 'tune'},
-    'grain': {'data'},
-    'tensorflow_datasets': {'sources', 'prepare', 'listing', 'shards'},
-    'orbax': {'checkpoint'},
-    'flax': {'model'},
-    'optax': {'optim', 'steps'},
-    'absl': {'cli', 'main', 'prepare', 'evaluate', 'predict', 'convert', 'data', 'benchmark'}
-    | {'features', 'figures', 'experiments', 'export', 'tune'},
-    'torch': {'weights', 'peer', 'benchmark'},
-    'google': {'weights', 'writers'},
-    'safetensors': {'weights', 'convert'},
-    'matplotlib': {'drawing'},
-    'configs': set(),
-}
-
-
-def test_imports_point_one_way():
-    for path in sorted((ROOT / 'alexnet_jax').glob('*.py')):
-        rooms, libraries = set(), set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                libraries |= {alias.name.split('.')[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                libraries.add(node.module.split('.')[0])
-                if node.module == 'alexnet_jax':
-                    rooms |= {alias.name for alias in node.names}
-                elif node.module.startswith('alexnet_jax.'):
-                    rooms.add(node.module.split('.')[1])
-        for library, allowed in ONLY.items():
-            assert library not in libraries or path.stem in allowed, f'{path.stem} imports {library}'
-        if path.stem in ORDER:
-            for room in rooms:
-                assert room in ORDER[: ORDER.index(path.stem)], f'{path.stem} imports {room}'
-    specs = [p.stem for p in (ROOT / 'alexnet_jax').glob('*.py') if 'PartitionSpec' in p.read_text()]
-    assert specs == ['sharding']
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which this system has not got')
 def test_output_that_cannot_be_written_is_one_line():
     """Also what Python would write only at its end."""
-    program = "from alexnet_jax import cli; cli.run(lambda: print('x'), required=(), arguments=None)"
+    program = f"{_PROGRAM}\nrun(lambda: print('x'))"
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
     with open('/dev/full', 'w') as full:
         done = subprocess.run(

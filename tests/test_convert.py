@@ -20,8 +20,11 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax import checkpoint, convert, model
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import convert, fit, layout
+from alexnet_jax.convert.weight_file import WeightFile
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
@@ -82,13 +85,13 @@ def _probabilities(net, image_NHWC):
 
 
 def _by_torchvision(net, images):
-    """ToTensor, Normalize, centre crop."""
+    """ToTensor, Normalize, center crop."""
     scaled = (images[:, 16:240, 16:240] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     return _probabilities(net, scaled)
 
 
 def _by_caffe(net, images, mean_bgr):
-    """BGR minus the mean image, centre crop of 227."""
+    """BGR minus the mean image, center crop of 227."""
     return _probabilities(net, (images[..., ::-1] - mean_bgr)[:, 14:241, 14:241])
 
 
@@ -204,7 +207,7 @@ def test_other_names_and_groups_from_the_shapes(groups, images, mean_bgr, tmp_pa
         ('legacy', True, False, 'binaryproto'),  # bvlc_alexnet.caffemodel as it is published
         ('legacy', True, True, 'npy'),  # bvlc_reference_caffenet.caffemodel
         ('double', False, True, 'npy'),
-        ('shape', False, False, 'colour'),
+        ('shape', False, False, 'color'),
     ],
 )
 def test_caffemodel(kind, v1, pool_first, mean, images, mean_bgr, tmp_path):
@@ -215,7 +218,7 @@ def test_caffemodel(kind, v1, pool_first, mean, images, mean_bgr, tmp_path):
     if mean == 'binaryproto':
         file.write_bytes(_blob(mean_bgr.transpose(2, 0, 1), 'legacy'))
     else:
-        mean_bgr = np.array([104, 117, 123], np.float32) if mean == 'colour' else mean_bgr
+        mean_bgr = np.array([104, 117, 123], np.float32) if mean == 'color' else mean_bgr
         np.save(file, mean_bgr.transpose(2, 0, 1) if mean == 'npy' else mean_bgr)
     convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(file))
     expected = _by_caffe(net, images, mean_bgr)
@@ -247,12 +250,12 @@ def test_a_checkpoint_there_and_back(images, mean_bgr, tmp_path):
         str(tmp_path / 'w.caffemodel'), paths[0], mean=str(tmp_path / 'mean.npy'), classes=str(tmp_path / 'names')
     )
     convert.convert(paths[0], paths[1], to='safetensors')
-    assert sorted(os.listdir(paths[1])) == ['model.safetensors', 'statistics.npz']
+    assert sorted(os.listdir(paths[1])) == ['image_stats.npz', 'model.safetensors']
     convert.convert(f'{paths[1]}/model.safetensors', paths[2])
     first, second = (alexnet_jax.load_checkpoint(paths[i]) for i in (0, 2))
     chex.assert_trees_all_equal(first.params, second.params)
-    chex.assert_trees_all_equal(first.statistics, second.statistics)
-    assert first._replace(params=None, statistics=None) == second._replace(params=None, statistics=None)
+    chex.assert_trees_all_equal(first.image_stats, second.image_stats)
+    assert first._replace(params=None, image_stats=None) == second._replace(params=None, image_stats=None)
     assert second.class_names == tuple('abcdefg')
     held = safetensors_torch.load_file(f'{paths[1]}/model.safetensors')
     exported, names = _caffe_net(), ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
@@ -269,15 +272,15 @@ def test_towers_without_communication_come_back(tmp_path):
     config.model.conv = tuple((w, *row[1:]) for w, row in zip(WIDTHS, config.model.conv, strict=True))
     config.model.dense = tuple((HIDDEN, *row[1:]) for row in config.model.dense)
     config.model.num_classes = CLASSES
-    params = small.init(model.from_config(config.model), 0, 224)
-    found = convert.from_params(model.from_config(config.model), 224, params)
+    params = small.init(model_from_config(config.model), 0, 224)
+    found = layout.from_params(model_from_config(config.model), 224, params)
     fc6 = np.asarray(params['fc6']['kernel']).reshape(6, 6, 6, HIDDEN)  # y, x, channel in its tower, unit
     assert found[5].weight.shape == (HIDDEN, 6 * 36)
     assert found[5].weight[5, 4 * 36 + 3 * 6 + 2] == fc6[3, 2, 4, 5]
-    back = convert.to_params(model.from_config(config.model), 224, found)
+    back = layout.to_params(model_from_config(config.model), 224, found)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), back)
-    fitted = convert.fit(checkpoint.config_to_json(config), found)
-    assert model.from_config(fitted['model']) == model.from_config(config.model)
+    fitted = fit.fit_config(manager.config_to_json(config), WeightFile('', found))
+    assert model_from_config(fitted['model']) == model_from_config(config.model)
 
 
 @pytest.mark.slow
@@ -394,12 +397,12 @@ def _wrong_files(folder):
     whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
     changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]
     for text in ('[' * 100_000, '[1]', *map(json.dumps, changed)):
-        said = 'expected the metadata that alexnet_jax.convert writes'
+        said = 'expected the metadata that alexnet_jax convert writes'
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
     _, plain = convert._default_config('torchvision.py')
     for part, key, said in (
         ('model', 'lrn_k', 'model.lrn_k is 1000+; expected a number above 0'),
-        ('data', 'colour_std', 'data.colour_std=1000+; expected a number of 0 or more'),
+        ('data', 'color_std', 'data.color_std=1000+; expected a number of 0 or more'),
         ('model', '\n', r'own.safetensors.: model.\? is unknown.'),
     ):
         changed = {**plain, part: {**plain[part], key: 10**400}}
@@ -422,11 +425,11 @@ def test_wrong_files(tmp_path):
 
 
 def test_caffe_layers_in_an_order_the_config_has_not(tmp_path):
-    """Without normalisation behind the second layer it is another network."""
+    """Without normalization after the second layer it is another network."""
     net = nn.Sequential(*(module for i, module in enumerate(_caffe_net()) if i != 6))
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net))
     np.save(tmp_path / 'mean.npy', np.full(3, 120.0))
-    message = "conv2 expected to be followed by 'relu lrn pool', found 'relu pool' behind 'convolution"
+    message = "conv2 expected to be followed by 'relu lrn pool', found 'relu pool' after 'convolution"
     with pytest.raises(UserError, match=message):
         convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(tmp_path / 'mean.npy'))
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net, steps=False))  # weights alone: the config's word
@@ -457,7 +460,7 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         (dict(mean='none.npy'), "there is no --mean='none.npy'"),
         (dict(mean='small.npy'), 'the mean image is of 100 px, expected at least data.image_size=227'),
         (dict(mean='oblong.npy'), r'expected a shape \[3, S, S\].* found \(256, 200, 3\)'),
-        (dict(mean='unit.npy'), 'expected grey levels of 0 to 255, found 0.3'),
+        (dict(mean='unit.npy'), 'expected gray levels of 0 to 255, found 0.3'),
         (dict(mean='pickled.npy'), 'expected an array written by numpy.save'),
         (dict(mean='cut.binaryproto'), "expected Caffe's BlobProto in binary"),
         (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto, at most 2147483647 bytes, found 2147483648"),
@@ -495,7 +498,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.Checkpoints, 'save', full)
+    monkeypatch.setattr(manager.CheckpointManager, 'save', full)
     with pytest.raises(UserError, match='cannot write .*out.*No space left on device'):
         convert.convert(str(source), str(out), mean=str(tmp_path / 'mean.npy'))
     assert sorted(os.listdir(tmp_path)) == ['mean.npy', 'w.caffemodel']

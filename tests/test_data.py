@@ -15,8 +15,10 @@ import chex
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, data, processes, sources
-from alexnet_jax.errors import UnreadableError, UserError
+from alexnet_jax.core import augment
+from alexnet_jax.data import cache, datasets, pipeline
+from alexnet_jax.utils import processes
+from alexnet_jax.utils.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
 
@@ -39,7 +41,7 @@ class Records:
 def _train(count=50, *, batch_size=8, start_step=0, take=10, damaged=(), **options):
     options = {'seed': 3, 'augmentation': augment.Augmentation(image_size=4), 'num_threads': 2, **options}
     records = Records(count, damaged=damaged)
-    batches = data.train_batches(records, batch_size=batch_size, start_step=start_step, record_size=6, **options)
+    batches = pipeline.train_batches(cache.Records(records, 6), batch_size=batch_size, start_step=start_step, **options)
     try:
         return list(itertools.islice(batches, take))
     finally:
@@ -51,14 +53,14 @@ def test_batches_hold_bytes_and_draws():
     shapes = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
     assert shapes == {
         'image': ('uint8', (8, 4, 4, 3)), 'offset': ('int32', (8, 2)), 'extent': ('int32', (8, 2)),
-        'reflect': ('bool', (8,)), 'colour': ('float32', (8, 3)), 'label': ('int32', (8,)), 'weight': ('float32', (8,)),
+        'reflect': ('bool', (8,)), 'color': ('float32', (8, 3)), 'label': ('int32', (8,)), 'weight': ('float32', (8,)),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(('cores', 'workers', 'threads'), [(2, 0, 2), (64, 0, 16), (16, 4, 4), (16, 15, 1), (2, 8, 1)])
 def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypatch):
-    monkeypatch.setattr(data.processes, 'cores', lambda: cores)
-    assert data.default_threads(workers) == threads
+    monkeypatch.setattr(pipeline.processes, 'cores', lambda: cores)
+    assert pipeline.default_threads(workers) == threads
 
 
 @pytest.mark.parametrize(
@@ -68,24 +70,24 @@ def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypat
 def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, devices, workers, monkeypatch, capsys):
     """128 images to train on and 128 to validate with: 128 * 3 * (224^2 + 256^2) bytes = 42.4 MiB, of which a process
     may have five; a container has 64 MiB of shared memory. Of larger batches it makes 1,024 at a time."""
-    monkeypatch.setattr(data.processes, 'cores', lambda: cores)
-    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
+    monkeypatch.setattr(pipeline.processes, 'cores', lambda: cores)
+    monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
     row_bytes = 3 * (224**2 + 256**2)
-    assert data.default_workers(128, row_bytes, devices) == workers
+    assert pipeline.default_workers(128, row_bytes, devices) == workers
     assert ('--ipc=host' in capsys.readouterr().err) == (free_mib < 65536)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # of launch/local.sh
-    assert data.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
+    assert pipeline.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
     monkeypatch.delenv('LOCAL_WORLD_SIZE')
-    assert data.default_workers(8192, row_bytes, devices) == (min(workers, 37) if free_mib == 65536 else 0)
+    assert pipeline.default_workers(8192, row_bytes, devices) == (min(workers, 37) if free_mib == 65536 else 0)
 
 
 def test_pieces_that_wait_for_their_batch_take_room_too(monkeypatch, capsys):
     """Four processes were seen to have 4 * 4 + 2 + 7 pieces of a batch of eight: more than 24 in 8 GiB."""
-    monkeypatch.setattr(data.processes, 'cores', lambda: 16)
-    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: SimpleNamespace(free=8 << 30))
+    monkeypatch.setattr(pipeline.processes, 'cores', lambda: 16)
+    monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: SimpleNamespace(free=8 << 30))
     row_bytes = 3 * (224**2 + 256**2)
     assert (8 << 30) // (1024 * row_bytes) == 24
-    assert data.default_workers(8192, row_bytes, 1) == 3 and data.default_workers(1024, row_bytes, 1) == 4
+    assert pipeline.default_workers(8192, row_bytes, 1) == 3 and pipeline.default_workers(1024, row_bytes, 1) == 4
 
 
 @pytest.mark.parametrize(
@@ -126,13 +128,14 @@ def test_records_in_memory_are_never_printed():
 
     records = Records([{'image': np.zeros((6, 6, 3), np.uint8), 'label': 0}] * 4)
     augmentation = augment.Augmentation(image_size=4)
-    next(data.train_batches(records, batch_size=2, seed=0, start_step=0, record_size=6, augmentation=augmentation))
-    assert len(list(data.eval_batches(records, batch_size=2, record_size=6))) == 2
+    stored = cache.Records(records, 6)
+    next(pipeline.train_batches(stored, batch_size=2, seed=0, start_step=0, augmentation=augmentation))
+    assert len(list(pipeline.eval_batches(records, batch_size=2, record_size=6))) == 2
 
 
 def test_what_workers_leave_in_shared_memory_is_removed_without_a_word():
     code = (
-        'from alexnet_jax import processes\nfrom multiprocessing import shared_memory\n'
+        'from alexnet_jax.utils import processes\nfrom multiprocessing import shared_memory\n'
         'with processes.signals_blocked():\n    print(shared_memory.SharedMemory(create=True, size=9).name)'
     )
     ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
@@ -163,22 +166,22 @@ def test_a_restart_goes_on_at_step_times_batch(start_step):
 def test_pixels_that_are_no_bytes_are_refused():
     """From 0 to 1 they would all be black."""
     with pytest.raises(UnreadableError, match='float32 of shape .* expected uint8'):
-        data.decode({'image': np.ones((6, 6, 3), np.float32)}, 6)
+        cache.decode({'image': np.ones((6, 6, 3), np.float32)}, 6)
 
 
 @pytest.mark.parametrize('label', [-1, -7])
 def test_an_image_without_a_label_is_named(label):
     records = [{'image': np.zeros((6, 6, 3), np.uint8), 'label': label, 'file_name': b'a.jpg'}] * 3
-    fixed = {'seed': 0, 'start_step': 0, 'record_size': 6, 'augmentation': augment.Augmentation(image_size=4)}
-    batches = data.train_batches(records, batch_size=2, **fixed)
+    fixed = {'seed': 0, 'start_step': 0, 'augmentation': augment.Augmentation(image_size=4)}
+    batches = pipeline.train_batches(cache.Records(records, 6), batch_size=2, **fixed)
     batch = next(batches)
     batches.close()
-    (whole,) = data.eval_batches(records, batch_size=3, record_size=6)
+    (whole,) = pipeline.eval_batches(records, batch_size=3, record_size=6)
     for found in (batch, whole):
         why = found['unreadable']
         assert set(why) == {"the image 'a.jpg' has no label."} and not found['weight'].any()
-    _, labels = data.decode_all(records, 6)
-    assert labels == [data._LOST] * 3
+    _, labels = pipeline.decode_all(records, 6)
+    assert labels.tolist() == [pipeline.UNREADABLE_LABEL] * 3
 
 
 def test_threads_change_nothing():
@@ -189,7 +192,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize(('num_workers', 'piece'), [(1, 8), (3, 8), (2, 3)])
 def test_worker_processes_change_nothing(num_workers, piece, monkeypatch):
     """Nor that they make a batch of 8 in pieces of 2, 3 and 3, of which some have images that cannot be read."""
-    monkeypatch.setattr(data, '_PIECE', piece)
+    monkeypatch.setattr(pipeline, '_CHUNK', piece)
     for shard in ((0, 1), (1, 2)):
         in_threads, in_processes = (
             _train(start_step=2, damaged=range(0, 50, 3), shard=shard, num_workers=number)
@@ -213,7 +216,7 @@ def test_draws_do_not_depend_on_the_order_of_images():
     """The same seed draws the same at a position, whatever images lie there and in whatever batches they come."""
     a, b = _train(), _train(count=47, batch_size=4, take=20)
     assert (np.concatenate([x['label'] for x in a]) != np.concatenate([x['label'] for x in b])).any()
-    for name in ('offset', 'reflect', 'colour'):
+    for name in ('offset', 'reflect', 'color'):
         chex.assert_trees_all_equal(np.concatenate([x[name] for x in a]), np.concatenate([x[name] for x in b]))
     other = _train(seed=4)
     assert (np.concatenate([x['offset'] for x in a]) != np.concatenate([x['offset'] for x in other])).any()
@@ -226,7 +229,7 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
     seen, batches = collections.Counter(), set()
     for i in range(shards):
         parts = list(
-            data.eval_batches(Records(30), batch_size=batch_size, record_size=6, shard=(i, shards), num_threads=2)
+            pipeline.eval_batches(Records(30), batch_size=batch_size, record_size=6, shard=(i, shards), num_threads=2)
         )
         batches.add(len(parts))
         for part in parts:
@@ -239,8 +242,8 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluation_pass_after_pass_keeps_its_processes(num_workers):
     options = dict(batch_size=8, record_size=6, num_workers=num_workers)
-    once = list(data.eval_batches(Records(30), **options))
-    batches, pids = data.eval_batches(Records(30), **options, repeat=True), []
+    once = list(pipeline.eval_batches(Records(30), **options))
+    batches, pids = pipeline.eval_batches(Records(30), **options, repeat=True), []
     for _ in range(3):
         chex.assert_trees_all_equal(list(itertools.islice(batches, 4)), once)
         pids.append({process.pid for process in multiprocessing.active_children()})
@@ -252,39 +255,40 @@ def test_evaluation_pass_after_pass_keeps_its_processes(num_workers):
 @pytest.mark.parametrize('name', [b'n01/a.jpg', 'n01/a.jpg'])
 def test_a_record_that_is_no_image_is_named(name):
     with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
-        data.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
+        cache.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
 
 
 def test_digits_are_real_and_apart():
-    digits = sources.open_dataset('digits')
+    digits = datasets.open_dataset('digits')
     train, val = digits.split('train'), digits.split('val')
     assert (len(train), len(val), digits.record_size) == (1437, 360, 32)
     assert set(r['label'] for r in train) == set(range(10)) and len(digits.class_names) == 10
     assert not {r['image'].tobytes() for r in train} & {r['image'].tobytes() for r in val}
     mean = np.mean([r['image'] for r in train], axis=0)
-    chex.assert_trees_all_close(digits.statistics.mean_image, mean.astype(np.float32), rtol=1e-5)
+    chex.assert_trees_all_close(digits.image_stats.mean_image, mean.astype(np.float32), rtol=1e-5)
     with pytest.raises(UserError, match="no split 'test' in this data; it has: train, val"):
         digits.split('test')
 
 
 def test_missing_data_name_the_command(tmp_path):
-    with pytest.raises(UserError, match=r'no data directory .*python -m alexnet_jax.prepare --input=IMAGES --output='):
-        sources.open_dataset(str(tmp_path / 'nowhere'))
+    with pytest.raises(UserError, match=r'no data directory .*alexnet_jax prepare --input=IMAGES --output='):
+        datasets.open_dataset(str(tmp_path / 'nowhere'))
     with pytest.raises(UserError, match='holds no prepared data'):
-        sources.open_dataset(str(tmp_path))
+        datasets.open_dataset(str(tmp_path))
     with pytest.raises(UserError, match='no data given'):
-        sources.open_dataset('')
+        datasets.open_dataset('')
 
 
 _PARENT = """
 import multiprocessing, sys, time
 from absl import flags
 from tests.test_data import Records
-from alexnet_jax import augment, data
+from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.data import cache, pipeline
 if __name__ == '__main__':
     flags.FLAGS.mark_as_parsed()
-    batches = data.train_batches(Records(50), batch_size=8, start_step=0, record_size=6, seed=3, num_workers=2,
-                                 augmentation=augment.Augmentation(image_size=4))
+    batches = pipeline.train_batches(cache.Records(Records(50), 6), batch_size=8, start_step=0, seed=3,
+                                     num_workers=2, augmentation=Augmentation(image_size=4))
     next(batches)
     print(*[p.pid for p in multiprocessing.active_children()], flush=True)
     time.sleep(60)
@@ -315,10 +319,10 @@ def test_workers_end_with_their_parent(tmp_path, sig):
 
 def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
     records = [{'label': i} for i in range(1000)]
-    small, large = (sources.subset(records, fraction) for fraction in (0.1, 0.35))
+    small, large = (datasets.subset(records, fraction) for fraction in (0.1, 0.35))
     few, many = ([record['label'] for record in part] for part in (small, large))
     assert (len(few), len(many)) == (100, 350)
     assert set(few) <= set(many) and sorted(few) == few
-    assert few == [record['label'] for record in sources.subset(records, 0.1)]
+    assert few == [record['label'] for record in datasets.subset(records, 0.1)]
     assert 30 < sum(label < 500 for label in few) < 70  # from everywhere
-    assert sources.subset(records, 1.0) is records
+    assert datasets.subset(records, 1.0) is records

@@ -2,7 +2,9 @@
 
 import ast
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -16,6 +18,8 @@ from tests import ROOT, SHARED_DATA
 from tests.test_tune import write_pictures
 
 CHECKLIST = ROOT / 'docs' / 'paper.md'
+ARCHITECTURE = ROOT / 'docs' / 'architecture.md'
+EVERY_PAGE = ['README.md', *sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))]
 STATES = ('holds', 'measured', 'needs ImageNet', 'not built')
 
 
@@ -26,95 +30,240 @@ def _rows():
 
 @functools.cache
 def _names(path):
-    """What a file defines at its top, and the fields of its classes."""
-    found = set()
+    """What a file defines at its top, and what its classes define there: 'AlexNet', 'AlexNet.__call__'."""
+    names = set()
     for node in ast.parse((ROOT / path).read_text()).body:
-        targets = getattr(node, 'targets', [getattr(node, 'target', None)])
-        found |= {target.id for target in targets if isinstance(target, ast.Name)}
-        found |= {node.name} if hasattr(node, 'name') else set()
-    return found
+        names |= _defined(node)
+        if isinstance(node, ast.ClassDef):
+            names |= {f'{node.name}.{name}' for part in node.body for name in _defined(part)}
+    return names
 
 
-def _exists(token):
-    """Whether a word in backticks is a test, a name, a config, a command or a key that there is."""
-    config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
-    if found := re.fullmatch(r'(tests/\w+\.py)::(\w+)', token):
-        return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
-    if found := re.fullmatch(r'(alexnet_jax/\w+\.py):(\w+)', token):
-        return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
-    if found := re.fullmatch(r'(configs/\w+\.py)(?::(.+))?', token):
-        return bool(runpy.run_path(str(ROOT / found[1]))['get_config'](*([found[2]] if found[2] else [])))
-    if found := re.fullmatch(r'python -m alexnet_jax\.(\w+)(.*)', token):
-        source = ''.join((ROOT / 'alexnet_jax' / f'{name}.py').read_text() for name in (found[1], 'cli'))
-        flags = re.findall(r'--(\w+)', found[2])
-        return found[1] in COMMANDS and all(
-            re.search(rf"(?:DEFINE_\w+|define_config)\(\s*'{flag}'", source) for flag in flags
-        )
-    section, _, key = token.rpartition('.')
+def _defined(node):
+    targets = getattr(node, 'targets', [getattr(node, 'target', None)])
+    named = {target.id for target in targets if isinstance(target, ast.Name)}
+    return named | ({node.name} if hasattr(node, 'name') else set())
+
+
+@functools.cache
+def _config_exists(name):
+    """Whether there is such a config: configs/paper.py, configs/paper.py:init=authors, configs/large_batch.py:BATCH."""
+    path, _, variant = name.partition(':')
+    if not (ROOT / path).is_file():
+        return False
+    try:
+        runpy.run_path(str(ROOT / path))['get_config'](*([variant] if variant and not variant.isupper() else []))
+    except ValueError:  # what a config raises for a variant that it has not got
+        return False
+    return True
+
+
+@functools.cache
+def _paper_config():
+    return runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+
+
+def _is_key(name):
+    """Whether a config has a key: 'seed', 'optim.momentum'."""
+    section, _, key = name.rpartition('.')
+    config = _paper_config()
     return key in (config[section] if section in config else config if not section else ())
 
 
+@functools.cache
+def _defined_flags(command, subcommand):
+    """The names of a command's flags; None where there is no such subcommand."""
+    module = importlib.import_module(f'alexnet_jax.commands.{command}')
+    if subcommands := getattr(module, 'SUBCOMMANDS', None):
+        module = subcommands.get(subcommand)
+    return None if module is None else frozenset(flag.name for flag in module.FLAGS)
+
+
+def _missing(words):
+    """What a command line names that there is not: a command, an option, a key of the config, a file of configs/."""
+    if words[0] == 'python':  # python -m alexnet_jax.main, python -m alexnet_jax COMMAND
+        words = ['alexnet_jax', 'train', *words[3:]] if words[2] == 'alexnet_jax.main' else words[2:]
+    elif words[0].startswith('launch/'):
+        words = ['alexnet_jax', 'train', *words[1:]]
+    if words[0] != 'alexnet_jax' or words[1] not in COMMANDS:
+        return words[:2]
+    defined = _defined_flags(words[1], words[2] if len(words) > 2 else '')
+    if defined is None:
+        return words[2:3]
+    missing = []
+    for word in words[2:]:
+        if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(\S*?))?\]?', word)):  # [--option]: of a synopsis
+            continue
+        name, value = option.groups()
+        known = _is_key(name.removeprefix('config.')) if name.startswith('config.') else name in defined
+        if name in ('config', 'base') and value.startswith('configs/'):
+            known = known and _config_exists(value)
+        missing += [] if known else [name]
+    return missing
+
+
+def _exists(token):
+    """Whether a word in backticks names something that there is; None for a word that is none of these."""
+    if found := re.fullmatch(r'(tests/\w+\.py)::(\w+)', token):
+        return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
+    if found := re.fullmatch(r'((?:alexnet_jax|tests)/[\w/]+\.py)(?::([\w.]+))?', token):
+        return (ROOT / found[1]).is_file() and (not found[2] or found[2] in _names(found[1]))
+    if re.fullmatch(r'configs/\w+\.py(:\S+)?', token):
+        return _config_exists(token)
+    if re.fullmatch(r'(docs|notebooks|launch)/[\w/]+\.\w+', token):
+        return (ROOT / token).is_file()
+    if re.match(r'(python -m )?alexnet_jax [a-z]|python -m alexnet_jax\.', token):
+        return not _missing(shlex.split(token))
+    if found := re.fullmatch(r'(alexnet_jax(?:\.\w+)+)(?:\(.*\))?', token):
+        return _is_importable(found[1])
+    if re.fullmatch(r'(seed|batch_size|\w+_steps|(data|model|mesh|optim)\.[a-z]\w*)', token):
+        return _is_key(token)
+    return None
+
+
+def _is_importable(name):
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _tokens(text):
+    """Words in backticks, outside code blocks."""
+    return set(re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)))
+
+
 def test_everything_mentioned_exists():
-    tokens = set(re.findall(r'`([^`]+)`', CHECKLIST.read_text()))
+    tokens = _tokens(CHECKLIST.read_text())
     assert len(tokens) > 80
-    missing = sorted(token for token in tokens if not _exists(token))
-    assert not missing
+    assert not sorted(token for token in tokens if not (_exists(token) or _is_key(token)))
+
+
+@pytest.mark.parametrize('page', EVERY_PAGE)
+def test_what_a_page_mentions_exists(page):
+    assert not sorted(token for token in _tokens((ROOT / page).read_text()) if _exists(token) is False)
 
 
 def _commands(text):
     """Lines of code blocks that start a command of ours, as words."""
-    for block in re.findall(r'^```\w*\n(.*?)^```', text, re.S | re.M):
-        for line in block.replace('\\\n', ' ').splitlines():
-            if found := re.search(r'(?:python -m alexnet_jax\.\w+|launch/(?:local|slurm)\.sh) .*', line):
+    ours = r'python -m alexnet_jax\S*|(?<![\w./-])alexnet_jax(?= [a-z])|launch/(?:local|slurm)\.sh'
+    for language, block in re.findall(r'^```(\w*)\n(.*?)^```', text, re.S | re.M):
+        for line in block.replace('\\\n', ' ').splitlines() if language != 'python' else ():
+            if found := re.search(rf'(?:{ours}) .*', line):
                 yield shlex.split(found[0])
 
 
-def _unknown(words):
-    """What a command names that there is not: itself, an option, a key of the config, a file of configs/."""
-    config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
-    name = words[2].removeprefix('alexnet_jax.') if words[0] == 'python' else 'main'
-    if name not in COMMANDS:
-        return [name]
-    sources = [(ROOT / 'alexnet_jax' / f'{file}.py').read_text() for file in (name, 'cli')]
-    defined = {flag for source in sources for flag in re.findall(r"(?:DEFINE_\w+|define_config)\(\s*'(\w+)'", source)}
-    missing = []
-    for option, value in re.findall(r'^--([\w.]+)(?:=(\S*))?', '\n'.join(words), re.M):
-        if option.startswith('config.'):
-            section, _, key = option.removeprefix('config.').rpartition('.')
-            known = key in (config[section] if section else config)
-        else:
-            known = option in defined
-        if option in ('config', 'base') and value.startswith('configs/'):
-            known = known and (ROOT / value.partition(':')[0]).is_file()
-        missing += [] if known else [option]
-    return missing
-
-
-@pytest.mark.parametrize('page', ['README.md', *sorted(path.name for path in (ROOT / 'docs').glob('*.md'))])
+@pytest.mark.parametrize('page', EVERY_PAGE)
 def test_commands_name_what_there_is(page):
-    text = ((ROOT if page == 'README.md' else ROOT / 'docs') / page).read_text()
-    commands = list(_commands(text))
-    assert len(commands) > 10 or page != 'README.md'
-    assert {' '.join(words): _unknown(words) for words in commands if _unknown(words)} == {}
+    commands = list(_commands((ROOT / page).read_text()))
+    assert len(commands) > 20 or page != 'README.md'
+    assert {' '.join(words): _missing(words) for words in commands if _missing(words)} == {}
 
 
 @pytest.mark.parametrize(
-    'words',
-    ['alexnet_jax.train', 'alexnet_jax.evaluate --view=1', 'alexnet_jax.main --config.optim.nothing=1',
-     'alexnet_jax.main --config=configs/papr.py', 'alexnet_jax.main --config.nothing=1'],
-)  # fmt: skip
-def test_commands_that_name_nothing_are_seen(words):
-    assert _unknown(['python', '-m', *words.split()])
+    'line',
+    [
+        'alexnet_jax main --config=configs/paper.py',
+        'python -m alexnet_jax main --config=configs/paper.py',
+        'python -m alexnet_jax.evaluate --checkpoint=runs/paper',
+        '.venv/bin/python -m alexnet_jax.main --config.optim.nothing=1',
+        'alexnet_jax evaluate --view=1',
+        'alexnet_jax train --config.nothing=1',
+        'alexnet_jax train --config.nothing.seed=1',
+        'alexnet_jax train --config=configs/papr.py',
+        'alexnet_jax train --config=configs/paper.py:init=nothing',
+        'alexnet_jax benchmark speed',
+        'alexnet_jax benchmark prepare --against=torch',
+        'alexnet_jax experiments figure1 [--basis=configs/paper.py]',
+        'launch/local.sh 2 --configs=configs/paper.py',
+    ],
+)
+def test_commands_that_name_nothing_are_seen(line):
+    (words,) = _commands(f'Text.\n\n```bash\n{line}\n```\n')
+    assert _missing(words)
 
 
-@pytest.mark.parametrize('token', ['tests/test_docs.py::test_nothing', 'alexnet_jax/ops.py:tanh', 'configs/papr.py:x',
-                                   'python -m alexnet_jax.train', 'python -m alexnet_jax.evaluate --view=1',
-                                   'optim.nothing', 'nothing'])  # fmt: skip
+@pytest.mark.parametrize(
+    'line',
+    [
+        'alexnet_jax train --config=configs/paper.py:init=authors --config.optim.momentum=0.5',
+        'python -m alexnet_jax.main --config=configs/paper.py',
+        'python -m alexnet_jax evaluate --views=10',
+        'alexnet_jax benchmark step --against=torch [--repeats=5]',
+        'launch/slurm.sh --config=configs/large_batch.py:8192',
+    ],
+)
+def test_commands_that_name_what_there_is_are_not(line):
+    (words,) = _commands(f'```\n{line}\n```\n')
+    assert not _missing(words)
+
+
+@pytest.mark.parametrize(
+    'token',
+    [
+        'tests/test_docs.py::test_nothing',
+        'tests/test_nothing.py',
+        'alexnet_jax/core/ops.py:tanh',
+        'alexnet_jax/ops.py:conv',
+        'alexnet_jax/core/model.py:AlexNet.nothing',
+        'alexnet_jax/nothing/ops.py',
+        'alexnet_jax.nothing',
+        'alexnet_jax.core.ops.tanh(x)',
+        'configs/papr.py',
+        'configs/paper.py:nothing',
+        'docs/nothing.md',
+        'python -m alexnet_jax.train',
+        'alexnet_jax evaluate --view=1',
+        'optim.nothing',
+    ],
+)
 def test_what_does_not_exist_is_seen(token):
-    try:
-        assert not _exists(token)
-    except FileNotFoundError:
-        pass
+    assert _exists(token) is False
+
+
+@pytest.mark.parametrize('token', ['nothing', 'data.', 'nothing.seed'])
+def test_a_word_that_is_no_key_is_seen(token):
+    assert not _is_key(token)
+
+
+def _modules():
+    """Every module of the package by its path below it, but for the empty ones."""
+    paths = (ROOT / 'alexnet_jax').rglob('*.py')
+    return {path.relative_to(ROOT / 'alexnet_jax').as_posix() for path in paths if path.stat().st_size}
+
+
+def _map_problems(text):
+    """What is wrong with the module map: modules that have no row, or two, and names of modules that there are not."""
+    cells = re.findall(r'^\| (`[\w/]+\.py`(?:, `[\w/]+\.py`)*) \| .+ \|$', text, re.M)
+    rows = re.findall(r'`(.+?)`', ' '.join(cells))
+    problems = [f'{name}: {rows.count(name)} rows' for name in _modules() if rows.count(name) != 1]
+    for token in _tokens(text):
+        if re.fullmatch(r'[\w/]+\.py(:[\w.]+)?', token):
+            folder = '' if re.match('(configs|tests)/', token) else 'alexnet_jax/'
+            if not _exists(f'{folder}{token}'):
+                problems.append(f'{token}: there is none')
+    return problems
+
+
+def test_the_architecture_names_every_module_and_no_other():
+    assert not _map_problems(ARCHITECTURE.read_text())
+
+
+@pytest.mark.parametrize(
+    ('old', 'new'),
+    [
+        ('| `core/ops.py` |', '| |'),
+        ('| `core/ops.py` |', '| `core/operations.py` |'),
+        ('| `core/ops.py` |', '| `core/pooling.py` |'),
+        ('`core/ops.py`', '`ops.py`'),
+        ('\n## ', '\n`core/ops.py:nothing`\n## '),
+        ('\n## ', '\n`configs/papr.py`\n## '),
+    ],
+)
+def test_a_wrong_map_is_seen(old, new):
+    text = ARCHITECTURE.read_text()
+    assert old in text and _map_problems(text.replace(old, new, 1))
 
 
 def test_every_row_is_whole():
@@ -148,7 +297,9 @@ def test_a_command_of_a_page_is_run_or_says_what_it_needs(page):
     blocks = _blocks(page)
     assert any(language == 'bash' for language, _ in blocks)
     for language, lines in blocks:
-        if language == '' and any(re.match(r'python |launch/|sbatch |kubectl |docker ', line) for line in lines):
+        if language == '' and any(
+            re.match(r'python |alexnet_jax |launch/|sbatch |kubectl |docker ', line) for line in lines
+        ):
             assert lines[0].startswith('# needs ') or '[--' in lines[0], lines  # the second: a synopsis
 
 
@@ -177,6 +328,6 @@ def test_the_commands_of_a_page_run_as_they_stand(page, desk):
         words = shlex.split(command)
         if missing := [word for word in words if '.tar' in word and not (desk / word.partition('=')[2]).exists()]:
             pytest.skip(f'needs the archive of {missing[0]}, which this machine has not got')
-        words = [sys.executable, *words[1:]] if words[0] == 'python' else words
+        words = [sys.executable, '-m', *words] if words[0] == 'alexnet_jax' else words
         done = subprocess.run(words, cwd=desk, env=here, capture_output=True, text=True)
         assert done.returncode == 0, f'{command}: {done.stderr[-2000:]}'

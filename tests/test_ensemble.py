@@ -12,30 +12,35 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import checkpoint, ensemble, evaluate, images, model, sharding, sources, steps
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.core import sharding, train_step
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.data import datasets, image_io
+from alexnet_jax.inference import ensemble, evaluate, predict
+from alexnet_jax.training import train
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
     """Paths of three checkpoints with weights of three seeds."""
-    config, digits, paths = small.digits_config(), sources.open_dataset('digits'), []
-    network = model.from_config(config.model)
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
+    config, digits, paths = small.digits_config(), datasets.open_dataset('digits'), []
+    network = model_from_config(config.model)
+    meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
     for seed in range(3):
         paths.append(str(tmp_path_factory.mktemp('checkpoints') / str(seed)))
         params = small.init(network, seed, 28)
-        with checkpoint.Checkpoints(paths[-1]) as saved:
-            saved.save(steps.TrainState(jnp.int32(0), params, None), digits.statistics, meta, None)
+        with manager.CheckpointManager(paths[-1]) as saved:
+            saved.save(train_step.TrainState(jnp.int32(0), params, None), digits.image_stats, meta, None)
     return paths
 
 
 def _outputs(paths, views=1):
-    digits = sources.open_dataset('digits').split('val')
+    digits = datasets.open_dataset('digits').split('val')
     pixels, labels = np.stack([r['image'] for r in digits]), np.array([r['label'] for r in digits])
-    return [evaluate.predict(checkpoint.load_checkpoint(p), pixels, views=views) for p in paths], labels
+    return [predict.predict(loading.load_checkpoint(p), pixels, views=views) for p in paths], labels
 
 
 def test_average_by_hand():
@@ -74,7 +79,7 @@ def test_tuned_weights_are_the_coordinate_searchs():
             tried = [*weights[:i], step * 0.05, *weights[i + 1 :]]
             if score(tried) < lowest:
                 lowest, weights = score(tried), tried
-    found = ensemble.tune(p, labels)
+    found = ensemble.tune_weights(p, labels)
     chex.assert_trees_all_close(np.array(found), np.array(weights), atol=1e-9)
     assert found != [0.5] * 3 and lowest < score([0.5] * 3)
 
@@ -83,16 +88,16 @@ def test_tuned_weights_are_not_all_zero():
     """The first network is best left out, and nothing at all would put the labels 0 and 1 among the first five."""
     first = np.array([[0, 0.2, 0.2, 0.2, 0.2, 0.2], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
     second = np.array([[0.1, 0.2, 0.2, 0.2, 0.25, 0.05], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
-    assert ensemble.tune([first, second], np.array([0, 1])) == [0, 0.5]
+    assert ensemble.tune_weights([first, second], np.array([0, 1])) == [0, 0.5]
 
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)])
 def test_evaluating_an_ensemble(checkpoints, views, weights):
     outputs, labels = _outputs(checkpoints, views)
-    loaded = [checkpoint.load_checkpoint(path) for path in checkpoints]
+    loaded = [loading.load_checkpoint(path) for path in checkpoints]
     mesh = sharding.make_mesh(data=2, tower=2)
-    val = sources.open_dataset('digits').split('val')
+    val = datasets.open_dataset('digits').split('val')
     found = evaluate.evaluate_ensemble(loaded, val, mesh, weights=weights, views=views, batch_size=100)
     share = np.array(weights or (1, 1, 1)) / sum(weights or (1, 1, 1))
     mean = np.einsum('i,ink->nk', share, np.stack(outputs).astype(np.float64))
@@ -104,26 +109,26 @@ def test_evaluating_an_ensemble(checkpoints, views, weights):
 
 def test_images_that_cannot_be_read_count_nowhere(checkpoints):
     """And are no reason to give up while they are no more than allowed."""
-    loaded, mesh = [checkpoint.load_checkpoint(path) for path in checkpoints[:2]], sharding.make_mesh(data=2, tower=1)
-    records = sources.open_dataset('digits').split('val')[:40]
+    loaded, mesh = [loading.load_checkpoint(path) for path in checkpoints[:2]], sharding.make_mesh(data=2, tower=1)
+    records = datasets.open_dataset('digits').split('val')[:40]
     spoilt = [{**r, 'image': b'no image', 'file_name': b''} if i in (3, 30) else r for i, r in enumerate(records)]
     whole = [r for i, r in enumerate(records) if i not in (3, 30)]
     for call in (
         lambda source, **allowed: evaluate.evaluate(loaded[0], source, mesh, batch_size=16, **allowed),
         lambda source, **allowed: evaluate.evaluate_ensemble(loaded, source, mesh, batch_size=16, **allowed),
     ):
-        expected, found = call(whole), call(spoilt, max_bad=2)
+        expected, found = call(whole), call(spoilt, max_unreadable=2)
         for name in ('loss', 'top1_error', 'top5_error', 'count'):
             assert found[name] == pytest.approx(expected[name], rel=1e-6)
-        with pytest.raises(UserError, match=r'2 of 40 images cannot be read \(named above\), max_bad=1'):
-            call(spoilt, max_bad=1)
+        with pytest.raises(UserError, match=r'2 of 40 images cannot be read \(named above\), max_unreadable=1'):
+            call(spoilt, max_unreadable=1)
         with pytest.raises(UserError, match='there are no images'):
             call([])
 
 
 def _run(command, *arguments):
     return subprocess.run(
-        [sys.executable, '-m', f'alexnet_jax.{command}', *arguments], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, '-m', 'alexnet_jax', command, *arguments], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ}, timeout=300,
     )  # fmt: skip
 
@@ -138,7 +143,7 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     assert 'tuned for the top-5 error on val, the images they are tested on here' in said
     found = json.loads(line)
     assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views', 'weights'}
-    tuned = np.array(ensemble.tune(outputs, labels))
+    tuned = np.array(ensemble.tune_weights(outputs, labels))
     assert found['weights'] == pytest.approx((tuned / tuned.sum()).tolist())
     # Tested elsewhere they are still tuned on val.
     result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
@@ -159,7 +164,7 @@ def photos(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, shape in (('b.png', (50, 70, 3)), ('a.jpg', (90, 40, 3)), ('more/c.JPEG', (20, 20, 3))):
         Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / name)
-    Image.fromarray(rng.integers(0, 256, (40, 40), np.uint8)).save(folder / 'grey.png')
+    Image.fromarray(rng.integers(0, 256, (40, 40), np.uint8)).save(folder / 'gray.png')
     (folder / 'notes.txt').write_text('no image')
     return folder
 
@@ -168,16 +173,16 @@ def photos(tmp_path_factory):
 def test_predict_command(checkpoints, photos, views):
     """In the order of the arguments; probabilities of the squares that `prepare` would have made."""
     result = _run(
-        'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/grey.png', str(photos), f'--views={views}', '--top=3',
+        'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/gray.png', str(photos), f'--views={views}', '--top=3',
         '--json',
     )  # fmt: skip
     assert result.returncode == 0 and not result.stderr, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    names = ['grey.png', 'a.jpg', 'b.png', 'grey.png', 'more/c.JPEG']
+    names = ['gray.png', 'a.jpg', 'b.png', 'gray.png', 'more/c.JPEG']
     assert [line['file'] for line in lines] == [f'{photos}/{name}' for name in names]
-    loaded = checkpoint.load_checkpoint(checkpoints[0])
-    squares = np.stack([images.square((photos / name).read_bytes(), 32) for name in names])
-    expected = evaluate.predict(loaded, squares, views=views)
+    loaded = loading.load_checkpoint(checkpoints[0])
+    squares = np.stack([image_io.resize_center_crop((photos / name).read_bytes(), 32) for name in names])
+    expected = predict.predict(loaded, squares, views=views)
     for line, p in zip(lines, expected, strict=True):
         order = np.argsort(-p)[:3]
         assert [row['index'] for row in line['top']] == order.tolist()
@@ -224,7 +229,7 @@ def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_
 
 def test_a_reader_that_goes_away(checkpoints, photos):
     """predict ... | head -1"""
-    command = [sys.executable, '-m', 'alexnet_jax.predict', f'--checkpoint={checkpoints[0]}', str(photos)]
+    command = [sys.executable, '-m', 'alexnet_jax', 'predict', f'--checkpoint={checkpoints[0]}', str(photos)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
         child.stdout.close()
         assert child.stderr.read() == ''
@@ -232,12 +237,11 @@ def test_a_reader_that_goes_away(checkpoints, photos):
 
 @pytest.mark.slow
 def test_converted_weights_are_no_run(checkpoints, tmp_path):
-    """A workdir without optimiser state is told from a run."""
-    from alexnet_jax import train
+    """A workdir without optimizer state is told from a run."""
 
     with pytest.raises(UserError, match='holds converted weights and no run; .*--config.init_from='):
         train.train_and_evaluate(small.digits_config(num_steps=1), checkpoints[0])
     config = small.digits_config(**{'num_steps': 1, 'init_from': checkpoints[0], 'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path))
-    before, after = (checkpoint.load_checkpoint(path).params for path in (checkpoints[0], str(tmp_path)))
+    before, after = (loading.load_checkpoint(path).params for path in (checkpoints[0], str(tmp_path)))
     chex.assert_trees_all_equal(before, after)

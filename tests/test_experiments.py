@@ -12,22 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from alexnet_jax import (
-    checkpoint,
-    cifar,
-    evaluate,
-    experiments,
-    figures,
-    layers,
-    model,
-    prepare,
-    results,
-    sources,
-    suites,
-    train,
-)
-from alexnet_jax.errors import DivergedError, UserError
-from alexnet_jax.suites import Arm
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.commands import app, experiments
+from alexnet_jax.core import architecture
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import ablations, cifar10, figures, runner, tables
+from alexnet_jax.experiments.ablations import Variant
+from alexnet_jax.inference import evaluate, predict
+from alexnet_jax.prepare import prepare
+from alexnet_jax.training import train
+from alexnet_jax.utils.errors import DivergedError, UserError
 from tests import ROOT, SHARED_DATA, small
 
 BASE = """
@@ -38,40 +33,44 @@ def get_config():
 """
 
 
+def _suite(name, base, seeds, output):
+    return runner.Suite(name, base, seeds, str(output), 1.0)
+
+
 def _paper():
     return runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
 
 
-def _then(config):
+def _post_ops(config):
     return [row[-1] for row in config.model.conv]
 
 
 def test_arms_change_what_they_say():
     base = _paper()
-    arms = {arm.name: suites.changed(base, arm.changes) for arm in suites.ablations(base)}
-    assert not any('lrn' in then for then in _then(arms['no normalisation']))
-    assert arms['no dropout'].model.dropout_rate == arms['no colour'].data.colour_std == 0
-    assert arms['no weight decay'].optim.weight_decay == 0
-    assert (arms['no crops or reflections'].data.random_crop, arms['no crops or reflections'].data.reflect) == (
+    variants = {variant.name: ablations.with_changes(base, variant.changes) for variant in ablations.ablations(base)}
+    assert not any('lrn' in post for post in _post_ops(variants['no normalization']))
+    assert variants['no dropout'].model.dropout_rate == variants['no color'].data.color_std == 0
+    assert variants['no weight decay'].optim.weight_decay == 0
+    assert (variants['no crops or reflections'].data.random_crop, variants['no crops or reflections'].data.reflect) == (
         False,
     ) * 2
-    assert base.to_dict() == _paper().to_dict() == arms['base'].to_dict()  # the base is as it was
-    for name, config in arms.items():
-        layers.sizes(model.from_config(config.model), 224, towers=config.mesh.tower), name
+    assert base.to_dict() == _paper().to_dict() == variants['base'].to_dict()  # the base is as it was
+    for name, config in variants.items():
+        architecture.infer_shapes(model_from_config(config.model), 224, towers=config.mesh.tower), name
 
 
 def test_a_removed_layer_leaves_the_sizes_above_it():
-    """The paper's 55 - 27 - 13 - 13 - 13 - 6, whichever is gone; its stride and pooling go to a neighbour."""
+    """The paper's 55 - 27 - 13 - 13 - 13 - 6, whichever is gone; its stride and pooling go to a neighbor."""
     base = _paper()
     last = {}
     for i in range(5):
-        config = suites.changed(base, {'model.conv': suites.without_layer(i)})
+        config = ablations.with_changes(base, {'model.conv': ablations.without_layer(i)})
         assert len(config.model.conv) == 4
-        sizes = layers.sizes(model.from_config(config.model), 224)
+        sizes = architecture.infer_shapes(model_from_config(config.model), 224)
         last[i] = sizes['conv4'].outputs[:2]
         strides, pools = (
             np.prod([row[2] for row in config.model.conv]),
-            sum(t.split().count('pool') for t in _then(config)),
+            sum(t.split().count('pool') for t in _post_ops(config)),
         )
         assert (strides, pools) == (4, 3)
     # Without conv 1, conv 2's window of 5 px fits in 56 times, not 55: 56 - 28 - 14 - 7.
@@ -82,74 +81,80 @@ def test_the_layer_that_comes_to_the_pixels_gets_weights_for_pixels():
     """Weights that suit activations of about 1 would be a hundred times too wide for values up to 255."""
     base = small.digits_config()
     first, second, *_ = base.model.conv
-    row = suites.changed(base, {'model.conv': suites.without_layer(0)}).model.conv[0]
+    row = ablations.with_changes(base, {'model.conv': ablations.without_layer(0)}).model.conv[0]
     assert (row[0], row[2], row[5]) == (second[0], 1, 0.003) != (second[0], 1, second[5])
-    kept = suites.changed(base, {'model.conv': suites.without_layer(1)}).model.conv[0]
+    kept = ablations.with_changes(base, {'model.conv': ablations.without_layer(1)}).model.conv[0]
     assert kept[5] == first[5] == 0.003
 
 
 def test_arms_work_for_small_networks_too():
     base = small.digits_config()
-    for arm in suites.ablations(base):
-        config = suites.changed(base, arm.changes)
-        layers.sizes(model.from_config(config.model), config.data.image_size, towers=config.mesh.tower)
+    for variant in ablations.ablations(base):
+        config = ablations.with_changes(base, variant.changes)
+        architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=config.mesh.tower)
 
 
 def test_spread_by_hand():
-    assert results.spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5), 3)  # ((-2)^2 + (-1)^2 + 3^2) / 2
-    assert np.isnan(results.spread([4.0]).deviation)
-    assert results.said([1.0, 2.0, 6.0], signed=True) == '+3.00 ± 2.65'
-    assert results.said([4.0]) == '4.00' and results.said([None]) == ''
+    deviation = 7**0.5  # ((-2)^2 + (-1)^2 + 3^2) / 2
+    assert tables.format_mean_std([1.0, 2.0, 6.0], signed=True) == f'+3.00 ± {deviation:.2f}' == '+3.00 ± 2.65'
+    assert tables.format_mean_std([4.0]) == '4.00' and tables.format_mean_std([None]) == ''
 
 
 def test_differences_are_those_of_the_same_seed():
     rows = [
-        {'arm': arm, 'seed': seed, 'top1_error': error}
-        for arm, seed, error in (('a', 0, 10.0), ('b', 1, 13.0), ('a', 1, 12.0), ('b', 0, 14.0), ('b', 2, 50.0))
+        {'variant': variant, 'seed': seed, 'top1_error': error}
+        for variant, seed, error in (('a', 0, 10.0), ('b', 1, 13.0), ('a', 1, 12.0), ('b', 0, 14.0), ('b', 2, 50.0))
     ]
-    assert sorted(results.differences(rows, 'b', 'a', 'top1_error')) == [1.0, 4.0]
+    assert sorted(tables.differences(rows, 'b', 'a', 'top1_error')) == [1.0, 4.0]
 
 
 def test_verdict():
-    assert results.verdict([0.1, 2.0], 1) == 'agrees'
-    assert results.verdict([-0.1, -2.0], 1) == 'disagrees'
-    assert results.verdict([-0.1, 2.0, 3.0], 1) == 'undecided (2 of 3 seeds agree)'
-    assert results.verdict([-0.1], -1) == 'agrees'
-    assert results.verdict([1.0], 0) == results.verdict([], 1) == ''
+    assert tables.sign_agreement([0.1, 2.0], 1) == 'agrees'
+    assert tables.sign_agreement([-0.1, -2.0], 1) == 'disagrees'
+    assert tables.sign_agreement([-0.1, 2.0, 3.0], 1) == 'undecided (2 of 3 seeds agree)'
+    assert tables.sign_agreement([-0.1], -1) == 'agrees'
+    assert tables.sign_agreement([1.0], 0) == tables.sign_agreement([], 1) == ''
 
 
 def test_the_table_by_hand():
-    arms = [Arm('base', {}, paper=(40.7, 18.2)), Arm('worse', {}, 'base', (1.4, 1.2), (1.37, None), 1)]
+    variants = [Variant('base', {}, paper=(40.7, 18.2)), Variant('worse', {}, 'base', (1.4, 1.2), (1.37, None), 1)]
     rows = [
-        {'arm': arm, 'seed': seed, 'diverged': False, 'train_error': 5.0, 'top1_error': error, 'top5_error': 1.0}
-        for arm, seed, error in (('base', 0, 10.0), ('base', 1, 12.0), ('worse', 0, 13.0), ('worse', 1, 13.0))
+        {
+            'variant': variant,
+            'seed': seed,
+            'diverged': False,
+            'train_error': 5.0,
+            'top1_error': error,
+            'top5_error': 1.0,
+        }
+        for variant, seed, error in (('base', 0, 10.0), ('base', 1, 12.0), ('worse', 0, 13.0), ('worse', 1, 13.0))
     ]
-    table = results.comparison('ablations', rows, arms)
+    table = tables.comparison_table('ablations', rows, variants)
     named = dict(zip(table.columns, table.rows[1], strict=True))
     assert (named['top-1'], named['difference']) == ('13.00 ± 0.00', '+2.00 ± 1.41')
     assert (named['paper'], named["authors' log"], named['sign']) == ('+1.40 / +1.20', '+1.37', 'agrees')
     assert dict(zip(table.columns, table.rows[0], strict=True))['paper'] == '40.70 / 18.20'
-    assert 'ablations' in results.text(table) and '+1.40 / +1.20' in results.text(table)
+    assert 'ablations' in tables.as_text(table) and '+1.40 / +1.20' in tables.as_text(table)
 
 
 def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
-    arms = ['relu 0.01', 'tanh 0.003']
+    variants = ['relu 0.01', 'tanh 0.003']
     rows = [
-        {'arm': arm, 'seed': seed, 'epochs': epochs, 'reached': reached}
-        for arm, seed, epochs, reached in (
+        {'variant': variant, 'seed': seed, 'epochs': epochs, 'reached': reached}
+        for variant, seed, epochs, reached in (
             ('relu 0.01', 0, 4.0, True), ('relu 0.01', 1, 5.0, True), ('relu 0.01', 2, 5.0, True),
             ('tanh 0.003', 0, 24.0, True), ('tanh 0.003', 1, 25.0, True), ('tanh 0.003', 2, 100.0, False),
         )
     ]  # fmt: skip
-    table = results.figure1_table(rows, arms, experiments.RATES)
+    table = tables.figure1_table(rows, variants, runner.RATES)
     assert table.rows[0][1:3] == ('3 of 3', '4.67 ± 0.58')
     assert table.rows[2][1:] == ('2', '5.50 ± 0.71', '6')
 
 
 def test_the_ensembles_gain_by_hand(averaging):
-    table = results.averaged('ensemble', ['10', '14'], averaging, max_bad=3)
+    table = tables.averaged_table('ensemble', ['10', '14'], averaging, max_unreadable=3)
     one, average = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    # Ten views of each network have a point less than its centre: 9 / 5 and 13 / 9, together 8 / 6.
+    # Ten views of each network have a point less than its center: 9 / 5 and 13 / 9, together 8 / 6.
     assert (one['tested as'], one['networks'], one['top-1'], one['top-5']) == (
         'one network', '2', '11.00 ± 2.83', '7.00 ± 2.83',
     )  # fmt: skip
@@ -161,9 +166,9 @@ def test_the_ensembles_gain_by_hand(averaging):
 
 
 def test_the_gain_of_ten_views_by_hand(averaging):
-    table = results.averaged('views', ['10', '14'], averaging, max_bad=3)
-    centre, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert (centre['tested as'], centre['top-1'], centre['top-5']) == ('centre', '12.00 ± 2.83', '7.00 ± 2.83')
+    table = tables.averaged_table('views', ['10', '14'], averaging, max_unreadable=3)
+    center, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (center['tested as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
     assert (ten['tested as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
     assert ten['difference'] == '-1.00 ± 0.00 / +0.00 ± 0.00' and ten['sign'] == 'agrees'
     assert ten['paper'] == '-1.50 / -1.30' and 'There is one average' not in table.note
@@ -171,45 +176,45 @@ def test_the_gain_of_ten_views_by_hand(averaging):
 
 @pytest.fixture
 def averaging(monkeypatch):
-    """Networks called by their top-1 error from the centre; top-5 is 5 less, ten views a point of top-1 better."""
+    """Networks called by their top-1 error from the center; top-5 is 5 less, ten views a point of top-1 better."""
 
-    def evaluated(network, split, mesh, views, max_bad):
-        assert split == ['of val'] and views in (1, 10) and max_bad == 3
+    def evaluated(network, split, mesh, views, max_unreadable):
+        assert split == ['of val'] and views in (1, 10) and max_unreadable == 3
         return {'top1_error': network - (views == 10), 'top5_error': network - 5.0}
 
-    def together(networks, split, mesh, views, max_bad):
-        assert (networks, split, views, max_bad) == ([10.0, 14.0], ['of val'], 10, 3)
+    def together(networks, split, mesh, views, max_unreadable):
+        assert (networks, split, views, max_unreadable) == ([10.0, 14.0], ['of val'], 10, 3)
         return {'top1_error': 8.0, 'top5_error': 6.0}
 
-    monkeypatch.setattr(results, 'last', float)
+    monkeypatch.setattr(tables, 'load_last', float)
     monkeypatch.setattr(evaluate, 'evaluate', evaluated)
     monkeypatch.setattr(evaluate, 'evaluate_ensemble', together)
-    return sources.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)
+    return datasets.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)
 
 
 def test_the_cifar_arms_name_the_files_they_are_of():
     """The names in layers/layers-cifar of the release, and section 3.3."""
-    arms = {arm.name: arm for arm in suites.cifar10(_paper())}
+    variants = {variant.name: variant for variant in ablations.cifar10(_paper())}
     files = ('layers-80sec.cfg', 'layers-19pct.cfg', 'layers-18pct.cfg', 'layers-conv-local-13pct.cfg')
     for name, file in zip(('80sec', '19pct', '18pct', '13pct'), files, strict=True):
-        assert file in arms[name].source
-    assert arms['13pct'].paper == arms['13pct'].log == (13.0, None)
-    assert arms['11pct'].paper == (-2.0, None) and '11%' in arms['11pct'].source
+        assert file in variants[name].source
+    assert variants['13pct'].paper == variants['13pct'].log == (13.0, None)
+    assert variants['11pct'].paper == (-2.0, None) and '11%' in variants['11pct'].source
 
 
 def test_rows_stay_until_they_are_replaced(tmp_path):
     path = str(tmp_path / 'results.csv')
-    a, b = ({'suite': 'views', 'arm': 'base', 'seed': seed, 'epochs': 1.0} for seed in (0, 1))
-    results.write_csv(path, [{**a, 'suite': 'ensemble'}], whole=True)
-    results.write_csv(path, [a, b], whole=True)
+    a, b = ({'suite': 'views', 'variant': 'base', 'seed': seed, 'epochs': 1.0} for seed in (0, 1))
+    tables.write_csv(path, [{**a, 'suite': 'ensemble'}], whole=True)
+    tables.write_csv(path, [a, b], whole=True)
 
     def rows():
         with open(path) as file:
             return sorted((row['suite'], int(row['seed']), float(row['epochs'])) for row in csv.DictReader(file))
 
-    results.write_csv(path, [{**b, 'epochs': 2.0}], whole=False)
+    tables.write_csv(path, [{**b, 'epochs': 2.0}], whole=False)
     assert rows() == [('ensemble', 0, 1.0), ('views', 0, 1.0), ('views', 1, 2.0)]
-    results.write_csv(path, [a], whole=True)
+    tables.write_csv(path, [a], whole=True)
     assert rows() == [('ensemble', 0, 1.0), ('views', 0, 1.0)]
 
 
@@ -217,7 +222,7 @@ def test_the_page_says_what_was_measured():
     rows = [{'diverged': True}, {'diverged': False, 'data': 'tiny', 'train_images': 10_000}]
     environment = {'devices': ['cpu:0'], 'versions': {'jax': '1.2'}, 'commit': 'abc'}
     expected = '2 runs on 10,000 training images of 64 px (tiny), cpu:0, jax 1.2, commit abc.'
-    assert results.summary(rows, 64, environment) == expected
+    assert tables.summary(rows, 64, environment) == expected
 
 
 def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
@@ -232,16 +237,16 @@ def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
         asked.append((rate, limit))
         return {'learning_rate': rate, 'epochs': min(needs[rate], limit) + 0.0016, 'reached': needs[rate] <= limit}
 
-    monkeypatch.setattr(experiments, 'run', run)
+    monkeypatch.setattr(runner, 'run_trial', run)
     needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
-    best, rows = experiments.search('relu', _paper(), str(tmp_path), None)
+    best, rows = runner.search_rate('relu', _suite('figure1', _paper(), 1, tmp_path), None)
     assert best == 0.01
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not asked for
     assert [row['reached'] for row in rows] == [True, True, False]
 
     asked.clear()
     needs.update({0.0001: 9, 0.0003: 8, 0.001: 11, 0.01: 12})
-    best, _ = experiments.search('relu', _paper(), str(tmp_path), None)
+    best, _ = runner.search_rate('relu', _suite('figure1', _paper(), 1, tmp_path), None)
     assert best == 0.0003
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
 
@@ -271,14 +276,14 @@ def fakes(monkeypatch):
         return {'epochs': epochs, 'learning_rate': trial.config.optim.learning_rate, 'reached': needs < epochs}
 
     monkeypatch.setattr(train, 'train_and_evaluate', train_and_evaluate)
-    monkeypatch.setattr(experiments, 'measure', measure)
-    monkeypatch.setattr(experiments, '_latest', lambda trial: 7)
+    monkeypatch.setattr(runner, 'measure', measure)
+    monkeypatch.setattr(runner, '_latest_step', lambda trial: 7)
     return state
 
 
 def _csv(folder):
     with open(folder / 'results.csv') as file:
-        return [(row['arm'], int(row['seed']), row['epochs'], row['reached']) for row in csv.DictReader(file)]
+        return [(row['variant'], int(row['seed']), row['epochs'], row['reached']) for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize('suite', ['figure1', 'cifar10'])
@@ -286,8 +291,8 @@ def test_a_suite_that_is_killed_anywhere_goes_on_where_it_was(suite, fakes, tmp_
     """Also in the middle of a search: each network is trained and measured once, the rows are as those of one go."""
 
     def go(folder):
-        more = (small.digits_config(), 2, str(tmp_path / folder), None)
-        return (experiments.figure1(*more) if suite == 'figure1' else experiments.each(suite, *more))[1]
+        run = runner.run_figure1 if suite == 'figure1' else runner.run_variants
+        return run(_suite(suite, small.digits_config(), 2, tmp_path / folder), None)[1]
 
     expected, count = go('whole'), len(fakes.trained)
     assert len(expected) == count == len(_csv(tmp_path / 'whole')) > 6
@@ -304,8 +309,8 @@ def test_a_suite_that_is_killed_anywhere_goes_on_where_it_was(suite, fakes, tmp_
 
 
 def test_a_finished_suite_that_is_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
-    more = ('views', small.digits_config(), 3, str(tmp_path), None)
-    experiments.each(*more)
+    more = (_suite('views', small.digits_config(), 3, tmp_path), None)
+    runner.run_variants(*more)
     before = _csv(tmp_path)
 
     def killed(config, workdir):
@@ -314,7 +319,7 @@ def test_a_finished_suite_that_is_killed_again_keeps_its_rows(fakes, tmp_path, m
 
     monkeypatch.setattr(train, 'train_and_evaluate', killed)
     with pytest.raises(_Killed):
-        experiments.each(*more)
+        runner.run_variants(*more)
     assert sorted(_csv(tmp_path)) == sorted(before) and len(before) == 3
 
 
@@ -325,16 +330,16 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
     def diverges(config, workdir):
         os.makedirs(workdir, exist_ok=True)
         with open(os.path.join(workdir, 'config.json'), 'w') as file:
-            json.dump(checkpoint.config_to_json(config), file)
+            json.dump(manager.config_to_json(config), file)
         asked.append(config.optim.learning_rate)
         raise DivergedError('step 1: not finite.')
 
     monkeypatch.setattr(train, 'train_and_evaluate', diverges)
-    monkeypatch.setattr(experiments, '_latest', lambda trial: None)
+    monkeypatch.setattr(runner, '_latest_step', lambda trial: None)
     for rate in (9.0, 9.0, 8.0):
         base = small.digits_config(**{'optim.learning_rate': rate})
-        (trial,) = experiments.trials([Arm('wild', {})], base, 1, str(tmp_path))
-        assert experiments.run(trial, 'ablations', None)['diverged']
+        (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+        assert runner.run_trial(trial, 'ablations', None)['diverged']
     assert asked == [9.0, 8.0]
     first, again, other = capsys.readouterr().out.splitlines()
     assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
@@ -345,11 +350,11 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
 def test_reached(threshold, error, reached, monkeypatch, tmp_path):
     """No error at all is below any threshold; where there is none, nothing is said."""
     curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
-    network = SimpleNamespace(table=lambda: {'conv1': SimpleNamespace(features=3)})
-    monkeypatch.setattr(results, 'last', lambda workdir: SimpleNamespace(network=network))
+    network = SimpleNamespace(layer_specs=lambda: {'conv1': SimpleNamespace(features=3)})
+    monkeypatch.setattr(tables, 'load_last', lambda workdir: SimpleNamespace(network=network))
     monkeypatch.setattr(figures, 'curves', lambda workdir: {'train': curve})
-    (trial,) = experiments.trials([Arm('a', {'stop_at_error': threshold})], small.digits_config(), 1, str(tmp_path))
-    found = experiments.measure(trial, sources.Dataset({'train': [0] * 4}, ('a',), 32, None))
+    (trial,) = runner.make_trials([Variant('a', {'stop_at_error': threshold})], small.digits_config(), 1, str(tmp_path))
+    found = runner.measure(trial, datasets.Dataset({'train': [0] * 4}, ('a',), 32, None))
     assert found.get('reached') is reached and found['train_error'] == error and found['train_images'] == 4
 
 
@@ -378,15 +383,19 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
     out = str(tmp_path / 'out')
     os.mkdir(out)
     for path in (one, f'{one}/', os.path.relpath(one)):
-        assert experiments.prepared(path, out, 32, 'cifar10') == os.path.join(out, 'data-32')
+        assert runner.prepare_images(path, _suite('cifar10', small.digits_config(), 1, out)) == os.path.join(
+            out, 'data-32'
+        )
     assert preparing == [one]
     for path in (other, str(tmp_path / 'typo')):
         with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same again'):
-            experiments.prepared(path, out, 32, 'cifar10')
-    assert experiments.prepared(other, out, 64, 'views') == os.path.join(out, 'data-64')
+            runner.prepare_images(path, _suite('cifar10', small.digits_config(), 1, out))
+    assert runner.prepare_images(
+        other, _suite('views', small.digits_config(**{'data.image_size': 56}), 1, out)
+    ) == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
     with pytest.raises(UserError, match=f'not known what {out}/data-32 was prepared from; if that was {one}, write so'):
-        experiments.prepared(one, out, 32, 'cifar10')
+        runner.prepare_images(one, _suite('cifar10', small.digits_config(), 1, out))
 
 
 @pytest.mark.parametrize('dry', [False, True])
@@ -402,22 +411,21 @@ def test_what_cannot_be_used_is_not_prepared(dry, folders, suite, message, prepa
     raw = _pictures(tmp_path / 'raw', *folders)
     with pytest.raises(UserError, match=message):
         if dry:
-            args = SimpleNamespace(data=raw, output=str(tmp_path / 'out'), scale=1.0)
-            experiments._show(suite, small.digits_config(), 3, args)
+            runner.plan_suite(_suite(suite, small.digits_config(), 3, tmp_path / 'out'), raw)
         else:
-            experiments.prepared(raw, str(tmp_path / 'out'), 32, suite)
+            runner.prepare_images(raw, _suite(suite, small.digits_config(), 1, str(tmp_path / 'out')))
     assert not preparing and not (tmp_path / 'out').exists()
 
 
 def test_figure_1_without_images_to_measure_on(preparing, tmp_path):
     raw = _pictures(tmp_path / 'raw', 'train')
-    assert experiments.prepared(raw, str(tmp_path), 32, 'figure1') and preparing == [raw]
+    assert runner.prepare_images(raw, _suite('figure1', small.digits_config(), 1, str(tmp_path))) and preparing == [raw]
 
 
 @pytest.mark.parametrize(('seeds', 'count'), [(1, 14), (3, 18)])
 def test_the_runs_that_figure_1_can_take(seeds, count):
     """Seven rates for each of two activations with one seed; of each the best with all others."""
-    found = experiments.at_most(_paper(), seeds, 'out')
+    found = runner.max_trials(_paper(), seeds, 'out')
     assert len(found) == len({trial.workdir for trial in found}) == count
     assert sum(trial.seed > 0 for trial in found) == count - 14
 
@@ -426,17 +434,16 @@ def test_the_runs_that_figure_1_can_take(seeds, count):
 def command(monkeypatch, tmp_path):
     """`main` in this process, every run of which diverges."""
     base = small.digits_config()
-    flags = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
+    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
 
     def run(suite, **changes):
-        monkeypatch.setattr(experiments.flags, 'FLAGS', SimpleNamespace(**{**flags, **changes}))
-        experiments.main([suite])
+        experiments.main(SimpleNamespace(**{**fixed, 'cpu_devices': 0, **changes}), [suite])
 
     def diverged(trial, suite, dataset):
-        return {'suite': suite, 'arm': trial.arm.name, 'seed': trial.seed, 'diverged': True}
+        return {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, 'diverged': True}
 
-    monkeypatch.setattr(experiments.cli, 'set_up_jax', lambda: None)
-    monkeypatch.setattr(experiments, 'run', diverged)
+    monkeypatch.setattr(app, 'set_up_jax', lambda cpu_devices: None)
+    monkeypatch.setattr(runner, 'run_trial', diverged)
     return run
 
 
@@ -456,9 +463,11 @@ def test_an_output_that_cannot_be_made(command, tmp_path):
 
 def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkeypatch):
     """One that figure1 has left: it took no images to measure on."""
-    digits = sources.open_dataset('digits')
-    monkeypatch.setattr(experiments, 'prepared', lambda *_: 'out/data-32')
-    monkeypatch.setattr(sources, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']}))
+    digits = datasets.open_dataset('digits')
+    monkeypatch.setattr(runner, 'prepare_images', lambda *_: 'out/data-32')
+    monkeypatch.setattr(
+        datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
+    )
     with pytest.raises(UserError, match="'out/data-32' .remove it if 'raw' has changed. has no val and no test images"):
         command('cifar10', data='raw')
 
@@ -466,7 +475,7 @@ def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkey
 def _command(*words, code=0):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.experiments', *map(str, words), '--cpu_devices=1'],
+        [sys.executable, '-m', 'alexnet_jax', 'experiments', *map(str, words), '--cpu_devices=1'],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-3000:]
@@ -482,7 +491,7 @@ def test_a_suite_from_end_to_end(suite, tmp_path):
     if suite == 'ablations':  # most of the time is compiling, network by network
         words = (*words[:-2], '--seeds=1', '--scale=0.1')
     elif suite == 'figure1':
-        words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')  # whatever the arms say of passes
+        words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')  # whatever the variants say of passes
     elif suite == 'cifar10':
         words = (*words[:-2], '--seeds=1', '--scale=0.1', '--base.num_steps=2')
     said = _command(*words)
@@ -490,14 +499,14 @@ def test_a_suite_from_end_to_end(suite, tmp_path):
         rows = list(csv.DictReader(file))
     page = (out / 'report.html').read_text()
     assert '<html' in page and suite in page
-    seen = {(row['arm'], row['seed']) for row in rows}
+    seen = {(row['variant'], row['seed']) for row in rows}
     if suite == 'ablations':
-        assert len(seen) == len(suites.ablations(small.digits_config()))
-        assert '+1.40 / +1.20' in said and 'no normalisation' in page
+        assert len(seen) == len(ablations.ablations(small.digits_config()))
+        assert '+1.40 / +1.20' in said and 'no normalization' in page
     elif suite == 'figure1':
-        assert {row['arm'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
+        assert {row['variant'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
     else:
-        assert len(seen) == (len(cifar.NETS) if suite == 'cifar10' else 2)
+        assert len(seen) == (len(cifar10.NETS) if suite == 'cifar10' else 2)
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
     # Again: nothing is trained, nothing changes but what is said of it.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
@@ -516,10 +525,10 @@ def test_a_row_is_what_evaluate_says(tmp_path):
     run = tmp_path / 'out' / 'runs' / 'base-0'
     last = figures.curves(str(run))['val'].top1_error[-1]
     assert float(row['top1_error']) == pytest.approx(last, abs=1e-9)
-    trained = checkpoint.load_checkpoint(str(run))
-    records = sources.open_dataset('digits').split('val')
+    trained = loading.load_checkpoint(str(run))
+    records = datasets.open_dataset('digits').split('val')
     labels = np.array([record['label'] for record in records])
-    found = evaluate.predict(trained, np.stack([record['image'] for record in records]), views=10)
+    found = predict.predict(trained, np.stack([record['image'] for record in records]), views=10)
     assert float(row['top1_ten']) == pytest.approx(100 * np.mean(found.argmax(1) != labels), abs=1e-6)
 
 
@@ -545,18 +554,18 @@ def test_a_dry_run_trains_nothing(tmp_path):
     said = _command(
         'ablations', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1', '--dry_run'
     )
-    assert '1,437 images' in said and f'{len(suites.ablations(small.digits_config()))} runs' in said
+    assert '1,437 images' in said and f'{len(ablations.ablations(small.digits_config()))} runs' in said
     assert not (tmp_path / 'out' / 'runs').exists()
 
 
-def test_colours_by_hand():
-    """The more coloured half is not always the first."""
+def test_colors_by_hand():
+    """The more colored half is not always the first."""
     rows = [
-        {'arm': 'a', 'colour_0': 0.2, 'colour_1': 0.6},
-        {'arm': 'a', 'colour_0': 0.7, 'colour_1': 0.1},
-        {'arm': 'b'},
+        {'variant': 'a', 'color_0': 0.2, 'color_1': 0.6},
+        {'variant': 'a', 'color_0': 0.7, 'color_1': 0.1},
+        {'variant': 'b'},
     ]
-    table = results.colours(rows, [Arm('a', {}), Arm('b', {})])
+    table = tables.color_table(rows, [Variant('a', {}), Variant('b', {})])
     assert table.rows == [('a', '0.65 ± 0.07', '0.15 ± 0.07', '0.50 ± 0.14'), ('b', '', '', '')]
 
 
@@ -564,13 +573,13 @@ def test_colours_by_hand():
 def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
     """Before its first checkpoint, and told again from what was written."""
     base = small.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})
-    (trial,) = experiments.trials([Arm('wild', {})], base, 1, str(tmp_path))
-    digits = sources.open_dataset('digits')
+    (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+    digits = datasets.open_dataset('digits')
     for _ in range(2):
-        row = experiments.run(trial, 'ablations', digits)
+        row = runner.run_trial(trial, 'ablations', digits)
         assert row['diverged'] and 'top1_error' not in row
     assert 'not finite' in capsys.readouterr().out
-    table = results.comparison('ablations', [row], [trial.arm])
+    table = tables.comparison_table('ablations', [row], [trial.variant])
     assert table.rows[0][:4] == ('wild', '0', '', '')
 
 

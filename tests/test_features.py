@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alexnet_jax import checkpoint, evaluate, features, model, sources, steps
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.core import model, train_step
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.data import datasets
+from alexnet_jax.inference import activations, predict
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 
 def untrained(path, **changes):
     """Saves a small network with drawn weights, of the digits, as a checkpoint in `path`."""
-    config, digits = small.digits_config(**changes), sources.open_dataset('digits')
-    meta = {'config': checkpoint.config_to_json(config), 'class_names': list(digits.class_names)}
+    config, digits = small.digits_config(**changes), datasets.open_dataset('digits')
+    meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
-    with checkpoint.Checkpoints(str(path)) as saved:
-        params = small.init(model.from_config(config.model), 0, 28)
-        saved.save(steps.TrainState(jnp.int32(0), params, None), digits.statistics, meta, None)
+    with manager.CheckpointManager(str(path)) as saved:
+        params = small.init(model_from_config(config.model), 0, 28)
+        saved.save(train_step.TrainState(jnp.int32(0), params, None), digits.image_stats, meta, None)
     return str(path)
 
 
@@ -36,46 +40,46 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def loaded(path):
-    return checkpoint.load_checkpoint(path)
+    return loading.load_checkpoint(path)
 
 
 @pytest.fixture(scope='module')
 def val():
-    records = sources.open_dataset('digits').split('val')
+    records = datasets.open_dataset('digits').split('val')
     return records, np.stack([r['image'] for r in records]), np.array([r['label'] for r in records], np.int32)
 
 
 def test_the_last_hidden_layer_gives_the_probabilities(loaded, val):
     """fc8 reads half of fc7 at test time (section 4.2), in batches that do not divide the images."""
-    found = features.activations(loaded, val[1][:40], ['fc7'], batch_size=16)
+    found = activations.activations(loaded, val[1][:40], ['fc7'], batch_size=16)
     fc8 = loaded.params['fc8']
     logits = 0.5 * found['fc7'].astype(np.float64) @ fc8['kernel'] + fc8['bias']
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(probabilities, evaluate.predict(loaded, val[1][:40], views=1), rtol=1e-4)
+    np.testing.assert_allclose(probabilities, predict.predict(loaded, val[1][:40], views=1), rtol=1e-4)
 
 
 def test_the_first_layer_by_a_loop(loaded, val):
-    """Of the centre crop, its own part of the mean image taken off, with zeros around it."""
-    found = features.activations(loaded, val[1][:2], 'conv1_linear')['conv1_linear']
+    """Of the center crop, its own part of the mean image taken off, with zeros around it."""
+    found = activations.activations(loaded, val[1][:2], 'conv1_linear')['conv1_linear']
     assert found.shape == (2, 28, 28, 8) and found.dtype == np.float32
-    pixels = val[1][1].astype(np.float64) - loaded.statistics.mean_image
+    pixels = val[1][1].astype(np.float64) - loaded.image_stats.mean_image
     padded = np.pad(pixels[2:30, 2:30], ((2, 2), (2, 2), (0, 0)))
     conv1 = loaded.params['conv1']
     for y, x, map_ in ((0, 0, 0), (27, 5, 3), (13, 14, 7)):
         expected = conv1['bias'][map_]
         for i in range(5):
             for j in range(5):
-                for colour in range(3):
-                    expected += padded[y + i, x + j, colour] * conv1['kernel'][i, j, colour, map_]
+                for color in range(3):
+                    expected += padded[y + i, x + j, color] * conv1['kernel'][i, j, color, map_]
         np.testing.assert_allclose(found[1, y, x, map_], expected, rtol=1e-4)
 
 
 def test_what_a_name_stands_for(loaded, val):
     """A layer: before its dropout, after all its other steps; a step: what `apply` gives by hand."""
     asked = ['conv1_relu', 'conv1_pool', 'conv1', 'conv3', 'conv5', 'fc6', 'fc6_relu', 'fc6_dropout', 'fc8']
-    found = features.activations(loaded, val[1][:3], asked)
+    found = activations.activations(loaded, val[1][:3], asked)
     assert list(found) == asked
-    x = (val[1][:3].astype(np.float32) - loaded.statistics.mean_image[None])[:, 2:30, 2:30]
+    x = (val[1][:3].astype(np.float32) - loaded.image_stats.mean_image[None])[:, 2:30, 2:30]
     logits, state = loaded.network.apply({'params': loaded.params}, x, mutable='intermediates')
     sown = state['intermediates']
     for name, key in (('conv1_relu', 'conv1_relu'), ('conv1_pool', 'conv1_pool'), ('conv1', 'conv1_pool'),
@@ -89,7 +93,7 @@ def test_what_a_name_stands_for(loaded, val):
 
 def test_names_of_a_table_where_dropout_is_not_last():
     network = model.AlexNet(conv=(), dense=((8, 1, 0.1, 0.0, 'relu dropout relu'), (8, 1, 0.1, 0.0, 'dropout')))
-    names = features.names(network)
+    names = activations.activation_names(network)
     assert names['fc1'] == ('fc1_relu', 0) and names['fc1_relu'] == ('fc1_relu', -1)
     assert names['fc2'] == ('fc2_linear', 0) and names['fc3'] == ('fc3_linear', 0)
     assert set(names) == {'fc1', 'fc1_linear', 'fc1_relu', 'fc1_dropout', 'fc2', 'fc2_linear', 'fc2_dropout', 'fc3',
@@ -98,16 +102,16 @@ def test_names_of_a_table_where_dropout_is_not_last():
 
 def test_compiled_once_and_float32(loaded, val):
     half = loaded._replace(network=loaded.network.clone(dtype='bfloat16'))
-    found = features.activations(half, val[1][:2], 'conv2')['conv2']
+    found = activations.activations(half, val[1][:2], 'conv2')['conv2']
     assert found.dtype == np.float32
-    part, _ = next(features.stream(half, val[0][:2], 'conv2'))
+    part, _ = next(activations.iter_activations(half, val[0][:2], 'conv2'))
     assert part.dtype == np.float32 and np.array_equal(part, found)
-    whole = features.activations(loaded, val[1][:2], 'conv2')['conv2']
+    whole = activations.activations(loaded, val[1][:2], 'conv2')['conv2']
     assert 0 < np.abs(found - whole).max() < 0.1 * whole.max()
-    features.activations(loaded, val[1][2:4], 'conv2')
-    function = features._function(loaded, ['conv2'])
-    assert function is features._function(loaded, ['conv2']) and function._cache_size() == 1
-    assert features.activations(loaded, val[1][:0], 'conv2')['conv2'].shape == (0, *found.shape[1:])
+    activations.activations(loaded, val[1][2:4], 'conv2')
+    function = activations._layer_outputs(loaded, ['conv2'])
+    assert function is activations._layer_outputs(loaded, ['conv2']) and function._cache_size() == 1
+    assert activations.activations(loaded, val[1][:0], 'conv2')['conv2'].shape == (0, *found.shape[1:])
 
 
 @pytest.mark.parametrize('layer', ['fc7', 'conv5_pool'])
@@ -115,17 +119,17 @@ def test_compiled_once_and_float32(loaded, val):
 def test_files_hold_the_split_in_its_order(loaded, val, tmp_path, layer, ending):
     """360 images in batches of 100, read back by the formats' own readers."""
     output = str(tmp_path / f'out.{ending}')
-    shape = features.save(output, loaded, val[0], layer, batch_size=100)
+    shape = activations.write_activations(output, loaded, val[0], layer, batch_size=100)
     found = safetensors.numpy.load_file(output) if ending == 'safetensors' else dict(np.load(output))
     assert os.listdir(tmp_path) == [f'out.{ending}'] and set(found) == {'features', 'labels'}
     assert found['features'].dtype == np.float32 and found['labels'].dtype == np.int32
     assert found['features'].shape == shape == (360, *((32,) if layer == 'fc7' else (3, 3, 8)))
     np.testing.assert_array_equal(found['labels'], val[2])
-    expected = features.activations(loaded, val[1], layer)[layer]
+    expected = activations.activations(loaded, val[1], layer)[layer]
     np.testing.assert_allclose(found['features'], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('write', [features._write_safetensors, features._write_npz])
+@pytest.mark.parametrize('write', [activations._write_safetensors, activations._write_npz])
 def test_rows_are_written_as_they_come(write):
     """What is asked for next finds the batch before in the file."""
     file, positions = io.BytesIO(), []
@@ -137,7 +141,7 @@ def test_rows_are_written_as_they_come(write):
 
     write(file, (150, 100), parts())
     assert np.diff(positions).tolist() == [20000, 20000]
-    if write is features._write_safetensors:
+    if write is activations._write_safetensors:
         (length,) = struct.unpack('<Q', file.getvalue()[:8])
         assert length % 8 == 0 and len(file.getvalue()) == 8 + length + 150 * 404
         assert json.loads(file.getvalue()[8 : 8 + length])['labels']['data_offsets'] == [60000, 60600]
@@ -146,7 +150,7 @@ def test_rows_are_written_as_they_come(write):
 def test_images_that_cannot_be_read(loaded, val, tmp_path, capsys):
     records = [*val[0][:3], {'image': b'no image', 'file_name': b'broken.jpg', 'label': 1}, *val[0][4:6]]
     with pytest.raises(UserError, match=r'1 of 6 images cannot be read \(named above\)'):
-        features.save(str(tmp_path / 'out.npz'), loaded, records, 'fc7', batch_size=4)
+        activations.write_activations(str(tmp_path / 'out.npz'), loaded, records, 'fc7', batch_size=4)
     assert 'broken.jpg' in capsys.readouterr().err and not os.listdir(tmp_path)
 
 
@@ -160,18 +164,18 @@ def test_user_errors(loaded, val, tmp_path):
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
     ):
         with pytest.raises(UserError) as error:
-            features.save(str(tmp_path / name), loaded, val[0], layer)
+            activations.write_activations(str(tmp_path / name), loaded, val[0], layer)
         assert message in str(error.value)
     assert os.listdir(tmp_path) == ['there.npz'] and (tmp_path / 'there.npz').read_text() == 'mine'
     with pytest.raises(UserError, match=r'images are float64 of shape .*; expected uint8 of \(N, 32, 32, 3\)'):
-        features.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
+        activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
     with pytest.raises(UserError, match="no layer 'fc'"):
-        features.stream(loaded, val[0], 'fc')  # before the first batch is asked for
+        activations.iter_activations(loaded, val[0], 'fc')  # before the first batch is asked for
 
 
 def _run(*arguments):
     return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.features', *arguments], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, '-m', 'alexnet_jax', 'activations', *arguments], capture_output=True, text=True, cwd=ROOT,
         timeout=300,
     )  # fmt: skip
 
@@ -183,10 +187,10 @@ def test_command(path, loaded, tmp_path):
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert 'features float32 [1437, 32], labels int32 [1437]; fc7 of' in result.stdout
     found = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
-    train = sources.open_dataset('digits').split('train')
+    train = datasets.open_dataset('digits').split('train')
     np.testing.assert_array_equal(found['labels'], [record['label'] for record in train])
     images = np.stack([record['image'] for record in train[-3:]])
-    expected = features.activations(loaded, images, 'fc7')['fc7']
+    expected = activations.activations(loaded, images, 'fc7')['fc7']
     np.testing.assert_allclose(found['features'][-3:], expected, rtol=1e-4, atol=1e-5)
     wrong = _run(*fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
     assert wrong.returncode == 2 and "no layer 'fc77'" in wrong.stderr and len(wrong.stderr.splitlines()) == 1

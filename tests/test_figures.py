@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import augment, checkpoint, drawing, evaluate, features, figures, model, sources
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.core import augment, model
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import figures, plots
+from alexnet_jax.inference import activations, predict
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT
 from tests.test_features import untrained
 
@@ -24,7 +29,7 @@ def path(tmp_path_factory):
 
 def _rows(name, towers, arg=None, **changes):
     config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*([arg] if arg else []))
-    network = model.from_config({**config.model, **changes})
+    network = model_from_config({**config.model, **changes})
     return figures.architecture(network, config.data.image_size, towers)
 
 
@@ -42,7 +47,7 @@ def test_the_papers_architecture():
     assert [row.kernel for row in rows] == [(11, 3), (5, 48), (3, 256), (3, 192), (3, 192), None, None, None]
     assert [row.stride for row in rows] == [4, 1, 1, 1, 1, None, None, None]
     assert [row.reads for row in rows] == [((), ()), OWN, BOTH, OWN, OWN, BOTH, BOTH, BOTH]
-    assert rows[1].then == 'relu lrn pool' and sum(row.parameters for row in rows) == 60_965_224
+    assert rows[1].post == 'relu lrn pool' and sum(row.parameters for row in rows) == 60_965_224
 
 
 def test_architecture_of_other_networks():
@@ -59,16 +64,16 @@ def test_architecture_of_other_networks():
     assert cifar[2].kernel == (3, 64) and cifar[2].parameters == 36 * (9 * 64 * 32 + 32)
     odd = _rows('paper', 2, num_classes=21_843)
     assert odd[-1].maps == (10_922, 10_921) and odd[-1].neurons == 21_843
-    with pytest.raises(UserError, match='no two towers'):
+    with pytest.raises(UserError, match='No layer has groups=2'):
         _rows('one_gpu', 2)
     for name, towers in (('paper', 2), ('authors_2012', 2), ('one_gpu', 1), ('torchvision', 1), ('caffe', 1)):
         config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
-        assert figures.towers_of(model.from_config(config.model), config.data.image_size) == towers, name
+        assert figures.towers_of(model_from_config(config.model), config.data.image_size) == towers, name
 
 
 def test_kernels_are_the_checkpoints(path):
-    kernel = np.asarray(checkpoint.load_checkpoint(path).params['conv1']['kernel'])
-    towers = figures.kernels(kernel, 2)
+    kernel = np.asarray(loading.load_checkpoint(path).params['conv1']['kernel'])
+    towers = figures.kernel_pictures(kernel, 2)
     assert [tower.shape for tower in towers] == [(4, 5, 5, 3)] * 2
     least, most = kernel.min(), kernel.max()
     assert min(t.min() for t in towers) == 0 and max(t.max() for t in towers) == 1
@@ -76,29 +81,29 @@ def test_kernels_are_the_checkpoints(path):
         for o in range(8):
             expected = (kernel[(*place, o)] - least) / (most - least)
             assert towers[o // 4][(o % 4, *place)] == pytest.approx(expected, abs=1e-6)
-    assert np.array_equal(figures.kernels(kernel, 1)[0], np.concatenate(towers))
-    assert not np.any(figures.kernels(np.full((3, 3, 3, 2), 7.0), 1)[0])
+    assert np.array_equal(figures.kernel_pictures(kernel, 1)[0], np.concatenate(towers))
+    assert not np.any(figures.kernel_pictures(np.full((3, 3, 3, 2), 7.0), 1)[0])
     with pytest.raises(UserError, match=r'kernels of shape \(3, 3, 48, 2\) are no RGB pictures'):
-        figures.kernels(np.zeros((3, 3, 48, 2)), 1)
+        figures.kernel_pictures(np.zeros((3, 3, 48, 2)), 1)
 
 
-def test_colour_share_by_hand():
+def test_color_share_by_hand():
     kernels = np.zeros((2, 2, 3, 6))
-    kernels[:, :, :, 0] = np.array([[1.0, -2.0], [3.0, 0.5]])[:, :, None]  # grey
+    kernels[:, :, :, 0] = np.array([[1.0, -2.0], [3.0, 0.5]])[:, :, None]  # gray
     kernels[:, :, 0, 1] = [[1.0, -2.0], [3.0, 0.5]]  # red: 1 - 3 (1/3)^2
     kernels[:, :, 0, 2], kernels[:, :, 1, 2] = 1.0, -1.0  # red against green
     kernels[0, 0, :, 3] = 2.0, 1.0, 0.0  # mean 1: 1 - 3 / 5
-    kernels[:, :, :, 4] = 1e-20  # grey, and faint
-    found = figures.colour_share(kernels)
+    kernels[:, :, :, 4] = 1e-20  # gray, and faint
+    found = figures.color_share(kernels)
     np.testing.assert_allclose(found, [0, 2 / 3, 1, 0.4, 0, 0], atol=1e-12)
     gaussian = np.random.default_rng(0).normal(size=(11, 11, 3, 200))
-    assert figures.colour_share(gaussian).mean() == pytest.approx(2 / 3, abs=0.01)
+    assert figures.color_share(gaussian).mean() == pytest.approx(2 / 3, abs=0.01)
 
 
 def test_predictions(path):
-    loaded, val = checkpoint.load_checkpoint(path), sources.open_dataset('digits').split('val')
+    loaded, val = loading.load_checkpoint(path), datasets.open_dataset('digits').split('val')
     images, labels = np.stack([r['image'] for r in val[:20]]), [r['label'] for r in val[:20]]
-    outputs = evaluate.predict(loaded, images, views=1)
+    outputs = predict.predict(loaded, images, views=1)
     found = figures.predictions(loaded, images, labels, top=3)
     for prediction, p, label in zip(found, outputs, labels, strict=True):
         order = sorted(range(10), key=lambda i: -p[i])[:3]
@@ -132,14 +137,14 @@ def test_nearest_of_far_and_few():
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_an_image_is_no_neighbour_of_itself(split, path, monkeypatch):
+def test_an_image_is_no_neighbor_of_itself(split, path, monkeypatch):
     """The other training images by their distance in fc7, one by one; of split train the query is one of them."""
-    loaded, digits, drawn = checkpoint.load_checkpoint(path), sources.open_dataset('digits'), []
+    loaded, digits, drawn = loading.load_checkpoint(path), datasets.open_dataset('digits'), []
     records = {name: digits.splits[name][:30] for name in ('train', 'val')}
     images = {name: np.stack([record['image'] for record in part]) for name, part in records.items()}
-    seen = {name: augment.centre(part, loaded.image_size) for name, part in images.items()}
-    base, queries = (features.activations(loaded, images[name], 'fc7')['fc7'] for name in ('train', split))
-    monkeypatch.setattr(drawing, 'neighbours', lambda *found: drawn.append(found))
+    seen = {name: augment.center_crop(part, loaded.image_size) for name, part in images.items()}
+    base, queries = (activations.activations(loaded, images[name], 'fc7')['fc7'] for name in ('train', split))
+    monkeypatch.setattr(plots, 'neighbors', lambda *found: drawn.append(found))
     list(figures._of_images(loaded, digits._replace(splits=records), split, seed=0))
     ((shown, near, *_),) = drawn
     assert len(shown) == 5
@@ -178,31 +183,31 @@ def test_curves(tmp_path):
 
 
 def _crossing(figure):
-    return sum(line.get_color() == drawing.VERMILLION for line in figure.axes[0].lines)
+    return sum(line.get_color() == plots.VERMILLION for line in figure.axes[0].lines)
 
 
 def test_connections_between_towers_are_drawn():
     """Two lines for a kernel's window, one for a dense layer, in each direction."""
-    assert _crossing(drawing.architecture(_rows('paper', 2), 224)) == 2 * (2 + 3)
-    assert _crossing(drawing.architecture(_rows('sixth_conv', 2), 224)) == 2 * (2 + 2 + 3)
-    assert _crossing(drawing.architecture(_rows('no_communication', 2), 224)) == 2
-    assert _crossing(drawing.architecture(_rows('paper', 1), 224)) == 0
-    said = [text.get_text() for text in drawing.architecture(_rows('paper', 2), 224).axes[0].texts]
+    assert _crossing(plots.architecture(_rows('paper', 2), 224)) == 2 * (2 + 3)
+    assert _crossing(plots.architecture(_rows('sixth_conv', 2), 224)) == 2 * (2 + 2 + 3)
+    assert _crossing(plots.architecture(_rows('no_communication', 2), 224)) == 2
+    assert _crossing(plots.architecture(_rows('paper', 1), 224)) == 0
+    said = [text.get_text() for text in plots.architecture(_rows('paper', 2), 224).axes[0].texts]
     for text in ('conv3', '55×55\n48 maps', '2,048', '290,400 neurons\n34,944 parameters'):  # noqa: RUF001
         assert text in said
     assert any(text.startswith('3×3×256, stride 1') for text in said)  # noqa: RUF001
     softmax = model.AlexNet(conv=(), dense=(), num_classes=10)
-    assert drawing.architecture(figures.architecture(softmax, 8, 1), 8).axes[0].lines
+    assert plots.architecture(figures.architecture(softmax, 8, 1), 8).axes[0].lines
 
 
 def test_the_kernels_picture():
     """16 a row with a pixel between, one tower above the other."""
     towers = [np.full((18, 3, 3, 3), 0.25), np.full((18, 3, 3, 3), 0.75)]
-    figure = drawing.kernels(towers, [0.1, 0.9])
+    figure = plots.kernels(towers, [0.1, 0.9])
     sheets = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     assert [sheet.shape for sheet in sheets] == [(2 * 4 + 1, 16 * 4 + 1, 3)] * 2
     assert [axes.get_title(loc='left') for axes in figure.axes] == [
-        'tower 0: mean colour share 0.10', 'tower 1: mean colour share 0.90'
+        'tower 0: mean color share 0.10', 'tower 1: mean color share 0.90'
     ]  # fmt: skip
     for sheet, value in zip(sheets, (0.25, 0.75), strict=True):
         assert np.all(sheet[[0, 4, 8]] == 1) and np.all(sheet[:, ::4] == 1)
@@ -215,7 +220,7 @@ def test_the_bars_of_predictions():
         figures.Prediction('owl, night bird', ('cat', 'owl, night bird'), (0.75, 0.25), 1),
         figures.Prediction('yak', ('cat', 'dog'), (0.5, 0.125), None),
     ]
-    figure = drawing.predictions(np.zeros((2, 8, 8, 3), np.uint8), found)
+    figure = plots.predictions(np.zeros((2, 8, 8, 3), np.uint8), found)
     pictures, bars = figure.axes[:2], figure.axes[2:]
     assert [axes.get_title() for axes in pictures] == ['owl', 'yak']
     assert all(axes.get_xlim() == (0, 1) for axes in bars)
@@ -227,32 +232,32 @@ def test_the_bars_of_predictions():
 def test_learning_curves():
     x = np.arange(4)
     seeds = [(x, 1 - 0.2 * x), (x, 1 - 0.25 * x)]
-    axes = drawing.learning_curves({'ReLU': seeds, 'tanh': (x, 1 - 0.1 * x)}, threshold=0.25).axes[0]
+    axes = plots.learning_curves({'ReLU': seeds, 'tanh': (x, 1 - 0.1 * x)}, threshold=0.25).axes[0]
     assert [line.get_linestyle() for line in axes.lines] == ['-', '-', '--', '-']
     assert axes.lines[3].get_ydata() == [0.25, 0.25] and axes.lines[3].get_linewidth() < 1
     assert axes.lines[0].get_linewidth() < axes.lines[2].get_linewidth()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ['ReLU', 'tanh']
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('Epochs', 'Training error rate')
-    assert not drawing.learning_curves({}).axes[0].lines
+    assert not plots.learning_curves({}).axes[0].lines
 
 
 def test_saved_twice_alike_and_nothing_global(tmp_path):
     before = matplotlib.rcParams.copy()
     for name in ('a', 'b'):
-        figure = drawing.confusion(np.eye(3, dtype=int) * 4, ('cat', 'dog', 'owl'))
-        written = drawing.save(figure, str(tmp_path / name), 'confusion')
+        figure = plots.confusion(np.eye(3, dtype=int) * 4, ('cat', 'dog', 'owl'))
+        written = plots.save(figure, str(tmp_path / name), 'confusion')
         assert written == [f'{tmp_path}/{name}/confusion.png', f'{tmp_path}/{name}/confusion.svg']
     for kind in ('png', 'svg'):
         assert (tmp_path / f'a/confusion.{kind}').read_bytes() == (tmp_path / f'b/confusion.{kind}').read_bytes()
     assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot be written'):
-        drawing.save(figure, str(tmp_path / 'file'), 'confusion')
+        plots.save(figure, str(tmp_path / 'file'), 'confusion')
 
 
 def _run(*arguments):
     return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.figures', '--cpu_devices=1', *arguments], capture_output=True, text=True,
+        [sys.executable, '-m', 'alexnet_jax', 'figures', '--cpu_devices=1', *arguments], capture_output=True, text=True,
         cwd=ROOT, timeout=300,
     )  # fmt: skip
 
@@ -266,16 +271,16 @@ def test_command(path, tmp_path):
     result = _run(f'--run={path}', '--data=digits', f'--output={tmp_path}/out')
     os.remove(metrics)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    names = ['architecture', 'confusion', 'error', 'kernels', 'loss', 'neighbours', 'predictions']
+    names = ['architecture', 'confusion', 'error', 'kernels', 'loss', 'neighbors', 'predictions']
     assert sorted(os.listdir(tmp_path / 'out')) == [f'{name}.{kind}' for name in names for kind in ('png', 'svg')]
     for name in names:
         assert f'{tmp_path}/out/{name}.png\n{tmp_path}/out/{name}.svg\n' in result.stdout
         with Image.open(tmp_path / 'out' / f'{name}.png') as image:
             assert min(image.size) > 200 and len(image.convert('L').getcolors()) > 2
-    kernel = checkpoint.load_checkpoint(path).params['conv1']['kernel']
-    share = figures.colour_share(kernel)[:4].mean()
-    assert f'conv1, tower 0: mean colour share {share:.3f}, ' in result.stdout
-    assert 'of 360 images right (centre crop); most confused:' in result.stdout
+    kernel = loading.load_checkpoint(path).params['conv1']['kernel']
+    share = figures.color_share(kernel)[:4].mean()
+    assert f'conv1, tower 0: mean color share {share:.3f}, ' in result.stdout
+    assert 'of 360 images right (center crop); most confused:' in result.stdout
     assert 'nearest training images in fc7: ' in result.stdout
 
 
@@ -289,8 +294,8 @@ def test_command_errors(path, tmp_path):
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     code = (
         'import sys; sys.modules["matplotlib"] = None\n'
-        'from alexnet_jax import errors, figures\n'
-        'try:\n    import alexnet_jax.drawing\n'
+        'from alexnet_jax.experiments import figures\nfrom alexnet_jax.utils import errors\n'
+        'try:\n    import alexnet_jax.experiments.plots\n'
         'except errors.UserError as error:\n    print(error)'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)

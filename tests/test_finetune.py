@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import assemble, checkpoint, resume, train
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.training import build, restore, train
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 
@@ -48,7 +49,7 @@ def test_the_authors_chain(tmp_path):
         if before is not None:
             config.init_from = str(tmp_path / str(i - 1))
         train.train_and_evaluate(config, str(tmp_path / str(i)))
-        params = checkpoint.load_checkpoint(str(tmp_path / str(i))).params
+        params = loading.load_checkpoint(str(tmp_path / str(i))).params
         if before is not None:
             assert _same(before, params) == copied, arg
         before = params
@@ -56,13 +57,13 @@ def test_the_authors_chain(tmp_path):
 
 def _first_update(config, tmp_path):
     """(parameters before, after, velocity) of the first update."""
-    run = assemble.build(config)
-    with checkpoint.Checkpoints(str(tmp_path / 'nothing')) as saved:
-        state, _ = resume.restore_or_init(saved, run, config, jax.random.key(0), {}, str(tmp_path))
+    run = build.build(config)
+    with manager.CheckpointManager(str(tmp_path / 'nothing')) as saved:
+        state, _ = restore.restore_or_init(saved, run, jax.random.key(0), {}, str(tmp_path))
     before = jax.device_get(state.params)
     chex.assert_trees_all_equal(jax.device_get(state.opt_state.velocity), jax.tree.map(np.zeros_like, before))  # fresh
     gradient = jax.tree.map(lambda p: np.full_like(p, -1.0), before)
-    updates, _ = run.optimizer.tx.update(gradient, state.opt_state._replace(count=state.step), state.params)
+    updates, _ = run.steps.optimizer.tx.update(gradient, state.opt_state._replace(count=state.step), state.params)
     return jax.device_get(updates)
 
 
@@ -93,7 +94,7 @@ def test_frozen_and_slowed_layers_under_training(tmp_path):
         num_steps=4, seed=1, init_from=str(tmp_path / 'old'), init_fresh=('fc7', 'fc8'), **{'optim.layer_rates': rates}
     )
     train.train_and_evaluate(config, str(tmp_path / 'new'))
-    old, new = (checkpoint.load_checkpoint(str(tmp_path / name)).params for name in ('old', 'new'))
+    old, new = (loading.load_checkpoint(str(tmp_path / name)).params for name in ('old', 'new'))
     assert _same(old, new) == {'conv1', 'conv2'}
     moved = {name: np.abs(new[name]['kernel'] - old[name]['kernel']).mean() for name in ('conv3', 'conv4')}
     assert 0 < moved['conv3'] < 0.1 * moved['conv4']
@@ -129,5 +130,5 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     train.train_and_evaluate(other, str(tmp_path / 'e'))
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2, warned
-    assert 'was trained with conv5 ' in warned[0] and "'then': 'relu pool'" in warned[0]
+    assert 'was trained with conv5 ' in warned[0] and "'post': 'relu pool'" in warned[0]
     assert 'was trained with model.lrn_k 2.0, this config has 1.0' in warned[1]

@@ -16,13 +16,18 @@ import zipfile
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save as save_safetensors
 
-from alexnet_jax import checkpoint, convert, digests, images, listing, processes, statistics, weights
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.convert import caffe, convert, fit, safetensors, weight_file
+from alexnet_jax.core import image_stats
+from alexnet_jax.data import image_io
+from alexnet_jax.prepare import discovery
+from alexnet_jax.utils import checksums
+from alexnet_jax.utils.errors import UserError
 from tests.test_features import untrained
 
 _NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
@@ -138,7 +143,7 @@ def _pictures():
 
 def _square(content):
     try:
-        found = images.square(content, 16)
+        found = image_io.resize_center_crop(content, 16)
     except ValueError as error:
         _one_line(error)
     else:
@@ -147,9 +152,9 @@ def _square(content):
 
 @_examples(400, 4000)
 def test_images(examples):
-    wholes = _pictures()
+    wholes = list(_pictures())
     for whole in wholes:
-        assert images.square(whole, 16).std() > 5
+        assert image_io.resize_center_crop(whole, 16).std() > 5
     wholes.append(_encode(Image.fromarray(np.float32(np.arange(400).reshape(20, 20))), 'TIFF'))  # refused
     heads = st.sampled_from([whole[:n] for whole in wholes for n in (4, 12, 40)])
     noise = st.builds(bytes.__add__, heads | st.just(b''), st.binary(max_size=300))
@@ -218,13 +223,13 @@ def test_archives(examples, tmp_path):
         path = tmp_path / 'root' / name
         path.write_bytes(content)
         try:
-            refs = [ref for refs in listing.find(str(path)).splits.values() for ref in refs]
+            refs = [ref for refs in discovery.find_images(str(path)).splits.values() for ref in refs]
             assert len(refs) < 1000
         except UserError as error:
             return _one_line(error)
         for ref in refs:
             try:
-                assert len(listing.read(ref)[0]) <= len(content)
+                assert len(discovery.read_image(ref)[0]) <= len(content)
             except ValueError as error:
                 _one_line(error)
 
@@ -248,7 +253,7 @@ def _tensors():
 
 
 def _caffemodel():
-    net, tensors = weights._caffe_message('NetParameter')(), _tensors()
+    net, tensors = caffe._caffe_message('NetParameter')(), _tensors()
     for name in _NAMES:
         layer = net.layer.add(name=name, type='Convolution')
         for kind in ('weight', 'bias'):
@@ -320,16 +325,16 @@ def folder(tmp_path_factory):
     """What a file of weights may need beside it."""
     folder = tmp_path_factory.mktemp('weights')
     np.save(folder / 'mean.npy', np.full(3, 120.0))
-    colours = statistics.Statistics(np.ones((230, 230, 3), np.float32), np.zeros(3), np.eye(3))
-    statistics.save(str(folder), colours)
+    colors = image_stats.ImageStats(np.ones((230, 230, 3), np.float32), np.zeros(3), np.eye(3))
+    image_stats.save(str(folder), colors)
     return folder
 
 
 @pytest.fixture
 def read(folder, monkeypatch, capsys):
     """Does all that converting a file takes, but write."""
-    monkeypatch.setattr(processes, 'new_directory', lambda output: contextlib.nullcontext())
-    monkeypatch.setattr(checkpoint, 'Checkpoints', _Nowhere)
+    monkeypatch.setattr(convert, 'atomic_directory', lambda output: contextlib.nullcontext())
+    monkeypatch.setattr(manager, 'CheckpointManager', _Nowhere)
 
     def read(name, content):
         (folder / name).write_bytes(content)
@@ -364,16 +369,19 @@ def test_caffemodels(examples, read):
 
 @_examples(150, 1200)
 def test_safetensors(examples, read):
-    plain = safetensors.numpy.save(_tensors())
+    plain = save_safetensors(_tensors())
     length = struct.unpack('<Q', plain[:8])[0]
     header, data = json.loads(plain[8 : 8 + length]), plain[8 + length :]
     _, config = convert._default_config('torchvision.py')
-    config = convert.fit({key: config[key] for key in ('model', 'data')}, weights._pairs('', _tensors()))
+    config = fit.fit_config(
+        {key: config[key] for key in ('model', 'data')},
+        weight_file.WeightFile('', weight_file.pair_tensors('', _tensors())),
+    )
     own = {'config': config, 'class_names': ['a', 'b', 'c'], 'record_size': 230}
 
     def exported(own):
         own = own if isinstance(own, str) else json.dumps(own)
-        return _safetensors(header | {'__metadata__': {weights.METADATA_KEY: own}}, data)
+        return _safetensors(header | {'__metadata__': {safetensors.METADATA_KEY: own}}, data)
 
     assert read('w.safetensors', plain) and read('w.safetensors', exported(own))
     text = _damaged([plain[8 : 8 + length]]).map(lambda header: _safetensors(header, data))
@@ -410,24 +418,24 @@ def test_state_dicts(examples, read):
 
 @_examples(200, 1500)
 def test_means_and_statistics(examples, folder, tmp_path):
-    blob = weights._caffe_message('BlobProto')(num=1, channels=3, height=2, width=2, data=[120] * 12)
+    blob = caffe._caffe_message('BlobProto')(num=1, channels=3, height=2, width=2, data=[120] * 12)
     array = io.BytesIO()
     np.save(array, np.full((2, 2, 3), 120, np.uint8))
-    small = statistics.Statistics(np.ones((2, 2, 3), np.float32), np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
-    statistics.save(str(tmp_path), small)
+    small = image_stats.ImageStats(np.ones((2, 2, 3), np.float32), np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
+    image_stats.save(str(tmp_path), small)
     files = {
         'm.binaryproto': blob.SerializeToString(),
         'm.npy': array.getvalue(),
-        statistics.FILE_NAME: (tmp_path / statistics.FILE_NAME).read_bytes(),
+        image_stats.FILE_NAME: (tmp_path / image_stats.FILE_NAME).read_bytes(),
     }
 
     def check(case):
         name, content = case
         (tmp_path / name).write_bytes(content)
         try:
-            if name == statistics.FILE_NAME:
-                return statistics.load(str(tmp_path))
-            return weights.read_mean(str(tmp_path / name), False)
+            if name == image_stats.FILE_NAME:
+                return image_stats.load(str(tmp_path))
+            return convert.read_mean(str(tmp_path / name), False)
         except UserError as error:
             _one_line(error)
 
@@ -447,9 +455,9 @@ def test_what_lies_beside_a_checkpoints_arrays(tmp_path):
     def check(meta):
         with open(path, 'w') as file:
             json.dump(meta, file)
-        digests.write(step)
+        checksums.write(step)
         try:
-            checkpoint.load_checkpoint(step)
+            loading.load_checkpoint(step)
         except UserError as error:
             _one_line(error)
 

@@ -83,12 +83,8 @@ def test_slurm_puts_back_what_was_told_to_stop(tmp_path, code, requeued):
 _DEVICES = """#!{python}
 import sys
 import jax
-from absl import flags
-from alexnet_jax import cli
-flags.FLAGS(sys.argv[:1])
-cli.define_cpu_devices()
-flags.FLAGS.cpu_devices = 1
-cli.set_up_jax()
+from alexnet_jax.commands import app
+app.set_up_jax(cpu_devices=1)
 sys.stdout.write('GPUs: ' + jax.config.values['jax_cuda_visible_devices'] + '\\n')  # in one go: two tasks share it
 """
 
@@ -184,7 +180,7 @@ def test_the_jobset_agrees_with_itself_and_with_the_command():
     # JobSet calls its pods JOBSET-JOB-REPLICA-INDEX, in a domain of the JobSet's name.
     assert environment['JAX_COORDINATOR_ADDRESS']['value'].split(':')[0] == f'{name}-{job["name"]}-0-0.{name}'
     assert {mount['name'] for mount in container['volumeMounts']} == {volume['name'] for volume in pod['volumes']}
-    assert container['args'][0] == 'main' and os.path.exists(ROOT / container['args'][1].split('=')[1])
+    assert container['args'][0] == 'train' and os.path.exists(ROOT / container['args'][1].split('=')[1])
 
 
 def test_the_image_has_what_the_package_is_built_from():

@@ -6,7 +6,7 @@ import chex
 import jax
 import numpy as np
 
-from alexnet_jax import metrics
+from alexnet_jax.core import metrics
 
 
 def test_errors_and_loss_against_numpy():

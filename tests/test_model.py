@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import layers, model, ops
-from alexnet_jax.errors import UserError
+from alexnet_jax.core import architecture, model, ops
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
 # kernel area x inputs x kernels + biases, from section 3.5.
@@ -25,7 +26,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope='module')
 def shapes():
-    return jax.eval_shape(lambda key: model.init(model.AlexNet(), key, 224), jax.random.key(0))
+    return jax.eval_shape(lambda key: model.init_params(model.AlexNet(), key, 224), jax.random.key(0))
 
 
 def test_parameter_count(shapes):
@@ -96,7 +97,7 @@ def test_towers_talk_only_where_the_paper_says():
 def test_conv1_hangs_over_the_right_and_bottom_edges():
     """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last sees 8 of 11."""
     kernel = jnp.ones((11, 11, 3, 96))
-    conv1 = model.AlexNet().table()['conv1']
+    conv1 = model.AlexNet().layer_specs()['conv1']
     seen = ops.conv(jnp.ones((1, 224, 224, 3)), kernel, stride=conv1.stride, padding=conv1.padding)[0, ..., 0]
     chex.assert_shape(seen, (55, 55))
     assert seen[0, 0] == 3 * 11 * 11 and seen[53, 53] == 3 * 11 * 11
@@ -141,9 +142,9 @@ def test_paper_config_is_the_default_network():
     import runpy
 
     get_config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']
-    assert model.from_config(get_config().model) == model.AlexNet()
-    remedy = model.from_config(get_config('init=authors').model)
-    changed = {name: row for name, row in remedy.table().items() if row != model.AlexNet().table()[name]}
+    assert model_from_config(get_config().model) == model.AlexNet()
+    remedy = model_from_config(get_config('init=authors').model)
+    changed = {name: row for name, row in remedy.layer_specs().items() if row != model.AlexNet().layer_specs()[name]}
     assert {name: row.init_std for name, row in changed.items()} == {'conv3': 0.03, 'conv4': 0.03, 'conv5': 0.03}
     with pytest.raises(ValueError, match='init=authors'):
         get_config('init=nobody')
@@ -155,14 +156,14 @@ def test_paper_config_is_the_default_network():
         ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
         ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
         ({'dense': ((33, 1, 0.1, 0.5, 'relu'),)}, small.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
-        ({'norm_groups': 1}, small.SIZE, 2, 'conv1 is normalised in 1 group'),
+        ({'norm_groups': 1}, small.SIZE, 2, 'conv1 is normalized in 1 group'),
         ({'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu prelu'),)}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
         ({'conv': ((8, 5, 2, (0, 1), 2, 0.1, 0.1, 'relu'),)}, small.SIZE, 1, 'conv1 has 3 inputs'),
     ],
 )
 def test_what_is_no_network_is_refused(changes, size, towers, message):
     with pytest.raises(UserError, match=message):
-        layers.sizes(small.network(**changes), size, towers)
+        architecture.infer_shapes(small.network(**changes), size, towers)
 
 
 @pytest.mark.parametrize(
@@ -192,14 +193,14 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
 )
 def test_values_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        model.from_config(fields)
+        model_from_config(fields)
 
 
 def test_unknown_model_key_is_refused():
     with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
-        model.from_config({'pool_windw': 2})
+        model_from_config({'pool_windw': 2})
     with pytest.raises(UserError, match='model.dense has the row'):
-        model.from_config({'dense': [[4096, 'relu']]})
+        model_from_config({'dense': [[4096, 'relu']]})
 
 
 def test_initial_values_by_fan_in():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import ops, pooling
+from alexnet_jax.core import cpu_gradients, normalization, ops, pooling
 
 
 def _random(*shape):
@@ -50,8 +50,8 @@ def test_response_norm_is_the_papers_formula_within_each_group(n):
     a = 20 * _random(2, 3, 4, 12)
     constants = dict(n=n, k=2.0, alpha=0.01, beta=0.75)
     with jax.enable_x64():
-        whole = ops.local_response_norm(jnp.asarray(a), **constants)
-        halves = ops.local_response_norm(jnp.asarray(a), **constants, groups=2)
+        whole = normalization.local_response_norm(jnp.asarray(a), **constants)
+        halves = normalization.local_response_norm(jnp.asarray(a), **constants, groups=2)
     chex.assert_trees_all_close(whole, _lrn_by_hand(a, **constants), rtol=1e-12)
     by_hand = np.concatenate([_lrn_by_hand(part, **constants) for part in np.split(a, 2, axis=-1)], axis=-1)
     chex.assert_trees_all_close(halves, by_hand, rtol=1e-12)
@@ -61,8 +61,8 @@ def test_response_norm_is_the_papers_formula_within_each_group(n):
 def test_response_norm_sums_in_float32():
     """What comes out in bfloat16 is the float32 result, rounded once; so is the gradient."""
     x, gradient = (jnp.asarray(100 * _random(2, 3, 3, 10), jnp.bfloat16) for _ in range(2))
-    narrow, back = jax.vjp(ops.local_response_norm, x)
-    wide, wide_back = jax.vjp(ops.local_response_norm, x.astype(jnp.float32))
+    narrow, back = jax.vjp(normalization.local_response_norm, x)
+    wide, wide_back = jax.vjp(normalization.local_response_norm, x.astype(jnp.float32))
     assert narrow.dtype == back(gradient)[0].dtype == jnp.bfloat16
     chex.assert_trees_all_equal(narrow, wide.astype(jnp.bfloat16))
     chex.assert_trees_all_equal(back(gradient)[0], wide_back(gradient.astype(jnp.float32))[0].astype(jnp.bfloat16))
@@ -71,7 +71,7 @@ def test_response_norm_sums_in_float32():
 def test_response_norm_has_the_papers_constants():
     a = 100 * _random(1, 2, 2, 10)
     with jax.enable_x64():
-        b = ops.local_response_norm(jnp.asarray(a))
+        b = normalization.local_response_norm(jnp.asarray(a))
     chex.assert_trees_all_close(b, _lrn_by_hand(a, n=5, k=2, alpha=1e-4, beta=0.75), rtol=1e-12)
 
 
@@ -151,7 +151,7 @@ def test_conv_by_hand(groups):
     [(8, 11, 4, (0, 3), 1), (3, 5, 2, (2, 2), 2), (2, 3, 5, (1, 0), 1), (2, 3, 1, (1, 1), 2)],
 )
 def test_gradients_of_conv_by_hand(monkeypatch, count, size, stride, padding, groups):
-    monkeypatch.setattr(ops, '_PATCH_BYTES', 60_000)  # several images at a time, and several times
+    monkeypatch.setattr(cpu_gradients, '_PATCH_BYTES', 60_000)  # several images at a time, and several times
     monkeypatch.setattr(ops, '_LARGE_BYTES', 0)
     x, kernel = _random(count, 19, 23, 4), _random(size, size, 4 // groups, 6)
     conv = functools.partial(_in_groups, functools.partial(ops.conv, stride=stride, padding=padding), groups)
@@ -196,14 +196,14 @@ def test_dropout_silences_in_training_and_halves_at_test():
 def test_spatial_response_norm_against_loops(n):
     a, constants = _random(2, 6, 7, 3), dict(n=n, k=1.5, alpha=0.3, beta=0.75)
     with jax.enable_x64():
-        found = ops.spatial_response_norm(jnp.asarray(a), **constants)
+        found = normalization.spatial_response_norm(jnp.asarray(a), **constants)
     chex.assert_trees_all_close(found, _spatial_by_hand(a, **constants), rtol=1e-12)
 
 
 @pytest.mark.parametrize(('n', 'beta'), [(5, 0.75), (4, 0.75), (3, 0.6)])
 @pytest.mark.parametrize(
     ('norm', 'by_hand'),
-    [(ops.local_response_norm, _lrn_by_hand), (ops.spatial_response_norm, _spatial_by_hand)],
+    [(normalization.local_response_norm, _lrn_by_hand), (normalization.spatial_response_norm, _spatial_by_hand)],
 )
 def test_gradient_of_response_norms_is_the_slope_of_the_loops(norm, by_hand, n, beta):
     a, weights = 3 * _random(1, 4, 5, 6), np.random.default_rng(1).standard_normal((1, 4, 5, 6))

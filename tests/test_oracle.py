@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, metrics, model, steps
-from alexnet_jax.statistics import Statistics
+from alexnet_jax.core import metrics, model, train_step
+from alexnet_jax.core.config import augmentation_from_config, model_from_config
+from alexnet_jax.core.image_stats import ImageStats
 from tests import ROOT, small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
@@ -32,7 +33,7 @@ def _network(name, full_size, **changes):
         fields['conv'] = tuple((w, *row[1:5], 0.05, 0.1, row[7]) for w, row in zip(widths, fields['conv'], strict=True))
         fields['dense'] = tuple((24, row[1], 0.1, 0.1, row[4]) for row in fields['dense'])
         fields |= {'num_classes': 10, 'classifier': (0.1, 0.0)}
-    return model.from_config({**fields, **changes}), config, SIZES[name][full_size]
+    return model_from_config({**fields, **changes}), config, SIZES[name][full_size]
 
 
 def _in_torch_layout(params, dtype):
@@ -161,7 +162,7 @@ def _batches(size, number):
             'image': rng.integers(0, 256, (2, size, size, 3), np.uint8),
             'offset': np.zeros((2, 2), np.int32),
             'reflect': np.zeros(2, bool),
-            'colour': np.zeros((2, 3)),
+            'color': np.zeros((2, 3)),
             'label': rng.integers(0, 10, 2),
             'weight': np.ones(2, np.float32),
         }
@@ -175,16 +176,16 @@ def test_ten_updates(name, full_size):
         network, config, size = _network(name, full_size, dtype='float64', dropout_rate=0.0)
         options = {**config.optim, 'schedule': 'epochs', 'stages': ((0, 1, 1, ()), (0.5, 0.1, 0.1, ()))}
         optimizer = small.optimizer(network, **options)
-        augmentation = augment.from_config({**config.data, 'image_size': size})
+        augmentation = augmentation_from_config({**config.data, 'image_size': size})
         forward = lambda p, x, masks: network.apply({'params': p}, x, masks)  # noqa: E731
         fixed = dict(network=network, forward=forward, optimizer=optimizer, augmentation=augmentation)
-        statistics = Statistics(np.full((size, size, 3), 120.0), np.ones(3), np.eye(3))
+        image_stats = ImageStats(np.full((size, size, 3), 120.0), np.ones(3), np.eye(3))
         step = jax.jit(
-            lambda *args: steps.train_step(*args, statistics, jax.random.key(0), **fixed)[0], donate_argnums=0
+            lambda *args: train_step.train_step(*args, image_stats, jax.random.key(0), **fixed)[0], donate_argnums=0
         )
         start = small.to_float64(small.init(network, 0, size))
         params = jax.tree.map(jnp.asarray, start)
-        state = steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params))
+        state = train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params))
         for batch in _batches(size, 10):
             state = step(state, batch)
         found = _in_torch_layout(jax.device_get(state.params), np.float64)

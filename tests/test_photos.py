@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import data, sources
+from alexnet_jax.data import cache, datasets
 from tests import ROOT
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
@@ -47,7 +47,7 @@ def _probabilities(net, images_NHWC):
 
 
 def _ten(image):
-    """Corners and centre, then their mirror images, as torchvision's TenCrop."""
+    """Corners and center, then their mirror images, as torchvision's TenCrop."""
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     five = [image[y : y + 224, x : x + 224] for y, x in corners]
     return five + [view[:, ::-1] for view in five]
@@ -55,7 +55,7 @@ def _ten(image):
 
 def _run(command, *arguments):
     result = subprocess.run(
-        [sys.executable, '-m', f'alexnet_jax.{command}', *arguments], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, '-m', 'alexnet_jax', command, *arguments], capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -93,7 +93,7 @@ def test_predict(converted, imagenet_tar, tmp_path):
             found = {row['index']: row['probability'] for row in line['top']}
             found = np.array([found[i] for i in range(1000)])
             assert p.max() > 0.01  # not the uniform distribution
-            # A level of grey more or less here and there: Pillow rounds between its two passes.
+            # A level of gray more or less here and there: Pillow rounds between its two passes.
             np.testing.assert_allclose(found, p, rtol=0.02)
 
 
@@ -104,8 +104,11 @@ def test_evaluate(converted, imagenet_tar, tmp_path, views):
     _run('prepare', f'--input={imagenet_tar}', f'--output={prepared}', '--val_fraction=0.06')
     (line,) = _run('evaluate', f'--checkpoint={checkpoint}', f'--data={prepared}', f'--views={views}', '--json')[-1:]
     found = json.loads(line)
-    records = list(sources.open_dataset(prepared).split('val'))
-    images, labels = [data.decode(record, 256) for record in records], np.array([record['label'] for record in records])
+    records = list(datasets.open_dataset(prepared).split('val'))
+    images, labels = (
+        [cache.decode(record, 256) for record in records],
+        np.array([record['label'] for record in records]),
+    )
     cuts = [[image[16:240, 16:240]] if views == 1 else _ten(image) for image in images]
     p = np.stack([_probabilities(net, cut).mean(0) for cut in cuts])
     rank = (p > p[np.arange(len(p)), labels][:, None]).sum(1)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -22,8 +21,12 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image, ImageOps
 
-from alexnet_jax import augment, data, images, listing, prepare, shards, sources, statistics
-from alexnet_jax.errors import UnreadableError, UserError
+from alexnet_jax.core import augment, image_stats
+from alexnet_jax.data import cache, datasets, image_io, imagenet_classes, pipeline
+from alexnet_jax.inference import predict
+from alexnet_jax.prepare import discovery, image_ref, prepare, record_writer
+from alexnet_jax.prepare import tfds as tfds_input
+from alexnet_jax.utils.errors import UnreadableError, UserError
 from tests import ROOT
 from tests.small import running
 
@@ -62,7 +65,7 @@ def _read_back(directory, split):
     return found
 
 
-def test_square_is_the_shorter_side_resized_and_the_centre_cut():
+def test_square_is_the_shorter_side_resized_and_the_center_cut():
     for height, width in ((300, 431), (431, 300), (97, 64), (64, 64), (20, 31)):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
         # The paper's words literally: rescale all of it, then cut.
@@ -70,15 +73,15 @@ def test_square_is_the_shorter_side_resized_and_the_centre_cut():
         w, h = round(width * scale), round(height * scale)
         left, top = (w - 64) // 2, (h - 64) // 2
         resized = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + 64, top + 64))
-        found = images.square(_encode(image, 'PNG'), 64)
+        found = image_io.resize_center_crop(_encode(image, 'PNG'), 64)
         assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
 
 
 def test_odd_files_come_out_right():
-    colours = np.asarray([[255, 0, 0], [0, 128, 0], [0, 0, 255], [200, 200, 40]], np.uint8).reshape(2, 2, 3)
-    pixels = np.kron(colours, np.ones((32, 32, 1), np.uint8))
+    colors = np.asarray([[255, 0, 0], [0, 128, 0], [0, 0, 255], [200, 200, 40]], np.uint8).reshape(2, 2, 3)
+    pixels = np.kron(colors, np.ones((32, 32, 1), np.uint8))
     image = Image.fromarray(pixels)
-    grey = np.repeat(np.asarray(image.convert('L'))[..., None], 3, axis=2)
+    gray = np.repeat(np.asarray(image.convert('L'))[..., None], 3, axis=2)
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     sixteen = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
@@ -86,17 +89,17 @@ def test_odd_files_come_out_right():
         'PNG': (_encode(image, 'PNG'), pixels),
         'JPEG': (_encode(image, quality=98, subsampling=0), pixels),
         'CMYK JPEG': (_encode(image.convert('CMYK'), quality=98), pixels),
-        'grey JPEG': (_encode(image.convert('L'), quality=98), grey),
+        'gray JPEG': (_encode(image.convert('L'), quality=98), gray),
         'palette GIF': (_encode(image, 'GIF'), pixels),
         'RGBA PNG': (_encode(image.convert('RGBA'), 'PNG'), pixels),
-        '16-bit PNG': (_encode(sixteen, 'PNG'), grey),
+        '16-bit PNG': (_encode(sixteen, 'PNG'), gray),
         'progressive JPEG': (_encode(image, quality=98, subsampling=0, progressive=True), pixels),
         'EXIF': (_encode(image, quality=98, subsampling=0, exif=turned), np.rot90(pixels, -1)),
     }
     for name, (content, expected) in cases.items():
-        found = images.square(content, 64)
+        found = image_io.resize_center_crop(content, 64)
         assert found.shape == (64, 64, 3) and found.dtype == np.uint8, name
-        inner = np.r_[4:28, 36:60]  # away from the edges between colours, where JPEG smears
+        inner = np.r_[4:28, 36:60]  # away from the edges between colors, where JPEG smears
         difference = np.abs(found.astype(int) - expected)[inner][:, inner]
         assert difference.max() <= 8, (name, difference.max())
 
@@ -108,7 +111,9 @@ def test_every_exif_orientation(orientation):
     exif[0x0112] = orientation
     stored = Image.open(io.BytesIO(_encode(_pixels(1, 40, 40), quality=95, exif=exif)))
     upright = np.asarray(ImageOps.exif_transpose(stored))
-    chex.assert_trees_all_equal(images.square(_encode(_pixels(1, 40, 40), quality=95, exif=exif), 40), upright)
+    chex.assert_trees_all_equal(
+        image_io.resize_center_crop(_encode(_pixels(1, 40, 40), quality=95, exif=exif), 40), upright
+    )
 
 
 def test_odd_exif_does_not_spoil_an_image():
@@ -119,7 +124,7 @@ def test_odd_exif_does_not_spoil_an_image():
     odd = content[:entry] + b'\x01\x00' + content[entry + 2 :]  # now its width is the text 'maker'
     with pytest.raises(Exception, match='not an integer'):  # as Pillow's own transposition finds
         ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
-    chex.assert_trees_all_equal(images.square(odd, 40), images.square(content, 40))
+    chex.assert_trees_all_equal(image_io.resize_center_crop(odd, 40), image_io.resize_center_crop(content, 40))
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -128,11 +133,11 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
     out = tmp_path / 'out'
     prepare.prepare(folder, str(out), size=16, format='raw')
     away = tmp_path / 'away'
-    whole = [record['image'] for record in sources.open_dataset(str(out)).splits['train']]
+    whole = [record['image'] for record in datasets.open_dataset(str(out)).splits['train']]
 
     def stream(records):
-        batches = data.train_batches(
-            records, batch_size=5, seed=0, start_step=0, record_size=16, num_workers=workers, num_threads=1,
+        batches = pipeline.train_batches(
+            cache.Records(records, 16), batch_size=5, seed=0, start_step=0, num_workers=workers, num_threads=1,
             augmentation=augment.Augmentation(image_size=16, reflect=False),
         )  # fmt: skip
         try:
@@ -140,7 +145,7 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
         finally:
             batches.close()
 
-    records = sources.open_dataset(str(out)).splits['train']
+    records = datasets.open_dataset(str(out)).splits['train']
     out.rename(away)
     with pytest.raises(UserError, match='data files disappeared while they were read') as error:
         stream(records)
@@ -155,7 +160,7 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
         content = bytearray(shard.read_bytes())
         content[64:-64] = bytes(byte ^ 1 for byte in content[64:-64])
         shard.write_bytes(content)
-    records = sources.open_dataset(str(out)).splits['train']
+    records = datasets.open_dataset(str(out)).splits['train']
     with pytest.raises(UnreadableError, match='record 3 in train of .* cannot be read'):
         records[3]
     assert not stream(records)['weight'].any()
@@ -167,7 +172,7 @@ def test_folders_in_folders_without_end(tmp_path):
         here /= 'd'
     here.mkdir(parents=True)
     with pytest.raises(UserError, match='more than 100 deep'):
-        list(images.below(str(tmp_path)))
+        list(image_io.iter_image_files(str(tmp_path)))
 
 
 @pytest.fixture
@@ -191,19 +196,19 @@ def test_folder_of_splits(folder, tmp_path, kind):
     squares = {}
     for name, (pixels, class_name) in train.items():
         with open(os.path.join(folder, name), 'rb') as file:
-            squares[name] = images.square(file.read(), 32)
+            squares[name] = image_io.resize_center_crop(file.read(), 32)
         assert class_name == name.split('/')[1]
         difference = np.abs(pixels.astype(int) - squares[name])
         assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
     # Statistics are of the train split alone.
-    stats = statistics.load(out)
+    stats = image_stats.load(out)
     everything = np.stack(list(squares.values())).astype(np.float64)
     chex.assert_trees_all_close(stats.mean_image, everything.mean(0).astype(np.float32), rtol=1e-5)
     covariance = np.cov(everything.reshape(-1, 3).T, bias=True)
     rebuilt = stats.eigenvectors @ np.diag(stats.eigenvalues) @ stats.eigenvectors.T
     chex.assert_trees_all_close(rebuilt, covariance, rtol=1e-3, atol=0.5)
     # And our own source agrees with TFDS's reader.
-    dataset = sources.open_dataset(out)
+    dataset = datasets.open_dataset(out)
     assert dataset.class_names == ('cat', 'dog') and dataset.record_size == 32
     assert [r['label'] for r in dataset.split('train')].count(0) == 5  # a loop over the records ends
     assert len(dataset.split('train')) == 10
@@ -217,7 +222,7 @@ def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
         '\ufeffn01\tcrane\r\nn00\tentity\nn02\tcrane\nn03\tEgyptian cat, Felis catus\n'
     )
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), size=16, workers=1)
-    assert sources.open_dataset(str(tmp_path / 'out')).class_names == (
+    assert datasets.open_dataset(str(tmp_path / 'out')).class_names == (
         'crane (n01)',
         'crane (n02)',
         'Egyptian cat',
@@ -225,7 +230,7 @@ def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
     )
     (tmp_path / 'raw' / 'classes.tsv').write_bytes(b'n04\t\xff\n\n\t\t\nn01\n')
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'again'), size=16, workers=1)
-    names = sources.open_dataset(str(tmp_path / 'again')).class_names
+    names = datasets.open_dataset(str(tmp_path / 'again')).class_names
     assert names[2] == 'Egyptian cat' and all(name.isprintable() for name in names)
 
 
@@ -233,7 +238,7 @@ def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
     def prepared(seed, workers):
         out = str(tmp_path / f'{seed}-{workers}')
         prepare.prepare(folder, out, size=16, seed=seed, workers=workers)
-        return _read_back(out, 'train'), statistics.load(out)
+        return _read_back(out, 'train'), image_stats.load(out)
 
     alone, alone_statistics = prepared(0, 1)
     both, both_statistics = prepared(0, 2)
@@ -257,7 +262,7 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
 
 def test_classes_that_lose_all_images_to_val_are_counted(capsys):
     """Of a photo a class, as in the official archive's first thousand, every fifth goes."""
-    refs = [listing.Ref(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
+    refs = [image_ref.ImageRef(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
     orders = prepare._orders({'train': refs}, 0.2, seed=0)
     labels = sorted(ref.label for ref in orders['val'])
     assert len(labels) == 4 and set(np.diff(labels)) == {5} and set(orders['train']) | set(orders['val']) == set(refs)
@@ -268,11 +273,11 @@ def test_classes_that_lose_all_images_to_val_are_counted(capsys):
         prepare._orders({'train': refs}, 0.02, seed=0)
 
 
-def test_arrays_that_are_no_grey_levels_are_refused():
+def test_arrays_that_are_no_gray_levels_are_refused():
     for kind in (np.float32, np.int32):
         with pytest.raises(ValueError, match=f'its pixels are {kind.__name__}, of which nothing says what is white'):
-            images.square(np.full((16, 16, 1), 200, kind), 8)
-    assert images.square(np.full((16, 16, 1), 200, np.uint8), 8).min() == 200
+            image_io.resize_center_crop(np.full((16, 16, 1), 200, kind), 8)
+    assert image_io.resize_center_crop(np.full((16, 16, 1), 200, np.uint8), 8).min() == 200
 
 
 def test_what_is_left_out_is_told(tmp_path, capfd):
@@ -294,43 +299,43 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
         {'train/cat/cut.jpg': good[: len(good) // 2], 'train/dog/empty.jpg': b'', 'train/dog/text.png': b'hello'},
     )
     out = tmp_path / 'out'
-    with pytest.raises(UserError, match=r'3 of \d+ images cannot be read .* --max_bad=3'):
-        prepare.prepare(folder, str(out), size=16, max_bad=2, workers=1)
+    with pytest.raises(UserError, match=r'3 of \d+ images cannot be read .* --max_unreadable=3'):
+        prepare.prepare(folder, str(out), size=16, max_unreadable=2, workers=1)
     assert os.listdir(tmp_path) == ['in']  # nothing half-written
-    prepare.prepare(folder, str(out), size=16, max_bad=3, workers=1)
+    prepare.prepare(folder, str(out), size=16, max_unreadable=3, workers=1)
     said = capfd.readouterr().err
     for name in ('train/cat/cut.jpg', 'train/dog/empty.jpg', 'train/dog/text.png'):
         assert f'unreadable: {name}: ' in said
     assert '3 unreadable images were left out' in said
     assert len(_read_back(str(out), 'train')) == 10
-    assert len(sources.open_dataset(str(out)).split('train')) == 10
+    assert len(datasets.open_dataset(str(out)).split('train')) == 10
 
 
 def test_a_script_without_a_guard_prepares_once(folder, tmp_path):
     """Its processes do not run it again."""
     script = tmp_path / 'mine.py'
     script.write_text(
-        'import sys\nfrom alexnet_jax import prepare\nprint("begun", flush=True)\n'
+        'import sys\nfrom alexnet_jax.prepare import prepare\nprint("begun", flush=True)\n'
         'prepare.prepare(sys.argv[1], sys.argv[2], size=16, workers=2)\nprint(__file__, __spec__)\n'
     )
     words = [sys.executable, str(script), folder, str(tmp_path / 'out')]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0 and done.stdout.count('begun') == 1, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == f'{script} None'
-    assert len(sources.open_dataset(str(tmp_path / 'out')).split('train')) == 10
+    assert len(datasets.open_dataset(str(tmp_path / 'out')).split('train')) == 10
 
 
 def test_images_that_are_gone_are_not_taken_for_bad_ones(folder, tmp_path, monkeypatch):
-    find, out = listing.find, tmp_path / 'out'
+    find, out = discovery.find_images, tmp_path / 'out'
 
     def then_gone(path):
         found = find(path)
         os.rename(tmp_path / 'in' / 'train' / 'cat', tmp_path / 'away')
         return found
 
-    monkeypatch.setattr(listing, 'find', then_gone)
+    monkeypatch.setattr(discovery, 'find_images', then_gone)
     with pytest.raises(UserError, match=r"the image 'train/cat/.*' cannot be read any more: .*: No such file"):
-        prepare.prepare(folder, str(out), size=16, max_bad=100, workers=1)
+        prepare.prepare(folder, str(out), size=16, max_unreadable=100, workers=1)
     assert not out.exists()
 
 
@@ -338,16 +343,16 @@ def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monk
     """And links: an archive behind one is not an image that links to nothing."""
     prepare.prepare(folder, str(tmp_path / 'out'), size=16, workers=1)
     builder = tfds.builder_from_directory(str(tmp_path / 'out'))
-    monkeypatch.setattr(listing, '_tfds_builder', lambda path: builder)
-    monkeypatch.setattr(listing, '_tfds_source', lambda path, split: builder.as_data_source(split))
-    ref = listing.Ref('tfds:ours', 3, -1, 'train/3', -1, 'train')
-    assert shards._read(ref)[0].shape == (16, 16, 3)
+    monkeypatch.setattr(tfds_input, 'open_builder', lambda path: builder)
+    monkeypatch.setattr(tfds_input, 'open_source', lambda path, split: builder.as_data_source(split))
+    ref = image_ref.ImageRef('tfds:ours', 3, -1, 'train/3', -1, 'train')
+    assert record_writer._read(ref)[0].shape == (16, 16, 3)
     (tmp_path / 'out').rename(tmp_path / 'away')
     with pytest.raises(UserError, match="'train/3' cannot be read any more: .*array_record.*: No such file"):
-        shards._read(ref)
+        record_writer._read(ref)
     os.symlink('nowhere.tar', tmp_path / 'train.tar')
     with pytest.raises(UserError, match="'a.jpg' cannot be read any more: .*train.tar: No such file"):
-        shards._read(listing.Ref(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
+        record_writer._read(image_ref.ImageRef(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
 
 
 def test_empty_and_all_bad_folders(tmp_path):
@@ -356,7 +361,7 @@ def test_empty_and_all_bad_folders(tmp_path):
         prepare.prepare(str(tmp_path / 'empty'), str(tmp_path / 'out'))
     _write(tmp_path / 'bad', {'cat/a.jpg': b'x', 'dog/b.jpg': b'y'})
     with pytest.raises(UserError, match='none of the 2 images of the train split can be read'):
-        prepare.prepare(str(tmp_path / 'bad'), str(tmp_path / 'out'), max_bad=9, workers=1)
+        prepare.prepare(str(tmp_path / 'bad'), str(tmp_path / 'out'), max_unreadable=9, workers=1)
     with pytest.raises(UserError, match='there is no input'):
         prepare.prepare(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
@@ -397,7 +402,7 @@ def _tar(path, members):
 @pytest.fixture
 def official(tmp_path):
     """Small archives in the official layout: train of archives of classes, val flat."""
-    classes = listing.imagenet_classes()
+    classes = imagenet_classes.wordnet_ids()
     root = tmp_path / 'official'
     root.mkdir()
     inner = {}
@@ -414,7 +419,7 @@ FIRST_VALIDATION_CLASSES = {1: 'n01751748', 2: 'n09193705', 3: 'n02105855'}
 
 
 def _check_official(out, train=True):
-    classes = listing.imagenet_classes()
+    classes = imagenet_classes.wordnet_ids()
     if train:
         found = _read_back(out, 'train')
         assert len(found) == 6
@@ -422,7 +427,7 @@ def _check_official(out, train=True):
         assert all(os.path.basename(name).startswith(c) for name, (_, c) in found.items())
     val = {os.path.basename(name): c for name, (_, c) in _read_back(out, 'val').items()}
     assert val == {f'ILSVRC2012_val_{i:08}.JPEG': c for i, c in FIRST_VALIDATION_CLASSES.items()}
-    assert len(sources.open_dataset(out).class_names) == 1000
+    assert len(datasets.open_dataset(out).class_names) == 1000
 
 
 def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
@@ -460,10 +465,10 @@ def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
 
 def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
     _write(tmp_path / 'in', {f'{c}/{i}.png': _encode(_pixels(i), 'PNG') for c in ('train', 'bus') for i in range(2)})
-    assert listing.find(str(tmp_path / 'in')).class_names == ('bus', 'train')
+    assert discovery.find_images(str(tmp_path / 'in')).class_names == ('bus', 'train')
     names = ('train/cat/a.png', 'extra/cat/a.png', 'loose.png')
     _write(tmp_path / 'split', {name: _encode(_pixels(0), 'PNG') for name in names})
-    found = listing.find(str(tmp_path / 'split'))
+    found = discovery.find_images(str(tmp_path / 'split'))
     assert set(found.splits) == {'train'} and len(found.splits['train']) == 1
     said = capfd.readouterr().err
     assert 'not splits, and so left out: extra' in said and 'and so left out: 1 images in' in said
@@ -472,7 +477,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
 def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):
     def fingerprint(name, **options):
         prepare.prepare(folder, str(tmp_path / name), size=16, workers=1, **options)
-        return sources.open_dataset(str(tmp_path / name)).fingerprint
+        return datasets.open_dataset(str(tmp_path / name)).fingerprint
 
     first = fingerprint('a')
     assert first and first == fingerprint('b')
@@ -487,10 +492,10 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     content[100:4000] = bytes(len(content[100:4000]))
     path.write_bytes(content)
     with pytest.raises(UserError, match='record 0 in train of .* cannot be read'):
-        sources.open_dataset(str(out)).split('train')[0]
+        datasets.open_dataset(str(out)).split('train')[0]
     path.unlink()
     with pytest.raises(UserError, match=f'prepared data are damaged: .*{path.name}: missing'):
-        sources.open_dataset(str(out))
+        datasets.open_dataset(str(out))
 
 
 @pytest.mark.slow
@@ -498,7 +503,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
 )
 def test_workers_end_with_a_killed_command(imagenet_tar, tmp_path):
-    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--input={imagenet_tar}', f'--output={tmp_path}/out']
+    command = [sys.executable, '-m', 'alexnet_jax', 'prepare', f'--input={imagenet_tar}', f'--output={tmp_path}/out']
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while '/1000 images' not in parent.stdout.readline():  # until the workers are at work
         assert parent.poll() is None
@@ -521,7 +526,7 @@ def test_validation_alone(official, tmp_path):
     out = str(tmp_path / 'out')
     prepare.prepare(str(official / 'ILSVRC2012_img_val.tar'), out, size=16, workers=1)
     _check_official(out, train=False)
-    assert sources.open_dataset(out).statistics is None
+    assert datasets.open_dataset(out).image_stats is None
 
 
 def test_damaged_archive(official, tmp_path):
@@ -561,13 +566,13 @@ def test_a_generated_tfds_dataset(tmp_path):
     )  # fmt: skip
     # TFDS reads the variable when it is imported: a process of its own.
     out = str(tmp_path / 'out')
-    command = [sys.executable, '-m', 'alexnet_jax.prepare', '--input=tfds:cifar10', f'--output={out}']
+    command = [sys.executable, '-m', 'alexnet_jax', 'prepare', '--input=tfds:cifar10', f'--output={out}']
     environment = {**os.environ, 'TFDS_DATA_DIR': str(tmp_path)}
     subprocess.run([*command, '--size=32', '--format=raw'], env=environment, cwd=ROOT, check=True)
     found = {**_read_back(out, 'train'), **_read_back(out, 'test')}
     chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
     assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
-    assert set(sources.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
+    assert set(datasets.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
     with pytest.raises(UserError, match='tfds:mnist is not there in the array_record format .* takes TensorFlow'):
         prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
     with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
@@ -576,31 +581,31 @@ def test_a_generated_tfds_dataset(tmp_path):
 
 def test_original_photos(imagenet_tar, tmp_path):
     """The official train archive: 1,000 originals, one a class (here every 25th, so as to take seconds)."""
-    refs = listing.find(str(imagenet_tar)).splits['train']
+    refs = discovery.find_images(str(imagenet_tar)).splits['train']
     assert len(refs) == 1000 and [r.label for r in refs] == list(range(1000))
-    classes = listing.imagenet_classes()
+    classes = imagenet_classes.wordnet_ids()
     for ref in refs[::25]:
         assert ref.name.startswith(classes[ref.label])
-        pixels = images.square(listing.read(ref)[0], 256)
+        pixels = image_io.resize_center_crop(discovery.read_image(ref)[0], 256)
         assert pixels.shape == (256, 256, 3) and pixels.std() > 5
 
 
 def test_damaged_statistics_are_named(folder, tmp_path):
     out = tmp_path / 'out'
     prepare.prepare(folder, str(out), size=16, workers=1)
-    content = (out / 'statistics.npz').read_bytes()
-    (out / 'statistics.npz').write_bytes(content[: len(content) // 2])
+    content = (out / 'image_stats.npz').read_bytes()
+    (out / 'image_stats.npz').write_bytes(content[: len(content) // 2])
     with pytest.raises(
-        UserError, match=r'data are damaged: .*statistics.npz: its bytes have changed \(SHA-256\); prep'
+        UserError, match=r'data are damaged: .*image_stats.npz: its bytes have changed \(SHA-256\); prep'
     ):
-        sources.open_dataset(str(out))
+        datasets.open_dataset(str(out))
     for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote
         (out / name).unlink()
-    with pytest.raises(UserError, match='statistics.npz is damaged'):
-        sources.open_dataset(str(out))
+    with pytest.raises(UserError, match='image_stats.npz is damaged'):
+        datasets.open_dataset(str(out))
     (out / 'dataset_info.json').write_text(json.dumps({'name': 'images'}))
     with pytest.raises(UserError, match='cannot be opened as a prepared dataset'):
-        sources.open_dataset(str(out))
+        datasets.open_dataset(str(out))
 
 
 def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
@@ -613,7 +618,7 @@ def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
         (tmp_path / name).write_text('{}')
     monkeypatch.setattr(tfds, 'builder_from_directory', refuse)
     with pytest.raises(UserError, match='cannot be opened as a prepared dataset: AssertionError'):
-        sources.open_dataset(str(tmp_path))
+        datasets.open_dataset(str(tmp_path))
 
 
 def _png(width, height, data):
@@ -664,21 +669,19 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
         'pipe.jpg': (None, 'not a regular file'),
         'gone.jpg': (None, 'No such file'),
     }
-    assert images.square(_png(16, 16, rows), 16).std() > 5
+    assert image_io.resize_center_crop(_png(16, 16, rows), 16).std() > 5
     files = good | {name: content for name, (content, _) in bad.items() if content is not None}
     _write(tmp_path / 'in' / 'cat', files)
     os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # without taking room
     os.mkfifo(tmp_path / 'in' / 'cat' / 'pipe.jpg')
     os.symlink('nowhere', tmp_path / 'in' / 'cat' / 'gone.jpg')
-    # alexnet_jax.predict reads them likewise. Not imported, see there.
-    predict = runpy.run_path(os.path.join(os.path.dirname(prepare.__file__), 'predict.py'))
     for name, (_, reason) in bad.items():
         with pytest.raises(UserError, match=f'{name}. cannot be read as an image .*{reason}'):
-            predict['_square'](str(tmp_path / 'in' / 'cat' / name), 16)
-    prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, max_bad=len(bad), workers=1)
+            predict._read_square(str(tmp_path / 'in' / 'cat' / name), 16)
+    prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, max_unreadable=len(bad), workers=1)
     said = capfd.readouterr().err
     for name, (_, reason) in bad.items():
-        assert re.search(f'^unreadable: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
+        assert re.search(f'^warning: unreadable: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
     assert len(said.splitlines()) == len(bad) + 1, said
     assert {os.path.basename(name) for name in _read_back(str(tmp_path / 'out'), 'train')} == set(good)
 
@@ -686,7 +689,7 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
 def test_formats_are_those_of_photos():
     for kind in ('ICO', 'ICNS', 'TGA', 'PCX', 'SGI', 'JPEG2000', 'DDS', 'PDF', 'EPS'):
         with pytest.raises(ValueError, match='^of no known format$'):
-            images.square(_encode(_pixels(0), kind), 16)
+            image_io.resize_center_crop(_encode(_pixels(0), kind), 16)
 
 
 def test_nothing_is_unpacked_from_an_archive(tmp_path):
@@ -721,14 +724,14 @@ def test_an_archive_that_is_damaged_further_on(official):
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f'ILSVRC2012_img_val.tar.* is no readable archive: .*{reason}'):
-            listing.find(str(path))
+            discovery.find_images(str(path))
     # Of the archives in the archive too.
     path = official / 'ILSVRC2012_img_train.tar'
     whole = path.read_bytes()
     second = whole.index(b'n01440764_1.JPEG')
     path.write_bytes(whole[:second] + b'\xff' + whole[second + 1 :])
     with pytest.raises(UserError, match='is no readable archive: at byte .* it is damaged'):
-        listing.find(str(path))
+        discovery.find_images(str(path))
 
 
 def test_an_archive_that_declares_more_than_it_holds(tmp_path):
@@ -744,25 +747,25 @@ def test_an_archive_that_declares_more_than_it_holds(tmp_path):
         info.size = size
         path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
         with pytest.raises(UserError, match=f'is no readable archive: .*{reason}'):
-            listing.find(str(path))
+            discovery.find_images(str(path))
     with tarfile.open(path, 'w') as tar:
         tar.addfile(tarfile.TarInfo('ILSVRC2012_val_²².JPEG'))
     with pytest.raises(UserError, match='is no image of the ILSVRC-2012 validation set'):
-        listing.find(str(path))
+        discovery.find_images(str(path))
 
 
 def test_statistics_that_would_grow(tmp_path):
     """Before anything is read: the sizes that the archive declares, and those that an array in it does."""
-    path = tmp_path / 'statistics.npz'
+    path = tmp_path / 'image_stats.npz'
     np.savez_compressed(path, mean_image=np.zeros((2000, 2000, 3)))
-    with pytest.raises(UserError, match=r'statistics.npz is damaged \(\d+ bytes that declare 96000\d+\)'):
-        statistics.load(str(tmp_path))
+    with pytest.raises(UserError, match=r'image_stats.npz is damaged \(\d+ bytes that declare 96000\d+\)'):
+        image_stats.load(str(tmp_path))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31,)})
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('mean_image.npy', header.getvalue())
     tracemalloc.start()
-    with pytest.raises(UserError, match=r'statistics.npz is damaged \(cannot reshape'):
-        statistics.load(str(tmp_path))
+    with pytest.raises(UserError, match=r'image_stats.npz is damaged \(cannot reshape'):
+        image_stats.load(str(tmp_path))
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()

@@ -13,9 +13,11 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax import augment, evaluate, report, statistics
-from alexnet_jax.checkpoint import Checkpoint
-from alexnet_jax.errors import UserError
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core import augment, image_stats
+from alexnet_jax.experiments import report
+from alexnet_jax.inference import predict
+from alexnet_jax.utils.errors import UserError
 from tests import small
 
 RECORD = 40  # px; of which the network reads the central 35, conv 1 at stride 2 with padding (0, 1)
@@ -31,10 +33,10 @@ def _images(count=3, seed=0):
 def _checkpoint(mean='crop', **changes):
     network = small.network(**changes)
     params = jax.device_get(small.init(network))
-    first = params[next(iter(network.table()))]
+    first = params[next(iter(network.layer_specs()))]
     first['bias'] = np.arange(first['bias'].size, dtype=np.float32)
     images = _images(20, seed=1)
-    moments = statistics.Moments.zeros(RECORD)
+    moments = image_stats.Moments.zeros(RECORD)
     for image in images // np.arange(1, 4, dtype=np.uint8):  # means that differ by channel
         moments = moments.add(image)
     return Checkpoint(
@@ -44,7 +46,7 @@ def _checkpoint(mean='crop', **changes):
         augmentation=augment.Augmentation(image_size=small.SIZE, mean=mean, pixel_std=(1.0, 2.0, 3.0)),
         record_size=RECORD,
         class_names=(HOSTILE, *(f'class {i}' for i in range(1, network.num_classes))),
-        statistics=statistics.from_moments(moments),
+        image_stats=image_stats.from_moments(moments),
         config={},
     )
 
@@ -55,10 +57,10 @@ def checkpoint():
 
 
 @pytest.fixture(scope='module')
-def toys(checkpoint, tmp_path_factory):
-    """A page with toys and hostile texts."""
+def interactive(checkpoint, tmp_path_factory):
+    """A page with interactive and hostile texts."""
     wide = report.Table('Wide', tuple(f'column {i}' for i in range(20)), [tuple(range(10**6, 10**6 + 20))])
-    folder = tmp_path_factory.mktemp('toys')
+    folder = tmp_path_factory.mktemp('interactive')
     Image.new('RGB', (2025, 90)).save(folder / 'wide.png')
     content = {'tables': [TABLE, wide], 'figures': [report.Figure('Wide <i>', str(folder / 'wide.png'))]}
     content |= {'checkpoint': checkpoint, 'image_NHWC': _images(), 'captions': [HOSTILE]}
@@ -90,11 +92,13 @@ def test_tables(tmp_path):
         ('', 'network'), (' class="number"', 'error'), (' class="number"', 'images')
     ]  # fmt: skip
     assert '<h1>&lt;i&gt;</h1>' in page and '<a href="#table-1">Errors &lt;b&gt;</a>' in page and '>n&lt;t</p>' in page
-    assert '<script' not in page and not re.search('<!--(?!data)', html.unescape(page)), 'no toys, no markers left'
+    assert '<script' not in page and not re.search('<!--(?!data)', html.unescape(page)), (
+        'no interactive, no markers left'
+    )
     assert 'id="slide"' not in page and 'id="walk"' not in page and '#walk' not in page
 
 
-def test_figures_and_toys_lie_in_the_file(checkpoint, tmp_path):
+def test_figures_and_interactive_lie_in_the_file(checkpoint, tmp_path):
     svg = '<svg xmlns="http://www.w3.org/2000/svg"><a href="https://example.org"/></svg>'
     (tmp_path / 'a.svg').write_text(svg)
     Image.new('RGB', (3, 2)).save(tmp_path / 'b.PNG')
@@ -108,19 +112,21 @@ def test_figures_and_toys_lie_in_the_file(checkpoint, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.svg', 'b.PNG', 'r.html'], 'nothing half written is left'
 
 
-def test_class_names_and_captions_stay_text(toys):
-    assert toys.count('<script') == toys.count('</script>') == 2 and 'alert("x")<' not in toys
-    data = _data(toys)
+def test_class_names_and_captions_stay_text(interactive):
+    assert interactive.count('<script') == interactive.count('</script>') == 2 and 'alert("x")<' not in interactive
+    data = _data(interactive)
     assert data['captions'] == [HOSTILE, 'picture 2', 'picture 3']
     assert HOSTILE in {row['label'] for rows in data['walk']['labels'] for row in rows}, 'choose another seed'
 
 
-def test_the_walk_shows_what_the_network_computes(checkpoint, toys):
-    walk, images = _data(toys)['walk'], _images()
-    x = augment.views(images, checkpoint.statistics, checkpoint.augmentation, count=1)[0]
+def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
+    walk, images = _data(interactive)['walk'], _images()
+    x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     apply = jax.jit(lambda params, x: checkpoint.network.apply({'params': params}, x, mutable='intermediates'))
     _, seen = jax.device_get(apply(checkpoint.params, x))
-    steps = [(name, step) for name, row in checkpoint.network.table().items() for step in ('linear', *row.then.split())]
+    steps = [
+        (name, step) for name, row in checkpoint.network.layer_specs().items() for step in ('linear', *row.post.split())
+    ]
     assert [stage['layer'] for stage in walk['stages']] == [name for name, _ in steps]
     assert sum(s['parameters'] for s in walk['stages']) == sum(p.size for p in jax.tree.leaves(checkpoint.params))
     for stage, (name, step) in zip(walk['stages'], steps, strict=True):
@@ -132,7 +138,7 @@ def test_the_walk_shows_what_the_network_computes(checkpoint, toys):
                 expected = np.moveaxis(expected[..., np.array(stage['chosen']) - 1], -1, 0)
             found = (values.astype(float) - 128) / 127 * picture['scale']
             np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=picture['scale'] / 253)
-    probabilities = evaluate.predict(checkpoint, images, views=1)
+    probabilities = predict.predict(checkpoint, images, views=1)
     for rows, p in zip(walk['labels'], probabilities, strict=True):
         assert [row['label'] for row in rows] == [checkpoint.class_names[i] for i in np.argsort(-p)[:5]]
         np.testing.assert_allclose([row['probability'] for row in rows], np.sort(p)[:-6:-1], rtol=1e-4)
@@ -158,7 +164,7 @@ def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
 def test_a_step_of_ones_own_is_shown_by_its_name():
     """docs/variants.md: the report explains a step that has words, and gets along without."""
     network = small.network()
-    assert report._words(network, network.table()['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+    assert report._words(network, network.layer_specs()['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
 def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
@@ -241,14 +247,14 @@ def _play(folder, page, script):
     [
         ('crop', (8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu')),
         ('channel', (8, 7, 4, (0, 3), 1, 0.1, 0.1, '')),  # the paper's, smaller: the last window hangs over
-        ('centre', (8, 4, 3, (2, 0), 1, 0.1, 0.1, 'relu')),
+        ('center', (8, 4, 3, (2, 0), 1, 0.1, 0.1, 'relu')),
     ],
 )
 def test_the_page_computes_the_convolution(mean, row, tmp_path):
     checkpoint, images = _checkpoint(mean, conv=(row,), dense=()), _images()
     page = _write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=images)
     found = _play(tmp_path, page, 'return [[0, 0], [2, 5]].map((pair) => [...window.report.featureMap(...pair)]);')
-    x = augment.views(images, checkpoint.statistics, checkpoint.augmentation, count=1)[0]
+    x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     weights = checkpoint.params['conv1']
     expected = lax.conv_general_dilated(
         x, weights['kernel'], (row[2],) * 2, (row[3],) * 2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -260,7 +266,7 @@ def test_the_page_computes_the_convolution(mean, row, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def played(toys, tmp_path_factory):
+def played(interactive, tmp_path_factory):
     """One visit: the width of the page, then keys and buttons, and what is shown after each."""
     script = """
       const [slide, walk] = ['slide', 'walk'].map((name) => document.getElementById(name));
@@ -329,7 +335,7 @@ def played(toys, tmp_path_factory):
       found.endWidth = [document.documentElement.scrollWidth, innerWidth];
       return { ...found, wrong };
     """
-    return _play(tmp_path_factory.mktemp('played'), toys, script)
+    return _play(tmp_path_factory.mktemp('played'), interactive, script)
 
 
 @pytest.mark.slow
@@ -361,7 +367,7 @@ def test_the_walk_goes_by_key_and_button(played):
     count = 22 + 2
     assert played['stages'] == [
         f'1 of {count}, the picture', f'1 of {count}, the picture', f'2 of {count}, conv1: convolution',
-        f'3 of {count}, conv1: ReLU', f'4 of {count}, conv1: response normalisation', f'{count} of {count}, the labels',
+        f'3 of {count}, conv1: ReLU', f'4 of {count}, conv1: response normalization', f'{count} of {count}, the labels',
         f'{count - 1} of {count}, fc8: fully connected',
     ]  # fmt: skip
     assert played['ends'] == ['false', 'true']

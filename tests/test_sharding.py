@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, layers, model, sharding, steps
-from alexnet_jax.errors import UserError
-from alexnet_jax.statistics import Statistics
+from alexnet_jax.core import architecture, augment, model, sharding, train_step
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.utils import environment
+from alexnet_jax.utils.errors import UserError
 from tests import small
 
 MESHES = [(1, 2), (2, 2)]
@@ -20,7 +21,7 @@ COLLECTIVES = r' (all-gather|all-reduce|reduce-scatter|all-to-all|collective-per
 
 
 def test_the_gpus_of_several_hosts_make_a_mesh():
-    """XLA calls each host of theirs a slice; towers are neighbours, on one host."""
+    """XLA calls each host of theirs a slice; towers are neighbors, on one host."""
 
     class Gpu(SimpleNamespace):
         __hash__ = object.__hash__
@@ -41,12 +42,12 @@ def test_the_gpus_of_several_hosts_make_a_mesh():
     ],
 )
 def test_a_gpu_that_is_not_found_is_told(platform, wanted, plugins, told, monkeypatch, capsys):
-    """JAX's own warning does not come through."""
+    """Where JAX has a plugin and sees no GPU it says nothing."""
     found = [SimpleNamespace(name=name) for name in plugins]
-    monkeypatch.setattr(sharding.metadata, 'entry_points', lambda group: found if group == 'jax_plugins' else [])
-    monkeypatch.setattr(sharding.jax, 'config', SimpleNamespace(jax_platforms=wanted))
-    monkeypatch.setattr(sharding.os.path, 'exists', lambda path: False)
-    sharding._tell_of_no_gpu.__wrapped__(platform)
+    monkeypatch.setattr(environment.metadata, 'entry_points', lambda group: found if group == 'jax_plugins' else [])
+    monkeypatch.setattr(environment.jax, 'config', SimpleNamespace(jax_platforms=wanted))
+    monkeypatch.setattr(environment.os.path, 'exists', lambda path: False)
+    environment.warn_if_no_accelerator.__wrapped__(platform)
     said = capsys.readouterr().err
     assert told in said and bool(said) == bool(told)
 
@@ -76,26 +77,28 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
     """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
     optimizer = small.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
     rng = np.random.default_rng(0)
-    statistics = Statistics(
+    image_stats = ImageStats(
         rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
     )
     params = small.to_float64(small.init(network, 0, size))
-    state = _place(mesh, steps.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
+    state = _place(mesh, train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
-    fixed = dict(network=network, forward=forward, optimizer=optimizer, accumulate=parts, data_parts=mesh.shape['data'])
+    fixed = dict(
+        network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_parts=mesh.shape['data']
+    )
     fixed['augmentation'] = augment.Augmentation(image_size=size)
-    step = jax.jit(lambda *args: steps.train_step(*args, **fixed))
+    step = jax.jit(lambda *args: train_step.train_step(*args, **fixed))
     gradient = None
     for i in range(number):
         batch = {
             'image': rng.integers(0, 256, (4, size, size, 3), np.uint8),
             'offset': rng.integers(0, 5, (4, 2), np.int32),
             'reflect': rng.random(4) < 0.5,
-            'colour': rng.normal(0, 0.1, (4, 3)),
+            'color': rng.normal(0, 0.1, (4, 3)),
             'label': rng.integers(0, 12, 4, np.int32),
             'weight': np.array(weight, np.float32),
         }
-        state, report = step(state, sharding.to_mesh(mesh, batch), statistics, jax.random.key(7))
+        state, report = step(state, sharding.to_mesh(mesh, batch), image_stats, jax.random.key(7))
         assert report['finite']
         if i == 0:  # -rate * (gradient + decay * weights): the gradient, but for what both meshes share
             gradient = jax.device_get(state.opt_state.velocity)
@@ -142,7 +145,7 @@ def _collectives(function, *args):
 def test_collectives_of_the_papers_network(data, tower):
     network = model.AlexNet()
     mesh = sharding.make_mesh(data=data, tower=tower)
-    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
     put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
     on_data = sharding.batch_sharding(mesh)
@@ -154,7 +157,7 @@ def test_collectives_of_the_papers_network(data, tower):
     forward = sharding.forward(network, mesh)
     # Before conv 3, fc 6, fc 7 and fc 8: nothing else crosses between devices.
     assert _collectives(forward, params, x) == {'all-gather': 4}
-    found = _collectives(lambda p, x, b: steps.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
+    found = _collectives(lambda p, x, b: train_step.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
     assert found.pop('all-gather') == 4
     assert set(found) == {'all-reduce'}
 
@@ -177,7 +180,7 @@ def test_gathers_follow_from_the_groups():
 
 def test_two_devices_start_with_the_parameters_of_one():
     network = small.network()
-    init = lambda key: model.init(network, key, small.SIZE)  # noqa: E731
+    init = lambda key: model.init_params(network, key, small.SIZE)  # noqa: E731
     alone = jax.jit(init)(jax.random.key(3))
     mesh = sharding.make_mesh(data=2, tower=2)
     split = jax.jit(init, out_shardings=sharding.state_sharding(mesh, alone))(jax.random.key(3))
@@ -198,9 +201,11 @@ def test_each_tower_of_a_part_reads_the_same_images():
 def test_batches_that_do_not_divide_into_parts():
     mesh = sharding.make_mesh(data=2, tower=1)
     sharding.check_batch(mesh, 8, 4)
-    with pytest.raises(UserError, match='batch_size=8 does not divide into accumulate=3 times 2 parts.*multiple of 6'):
+    with pytest.raises(
+        UserError, match='batch_size=8 does not divide into grad_accum_steps=3 times 2 parts.*multiple of 6'
+    ):
         sharding.check_batch(mesh, 8, 3)
-    with pytest.raises(UserError, match='accumulate=0'):
+    with pytest.raises(UserError, match='grad_accum_steps=0'):
         sharding.check_batch(mesh, 8, 0)
 
 
@@ -245,7 +250,7 @@ def test_an_odd_number_of_classes(data, tower):
     """The same logits, and the same numbers after three updates, as on one device."""
     with jax.enable_x64():
         network = small.network(dtype='float64', num_classes=13)
-        layers.sizes(network, small.SIZE, towers=2)
+        architecture.infer_shapes(network, small.SIZE, towers=2)
         mesh = sharding.make_mesh(data=data, tower=tower)
         params = small.to_float64(small.init(network))
         x = 60 * jax.random.normal(jax.random.key(1), (4, small.SIZE, small.SIZE, 3))

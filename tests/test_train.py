@@ -20,23 +20,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax import (
-    assemble,
-    augment,
-    checkpoint,
-    data,
-    digests,
-    evaluate,
-    model,
-    processes,
-    sharding,
-    sources,
-    statistics,
-    steps,
-    train,
-    writers,
-)
-from alexnet_jax.errors import DivergedError, UserError
+from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.core import augment, image_stats, model, sharding, train_step
+from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.inference import evaluate, predict
+from alexnet_jax.training import build, metric_writer, train
+from alexnet_jax.utils import checksums, processes
+from alexnet_jax.utils.environment import describe_environment, warn_of_changes
+from alexnet_jax.utils.errors import DivergedError, UserError
 from tests import ROOT, small
 
 TIMINGS = ('images_per_second', 'data_wait')
@@ -53,9 +44,9 @@ def _untimed(workdir):
 
 def _state(config, workdir):
     """Everything the last checkpoint holds, as numpy."""
-    run = assemble.build(config)
-    with checkpoint.Checkpoints(str(workdir)) as saved:
-        return jax.device_get(saved.restore(saved.latest(), run.state_shapes))
+    run = build.build(config)
+    with manager.CheckpointManager(str(workdir)) as saved:
+        return jax.device_get(saved.restore(saved.latest(), run.steps.state_shapes))
 
 
 def _events(workdir):
@@ -78,13 +69,13 @@ def _config(**changes):
 
 
 def _first_batch(run):
-    return next(run.batches(0))
+    return next(run.train_batches(0))
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('uninterrupted')
-    config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1, 'optim.min_gain': 50.0})
+    config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1, 'optim.min_delta': 50.0})
     result = train.train_and_evaluate(config, str(workdir))
     return config, workdir, result
 
@@ -107,10 +98,10 @@ def test_a_run_tells_its_story(uninterrupted):
     rates = {line['step']: line['learning_rate'] for line in train_lines}
     chex.assert_trees_all_close([rates[s] for s in (12, 24, 25, 30)], [0.01, 0.01, 0.001, 0.001], rtol=1e-6)
     # The first update is of the stream's first batch, from the seed's parameters.
-    run = assemble.build(config)
+    run = build.build(config)
     batch = _first_batch(run)
-    before = jax.device_get(run.init(jax.random.key(0)).params)
-    state, report = run.train_step(run.init(jax.random.key(0)), batch, run.statistics, jax.random.key(0))
+    before = jax.device_get(run.steps.init(jax.random.key(0)).params)
+    state, report = run.steps.train_step(run.steps.init(jax.random.key(0)), batch, run.image_stats, jax.random.key(0))
     assert float(report['loss']) / 64 == train_lines[0]['loss']
     # A layer's update is by how much its weights have changed; the gradient's norm is that of all layers' together.
     moved = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
@@ -136,26 +127,26 @@ def test_the_last_two_and_the_best_are_kept(uninterrupted):
     best = min(saved_with_error, key=lambda step: (saved_with_error[step], -step))  # of equals the later
     kept = {int(name) for name in os.listdir(workdir / 'checkpoints')}
     assert kept == {24, 30, best}
-    assert checkpoint.load_checkpoint(str(workdir)).step == best
+    assert loading.load_checkpoint(str(workdir)).step == best
 
 
 def test_an_early_best_is_kept(tmp_path):
-    saved = checkpoint.Checkpoints(str(tmp_path))
+    saved = manager.CheckpointManager(str(tmp_path))
     config = _config()
-    run = assemble.build(config)
-    state = run.init(jax.random.key(0))
+    run = build.build(config)
+    state = run.steps.init(jax.random.key(0))
     meta = {
-        'config': checkpoint.config_to_json(config),
+        'config': manager.config_to_json(config),
         'class_names': list('0123456789'),
         'record_size': 32,
     }
     for step, error in ((1, 30.0), (2, 10.0), (3, None), (4, 20.0), (5, 10.5), (6, None)):
-        saved.save(state._replace(step=jnp.int32(step)), run.dataset.statistics, meta, error)
+        saved.save(state._replace(step=jnp.int32(step)), run.dataset.image_stats, meta, error)
     saved.wait()
     assert saved.steps() == [2, 5, 6]
     saved.close()
-    assert checkpoint.load_checkpoint(str(tmp_path)).step == 2
-    assert checkpoint.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
+    assert loading.load_checkpoint(str(tmp_path)).step == 2
+    assert loading.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
 
 
 @pytest.mark.parametrize('stops_at', [5, 27])  # before any save; after one that followed a rate decision
@@ -174,7 +165,7 @@ def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_
 
 def _stop_at(config, workdir, monkeypatch, step):
     """Trains until an exception after update number `step`."""
-    add = train.trainlog.TrainLog.add
+    add = train.train_log.TrainLog.add
 
     def stop(self, now, *args, **kwargs):
         add(self, now, *args, **kwargs)
@@ -182,7 +173,7 @@ def _stop_at(config, workdir, monkeypatch, step):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.trainlog.TrainLog, 'add', stop)
+        patch.setattr(train.train_log.TrainLog, 'add', stop)
         train.train_and_evaluate(config, str(workdir))
 
 
@@ -191,12 +182,12 @@ def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monk
     """Resuming one batch off ends with other parameters; as it is (off = 0) with the same."""
     config, workdir, _ = uninterrupted
     _stop_at(config, tmp_path, monkeypatch, 27)
-    batches = data.train_batches
+    batches = pipeline.train_batches
 
     def moved(*args, start_step, **kwargs):
         return batches(*args, start_step=start_step + off, **kwargs)
 
-    monkeypatch.setattr(assemble.data, 'train_batches', moved)
+    monkeypatch.setattr(build.pipeline, 'train_batches', moved)
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(_state(config, d).params) for d in (tmp_path, workdir))
     assert any((x != y).any() for x, y in zip(a, b, strict=True)) == bool(off)
@@ -241,14 +232,14 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted, changes, message)
 def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch, what):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')
-    digits = sources.open_dataset('digits')
+    digits = datasets.open_dataset('digits')
     other = {
         'fewer': digits._replace(splits={**digits.splits, 'train': digits.splits['train'][:-1]}),
         'another order': digits._replace(fingerprint='another'),
-        'another size': digits._replace(record_size=40, statistics=statistics.from_moments(
-            statistics.Moments.zeros(40).add(np.zeros((40, 40, 3), np.uint8)))),
+        'another size': digits._replace(record_size=40, image_stats=image_stats.from_moments(
+            image_stats.Moments.zeros(40).add(np.zeros((40, 40, 3), np.uint8)))),
     }[what]  # fmt: skip
-    monkeypatch.setattr(sources, 'open_dataset', lambda path: other)
+    monkeypatch.setattr(datasets, 'open_dataset', lambda path: other)
     with pytest.raises(UserError, match='was trained on other data'):
         train.train_and_evaluate(_config(optim=config.optim, num_steps=40), str(tmp_path / 'copy'))
 
@@ -259,9 +250,9 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
     for data_axis, tower in ((1, 1), (1, 2), (2, 2), (4, 1)):
         there = config.copy_and_resolve_references()
         there.mesh.data, there.mesh.tower = data_axis, tower
-        run = assemble.build(there)
-        with checkpoint.Checkpoints(str(workdir)) as saved:
-            state = saved.restore(30, run.state_shapes)
+        run = build.build(there)
+        with manager.CheckpointManager(str(workdir)) as saved:
+            state = saved.restore(30, run.steps.state_shapes)
         kernel = state.params['conv2']['kernel']
         assert kernel.addressable_data(0).shape[-1] == kernel.shape[-1] // tower
         assert state.opt_state.velocity['conv2']['kernel'].sharding == kernel.sharding
@@ -278,10 +269,10 @@ def test_the_readmes_python_runs_as_it_stands(uninterrupted, tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(ROOT))  # for configs/
     exec(code.replace('runs/quickstart', str(workdir)).replace('runs/own', str(tmp_path)), found := {})
     assert found['probabilities'].shape == (360, 10)
-    own = checkpoint.load_checkpoint(str(tmp_path))
+    own = loading.load_checkpoint(str(tmp_path))
     assert own.class_names == ('even', 'odd') and own.step == 5
     chex.assert_trees_all_close(
-        own.statistics.mean_image, np.mean(found['images'], axis=0, dtype=np.float64), rtol=1e-5
+        own.image_stats.mean_image, np.mean(found['images'], axis=0, dtype=np.float64), rtol=1e-5
     )
 
 
@@ -300,46 +291,46 @@ def test_the_readmes_python_runs_as_it_stands(uninterrupted, tmp_path, monkeypat
 def test_arrays_that_are_no_dataset(image, label, message):
     good, other = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}, {'image': image, 'label': label}
     with pytest.raises(UserError, match=message):
-        sources.in_memory({'train': [good, other]}, ('a', 'b'))
+        datasets.in_memory({'train': [good, other]}, ('a', 'b'))
     with pytest.raises(UserError):
-        sources.in_memory({'train': [other, good]}, ('a', 'b'))
-    assert list(sources.in_memory({'train': [good], 'val': []}, ('a', 'b')).splits) == ['train']
+        datasets.in_memory({'train': [other, good]}, ('a', 'b'))
+    assert list(datasets.in_memory({'train': [good], 'val': []}, ('a', 'b')).splits) == ['train']
     with pytest.raises(UserError, match="no images in a split 'train'; there are: val"):
-        sources.in_memory({'val': [good]}, ('a', 'b'))
+        datasets.in_memory({'val': [good]}, ('a', 'b'))
 
 
 def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     _, workdir, result = uninterrupted
-    found = checkpoint.load_checkpoint(str(workdir / 'checkpoints' / '30'))
-    val = sources.open_dataset('digits').split('val')
+    found = loading.load_checkpoint(str(workdir / 'checkpoints' / '30'))
+    val = datasets.open_dataset('digits').split('val')
     mesh = sharding.make_mesh(data=1, tower=2)
     again = evaluate.evaluate(found, val, mesh, batch_size=50)
     for name in ('loss', 'top1_error', 'top5_error', 'count'):
         chex.assert_trees_all_close(again[name], result[name], rtol=1e-5)
     images = np.stack([r['image'] for r in val])
     labels = np.array([r['label'] for r in val])
-    p = evaluate.predict(found, images, views=1)
+    p = predict.predict(found, images, views=1)
     chex.assert_shape(p, (360, 10))
     chex.assert_trees_all_close(p.sum(1), np.ones(360, np.float32), rtol=1e-5)
-    chex.assert_trees_all_close(evaluate.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
+    chex.assert_trees_all_close(predict.predict(found, images[:7], views=1, batch_size=3), p[:7], rtol=1e-5)
     both = sharding.make_mesh(data=2, tower=2)
-    chex.assert_trees_all_close(evaluate.predict(found, images[:7], batch_size=3, mesh=both), p[:7], rtol=1e-5)
-    chex.assert_shape(evaluate.predict(found, images[:0], views=1), (0, 10))
+    chex.assert_trees_all_close(predict.predict(found, images[:7], batch_size=3, mesh=both), p[:7], rtol=1e-5)
+    chex.assert_shape(predict.predict(found, images[:0], views=1), (0, 10))
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
     # Ten views: the mean of the softmax outputs of ten crops made here by hand.
     ten = np.zeros((4, 10))
     for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)):
         for step in (1, -1):
-            part = (images[:4].astype(np.float32) - found.statistics.mean_image)[:, y : y + 28, x : x + 28][
+            part = (images[:4].astype(np.float32) - found.image_stats.mean_image)[:, y : y + 28, x : x + 28][
                 :, :, ::step
             ]
             logits = np.asarray(found.network.apply({'params': found.params}, part), np.float64)
             ten += np.exp(logits) / np.exp(logits).sum(1, keepdims=True) / 10
     chex.assert_trees_all_close(
-        evaluate.predict(found, images[:4], views=10), ten.astype(np.float32), rtol=1e-4, atol=1e-6
+        predict.predict(found, images[:4], views=10), ten.astype(np.float32), rtol=1e-4, atol=1e-6
     )
     with pytest.raises(UserError, match=r'expected uint8 of \(N, 32, 32, 3\)'):
-        evaluate.predict(found, images[:, :28, :28])
+        predict.predict(found, images[:, :28, :28])
 
 
 @pytest.mark.slow
@@ -357,12 +348,12 @@ def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path, cap
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    run = assemble.build(_config())
-    state = run.init(jax.random.key(0))
+    run = build.build(_config())
+    state = run.steps.init(jax.random.key(0))
     before = jax.device_get(state)
     batch = _first_batch(run)
-    batch['colour'][3] = np.nan
-    after, report = run.train_step(state, batch, run.statistics, jax.random.key(1))
+    batch['color'][3] = np.nan
+    after, report = run.steps.train_step(state, batch, run.image_stats, jax.random.key(1))
     after = jax.device_get(after)
     assert not report['finite'] and int(after.step) == 1
     chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
@@ -370,25 +361,25 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def test_dropout_is_drawn_anew_at_every_step():
     """The same batch and parameters (the rate is 0) have another loss at the next step, and the same when repeated."""
-    run = assemble.build(_config(**{'optim.learning_rate': 0.0}))
+    run = build.build(_config(**{'optim.learning_rate': 0.0}))
     batch = _first_batch(run)
     losses = []
     for step in (0, 1, 1):
-        state = run.init(jax.random.key(0))._replace(step=jnp.int32(step))
-        losses.append(float(run.train_step(state, batch, run.statistics, jax.random.key(1))[1]['loss']))
+        state = run.steps.init(jax.random.key(0))._replace(step=jnp.int32(step))
+        losses.append(float(run.steps.train_step(state, batch, run.image_stats, jax.random.key(1))[1]['loss']))
     assert losses[0] != losses[1] == losses[2]
 
 
 def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys):
-    batches = data.train_batches
+    batches = pipeline.train_batches
 
     def spoilt(*args, **kwargs):
         for i, batch in enumerate(batches(*args, **kwargs)):
             if i == 2:
-                batch['colour'][:] = np.nan
+                batch['color'][:] = np.nan
             yield batch
 
-    monkeypatch.setattr(assemble.data, 'train_batches', spoilt)
+    monkeypatch.setattr(build.pipeline, 'train_batches', spoilt)
     train.train_and_evaluate(_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
     assert 'is not finite (learning rate 0.01); its batch is left out, number 1 of at most' in capsys.readouterr().err
     lines = [line for line in _lines(tmp_path) if line['split'] == 'train']
@@ -399,14 +390,14 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     """Through validation, rate decisions, saving and resuming, each step is traced once a run."""
     config = _config(**{'optim.schedule': 'plateau', 'optim.patience': 1})
     traced = {
-        'train': chex.assert_max_traces(steps.train_step, n=1),
-        'eval': chex.assert_max_traces(steps.eval_step, n=1),
+        'train': chex.assert_max_traces(train_step.train_step, n=1),
+        'eval': chex.assert_max_traces(train_step.eval_step, n=1),
     }
-    monkeypatch.setattr(assemble.steps, 'train_step', traced['train'])
-    monkeypatch.setattr(assemble.steps, 'eval_step', traced['eval'])
+    monkeypatch.setattr(build.train_step, 'train_step', traced['train'])
+    monkeypatch.setattr(build.train_step, 'eval_step', traced['eval'])
     seen = []
-    build = assemble.build
-    monkeypatch.setattr(assemble, 'build', lambda c, dataset: seen.append(build(c, dataset)) or seen[-1])
+    original = build.build
+    monkeypatch.setattr(build, 'build', lambda c, dataset: seen.append(original(c, dataset)) or seen[-1])
     train.train_and_evaluate(config, str(tmp_path))
     chex.clear_trace_counter()
     longer = config.copy_and_resolve_references()
@@ -414,20 +405,22 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     train.train_and_evaluate(longer, str(tmp_path))
     assert len(seen) == 2
     for run in seen:
-        assert run.train_step._cache_size() == 1
-        assert run.eval_step._cache_size() == 1
-        assert run.after_validation._cache_size() == 1
+        assert run.steps.train_step._cache_size() == 1
+        assert run.steps.eval_step._cache_size() == 1
+        assert run.steps.after_validation._cache_size() == 1
 
 
 def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatch, capsys):
-    digits = sources.open_dataset('digits')
-    monkeypatch.setattr(sources, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']}))
+    digits = datasets.open_dataset('digits')
+    monkeypatch.setattr(
+        datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
+    )
     result = train.train_and_evaluate(_config(num_steps=13, **{'optim.schedule': 'plateau'}), str(tmp_path))
     assert result == {}
     assert capsys.readouterr().err.count('no val split') == 1
     assert {line['split'] for line in _lines(tmp_path)} == {'train'}
     assert len({line['learning_rate'] for line in _lines(tmp_path)}) == 1
-    assert checkpoint.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
+    assert loading.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
 
 
 @pytest.mark.slow
@@ -435,26 +428,26 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
     _, workdir, _ = uninterrupted
     config = _config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path / 'same'))
-    old = checkpoint.load_checkpoint(str(workdir)).params
-    chex.assert_trees_all_equal(checkpoint.load_checkpoint(str(tmp_path / 'same')).params, old)
+    old = loading.load_checkpoint(str(workdir)).params
+    chex.assert_trees_all_equal(loading.load_checkpoint(str(tmp_path / 'same')).params, old)
     # Other classes: the classifier starts afresh, the rest is taken over.
-    digits = sources.open_dataset('digits')
+    digits = datasets.open_dataset('digits')
     with monkeypatch.context() as patch:
-        patch.setattr(sources, 'open_dataset', lambda path: digits._replace(class_names=tuple('0123456789ab')))
+        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('0123456789ab')))
         twelve = config.copy_and_resolve_references()
         twelve.model.num_classes = 12
         train.train_and_evaluate(twelve, str(tmp_path / 'twelve'))
-    new = checkpoint.load_checkpoint(str(tmp_path / 'twelve')).params
+    new = loading.load_checkpoint(str(tmp_path / 'twelve')).params
     assert new['fc8']['kernel'].shape[-1] == 12
     chex.assert_trees_all_equal(
         {k: v for k, v in new.items() if k != 'fc8'}, {k: v for k, v in old.items() if k != 'fc8'}
     )
     # As many classes, but others.
     with monkeypatch.context() as patch:
-        patch.setattr(sources, 'open_dataset', lambda path: digits._replace(class_names=tuple('abcdefghij')))
+        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('abcdefghij')))
         train.train_and_evaluate(config, str(tmp_path / 'letters'))
     assert 'fc8 starts afresh: (32, 10), as the classes of' in capsys.readouterr().out
-    new = checkpoint.load_checkpoint(str(tmp_path / 'letters')).params
+    new = loading.load_checkpoint(str(tmp_path / 'letters')).params
     assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01
     chex.assert_trees_all_equal(new['fc7'], old['fc7'])
     other = config.copy_and_resolve_references()
@@ -476,15 +469,15 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
         ({'num_steps': 0, 'num_epochs': 0.0}, 'num_epochs=0.0, num_steps=0; expected one of them above 0'),
         ({'num_steps': 0, 'num_epochs': float('inf')}, 'num_epochs=inf'),
         ({'mesh.tower': 0}, 'mesh.tower=0; the network has 1 tower or 2'),
-        ({'data.colour_epochs': float('inf')}, 'data.colour_epochs=inf; expected a number of 0 or more'),
-        ({'optim.learning_rate': float('inf')}, 'optim.learning_rate=inf is out of range'),
+        ({'data.color_epochs': float('inf')}, 'data.color_epochs=inf; expected a number of 0 or more'),
+        ({'optim.learning_rate': float('inf')}, 'optim.learning_rate=inf; expected a number of 0 or more'),
         ({'optim.stages': ((0, 1.0, 1.0, 5),)}, r'optim.stages has 5; expected a layer and 2 factor'),
         ({'optim.stages': ((0, float('inf'), 1.0, ()),)}, r'optim.stages has the row \(0, inf'),
         (
             {'optim.layer_rates': (('conv1', 0.1), ('conv1', 0.2))},
             'optim.layer_rates names a layer twice: conv1, conv1',
         ),
-        ({'data.crop_area': (0.1, 1.0), 'data.mean': 'centre'}, "data.mean='centre', but data.crop_area"),
+        ({'data.crop_area': (0.1, 1.0), 'data.mean': 'center'}, "data.mean='center', but data.crop_area"),
         ({'seed': -1}, 'seed=-1; expected 0 to'),
         ({'data.num_workers': -2}, 'data.num_workers=-2; expected -1 or more'),
         ({'data.cache': 'disk'}, "data.cache='disk'; expected '', 'host' or 'device'"),
@@ -512,24 +505,27 @@ def _mesh(platform):
     ],
 )  # fmt: skip
 def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(platform, changes, workers, monkeypatch):
-    monkeypatch.setattr(data, 'default_workers', lambda rows, row_bytes, devices: 15)
-    config, digits = _config(), sources.open_dataset('digits')
+    monkeypatch.setattr(pipeline, 'default_workers', lambda rows, row_bytes, devices: 15)
+    config, digits = _config(), datasets.open_dataset('digits')
     config.update_from_flattened_dict(changes)
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
-    assert assemble._workers(config, prepared, _mesh(platform), 64) == workers
+    assert build._num_workers(config, prepared, _mesh(platform), 64) == workers
     if 'data.num_workers' not in changes:
-        assert assemble._workers(config, digits, _mesh(platform), 64) == 0  # nothing there has to be decoded
+        assert build._num_workers(config, digits, _mesh(platform), 64) == 0  # nothing there has to be decoded
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cache', ['host', 'device'])
 def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
-    run = assemble.build(_config(**{'data.cache': cache, 'data.num_workers': 2}))
-    batches, val_batches = run.batches(0), run.val_batches()
+    run = build.build(_config(**{'data.cache': cache, 'data.num_workers': 2}))
+    batches, val_batches = run.train_batches(0), run.val_batches()
     try:
         next(batches)
         assert not multiprocessing.active_children()
-        chex.assert_trees_all_equal(next(val_batches), next(assemble.build(_config()).val_batches()))
+        chex.assert_trees_all_equal(next(val_batches), next(build.build(_config()).val_batches()))
+        deadline = time.monotonic() + 30  # the first batch may be there before the second process is
+        while len(multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert len(multiprocessing.active_children()) == 2
     finally:
         batches.close()
@@ -537,20 +533,20 @@ def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
 
 
 def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'default_workers', lambda rows, row_bytes, devices: 15)
-    config, digits = _config(), sources.open_dataset('digits')
+    monkeypatch.setattr(pipeline, 'default_workers', lambda rows, row_bytes, devices: 15)
+    config, digits = _config(), datasets.open_dataset('digits')
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
     script = tmp_path / 'mine.py'
     monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__spec__=None, __file__=str(script)))
     for text, workers in (("if __name__ == '__main__':\n    train()", 15), ('train()', 0)):
         script.write_text(text)
-        assert assemble._workers(config, prepared, _mesh('gpu'), 64) == workers
+        assert build._num_workers(config, prepared, _mesh('gpu'), 64) == workers
     config.data.num_workers = 2
     with pytest.raises(UserError, match="would run '.*mine.py' once more; put what it does under if __name__"):
-        assemble._workers(config, prepared, _mesh('gpu'), 64)
+        build._num_workers(config, prepared, _mesh('gpu'), 64)
     for main in (SimpleNamespace(__spec__=None), SimpleNamespace(__spec__='-m', __file__=str(script))):  # a notebook
         monkeypatch.setitem(sys.modules, '__main__', main)
-        assert assemble._workers(config, prepared, _mesh('gpu'), 64) == 2
+        assert build._num_workers(config, prepared, _mesh('gpu'), 64) == 2
 
 
 def test_a_run_made_longer_ends_as_one_planned_so(uninterrupted, tmp_path):
@@ -570,7 +566,7 @@ def test_reading_a_checkpoint_leaves_a_save_under_way_alone(uninterrupted, tmp_p
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
     under_way = tmp_path / 'checkpoints' / '31.orbax-checkpoint-tmp'
     under_way.mkdir()
-    assert checkpoint.load_checkpoint(str(tmp_path)).step
+    assert loading.load_checkpoint(str(tmp_path)).step
     time.sleep(3)  # orbax cleans up in the background
     assert under_way.exists()
 
@@ -579,7 +575,7 @@ def test_config_keys_that_mean_nothing_or_are_missing(tmp_path):
     config = _config()
     with config.unlocked():
         config.optim.pateince = 3
-    with pytest.raises(UserError, match="key 'optim.pateince' that means nothing. Did you mean 'patience'"):
+    with pytest.raises(UserError, match="unknown config key 'optim.pateince'. Did you mean 'patience'"):
         train.train_and_evaluate(config, str(tmp_path / 'run'))
     config = _config()
     del config.on_nonfinite
@@ -589,10 +585,10 @@ def test_config_keys_that_mean_nothing_or_are_missing(tmp_path):
 
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match='there is no checkpoint at'):
-        checkpoint.load_checkpoint(str(tmp_path))
+        loading.load_checkpoint(str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='there is no checkpoint in .* yet'):
-        checkpoint.load_checkpoint(str(tmp_path))
+        loading.load_checkpoint(str(tmp_path))
 
 
 def _edit_meta(workdir, edit):
@@ -600,48 +596,54 @@ def _edit_meta(workdir, edit):
     meta = json.loads(path.read_text())
     edit(meta['config'])
     path.write_text(json.dumps(meta))
-    digests.write(str(path.parent.parent))
+    checksums.write(str(path.parent.parent))
 
 
-def test_a_run_of_an_older_version_goes_on(uninterrupted, tmp_path):
-    """Its config has not got the keys that came later: it was run with their defaults."""
+def test_a_run_of_another_version_is_refused(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
-
-    def older(config):
-        del config['init_fresh'], config['data']['mean'], config['model']['norm_groups']
-
-    _edit_meta(tmp_path, older)
-    assert train.train_and_evaluate(config, str(tmp_path)) == {}  # finished
-    changed = config.copy_and_resolve_references()
-    changed.data.mean = 'channel'
-    with pytest.raises(UserError, match='another config: data.mean: crop -> channel'):
-        train.train_and_evaluate(changed, str(tmp_path))
     _edit_meta(tmp_path, lambda config: config['model'].update(tanh=True))
-    with pytest.raises(UserError, match='holds a run of another version of alexnet_jax: model.tanh is unknown'):
+    with pytest.raises(UserError, match='holds a run of another config: model.tanh: True -> None. Give the same'):
         train.train_and_evaluate(config, str(tmp_path))
     with pytest.raises(UserError, match='checkpoints/30 is of another version: model.tanh is unknown'):
-        checkpoint.load_checkpoint(str(tmp_path))
+        loading.load_checkpoint(str(tmp_path))
     _edit_meta(tmp_path, lambda config: config.pop('model'))
     with pytest.raises(UserError, match='checkpoints/30 cannot be read'):
-        checkpoint.load_checkpoint(str(tmp_path))
+        loading.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize('number', [None, 1, 3])
+def test_a_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_path):
+    """None: before formats had a number."""
+    config, workdir, _ = uninterrupted
+    step = shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
+    path = step / 'meta' / 'metadata'
+    meta = json.loads(path.read_text())
+    assert meta.pop('format') == 2
+    path.write_text(json.dumps(meta if number is None else {**meta, 'format': number}))
+    checksums.write(str(step))
+    message = f'30 is of another version: its format is {number or 1}, and this version of alexnet_jax reads 2; use the'
+    with pytest.raises(UserError, match=message):
+        loading.load_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'config': []}, 'step 30 was not written by alexnet_jax.main; use another --workdir'),
+        ({'config': []}, 'step 30 was not written by alexnet_jax train; use another --workdir'),
         ({'fingerprint': None}, 'step 30 was not written by'),
         ({'log': 5}, 'step 30 was not written by'),
         ({'log': {'steps': 'two'}}, 'step 30 was not written by'),
-        ({'log': {'stall': [0.0, 0.0, 0, 0]}}, 'step 30 was not written by'),
-        ({'log': {'stall': 3}}, 'step 30 was not written by'),
+        ({'log': {'window': [0.0, 0.0, 0, 0]}}, 'step 30 was not written by'),
+        ({'log': {'stall': [0.0, 0.0, 0]}}, 'step 30 was not written by'),
         ({'log': {'sums': {}}}, 'step 30 was not written by'),
         ({'log': {'norms': 1.0}}, 'step 30 was not written by'),
         ({'log': {'window': 3}}, 'step 30 was not written by'),
         ({'log': {'error': [1.0]}}, 'step 30 was not written by'),
         ({'log': {'steps': {}}}, 'step 30 was not written by'),
-        ({'config': {'model': 3, 'data': {}}}, 'a run of another version'),
+        ({'config': {'model': 3, 'data': {}}}, 'a run of another config: .*model: 3 -> '),
         ({'examples': 10}, 'was trained on other data'),
     ],
 )
@@ -651,7 +653,7 @@ def test_a_workdir_that_somebody_else_made_is_one_line(change, message, uninterr
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     path = tmp_path / 'checkpoints' / '30' / 'meta' / 'metadata'
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    digests.write(str(tmp_path / 'checkpoints' / '30'))
+    checksums.write(str(tmp_path / 'checkpoints' / '30'))
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, str(tmp_path))
 
@@ -662,7 +664,7 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     shutil.rmtree(tmp_path / 'checkpoints' / '30' / 'params')
     for path in (tmp_path, tmp_path / 'checkpoints', f'{tmp_path}/checkpoints/30/'):
         with pytest.raises(UserError, match=r'damaged: .*checkpoints/30/params/_METADATA: missing. There is no other'):
-            checkpoint.load_checkpoint(str(path))
+            loading.load_checkpoint(str(path))
     with pytest.raises(UserError, match=r'no checkpoint in .* is whole: .*/30/params/_METADATA: missing'):
         train.train_and_evaluate(config, str(tmp_path))
     assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
@@ -681,25 +683,25 @@ def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path, capsys):
 
     path = tmp_path / 'metrics.jsonl'
     path.write_text(line(1) + line(2)[1:] + line(30) + line(4) + line(5) + line(5, 'val') + line(6) + '{"st')
-    writers.RunWriter(str(tmp_path), 5, validated=False).close()
+    metric_writer.MetricWriter(str(tmp_path), 5, validated=False).close()
     assert path.read_text() == line(1) + line(4) + line(5)
     assert capsys.readouterr().err == f'warning: {path}: line 2 cannot be read, and is left out.\n'
 
 
 def test_other_software_or_cores_than_before_are_told(tmp_path, capsys):
-    now = writers.environment()
-    writers.warn_of_changes(str(tmp_path), now)  # of an earlier start nothing is known
-    writers.write_json(str(tmp_path), {'environment': now})
-    writers.warn_of_changes(str(tmp_path), {**now, 'commit': 'another', 'command': []})
+    now = describe_environment()
+    warn_of_changes(str(tmp_path), now)  # of an earlier start nothing is known
+    metric_writer.write_json(str(tmp_path), {'environment': now})
+    warn_of_changes(str(tmp_path), {**now, 'commit': 'another', 'command': []})
     assert not capsys.readouterr().err
-    writers.warn_of_changes(str(tmp_path), {**now, 'cores': 77, 'versions': {**now['versions'], 'jax': '9.9'}})
-    assert f'cores {now["cores"]} -> 77; jax {jax.__version__} -> 9.9: the run goes on' in capsys.readouterr().err
+    warn_of_changes(str(tmp_path), {**now, 'cores': 77, 'versions': {**now['versions'], 'jax': '9.9'}})
+    assert f'cores {now["cores"]} -> 77; jax {jax.__version__} -> 9.9: the run continues' in capsys.readouterr().err
 
 
 def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path):
     package = tmp_path / 'venv' / 'lib' / 'alexnet_jax'
     shutil.copytree(ROOT / 'alexnet_jax', package)
-    script = "from alexnet_jax import writers; print(writers.environment()['commit'])"
+    script = "from alexnet_jax.utils.environment import describe_environment as d; print(d()['commit'])"
     for repository, known in ((tmp_path, False), (package.parent, True)):
         subprocess.run(['git', 'init', '-q'], cwd=repository, check=True)
         who = ['-c', 'user.name=a', '-c', 'user.email=b']
@@ -710,22 +712,22 @@ def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path):
 
 @pytest.mark.slow
 def test_the_steps_of_a_run_follow_its_config():
-    """What `data` says of colour reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
-    on = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_scale': 'std', 'data.colour_epochs': 1.0}))
-    off = assemble.build(_config(**{'data.colour_std': 0.0}))
+    """What `data` says of color reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
+    on = build.build(_config(**{'data.color_std': 5.0, 'data.color_scale': 'std', 'data.color_epochs': 1.0}))
+    off = build.build(_config(**{'data.color_std': 0.0}))
     batch, key = _first_batch(on), jax.random.key(0)
-    quiet = {**batch, 'colour': np.zeros_like(batch['colour'])}
+    quiet = {**batch, 'color': np.zeros_like(batch['color'])}
 
     def loss(run, batch, updates):
         """After so many updates, and two batches that were left out."""
-        state = run.init(key)
+        state = run.steps.init(key)
         step, count = jax.device_put((jnp.int32(updates + 2), jnp.int32(updates)), sharding.replicated(run.mesh))
         state = state._replace(step=step, opt_state=state.opt_state._replace(count=count))
-        return float(run.train_step(state, sharding.to_mesh(run.mesh, batch), run.statistics, key)[1]['loss'])
+        return float(run.steps.train_step(state, sharding.to_mesh(run.mesh, batch), run.image_stats, key)[1]['loss'])
 
     assert loss(on, batch, 22) == loss(off, quiet, 22)
     assert abs(loss(on, batch, 21) - loss(off, quiet, 21)) > 0.1
-    never = assemble.build(_config(**{'data.colour_std': 5.0, 'data.colour_epochs': 0.01}))  # less than an update
+    never = build.build(_config(**{'data.color_std': 5.0, 'data.color_epochs': 0.01}))  # less than an update
     assert loss(never, batch, 0) == loss(off, quiet, 0)
 
 
@@ -734,14 +736,14 @@ def test_the_steps_of_a_run_follow_its_config():
 def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
     """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
     changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
-    runs = {where: assemble.build(_config(**{'data.cache': where, **changes})) for where in ('', 'host', 'device')}
+    runs = {where: build.build(_config(**{'data.cache': where, **changes})) for where in ('', 'host', 'device')}
     found = {}
     for where, run in runs.items():
-        batches = run.batches(20)  # straddles two passes
+        batches = run.train_batches(20)  # straddles two passes
         *_, batch = (next(batches) for _ in range(4))
         batches.close()
-        state, report = run.train_step(
-            run.init(jax.random.key(0)), run.to_mesh(batch), run.statistics, jax.random.key(1)
+        state, report = run.steps.train_step(
+            run.steps.init(jax.random.key(0)), run.to_mesh(batch), run.image_stats, jax.random.key(1)
         )
         found[where] = batch, jax.device_get((state.params, report['loss']))
     assert found[''][0]['reflect'].any() and len(np.unique(found[''][0]['offset'])) == 3
@@ -762,8 +764,8 @@ def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
 @pytest.mark.slow
 def test_images_kept_in_memory_are_resized_there_where_they_have_to_be():
     changes = {'data.crop_area': (0.3, 1.0), 'data.mean': 'channel'}
-    runs = {where: assemble.build(_config(**{'data.cache': where, **changes})) for where in ('', 'host')}
-    for a, b in zip(*(itertools.islice(run.batches(20), 3) for run in runs.values()), strict=True):
+    runs = {where: build.build(_config(**{'data.cache': where, **changes})) for where in ('', 'host')}
+    for a, b in zip(*(itertools.islice(run.train_batches(20), 3) for run in runs.values()), strict=True):
         chex.assert_trees_all_equal(a, b)
 
 
@@ -779,18 +781,18 @@ def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
         assert processes.memory() == memory < machine
         message = rf"data.cache='{where}': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of mem"
         with pytest.raises(UserError, match=message):
-            assemble.build(_config(**{'data.cache': where}))
+            build.build(_config(**{'data.cache': where}))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share it
         assert processes.memory() == memory // 4
         monkeypatch.delenv('LOCAL_WORLD_SIZE')
     container.write_text('5600000')
-    assemble.build(_config(**{'data.cache': 'host'}))
+    build.build(_config(**{'data.cache': 'host'}))
 
 
 def _quickstart(**changes):
     config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
     config.update_from_flattened_dict({'mesh.tower': 1, 'mesh.data': 1, **changes})
-    return assemble.build(config)
+    return build.build(config)
 
 
 @pytest.mark.slow
@@ -798,11 +800,11 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     found = {}
     for dtype in ('float32', 'bfloat16'):
         run = _quickstart(**{'model.dtype': dtype})
-        state, batch = run.init(jax.random.key(0)), _first_batch(run)
-        x = augment.preprocess(batch, run.statistics, run.augmentation)
+        state, batch = run.steps.init(jax.random.key(0)), _first_batch(run)
+        x = augment.preprocess(batch, run.image_stats, run.augmentation)
         masks = model.dropout_masks(run.network, jax.random.key(1), len(x), 32)
         forward = sharding.forward(run.network, run.mesh)
-        loss = jax.jit(jax.grad(steps.loss_and_sums, has_aux=True), static_argnames='forward')
+        loss = jax.jit(jax.grad(train_step.loss_and_sums, has_aux=True), static_argnames='forward')
         found[dtype], sums = loss(state.params, x, batch, masks, forward=forward)
         assert sums['loss'].dtype == jnp.float32
         assert {leaf.dtype for leaf in jax.tree.leaves((state.params, found[dtype]))} == {jnp.dtype('float32')}
@@ -817,8 +819,8 @@ def test_bfloat16_over_two_towers_of_a_cpu_is_refused():
     """XLA's compiler would end the process."""
     changes = {'model.dtype': 'bfloat16', 'mesh.data': 1}
     with pytest.raises(UserError, match=r"'bfloat16' over two towers; use --config.mesh.tower=1 or"):
-        assemble.build(_config(**changes, **{'mesh.tower': 2}))
-    assemble.build(_config(**changes, **{'mesh.tower': 1}))
+        build.build(_config(**changes, **{'mesh.tower': 2}))
+    build.build(_config(**changes, **{'mesh.tower': 1}))
 
 
 @pytest.mark.slow
@@ -827,9 +829,14 @@ def test_training_in_bfloat16_tracks_float32():
     means = {}
     for dtype in ('float32', 'bfloat16'):
         run = _quickstart(**{'model.dtype': dtype})
-        state, key, batches, losses = run.init(jax.random.key(0)), jax.random.key(0), run.batches(0), []
+        state, key, batches, losses = (
+            run.steps.init(jax.random.key(0)),
+            jax.random.key(0),
+            run.train_batches(0),
+            [],
+        )
         for _ in range(60):
-            state, report = run.train_step(state, run.to_mesh(next(batches)), run.statistics, key)
+            state, report = run.steps.train_step(state, run.to_mesh(next(batches)), run.image_stats, key)
             losses.append(report['loss'] / report['weight'])
         batches.close()
         means[dtype] = np.mean(jax.device_get(losses[-15:]))
@@ -843,11 +850,11 @@ def test_deterministic_reaches_the_compiler(monkeypatch):
     monkeypatch.setattr(jax, 'jit', lambda *a, **k: options.append(k.get('compiler_options')) or jit(*a, **k))
     for deterministic in (False, True):
         options.clear()
-        run = assemble.build(_config(deterministic=deterministic))
+        run = build.build(_config(deterministic=deterministic))
         assert len(options) >= 3
         assert all(given.get('xla_gpu_deterministic_ops', False) is deterministic for given in options)
-    state, batch = run.init(jax.random.key(0)), run.to_mesh(_first_batch(run))
-    run.train_step(state, batch, run.statistics, jax.random.key(0))  # the CPU's compiler takes it too
+    state, batch = run.steps.init(jax.random.key(0)), run.to_mesh(_first_batch(run))
+    run.steps.train_step(state, batch, run.image_stats, jax.random.key(0))  # the CPU's compiler takes it too
 
 
 @pytest.mark.slow
@@ -874,12 +881,12 @@ def test_a_run_ends_at_the_error_it_is_to_reach(tmp_path, capsys):
 
 def test_a_fraction_of_the_images_is_what_an_epoch_has():
     config = small.digits_config(**{'data.fraction': 0.25})
-    run = assemble.build(config)
-    assert run.examples == round(0.25 * 1437) == 359
+    run = build.build(config)
+    assert run.num_examples == round(0.25 * 1437) == 359
     assert run.total_steps == -(-359 * 20 // 64)
     for bad in (0.0, 1.5):
         with pytest.raises(UserError, match='data.fraction'):
-            assemble.build(small.digits_config(**{'data.fraction': bad}))
+            build.build(small.digits_config(**{'data.fraction': bad}))
 
 
 def test_a_line_written_for_a_save_ends_a_run_like_any_other(tmp_path, capsys):
@@ -899,7 +906,7 @@ def test_a_line_written_for_a_save_ends_a_run_like_any_other(tmp_path, capsys):
 
 def test_sigterm_does_not_end_the_program_while_the_last_step_is_saved(tmp_path, monkeypatch):
     """The handler is there until the digests are written; after that the program's own is back."""
-    seen, write = [], digests.write
+    seen, write = [], checksums.write
 
     def slowly(folder):
         time.sleep(1)  # the loop is over by then
@@ -907,7 +914,7 @@ def test_sigterm_does_not_end_the_program_while_the_last_step_is_saved(tmp_path,
         write(folder)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(digests, 'write', slowly)
+    monkeypatch.setattr(checksums, 'write', slowly)
     train.train_and_evaluate(small.digits_config(num_steps=2), str(tmp_path))
     assert len(seen) == 1 and seen[0] != before
     assert signal.getsignal(signal.SIGTERM) == before

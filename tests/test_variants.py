@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, layers, model, optim, sharding, traffic
-from alexnet_jax.errors import UserError
+from alexnet_jax.benchmark import hlo_cost
+from alexnet_jax.core import architecture, model, sharding
+from alexnet_jax.core.config import augmentation_from_config, model_from_config, optimizer_from_config
+from alexnet_jax.utils.errors import UserError
 from tests import ROOT
 from tests.test_sharding import COLLECTIVES
 
@@ -33,7 +35,7 @@ VARIANTS = {
     'large_batch:16384': (60_965_224, PAPER),
     'authors_2012:schedule=2012': (60_965_224, PAPER),
     'authors_2012:schedule=170': (60_965_224, PAPER),
-    'no_normalisation': (60_965_224, PAPER),
+    'no_normalization': (60_965_224, PAPER),
     'non_overlapping': (  # 55 -> 28 -> 26 -> 13 -> 11 -> 6
         60_965_224,
         [CONV1, (*CONV2[:2], 26 * 26), CONV3, CONV4, (*CONV5[:2], 11 * 11), FC6, FC7, FC8],
@@ -83,10 +85,10 @@ def test_every_config_is_here():
 def test_parameters_shapes_and_products(variant):
     total, rows = VARIANTS[variant]
     config = load(variant)
-    network, size = model.from_config(config.model), config.data.image_size
-    sizes = layers.sizes(network, size, towers=config.mesh.tower)
-    shapes = jax.eval_shape(lambda key: model.init(network, key, size), jax.random.key(0))
-    assert list(sizes) == list(network.table()) and set(sizes) == set(shapes)
+    network, size = model_from_config(config.model), config.data.image_size
+    sizes = architecture.infer_shapes(network, size, towers=config.mesh.tower)
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, size), jax.random.key(0))
+    assert list(sizes) == list(network.layer_specs()) and set(sizes) == set(shapes)
     for (name, found), (weights, biases, places) in zip(sizes.items(), rows, strict=True):
         kernel, bias = shapes[name]['kernel'], shapes[name]['bias']
         assert (kernel.size, bias.size) == (weights, biases), name
@@ -98,24 +100,24 @@ def test_parameters_shapes_and_products(variant):
     logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     for name, found in sizes.items():
         seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}_')}
-        last = ([*network.table()[name].then.split()] or ['linear'])[-1]
+        last = ([*network.layer_specs()[name].post.split()] or ['linear'])[-1]
         assert (seen[f'{name}_linear'], seen[f'{name}_{last}']) == (found.linear, found.outputs)
     assert logits.shape == (1, config.model.num_classes)
     assert sizes['conv5'].outputs == (6, 6, 256)
-    augment.from_config(config.data)
-    optim.make_optimizer(**config.optim, steps_per_epoch=100.0, layers=list(network.table()))
+    augmentation_from_config(config.data)
+    optimizer_from_config(config.optim, steps_per_epoch=100.0, layers=list(network.layer_specs()))
 
 
 def test_products_are_those_the_compiler_counts():
     """XLA leaves out products with padding zeros: of a side's taps, the share that falls on the map."""
     network = model.AlexNet()
-    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     counted = jax.jit(network.apply).lower({'params': shapes}, x).compile().cost_analysis()['flops']
     taps = {'conv1': (55 * 11 - 3, 55 * 11), 'conv2': (27 * 5 - 6, 27 * 5)}
     taps |= {name: (13 * 3 - 2, 13 * 3) for name in ('conv3', 'conv4', 'conv5')}
     products = 0
-    for name, sizes in layers.sizes(network, 224).items():
+    for name, sizes in architecture.infer_shapes(network, 224).items():
         on, all_of_them = taps.get(name, (1, 1))
         products += sizes.flops * (on / all_of_them) ** 2
     assert products < counted < 1.01 * products  # and then norms, pools and biases
@@ -123,43 +125,43 @@ def test_products_are_those_the_compiler_counts():
 
 @pytest.mark.parametrize(
     ('variant', 'gathers'),
-    [('authors_2012', 4), ('no_normalisation', 4), ('non_overlapping', 4), ('sixth_conv', 5), ('no_communication', 1)],
+    [('authors_2012', 4), ('no_normalization', 4), ('non_overlapping', 4), ('sixth_conv', 5), ('no_communication', 1)],
 )
 def test_collectives(variant, gathers):
     """The paper's four are in test_sharding.py; each layer that reads both towers adds one."""
     config = load(variant)
-    network, mesh = model.from_config(config.model), sharding.make_mesh(data=1, tower=2)
-    shapes = jax.eval_shape(lambda key: model.init(network, key, 224), jax.random.key(0))
+    network, mesh = model_from_config(config.model), sharding.make_mesh(data=1, tower=2)
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
     put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
     x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
     text = jax.jit(sharding.forward(network, mesh)).lower(params, x).compile().as_text()
     assert collections.Counter(re.findall(COLLECTIVES, text)) == {'all-gather': gathers}
     # What the summary says crosses is what the program moves: two images of float32.
-    crossing = layers.crossing(network, 224, 2)
+    crossing = architecture.gathered_elements(network, 224, 2)
     assert len(crossing) == gathers
-    assert traffic.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
+    assert hlo_cost.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
 
 
 @pytest.mark.parametrize(
     ('variant', 'message'),
     [
-        ('caffe', 'conv1 is normalised in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
-        ('torchvision', 'nothing in this network is in two groups, so it has no two towers; use mesh.tower=1'),
-        ('one_gpu', 'nothing in this network is in two groups'),
+        ('caffe', 'conv1 is normalized in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('torchvision', 'No layer has groups=2; set mesh.tower=1'),
+        ('one_gpu', 'No layer has groups=2; set mesh.tower=1'),
     ],
 )
 def test_one_tower_networks_refuse_two(variant, message):
     config = load(variant)
     assert config.mesh.tower == 1
     with pytest.raises(UserError, match=message):
-        layers.sizes(model.from_config(config.model), config.data.image_size, towers=2)
+        architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=2)
 
 
 def _rate(config, count, steps_per_epoch):
     """(of weights, of biases) at an update, measured: with decay off, gradient -1 and velocity 0."""
-    optimizer = optim.make_optimizer(
-        **{**config.optim, 'weight_decay': 0.0, 'bias_decay': 0.0}, steps_per_epoch=steps_per_epoch, layers=['conv1']
+    optimizer = optimizer_from_config(
+        {**config.optim, 'weight_decay': 0.0, 'bias_decay': 0.0}, steps_per_epoch=steps_per_epoch, layers=['conv1']
     )
     params = {'conv1': {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)}}
     state = optimizer.tx.init(params)._replace(count=jnp.int32(count))
@@ -173,7 +175,7 @@ def test_caffes_recipe():
     assert [row[5:7] for row in config.model.conv] == [(0.01, 0), (0.01, 0.1), (0.01, 0), (0.01, 0.1), (0.01, 0.1)]
     assert [row[2:4] for row in config.model.dense] == [(0.005, 0.1)] * 2 and config.model.classifier == (0.01, 0)
     assert (config.optim.momentum, config.optim.weight_decay, config.optim.bias_decay) == (0.9, 0.0005, 0)
-    assert (config.batch_size, config.data.image_size, config.data.reflect, config.data.colour_std) == (
+    assert (config.batch_size, config.data.image_size, config.data.reflect, config.data.color_std) == (
         256,
         227,
         True,
@@ -190,13 +192,13 @@ def test_torchvisions_recipe():
     """`references/classification`: train.py --lr 1e-2, presets.py, and nn.Conv2d's and nn.Linear's initial values."""
     config = load('torchvision')
     optimizer, data = config.optim, config.data
-    assert {value for row in config.model.conv for value in row[5:7]} == {layers.FAN_IN}
+    assert {value for row in config.model.conv for value in row[5:7]} == {architecture.FAN_IN}
     assert {value for row in (*config.model.dense, (0, 0, *config.model.classifier)) for value in row[2:4]} == {
         'fan_in'
     }
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.bias_decay) == (0.9, 1e-4, 1e-4)
     assert not optimizer.rate_in_velocity and (config.batch_size, config.num_epochs) == (32 * 8, 90)
-    assert (data.image_size, data.crop_area, data.reflect, data.colour_std) == (224, (0.08, 1.0), True, 0)
+    assert (data.image_size, data.crop_area, data.reflect, data.color_std) == (224, (0.08, 1.0), True, 0)
     assert data.mean == 'channel' and np.allclose(np.array(data.pixel_std) / 255, [0.229, 0.224, 0.225])
     for count, rate in [(0, 0.01), (299, 0.01), (300, 1e-3), (599, 1e-3), (600, 1e-4), (899, 1e-4)]:
         assert _rate(config, count, 10) == pytest.approx((rate, rate)), count
@@ -206,7 +208,7 @@ def test_variants_differ_from_the_paper_only_where_they_say():
     """A diff of `paper.py` must not carry anything else along."""
     paper = load('paper')
     changed = {
-        'no_normalisation': {'model.conv'},
+        'no_normalization': {'model.conv'},
         'non_overlapping': {'model.conv', 'model.pool_window'},
         'no_communication': {'model.conv', 'model.dense'},
         'one_gpu': {'model.conv', 'model.norm_groups', 'mesh.tower'},
@@ -225,18 +227,18 @@ def test_configs_say_where_they_come_from():
     """Source, command, what the source reports and what was measured here open each file."""
     for path in (ROOT / 'configs').glob('*.py'):
         doc = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
-        assert f'python -m alexnet_jax.main --config=configs/{path.name}' in doc, path.name
+        assert f'alexnet_jax train --config=configs/{path.name}' in doc, path.name
         if path.stem != 'quickstart':
             assert re.search(r'Here:|Here it was', doc), path.name
-            assert re.search(r'top-1', doc) and re.search(r'centre crop|ten views', doc), path.name
+            assert re.search(r'top-1', doc) and re.search(r'center crop|ten views', doc), path.name
 
 
 def test_the_papers_summary():
     """Of one image each tower gets: half of 13x13x256 before conv 3, of 6x6x256, 4096 and 4096 before fc 6, 7 and 8."""
-    crossing = layers.crossing(model.AlexNet(), 224, 2)
+    crossing = architecture.gathered_elements(model.AlexNet(), 224, 2)
     assert crossing == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
-    assert layers.crossing(model.AlexNet(), 224, 1) == {}
-    text = layers.summary(model.AlexNet(), 224, 2)
+    assert architecture.gathered_elements(model.AlexNet(), 224, 1) == {}
+    text = architecture.summary(model.AlexNet(), 224, 2)
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert '60,965,224' in rows['all'] and '30,336' in rows['all']
     assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']

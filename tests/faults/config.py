@@ -14,6 +14,6 @@ def get_config():
             'mesh.tower': 1,
             'optim.schedule': 'plateau',
             'optim.patience': 1,
-            'optim.min_gain': 50.0,
+            'optim.min_delta': 50.0,
         }
     )

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from alexnet_jax import digests
+from alexnet_jax.utils import checksums
 from tests.faults.scene import Scene, expect, filled, in_time, lines, noticed, small_disk, step_of
 
 WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=30')  # each validation starts two more
@@ -77,7 +77,7 @@ def expect_saved(scene: Scene, workdir) -> None:
     """The step that it says it has saved lies there."""
     said = re.search(r'SIGTERM: step (\d+) of \d+ is saved; the same command goes on', scene.printed())
     expect(said, scene.printed()[-2000:])
-    expect((workdir / 'checkpoints' / said[1] / digests.FILE_NAME).exists(), f'step {said[1]} is not there')
+    expect((workdir / 'checkpoints' / said[1] / checksums.FILE_NAME).exists(), f'step {said[1]} is not there')
 
 
 def _terminated(scene: Scene, workdir, child, *, group: bool) -> None:
@@ -196,10 +196,10 @@ def _damaged_checkpoint(scene: Scene, damage) -> None:
     damage(path)
     code, printed = scene.run(None, command=('verify', str(workdir)))
     expect(code == 1 and 'damaged: ' in printed, f'verify ends with {code}: {printed}')
-    expect(path.name in printed or path.name == digests.FILE_NAME, f'{path} is not named in {printed}')
+    expect(path.name in printed or path.name == checksums.FILE_NAME, f'{path} is not named in {printed}')
     code, printed = scene.run(None, command=('evaluate', f'--checkpoint={workdir}/checkpoints/{steps[-1]}',
                                              '--data=digits', '--cpu_devices=1'))  # fmt: skip
-    # Evaluation does not read the optimiser's state: with a change in there it may go on, if it says what it ever said.
+    # Evaluation does not read the optimizer's state: with a change in there it may go on, if it says what it ever said.
     error = lines(workdir)[-1]['top1_error']
     right = code == 0 and 'training' in path.parts and f'top-1 error {error:.2f}%' in printed
     expect(right or (code == 2 and 'damaged' in printed), f'evaluate ends with {code}: {printed}')
@@ -219,7 +219,7 @@ def file_of_a_checkpoint_truncated(scene: Scene) -> None:
 
 def file_of_a_checkpoint_missing(scene: Scene) -> None:
     """Any file but the list of digests: without that the step does not count, see the next."""
-    _damaged_checkpoint(scene, lambda path: path.unlink() if path.name != digests.FILE_NAME else _flip(scene, path))
+    _damaged_checkpoint(scene, lambda path: path.unlink() if path.name != checksums.FILE_NAME else _flip(scene, path))
 
 
 def half_written_step(scene: Scene) -> None:
@@ -227,7 +227,7 @@ def half_written_step(scene: Scene) -> None:
     workdir = scene.copy_of_reference()
     step = workdir / 'checkpoints' / '60'
     if scene.rng.uniform() < 0.5:
-        (step / digests.FILE_NAME).unlink()
+        (step / checksums.FILE_NAME).unlink()
     else:
         step.rename(step.with_name('60.orbax-checkpoint-tmp'))
     scene.expect_same_end(workdir, written='Going on from step 56 of 60')
@@ -242,7 +242,7 @@ def bit_flipped_in_prepared_data(scene: Scene) -> None:
     _flip(scene, path)
     code, printed = scene.run(None, command=('verify', str(copy)))
     expect(code == 1, f'verify ends with {code}: {printed}')
-    expect(path.name in printed or path.name == digests.FILE_NAME, f'{path} is not named in {printed}')
+    expect(path.name in printed or path.name == checksums.FILE_NAME, f'{path} is not named in {printed}')
     workdir = scene.folder / 'run'
     code, printed = scene.run(workdir, f'--config.data.path={copy}')
     expect(code in (0, 2) and 'Traceback' not in printed, f'ends with {code}: {printed[-3000:]}')
@@ -270,7 +270,7 @@ def damaged_record(scene: Scene) -> None:
     scene.any_moment(child, workdir)
     scene.stop(child, signal.SIGKILL)
     scene.expect_same_end(workdir, *options)
-    code, printed = scene.run(scene.folder / 'strict', *options, '--config.data.max_bad=0')
+    code, printed = scene.run(scene.folder / 'strict', *options, '--config.data.max_unreadable=0')
     expect(code == 2 and 'cannot be read (named above)' in printed, f'ends with {code}: {printed}')
     subprocess.run(['rm', '-r', str(whole)], check=True)  # of this damage alone
 
@@ -422,7 +422,7 @@ def images_vanish_in_prepare(scene: Scene) -> None:
     subprocess.run(['cp', '-r', str(scene.raw()), str(raw)], check=True)
     command = ('prepare', f'--input={raw}', f'--output={scene.folder}/out', '--size=32')
     if scene.rng.uniform() < 0.5:  # they are not damaged: no number of these lets it go on
-        command += ('--max_bad=10000',)
+        command += ('--max_unreadable=10000',)
     child = scene.start(None, command=command)
     time.sleep(scene.rng.uniform(0, 4))
     in_time(child.poll() is None)

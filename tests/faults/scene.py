@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import assemble, checkpoint, sources, verify
+from alexnet_jax.checkpoints import manager, verify
+from alexnet_jax.data import datasets
+from alexnet_jax.training import build
 from tests import ROOT
 from tests.faults import config as config_file
 
@@ -72,11 +74,11 @@ class Scene:
         self.mark = f'{os.getpid()}-{rng.integers(1 << 40)}'
         self.slowest_stop = 0.0
 
-    def start(self, workdir, *options, command=('main',), processes=1, limited=False, **popen) -> subprocess.Popen:
+    def start(self, workdir, *options, command=('train',), processes=1, limited=False, **popen) -> subprocess.Popen:
         """The command itself, not a wrapper around it (but with several processes)."""
-        module, *words = command
-        words = [sys.executable, '-m', f'alexnet_jax.{module}', *words]
-        if module == 'main':
+        words = [sys.executable, '-m', 'alexnet_jax', *command]
+        if command == ('train',):
+            words = [sys.executable, '-m', 'alexnet_jax.main']
             words += ['--config=tests/faults/config.py', f'--workdir={workdir}', *options]
             if not any('cpu_devices' in option for option in options):
                 words.append('--cpu_devices=1')
@@ -138,7 +140,7 @@ class Scene:
     def raw(self) -> pathlib.Path:
         raw = self._shared / f'raw-{self.mark}'
         if not raw.exists():
-            for split, records in sources.open_dataset('digits').splits.items():
+            for split, records in datasets.open_dataset('digits').splits.items():
                 for i, record in enumerate(records):
                     folder = raw / split / str(record['label'])
                     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +207,7 @@ class Scene:
         return found
 
     def expect_same_end(self, workdir, *options, processes=1, written: str = '') -> None:
-        """The same command goes on to the same parameters, optimiser state and metrics, bit for bit."""
+        """The same command goes on to the same parameters, optimizer state and metrics, bit for bit."""
         sealed = [path.parent.name for path in workdir.glob('checkpoints/*/SHA256SUMS')]
         steps = [int(found[1]) for name in sealed if (found := re.fullmatch(r'(\d+)(\.replaced)?', name))]
         code, printed = self.run(workdir, *options, processes=processes)
@@ -239,11 +241,11 @@ def lines(workdir) -> list[dict]:
 def _shapes(num_classes: int):
     config = config_file.get_config()
     config.model.num_classes = num_classes
-    return assemble.build(config).state_shapes
+    return build.build(config).steps.state_shapes
 
 
 def final_state(workdir):
-    with checkpoint.Checkpoints(str(workdir), read_only=True) as saved:
+    with manager.CheckpointManager(str(workdir), read_only=True) as saved:
         return jax.device_get(saved.restore(saved.latest(), _shapes(10)))
 
 

@@ -1,0 +1,305 @@
+"""What a compiled step reads and writes, layer by layer, and how fast it can be at best.
+
+Also for a GPU that is not at hand: XLA compiles for it from a description.
+"""
+
+import collections
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from alexnet_jax.core import architecture, sharding
+from alexnet_jax.training import build
+from alexnet_jax.utils.errors import UserError
+
+OTHER = 'other'  # operations that belong to no layer
+
+
+class Peaks(NamedTuple):
+    """What a device can do a second, by its data sheet, without sparsity."""
+
+    flops: dict[str, float]  # of products, by precision
+    bytes: float
+
+
+# By what JAX calls the device.
+PEAKS = {'NVIDIA H200': Peaks({'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12}, 4.8e12)}
+# What XLA asks of a device to compile for it; from the data sheet and CUDA's programming guide (compute capability 9).
+_DESCRIPTIONS = {
+    'h200': """
+        gpu_device_info {
+          cuda_compute_capability { major: 9 }
+          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          memory_bandwidth: 4800000000000 device_memory_size: 150754820096 l2_cache_size: 52428800
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+          registers_per_block_limit: 65536 registers_per_core_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }
+        platform_name: "CUDA" device_description_str: "NVIDIA H200"
+        dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
+    """,
+}
+
+
+def topology_devices(what: str) -> list:
+    """Devices of one host to compile for, which need not be there: nothing can be put on them.
+
+    Where none are there set `jax_platforms` to 'cpu' first: else JAX looks for them, and gives its compiler up.
+
+    what: 'h200', or several: '2xh200'.
+
+    Raises:
+      UserError: another device, or its compiler, a part of the extras `cuda12` and `cuda13`, is not installed.
+    """
+    from jax.experimental import topologies
+
+    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', what)
+    if not match or match[2] not in _DESCRIPTIONS:
+        raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
+    count, name = match.groups(default='1')
+    try:
+        topology = topologies.get_topology_desc(
+            platform='cuda', target_config=_DESCRIPTIONS[name], topology=f'1x1x{count}'
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"--compile_for={what} needs JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]' "
+            f'({error}).'
+        ) from error
+    return list(topology.devices)
+
+
+def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
+    """A compiled training step, and what is known of it before it runs.
+
+    Args:
+      setup: from `build.build`.
+      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
+      arguments: of `setup.steps.train_step`, or their shapes.
+
+    Returns:
+      the program, and 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device:
+      arguments and what lies in between), 'collectives' (see `collective_bytes`), 'layers' (see `by_layer`).
+    """
+    began = time.perf_counter()
+    compiled = setup.steps.train_step.lower(*arguments).compile()
+    took, text, planned = time.perf_counter() - began, compiled.as_text(), compiled.memory_analysis()
+    rows = by_layer(setup, text, precision)
+    return compiled, {
+        'compile_seconds': round(took, 1),
+        'flops': rows['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # an image's
+        'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
+        'collectives': collective_bytes(text, setup.mesh.size) if setup.mesh.size > 1 else {},
+        'layers': rows,
+    }
+
+
+def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, Any]:
+    """What is known of a training step that is compiled for devices which need not be there.
+
+    config, dataset: as for `build.build`. what: as for `topology_devices`.
+
+    Raises:
+      UserError: from either; or the config keeps its images on a device.
+    """
+    if config.data.cache == 'device':
+        raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
+    devices = topology_devices(what)
+    setup = build.build(config, dataset, devices=devices)
+    batches = setup.train_batches(0)
+    batch = sharding.shape_structs(next(batches), sharding.batch_sharding(setup.mesh))
+    batches.close()
+    key = sharding.shape_structs(jax.eval_shape(jax.random.key, 0), sharding.replicated(setup.mesh))
+    arguments = (setup.steps.state_shapes, batch, setup.image_stats, key)
+    _, facts = compile_step(setup, precision, arguments)
+    return {**facts, 'device': devices[0].device_kind, 'devices': setup.mesh.size}
+
+
+class HloOp(NamedTuple):
+    """A step of a compiled program that runs by itself: a fusion, a library's call, an operation left alone."""
+
+    scope: str  # of `jax.named_scope`, the outermost of those asked for
+    product: bool  # a convolution or a product of matrices
+    bytes: float  # read and written
+
+
+def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
+    """What a program runs, with the bytes that pass between it and memory, if nothing stays in a cache.
+
+    An array that is only cut into counts with what is cut out, one that is changed in place in full. Loops count as
+    often as they run, where XLA knows; branches are not looked into.
+
+    Args:
+      compiled_text: `jit(f).lower(...).compile().as_text()`.
+      scopes: names of `jax.named_scope` to tell apart.
+    """
+    programs, entry = _programs(compiled_text)
+    return list(_hlo_ops(programs, entry, scopes, 1))
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    bytes: int  # of what it writes
+    kind: str
+    operands: list[str]
+    rest: str  # of the line
+
+
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
+_FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
+_CUTS = {'slice', 'dynamic-slice', 'gather'}
+_PRODUCTS = {'convolution', 'dot'}
+_PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
+
+
+def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Every computation's instructions, by name; and the name of the one that is run."""
+    programs, current, entry = {}, None, ''
+    for line in text.splitlines():
+        if head := re.match(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$', line):
+            current = programs.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (parts := _INSTRUCTION.match(line)):
+            name, shape, kind, operands, rest = parts.groups()
+            names = re.findall(r'%([\w.\-]+)', operands) or [operands]  # a parameter has its number there
+            current.append(_Instruction(name, shape, sum(array_bytes(shape)), kind, names, rest))
+    return programs, entry
+
+
+def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator[HloOp]:
+    sizes = {op.name: op.bytes for op in programs[name]}
+    for op in programs[name]:
+        called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', op.rest)
+        if op.kind in _FREE or op.kind.endswith('-done'):
+            continue
+        if op.kind in ('while', 'call'):
+            trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
+            yield from _hlo_ops(programs, called[0], scopes, times * int(trip_count[1] if trip_count else 1))
+            continue
+        inside = programs.get(called[0], []) if op.kind == 'fusion' else []
+        read = [_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        paths = [name for part in (op, *inside) for name in re.findall(r'op_name="([^"]*)"', part.rest)]
+        matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own come first
+        kinds = {op.kind, *(part.kind for part in inside)}
+        product = bool(_PRODUCTS & kinds or _PRODUCT_CALL.search(op.rest))
+        written = op.bytes
+        if op.kind.endswith('-start') and op.kind != 'all-reduce-start' and op.shape.startswith('('):
+            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # listed with what comes out
+        yield HloOp(matches[0] if matches else OTHER, product, times * (written + sum(read)))
+
+
+def _read(size: int, number: int, inside: list[_Instruction]) -> int:
+    """Bytes a fusion reads of its operand of that number: less than its size, if it only cuts into it."""
+    aliases, cut = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}, 0
+    for op in inside:
+        if not aliases & set(op.operands):
+            continue
+        if op.kind == 'bitcast':
+            aliases.add(op.name)
+        elif op.kind in _CUTS and op.operands[0] in aliases:
+            cut += op.bytes
+        else:
+            return size
+    return min(size, cut) if cut else size
+
+
+def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, float]]:
+    """What each layer of a compiled training step computes and moves, input and update beside them, and all together.
+
+    The numbers are per device.
+
+    'roofline_us', where the device's peaks are known, is the time for its products (their operations or their bytes,
+    whichever take longer) and for the bytes of all else.
+
+    Args:
+      setup: from `build.build`.
+      compiled_text: of its `train_step`.
+      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
+    """
+    costs = architecture.infer_shapes(setup.network, setup.augmentation.image_size)
+    first = next(iter(costs))  # no gradient reaches the pixels
+    images = setup.config.batch_size / setup.mesh.size
+    flops = {name: (2 if name == first else 3) * cost.flops * images for name, cost in costs.items()}
+    products, rest = collections.Counter(), collections.Counter()
+    for op in hlo_ops(compiled_text, [*costs, 'masks', 'input', 'update']):
+        (products if op.product else rest)[op.scope] += op.bytes
+    peaks, rows = PEAKS.get(setup.mesh.devices.flat[0].device_kind), {}
+    for name in [*costs, *sorted({*products, *rest} - set(costs))]:
+        row = {'flops': flops.get(name, 0.0), 'product_bytes': products[name], 'other_bytes': rest[name]}
+        if peaks:
+            compute = max(row['flops'] / peaks.flops[precision], products[name] / peaks.bytes)
+            row['roofline_us'] = 1e6 * (compute + rest[name] / peaks.bytes)
+        rows[name] = row
+    return {**rows, 'all': {key: sum(row[key] for row in rows.values()) for key in rows[first]}}
+
+
+_COLUMNS = (  # key of a row, title, unit
+    ('flops', 'GFLOP', 1e9), ('product_bytes', 'MB, products', 1e6), ('other_bytes', 'MB, the rest', 1e6),
+    ('roofline_us', 'roofline us', 1),
+)  # fmt: skip
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Lines that show what `by_layer` found."""
+    columns = [column for column in _COLUMNS if column[0] in rows['all']]
+    lines = [f'{"":8}' + ''.join(f'{title:>14}' for _, title, _ in columns)]
+    for name, row in rows.items():
+        lines.append(f'{name:8}' + ''.join(f'{row[key] / unit:14,.1f}' for key, _, unit in columns))
+    return lines
+
+
+_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
+
+
+def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
+    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
+
+    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
+    that all get costs that twice, one that is dealt out once.
+
+    Args:
+      compiled_text: `jit(f).lower(...).compile().as_text()`.
+      devices: that the program runs on.
+    """
+    collectives = {}
+    for line in compiled_text.splitlines():
+        match = re.search(_COLLECTIVE, line)
+        if not match:
+            continue
+        shapes, name, asynchronous = match.groups()
+        arrays = array_bytes(shapes)
+        if asynchronous and name == 'collective-permute':
+            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
+        elif asynchronous and name != 'all-reduce':
+            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
+        group = _group_size(line, devices)
+        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
+        count, total = collectives.get(name, (0, 0.0))
+        collectives[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
+    return collectives
+
+
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of each array in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. A token has none."""
+    return [
+        (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
+        * math.prod(map(int, filter(None, sides.split(','))))
+        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+    ]
+
+
+def _group_size(line: str, devices: int) -> int:
+    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+        return len(groups[1].split(','))
+    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+        return int(groups[1])
+    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
+        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
+    return devices

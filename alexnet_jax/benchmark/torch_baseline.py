@@ -1,0 +1,222 @@
+"""PyTorch in the benchmark: the same network, update and input, as a PyTorch user would write them.
+
+Needs the extra `oracle`; imported only for --against=torch.
+"""
+
+import io
+import itertools
+import math
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from alexnet_jax.benchmark.throughput import TORCH, Contender, Options, images_per_second, num_buffered, skip
+from alexnet_jax.core import architecture, augment
+from alexnet_jax.core.architecture import ConvSpec
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.data import datasets, random_crops
+from alexnet_jax.prepare import discovery
+from alexnet_jax.prepare.image_ref import ImageRef
+from alexnet_jax.training.build import TrainingSetup
+from alexnet_jax.utils import processes
+from alexnet_jax.utils.errors import UserError
+
+_GPU = torch.cuda.is_available()
+_DEVICE = torch.device('cuda' if _GPU else 'cpu')
+
+
+class Net(nn.Sequential):
+    """The table of a network in NCHW: grouped convolutions, normalization within its groups, pooling, dropout."""
+
+    def __init__(self, network: AlexNet, image_size: int):
+        operations = {
+            'relu': nn.ReLU,
+            'tanh': nn.Tanh,
+            'lrn': lambda: _GroupedNorm(network),
+            'pool': lambda: nn.MaxPool2d(network.pool_window, network.pool_stride, ceil_mode=True),
+            'avg_pool': lambda: nn.AvgPool2d(network.pool_window, network.pool_stride, ceil_mode=True),
+            'dropout': lambda: nn.Dropout(network.dropout_rate),
+        }
+        modules, shapes = [], architecture.infer_shapes(network, image_size)
+        for name, row in network.layer_specs().items():
+            if 'spatial_norm' in row.post or network.local or (not isinstance(row, ConvSpec) and row.groups > 1):
+                raise UserError(
+                    f'--against=torch: PyTorch has nothing like {name}, {tuple(row)}; use another --config.'
+                )
+            inputs = shapes[name].inputs
+            if isinstance(row, ConvSpec):
+                before, after = row.padding
+                padding = before if before == after else 0
+                modules += [] if before == after else [nn.ZeroPad2d((before, after, before, after))]
+                modules.append(nn.Conv2d(inputs[-1], row.features, row.kernel, row.stride, padding, groups=row.groups))
+            else:
+                modules += [nn.Flatten(), nn.Linear(math.prod(inputs), row.features)]
+            modules += [operations[operation]() for operation in row.post.split()]
+        super().__init__(*modules)
+        self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+class _GroupedNorm(nn.Module):
+    """Response normalization within each group of channels."""
+
+    def __init__(self, network: AlexNet):
+        super().__init__()
+        alpha = network.lrn_alpha * (1 if network.lrn_alpha_over_n else network.lrn_n)  # PyTorch divides it by n
+        self.groups = network.norm_groups
+        self.norm = nn.LocalResponseNorm(network.lrn_n, alpha, network.lrn_beta, network.lrn_k)
+
+    def forward(self, x):
+        return torch.cat([self.norm(part) for part in x.chunk(self.groups, dim=1)], dim=1)
+
+
+class ImageDataset(Dataset):
+    """Images cropped and mirrored as `random_crops.draw` says: uint8 [s, s, 3], a color shift and a label."""
+
+    def __init__(self, images: Sequence[ImageRef], augmentation: augment.Augmentation, record_size: int):
+        self.images, self.augmentation, self.record_size = images, augmentation, record_size
+        # At once, as ours draws a batch: one by one they would be a handicap.
+        self.draws = random_crops.draw_batch(augmentation, seed=0, first=0, count=len(images), record_size=record_size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        encoded, label = discovery.read_image(self.images[index])
+        image = Image.open(io.BytesIO(encoded)).convert('RGB')
+        size = self.record_size
+        if image.size != (size, size):
+            scale = size / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            resized = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = resized.crop((left, top, left + size, top + size))
+        drawn = random_crops.AugmentParams(*(values[index] for values in self.draws))
+        crop = random_crops.crop(np.asarray(image), drawn, self.augmentation.image_size)
+        return torch.from_numpy(crop), torch.from_numpy(drawn.color), label
+
+
+def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator:
+    """Endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n].
+
+    Of the originals at `raw` (see `discovery.find_images`), or of the training records as JPEG files.
+
+    stack: removes the JPEG files when it closes.
+
+    Raises:
+      UserError: there is no train split, or the records are not JPEGs.
+    """
+    config = setup.config
+    if raw:
+        splits, _ = discovery.find_images(raw)
+        if 'train' not in splits:
+            raise UserError(f'--input={raw} has no train split; it has: {", ".join(splits)}.')
+        images = splits['train']
+    else:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        images = []
+        for i, record in enumerate(datasets.subset(setup.dataset.splits['train'], config.data.fraction)):
+            if not isinstance(record['image'], bytes):
+                raise UserError('--against=torch reads JPEG squares: prepare with --format=jpeg, or give --input=RAW.')
+            path = pathlib.Path(folder, f'{i}.jpg')
+            path.write_bytes(record['image'])
+            images.append(ImageRef(str(path), 0, -1, path.name, record['label']))
+    dataset = ImageDataset(images, setup.augmentation, setup.dataset.record_size)
+    # Many passes in one: a DataLoader begins and ends slowly.
+    sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
+    workers = config.data.num_workers or processes.cores()
+    loader = DataLoader(
+        dataset, config.batch_size, sampler=sampler, num_workers=workers, pin_memory=_GPU, persistent_workers=True
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
+    """Returns (update, wait): `update(batch)` begins one update, `wait()` returns when all are done.
+
+    On a GPU channels-last, `torch.compile` from the pixels to the loss, autocast and a fused update, as PyTorch's own
+    guide advises; on the CPU none of them.
+
+    Args:
+      setup: gives the network, the mean color, and the rate, momentum and weight decay (of weights alone).
+      precision: 'float32', 'tf32' or 'bfloat16'.
+    """
+    torch.set_num_threads(processes.cores())
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    optim = setup.config.optim
+    layout = torch.channels_last if _GPU else torch.contiguous_format  # no faster on the CPU
+    net = Net(setup.network, setup.augmentation.image_size).to(_DEVICE, memory_format=layout).train()
+    groups = [
+        {'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': optim.weight_decay},
+        {'params': [p for p in net.parameters() if p.ndim == 1]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum, fused=_GPU)
+    mean_color = np.asarray(setup.dataset.image_stats.mean_image).mean((0, 1))
+    mean = torch.from_numpy(np.float32(mean_color))[:, None, None].to(_DEVICE)
+
+    def loss(images, color, labels):
+        x = images.permute(0, 3, 1, 2).contiguous(memory_format=layout).float() - mean + color[:, :, None, None]
+        with torch.autocast(_DEVICE.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+            return functional.cross_entropy(net(x).float(), labels)
+
+    compiled = torch.compile(loss) if _GPU else loss
+
+    def update(batch) -> None:
+        images, color, labels = (part.to(_DEVICE, non_blocking=True) for part in batch)
+        optimizer.zero_grad(set_to_none=True)
+        compiled(images, color, labels).backward()
+        optimizer.step()
+
+    return update, torch.cuda.synchronize if _GPU else lambda: None
+
+
+def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = None) -> Contender:
+    """PyTorch's updates, on one batch that stays on the device or on those of its loader.
+
+    Batches of a loader that may be ready when its turn comes are taken before the clock starts.
+    """
+    config = setup.config
+    buffered = num_buffered(config) if batches else 0
+    update, wait = training(setup, options.precision)
+    began = time.perf_counter()
+    if batches is None:
+        size, count, rng = setup.augmentation.image_size, config.batch_size, np.random.default_rng(0)
+        images = torch.from_numpy(rng.integers(0, 256, (count, size, size, 3), np.uint8))
+        labels = torch.from_numpy(rng.integers(0, config.model.num_classes, count))
+        batches = itertools.repeat([part.to(_DEVICE) for part in (images, torch.zeros(count, 3), labels)])
+    for _ in range(2):
+        if _GPU:
+            torch.cuda.reset_peak_memory_stats()  # of what is compiled and chosen
+        update(next(batches))
+        wait()
+    facts = {
+        'first_two_steps_seconds': round(time.perf_counter() - began, 1),
+        'bytes': torch.cuda.max_memory_allocated() if _GPU else None,
+    }
+
+    def measure() -> float:
+        skip(batches, buffered)
+        return images_per_second(lambda: update(next(batches)), options.steps, config.batch_size, wait)
+
+    return Contender(TORCH, measure, facts)
+
+
+def facts() -> dict[str, str]:
+    """Version and device, for the record."""
+    return {
+        'torch': torch.__version__,
+        'torch_cuda': f'{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}',
+        'torch_device': torch.cuda.get_device_name() if _GPU else 'cpu',
+        'torch_threads': str(torch.get_num_threads()),
+    }

@@ -1,0 +1,47 @@
+"""Loads a network by what a user may call its checkpoint."""
+
+import os
+import re
+
+from alexnet_jax.checkpoints.manager import FOLDER, Checkpoint, CheckpointManager
+from alexnet_jax.utils.errors import UserError, as_user_error
+from alexnet_jax.utils.files import absolute_local_path
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Loads a network for evaluation, prediction or fine-tuning.
+
+    Args:
+      path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    with as_user_error(f'the checkpoint {path!r} cannot be read'):
+        workdir, step = _find(path)
+        with CheckpointManager(workdir, read_only=True) as checkpoints:
+            for choose in (checkpoints.best, checkpoints.latest):
+                step = choose() if step is None else step
+            if step is None:
+                raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax train.')
+            return checkpoints.load(step)
+
+
+def _find(path: str) -> tuple[str, int | None]:
+    """(workdir, step) of what a user may call a checkpoint."""
+    path = absolute_local_path(path)
+    parent, name = os.path.split(path)
+    if name == FOLDER and os.path.isdir(path):
+        return parent, None
+    if re.fullmatch('[0-9]+', name) and os.path.basename(parent) == FOLDER and os.path.isdir(path):
+        return os.path.dirname(parent), int(name)
+    if os.path.isdir(os.path.join(path, FOLDER)):
+        return path, None
+    if os.path.isfile(path):
+        raise UserError(f'there is no checkpoint at {path!r}, a file; of weights alexnet_jax convert makes one.')
+    if os.path.isdir(os.path.join(path, 'run', FOLDER)):
+        raise UserError(f'there is no checkpoint at {path!r}. Did you mean {os.path.join(path, "run")!r}?')
+    raise UserError(
+        f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax train or one of its '
+        f'{FOLDER}/STEP folders.'
+    )

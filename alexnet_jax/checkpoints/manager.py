@@ -1,0 +1,316 @@
+"""Checkpoints through orbax: the last two and the best are kept, and each alone can evaluate and predict.
+
+A step's folder holds `params`, `training` (step and optimizer state), `image_stats` (mean image, color components),
+`meta` (config, class names, sizes) and the digests of all its files, without which it does not count. Parameters are
+stored in the global layout and restore on any mesh.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from alexnet_jax.checkpoints import repair
+from alexnet_jax.core import architecture, augment, model
+from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.config import augmentation_from_config, model_from_config
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.core.train_step import TrainState
+from alexnet_jax.utils import checksums, distributed
+from alexnet_jax.utils.errors import TerminatedError, UserError, as_user_error, first_line
+from alexnet_jax.utils.files import absolute_local_path
+
+FOLDER = 'checkpoints'
+FORMAT = 2  # of a step's folder; versions before the first that says so had 1
+_METRICS = 'metrics'  # an item, and the file in it
+_LAST = 2  # steps kept, besides the best
+
+
+class Checkpoint(NamedTuple):
+    """A trained network with all it takes to use it."""
+
+    step: int
+    params: Any  # numpy, in the global layout
+    network: model.AlexNet
+    augmentation: Augmentation  # with it the size of the network's input, and what is subtracted from pixels
+    record_size: int  # side of the images its crops are taken from, pixels
+    class_names: tuple[str, ...]
+    image_stats: ImageStats
+    config: dict[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the network's input, pixels."""
+        return self.augmentation.image_size
+
+
+class CheckpointManager:
+    """The steps saved in a workdir: the last two, and the one with the lowest val error.
+
+    A state is written in the background and then finalized: the digests of all its files are put beside them. A step
+    without digests does not count. Opened for training, it removes such steps, moves damaged ones aside (to
+    `STEP.damaged`) and names both in `damaged`, so that `latest()` is always good. Use it as a context; the end waits
+    for what is being saved.
+
+    read_only: for all but the training process; it touches nothing, also not a save under way in another process.
+
+    Raises:
+      UserError: every step is damaged, or the folder cannot be used.
+    """
+
+    def __init__(self, workdir: str, *, read_only: bool = False):
+        self.folder = absolute_local_path(os.path.join(workdir, FOLDER))
+        self.damaged: list[str] = []
+        with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
+            if not read_only:
+                self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
+        # Not orbax's CheckpointManager: it reads all steps when it opens, also those that are damaged; and when a save
+        # fails in one of several processes, it waits for the others before it says so, and they for it.
+        arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
+        texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
+        handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
+        # Synchronously: where that fails in the background, whoever waits for the folder never learns of it.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._finalizer, self._finalizing = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> 'CheckpointManager':
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        # After an error in one of several processes the others are elsewhere: closing would wait for them for ever.
+        if kind in (None, TerminatedError) or jax.process_count() == 1:
+            self.close()
+
+    def close(self) -> None:
+        """Waits for what is being saved. Raises UserError if it cannot be."""
+        try:
+            self.wait()
+        finally:
+            self._finalizer.shutdown()
+            with contextlib.suppress(Exception):  # it tells again what `wait` has told
+                self._orbax.close()
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete and finalized. Raises UserError if it cannot be."""
+        if self._finalizing is not None:
+            finalizing, self._finalizing = self._finalizing, None
+            finalizing.result()
+
+    def poll(self) -> None:
+        """Raises UserError if the state that was being saved could not be: now, not at the next save. Never waits."""
+        if self._finalizing is not None and self._finalizing.done():
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """The steps that count, in ascending order."""
+        return [step for step in repair.list_steps(self.folder) if checksums.present(self._path(step))]
+
+    def latest(self) -> int | None:
+        """The last step that counts; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest val error; None where none was validated. Raises UserError where one is damaged."""
+        errors = self._val_errors()
+        for step, error in errors.items():
+            if isinstance(error, UserError) and os.path.isdir(self._path(step)):  # else its run has removed it
+                raise error
+        return _lowest(errors)
+
+    def _val_errors(self) -> dict[int, float | UserError | None]:
+        """Val error in percent by step; None without a validation, a UserError where it cannot be read.
+
+        Of steps that count, and earlier ones without digests: they are damaged; only the last can be half written.
+        """
+        steps, errors = repair.list_steps(self.folder), {}
+        for step in steps:
+            folder = self._path(step)
+            if not checksums.present(folder) and (step == steps[-1] or not os.path.isdir(folder)):
+                continue
+            path = os.path.join(folder, _METRICS, _METRICS)
+            try:
+                self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
+                errors[step] = None
+                if os.path.exists(path):  # else, as the digests are right, it was saved without a validation
+                    with self._readable(step), open(path, encoding='utf-8') as file:
+                        errors[step] = float(json.load(file)['top1_error'])
+            except UserError as error:
+                errors[step] = error
+        return errors
+
+    def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Raises UserError unless a step's files are as they were written; wanted: see `checksums.find_mismatches`."""
+        if mismatches := checksums.find_mismatches(self._path(step), wanted):
+            self._check_is_there(step)
+            others = ', '.join(str(s) for s in self.steps() if s != step)
+            raise UserError(
+                f'the checkpoint is damaged: {mismatches[0]}. '
+                + (f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.')
+            )
+
+    def _check_is_there(self, step: int) -> None:
+        if not os.path.isdir(self._path(step)):
+            raise UserError(
+                f'{self._path(step)} was removed while it was read: its run has saved newer steps; give the command '
+                'again.'
+            )
+
+    def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
+        """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
+
+        state: without optimizer state (None) the checkpoint can be used, but no run goes on from it.
+        meta: JSON, with 'config', 'class_names', 'record_size', 'examples' (of train; 0: no run) and 'fingerprint'.
+        top1_error: of the validation just made, percent; None where there was none.
+
+        Raises:
+          UserError: this state or the one before it cannot be written; steps saved earlier are as they were.
+        """
+        items = {
+            'params': ocp.args.StandardSave(state.params),
+            'image_stats': ocp.args.StandardSave(image_stats._asdict()),
+            'meta': ocp.args.JsonSave({**meta, 'format': FORMAT}),
+        }
+        if state.opt_state is not None:
+            items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
+        if top1_error is not None:
+            items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
+        self.wait()
+        step = int(state.step)
+        with self._saving(step):
+            path = self._path(step)
+            distributed.broadcast_from_process_0(
+                lambda: os.path.exists(path) and os.rename(path, path + repair.REPLACED)
+            )
+            self._orbax.save(path, args=ocp.args.Composite(**items))
+        self._finalizing = self._finalizer.submit(self._finalize, step)
+
+    def _finalize(self, step: int) -> None:
+        with self._saving(step):
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                checksums.write(self._path(step))
+                removed = os.path.join(self.folder, repair.REMOVED)
+                os.makedirs(removed, exist_ok=True)
+                for old in self._retired():
+                    os.rename(self._path(old), os.path.join(removed, str(old)))
+                for path in (self._path(step) + repair.REPLACED, removed):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _retired(self) -> list[int]:
+        """Steps to remove: not the last, the best, nor one whose error cannot be read, which need not end a run."""
+        errors = self._val_errors()
+        unreadable = [step for step, error in errors.items() if isinstance(error, UserError)]
+        for step in unreadable:
+            logging.warning(str(errors[step]))
+        kept = {*list(errors)[-_LAST:], *unreadable, _lowest(errors)}
+        return [step for step in errors if step not in kept]
+
+    def _saving(self, step: int):
+        return as_user_error(
+            f'step {step} cannot be saved in {self.folder!r}',
+            'Steps saved earlier are as they were; put it right and give the same command again.',
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
+        with self._readable(step):
+            items = self._orbax.restore(
+                self._path(step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(like.params),
+                    training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
+                ),
+            )
+        return TrainState(items.training['step'], items.params, items.training['opt_state'])
+
+    def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
+        """What lies beside a step's arrays: (meta, image_stats). Raises UserError."""
+        with self._readable(step):
+            meta = self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            if (number := meta.get('format', 1)) != FORMAT:
+                raise UserError(
+                    f'its format is {number}, and this version of alexnet_jax reads {FORMAT}; use the version that '
+                    'wrote it.'
+                )
+            shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
+            like = ImageStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
+            return meta, ImageStats(**self._arrays(step, 'image_stats', like._asdict()))
+
+    def load(self, step: int) -> Checkpoint:
+        """All it takes to use a step's network, after checking its files. Raises UserError."""
+        self.check(step, lambda name: not name.startswith('training/'))  # two thirds of the bytes, and not used
+        meta, image_stats = self.read_meta(step)
+        with self._readable(step):
+            network = model_from_config(meta['config']['model'])
+            augmentation = augmentation_from_config(meta['config']['data'])
+            augment.crop_positions(meta['record_size'], augmentation.image_size)
+            architecture.infer_shapes(network, augmentation.image_size)
+            class_names = tuple(map(str, meta['class_names']))
+            if len(class_names) != network.num_classes:
+                raise ValueError(f'it names {len(class_names)} classes and has {network.num_classes}')
+            init = functools.partial(model.init_params, network, image_size=augmentation.image_size)
+            params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
+        return Checkpoint(
+            step=step,
+            params=params,
+            network=network,
+            augmentation=augmentation,
+            record_size=meta['record_size'],
+            class_names=class_names,
+            image_stats=image_stats,
+            config=meta['config'],
+        )
+
+    def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
+        """A step's arrays in numpy, of the shapes of `like`: orbax would take memory for whatever the files declare."""
+        declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
+        named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+        stored, wanted = ({named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (declared, like))
+        for name in {**wanted, **stored}:
+            if stored.get(name) != wanted.get(name):
+                expected = wanted.get(name, 'nothing')
+                raise ValueError(f'{item}/{name}: {stored.get(name, "missing")}; expected {expected}')
+        there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
+        if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # little is compressed
+            raise ValueError(f'{item} says it has {taken:,} bytes, and holds {there:,}')
+        args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
+        return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
+
+    @contextlib.contextmanager
+    def _readable(self, step: int):
+        """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f'the checkpoint {self._path(step)} is of another version: {error}') from error
+        except Exception as error:
+            self._check_is_there(step)
+            raise UserError(
+                f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
+                'the one before it.'
+            ) from error
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self.folder, str(step))
+
+
+def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
+    """The step with the lowest error, the last one of equals; None where no step has an error."""
+    known = {step: error for step, error in errors.items() if isinstance(error, float)}
+    return min(known, key=lambda step: (known[step], -step), default=None)
+
+
+def config_to_json(config) -> dict[str, Any]:
+    """A ConfigDict as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())

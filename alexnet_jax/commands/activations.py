@@ -1,0 +1,41 @@
+"""Writes a layer's activations for every image of a split, in the split's order, as safetensors or npz.
+
+    alexnet_jax activations --checkpoint=PATH --data=DIR --layer=fc7 --output=fc7.safetensors [--split=val]
+
+Test mode, center crop. A layer's name stands for its output as a dropout operation finds it, else for its last
+operation; NAME_OP is one operation of it: conv1_linear, conv1_pool. The file holds `features` float32 [N, ...] and
+`labels` int32 [N].
+"""
+
+from absl import flags
+
+from alexnet_jax.checkpoints.loading import load_checkpoint
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
+from alexnet_jax.data import datasets
+from alexnet_jax.inference import activations, evaluate
+
+FLAGS = (
+    CHECKPOINT,
+    Flag('data', None, "A prepared directory, or 'digits'.", required=True),
+    Flag(
+        'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1_pool.', True
+    ),
+    Flag('output', None, f'The file to write, ending in {" or ".join(activations.ENDINGS)}; must not exist.', True),
+    Flag('split', 'val', 'The split to go through.'),
+    Flag('batch_size', 128, 'Images at a time.', at_least=1),
+    CPU_DEVICES,
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    activations.check_output(args.output)
+    app.set_up_jax(args.cpu_devices)
+    dataset = datasets.open_dataset(args.data)
+    records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
+    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may be others
+    shape = activations.write_activations(args.output, checkpoint, records, args.layer, batch_size=args.batch_size)
+    print(
+        f'{args.output}: features float32 {list(shape)}, labels int32 {list(shape[:1])}; {args.layer} of '
+        f'{args.checkpoint} (step {checkpoint.step}), {args.split} of {args.data}, center crop.'
+    )

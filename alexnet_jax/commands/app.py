@@ -1,0 +1,233 @@
+"""What all commands share: flags, JAX's set-up, and errors a user can put right as one line and exit code 2.
+
+A command is a module with a docstring (purpose and example, shown by --help), `FLAGS`, `main(args)` and, where it takes
+words without --, `ARGUMENTS` (what they are) and `main(args, words)`. One with `SUBCOMMANDS` has nothing but them:
+{name: class with the same attributes}.
+"""
+
+import contextlib
+import errno
+import inspect
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from alexnet_jax.commands.flag import ConfigFlag, configs_first, explain_config_error, one_line
+from alexnet_jax.utils import logs, processes
+from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError, first_line
+from alexnet_jax.utils.files import absolute_local_path
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+
+
+def run(command: ModuleType | type, words: Sequence[str] | None = None) -> None:
+    """Parses a command's flags and calls its `main`; never returns.
+
+    words: in place of those of the command line.
+
+    Exit codes: 0; 1 when training diverged or for an internal error (with its traceback); 2 for a user's error; 130 and
+    143 when it was told to stop, by SIGINT and SIGTERM.
+    """
+    threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
+    words = sys.argv[1:] if words is None else list(words)
+    if subcommands := getattr(command, 'SUBCOMMANDS', None):
+        if words and words[0] in subcommands:
+            command, words = subcommands[words[0]], words[1:]
+        elif not any(map(_asks_for_help, words)):
+            _fail(f'{" ".join(words[:1])!r}; expected one of {", ".join(subcommands)}.', 2)
+    if any(map(_asks_for_help, words)):
+        _guard(lambda: print(help_text(command)))
+        sys.exit(0)
+    values, parsed = flags.FlagValues(), []
+
+    def parser(_):
+        parsed.extend(parse(command, words, values))
+        flags.FLAGS.mark_as_parsed()  # absl's own, none of which a command has
+        return sys.argv[:1]
+
+    app.run(lambda _: _guard(lambda: _call(command, values, parsed)), argv=sys.argv[:1], flags_parser=parser)
+
+
+def _asks_for_help(word: str) -> bool:
+    return bool(re.fullmatch('--?(h|help|helpfull|helpshort)', word))
+
+
+def help_text(command: ModuleType | type) -> str:
+    """A command's docstring and its own flags; or its subcommands."""
+    if subcommands := getattr(command, 'SUBCOMMANDS', None):
+        lines = [f'  {name:8} {inspect.getdoc(sub).splitlines()[0]}' for name, sub in subcommands.items()]
+        return '\n'.join([_docstring(command), '', *lines, '', 'Each tells more with --help.'])
+    values = flags.FlagValues()
+    for flag in command.FLAGS:
+        flag.define(values)
+        values.register_key_flag_for_module(command.__name__, values[flag.name])
+    own = values.module_help(command.__name__).partition('\n')[2]
+    return f'{_docstring(command)}\n\nflags:\n{own}'
+
+
+def _docstring(command: ModuleType | type) -> str:
+    """As it is written, less the indentation of a class; `inspect.getdoc` would take that of an example, too."""
+    indent = '    ' if isinstance(command, type) else ''
+    return '\n'.join(line.removeprefix(indent) for line in command.__doc__.strip().splitlines())
+
+
+def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Defines a command's flags in `values` and parses words into them; returns the words without --.
+
+    Ends the program with code 2 for flags that are missing, unknown or out of their range.
+    """
+    for flag in command.FLAGS:
+        flag.define(values)
+    configs = {flag.name: flag.default for flag in command.FLAGS if isinstance(flag, ConfigFlag)}
+    argv = [sys.argv[0], *configs_first(words, configs)]
+    before, sys.argv = sys.argv, argv  # ml_collections looks for --config.KEY there
+    try:
+        rest = values(argv)[1:]
+    except IndexError as error:
+        if not any('[' in word for word in words):  # of a config file
+            raise
+        _fail(f'{one_line(str(error))}; a tuple is given whole: --config.KEY="((...), ...)".', 2)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _fail(explain_config_error(argv, configs) or one_line(str(error)), 2)
+    finally:
+        sys.argv = before
+    for name in configs:
+        if not isinstance(values[name].value, ConfigDict | None):
+            _fail(explain_config_error(argv, configs) or 'the config cannot be loaded.', 2)
+    return rest
+
+
+def set_up_jax(cpu_devices: int) -> None:
+    """Sets the devices, joins the other processes of the same run, and keeps compiled programs for the next start.
+
+    Call it before anything touches a device. For several processes, each has the same JAX_COORDINATOR_ADDRESS and
+    JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process takes all
+    GPUs it sees, or those of JAX_LOCAL_DEVICE_IDS.
+
+    cpu_devices: 0 takes what JAX finds; else so many devices on the CPU.
+    """
+    import jax  # not above: the processes of alexnet_jax prepare do without
+
+    if cpu_devices:
+        jax.config.update('jax_platforms', 'cpu')
+        jax.config.update('jax_num_cpu_devices', cpu_devices)
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        try:
+            number, count = (int(os.environ[name]) for name in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
+            ) from error
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+        # Where JAX finds Slurm by itself it gives each process one GPU, although ours has all of its node.
+        jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
+        if number:
+            logs.only_warnings()
+    # JAX_COMPILATION_CACHE_DIR puts it elsewhere. On several machines only there: the first process writes, so of those
+    # with a home of their own the others would compile what it need not, and wait for its part of the autotuning.
+    if jax.config.jax_compilation_cache_dir is None and not processes.on_several_machines():
+        base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+        cache = os.path.join(base, 'alexnet_jax')
+        with contextlib.suppress(OSError):  # a home that cannot be written: every start compiles
+            os.makedirs(cache, exist_ok=True)
+            jax.config.update('jax_compilation_cache_dir', cache)
+
+
+def _call(command: ModuleType | type, values: flags.FlagValues, words: Sequence[str]) -> None:
+    logs.configure()
+    arguments = getattr(command, 'ARGUMENTS', None)
+    if words and arguments is None:
+        raise UserError(f'unexpected argument {words[0]!r}; options start with --.')
+    for word in sys.argv[1:]:
+        absolute_local_path(word.partition('=')[2] or word)
+    for flag in command.FLAGS:
+        if flag.required and not values[flag.name].value:
+            raise UserError(f'--{flag.name} is missing; see --help.')
+    if arguments is None:
+        command.main(values)
+    elif words:
+        command.main(values, words)
+    else:
+        raise UserError(f'nothing to work on: give {arguments}.')
+
+
+def _guard(function: Callable[[], None]) -> None:
+    """Calls a function; ends the program with one line for each error that `_ending` knows."""
+    try:
+        function()
+        sys.stdout.flush()  # while an error can still be told
+    except SystemExit:
+        raise
+    except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
+        _drop_output()
+        sys.exit(141)
+    except BaseException as error:
+        if ending := _ending(error):
+            _fail(*ending)
+        if 'JAX_COORDINATOR_ADDRESS' not in os.environ or not isinstance(error, Exception):
+            raise
+        traceback.print_exc()
+        _fail('Internal error (a bug): stopping all processes.', 1)
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code for an error; None for a bug."""
+    text, reason = str(error), first_line(error)[:200]
+    for kind, code in ((UserError, 2), (DivergedError, 1), (TerminatedError, 143)):
+        if isinstance(error, kind):
+            return text, code
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted.', 130
+    if isinstance(error, OSError) and error.errno in _DISK:
+        if not error.filename:
+            _drop_output()
+        return f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2
+    full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
+    if full and 'os_error_code' not in text:  # of XLA or numpy; tensorstore means the disk
+        return (
+            f'there is not enough memory ({reason}); lower the batch size, or in training '
+            '--config.grad_accum_steps=N, which computes a batch in N parts with the same result.'
+        ), 2
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    if 'Unable to initialize backend' in text or (isinstance(error, AssertionError) and last.endswith('xla_bridge.py')):
+        platforms = f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}{": " + reason if text else ""}'
+        return f'JAX cannot open its devices ({platforms}); --cpu_devices=1 computes on the CPU.', 2
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ and re.search('Gloo|NCCL|[Cc]oordination|heartbeat', text):
+        return f'another process of this run has ended, and says why ({reason}).', 1
+    return None
+
+
+def _drop_output():
+    """Discards what still waits to be written: the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_thread(failure) -> None:
+    """Prints in one line what ended a thread; whoever waits for its result gets the error too, with its remedy."""
+    print(f'error in the background: {" ".join(str(failure.exc_value).split())[:300]}', file=sys.stderr, flush=True)
+
+
+def _report_unraisable(failure) -> None:
+    """The default hook, but without tensorstore's 'Event loop is closed', which follows a save that failed."""
+    if str(failure.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(failure)
+
+
+def _fail(message: str, code: int):
+    with contextlib.suppress(OSError):
+        print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
+    if 'JAX_COORDINATOR_ADDRESS' in os.environ and code != 143:
+        os._exit(code)  # `jax.distributed` would wait five minutes for the others, and they for this one
+    # Where the folder of a save cannot be made, threads of orbax wait for it twenty minutes, and the exit for them.
+    watch = threading.Timer(10, os._exit, [code])
+    watch.daemon = True
+    watch.start()
+    sys.exit(code)

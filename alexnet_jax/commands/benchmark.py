@@ -1,0 +1,181 @@
+"""Images a second of a step, the input, both together or the preparation - beside PyTorch in the same call.
+
+    alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
+
+The contenders take turns; each is waited for once, at the end of its turn, and a turn is one measurement. Printed are a
+table of medians, what the compiled step computes and moves by layer and between devices, a line of JSON and, with
+--against=torch, `ratio: X`.
+"""
+
+import contextlib
+import json
+import os
+import resource
+from typing import Any
+
+from absl import flags
+
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
+from alexnet_jax.utils.errors import UserError
+
+AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
+SHARED = (
+    ConfigFlag('config', 'configs/paper.py', 'A file of configs/: the network and its update.'),
+    Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
+    Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
+    Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),
+    Flag(
+        'precision', None, 'Of products, also those of PyTorch; of the model too if bfloat16.',
+        choices=('float32', 'tf32', 'bfloat16'),
+    ),
+    CPU_DEVICES,
+)  # fmt: skip
+
+
+class Step:
+    """Updates on one batch that stays on the device; on several devices also on one of them.
+
+        alexnet_jax benchmark step [--against=torch] [--precision=bfloat16] [--batch_size=128] [--repeats=5]
+        alexnet_jax benchmark step --compile_for=h200
+
+    With --compile_for a step is compiled for a GPU that need not be there, and not run.
+    """
+
+    FLAGS = (
+        *SHARED,
+        AGAINST,
+        Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'."),
+    )
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        if args.compile_for is None:
+            _measure(args, 'step')
+        elif args.against:
+            raise UserError('--compile_for compiles, and runs nothing: omit --against.')
+        else:
+            _compile(args)
+
+
+class Train:
+    """Updates on batches of prepared data, beside the step alone.
+
+    alexnet_jax benchmark train --config.data.path=DIR [--against=torch] [--batch_size=128] [--repeats=5]
+    """
+
+    FLAGS = (*SHARED, AGAINST)
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        _measure(args, 'train')
+
+
+class Input:
+    """Training batches from prepared data; PyTorch reads the same squares as JPEG files, or the originals at --input.
+
+    alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
+    """
+
+    FLAGS = (*SHARED, AGAINST, Flag('input', None, 'Originals, as for alexnet_jax prepare.'))
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        if args.input and (args.input.startswith('tfds:') or not args.against):
+            raise UserError('--input is what --against=torch reads: archives or folders of files.')
+        if args.against and args.config.data.cache:
+            raise UserError(
+                "input --against=torch would compare PyTorch's cutting with our copying; use --config.data.cache=''."
+            )
+        _measure(args, 'input', raw=args.input)
+
+
+class Prepare:
+    """The preparation of --input into records.
+
+    alexnet_jax benchmark prepare --input=RAW [--repeats=5]
+    """
+
+    FLAGS = (*SHARED, Flag('input', None, 'Originals, as for alexnet_jax prepare.', required=True))
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        _measure(args, 'prepare', raw=args.input)
+
+
+SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
+
+
+def _measure(args: flags.FlagValues, mode: str, **options: Any) -> None:
+    """Makes the contenders of a mode, measures them and prints the report.
+
+    options: of `throughput.CONTENDERS[mode]`.
+    """
+    against = 'against' in args and bool(args.against)
+    if against:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
+        if args.cpu_devices:
+            os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    app.set_up_jax(args.cpu_devices)
+    import jax
+
+    from alexnet_jax.benchmark import throughput
+
+    gpu, config = jax.devices()[0].platform == 'gpu', args.config
+    torch_baseline = None
+    if against:
+        throughput.check_torch(gpu)
+        from alexnet_jax.benchmark import torch_baseline
+
+        if gpu:
+            config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch has
+    precision = _set_precision(args, gpu)
+    settings = _settings(mode, precision)
+    how = throughput.Options(torch_baseline, args.steps, precision)
+    with contextlib.ExitStack() as stack:
+        contenders = throughput.CONTENDERS[mode](config, how, stack, **options)
+        rates = throughput.measure_in_turns(contenders, args.repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
+    settings['device_memory'] = jax.devices()[0].memory_stats()
+    if torch_baseline:
+        settings |= torch_baseline.facts()
+    print(throughput.report(contenders, rates, settings), flush=True)
+
+
+def _compile(args: flags.FlagValues) -> None:
+    """Compiles a step for devices that need not be there, and prints what is known of it."""
+    app.set_up_jax(args.cpu_devices)
+    import jax
+
+    from alexnet_jax.benchmark import hlo_cost, throughput
+    from alexnet_jax.data import datasets
+
+    jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+    precision, config = _set_precision(args, gpu=True), args.config
+    dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
+    facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
+    record = {**_settings('step', precision), 'config': config.to_dict(), 'compiled': facts}
+    print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
+
+
+def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
+    """The precision of --precision or, without it, that in which `train` computes on such a device; sets it."""
+    import jax
+
+    from alexnet_jax.benchmark import throughput
+
+    config = args.config
+    jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
+    precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
+    jax.config.update('jax_default_matmul_precision', throughput.PRECISIONS[precision])
+    config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
+    if args.batch_size:
+        config.batch_size = args.batch_size
+    return precision
+
+
+def _settings(mode: str, precision: str) -> dict[str, Any]:
+    from alexnet_jax.utils.environment import describe_environment
+
+    return {'mode': mode, 'precision': precision, **describe_environment()}

@@ -1,0 +1,28 @@
+"""Turns weights of Caffe, PyTorch or safetensors into a checkpoint, and a checkpoint into safetensors.
+
+    alexnet_jax convert --input=FILE [--mean=FILE] --output=DIR [--config=FILE] [--classes=FILE]
+    alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
+
+A file of weights gives features, groups and classes. What it does not say (strides, paddings, what follows a layer,
+preprocessing) is taken from a config: configs/caffe.py for a .caffemodel, configs/torchvision.py for the others.
+"""
+
+import jax
+from absl import flags
+
+from alexnet_jax.commands.flag import ConfigFlag, Flag
+from alexnet_jax.convert import convert
+
+FLAGS = (
+    Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
+    Flag('output', None, 'Directory to write; must not exist.', required=True),
+    Flag('to', 'checkpoint', 'checkpoint or safetensors.'),
+    Flag('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.'),
+    Flag('classes', None, 'Text file of class names, one a line, in the order of the outputs.'),
+    ConfigFlag('config', None, 'The config whose network and preprocessing the weights are of.'),
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    jax.config.update('jax_platforms', 'cpu')  # there is nothing to compute
+    convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)

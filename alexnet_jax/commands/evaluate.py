@@ -1,0 +1,90 @@
+"""Evaluates a checkpoint, or several as an ensemble, on a split of prepared data.
+
+    alexnet_jax evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
+
+--checkpoint given several times averages their softmax outputs (section 6); --weights=2,1,1 weighs them, and
+--weights=tuned looks for the weights with the lowest top-5 error on the val split.
+"""
+
+import json
+import math
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from alexnet_jax.checkpoints.loading import load_checkpoint
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
+from alexnet_jax.core import architecture, sharding
+from alexnet_jax.data import datasets
+from alexnet_jax.inference import evaluate
+from alexnet_jax.utils.errors import UserError
+
+FLAGS = (
+    CHECKPOINT._replace(help=f'{CHECKPOINT.help} Several: an ensemble.', repeated=True),
+    Flag('data', None, "A prepared directory, or 'digits'.", required=True),
+    Flag('split', 'val', 'The split to evaluate on.'),
+    VIEWS,
+    Flag('weights', '', "Of an ensemble: numbers with commas, or 'tuned' on the val split; else equal."),
+    Flag('batch_size', 128, 'Images at a time.', at_least=1),
+    Flag('tower', 1, 'Devices a network is split over: 1, or 2.', choices=(1, 2)),
+    Flag('max_unreadable', 0, 'Unreadable images to leave out before giving up.', at_least=0),
+    Flag('json', False, 'Print one JSON object as the last line.'),
+    CPU_DEVICES,
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    weights = _parse_weights(args.weights, len(args.checkpoint))
+    app.set_up_jax(args.cpu_devices)
+    dataset = datasets.open_dataset(args.data)
+    records = dataset.split(args.split)
+    tune_on = dataset.split('val') if args.weights == 'tuned' else None
+    checkpoints = [load_checkpoint(path) for path in args.checkpoint]
+    for path, checkpoint in zip(args.checkpoint, checkpoints, strict=True):
+        evaluate.check_data(checkpoint, dataset, path)
+        architecture.infer_shapes(checkpoint.network, checkpoint.image_size, towers=args.tower)
+        if args.views == 10 and not checkpoint.augmentation.reflect:
+            logging.warning('%s was trained without reflections; five of the ten views are reflections.', path)
+    mesh = sharding.make_mesh(data=max(1, len(jax.devices()) // args.tower), tower=args.tower)
+    options = {'views': args.views, 'batch_size': args.batch_size, 'max_unreadable': args.max_unreadable}
+    keys = ['top1_error', 'top5_error', 'loss', 'count']
+    if len(checkpoints) == 1:
+        result = evaluate.evaluate(checkpoints[0], records, mesh, **options)
+        name = f'{args.checkpoint[0]} (step {checkpoints[0].step})'
+    else:
+        result = evaluate.evaluate_ensemble(checkpoints, records, mesh, weights=weights, tune_on=tune_on, **options)
+        keys.append('weights')
+        name = _describe_ensemble(args, result)
+    crops = 'center crop' if args.views == 1 else 'ten views'
+    print(
+        f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '
+        f'top-1 error {result["top1_error"]:.2f}%, top-5 error {result["top5_error"]:.2f}%, loss {result["loss"]:.4f}'
+    )
+    if args.json:
+        print(json.dumps({**{key: result[key] for key in keys}, 'views': args.views}))
+
+
+def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
+    """'2 networks (weights A 0.500, B 0.500; equal)'."""
+    weights = ', '.join(f'{path} {w:.3f}' for path, w in zip(args.checkpoint, result['weights'], strict=True))
+    how = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
+    if args.weights == 'tuned' and args.split == 'val':
+        how += ', the images they are tested on here'
+    return f'{len(args.checkpoint)} networks (weights {weights}; {how})'
+
+
+def _parse_weights(text: str, count: int) -> list[float] | None:
+    """--weights as numbers; None where they are equal or to be tuned."""
+    if count == 1 and text:
+        raise UserError(f'--weights={text} for one checkpoint; give --checkpoint several times.')
+    if text in ('', 'tuned'):
+        return None
+    try:
+        weights = [float(word) for word in text.split(',')]
+    except ValueError:
+        raise UserError(f"--weights={text}; expected numbers with commas between them, or 'tuned'.") from None
+    if len(weights) != count or not all(w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
+        raise UserError(f'--weights={text} for {count} checkpoints; expected one of 0 or more for each, not all 0.')
+    return weights

@@ -1,0 +1,46 @@
+"""The paper's figures from a run or a checkpoint, as PNG and SVG.
+
+    alexnet_jax figures --run=WORKDIR --output=DIR [--data=DIR] [--split=val] [--seed=0]
+    alexnet_jax figures --checkpoint=PATH --output=DIR [--data=DIR]
+
+The network (figure 2) and its first kernels (figure 3); with --run its curves (as figure 1); with --data predictions
+and nearest training images (figure 4), and the confusion matrix.
+"""
+
+from absl import flags
+
+from alexnet_jax.checkpoints.loading import load_checkpoint
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CPU_DEVICES, Flag
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import figures
+from alexnet_jax.inference import evaluate
+from alexnet_jax.utils.errors import UserError
+
+FLAGS = (
+    Flag('run', None, 'The workdir of a run: its best step, else its latest, and its curves.'),
+    Flag('checkpoint', None, 'Instead: a checkpoint, without curves.'),
+    Flag('data', None, "A prepared directory, or 'digits': for the figures that show images."),
+    Flag('output', None, 'The folder to write into; made if it is not there.', required=True),
+    Flag('split', 'val', 'The split whose images are classified.'),
+    Flag('seed', 0, 'Draws the images that are shown.', at_least=0),
+    CPU_DEVICES,
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    if bool(args.run) == bool(args.checkpoint):
+        raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
+    from alexnet_jax.experiments import plots  # says in one line that matplotlib is missing
+
+    app.set_up_jax(args.cpu_devices)
+    path = args.run or args.checkpoint
+    dataset = datasets.open_dataset(args.data) if args.data else None
+    checkpoint = load_checkpoint(path)
+    if dataset:
+        dataset.split(args.split)
+        evaluate.check_data(checkpoint, dataset, path)
+    print(f'{path} (step {checkpoint.step})', flush=True)
+    drawn = figures.draw(checkpoint, run=args.run, dataset=dataset, split=args.split, seed=args.seed)
+    for name, figure, lines in drawn:
+        print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)

@@ -1,0 +1,42 @@
+"""Trains a classifier of your own pictures: from a folder of class folders to a network, its errors and confusions.
+
+    alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=configs/finetune.py]
+
+PICTURES is what `alexnet_jax prepare` takes: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; without val a
+tenth is set aside. With --init_from a trained network is tuned: its table and preprocessing are taken over with all
+layers but the classifier. DIR gets data/, run/ and figures/; started again the command goes on where it was.
+"""
+
+from absl import flags
+
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
+from alexnet_jax.experiments import figures, finetune
+from alexnet_jax.utils.errors import UserError
+
+FLAGS = (
+    Flag('input', None, 'Pictures in class folders, or what else alexnet_jax prepare takes.', required=True),
+    Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
+    ConfigFlag('config', 'configs/finetune.py', 'Rates and length; from scratch the network, too.'),
+    Flag('init_from', '', 'A checkpoint to begin with: a workdir, or what convert wrote.'),
+    Flag('val_fraction', 0.1, 'Part of the pictures set aside where there is no val folder.'),
+    Flag('max_unreadable', 0, 'Unreadable pictures to leave out before giving up.', at_least=0),
+    CPU_DEVICES,
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
+    app.set_up_jax(args.cpu_devices)
+    options = {'val_fraction': args.val_fraction, 'max_unreadable': args.max_unreadable}
+    result = finetune.finetune(args.config, args.input, args.output, init_from=args.init_from, **options)
+    matrix = result.confusion
+    print(
+        f'step {result.step}, the best of {result.workdir}: top-1 error '
+        f'{100 * (1 - matrix.trace() / matrix.sum()):.2f}% of {matrix.sum()} val images, {result.crops}. Most confused:'
+    )
+    for true, taken, number, share in figures.most_confused(matrix, result.class_names):
+        print(f'  {true} taken for {taken}: {number} ({100 * share:.0f}% of {true})')
+    print(result.figure)
+    print(f'Now: alexnet_jax predict --checkpoint={result.workdir} PICTURE_OR_FOLDER')

@@ -1,0 +1,45 @@
+"""Labels and probabilities for image files of any size.
+
+    alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--json]
+
+Each image becomes the central square that `alexnet_jax prepare` would have made of it (but no JPEG in between); of a
+folder all images are taken, those in folders below too, in the order of their names.
+"""
+
+import json
+from collections.abc import Sequence
+
+from absl import flags
+
+from alexnet_jax.checkpoints.loading import load_checkpoint
+from alexnet_jax.commands import app
+from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
+from alexnet_jax.inference import predict
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import as_utf8
+
+FLAGS = (
+    CHECKPOINT,
+    VIEWS,
+    Flag('top', 5, 'Labels an image; all, where there are fewer classes.'),
+    Flag('json', False, 'Print one JSON object for each file.'),
+    CPU_DEVICES,
+)
+ARGUMENTS = 'one IMAGE_OR_FOLDER or more'
+
+
+def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
+    app.set_up_jax(args.cpu_devices)
+    files = predict.list_image_files(paths)
+    checkpoint = load_checkpoint(args.checkpoint)
+    classes = len(checkpoint.class_names)
+    top = min(args.top, classes) if args['top'].using_default_value else args.top
+    if not 1 <= top <= classes:
+        raise UserError(f'--top={top}; expected 1 to {classes}, the number of classes.')
+    for line in predict.predict_files(checkpoint, files, views=args.views, top=top):
+        if args.json:
+            print(json.dumps(line), flush=True)
+            continue
+        print(as_utf8(line['file']))
+        for row in line['top']:
+            print(f'  {100 * row["probability"]:6.2f}%  {row["label"]} ({row["index"]})', flush=True)

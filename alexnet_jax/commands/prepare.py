@@ -1,0 +1,28 @@
+"""Turns raw images into what training reads: squares of one size, their mean image and their color statistics.
+
+    alexnet_jax prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
+
+The shorter side becomes `size` pixels, the central square is kept (section 2). The output is a TFDS dataset that
+`tfds.builder_from_directory(DIR)` opens, with image_stats.npz beside it where there are training images, and
+SHA256SUMS.
+"""
+
+from absl import flags
+
+from alexnet_jax.commands.flag import Flag
+from alexnet_jax.prepare import prepare
+
+FLAGS = (
+    Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
+    Flag('output', None, 'Directory to write; must not exist.', required=True),
+    Flag('size', 256, 'Side of the prepared squares, pixels.'),
+    Flag('format', 'jpeg', 'jpeg: small; raw: no decoding in training.'),
+    Flag('val_fraction', 0.0, 'Part of the training images to set aside as the val split.'),
+    Flag('seed', 0, 'Of the order of the images and of the choice for val.'),
+    Flag('max_unreadable', 0, 'Unreadable images to leave out before giving up.'),
+)
+
+
+def main(args: flags.FlagValues) -> None:
+    options = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
+    prepare.prepare(args.input, args.output, **{name: args[name].value for name in options})

@@ -1,0 +1,90 @@
+"""Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
+
+import functools
+import math
+import os
+import pathlib
+
+import numpy as np
+
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, printable, unreadable
+from alexnet_jax.utils.errors import UserError
+
+_LARGEST_PROTOBUF = 2**31 - 1  # bytes; its own limit
+_MOST_AXES = 32  # Caffe's own limit
+# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: field, number, type, whether repeated.
+_MESSAGES = {
+    'BlobShape': [('dim', 1, 'INT64', True)],
+    'BlobProto': [
+        *((side, i, 'INT32', False) for i, side in enumerate(('num', 'channels', 'height', 'width'), 1)),
+        ('data', 5, 'FLOAT', True), ('shape', 7, 'BlobShape', False), ('double_data', 8, 'DOUBLE', True),
+    ],
+    'LayerParameter': [('name', 1, 'STRING', False), ('type', 2, 'STRING', False), ('blobs', 7, 'BlobProto', True)],
+    'V1LayerParameter': [('name', 4, 'STRING', False), ('type', 5, 'INT32', False), ('blobs', 6, 'BlobProto', True)],
+    'NetParameter': [('layers', 2, 'V1LayerParameter', True), ('layer', 100, 'LayerParameter', True)],
+}  # fmt: skip
+_OPS = {'ReLU': 'relu', 'LRN': 'lrn', 'Pooling': 'pool', 18: 'relu', 15: 'lrn', 17: 'pool'}
+
+
+@functools.cache
+def _caffe_message(name: str):
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name='caffe.proto', package='caffe')
+    for message, fields in _MESSAGES.items():
+        added = file.message_type.add(name=message)
+        for field, number, kind, repeated in fields:
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            type_ = {'type_name': kind} if kind in _MESSAGES else {'type': kinds.Type.Value(f'TYPE_{kind}')}
+            added.field.add(name=field, number=number, label=label, **type_)
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f'caffe.{name}'))
+
+
+def parse_message(path: str, name: str):
+    """A file's message of a type that `_MESSAGES` names. Raises UserError where it is none."""
+    from google.protobuf.message import DecodeError
+
+    if (size := os.path.getsize(path)) > _LARGEST_PROTOBUF:
+        raise UserError(f"{path!r}: expected Caffe's {name}, at most {_LARGEST_PROTOBUF} bytes, found {size}.")
+    message = _caffe_message(name)()
+    try:
+        message.ParseFromString(pathlib.Path(path).read_bytes())
+    except DecodeError as error:
+        raise unreadable(path, f"Caffe's {name} in binary", error) from error
+    return message
+
+
+def blob_array(path: str, name: str, blob) -> np.ndarray:
+    """A BlobProto as float32. Raises UserError where its shape is not that of its numbers."""
+    with np.errstate(over='ignore'):  # infinity is refused later, with the name of the layer
+        data = np.array(blob.data or blob.double_data, np.float32)
+    shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
+    if len(shape) > _MOST_AXES or min(shape) < 0:
+        declared = printable(str(shape))
+        raise UserError(f'{path!r}, {name}: expected at most {_MOST_AXES} sides, none below 0, found {declared}.')
+    if math.prod(shape) != data.size or not data.size:
+        raise UserError(f'{path!r}, {name}: expected {math.prod(shape)} numbers for {shape}, found {data.size}.')
+    return data.reshape(shape)
+
+
+def read(path: str) -> WeightFile:
+    """Reads a .caffemodel. Raises UserError where it is damaged or holds other layers."""
+    net = parse_message(path, 'NetParameter')
+    layers = []
+    for layer in (*net.layers, *net.layer):
+        if not layer.blobs:
+            if layers and layer.type in _OPS:
+                layers[-1] = layers[-1]._replace(post=f'{layers[-1].post} {_OPS[layer.type]}'.strip())
+            continue
+        name = printable(str(layer.name))  # bytes, where they are no text
+        weight, *others = (blob_array(path, name, blob) for blob in layer.blobs)
+        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # a linear layer as it was written before 2014
+            weight = weight.reshape(weight.shape[2:])
+        if weight.ndim not in (2, 4) or len(others) != 1:
+            shapes = ', '.join(str(array.shape) for array in (weight, *others))
+            raise UserError(f'{path!r}, {name}: expected weights (4 or 2 axes) and biases, found {shapes}.')
+        layers.append(LayerWeights(name, weight, others[0].reshape(-1)))
+    return WeightFile(path, layers, bgr=True)

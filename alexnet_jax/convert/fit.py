@@ -1,0 +1,99 @@
+"""Fits a config to the shapes of the weights in a file."""
+
+import math
+from typing import Any
+
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec, infer_shapes
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.utils.errors import UserError
+
+
+class _MismatchError(Exception):
+    """The weights of a layer do not fit; the message says what was expected and found."""
+
+
+def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
+    """A config (plain values) with the features, groups and classes that a file's weights have.
+
+    Groups follow from the shapes: inputs of the layer below over inputs of the weight. Where a Caffe file names the
+    operations after a layer, theirs is the order (CaffeNet pools before it normalizes).
+
+    Raises:
+      UserError: the weights are not of such a network; says what was expected and found, layer by layer.
+    """
+    network = model_from_config(config['model'])
+    shapes = infer_shapes(network, config['data']['image_size'])
+    unread = {ConvSpec: weights.of_rank(4), LocalSpec: [], DenseSpec: weights.of_rank(2)}
+    specs, report, channels, last = [], [], 3, list(shapes)[-1]
+    for name, spec in network.layer_specs().items():
+        layer = unread[type(spec)].pop(0) if unread[type(spec)] else None
+        groups = (1,) if name in ('conv1', last) else (1, 2) if isinstance(spec, DenseSpec) else None
+        try:
+            specs.append(_fit_layer(spec, layer, channels, shapes[name].inputs, groups))
+            report.append(f'{name} ok')
+        except _MismatchError as error:
+            report.append(f'{name} {error}')
+        channels = spec.features if layer is None else layer.weight.shape[0]
+    spare = [*unread[ConvSpec], *unread[DenseSpec]]
+    report += [f'expected no further layer, found {layer.weight.shape} in {layer.name!r}' for layer in spare]
+    if spare or len(specs) < len(shapes):
+        raise UserError(
+            f'the weights are not of the network expected: {"; ".join(report)}. Give --config=FILE of their network.'
+        )
+    fields = {
+        'conv': [list(spec) for spec in specs if isinstance(spec, ConvSpec)],
+        'dense': [list(spec) for spec in specs if isinstance(spec, DenseSpec)][:-1],
+        'num_classes': specs[-1].features,
+    }
+    config = {**config, 'model': {**config['model'], **fields}}
+    infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
+    return config
+
+
+def _fit_layer(
+    spec: ConvSpec | DenseSpec,
+    layer: LayerWeights | None,
+    channels: int,
+    inputs: tuple[int, ...],
+    allowed: tuple[int, ...] | None,
+) -> ConvSpec | DenseSpec:
+    """A layer with the features and groups of a file's weights.
+
+    Args:
+      spec: of the config.
+      layer: of the file; None where it has no more.
+      channels: of the maps or units below.
+      inputs: shape of what the config's layer reads, (H, W, C) or (F,).
+      allowed: numbers of groups; None: any that divides (a convolution cannot be read otherwise).
+
+    Raises:
+      _MismatchError: they do not fit.
+    """
+    if isinstance(spec, ConvSpec):
+        window, ungrouped = (spec.kernel, spec.kernel), channels
+    else:
+        window, ungrouped = (), channels * math.prod(inputs[:-1])
+    counts = f'{ungrouped} / groups' if allowed is None else ' or '.join(str(ungrouped // n) for n in allowed)
+    expected = f'expected ({", ".join(["N", counts, *map(str, window)])})'
+    if layer is None:
+        raise _MismatchError(f'{expected}, found nothing')
+    features, part, *sides = layer.weight.shape
+    groups = ungrouped // part if part and ungrouped % part == 0 else 0
+    if not (groups and features and tuple(sides) == window and (allowed is None or groups in allowed)):
+        raise _MismatchError(f'{expected}, found {layer.weight.shape} in {layer.name!r}')
+    if channels % groups or features % groups:
+        raise _MismatchError(
+            f'expected {channels} inputs and {features} features to divide into {groups} groups, found a remainder'
+        )
+    if layer.bias.shape != (features,):
+        raise _MismatchError(f'expected ({features},) biases, found {layer.bias.shape} in {layer.name!r}')
+    ours = [op for op in spec.post.split() if op in ('relu', 'lrn', 'pool')]
+    theirs = layer.post.split() or ours
+    if sorted(ours) != sorted(theirs):
+        raise _MismatchError(
+            f"expected to be followed by '{' '.join(ours)}', found {layer.post!r} after {layer.name!r}"
+        )
+    if ours != theirs:
+        spec = spec._replace(post=' '.join(theirs + [op for op in spec.post.split() if op not in ours]))
+    return spec._replace(features=features, groups=groups)

@@ -1,0 +1,57 @@
+"""Between our layout of parameters and the one that Caffe and PyTorch share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.convert.weight_file import LayerWeights
+from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.utils.errors import UserError
+
+_TORCHVISION = ('features.0', 'features.3', 'features.6', 'features.8', 'features.10',
+                'classifier.1', 'classifier.4', 'classifier.6')  # fmt: skip
+
+
+def to_params(
+    network: AlexNet, image_size: int, layers: Sequence[LayerWeights], *, bgr: bool = False
+) -> dict[str, Any]:
+    """Parameters in our layout: kernels HWIO or [inputs, outputs], maps flattened in (H, W, C) order, float32.
+
+    Args:
+      network: whose layers have the shapes of `layers`, see `fit.fit_config`.
+      image_size: side of its input, pixels.
+      layers: in the order of the network.
+      bgr: whether the first layer reads blue first, as Caffe's do.
+    """
+    params = {}
+    for (name, sizes), layer in zip(infer_shapes(network, image_size).items(), layers, strict=True):
+        weight = layer.weight[:, ::-1] if bgr and not params else layer.weight
+        if weight.ndim == 2:
+            weight = weight.reshape(len(weight), -1, *sizes.inputs[:-1])  # [O, C / groups, H, W] where it reads maps
+        kernel = np.moveaxis(weight, (1, 0), (-2, -1))
+        if layer.weight.ndim == 2:
+            kernel = kernel.reshape(-1, kernel.shape[-1])
+        params[name] = {'kernel': np.ascontiguousarray(kernel), 'bias': layer.bias}
+    return params
+
+
+def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> list[LayerWeights]:
+    """The inverse of `to_params`, RGB; named as torchvision does where it has such a network, else conv1 ... fc8."""
+    if network.local:
+        raise UserError('model.local: no other format has layers with kernels of their own at every place.')
+    specs = network.layer_specs().values()
+    plain = all(set(spec.post.split()) <= {'relu', 'pool', 'dropout'} for spec in specs)
+    counts = (len(network.conv), len(network.dense))
+    layers = []
+    for i, (name, sizes) in enumerate(infer_shapes(network, image_size).items()):
+        kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
+        if dense := kernel.ndim == 2:
+            kernel = kernel.reshape(*sizes.inputs[:-1], -1, kernel.shape[-1])  # [H, W, C / groups, O] likewise
+        weight = np.moveaxis(kernel, (-2, -1), (1, 0))
+        if dense:
+            weight = weight.reshape(len(weight), -1)
+        own_name = _TORCHVISION[i] if plain and counts == (5, 2) else name
+        layers.append(LayerWeights(own_name, np.ascontiguousarray(weight), bias))
+    return layers

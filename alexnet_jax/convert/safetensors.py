@@ -1,0 +1,54 @@
+"""safetensors files, as others write them and as `alexnet_jax convert` does."""
+
+import json
+import operator
+import pathlib
+import re
+
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.convert import layout
+from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading_metadata, unreadable
+from alexnet_jax.core import image_stats
+
+FILE_NAME = 'model.safetensors'
+METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax convert writes
+
+
+def read(path: str) -> WeightFile:
+    """Reads the tensors by name, numbers in it as numbers (features.3 before features.10): the format keeps no order.
+
+    Raises:
+      UserError: the file is damaged, or its metadata are not what `write` wrote.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, 'numpy') as file:
+            names = sorted(
+                file.keys(), key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
+            )
+            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:  # SafetensorError, OSError, AttributeError for types numpy has not got
+        raise unreadable(path, 'a safetensors file', error) from error
+    own = None
+    if METADATA_KEY in metadata:
+        with reading_metadata(path):
+            own = json.loads(metadata[METADATA_KEY])
+            own['config']['model'], own['config']['data']['image_size'], own['config']['data']['mean']
+            operator.index(own['record_size'])  # raises TypeError
+            if not all(isinstance(name, str) for name in own['class_names']):
+                raise TypeError('class names that are no text')
+    return WeightFile(path, pair_tensors(path, tensors), metadata=own)
+
+
+def write(folder: str, checkpoint: Checkpoint) -> None:
+    """Writes `FILE_NAME`, as PyTorch lays weights out, and the image statistics beside it, into a folder."""
+    import safetensors.numpy
+
+    tensors = {}
+    for layer in layout.from_params(checkpoint.network, checkpoint.image_size, checkpoint.params):
+        tensors[f'{layer.name}.weight'], tensors[f'{layer.name}.bias'] = layer.weight, layer.bias
+    own = {'config': checkpoint.config, 'class_names': checkpoint.class_names, 'record_size': checkpoint.record_size}
+    data = safetensors.numpy.save(tensors, metadata={'format': 'pt', METADATA_KEY: json.dumps(own)})
+    pathlib.Path(folder, FILE_NAME).write_bytes(data)
+    image_stats.save(folder, checkpoint.image_stats)

@@ -1,0 +1,208 @@
+"""Two towers on two devices: the ('data', 'tower') mesh, and the shardings of state and batch.
+
+The only file that names PartitionSpec. Every function takes the mesh; there is no ambient one.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.utils import environment
+from alexnet_jax.utils.errors import UserError
+
+
+def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
+    """A mesh of `data` x `tower` devices: 1x1 is a laptop, 1x2 the paper, Nx2 and Nx1 a cluster.
+
+    Args:
+      data: equal parts of a batch; 0 takes as many as the devices give.
+      tower: 1, or 2 as in the paper (section 3.2). Where there is but one device it holds both towers.
+      devices: those to use; all of them by default.
+
+    Raises:
+      UserError: the devices do not make that mesh.
+    """
+    if devices is None:
+        devices = jax.devices()
+        environment.warn_if_no_accelerator(devices[0].platform)
+    if tower not in (1, 2):
+        raise UserError(f'mesh.tower={tower}; the network has 1 tower or 2.')
+    if data < 0:
+        raise UserError(f'mesh.data={data}; expected a number of parts of the batch, or 0 for all devices.')
+    if tower == 2 and len(devices) == 1:
+        logging.info('One device: it computes both towers (mesh.tower=1).')
+        tower = 1
+    if data == 0 and len(devices) % tower:
+        raise UserError(
+            f'{len(devices)} devices do not pair up into two towers; set mesh.data={len(devices) // tower} '
+            'to leave one idle, or mesh.tower=1.'
+        )
+    data = data or len(devices) // tower
+    if data * tower > len(devices):
+        raise UserError(
+            f'mesh.data={data} x mesh.tower={tower} needs {data * tower} devices; there are {len(devices)}. '
+            'Lower mesh.data, or make devices on a CPU with --cpu_devices=N.'
+        )
+    # Auto: XLA carries the shardings through what lies outside the mapped function (loss, update). In JAX's own order,
+    # host by host; `jax.make_mesh` refuses GPUs of several hosts.
+    chosen = np.array(devices[: data * tower]).reshape(data, tower)
+    return Mesh(chosen, ('data', 'tower'), axis_types=(AxisType.Auto,) * 2)
+
+
+def forward(model: AlexNet, mesh: Mesh) -> Callable:
+    """The network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, in global shapes.
+
+    Each device computes its part of the batch (`data`) in its tower. The logits leave split both ways (unless the
+    number of classes is odd: then the classifier's weights lie whole on every device, and some more is moved). Of
+    communication there is only what `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network.
+
+    Differentiate outside: `jax.grad` of a loss of these logits. (Inside the mapped function, after a gather, gradients
+    come out exactly two times too large, silently.)
+    """
+    towers = mesh.shape['tower']
+    missing = -model.num_classes % towers
+    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + missing)
+    classifier = list(model.layer_specs())[-1]
+
+    # An axis of one device is left out: XLA's CPU backend would copy all gradients for a sum over that one.
+    axes = {axis for axis, size in mesh.shape.items() if size > 1}
+
+    def spec(*names):
+        return P(*[name if name in axes else None for name in names])
+
+    def block(params, x_nHWC, masks):
+        # Every device has its part of the sums over the batch and over the towers' maps. Mark the inputs as varying
+        # explicitly: JAX does not do it for custom_vjp functions, as most of `ops` are.
+        if 'data' in axes:
+            params = lax.pcast(params, 'data', to='varying')
+        if 'tower' in axes:
+            x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
+        return mapped.apply({'params': params}, x_nHWC, masks)
+
+    def apply(params, x_NHWC, masks=None):
+        if missing:  # an odd number of classes: one more that nobody sees, so that each tower has as many
+            padded = {
+                part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) for part, x in params[classifier].items()
+            }
+            params = {**params, classifier: padded}
+        if not axes:
+            return block(params, x_NHWC, masks)
+        logits = jax.shard_map(
+            block,
+            mesh=mesh,
+            in_specs=(
+                jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
+                spec('data'),
+                jax.tree.map(lambda m: spec('data', *[None] * (m.ndim - 2), 'tower'), masks),
+            ),
+            out_specs=spec('data', 'tower'),
+            axis_names=axes,
+        )(params, x_NHWC, masks)
+        return logits[:, : model.num_classes] if missing else logits
+
+    return apply
+
+
+def _tower_spec(array) -> P:
+    """Kernels and biases are split along their last axis, the output channels; scalars are everywhere."""
+    return P(*[None] * (array.ndim - 1), 'tower') if array.ndim else P()
+
+
+def state_sharding(mesh: Mesh, state):
+    """NamedSharding for every leaf of a training state: what is not a scalar has the shape of a parameter."""
+
+    def place(leaf):
+        odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']  # an odd number of classes: whole on every device
+        return NamedSharding(mesh, P() if odd else _tower_spec(leaf))
+
+    return jax.tree.map(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over `data`; both towers see the same images."""
+    return NamedSharding(mesh, P('data'))
+
+
+def random_key(mesh: Mesh, seed: int) -> jax.Array:
+    """The key of a run, on every device of every process."""
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> None:
+    """Raises UserError where a batch does not divide into the mesh's parts, and each into `grad_accum_steps`."""
+    parts = mesh.shape['data']
+    if batch_size % parts:
+        raise UserError(
+            f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '
+            'or another mesh.data.'
+        )
+    if grad_accum_steps < 1 or batch_size % (parts * grad_accum_steps):
+        raise UserError(
+            f'batch_size={batch_size} does not divide into grad_accum_steps={grad_accum_steps} times {parts} parts of '
+            f'mesh.data; use a multiple of {parts * max(1, grad_accum_steps)}.'
+        )
+
+
+def shape_structs(arrays, sharding: NamedSharding):
+    """ShapeDtypeStructs with a sharding, as `jit(f).lower` takes them in place of the arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
+
+
+def to_mesh(mesh: Mesh, batch: dict):
+    """Sends a host batch (numpy, this process's part of the data axis) to the devices; returns global arrays."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)  # all at once: half the time of one by one
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
+    """Batches on the devices, each sent before the one before it is used; and the seconds that it was waited for.
+
+    A GPU writes into new memory only when all that was launched before is done, so a batch sent behind a step is copied
+    behind it. Sent before that step, it is copied while the step before computes.
+
+    send: `to_mesh`, and what goes with it.
+    """
+    ahead, began = None, time.perf_counter()
+    for batch in batches:
+        waited = time.perf_counter() - began
+        sent = send(batch), waited
+        if ahead is not None:
+            yield ahead
+        ahead, began = sent, time.perf_counter()
+    if ahead is not None:
+        yield ahead
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of every batch this process reads.
+
+    By position on the data axis, not by process: processes that hold two towers of the same part read the same images.
+
+    Raises:
+      UserError: the devices of this process lie scattered over the data axis.
+    """
+    rows = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    if not rows:
+        raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
+    count, rest = divmod(mesh.shape['data'], len(rows))
+    if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
+        raise UserError(
+            f"this process's devices are rows {rows} of {mesh.shape['data']} on mesh.data; each process needs the same "
+            'number of consecutive rows. Change mesh.data or the number of processes.'
+        )
+    return rows[0] // len(rows), count

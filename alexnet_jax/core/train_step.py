@@ -1,0 +1,151 @@
+"""Training state, one update and one evaluation batch: pure functions, no I/O, no config."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from alexnet_jax.core import augment, metrics, model
+from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.core.optim import Optimizer
+
+
+class TrainState(NamedTuple):
+    """All that an update changes, and a checkpoint keeps."""
+
+    step: jax.Array  # int32: batches taken from the stream; the next is number `step`
+    params: Any
+    opt_state: Any
+
+
+def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: int) -> TrainState:
+    """A fresh state; jit it with `out_shardings` to lay it out on a mesh.
+
+    key: of the draws. image_size: side of the network's input, pixels.
+    """
+    params = model.init_params(network, key, image_size)
+    return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
+
+
+def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable, total=None):
+    """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
+
+    x_NHWC: float [N, s, s, 3] from `augment.preprocess`; batch: 'label' and 'weight', [N]. total: what the sum is
+    divided by, where this is a part of a batch.
+    """
+    logits = forward(params, x_NHWC, masks)
+    likelihood = metrics.log_likelihood(logits, batch['label'])
+    sums = metrics.sums(likelihood, logits, batch['label'], batch['weight'])
+    return sums['loss'] / (jnp.maximum(sums['weight'], 1) if total is None else total), sums
+
+
+def _split_microbatches(x_N, parts: int, shards: int):
+    """[parts, N / parts, ...]: each microbatch takes the same number of rows from every shard, so no data moves."""
+    rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(parts, -1, *x_N.shape[1:])
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    image_stats: ImageStats,
+    key,
+    *,
+    network: model.AlexNet,
+    forward: Callable,
+    optimizer: Optimizer,
+    augmentation: Augmentation,
+    color_steps: int | None = None,
+    grad_accum_steps: int = 1,
+    data_parts: int = 1,
+) -> tuple[TrainState, dict]:
+    """Takes one batch: forward, backward, update.
+
+    Where the loss, the gradient's norm or the update's is not finite, parameters and optimizer state stay as they were;
+    `step`, the position in the data, moves on.
+
+    Args:
+      state: on the mesh; donate it.
+      batch: from `pipeline.train_batches`, on the mesh; where it has 'index' instead of 'image', it has all 'records',
+        too (see `DeviceCache`).
+      image_stats: of the training set.
+      key: of the run; what is drawn here depends on it and on the step alone.
+      network: for the shape of its dropout masks.
+      forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
+      optimizer: from `optim.make_optimizer`.
+      augmentation: how bytes become inputs.
+      color_steps: color is on for so many updates, counted as `optim.stages` counts them, then off; None: always on.
+      grad_accum_steps: the batch is computed in so many parts, one after the other, and their gradients are added: the
+        same update, in one part's memory.
+      data_parts: size of the mesh's data axis.
+
+    Returns:
+      the new state, and sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
+      'learning_rate' and 'finite'.
+    """
+    count, image_size = len(batch['label']), augmentation.image_size
+    if 'image' not in batch:
+        with jax.named_scope('input'):
+            batch = augment.crop_on_device(batch, image_size)
+    with jax.named_scope('masks'):
+        masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
+    color = True if color_steps is None else state.opt_state.count < color_steps
+    dtype = jnp.promote_types(network.dtype, jnp.float32)
+    total = jnp.maximum(batch['weight'].sum(), 1) if grad_accum_steps > 1 else None
+
+    def gradient(batch, masks):
+        with jax.named_scope('input'):
+            x = augment.preprocess(batch, image_stats, augmentation, color=color, dtype=dtype)
+        return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
+
+    def add(so_far, part):
+        return jax.tree.map(jnp.add, so_far, gradient(*part)), None
+
+    if grad_accum_steps == 1:
+        grads, sums = gradient(batch, masks)
+    else:
+        parts = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
+        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(jnp.zeros_like, shapes)
+        (grads, sums), _ = lax.scan(add, zero, parts)
+    with jax.named_scope('update'):
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss']) & jnp.isfinite(optax.tree.norm(updates))
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+        report = {
+            **sums,
+            'gradient_norm': norm,
+            'gradient_norms': {name: optax.tree.norm(layer) for name, layer in grads.items()},
+            'update_norms': {name: optax.tree.norm(layer) for name, layer in updates.items()},
+            'learning_rate': optimizer.learning_rate(state.opt_state),
+            'finite': finite,
+        }
+    return TrainState(state.step + 1, params, opt_state), report
+
+
+def log_probabilities(
+    params, image_NHWC, image_stats: ImageStats, *, forward: Callable, augmentation: Augmentation, views: int
+):
+    """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
+
+    image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the center, 10 the paper's ten; a UserError else.
+    """
+    dtype = jax.tree.leaves(params)[0].dtype
+    inputs = augment.views(image_NHWC, image_stats, augmentation, count=views, dtype=dtype)
+    each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
+    return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
+
+
+def eval_step(
+    params, batch: dict, image_stats: ImageStats, *, forward: Callable, augmentation: Augmentation, views: int
+) -> metrics.Sums:
+    """Metric sums of one batch from `pipeline.eval_batches`; the rest as for `log_probabilities`."""
+    test = {'forward': forward, 'augmentation': augmentation, 'views': views}
+    scores = log_probabilities(params, batch['image'], image_stats, **test)
+    return metrics.sums(metrics.take_label(scores, batch['label']), scores, batch['label'], batch['weight'])

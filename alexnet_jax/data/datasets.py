@@ -1,0 +1,232 @@
+"""Where records come from: prepared directories and the embedded digits. Random access, nothing decoded.
+
+A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a notebook may pass a list.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alexnet_jax.core import augment, image_stats
+from alexnet_jax.utils import checksums
+from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
+
+DIGITS = 'digits'  # data.path of the embedded data
+_MOST = 1 << 24  # characters of a features.json
+
+
+class Dataset(NamedTuple):
+    """Splits of one set of images with what belongs to all of them."""
+
+    splits: dict[str, Sequence[dict[str, Any]]]  # 'train', 'val', 'test': those there are
+    class_names: tuple[str, ...]
+    record_size: int  # side of the square images, pixels
+    image_stats: image_stats.ImageStats | None  # None where there is no train split
+    fingerprint: str = ''  # of all records in their order, as `prepare` found it; '' where somebody else wrote them
+
+    def split(self, name: str) -> Sequence[dict[str, Any]]:
+        """The records of a split.
+
+        Raises:
+          UserError: there is no such split.
+        """
+        if name not in self.splits:
+            raise UserError(f'there is no split {name!r} in this data; it has: {", ".join(sorted(self.splits))}.')
+        return self.splits[name]
+
+
+def open_dataset(path: str) -> Dataset:
+    """Opens what `alexnet_jax prepare` wrote, or the embedded handwritten digits for the path 'digits'.
+
+    Raises:
+      UserError: nothing is there, or it is something else.
+    """
+    if path == DIGITS:
+        return _digits()
+    if not path:
+        raise UserError(
+            'no data given; pass --config.data.path=DIR, a directory that alexnet_jax prepare wrote, or '
+            f'--config.data.path={DIGITS}.'
+        )
+    remedy = f'prepare one: alexnet_jax prepare --input=IMAGES --output={path}'
+    if not os.path.isdir(path):
+        raise UserError(f'there is no data directory {path!r}; {remedy}')
+    with as_user_error(f'the data directory {path!r} cannot be used'):
+        names = os.listdir(path)
+    if 'dataset_info.json' not in names:
+        raise UserError(
+            f'{path!r} holds no prepared data (no dataset_info.json); if it holds images, prepare them: '
+            f'alexnet_jax prepare --input={path} --output=DIR'
+        )
+    return _prepared(path)
+
+
+class _Subset:
+    """Some of a split's records, in their order."""
+
+    def __init__(self, records: Sequence, indices: np.ndarray):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        return self._records[int(self._indices[index])]
+
+
+def subset(records: Sequence, fraction: float) -> Sequence:
+    """A random subset of a split, always the same; a smaller one is contained in every larger one."""
+    if fraction == 1:
+        return records
+    count = max(1, round(fraction * len(records)))
+    return _Subset(records, np.sort(np.random.default_rng(0).permutation(len(records))[:count]))
+
+
+def _prepared(path: str) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    if checksums.present(path):  # records have checksums of their own; all else would be believed
+        if mismatches := checksums.find_mismatches(path, lambda name: 'array_record' not in name):
+            raise UserError(f'the prepared data are damaged: {mismatches[0]}; prepare them again.')
+    _check_features(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+        features = builder.info.features
+        label, image = features['label'], features['image']
+        decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
+        splits = {
+            name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}', split.filepaths)
+            for name, split in builder.info.splits.items()
+            if split.num_examples
+        }
+        class_names, (side, width, channels) = tuple(label.names), image.shape
+        fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
+    except Exception as error:  # whatever TFDS and array_record make of damaged files
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
+    if fingerprint and not checksums.present(path):  # `prepare` wrote them together
+        raise UserError(
+            f'the prepared data are damaged: {checksums.FILE_NAME} is missing in {path!r}; prepare them again.'
+        )
+    if side is None or (side, channels) != (width, 3):
+        raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
+    return Dataset(splits, class_names, side, image_stats.load(path), fingerprint)
+
+
+def _check_features(path: str) -> None:
+    """TFDS imports and calls what features.json names: nothing but its own features may be named there."""
+    classes = []
+
+    def collect(node: dict[str, Any]) -> None:
+        """Notes every class named in an object, in TFDS's two spellings and in its old format ("type")."""
+        keys = ('pythonClassName', 'python_class_name', 'type', 'proto_cls')
+        classes.extend(name for key, name in node.items() if key in keys and isinstance(name, str))
+
+    try:
+        with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
+            text = file.read(_MOST)
+        if len(text) == _MOST:
+            raise ValueError(f'features.json has {_MOST} characters or more')
+        json.loads(text, object_hook=collect)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
+    for name in classes:
+        if not name.startswith('tensorflow_datasets.core.features.'):
+            raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
+
+
+class _Records:
+    """A TFDS data source whose errors name the record, or the file that cannot be opened any more."""
+
+    def __init__(self, source, name: str, files: Sequence[os.PathLike]):
+        self._name, self._files, self._count = name, [os.fspath(file) for file in files], len(source)
+        self._source, self._closed = source, pickle.dumps(source)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_source': None}  # a worker process makes its own when it reads
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        if not 0 <= index < len(self):  # what ends a loop over the records
+            raise IndexError(f'record {index} of {len(self)} in {self._name}')
+        try:
+            return self._source[index]
+        except Exception:  # array_record and TFDS: RuntimeError, DecodeError and others
+            pass  # once more, with readers of its own: one that could not open its file never will
+        try:
+            source = pickle.loads(self._closed)
+            record = source[index]
+        except Exception as error:
+            with as_user_error(
+                f'data files disappeared while they were read, {self._name}', 'Put them back and go on.'
+            ):
+                for file in self._files:
+                    open(file, 'rb').close()
+            raise UnreadableError(
+                f'record {index} in {self._name} cannot be read ({first_line(error)[:200]}); prepare it again.'
+            ) from error
+        self._source = source
+        return record
+
+
+def _digits() -> Dataset:
+    """1,797 handwritten digits that come with scikit-learn (8 x 8), enlarged to 32 px; 360 of them for validation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(
+            "the embedded digits come with scikit-learn, which is not installed: pip install 'alexnet_jax[quickstart]'"
+        ) from error
+    digits = load_digits()
+    records = []
+    for image, label in zip(digits.images, digits.target, strict=True):
+        gray = Image.fromarray(np.uint8(np.round(image * (255 / 16)))).resize((32, 32), Image.Resampling.BILINEAR)
+        records.append({'image': np.repeat(np.asarray(gray)[:, :, None], 3, axis=2), 'label': int(label)})
+    order = np.random.default_rng(0).permutation(len(records))
+    val, train = ([records[i] for i in part] for part in (order[:360], order[360:]))
+    return in_memory({'train': train, 'val': val}, tuple(str(i) for i in range(10)), DIGITS)
+
+
+def synthetic(image_size: int, num_classes: int) -> Dataset:
+    """A few random squares, 256 px for 224, to train on where only the speed counts: it does not depend on pixels."""
+    size = augment.default_record_size(image_size)
+    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    names = tuple(str(i) for i in range(num_classes))
+    return in_memory({'train': [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]}, names)
+
+
+def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str], fingerprint: str = '') -> Dataset:
+    """A dataset of records in memory, with the statistics of its train split.
+
+    Args:
+      splits: 'train', and 'val' or 'test' where there are such: lists of {'image': uint8 [S, S, 3], 'label': int}.
+        Empty ones are left out.
+      class_names: one for each label, from 0.
+      fingerprint: that tells these records from others when a run goes on.
+
+    Raises:
+      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
+    """
+    if not splits.get('train'):
+        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")
+    splits = {name: records for name, records in splits.items() if records}
+    size = (*np.shape(splits['train'][0]['image']), 0)[0]
+    for record in (record for records in splits.values() for record in records):
+        image, label = record['image'], record['label']
+        if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
+            raise UserError(
+                f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
+                f'uint8 of ({size}, {size}, 3), as all others.'
+            )
+        if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
+            raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
+    moments = image_stats.Moments.zeros(size)
+    for record in splits['train']:
+        moments = moments.add(record['image'])
+    return Dataset(splits, tuple(class_names), size, image_stats.from_moments(moments), fingerprint)

@@ -1,0 +1,99 @@
+"""What is random about an image: crop, reflection and color, drawn on the host; and the crop itself.  Section 4.1."""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alexnet_jax.core.augment import Augmentation, crop_positions
+
+
+class AugmentParams(NamedTuple):
+    """What is random about one image in one use."""
+
+    offset: np.ndarray  # int32 [2]: row and column of the crop's first pixel
+    extent: np.ndarray  # int32 [2]: its height and width, before it is brought to image_size
+    reflect: np.bool_  # mirror left to right
+    color: np.ndarray  # float32 [3]: the paper's alphas, one for each principal component
+
+
+def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> AugmentParams:
+    """Draws crop, reflection and color for one image: 2048 = 32 x 32 x 2 crops in the paper.
+
+    They depend on (seed, position in the stream) alone.
+    """
+    drawn = draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
+    return AugmentParams(*(values[0] for values in drawn))
+
+
+def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int, record_size: int) -> AugmentParams:
+    """What `draw` draws for `count` positions from `first` on, with an axis for them in front of every field.
+
+    All numbers are drawn whatever the switches say, so that switching one off leaves the others as they were.
+    """
+    every, size = augmentation.draw_every, augmentation.image_size
+    groups = np.arange(first, first + count) // every
+    shared = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
+    mirror, place, areas = shared[:, 0] < 0.5, shared[:, 1:3], shared[:, 4:].reshape(count, 10, 2)
+    extent = np.full((count, 2), size)
+    if augmentation.crop_area:
+        extent = _areas_to_extents(areas, record_size, augmentation.crop_area)
+        room = record_size - extent + 1
+    else:
+        room = crop_positions(record_size, size, augmentation.all_positions)
+    offset = np.floor(place * room)
+    if not augmentation.random_crop:
+        offset[:] = (record_size - size) // 2
+    alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]
+    return AugmentParams(
+        offset.astype(np.int32),
+        extent.astype(np.int32),
+        mirror & augmentation.reflect,
+        (alphas * augmentation.color_std).astype(np.float32),
+    )
+
+
+def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:
+    """Float64 [count, words] in [0, 1): row i depends on (key, first + i) alone. words: a multiple of 4.
+
+    Philox counts instead of remembering, four numbers a count: what belongs to a position is found without drawing all
+    before it, and a batch takes one call (a generator for every image took 40 us each).
+    """
+    counter = int(first) * (words // 4)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(int(count) * words)
+    return (raw >> np.uint64(11)).reshape(count, words) * 2.0**-53
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """As many independent normal numbers as uniform ones (Box and Muller)."""
+    radius, angle = np.split(uniform, 2, axis=-1)
+    radius = np.sqrt(-2 * np.log(1 - radius))
+    return np.concatenate([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)], axis=-1)
+
+
+def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float]) -> np.ndarray:
+    """Height and width [N, 2] of parts of a square's area with sides of 3:4 to 4:3, as torchvision's RandomResizedCrop.
+
+    uniform: [N, tries, 2]; the first try that fits into the square counts, else it is the square.
+    """
+    share = area[0] + (area[1] - area[0]) * uniform[..., 0]
+    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * uniform[..., 1])
+    tries = np.round(size * np.sqrt(np.stack([share / aspect, share * aspect], axis=-1)))
+    fits = ((tries > 0) & (tries <= size)).all(-1)
+    chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], axis=1)[:, 0]
+    return np.where(fits.any(1)[:, None], chosen, size).astype(int)
+
+
+def crop(image_HWC: np.ndarray, drawn: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so; in `out`, if that is given."""
+    (y, x), (height, width) = drawn.offset, drawn.extent
+    part = image_HWC[y : y + height, x : x + width]
+    if (height, width) != (size, size):
+        part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
+    if drawn.reflect:
+        for channel in range(3):  # a fifth of the time of numpy's copy of part[:, ::-1]
+            out[:, :, channel] = part[:, ::-1, channel]
+    else:
+        out[...] = part
+    return out

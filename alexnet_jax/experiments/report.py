@@ -1,0 +1,293 @@
+"""An HTML page with tables, figures and two interactive parts, in one file that needs no network.
+
+One part slides a filter of the first layer over a picture, the other walks through the layers with it. The page is
+`report.html` beside this file. Its script, `report.js`, computes the first part itself, and shows for the second what
+is put in here.
+"""
+
+import base64
+import html
+import json
+import math
+import numbers
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core import architecture, augment
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
+from alexnet_jax.inference.predict import top_k
+from alexnet_jax.utils.errors import UserError, as_user_error
+from alexnet_jax.utils.files import atomic_file
+
+_PICTURES = 6  # with 224 px and 16 maps a layer the page then has about 3 MB
+_MAPS = 16  # shown of a layer
+_MAP_SIZE = 32  # pixels; larger maps are made smaller
+_UNITS = 4096  # shown of a fully-connected layer
+_STRIP = 128  # units beside each other
+_NUMBER = ' class="number"'
+_TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
+
+
+class Table(NamedTuple):
+    """Rows under columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple]  # str, numbers, or None (an empty cell)
+    note: str = ''  # what a reader must know to judge the numbers
+
+
+class Figure(NamedTuple):
+    """A picture from a file."""
+
+    title: str
+    path: str  # an .svg or .png file, put into the page itself
+    caption: str = ''
+
+
+def write(
+    path: str,
+    *,
+    title: str,
+    summary: str,
+    tables: Sequence[Table] = (),
+    figures: Sequence[Figure] = (),
+    checkpoint: Checkpoint | None = None,
+    image_NHWC: np.ndarray | None = None,
+    captions: Sequence[str] = (),
+) -> None:
+    """Writes the page in one move.
+
+    Args:
+      path: of the HTML file; what is there is replaced.
+      title, summary: its head, plain text as all text here.
+      tables, figures: in their order.
+      checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
+        `manager.record_size`, prepared as the training images were. The first six are used, their centers.
+      captions: of these pictures; those that have none are numbered.
+
+    Raises:
+      UserError: a row that does not fit its table, a figure that cannot be read, images of another shape or type, a
+        file that cannot be written.
+    """
+    if (checkpoint is None) != (image_NHWC is None):
+        raise UserError('a checkpoint and images to show it belong together; give both or neither.')
+    data = {} if checkpoint is None else _interactive_data(checkpoint, image_NHWC, captions)
+    sections = [(f'table-{i}', table.title, _table(table)) for i, table in enumerate(tables, 1)]
+    sections += [(f'figure-{i}', figure.title, _figure(figure)) for i, figure in enumerate(figures, 1)]
+    links = [(name, heading) for name, heading, _ in sections]
+    links += [(n, h) for n, h in (('slide', 'Slide a filter'), ('walk', 'Walk through the layers')) if n in data]
+    parts = {
+        'title': html.escape(title),
+        'summary': html.escape(summary),
+        'contents': ''.join(f'<li><a href="#{name}">{html.escape(heading)}</a></li>' for name, heading in links),
+        'sections': '\n'.join(
+            f'<section id="{name}">\n<h2>{html.escape(heading)}</h2>\n{content}</section>'
+            for name, heading, content in sections
+        ),
+        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
+    }
+    folder = resources.files('alexnet_jax.experiments')
+    page, parts['script'] = (folder.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('html', 'js'))
+    for block, wanted in (('slide', 'slide' in data), ('walk', 'walk' in data), ('interactive', data)):
+        page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
+    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
+    with as_user_error(f'the report {path!r} cannot be written'):
+        with atomic_file(path) as file:
+            file.write(page)
+
+
+def _table(table: Table) -> str:
+    count, head = len(table.columns), ''
+    for row in table.rows:
+        if len(row) != count:
+            raise UserError(f'a row of the table {table.title!r} has {len(row)} cells for {count} columns.')
+    for i, column in enumerate(table.columns):
+        right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
+        head += f'<th scope="col"{_NUMBER if right else ""}>{html.escape(column)}</th>'
+    rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ''
+    return _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>') + note
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _cell(value) -> str:
+    if not _is_number(value):
+        return f'<td>{"" if value is None else html.escape(str(value))}</td>'
+    style = '.6g' if not isinstance(value, numbers.Integral) else ',' if abs(value) >= 10_000 else ''
+    return f'<td{_NUMBER}>{value:{style}}</td>'
+
+
+def _figure(figure: Figure) -> str:
+    kind = _TYPES.get(os.path.splitext(figure.path)[1].lower())
+    if kind is None:
+        raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
+    with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
+        content = base64.b64encode(file.read()).decode()
+    text = html.escape(figure.caption)
+    alt = text or html.escape(figure.title)
+    # In an <img> also an SVG's scripts and links are dead.
+    image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{alt}">'
+    return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
+
+
+def _scrolling(title: str, content: str) -> str:
+    """What may be wider than the page; the keyboard reaches it."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}">\n{content}</div>\n'
+
+
+def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
+    """What the script reads: 'walk', and 'slide' where the first layer is a convolution of all three colors."""
+    image_NHWC = np.asarray(image_NHWC)[:_PICTURES]
+    side = checkpoint.record_size
+    if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3) or not len(image_NHWC):
+        raise UserError(
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
+        )
+    numbered = [f'picture {i}' for i in range(1, len(image_NHWC) + 1)]
+    data = {
+        'side': checkpoint.image_size,
+        'captions': [*captions[: len(image_NHWC)], *numbered[len(captions) :]],
+        'pictures': [_encode(image) for image in augment.center_crop(image_NHWC, checkpoint.image_size)],
+        'walk': _walk(checkpoint, image_NHWC),
+    }
+    name, first = next(iter(checkpoint.network.layer_specs().items()))
+    if isinstance(first, ConvSpec) and not isinstance(first, LocalSpec) and first.groups == 1:
+        data['slide'] = _slide(checkpoint, name, first)
+    return data
+
+
+def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
+    return augment.views(image_NHWC, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
+
+
+def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]:
+    """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
+    side, weights = checkpoint.record_size, checkpoint.params[name]
+    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
+    return {
+        'layer': name,
+        'size': layer.kernel,
+        'stride': layer.stride,
+        'padding': layer.padding,
+        'std': checkpoint.augmentation.pixel_std,
+        'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
+        'kernels': _encode(kernels, '<f4'),
+        'biases': _encode(weights['bias'], '<f4'),
+    }
+
+
+def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
+    """Stages, one for each thing a layer does, and the labels at the end."""
+    network = checkpoint.network
+    run = jax.jit(lambda params, x: network.apply({'params': params}, x, mutable='intermediates'))
+    logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
+    stages = []
+    for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
+        layer, again = network.layer_specs()[name], Counter()
+        for step in ('linear', *layer.post.split()):
+            x = seen['intermediates'][f'{name}_{step}'][again[step]]
+            again[step] += 1
+            what, words = _words(network, layer, sizes.inputs, step)
+            shown = _maps(x) if x.ndim == 4 else _strip(x)
+            parameters = sizes.parameters if step == 'linear' else 0
+            stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
+    order = top_k(logits, 5)
+    probabilities = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits)))
+    labels = [
+        [{'label': checkpoint.class_names[i], 'probability': float(p[i])} for i in row]
+        for row, p in zip(order, probabilities, strict=True)
+    ]
+    return {'stages': stages, 'labels': labels}
+
+
+def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
+    """Some maps, the same for every picture and every step of a layer, so that one can follow them."""
+    count, side = x_NHWC.shape[-1], x_NHWC.shape[1]
+    chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
+    size = min(side, _MAP_SIZE)
+    pictures = [_signed(np.stack([_smaller(np.asarray(x[..., i], np.float32), size) for i in chosen])) for x in x_NHWC]
+    shape = f'{side} x {side} x {count}'
+    return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
+
+
+def _smaller(x_HW: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(x_HW).resize((size, size), Image.Resampling.BOX))
+
+
+def _strip(x_NF: np.ndarray) -> dict[str, Any]:
+    """Units row by row; the last row may be short."""
+    shown = min(x_NF.shape[1], _UNITS)
+    width = min(shown, _STRIP)
+    height = math.ceil(shown / width)
+    pictures = [_signed(np.asarray(x[:shown], np.float32)) for x in x_NF]
+    return {'shape': f'{x_NF.shape[1]}', 'width': width, 'height': height, 'units': shown, 'pictures': pictures}
+
+
+def _signed(x: np.ndarray) -> dict[str, Any]:
+    """Values as bytes 1 to 255, 128 for zero; 'scale' is the largest magnitude."""
+    x = np.nan_to_num(x)
+    scale = float(np.abs(x).max())
+    return {'scale': scale, 'bytes': _encode(np.round(x / (scale or 1) * 127) + 128)}
+
+
+def _encode(array, dtype: str = 'u1') -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype)).decode()
+
+
+def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], step: str) -> tuple[str, str]:
+    """(name, what it does) of one step of a layer."""
+    apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+    pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
+    overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
+    match step:
+        case 'linear' if isinstance(layer, ConvSpec):
+            window = f'{layer.kernel} x {layer.kernel}'
+            own = ', others at every place,' if isinstance(layer, LocalSpec) else ''
+            return 'locally connected' if own else 'convolution', (
+                f'{layer.features} kernels of {window}{own} slide over the {inputs[-1]} maps below in steps of '
+                f'{layer.stride}. At each place a kernel is multiplied with what lies under it; the sum, plus a bias, '
+                f'is one point of its map.{apart if layer.groups == 2 else ""}'
+            )
+        case 'linear':
+            return 'fully connected', (
+                f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
+                f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
+            )
+        case 'relu':
+            return 'ReLU', 'What is below zero becomes zero; the rest stays.'
+        case 'tanh':
+            return 'tanh', 'Every value is squeezed between -1 and 1.'
+        case 'lrn':
+            return 'response normalization', (
+                f'Each value is divided by a power of the energy at the same place of the {network.lrn_n} maps around '
+                'it: a strong response quietens its neighbors.'
+            )
+        case 'spatial_norm':
+            return 'spatial normalization', (
+                f'Each value is divided by a power of the energy in the {network.spatial_n} x {network.spatial_n} '
+                'window around it.'
+            )
+        case 'pool':
+            return 'max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'
+        case 'avg_pool':
+            return 'mean pooling', f'The mean of each {pool}.{overlap}'
+        case 'dropout':
+            rate = f'In training each unit is silenced with a probability of {network.dropout_rate:g}.'
+            if network.dropout_inverted:
+                return 'dropout', f'{rate} At test, as here, nothing happens.'
+            return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
+    return step, ''  # of somebody's own

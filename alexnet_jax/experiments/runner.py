@@ -1,0 +1,327 @@
+"""Runs a suite: networks that differ in one thing, trained and measured. Stopped, it goes on where it was."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from alexnet_jax.benchmark import throughput
+from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
+from alexnet_jax.core import sharding
+from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.augment import default_record_size
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import ablations, figures, tables
+from alexnet_jax.experiments.ablations import Variant
+from alexnet_jax.experiments.cifar10 import RATES, figure1_changes
+from alexnet_jax.inference import evaluate
+from alexnet_jax.prepare import discovery, prepare
+from alexnet_jax.prepare.image_ref import Listing
+from alexnet_jax.training import build, metric_writer, train
+from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
+
+FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
+SUITES = (FIGURE1, *ablations.SUITES)
+_SMALL = (FIGURE1, 'cifar10')  # suites of 32 px images
+
+
+class Suite(NamedTuple):
+    """What a suite is run with."""
+
+    name: str  # one of `SUITES`
+    base: ConfigDict  # the config that its networks differ from
+    seeds: int
+    output: str  # directory of results.csv, report.html and runs/
+    scale: float  # part of the training images to train on, always the same
+
+    @property
+    def record_size(self) -> int:
+        """Side of the images it is trained on, pixels."""
+        return 32 if self.name in _SMALL else default_record_size(self.base.data.image_size)
+
+
+class Trial(NamedTuple):
+    """One run of a suite."""
+
+    variant: Variant
+    seed: int
+    config: ConfigDict
+    output: str  # the suite's
+
+    @property
+    def workdir(self) -> str:
+        name = self.variant.name.replace(',', '').replace(' ', '_')
+        return os.path.join(self.output, 'runs', f'{name}-{self.seed}')
+
+    @property
+    def title(self) -> str:
+        return f'{self.variant.name}, seed {self.seed}'
+
+
+def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, output: str) -> list[Trial]:
+    """Every variant with every seed; the same variant of two suites is the same run."""
+    return [
+        Trial(variant, seed, ablations.with_changes(base, {**variant.changes, 'seed': seed}), output)
+        for variant in variants
+        for seed in range(base.seed, base.seed + seeds)
+    ]
+
+
+def run_suite(suite: Suite, data: str) -> list[str]:
+    """Runs what is left of a suite, and publishes its results.
+
+    Args:
+      suite: `suite.output` gets results.csv, report.html, figures/ and runs/.
+      data: a prepared directory, or images as `alexnet_jax prepare` takes them.
+
+    Returns:
+      its tables, as text.
+
+    Raises:
+      UserError: the images do not suit, or all networks diverged.
+    """
+    with as_user_error(f'--output={suite.output!r} cannot be used', 'Give another directory.'):
+        os.makedirs(suite.output, exist_ok=True)
+    path = data if _is_prepared(data) else prepare_images(data, suite)
+    dataset = datasets.open_dataset(path)
+    again = f' (remove it if {data!r} has changed)' if path != data else ''
+    _check_splits(dataset, suite.name, f'{path!r}{again}')
+    if suite.name in _SMALL and dataset.record_size != suite.record_size:
+        raise UserError(
+            f'{data!r} is prepared at {dataset.record_size} px; {suite.name} takes --size={suite.record_size}.'
+        )
+    suite = _with_data(suite, path, dataset)
+    trials, rows = run_figure1(suite, dataset) if suite.name == FIGURE1 else run_variants(suite, dataset)
+    tables.write_csv(os.path.join(suite.output, 'results.csv'), rows, whole=True)
+    diverged = {(row['variant'], row['seed']) for row in rows if row['diverged']}
+    whole = [trial for trial in trials if (trial.variant.name, trial.seed) not in diverged]
+    if not whole:
+        remedy = 'lower --base.optim.learning_rate, in another --output.'
+        if suite.name in _SMALL:
+            remedy = 'it sets the rates itself: look at the images (docs/trouble.md).'
+        raise UserError(f'all networks of {suite.name} diverged; {remedy}')
+    runs = {trial.workdir: trial.variant.name for trial in whole}
+    if suite.name == FIGURE1:
+        names = list(dict.fromkeys(trial.variant.name for trial in trials))
+        results = [tables.figure1_table(rows, names, RATES)]
+    elif suite.name in AVERAGED:
+        results = [tables.averaged_table(suite.name, list(runs), dataset, suite.base.data.max_unreadable)]
+    else:
+        variants = ablations.SUITES[suite.name](suite.base)
+        results = [tables.comparison_table(suite.name, rows, variants), tables.color_table(rows, variants)]
+    tables.publish(suite.name, suite.output, results, runs, rows, dataset)
+    return [tables.as_text(table) for table in results]
+
+
+def _with_data(suite: Suite, path: str, source: datasets.Dataset | Listing) -> Suite:
+    """The suite with its base's data and classes set to those at `path`."""
+    changes = {'data.path': path, 'data.fraction': suite.scale, 'log_every_steps': 0}
+    changes['model.num_classes'] = len(source.class_names)
+    return suite._replace(base=ablations.with_changes(suite.base, changes))
+
+
+def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, Any]:
+    """Trains one network to its end, or what is left of it, and measures it: a row, put into results.csv, too.
+
+    A network that diverges is a result, too. What was measured before is read, not measured again.
+    """
+    result = _read_json(trial, 'result')
+    ended = result and result['diverged'] and result['step'] == _latest_step(trial)
+    # If a run diverged before its first checkpoint, `train` cannot tell that it had another config.
+    if ended and _read_json(trial, 'config') == config_to_json(trial.config):
+        logging.info('%s: diverged before.', trial.title)
+    else:
+        diverged = False
+        try:
+            train.train_and_evaluate(trial.config, trial.workdir)  # says where it is of another config
+        except DivergedError as error:
+            logging.info('%s: %s', trial.title, error)
+            diverged = True
+        step = _latest_step(trial)
+        if not result or (result['step'], result['diverged']) != (step, diverged):  # or it was made longer
+            result = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
+            metric_writer.write_json(trial.workdir, {'result': result})
+        jax.clear_caches()  # the next network is another program
+    row = {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, **result}
+    tables.write_csv(os.path.join(trial.output, 'results.csv'), [row], whole=False)
+    return row
+
+
+def _read_json(trial: Trial, name: str) -> dict[str, Any] | None:
+    """NAME.json of a run; None where there is none."""
+    path = pathlib.Path(trial.workdir, f'{name}.json')
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
+def _latest_step(trial: Trial) -> int | None:
+    with CheckpointManager(trial.workdir, read_only=True) as checkpoints:
+        return checkpoints.latest()
+
+
+def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
+    """Errors of a finished run's last checkpoint in percent: of its last pass, and on the test images."""
+    config = trial.config
+    checkpoint, passes = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
+    error = float(passes.top1_error[-1])
+    row = {
+        'data': config.data.path,
+        'train_images': len(datasets.subset(dataset.splits['train'], config.data.fraction)),
+        'epochs': float(passes.epoch[-1]),
+        'learning_rate': config.optim.learning_rate,
+        'train_error': error,
+    }
+    if config.stop_at_error:
+        row['reached'] = error <= config.stop_at_error
+    if name := tables.eval_split(dataset):
+        split = dataset.splits[name]
+        options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
+        row['test_images'] = len(split)
+        ten = dataset.record_size > config.data.image_size  # else all ten are the same two
+        for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
+            result = evaluate.evaluate(checkpoint, split, views=views, **options)
+            row |= {f'top{k}_{suffix}': result[f'top{k}_error'] for k in (1, 5)}
+    if checkpoint.network.layer_specs()['conv1'].features % 2 == 0:
+        halves = np.split(figures.color_share(checkpoint.params['conv1']['kernel']), 2)
+        row['color_0'], row['color_1'] = (float(half.mean()) for half in halves)
+    return row
+
+
+def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tuple[float, list[dict]]:
+    """Figure 1's rate for an activation: with which seed 0 needs the fewest passes.
+
+    From the middle of `RATES` towards whichever side is quicker, until both neighbors of the best are slower. A rate
+    is given up when it has had as many passes as the best.
+
+    Returns (rate, a row for each that was tried).
+    """
+    rows, passes, best = {}, {}, len(RATES) // 2
+    while True:
+        for i in (best, best + 1, best - 1):  # a higher rate is quicker, or soon out of the question
+            if 0 <= i < len(RATES) and i not in rows:
+                changes = figure1_changes(activation, RATES[i])
+                limit = min((*passes.values(), changes['num_epochs']))
+                variant = Variant(f'{activation} {RATES[i]:g}', {**changes, 'num_epochs': float(limit)})
+                (trial,) = make_trials([variant], suite.base, 1, suite.output)
+                rows[i] = run_trial(trial, FIGURE1, dataset)
+                if rows[i].get('reached'):
+                    passes[i] = max(1, int(rows[i]['epochs']))  # the last batch of a pass reaches into the next
+            quickest = min(passes, key=passes.get, default=best)
+            if quickest != best:
+                best = quickest
+                break
+        else:
+            return RATES[best], list(rows.values())
+
+
+def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
+    """ReLU against tanh, each with its own best rate, to 25% training error: the trials that count, and all rows."""
+    trials, rows = [], []
+    for activation in ('relu', 'tanh'):
+        rate, tried = search_rate(activation, suite, dataset)
+        logging.info('%s: the rate %g is the quickest of %d that were tried.', activation, rate, len(tried))
+        variant = Variant(f'{activation} {rate:g}', figure1_changes(activation, rate))
+        best = make_trials([variant], suite.base, suite.seeds, suite.output)
+        rows += [row for row in tried if row['variant'] != variant.name]
+        rows += [run_trial(trial, FIGURE1, dataset) for trial in best]
+        trials += best
+    return trials, rows
+
+
+def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
+    """The variants of a suite, one after the other: the trials, and a row for each."""
+    trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
+    rows = []
+    for i, trial in enumerate(trials):
+        logging.info('%d/%d  %s', i + 1, len(trials), trial.title)
+        rows.append(run_trial(trial, suite.name, dataset))
+    return trials, rows
+
+
+def plan_suite(suite: Suite, data: str) -> str:
+    """What a suite would take, see `plan`; nothing is written, nothing prepared."""
+    source = datasets.open_dataset(data) if _is_prepared(data) else discovery.find_images(data)
+    _check_splits(source, suite.name, repr(data))
+    suite = _with_data(suite, data, source)
+    examples = round(len(source.splits['train']) * suite.scale)
+    if suite.name != FIGURE1:
+        variants = ablations.SUITES[suite.name](suite.base)
+        return plan(make_trials(variants, suite.base, suite.seeds, suite.output), examples)
+    at_most = 'At most: a rate slower than the best is given up, and what reaches 25% ends there.'
+    return f'{at_most}\n{plan(max_trials(suite.base, suite.seeds, suite.output), examples)}'
+
+
+def plan(trials: Sequence[Trial], examples: int) -> str:
+    """Runs, their images, and hours predicted from a few updates of the first network, as text."""
+    first = trials[0].config
+    with contextlib.ExitStack() as stack:
+        dataset = datasets.synthetic(first.data.image_size, first.model.num_classes)
+        setup = build.build(ablations.with_changes(first, {'data.fraction': 1.0}), dataset)
+        options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
+        contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
+        rate = contender.measure()
+    flops = [forward_flops(trial.config) for trial in trials]
+    lines, total = [], 0.0
+    for trial, cost in zip(trials, flops, strict=True):
+        config = trial.config
+        images = config.num_steps * config.batch_size or config.num_epochs * examples
+        hours = images / rate * cost / flops[0] / 3600
+        total += hours
+        lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
+    lines.append(
+        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network here (without '
+        'reading, testing and compiling) and the products of the others.'
+    )
+    return '\n'.join(lines)
+
+
+def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
+    """The most runs that figure 1 can take: every rate with the first seed, one of them with the others."""
+    trials = []
+    for activation in ('relu', 'tanh'):
+        variants = [Variant(f'{activation} {rate:g}', figure1_changes(activation, rate)) for rate in RATES]
+        best = Variant(f'{activation}, the best rate', figure1_changes(activation, RATES[0]))
+        trials += make_trials(variants, base, 1, output) + make_trials([best], base, seeds, output)[1:]
+    return trials
+
+
+def forward_flops(config: ConfigDict) -> int:
+    """Floating-point operations of the forward products of a config's network, for one image."""
+    shapes = infer_shapes(model_from_config(config.model), config.data.image_size)
+    return sum(layer.flops for layer in shapes.values())
+
+
+def _is_prepared(path: str) -> bool:
+    """Whether `path` holds prepared data already."""
+    return path == datasets.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json'))
+
+
+def prepare_images(path: str, suite: Suite) -> str:
+    """Prepares the images at `path` into a folder of the output, unless that was done before; returns that folder."""
+    size = suite.record_size
+    folder = os.path.join(suite.output, f'data-{size}')
+    listing = None
+    if not os.path.exists(folder):
+        listing = discovery.find_images(path)
+        _check_splits(listing, suite.name, repr(path))
+    prepare.prepare_if_needed(path, folder, size=size, format='raw' if size <= 64 else 'jpeg', listing=listing)
+    return folder
+
+
+def _check_splits(source: datasets.Dataset | Listing, suite: str, where: str) -> None:
+    """Raises UserError where a suite would have nothing to train on, or nothing to measure on."""
+    if 'train' not in source.splits:
+        raise UserError(
+            f'{where} has {" and ".join(source.splits)} but no training images; a suite takes a split train.'
+        )
+    if suite != FIGURE1 and not {'val', 'test'} & source.splits.keys():
+        raise UserError(
+            f'{where} has no val and no test images to measure on; add some, or prepare them with --val_fraction.'
+        )

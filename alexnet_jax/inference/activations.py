@@ -1,0 +1,169 @@
+"""The activations of any layer, in memory or for a whole split in a file."""
+
+import contextlib
+import functools
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core.augment import Augmentation, views
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
+from alexnet_jax.utils.files import atomic_file, check_new
+from alexnet_jax.utils.logs import Progress
+
+ENDINGS = ('.safetensors', '.npz')
+Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
+
+
+def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
+    """What can be asked for: {name: (the network's intermediate, which of those with that name)}."""
+    names = {}
+    for layer, spec in network.layer_specs().items():
+        ops = ['linear', *spec.post.split()]
+        names |= {f'{layer}_{op}': (f'{layer}_{op}', -1) for op in ops}
+        until = ops[: ops.index('dropout')] if 'dropout' in ops else ops
+        names[layer] = f'{layer}_{until[-1]}', until.count(until[-1]) - 1
+    return names
+
+
+def activations(
+    checkpoint: Checkpoint, image_NHWC, layers: Sequence[str] | str, *, batch_size: int = 128
+) -> dict[str, np.ndarray]:
+    """Outputs of some layers for the center crops of images, dropout off.
+
+    Args:
+      checkpoint: from `load_checkpoint`.
+      image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
+      layers: some of `activation_names`.
+      batch_size: images at a time, at most.
+
+    Returns:
+      float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units.
+
+    Raises:
+      UserError: an unknown layer, or images of another shape or type.
+    """
+    names = [layers] if isinstance(layers, str) else list(layers)
+    function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
+    image_NHWC = evaluator.check_images(image_NHWC)
+    arrays = [np.zeros((len(image_NHWC), *shape), np.float32) for shape in _shapes(checkpoint, function)]
+    start = 0
+    for parts in evaluator.map_images(function, image_NHWC):
+        for array, part in zip(arrays, parts, strict=True):
+            array[start : start + len(part)] = part
+        start += len(parts[0])
+    return dict(zip(names, arrays, strict=True))
+
+
+def iter_activations(checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128) -> Iterator[Part]:
+    """The activations of one layer for all records of a split, in their order, a batch at a time.
+
+    Args:
+      checkpoint: from `load_checkpoint`.
+      records: of its `record_size` (see datasets.py).
+      layer: one of `activation_names`.
+      batch_size: images at a time; changes nothing in the result.
+
+    Yields:
+      (float32 [n, ...], int32 labels [n]).
+
+    Raises:
+      UserError: an unknown layer; at the end, if records could not be read: warnings have named all of them.
+    """
+    function = _layer_outputs(checkpoint, [layer])
+    evaluator = Evaluator(checkpoint, batch_size=batch_size)
+    return evaluator.map_records(lambda *arguments: function(*arguments)[0], records)
+
+
+def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
+    """Jitted: (params, uint8 [N, S, S, 3], image_stats) -> a list of float32 [N, ...]; reused between calls."""
+    known = activation_names(checkpoint.network)
+    for name in names:
+        if name not in known:
+            raise UserError(f'there is no layer {name!r} in this network.{did_you_mean(name, known)}')
+    return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
+
+
+@functools.lru_cache(maxsize=8)
+def _jit(network: AlexNet, augmentation: Augmentation, wanted: tuple[tuple[str, int], ...]):
+    def outputs(params, image_NHWC, image_stats):
+        (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
+        _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
+        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in wanted]
+
+    return jax.jit(outputs)  # XLA leaves out the layers above
+
+
+def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
+    """Of one image's activations."""
+    side = checkpoint.record_size
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    return [x.shape[1:] for x in jax.eval_shape(function, checkpoint.params, image, checkpoint.image_stats)]
+
+
+def write_activations(
+    output: str, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
+) -> tuple[int, ...]:
+    """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
+
+    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole.
+
+    Raises:
+      UserError: see `check_output` and `iter_activations`; the file cannot be written. Nothing half-written stays.
+    """
+    check_output(output)
+    parts = iter_activations(checkpoint, records, layer, batch_size)
+    shape = (len(records), *_shapes(checkpoint, _layer_outputs(checkpoint, [layer]))[0])
+    write = _write_npz if output.endswith('.npz') else _write_safetensors
+    with as_user_error(f'{output!r} cannot be written'), contextlib.closing(parts), atomic_file(output, 'wb') as file:
+        write(file, shape, parts)
+    return shape
+
+
+def check_output(output: str) -> None:
+    """Raises UserError where `output` has another ending, or is there already."""
+    if not output.endswith(ENDINGS):
+        raise UserError(f'--output={output!r}; expected a name ending in {" or ".join(ENDINGS)}.')
+    check_new(output)
+
+
+def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
+    """The format: length of the header (8 bytes), the header as JSON, the arrays one after the other."""
+    middle = 4 * math.prod(shape)
+    header = json.dumps({
+        'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, middle]},
+        'labels': {'dtype': 'I32', 'shape': shape[:1], 'data_offsets': [middle, middle + 4 * shape[0]]},
+    }).encode()  # fmt: skip
+    header += b' ' * (-len(header) % 8)  # so that the arrays are aligned
+    file.write(struct.pack('<Q', len(header)) + header)
+    file.write(_write_rows(file, shape[0], parts).tobytes())
+
+
+def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
+    with zipfile.ZipFile(file, 'w') as archive:
+        with archive.open('features.npy', 'w', force_zip64=True) as member:
+            header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            labels = _write_rows(member, shape[0], parts)
+        with archive.open('labels.npy', 'w') as member:
+            np.save(member, labels)
+
+
+def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
+    """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
+    labels, done, progress = np.zeros(total, '<i4'), 0, Progress(total, seconds=10)
+    for features, part_labels in parts:
+        file.write(features.astype('<f4', copy=False).tobytes())
+        labels[done : done + len(part_labels)] = part_labels
+        done += len(part_labels)
+        progress.update(done)
+    return labels

@@ -1,0 +1,59 @@
+"""Several networks as one: weighted averages of their softmax outputs (section 6), and weights tuned for it. Numpy."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from alexnet_jax.utils.errors import UserError
+
+_GRID = np.arange(21) / 20  # 0, 0.05 ... 1
+_START, _PASSES = 0.5, 5
+
+
+def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Weighted mean of each network's outputs, [N, K] each.
+
+    Raises:
+      UserError: weights that are negative, all 0, or not one a network.
+    """
+    if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
+        raise UserError(
+            f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '
+            'each, and not all 0.'
+        )
+    total = float(sum(weights))
+    return sum(np.float32(w / total) * p for w, p in zip(weights, probabilities, strict=True))
+
+
+def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> list[float]:
+    """Weights with the lowest top-5 error, as `avg-valid.py` of the authors' release searches them.
+
+    One weight after the other over 0, 0.05 ... 1, from 0.5 each, in at most five passes; a weight moves only for a
+    lower error.
+
+    Args:
+      probabilities: float [N, K] of each network.
+      labels: int [N].
+    """
+    weights = [_START] * len(probabilities)
+    lowest = _top5_errors(average(probabilities, weights), labels)
+    for _ in range(_PASSES):
+        before = list(weights)
+        for i, own in enumerate(probabilities):
+            others = sum(
+                np.float32(w) * p for j, (w, p) in enumerate(zip(weights, probabilities, strict=True)) if j != i
+            )
+            for weight in _GRID if any(weights[:i] + weights[i + 1 :]) else _GRID[1:]:  # never all 0
+                errors = _top5_errors(others + np.float32(weight) * own, labels)
+                if errors < lowest:
+                    lowest, weights[i] = errors, float(weight)
+        if weights == before:
+            break
+    return weights
+
+
+def _top5_errors(scores: np.ndarray, labels: np.ndarray) -> int:
+    """Images whose label is not among the five highest; of equal scores the first counts as higher."""
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    before = np.arange(scores.shape[1])[None] < labels[:, None]
+    return int(((scores > own).sum(1) + ((scores == own) & before).sum(1) >= 5).sum())

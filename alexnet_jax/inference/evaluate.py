@@ -1,0 +1,298 @@
+"""Tests a checkpoint, or several as an ensemble: one pass over a split, from the center or the paper's ten views."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core import metrics, sharding, train_step
+from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.cache import Batch
+from alexnet_jax.data.datasets import Dataset
+from alexnet_jax.inference import ensemble
+from alexnet_jax.utils.errors import TerminatedError, UserError
+
+
+def evaluate_batches(
+    eval_step: Callable,
+    params,
+    image_stats: ImageStats,
+    batches: Iterator[Batch],
+    mesh: Mesh,
+    *,
+    examples: int,
+    max_unreadable: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Counts every record of a split once.
+
+    Args:
+      eval_step: jitted `train_step.eval_step`.
+      params, image_stats: on the mesh.
+      batches: of `pipeline.eval_batches`, one pass; their size changes nothing in the result.
+      mesh: from `sharding.make_mesh`.
+      examples: records in that pass.
+      max_unreadable: records that may be unreadable; warnings name them, and they are not among 'count'.
+      should_stop: asked before every batch.
+
+    Returns:
+      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
+
+    Raises:
+      UserError: more records than that are unreadable.
+      TerminatedError: `should_stop` said so.
+    """
+    total = previous = None
+    began, waited = time.perf_counter(), 0.0
+    for batch, seconds in sharding.prefetch_to_device(batches, functools.partial(_to_mesh, mesh)):
+        if should_stop():
+            raise TerminatedError
+        waited += seconds
+        sums = eval_step(params, batch, image_stats)
+        if previous is not None:
+            total = metrics.merge(total, _to_floats(previous))  # fetched one late: the device is never idle
+        previous = sums
+    total = metrics.merge(total, _to_floats(previous))
+    elapsed, count = time.perf_counter() - began, round(total['weight'])
+    _check_count(count, examples, max_unreadable)
+    return {
+        **metrics.means(total),
+        'count': count,
+        'images_per_second': count / elapsed,
+        'data_wait': waited / elapsed,
+    }
+
+
+def _to_mesh(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
+    return sharding.to_mesh(mesh, pipeline.warn_unreadable(batch))
+
+
+def _to_floats(sums: metrics.Sums) -> dict[str, float]:
+    return {key: float(value) for key, value in jax.device_get(sums).items()}
+
+
+def _check_count(count: int, expected: int, max_unreadable: int) -> None:
+    if expected - count > max_unreadable or not count:
+        raise UserError(
+            f'{expected - count} of {expected} images cannot be read (named above), max_unreadable={max_unreadable}; '
+            'prepare the data again.'
+        )
+
+
+class Evaluator:
+    """A checkpoint on a mesh, ready to be tested on any number of images.
+
+    Args:
+      checkpoint: from `load_checkpoint`.
+      mesh: from `sharding.make_mesh`; None computes on one device.
+      views: 1 for the center crop alone, or 10 for the paper's ten views (section 4.1), softmax averaged.
+      batch_size: images at a time, at most; changes nothing in the results.
+
+    Raises:
+      UserError: the network cannot be split over the mesh's towers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
+        mesh = sharding.make_mesh(data=1, tower=1) if mesh is None else mesh
+        infer_shapes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # says what does not divide
+        self.checkpoint, self.mesh, self.views = checkpoint, mesh, views
+        self._batch_size = batch_size
+        self._params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
+        self._image_stats = jax.device_put(checkpoint.image_stats, sharding.replicated(mesh))
+
+    def evaluate(self, records: Sequence, *, max_unreadable: int = 0) -> dict[str, float]:
+        """Loss and errors on the records of a split, see `evaluate_batches`."""
+        function = self._jitted(train_step.eval_step)
+        options = {'examples': len(records), 'max_unreadable': max_unreadable}
+        with contextlib.closing(self._batches(records)) as batches:
+            return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
+
+    def probabilities(self, records: Sequence, *, max_unreadable: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Softmax outputs for the records of a split: (float32 [N, K], int labels [N]).
+
+        Up to max_unreadable records may be unreadable; warnings name them, and they are left out.
+        """
+        function = functools.partial(self._jitted(_outputs), self._params, image_stats=self._image_stats)
+        with contextlib.closing(self._batches(records)) as batches:
+            parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
+        outputs, labels, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+        _check_count(np.count_nonzero(weights), len(records), max_unreadable)
+        return outputs[weights > 0], labels[weights > 0]
+
+    def predict(self, image_NHWC) -> np.ndarray:
+        """Softmax outputs for images in memory, float32 [N, K]; column i is `checkpoint.class_names[i]`.
+
+        image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
+
+        Raises:
+          UserError: images of another shape or type, or another number of views.
+        """
+        parts = [np.exp(part) for part in self.map_images(self._jitted(train_step.log_probabilities), image_NHWC)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.checkpoint.class_names)), np.float32)
+
+    def map_images(self, function: Callable, image_NHWC) -> Iterator[Any]:
+        """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats) -> tree of [n, ...] to images in memory.
+
+        Yields:
+          its results in order, a batch at a time, as numpy arrays.
+
+        Raises:
+          UserError: images of another shape or type.
+        """
+        image_NHWC = self.check_images(image_NHWC)
+        batch_size = self._fitting_batch_size(len(image_NHWC))
+        for start in range(0, len(image_NHWC), batch_size):
+            part = image_NHWC[start : start + batch_size]
+            count = len(part)
+            part = np.pad(part, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+            results = function(self._params, part, self._image_stats)
+            yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], results)
+
+    def map_records(self, function: Callable, records: Sequence) -> Iterator[tuple[Any, np.ndarray]]:
+        """Applies such a function to the records of a split; on one device.
+
+        Yields:
+          (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read.
+
+        Raises:
+          UserError: at the end, if records could not be read: warnings have named all of them.
+        """
+        count = 0
+        with contextlib.closing(self._batches(records)) as batches:
+            for batch in batches:
+                readable = pipeline.warn_unreadable(batch)['weight'] > 0
+                results = function(self._params, batch['image'], self._image_stats)
+                count += int(readable.sum())
+                yield jax.tree.map(lambda x, keep=readable: np.asarray(x)[keep], results), batch['label'][readable]
+        _check_count(count, len(records), 0)
+
+    def check_images(self, image_NHWC) -> np.ndarray:
+        """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+        image_NHWC, side = np.asarray(image_NHWC), self.checkpoint.record_size
+        if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
+            raise UserError(
+                f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
+            )
+        return image_NHWC
+
+    def _jitted(self, function: Callable):
+        return _jit(function, self.checkpoint.network, self.checkpoint.augmentation, self.mesh, self.views)
+
+    def _batches(self, records: Sequence) -> Iterator[Batch]:
+        if not len(records):
+            raise UserError('there are no images to evaluate on.')
+        return pipeline.eval_batches(
+            records,
+            batch_size=self._fitting_batch_size(len(records)),
+            record_size=self.checkpoint.record_size,
+            shard=sharding.data_shard(self.mesh),
+        )
+
+    def _fitting_batch_size(self, images: int) -> int:
+        """No larger than the number of images, and divisible into the mesh's parts."""
+        parts = self.mesh.shape['data']
+        return -(-max(1, min(self._batch_size, images)) // parts) * parts
+
+
+@functools.lru_cache(maxsize=8)  # so that a second evaluator of the same kind compiles nothing
+def _jit(function: Callable, network, augmentation, mesh: Mesh, views: int):
+    """A function of `train_step`, or `_outputs`, for a network and what it sees of an image."""
+    forward = sharding.forward(network, mesh)
+    bound = functools.partial(function, forward=forward, augmentation=augmentation, views=views)
+    return jax.jit(bound, out_shardings=sharding.replicated(mesh))
+
+
+def _outputs(params, batch, image_stats, **options):
+    """Softmax outputs, labels and weights of the global batch: replicated, so that every process has all of them."""
+    log_outputs = train_step.log_probabilities(params, batch['image'], image_stats, **options)
+    return jnp.exp(log_outputs), batch['label'], batch['weight']
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    records: Sequence,
+    mesh: Mesh | None = None,
+    *,
+    views: int = 1,
+    batch_size: int = 128,
+    max_unreadable: int = 0,
+) -> dict[str, float]:
+    """Errors of a checkpoint on the records of a split, from the center (views=1) or ten views: see `Evaluator`."""
+    evaluator = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size)
+    return evaluator.evaluate(records, max_unreadable=max_unreadable)
+
+
+def evaluate_ensemble(
+    checkpoints: Sequence[Checkpoint],
+    records: Sequence,
+    mesh: Mesh | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    tune_on: Sequence | None = None,
+    views: int = 1,
+    batch_size: int = 128,
+    max_unreadable: int = 0,
+) -> dict[str, Any]:
+    """Errors of the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
+
+    Args:
+      checkpoints: of the same classes and record size.
+      records: to test on; every network's outputs for all of them are held in memory.
+      mesh, views, batch_size: as for `Evaluator`.
+      weights: one for each; equal ones by default.
+      tune_on: records on which to look for the weights instead, see `ensemble.tune_weights`.
+      max_unreadable: records that may be unreadable, as in `evaluate_batches`.
+
+    Returns:
+      'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1.
+
+    Raises:
+      UserError: weights that do not fit.
+    """
+
+    def outputs(records):
+        evaluators = (Evaluator(one, mesh, views=views, batch_size=batch_size) for one in checkpoints)
+        results = [evaluator.probabilities(records, max_unreadable=max_unreadable) for evaluator in evaluators]
+        return [probabilities for probabilities, _ in results], results[0][1]
+
+    tested = outputs(records)
+    if tune_on is not None:
+        weights = ensemble.tune_weights(*(tested if tune_on is records else outputs(tune_on)))
+    elif weights is None:
+        weights = [1.0] * len(checkpoints)
+    averaged, labels = ensemble.average(tested[0], weights), tested[1]
+    scores = np.log(np.maximum(averaged, np.finfo(np.float32).tiny))
+    total = None
+    for start in range(0, len(labels), 4096):  # metrics sorts nothing, but it compares: some at a time
+        part, own = scores[start : start + 4096], labels[start : start + 4096]
+        sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))
+        total = metrics.merge(total, _to_floats(sums))
+    return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
+
+
+def check_data(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
+    """Raises UserError where classes or record size of the data are not the checkpoint's; path: for the message."""
+    if len(dataset.class_names) != len(checkpoint.class_names):
+        raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
+    if dataset.class_names != checkpoint.class_names:
+        pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
+        raise UserError(f'the data call a class {pair[0]!r} where {path} has {pair[1]!r}; labels would not match.')
+    check_record_size(checkpoint, dataset, path)
+
+
+def check_record_size(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
+    """Raises UserError where the images of these data are not of the size that a checkpoint was trained on."""
+    if dataset.record_size != checkpoint.record_size:
+        raise UserError(
+            f'the data are prepared at {dataset.record_size} px, those of {path} at {checkpoint.record_size}; '
+            f'prepare them with --size={checkpoint.record_size}.'
+        )

@@ -1,0 +1,144 @@
+"""Finds the images that a raw input holds, and reads one: archives, image folders, TFDS datasets.
+
+Nothing is unpacked: an uncompressed archive is read at the offset where a member lies, by any number of processes.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from absl import logging
+
+from alexnet_jax.data import image_io
+from alexnet_jax.data.imagenet_classes import wordnet_ids
+from alexnet_jax.prepare import tar, tfds
+from alexnet_jax.prepare.image_ref import SPLIT_NAMES, ImageRef, Listing
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import as_utf8
+
+
+def find_images(path: str) -> Listing:
+    """Lists an input's images by split, in a fixed order.
+
+    Args:
+      path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
+        folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`.
+
+    Raises:
+      UserError: nothing of the kind is there.
+    """
+    if path.startswith(tfds.PREFIX):
+        return tfds.list_images(path)
+    if not os.path.exists(path):
+        raise UserError(f'there is no input {path!r}; expected an ImageNet archive, an image folder or tfds:NAME.')
+    images = list(tar.list_images(path) if os.path.isfile(path) else _list_folder(path))
+    official = any(ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images)
+    if not images:
+        raise UserError(
+            f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
+            f'({", ".join(image_io.SUFFIXES)}).'
+        )
+    _refuse_duplicates([ref for ref, _ in images])
+    class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
+    numbers = {name: i for i, name in enumerate(class_names)}
+    trained = {class_name for ref, class_name in images if ref.split == 'train'}
+    splits = {}
+    for ref, class_name in images:
+        if class_name not in numbers:
+            raise UserError(
+                f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.'
+            )
+        if trained and not official and class_name not in trained:
+            raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
+        splits.setdefault(ref.split, []).append(ref._replace(label=numbers[class_name]))
+    return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
+
+
+def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
+    """The images below a folder, each with its class; warns of what is left out."""
+    entries = image_io.list_entries(path)
+    for entry in entries:
+        is_archive = entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)
+        if is_archive and entry.is_file():
+            yield from tar.list_images(entry.path)
+    folders = [entry for entry in entries if entry.is_dir()]
+    splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
+    for entry in splits:
+        yield from _split_folder(entry.path, path, _split_of(entry.name))
+    if not splits:
+        yield from _split_folder(path, path, None)
+        return
+    if len(splits) < len(folders):
+        others = ', '.join(entry.name for entry in folders if entry not in splits)
+        logging.warning('not splits, and so left out: %s', others)
+    _warn_of_loose(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
+
+
+def _holds_classes(folder: str) -> bool:
+    """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
+    return any(
+        e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX)
+        for e in image_io.list_entries(folder)
+    )
+
+
+def _split_of(folder: str) -> str | None:
+    """'train' of 'train' or 'ILSVRC2012_img_train'; None of any other name."""
+    return SPLIT_NAMES.get(folder.lower().removeprefix('ilsvrc2012_img_'))
+
+
+def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
+    """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
+    empty, loose = [], 0
+    for entry in image_io.list_entries(folder):
+        if entry.is_dir():
+            paths = list(image_io.iter_image_files(entry.path))
+            yield from ((_ref(image, root, split or 'train'), as_utf8(entry.name)) for image in paths)
+            empty += [] if paths else [entry.name]
+        elif entry.name.startswith(tar.VAL_PREFIX) and image_io.is_image(entry.name):
+            yield _ref(entry.path, folder, split or 'val'), tar.validation_class(entry.name)
+        elif split == 'train' and tar.class_of_tar(entry.name):
+            yield from tar.list_images(entry.path)
+        else:
+            loose += image_io.is_image(entry.name)
+    _warn_of_loose(folder, loose)
+    if empty:
+        names = ', '.join(empty)
+        logging.warning('without images (%s), and so left out: %s', ', '.join(image_io.SUFFIXES), names)
+
+
+def _warn_of_loose(folder: str, count: int) -> None:
+    if count:
+        logging.warning('in no class folder, and so left out: %d images in %s', count, folder)
+
+
+def _ref(path: str, root: str, split: str) -> ImageRef:
+    return ImageRef(path, 0, -1, as_utf8(os.path.relpath(path, root)), -1, split)
+
+
+def _refuse_duplicates(refs: list[ImageRef]) -> None:
+    """An archive beside what it was extracted to would count every image twice."""
+    for split in {ref.split for ref in refs}:
+        paths = {ref.path.endswith('.tar'): ref.path for ref in refs if ref.split == split}
+        if len(paths) == 2:
+            raise UserError(
+                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
+                'give one of the two.'
+            )
+
+
+def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
+    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded; and its label.
+
+    Raises:
+      OSError, ValueError: it cannot be read, see `image_io.read_bytes`.
+    """
+    if ref.path.startswith(tfds.PREFIX):
+        try:
+            record = tfds.open_source(ref.path, ref.split)[ref.offset]
+        except Exception:  # array_record says the same of a damaged record and of a file that is gone
+            for file in tfds.open_builder(ref.path).info.splits[ref.split].filepaths:
+                open(file, 'rb').close()
+            raise
+        return record['image'], int(record['label'])
+    return image_io.read_bytes(ref.path, ref.offset, ref.length), ref.label

@@ -1,0 +1,66 @@
+"""TFDS datasets as a raw input: tfds:NAME; and the labels of ILSVRC-2012 that ship with TFDS."""
+
+import functools
+
+from alexnet_jax.prepare.image_ref import SPLIT_NAMES, ImageRef, Listing
+from alexnet_jax.utils.errors import UserError, first_line
+
+PREFIX = 'tfds:'
+
+
+@functools.cache
+def validation_classes() -> tuple[str, ...]:
+    """The WordNet id of ILSVRC2012_val_00000001.JPEG, and so on."""
+    import tensorflow_datasets as tfds
+
+    return tuple(tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt').read_text().split())
+
+
+def list_images(path: str) -> Listing:
+    """The images of the splits that have labels. Raises UserError where there are none."""
+    builder = open_builder(path)
+    for name in ('image', 'label'):
+        if name not in builder.info.features:
+            raise UserError(f"{path} has no feature {name!r}; expected a dataset with 'image' and 'label'.")
+    splits = {}
+    for name, info in builder.info.splits.items():
+        split = SPLIT_NAMES.get(name)
+        # ImageNet's test images have no labels.
+        if split and info.num_examples and open_source(path, name)[0]['label'] >= 0:
+            splits[split] = [ImageRef(path, i, -1, f'{name}/{i}', -1, name) for i in range(info.num_examples)]
+    if not splits:
+        raise UserError(f'{path} has none of the splits {", ".join(sorted(SPLIT_NAMES))} with labels.')
+    return Listing(splits, tuple(builder.info.features['label'].names))
+
+
+@functools.cache
+def open_builder(path: str):
+    """The dataset, generated before or, where TensorFlow is installed, now."""
+    import tensorflow_datasets as tfds
+
+    name = path.removeprefix(PREFIX)
+    try:
+        builder = tfds.builder(name, file_format='array_record')
+    except Exception as error:  # TFDS: unknown names, bad configs and versions, each its own kind
+        raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
+    if not builder.info.splits:
+        try:
+            import tensorflow  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f'{path} is not there in the array_record format ({builder.data_dir}); generating it takes TensorFlow: '
+                f'pip install tensorflow, or generate it elsewhere and set TFDS_DATA_DIR.'
+            ) from None
+        builder.download_and_prepare(file_format='array_record')
+    return builder
+
+
+@functools.cache
+def open_source(path: str, split: str):
+    """The records of a split at random access, images still encoded."""
+    import tensorflow_datasets as tfds
+
+    builder = open_builder(path)
+    encoded = isinstance(builder.info.features['image'], tfds.features.Image)
+    decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
+    return builder.as_data_source(split, decoders=decoders)

@@ -1,0 +1,233 @@
+"""From a config to the objects of a training run: the data on the mesh, and the jitted steps over it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from alexnet_jax.core import architecture, augment, optim, sharding, train_step
+from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.config import network_and_augmentation, optimizer_from_config
+from alexnet_jax.core.image_stats import FILE_NAME, ImageStats
+from alexnet_jax.core.metrics import Sums
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.core.train_step import TrainState
+from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.data.cache import Batch, DeviceCache, HostCache, Records, Storage
+from alexnet_jax.training import large_batch
+from alexnet_jax.utils import processes
+from alexnet_jax.utils.errors import UserError
+
+DeviceBatch = dict[str, jax.Array]  # a batch on the mesh, in global shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSteps:
+    """The jitted functions of a run over a mesh."""
+
+    optimizer: optim.Optimizer
+    state_shapes: TrainState  # ShapeDtypeStructs with shardings
+    init: Callable[[jax.Array], TrainState]  # of a key
+    # (state, batch, image_stats, key) -> (state, report), see `train_step.train_step`; the old state is donated.
+    train_step: Callable[[TrainState, DeviceBatch, ImageStats, jax.Array], tuple[TrainState, dict[str, Any]]]
+    # (params, batch, image_stats) -> sums, of the center crop, see `train_step.eval_step`.
+    eval_step: Callable[[Any, DeviceBatch, ImageStats], Sums]
+    # (opt_state, top-1 error in percent) -> opt_state, see `optim.Optimizer`.
+    after_validation: Callable[[optim.SgdState, float], optim.SgdState]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSetup:
+    """A config's objects, ready to use; a notebook can take them from here."""
+
+    config: ConfigDict
+    dataset: datasets.Dataset
+    network: AlexNet
+    augmentation: Augmentation
+    mesh: Mesh
+    image_stats: ImageStats  # on the mesh
+    storage: Storage  # of the train split, or of the part of it that `data.fraction` takes
+    num_workers: int  # processes that decode; 0: threads
+    steps: TrainingSteps
+    total_steps: int
+
+    @property
+    def num_examples(self) -> int:
+        """Images in a pass through the training data."""
+        return len(self.storage.records)
+
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
+        """Endless training batches on the host (see `pipeline.train_batches`); close it."""
+        return pipeline.train_batches(
+            self.storage,
+            seed=self.config.seed,
+            start_step=start_step,
+            augmentation=self.augmentation,
+            num_workers=0 if self.config.data.cache else self.num_workers,  # then nothing is left to decode
+            **self._input_options,
+        )
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Batches of the val split on the host, pass after pass (see `pipeline.eval_batches`); close it."""
+        return pipeline.eval_batches(
+            self.dataset.splits.get('val', ()),
+            record_size=self.dataset.record_size,
+            repeat=True,
+            num_workers=self.num_workers,
+            **self._input_options,
+        )
+
+    def to_mesh(self, batch: Batch) -> DeviceBatch:
+        """Sends a training batch to the devices; warns of the images in it that cannot be read."""
+        return {**sharding.to_mesh(self.mesh, pipeline.warn_unreadable(batch)), **self.storage.on_device}
+
+    @property
+    def _input_options(self) -> dict[str, Any]:
+        return {
+            'batch_size': self.config.batch_size,
+            'shard': sharding.data_shard(self.mesh),
+            'num_threads': self.config.data.num_threads,
+        }
+
+
+def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: list | None = None) -> TrainingSetup:
+    """Turns a config into objects, checking all that can be checked before anything is compiled.
+
+    Args:
+      config: see configs/paper.py.
+      dataset: None opens that at `config.data.path`.
+      devices: None takes those of this machine. With devices that are only described (`hlo_cost.topology_devices`) the
+        steps can be compiled, and `image_stats` has shapes alone.
+
+    Raises:
+      UserError: the config does not fit the data, the devices or itself, or `data.cache` does not fit into memory.
+    """
+    network, augmentation = network_and_augmentation(config)
+    dataset = datasets.open_dataset(config.data.path) if dataset is None else dataset
+    _check_dataset(dataset, config.data.path, network)
+    augment.crop_positions(dataset.record_size, augmentation.image_size)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
+        raise UserError(  # XLA's AllReducePromotion takes the whole process down
+            "XLA's CPU compiler crashes on model.dtype='bfloat16' over two towers; use --config.mesh.tower=1 "
+            'or --config.model.dtype=float32.'
+        )
+    # With the towers of the config: also where a single device holds both.
+    architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
+    sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
+    num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
+    records = datasets.subset(dataset.splits['train'], config.data.fraction)
+    storage = _store(config.data, records, dataset.record_size, mesh, num_workers)
+    steps_per_epoch = len(storage.records) / config.batch_size
+    place = jax.device_put if devices is None else sharding.shape_structs
+    return TrainingSetup(
+        config=config,
+        dataset=dataset,
+        network=network,
+        augmentation=augmentation,
+        mesh=mesh,
+        image_stats=place(dataset.image_stats, sharding.replicated(mesh)),
+        storage=storage,
+        num_workers=num_workers,
+        steps=make_steps(config, network, augmentation, mesh, steps_per_epoch),
+        total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
+    )
+
+
+def make_steps(
+    config: ConfigDict, network: AlexNet, augmentation: Augmentation, mesh: Mesh, steps_per_epoch: float
+) -> TrainingSteps:
+    """Jits the functions of a run. Raises UserError where `optim` has a value outside its range."""
+    hooks = large_batch.hooks_from_config(config.optim, steps_per_epoch)
+    layers = list(network.layer_specs())
+    optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
+    forward = sharding.forward(network, mesh)
+    init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings, everywhere = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+    # With the first alone XLA of JAX 0.11 makes products for Triton, may not use it then, and finds no other for some.
+    options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
+    jit = functools.partial(jax.jit, compiler_options=options)
+    update = functools.partial(
+        train_step.train_step,
+        network=network,
+        forward=forward,
+        optimizer=optimizer,
+        augmentation=augmentation,
+        color_steps=round(augmentation.color_epochs * steps_per_epoch) if augmentation.color_epochs else None,
+        grad_accum_steps=config.grad_accum_steps,
+        data_parts=mesh.shape['data'],
+    )
+    evaluate = functools.partial(train_step.eval_step, forward=forward, augmentation=augmentation, views=1)
+    return TrainingSteps(
+        optimizer=optimizer,
+        state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
+        # It runs once: LLVM's optimization of its random draws takes seconds on a CPU, and is left out.
+        init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
+        # A NaN check runs the step a second time, and needs the old state.
+        train_step=jit(update, out_shardings=(shardings, everywhere), donate_argnums=() if config.debug else 0),
+        eval_step=jit(evaluate, out_shardings=everywhere),
+        after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
+    )
+
+
+def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:
+    """Raises UserError where a dataset has nothing to train on, or other classes than the network."""
+    if dataset.image_stats is None or 'train' not in dataset.splits:
+        missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
+        raise UserError(f'{path!r} has {missing}; prepare training images with alexnet_jax prepare.')
+    if len(dataset.class_names) != network.num_classes:
+        raise UserError(
+            f'the data have {len(dataset.class_names)} classes, the model {network.num_classes}; '
+            f'use --config.model.num_classes={len(dataset.class_names)}.'
+        )
+
+
+def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows: int) -> int:
+    """`data.num_workers`; for -1 none where the step needs the cores, or where nothing has to be decoded."""
+    script = processes.script_without_guard()
+    if config.data.num_workers > 0 and script:
+        raise UserError(
+            f'data.num_workers={config.data.num_workers}: each of these processes would run {script!r} once more; put '
+            "what it does under if __name__ == '__main__':, or decode in threads (0)."
+        )
+    if config.data.num_workers >= 0:
+        return config.data.num_workers
+    if mesh.devices.flat[0].platform == 'cpu' or script or isinstance(dataset.splits['train'], list):
+        return 0
+    row_bytes = 3 * (config.data.image_size**2 + dataset.record_size**2)
+    return pipeline.default_workers(rows, row_bytes, len(mesh.local_devices))
+
+
+def _store(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, num_workers: int) -> Storage:
+    """The training images, stored as `data.cache` says. Raises UserError where they take too much memory."""
+    if not config.cache:
+        return Records(records, record_size)
+    _check_memory(config.cache, len(records), record_size, mesh)
+    images, labels = pipeline.decode_all(records, record_size, num_workers)
+    if config.cache == 'host' and config.crop_area:  # these crops are resized, which the step cannot do
+        pairs = zip(images, labels, strict=True)
+        return Records([{'image': image, 'label': int(label)} for image, label in pairs], record_size)
+    if config.cache == 'host':
+        return HostCache(images, labels)
+    everywhere = sharding.replicated(mesh)
+    return DeviceCache(jax.make_array_from_callback(images.shape, everywhere, lambda part: images[part]), labels)
+
+
+def _check_memory(cache: str, count: int, record_size: int, mesh: Mesh) -> None:
+    """Raises UserError where decoded images would take more than 80% of the memory of the host or of a device."""
+    host = device = count * 3 * record_size**2
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') if cache == 'device' else None
+    if cache == 'device' and not limit:  # a CPU's devices share its memory with the array that is read into
+        host *= 1 + len(mesh.local_devices)
+    for needed, memory in ((host, processes.memory()), (device, limit)):
+        if memory and needed > 0.8 * memory:
+            raise UserError(
+                f'data.cache={cache!r}: the {count} training images take {needed / 2**30:.1f} GiB, more than 80% '
+                f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
+            )

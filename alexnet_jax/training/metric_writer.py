@@ -1,0 +1,165 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, JSON files and the progress line."""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from google.protobuf.message import DecodeError
+
+from alexnet_jax.utils.errors import as_user_error
+from alexnet_jax.utils.files import atomic_file
+
+# tensorboardX imports PyTorch where it is installed, for records of kinds that are not written here: seconds and 450 MB
+# in this process and in each that decodes.
+_without_torch = sys.modules.setdefault('torch', None) is None
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto import event_pb2  # noqa: E402
+
+if _without_torch:
+    del sys.modules['torch']
+
+_METRICS = 'metrics.jsonl'
+
+
+class MetricWriter:
+    """Appends lines to metrics.jsonl and the same numbers to TensorBoard events; process 0 writes, the others are mute.
+
+    Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again. validated:
+    whether a validation at `step` itself stays.
+
+    Raises:
+      UserError: (`write`, `flush`, too) the file system does not take it.
+    """
+
+    def __init__(self, workdir: str, step: int, *, validated: bool = True):
+        self._writes = jax.process_index() == 0
+        self._workdir, self._flushed = workdir, -math.inf
+        if self._writes:
+            with _as_user_error(self._workdir):
+                path = os.path.join(workdir, _METRICS)
+                _cut_metrics(path, step, validated)
+                for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
+                    _cut_events(events, step, validated)
+                self._lines = open(path, 'a', encoding='utf-8')
+                # Not SummaryWriter: its thread dies of a full disk, and whoever waits for it waits for ever.
+                self._events = EventsWriter(os.path.join(workdir, 'events'), filename_suffix=f'.{step}')
+
+    def write(self, line: dict) -> None:
+        """line: 'step', 'split' and numbers, or numbers by layer."""
+        if not self._writes:
+            return
+        now = time.time()
+        with _as_user_error(self._workdir):
+            self._lines.write(json.dumps(line, allow_nan=False) + '\n')
+            self._lines.flush()
+            event = event_pb2.Event(step=line['step'], wall_time=now)
+            for key, value in line.items():
+                if key not in ('step', 'split'):
+                    numbers = {f'/{layer}': value[layer] for layer in value} if isinstance(value, dict) else {'': value}
+                    for layer, number in numbers.items():
+                        event.summary.value.add(tag=f'{line["split"]}/{key}{layer}', simple_value=number)
+            self._events.write_event(event)
+            if now - self._flushed > 10:
+                self.flush()
+
+    def flush(self) -> None:
+        """Call before saving: a run that goes on from a checkpoint does not write again what was written before it."""
+        if self._writes:
+            with _as_user_error(self._workdir):
+                self._events.flush()
+                self._flushed = time.time()
+
+    def close(self) -> None:
+        """What cannot be written any more is given up: the next start writes it again."""
+        if self._writes:
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+def _as_user_error(workdir: str):
+    remedy = 'Checkpoints are as they were; put it right and give the same command again.'
+    return as_user_error(f'{workdir!r} cannot be written', remedy)
+
+
+def last_step(workdir: str) -> int:
+    """The last step in the workdir's metrics.jsonl; 0 where there is none."""
+    with _as_user_error(workdir):
+        return max((entry[0] for _, entry in _read_lines(os.path.join(workdir, _METRICS)) if entry), default=0)
+
+
+def write_json(workdir: str, files: dict[str, dict]) -> None:
+    """Process 0 replaces each file (NAME.json) in one move. Raises UserError."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        with _as_user_error(workdir), atomic_file(os.path.join(workdir, f'{name}.json')) as file:
+            json.dump(content, file, indent=2)
+
+
+def _cut_metrics(path: str, step: int, validated: bool) -> None:
+    """Keeps the whole lines up to and with `step`."""
+    if not os.path.exists(path):
+        return
+    torn = None
+    with atomic_file(path) as file:
+        for number, (line, entry) in enumerate(_read_lines(path), 1):
+            if torn:  # a kill tears the last alone
+                logging.warning(f'{path}: line {torn} cannot be read, and is left out.')
+            torn = None if entry else number
+            if entry and not _beyond(*entry, step, validated):
+                file.write(line if line.endswith('\n') else line + '\n')
+
+
+def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
+    """(line, its step and split) of a metrics.jsonl, nothing of those that are torn; none where there is no file."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+                entry = int(values['step']), str(values['split'])
+            except (ValueError, KeyError, TypeError):
+                entry = None
+            yield line, entry
+
+
+def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
+    return line_step > step or (line_step == step and split == 'val' and not validated)
+
+
+def _cut_events(path: str, step: int, validated: bool) -> None:
+    """Truncates an events file before its first record after `step`, or where a kill tore it."""
+    end, size = 0, os.path.getsize(path)
+    with open(path, 'rb') as file:
+        # A record: length (8 bytes), its checksum (4), an Event, its checksum (4).
+        while len(header := file.read(12)) == 12:
+            length = int.from_bytes(header[:8], 'little')
+            if length > size:
+                break
+            record = file.read(length + 4)
+            try:
+                event = event_pb2.Event.FromString(record[:length])
+            except DecodeError:
+                break
+            split = event.summary.value[0].tag.split('/')[0] if event.summary.value else ''
+            if len(record) < length + 4 or _beyond(event.step, split, step, validated):
+                break
+            end = file.tell()
+    os.truncate(path, end)
+
+
+def log_line(line: dict, total_steps: int, ending: str = '') -> None:
+    """Logs a line of metrics as progress."""
+    counted = f' of {line["count"]} images' if 'count' in line else ''
+    logging.info(
+        f'{line["split"]:5}  step {line["step"]}/{total_steps}  epoch {line["epoch"]:.2f}  '
+        f'loss {line["loss"]:.4f}  top-1 error {line["top1_error"]:.2f}%{counted}  '
+        f'{line["images_per_second"]:.0f} images/s  data wait {100 * line["data_wait"]:.0f}%{ending}'
+    )

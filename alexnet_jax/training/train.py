@@ -1,0 +1,297 @@
+"""train_and_evaluate(config, workdir): the loop - update, evaluate, decide the rate, save."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
+from alexnet_jax.core import sharding
+from alexnet_jax.core.train_step import TrainState
+from alexnet_jax.data import datasets
+from alexnet_jax.data.cache import Batch
+from alexnet_jax.inference import evaluate
+from alexnet_jax.training import build, metric_writer, restore, train_log
+from alexnet_jax.training.build import TrainingSetup
+from alexnet_jax.utils import distributed
+from alexnet_jax.utils.environment import describe_environment, warn_of_changes
+from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError
+from alexnet_jax.utils.files import absolute_local_path, file_lock
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir: str, *, dataset: datasets.Dataset | None = None, profile: int = 0
+) -> dict[str, float]:
+    """Trains to the end, from the beginning or from the workdir's last checkpoint.
+
+    At a step: update, evaluate, decide the rate, save; so what was decided is what is saved. A run that is stopped and
+    started again with the same config ends as one that never stopped.
+
+    Args:
+      config: see configs/paper.py; it is not changed.
+      workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
+      dataset: from `datasets.in_memory`, say; None opens what `config.data.path` names.
+      profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
+
+    Returns:
+      the last validation's numbers (see `evaluate.evaluate_batches`); empty without a val split, or if all was done
+      before.
+
+    Raises:
+      UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
+      DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
+      TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
+    """
+    setup = build.build(config, dataset)
+    key = sharding.random_key(setup.mesh, config.seed)
+    meta = _meta(setup)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_open_workdir(workdir))
+        _warn_of_settings(setup)
+        should_stop = stack.enter_context(distributed.defer_sigterm())  # to the end of the last save
+        checkpoints = stack.enter_context(CheckpointManager(workdir))
+        stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))
+        for problem in checkpoints.damaged:
+            distributed.warn(f'a checkpoint is not used: {problem}.')
+        state, saved = restore.restore_or_init(checkpoints, setup, key, meta, workdir)
+        start, unfinished = int(state.step), saved.get('unfinished', False)
+        if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
+            return {}
+        _describe_run(workdir, meta, start, setup.total_steps)
+        writer = stack.enter_context(
+            contextlib.closing(metric_writer.MetricWriter(workdir, start, validated=not unfinished))
+        )
+        log = _train_log(setup, writer, saved.get('log'))
+        # Kept from one validation to the next: worker processes take seconds to start.
+        val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
+        batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
+        profiler = stack.enter_context(_Profiler(os.path.join(workdir, 'profile'), start, profile, setup.total_steps))
+        hooks = StepHooks(setup, meta, writer, log, checkpoints, val_batches, should_stop)
+        try:
+            if unfinished:  # SIGTERM came between this step's update and what belongs to it
+                state = hooks.after_update(state, start, hooks.due(start), resumed=True)
+            wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # a run may have been made shorter
+            prefetched = () if hooks.done else sharding.prefetch_to_device(wanted, setup.to_mesh)
+            for step, (batch, waited) in enumerate(prefetched, start + 1):
+                profiler.before_update(step)
+                state, report = setup.steps.train_step(state, batch, setup.image_stats, key)
+                profiler.after_update(step, state)
+                due = hooks.due(step)
+                log.add(step, report, waited=waited, log=due.log)
+                checkpoints.poll()
+                state = hooks.after_update(state, step, due)
+                if hooks.done:
+                    break
+        except DivergedError as error:
+            checkpoints.wait()
+            good = checkpoints.latest()
+            kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
+            raise DivergedError(f'{error} {kept} in {workdir}.') from None
+    return hooks.result
+
+
+class StepActions(NamedTuple):
+    """What is due at a step, besides its update."""
+
+    log: bool  # a line of metrics.jsonl
+    validate: bool  # a validation, and what follows of it for the rate
+    save: bool
+    last: bool  # the run ends here, with a validation
+
+
+@dataclasses.dataclass
+class StepHooks:
+    """What follows the update of a step: validates, decides the rate, saves."""
+
+    setup: TrainingSetup
+    meta: dict[str, Any]  # saved with every checkpoint
+    writer: metric_writer.MetricWriter
+    log: train_log.TrainLog
+    checkpoints: CheckpointManager
+    val_batches: Iterator[Batch]
+    should_stop: Callable[[], bool]
+    done: bool = False  # whether the run has ended
+    result: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation; empty before the first
+
+    def due(self, step: int) -> StepActions:
+        """What is due at a step by the cadences of the config."""
+        size, examples = self.setup.config.batch_size, self.setup.num_examples
+        ends_epoch, now = step * size // examples > (step - 1) * size // examples, {}
+        for name in ('log', 'eval', 'checkpoint'):
+            every = self.setup.config[f'{name}_every_steps']  # 0: once an epoch
+            now[name] = step % every == 0 if every else ends_epoch
+        last = step >= self.setup.total_steps
+        save = now['checkpoint'] or last
+        validate = 'val' in self.setup.dataset.splits and now['eval']
+        # A line before each save, so that no mean reaches back over a restart.
+        return StepActions(now['log'] or save, validate, save, last)
+
+    def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
+        """Does what is due; returns the state with the rate decided.
+
+        resumed: the checkpoint was saved as unfinished: of this step only the update is done.
+
+        Raises:
+          TerminatedError: SIGTERM has come. The update is saved; the rest of it will be done first the next time.
+        """
+        error = self.setup.config.stop_at_error
+        if error and (due.log or resumed) and self.log.reached(error):
+            due = due._replace(save=True, last=True)
+        stops = self.should_stop()
+        if not (due.validate or due.save or stops):
+            return state
+        with self.log.pause():
+            result = {}
+            try:
+                if stops:
+                    raise TerminatedError
+                if due.validate or (due.last and 'val' in self.setup.dataset.splits):
+                    result = self.result = self.validate(state, step)
+            except TerminatedError:
+                if not resumed:  # otherwise it is saved that way already
+                    self.save(state, None, unfinished=True)
+                    self.checkpoints.wait()
+                raise TerminatedError(
+                    f'SIGTERM: step {step} of {self.setup.total_steps} is saved; the same command goes on from there.'
+                ) from None
+            if due.validate:  # not at an end in between: the run may be made longer, and should not show it
+                decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
+                state = state._replace(opt_state=decided)
+            if due.save:
+                self.save(state, result.get('top1_error'))
+        self.done = due.last
+        return state
+
+    def save(self, state: TrainState, top1_error: float | None, *, unfinished: bool = False) -> None:
+        """Starts saving the state with what a run needs to go on from it."""
+        self.writer.flush()
+        meta = {**self.meta, 'log': self.log.state(), 'unfinished': unfinished}
+        self.checkpoints.save(state, self.setup.dataset.image_stats, meta, top1_error)
+
+    def validate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""
+        config, setup = self.setup.config, self.setup
+        examples = len(setup.dataset.splits['val'])
+        result = evaluate.evaluate_batches(
+            setup.steps.eval_step,
+            state.params,
+            setup.image_stats,
+            itertools.islice(self.val_batches, math.ceil(examples / config.batch_size)),
+            setup.mesh,
+            examples=examples,
+            max_unreadable=config.data.max_unreadable,
+            should_stop=self.should_stop,
+        )
+        if not math.isfinite(result['loss']):
+            raise DivergedError(
+                f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
+                'optim.learning_rate (in another directory, if this has a checkpoint).'
+            )
+        line = {
+            'step': step,
+            'epoch': step * config.batch_size / setup.num_examples,
+            'split': 'val',
+            **result,
+            'learning_rate': float(setup.steps.optimizer.learning_rate(state.opt_state)),
+        }
+        self.writer.write(line)
+        metric_writer.log_line(line, setup.total_steps)
+        return result
+
+
+class _Profiler(contextlib.ExitStack):
+    """Traces `count` updates, after two that warm up, into a folder; none with a count of 0."""
+
+    def __init__(self, folder: str, start: int, count: int, total_steps: int):
+        super().__init__()
+        self._folder, self._traced = folder, range(start + 3, min(start + 3 + count, total_steps + 1))
+        if count and not self._traced:
+            left = total_steps - start
+            distributed.warn(f'--profile leaves two updates out, and there are {left} to come: nothing is traced.')
+
+    def before_update(self, step: int) -> None:
+        if self._traced and step == self._traced[0]:
+            self.enter_context(jax.profiler.trace(self._folder))
+
+    def after_update(self, step: int, state: TrainState) -> None:
+        if self._traced and step == self._traced[-1]:
+            jax.block_until_ready(state)
+            self.close()
+
+
+def _meta(setup: TrainingSetup) -> dict[str, Any]:
+    """What the checkpoints of a run hold besides its state, see `CheckpointManager.save`."""
+    return {
+        'config': config_to_json(setup.config),
+        'class_names': list(setup.dataset.class_names),
+        'record_size': setup.dataset.record_size,
+        'examples': setup.num_examples,
+        'fingerprint': setup.dataset.fingerprint,
+    }
+
+
+def _train_log(setup: TrainingSetup, writer: metric_writer.MetricWriter, saved: dict | None) -> train_log.TrainLog:
+    config = setup.config
+    return train_log.TrainLog(
+        writer,
+        batch_size=config.batch_size,
+        examples=setup.num_examples,
+        total_steps=setup.total_steps,
+        num_classes=len(setup.dataset.class_names),
+        limits=train_log.FailureLimits(config.on_nonfinite, config.max_nonfinite, config.data.max_unreadable),
+        saved=saved,
+    )
+
+
+def _warn_of_settings(setup: TrainingSetup) -> None:
+    if 'val' not in setup.dataset.splits:
+        distributed.warn(
+            'no val split: nothing is evaluated, and the learning rate does not follow the validation error.'
+        )
+    if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
+        distributed.warn("optim.stages are for optim.schedule='epochs'; 'plateau' does not follow them.")
+
+
+def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:
+    """Whether nothing is left to do, which is logged with how to go on all the same."""
+    reached = train_log.LogState(**(log or {})).reached(setup.config.stop_at_error)
+    if not reached and step < setup.total_steps:
+        return False
+    how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
+    logging.info('%s is finished: step %d of %d. %s to go on.', workdir, step, setup.total_steps, how)
+    return True
+
+
+def _describe_run(workdir: str, meta: dict[str, Any], step: int, total_steps: int) -> None:
+    """Writes config.json and environment.json; says from which step a run goes on."""
+    environment = describe_environment()
+    if step:
+        logging.info('Going on from step %d of %d in %s.', step, total_steps, workdir)
+        warn_of_changes(workdir, environment)
+    metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
+
+
+@contextlib.contextmanager
+def _open_workdir(workdir: str):
+    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock.
+
+    Raises:
+      UserError: it cannot be written, or another run is using it.
+    """
+    try:
+        os.makedirs(absolute_local_path(workdir), exist_ok=True)
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError('not writable')
+    except OSError as error:
+        raise UserError(f'the workdir {workdir!r} cannot be used: {error}') from error
+    with contextlib.ExitStack() as stack:
+        held = file_lock(os.path.join(workdir, '.lock'), f'training in {workdir!r}')
+        distributed.broadcast_from_process_0(lambda: stack.enter_context(held))
+        yield

@@ -1,0 +1,228 @@
+"""The reports of training steps: fetched late, averaged into lines, and checked.
+
+Stops the run on non-finite values or too many unreadable images.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import deque
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax.core import metrics
+from alexnet_jax.training import metric_writer
+from alexnet_jax.utils import distributed
+from alexnet_jax.utils.errors import DivergedError, UserError
+from alexnet_jax.utils.logs import format_duration
+
+
+class FailureLimits(NamedTuple):
+    """Failures that a run survives, each with a warning; more end it."""
+
+    on_nonfinite: str  # 'stop' or 'skip'
+    max_nonfinite: int  # batches left out
+    max_unreadable: int  # images in a pass through the data
+
+
+@dataclasses.dataclass
+class LogState:
+    """What a run that goes on needs of the log of the one before; JSON in its checkpoint."""
+
+    sums: dict[str, float] | None = None  # of `metrics.sums`, since the last line
+    steps: int = 0  # since the last line
+    error: float | None = None  # percent: training error of the last line
+    nonfinite: int = 0  # batches left out
+    epoch: int = 0  # the pass through the data in which unreadable images are counted
+    unreadable: int = 0  # images in that pass
+    norms: dict[str, float | dict[str, float]] = dataclasses.field(default_factory=dict)  # of the last finite update
+    window: tuple[float, float, int] = (0.0, 0.0, 0)  # of `ChanceLevelMonitor`
+
+    def reached(self, error: float) -> bool:
+        """Whether the last line has that training error, percent, or less; 0 is never reached."""
+        return error > 0 and self.error is not None and self.error <= error
+
+
+@jax.jit
+def _packed(report: dict) -> jax.Array:
+    """A report's numbers in one array: to fetch each by itself takes about as long as a fast step."""
+    return jnp.stack(jax.tree.leaves(report))
+
+
+@dataclasses.dataclass
+class TrainLog:
+    """Collects the reports of training steps two steps late, so that fetching them never makes the device wait.
+
+    A line is the mean over all steps since the line before; its speed and data wait are over the same steps, and at
+    least the last eight, since steps are sent ahead of the device unevenly.
+    """
+
+    writer: metric_writer.MetricWriter | None  # None writes nothing
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    examples: int  # in a pass through the data
+    total_steps: int
+    num_classes: int
+    # More failures end the run: DivergedError for losses and gradients that are not finite, UserError for images that
+    # cannot be read.
+    limits: FailureLimits
+    saved: dataclasses.InitVar[dict | None] = None  # `state()` of the run that this one goes on with
+
+    def __post_init__(self, saved: dict | None):
+        self._state = LogState(**(saved or {}))
+        self._pending = deque()
+        self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
+        self._paused = 0.0  # seconds that were no training
+        self._printed = -math.inf
+        window = min(1000, max(100, math.ceil(self.examples / self.batch_size)))
+        self._monitor = ChanceLevelMonitor(self.num_classes, window, self._state.window)
+
+    def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
+        """Takes the report of a step.
+
+        Args:
+          step: its number.
+          report: from `train_step.train_step`, on device.
+          waited: seconds spent waiting for its batch.
+          log: write a line.
+        """
+        sent = time.perf_counter() - self._paused
+        self._pending.append((step, jax.tree.structure(report), _packed(report), waited, sent, log))
+        while len(self._pending) > 2:
+            self._take()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
+        the time inside does not count in images/s."""
+        self._take_all()
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def reached(self, error: float) -> bool:
+        """Whether the last line's training error is that, percent, or less; fetches all reports first."""
+        self._take_all()
+        return self._state.reached(error)
+
+    def state(self) -> dict:
+        """What a resumed run needs to log as this one would have, as JSON. Call it within `pause`."""
+        return dataclasses.asdict(dataclasses.replace(self._state, window=self._monitor.window))
+
+    def _take_all(self) -> None:
+        while self._pending:
+            self._take()
+
+    def _take(self) -> None:
+        step, structure, numbers, waited, sent, log = self._pending.popleft()
+        report = jax.tree.unflatten(structure, np.asarray(numbers))
+        rate = float(report.pop('learning_rate'))
+        norms = {name: report.pop(name) for name in ('gradient_norm', 'gradient_norms', 'update_norms')}
+        state = self._state
+        state.steps += 1
+        self._clock.append((sent, waited))
+        self._count_unreadable(step, self.batch_size - round(float(report['weight'])))
+        if report.pop('finite'):
+            state.sums = metrics.merge(state.sums, jax.tree.map(float, report))  # float32 cannot add an epoch
+            state.norms = jax.tree.map(float, norms)
+            if self._monitor.add(float(report['loss']), float(report['weight'])):
+                distributed.warn(self._monitor.advice(step))
+        else:
+            self._count_nonfinite(step, rate)
+        if log and state.sums and state.sums['weight']:
+            self._write_line(step, rate)
+
+    def _count_nonfinite(self, step: int, rate: float) -> None:
+        self._state.nonfinite += 1
+        count, most = self._state.nonfinite, self.limits.max_nonfinite
+        what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
+        remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
+        if self.limits.on_nonfinite == 'stop':
+            raise DivergedError(f'{what}; this update was discarded, and no later state is saved. {remedy}')
+        if count > most:
+            raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
+        distributed.warn(f'{what}; its batch is left out, number {count} of at most max_nonfinite={most}.')
+
+    def _count_unreadable(self, step: int, count: int) -> None:
+        """count: images of weight 0 in the batch of this step, on all processes; who read them has named them."""
+        state, most = self._state, self.limits.max_unreadable
+        first, last = ((step * self.batch_size - back) // self.examples for back in (self.batch_size, 1))
+        if first > state.epoch:
+            state.epoch, state.unreadable = first, 0
+        state.unreadable += count
+        while state.epoch < last:  # a batch of two passes: to the second belongs what the first cannot have held
+            state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - most)
+        if count and state.unreadable > most:
+            raise UserError(
+                f'step {step}: {state.unreadable} images of this pass cannot be read (named above); '
+                f'data.max_unreadable={most}. Prepare the data again, or raise --config.data.max_unreadable.'
+            )
+
+    def _write_line(self, step: int, rate: float) -> None:
+        state = self._state
+        while len(self._clock) > 1 + max(8, state.steps):
+            self._clock.popleft()
+        elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
+        speed = (len(self._clock) - 1) * self.batch_size / elapsed
+        line = {
+            'step': step,
+            'epoch': step * self.batch_size / self.examples,
+            'split': 'train',
+            **metrics.means(state.sums),
+            'learning_rate': rate,
+            **state.norms,
+            'images_per_second': speed,
+            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
+        }
+        self.writer.write(line)
+        now = time.perf_counter()
+        if now - self._printed >= 1 or step == self.total_steps:
+            left = (self.total_steps - step) * self.batch_size / speed
+            metric_writer.log_line(line, self.total_steps, f'  ETA {format_duration(left)}')
+            self._printed = now
+        state.sums, state.steps, state.error = None, 0, line['top1_error']
+
+
+def is_valid_state(saved) -> bool:
+    """Whether a checkpoint's log has the form of `TrainLog.state()`. None (no log yet) has."""
+    if saved is None:
+        return True
+    if not isinstance(saved, dict) or not saved.keys() <= {field.name for field in dataclasses.fields(LogState)}:
+        return False
+    state = LogState(**saved)
+    sums = dict.fromkeys(metrics.NAMES, 0) if state.sums is None else state.sums
+    if not (isinstance(sums, dict) and isinstance(state.norms, dict) and isinstance(state.window, list | tuple)):
+        return False
+    numbers = [state.steps, state.nonfinite, state.epoch, state.unreadable, 0 if state.error is None else state.error]
+    numbers += [*state.window, *sums.values(), *jax.tree.leaves(state.norms)]
+    known = sums.keys() == set(metrics.NAMES) and len(state.window) == 3
+    return known and all(type(number) in (int, float) for number in numbers)
+
+
+@dataclasses.dataclass
+class ChanceLevelMonitor:
+    """Detects a loss stuck at chance level: at ln(num_classes), 1% more or less, over the last `length` updates."""
+
+    num_classes: int
+    length: int
+    window: tuple[float, float, int] = (0.0, 0.0, 0)  # loss, weight and updates of the present window
+
+    def add(self, loss: float, weight: float) -> bool:
+        """Adds a batch's summed loss and weight; whether a window ended with its loss at chance level."""
+        loss, weight, steps = self.window[0] + loss, self.window[1] + weight, self.window[2] + 1
+        ended, chance = steps >= self.length, math.log(self.num_classes)
+        self.window = (0.0, 0.0, 0) if ended else (loss, weight, steps)
+        return ended and abs(loss / max(weight, 1) - chance) < 0.01 * chance
+
+    def advice(self, step: int) -> str:
+        """The warning to give at a step."""
+        return (
+            f'step {step}: over the last {self.length} updates the loss was at chance level, ln(classes) = '
+            f'{math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial weights (as '
+            '--config=configs/paper.py:init=authors), a third of optim.learning_rate or three times as much, a look at '
+            'the labels.'
+        )

@@ -1,0 +1,75 @@
+"""What a program runs on: versions, devices, commit."""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+import jax
+from absl import logging
+
+from alexnet_jax.utils import distributed, processes
+
+
+def describe_environment() -> dict:
+    """Versions, devices and commit, for environment.json and for published numbers."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
+    describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+    try:
+        commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ''
+    of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
+    packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
+    versions = dict.fromkeys(packages)  # None: run from a folder without installing
+    for name in packages + of_gpus:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        'python': platform.python_version(),
+        'machine': platform.platform(),
+        'cores': processes.cores() * processes.local_processes(),  # of this machine, for this program
+        'versions': versions,
+        'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
+        'xla_flags': os.environ.get('XLA_FLAGS'),
+        'commit': commit or None,
+        'command': sys.argv,
+    }
+
+
+@functools.cache
+def warn_if_no_accelerator(platform: str) -> None:
+    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU.
+
+    JAX itself warns where it sees an NVIDIA GPU that it cannot use.
+    """
+    if platform != 'cpu' or jax.config.jax_platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
+        return
+    if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
+        logging.warning(
+            'JAX has found no device for %s and computes on the CPU; `python -c "import jax; jax.devices()"` says why. '
+            'If that is meant, --cpu_devices=1 says so.',
+            ', '.join(plugins),
+        )
+
+
+def warn_of_changes(workdir: str, now: dict) -> None:
+    """Warns where a run continues with other software or cores than environment.json of its last start names."""
+    try:
+        with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
+            before = json.load(file)
+        before = {**before, **before.pop('versions')}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return
+    changes = [
+        f'{key} {before.get(key)} -> {value}'
+        for key, value in {**now, **now['versions']}.items()
+        if key in ('cores', 'xla_flags', *now['versions']) and before.get(key) != value
+    ]
+    if changes:
+        distributed.warn(f'{"; ".join(changes)}: the run continues; results may differ in the last bits.')

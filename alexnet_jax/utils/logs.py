@@ -1,0 +1,74 @@
+"""Log records as plain lines: information on stdout, warnings on stderr; and the progress of long tasks.
+
+The library logs through `absl.logging`. The commands call `configure`; so may a notebook that wants to see progress.
+"""
+
+import itertools
+import logging as std_logging
+import os
+import sys
+import time
+
+from absl import logging
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class _PlainHandler(std_logging.Handler):
+    """Writes one line for each record. Not a StreamHandler: that hides errors of the stream, such as a full disk."""
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
+        stream = sys.stdout if not prefix and _is_own(record) else sys.stderr
+        print(f'{prefix}{record.getMessage()}', file=stream, flush=True)
+
+
+def _is_own(record: std_logging.LogRecord) -> bool:
+    return record.pathname.startswith(_PACKAGE)
+
+
+def _is_wanted(record: std_logging.LogRecord) -> bool:
+    """Ours, warnings of others, and what JAX was asked for with JAX_DEBUG_LOG_MODULES."""
+    if record.levelno < std_logging.WARNING:
+        names = itertools.accumulate(record.name.split('.'), '{}.{}'.format)  # jax, jax._src, jax._src.compiler
+        asked = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
+        return asked or _is_own(record)
+    return f'{os.sep}orbax{os.sep}' not in record.pathname  # orbax logs errors that it then raises
+
+
+def configure() -> None:
+    """Shows this package's progress and all warnings as plain lines, in place of other handlers of the root logger."""
+    handler = _PlainHandler()
+    handler.addFilter(_is_wanted)
+    std_logging.root.handlers[:] = [handler]
+    logging.set_verbosity(logging.INFO)
+    std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
+
+
+def only_warnings() -> None:
+    """Leaves out information, which process 0 gives for all."""
+    logging.set_verbosity(logging.WARNING)
+
+
+class Progress:
+    """Logs how far a task is, at most once in `seconds`, and at its end."""
+
+    def __init__(self, total: int, seconds: float):
+        self._total, self._seconds = total, seconds
+        self._began = self._logged = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """done: images so far."""
+        now = time.monotonic()
+        if now - self._logged < self._seconds and done < self._total:
+            return
+        speed, self._logged = done / max(now - self._began, 1e-9), now
+        left = format_duration((self._total - done) / max(speed, 1e-9))
+        logging.info('%d/%d images  %.0f images/s  ETA %s', done, self._total, speed, left)
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds: '1:02:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}'
