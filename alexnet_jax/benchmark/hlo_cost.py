@@ -261,7 +261,7 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
     """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
 
     Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
-    that all get costs that twice, one that is dealt out once.
+    that all get costs that twice, one that is sharded once.
 
     Args:
       compiled_text: `jit(f).lower(...).compile().as_text()`.

@@ -1,4 +1,4 @@
-"""What all commands share: flags, JAX's set-up, and errors a user can put right as one line and exit code 2.
+"""What all commands share: flags, the set-up of JAX, and user errors as one line with exit code 2.
 
 A command is a module with a docstring (purpose and example, shown by --help), `FLAGS`, `main(args)` and, where it takes
 words without --, `ARGUMENTS` (what they are) and `main(args, words)`. One with `SUBCOMMANDS` has nothing but them:

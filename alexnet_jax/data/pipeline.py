@@ -146,9 +146,9 @@ def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
 
 
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
-    """Processes to decode in beside accelerators: one for each core but one, as many as shared memory has room for.
+    """Decoding processes beside accelerators: one for each core but one, fewer where shared memory is short.
 
-    Fewer than `_MIN_WORKERS` are not faster than threads: then it is 0.
+    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster.
 
     Args:
       rows: of this process in a batch. Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared
@@ -162,13 +162,13 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
     chunks = free // (min(rows, _CHUNK) * row_bytes)
-    if (room := max(0, chunks - _num_chunks(rows) + 1) // 5) < workers:
-        workers = room if room >= _MIN_WORKERS else 0
+    if (fitting := max(0, chunks - _num_chunks(rows) + 1) // 5) < workers:
+        workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
             '%s has %d MiB, room for the batches of %d processes: images are decoded in %s. A container gets more with '
             '--ipc=host or --shm-size=16g.',
-            *(_SHARED_MEMORY, free >> 20, room, how),
+            *(_SHARED_MEMORY, free >> 20, fitting, how),
         )
     return workers
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message names the value, what was expected and the remedy."""
+    """An error that the user can fix. The message names the value, what was expected and the remedy."""
 
 
 class UnreadableError(UserError):
