@@ -1,6 +1,6 @@
 """Prints what a bug report needs: versions, devices, commit, cores and settings.
 
-alexnet_jax env [--json]
+    alexnet_jax env [--json]
 """
 
 import json
