@@ -1,6 +1,8 @@
 """Prints what a bug report needs: versions, devices, commit, cores and settings.
 
     alexnet_jax env [--json]
+
+Paste the output into the report.
 """
 
 import json

@@ -47,10 +47,10 @@ def _rows(specs: list[ConvSpec]) -> tuple:
     return tuple(map(tuple, specs))
 
 
-def _without(base: ConfigDict, *steps: str) -> tuple:
+def _without(base: ConfigDict, *ops: str) -> tuple:
     """The convolutions with some of their post operations removed."""
     specs = _conv_specs(base)
-    posts = [' '.join(step for step in spec.post.split() if step not in steps) for spec in specs]
+    posts = [' '.join(op for op in spec.post.split() if op not in ops) for spec in specs]
     return _rows([spec._replace(post=post) for spec, post in zip(specs, posts, strict=True)])
 
 

@@ -198,12 +198,12 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     stages = []
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
         layer, again = network.layer_specs()[name], Counter()
-        for step in ('linear', *layer.post.split()):
-            x = seen['intermediates'][f'{name}_{step}'][again[step]]
-            again[step] += 1
-            what, words = _words(network, layer, sizes.inputs, step)
+        for op in ('linear', *layer.post.split()):
+            x = seen['intermediates'][f'{name}_{op}'][again[op]]
+            again[op] += 1
+            what, words = _words(network, layer, sizes.inputs, op)
             shown = _maps(x) if x.ndim == 4 else _strip(x)
-            parameters = sizes.parameters if step == 'linear' else 0
+            parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
     order = top_k(logits, 5)
     probabilities = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits)))
@@ -215,7 +215,7 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
-    """Some maps, the same for every picture and every step of a layer, so that one can follow them."""
+    """Some maps, the same for every picture and every operation of a layer, so that one can follow them."""
     count, side = x_NHWC.shape[-1], x_NHWC.shape[1]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
@@ -248,19 +248,19 @@ def _encode(array, dtype: str = 'u1') -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype)).decode()
 
 
-def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], step: str) -> tuple[str, str]:
-    """(name, what it does) of one step of a layer."""
+def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
+    """(name, what it does) of one operation of a layer."""
     apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
     pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
     overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
-    match step:
+    match op:
         case 'linear' if isinstance(layer, ConvSpec):
             window = f'{layer.kernel} x {layer.kernel}'
-            own = ', others at every place,' if isinstance(layer, LocalSpec) else ''
+            own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
             return 'locally connected' if own else 'convolution', (
                 f'{layer.features} kernels of {window}{own} slide over the {inputs[-1]} maps below in steps of '
-                f'{layer.stride}. At each place a kernel is multiplied with what lies under it; the sum, plus a bias, '
-                f'is one point of its map.{apart if layer.groups == 2 else ""}'
+                f'{layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, plus a '
+                f'bias, is one point of its map.{apart if layer.groups == 2 else ""}'
             )
         case 'linear':
             return 'fully connected', (
@@ -273,8 +273,8 @@ def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], step: 
             return 'tanh', 'Every value is squeezed between -1 and 1.'
         case 'lrn':
             return 'response normalization', (
-                f'Each value is divided by a power of the energy at the same place of the {network.lrn_n} maps around '
-                'it: a strong response quietens its neighbors.'
+                f'Each value is divided by a power of the energy at the same position of the {network.lrn_n} maps '
+                'around it: a strong response quietens its neighbors.'
             )
         case 'spatial_norm':
             return 'spatial normalization', (
@@ -290,4 +290,4 @@ def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], step: 
             if network.dropout_inverted:
                 return 'dropout', f'{rate} At test, as here, nothing happens.'
             return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
-    return step, ''  # of somebody's own
+    return op, ''  # of somebody's own
