@@ -25,6 +25,7 @@ from PIL import Image
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import architecture, augment
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
+from alexnet_jax.inference.evaluate import check_images
 from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import atomic_file
@@ -151,12 +152,9 @@ def _scrolling(title: str, content: str) -> str:
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
     """What the script reads: 'walk', and 'slide' where the first layer is a convolution of all three colors."""
-    image_NHWC = np.asarray(image_NHWC)[:_PICTURES]
-    side = checkpoint.record_size
-    if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3) or not len(image_NHWC):
-        raise UserError(
-            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
-        )
+    image_NHWC = check_images(checkpoint, image_NHWC)[:_PICTURES]
+    if not len(image_NHWC):
+        raise UserError(f'there are no images in an array of shape {image_NHWC.shape}; give one or more.')
     numbered = [f'picture {i}' for i in range(1, len(image_NHWC) + 1)]
     data = {
         'side': checkpoint.image_size,

@@ -15,7 +15,7 @@ import numpy as np
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
-from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.inference.evaluate import Evaluator, check_images
 from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
@@ -54,7 +54,7 @@ def activations(
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
-    image_NHWC = evaluator.check_images(image_NHWC)
+    image_NHWC = check_images(checkpoint, image_NHWC)
     arrays = [np.zeros((len(image_NHWC), *shape), np.float32) for shape in _shapes(checkpoint, function)]
     start = 0
     for parts in evaluator.map_images(function, image_NHWC):

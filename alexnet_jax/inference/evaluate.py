@@ -148,7 +148,7 @@ class Evaluator:
         Raises:
           UserError: images of another shape or type.
         """
-        image_NHWC = self.check_images(image_NHWC)
+        image_NHWC = check_images(self.checkpoint, image_NHWC)
         batch_size = self._fitting_batch_size(len(image_NHWC))
         for start in range(0, len(image_NHWC), batch_size):
             part = image_NHWC[start : start + batch_size]
@@ -174,15 +174,6 @@ class Evaluator:
                 count += int(readable.sum())
                 yield jax.tree.map(lambda x, keep=readable: np.asarray(x)[keep], results), batch['label'][readable]
         _check_count(count, len(records), 0)
-
-    def check_images(self, image_NHWC) -> np.ndarray:
-        """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
-        image_NHWC, side = np.asarray(image_NHWC), self.checkpoint.record_size
-        if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
-            raise UserError(
-                f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
-            )
-        return image_NHWC
 
     def _jitted(self, function: Callable):
         return _jit(function, self.checkpoint.network, self.checkpoint.augmentation, self.mesh, self.views)
@@ -277,6 +268,16 @@ def evaluate_ensemble(
         sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))
         total = metrics.merge(total, _to_floats(sums))
     return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
+
+
+def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
+    """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    image_NHWC, side = np.asarray(image_NHWC), checkpoint.record_size
+    if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
+        raise UserError(
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
+        )
+    return image_NHWC
 
 
 def check_data(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
