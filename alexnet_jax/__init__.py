@@ -6,11 +6,12 @@ __version__ = '0.1.0'
 
 _MODULES = {
     'AlexNet': 'alexnet_jax.core.model',
+    'get_config': 'alexnet_jax.utils.config_files',
     'load_checkpoint': 'alexnet_jax.checkpoints.loading',
     'predict': 'alexnet_jax.inference.predict',
     'ten_views': 'alexnet_jax.core.augment',
 }
-__all__ = ['AlexNet', '__version__', 'load_checkpoint', 'predict', 'ten_views']
+__all__ = ['AlexNet', '__version__', 'get_config', 'load_checkpoint', 'predict', 'ten_views']
 
 
 def __getattr__(name):

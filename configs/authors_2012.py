@@ -2,7 +2,7 @@
 
 Source: the Computer History Museum's release (github.com/computerhistory/AlexNet-Source-Code).
 
-    alexnet_jax train --config=configs/authors_2012.py --workdir=runs/authors --config.data.path=DIR
+    alexnet_jax train --config=authors_2012 --workdir=runs/authors --config.data.path=DIR
 
 Arguments: the rates, as their training diaries tell them (the diary's "epoch N" is read as after N - 1 passes):
   schedule=2010  (the default) ILSVRC-2010, 93 epochs. Their log: test set, ten views 37.47% top-1, 17.00% top-5 error;
@@ -20,12 +20,10 @@ pass, where theirs ended with a short one; biases' rates in the 2010 run are tho
 under a pooling window the gradient is shared among them, theirs went to each.
 """
 
-import os
-import runpy
-
 import ml_collections
 
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+import alexnet_jax
+
 _SLOW = ('conv1', 0.001, 0.1)  # layer, factors of the rates of its weights and biases
 _FROZEN = ('conv1', 0.0, 0.0)
 
@@ -74,7 +72,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = arg or 'schedule=2010'
     if arg not in _SCHEDULES:
         raise ValueError(f'configs/authors_2012.py has no variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
-    config = runpy.run_path(_PAPER)['get_config']()
+    config = alexnet_jax.get_config('paper:init=authors')
     config.num_epochs, config.data.color_epochs, stages = _SCHEDULES[arg]
 
     config.data.all_positions = True  # 33 x 33 x 2
@@ -83,13 +81,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.color_scale = 'std'
     config.data.color_divide = True
 
-    config.model.conv = (
-        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'lrn pool relu'),  # normalized before the ReLU
-        (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn spatial_norm pool'),
-        (384, 3, 1, (1, 1), 1, 0.03, 0.0, 'relu'),
-        (384, 3, 1, (1, 1), 2, 0.03, 1.0, 'relu'),
-        (256, 3, 1, (1, 1), 2, 0.03, 1.0, 'pool relu'),
-    )
+    layers = config.model.layers
+    layers.conv1.post = 'lrn pool relu'  # normalized before the ReLU
+    layers.conv2.post = 'relu lrn spatial_norm pool'
+    layers.conv5.post = 'pool relu'
     config.model.lrn_alpha_over_n = True  # 2e-5 on the sum
 
     config.optim.bias_rate = 2.0  # epsB 0.02 beside epsW 0.01

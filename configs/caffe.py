@@ -1,6 +1,6 @@
 """Caffe's AlexNet: `models/bvlc_alexnet` of BVLC/caffe, `train_val.prototxt` and `solver.prototxt`.
 
-    alexnet_jax train --config=configs/caffe.py --workdir=runs/caffe --config.data.path=DIR
+    alexnet_jax train --config=caffe --workdir=runs/caffe --config.data.path=DIR
 
 Weights that Caffe trained come in with
 
@@ -17,17 +17,15 @@ Deviation: images are prepared as the paper's (shorter side to 256, central squa
 256x256 whatever their shape.
 """
 
-import os
-import runpy
-
 import ml_collections
 
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+import alexnet_jax
+
 _IMAGES, _BATCH = 1_281_167, 256
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config']()
+    config = alexnet_jax.get_config('paper')
     config.batch_size = _BATCH
     config.num_epochs = 450_000 * _BATCH / _IMAGES  # max_iter
 
@@ -35,14 +33,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.all_positions = True
     config.data.color_std = 0.0
 
-    config.model.conv = (
-        (96, 11, 4, (0, 0), 1, 0.01, 0.0, 'relu lrn pool'),
-        (256, 5, 1, (2, 2), 2, 0.01, 0.1, 'relu lrn pool'),
-        (384, 3, 1, (1, 1), 1, 0.01, 0.0, 'relu'),
-        (384, 3, 1, (1, 1), 2, 0.01, 0.1, 'relu'),
-        (256, 3, 1, (1, 1), 2, 0.01, 0.1, 'relu pool'),
-    )
-    config.model.dense = ((4096, 1, 0.005, 0.1, 'relu dropout'), (4096, 1, 0.005, 0.1, 'relu dropout'))
+    layers = config.model.layers
+    layers.conv1.padding = (0, 0)
+    for name in ('conv2', 'conv4', 'conv5', 'fc6', 'fc7'):
+        layers[name].bias = 0.1
+    layers.fc6.init = layers.fc7.init = 'normal(0.005)'
     config.model.lrn_k = 1.0
     config.model.lrn_alpha_over_n = True
     config.model.norm_groups = 1

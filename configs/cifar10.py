@@ -2,25 +2,21 @@
 alexnet_jax/experiments/cifar10.py).
 
     alexnet_jax prepare --input=cifar10 --output=data/cifar10 --size=32 --format=raw
-    alexnet_jax train --config=configs/cifar10.py:80sec --workdir=runs/80sec --config.data.path=data/cifar10
+    alexnet_jax train --config=cifar10:80sec --workdir=runs/80sec --config.data.path=data/cifar10
 
 The authors: 26%, 19%, 18%, 13% and 11% top-1 test error, the first three from the center crop (the whole image), the
 last two over ten views. Here: 80sec 26.16% (one seed); the others take a GPU (docs/experiments.md).
 """
 
-import os
-import runpy
-
 import ml_collections
 
+import alexnet_jax
 from alexnet_jax.experiments import cifar10
-
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
 
 
 def get_config(arg: str = '18pct') -> ml_collections.ConfigDict:
     if arg not in cifar10.NETS:
         raise ValueError(f'configs/cifar10.py has no variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
-    config = runpy.run_path(_PAPER)['get_config']()
+    config = alexnet_jax.get_config('paper')
     config.update_from_flattened_dict(cifar10.NETS[arg])
     return config

@@ -4,7 +4,7 @@
 
 It is a config like any other:
 
-    alexnet_jax train --config=configs/finetune.py --workdir=runs/mine --config.data.path=DIR
+    alexnet_jax train --config=finetune --workdir=runs/mine --config.data.path=DIR
 
 Defaults that suit small sets, of nobody's paper: 30 passes in batches of 64, the rate a tenth of training's (from
 scratch all of it, and 60 passes) and falling twice; `finetune` lets the new classifier learn ten times as fast.
@@ -13,19 +13,16 @@ Here: a narrow network was tuned on 500 small pictures (docs/own_pictures.md has
 paper's network was not.
 """
 
-import os
-import runpy
-
 import ml_collections
 
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+import alexnet_jax
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """arg: None, or 'scratch'."""
     if arg not in (None, 'scratch'):
         raise ValueError(f"configs/finetune.py has no variant {arg!r}; expected 'scratch' or none.")
-    config = runpy.run_path(_PAPER)['get_config']('init=authors')
+    config = alexnet_jax.get_config('paper:init=authors')
     longer = 2 if arg == 'scratch' else 1
     config.batch_size = 64
     config.num_epochs = 30.0 * longer

@@ -4,7 +4,7 @@ Sources: You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networ
 fall and the number of epochs are those of its third author's files for Caffe (`borisgin/nvcaffe`,
 `models/bvlc_alexnet/solver*.prototxt`).
 
-    alexnet_jax train --config=configs/large_batch.py:4096 --workdir=runs/large --config.data.path=DIR
+    alexnet_jax train --config=large_batch:4096 --workdir=runs/large --config.data.path=DIR
 
 The argument is the batch: 1024, 4096, 8192 or 16384. --config.grad_accum_steps=8 computes it in eight parts where
 memory is short, with the same update. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
@@ -14,12 +14,10 @@ Reported elsewhere (top-1, center crop): LARS's paper claims batches of 8,192 wi
 Here: update, warm-up and parts are held against numpy and against the whole batch; it was not trained.
 """
 
-import os
-import runpy
-
 import ml_collections
 
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
+import alexnet_jax
+
 _RATES = {'1024': 2.0, '4096': 10.0, '8192': 10.0, '16384': 16.0}  # times trust * |w| / |gradient|
 _EPOCHS = 100
 
@@ -27,7 +25,7 @@ _EPOCHS = 100
 def get_config(arg: str = '4096') -> ml_collections.ConfigDict:
     if arg not in _RATES:
         raise ValueError(f'configs/large_batch.py has no variant {arg!r}; expected a batch of {", ".join(_RATES)}.')
-    config = runpy.run_path(_PAPER)['get_config']('init=authors')
+    config = alexnet_jax.get_config('paper:init=authors')
     config.batch_size = int(arg)
     config.num_epochs = float(_EPOCHS)
     config.optim.learning_rate = _RATES[arg]

@@ -1,6 +1,6 @@
 """AlexNet as the paper states it: Krizhevsky, Sutskever and Hinton, NeurIPS 2012.
 
-    alexnet_jax train --config=configs/paper.py --workdir=runs/paper --config.data.path=DIR
+    alexnet_jax train --config=paper --workdir=runs/paper --config.data.path=DIR
 
 The paper reports, for one such network, ten views: 37.5% top-1 and 17.0% top-5 error on the ILSVRC-2010 test set, 40.7%
 and 18.2% on the ILSVRC-2012 validation set (table 2, "1 CNN"). Five to six days on two GTX 580. Here it was run for a
@@ -16,8 +16,7 @@ import ml_collections
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """arg: None, 'init=paper' (the same) or 'init=authors'."""
-    upper_std = {None: 0.01, 'init=paper': 0.01, 'init=authors': 0.03}.get(arg)
-    if upper_std is None:
+    if arg not in (None, 'init=paper', 'init=authors'):
         raise ValueError(f"configs/paper.py has no variant {arg!r}; expected 'init=paper' or 'init=authors'.")
 
     config = ml_collections.ConfigDict()
@@ -64,22 +63,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.cache = ''  # 'host', 'device': all training images in its memory, decoded; '': read as they come
 
     config.model = ml_collections.ConfigDict()
-    config.model.conv = (  # section 3.5, figure 2. Deviation: paddings are not stated there: the authors' code
-        # features, kernel px, stride px, padding px, groups, init std, bias (section 5), what follows
-        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'relu lrn pool'),
-        (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn pool'),
-        (384, 3, 1, (1, 1), 1, upper_std, 0.0, 'relu'),
-        (384, 3, 1, (1, 1), 2, upper_std, 1.0, 'relu'),
-        (256, 3, 1, (1, 1), 2, upper_std, 1.0, 'relu pool'),
+    # Layers by name: conv, local or fc, and a number; they follow one another in that order. Section 3.5, figure 2.
+    # features: kernels or units. kernel, stride, padding (before, after): pixels. groups: 2 reads its own tower only.
+    # init, bias: section 5; 'fan_in' draws both as PyTorch does. post: operations that follow, in order.
+    # Deviation: the paper does not state paddings; these are the authors'.
+    config.model.layers = layers = ml_collections.ConfigDict()
+    normal, upper = 'normal(0.01)', 'normal(0.03)' if arg == 'init=authors' else 'normal(0.01)'
+    layers.conv1 = dict(
+        features=96, kernel=11, stride=4, padding=(0, 3), groups=1, init=normal, bias=0.0, post='relu lrn pool'
     )
-    config.model.dense = (
-        # features, groups, init std, bias, what follows
-        (4096, 1, 0.01, 1.0, 'relu dropout'),
-        (4096, 1, 0.01, 1.0, 'relu dropout'),
+    layers.conv2 = dict(
+        features=256, kernel=5, stride=1, padding=(2, 2), groups=2, init=normal, bias=1.0, post='relu lrn pool'
     )
-    config.model.local = ()  # rows as in conv: layers between these and dense with kernels of their own at every place
-    config.model.num_classes = 1000
-    config.model.classifier = (0.01, 0.0)  # its init std and bias; section 5
+    layers.conv3 = dict(features=384, kernel=3, stride=1, padding=(1, 1), groups=1, init=upper, bias=0.0, post='relu')
+    layers.conv4 = dict(features=384, kernel=3, stride=1, padding=(1, 1), groups=2, init=upper, bias=1.0, post='relu')
+    layers.conv5 = dict(
+        features=256, kernel=3, stride=1, padding=(1, 1), groups=2, init=upper, bias=1.0, post='relu pool'
+    )
+    layers.fc6 = dict(features=4096, groups=1, init=normal, bias=1.0, post='relu dropout')
+    layers.fc7 = dict(features=4096, groups=1, init=normal, bias=1.0, post='relu dropout')
+    layers.fc8 = dict(groups=1, init=normal, bias=0.0, post='')  # num_classes features
+    config.model.num_classes = 1000  # width of the last layer
     config.model.pool_window = 3  # px; section 3.4
     config.model.pool_stride = 2  # px; section 3.4
     config.model.lrn_n = 5  # channels; section 3.3, with the next three

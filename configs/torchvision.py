@@ -1,6 +1,6 @@
 """torchvision's AlexNet: `torchvision/models/alexnet.py`, trained by `references/classification/train.py --lr 1e-2`.
 
-    alexnet_jax train --config=configs/torchvision.py --workdir=runs/torchvision --config.data.path=DIR
+    alexnet_jax train --config=torchvision --workdir=runs/torchvision --config.data.path=DIR
 
 Weights that PyTorch trained come in with
 
@@ -19,17 +19,13 @@ Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py
 Deviation: crops are taken from the prepared squares of 256 px, theirs from the whole image; the mean color is that
 of the training data (theirs is fixed: 123.7, 116.3, 103.5)."""
 
-import os
-import runpy
-
 import ml_collections
 
-_PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.py')
-_IN = 'fan_in'
+import alexnet_jax
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = runpy.run_path(_PAPER)['get_config']()
+    config = alexnet_jax.get_config('paper')
     config.batch_size = 256  # 8 devices of 32
     config.num_epochs = 90.0
 
@@ -38,15 +34,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.pixel_std = (58.395, 57.12, 57.375)  # 255 times 0.229, 0.224, 0.225
     config.data.color_std = 0.0
 
-    config.model.conv = (
-        (64, 11, 4, (2, 2), 1, _IN, _IN, 'relu pool'),
-        (192, 5, 1, (2, 2), 1, _IN, _IN, 'relu pool'),
-        (384, 3, 1, (1, 1), 1, _IN, _IN, 'relu'),
-        (256, 3, 1, (1, 1), 1, _IN, _IN, 'relu'),
-        (256, 3, 1, (1, 1), 1, _IN, _IN, 'relu pool dropout'),
-    )
-    config.model.dense = ((4096, 1, _IN, _IN, 'relu dropout'), (4096, 1, _IN, _IN, 'relu'))
-    config.model.classifier = (_IN, _IN)
+    layers = config.model.layers
+    for layer in layers.values():
+        layer.update(groups=1, init='fan_in', bias=0.0)
+    layers.conv1.update(features=64, padding=(2, 2), post='relu pool')
+    layers.conv2.update(features=192, post='relu pool')
+    layers.conv4.features = 256
+    layers.conv5.post = 'relu pool dropout'
+    layers.fc7.post = 'relu'
     config.model.dropout_inverted = True
 
     config.mesh.tower = 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on several nodes, one process each with all of its GPUs, which share the batch:
-#   sbatch [--nodes=4 --gpus-per-node=8 ...] launch/slurm.sh --config=configs/paper.py --workdir=... --config.data.path=...
+#   sbatch [--nodes=4 --gpus-per-node=8 ...] launch/slurm.sh --config=paper --workdir=... --config.data.path=...
 # Two minutes before its time is up, or when it is preempted, the job saves (exit code 143) and goes back into the queue;
 # there it goes on from that step. The workdir and the data must be seen by every node. So must the folder for compiled
 # programs that JAX_COMPILATION_CACHE_DIR may name: without it each start compiles. More cores read images faster.

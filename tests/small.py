@@ -1,27 +1,30 @@
 """Small instances for tests: values of the same table, the same code."""
 
-import runpy
+import dataclasses
 
 import jax
 import numpy as np
 
 from alexnet_jax.core import model, optim
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec
 from alexnet_jax.core.config import optimizer_from_config
 from alexnet_jax.training.large_batch import hooks_from_config
-from tests import ROOT
+from alexnet_jax.utils.config_files import get_config
 
+INIT = 'normal(0.1)'
 # Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
 SMALL = dict(
-    conv=(
-        (8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu lrn pool'),
-        (16, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu lrn pool'),
-        (24, 3, 1, (1, 1), 1, 0.1, 0.0, 'relu'),
-        (24, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu'),
-        (16, 3, 1, (1, 1), 2, 0.1, 0.5, 'relu pool'),
-    ),
-    dense=((32, 1, 0.1, 0.5, 'relu dropout'), (32, 1, 0.1, 0.5, 'relu dropout')),
+    layers={
+        'conv1': ConvSpec(features=8, kernel=5, stride=2, padding=(0, 1), init=INIT, bias=0.1, post='relu lrn pool'),
+        'conv2': ConvSpec(features=16, kernel=3, padding=(1, 1), groups=2, init=INIT, bias=0.5, post='relu lrn pool'),
+        'conv3': ConvSpec(features=24, kernel=3, padding=(1, 1), init=INIT, post='relu'),
+        'conv4': ConvSpec(features=24, kernel=3, padding=(1, 1), groups=2, init=INIT, bias=0.5, post='relu'),
+        'conv5': ConvSpec(features=16, kernel=3, padding=(1, 1), groups=2, init=INIT, bias=0.5, post='relu pool'),
+        'fc6': DenseSpec(features=32, init=INIT, bias=0.5, post='relu dropout'),
+        'fc7': DenseSpec(features=32, init=INIT, bias=0.5, post='relu dropout'),
+        'fc8': DenseSpec(init=INIT),
+    },
     num_classes=12,
-    classifier=(0.1, 0.0),
     lrn_alpha=1e-2,  # so that the norm is felt at this scale of activations
 )
 SIZE = 35
@@ -31,14 +34,19 @@ def network(**changes) -> model.AlexNet:
     return model.AlexNet(**{**SMALL, **changes})
 
 
+def layers(**changes) -> dict[str, LayerSpec]:
+    """The layers of `SMALL` with other fields: conv1={'groups': 2}."""
+    return {name: dataclasses.replace(spec, **changes.get(name, {})) for name, spec in SMALL['layers'].items()}
+
+
 def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
     return jax.jit(lambda key: model.init_params(network, key, size))(jax.random.key(seed))
 
 
 def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
     """The update of configs/paper.py with other values; ten updates are an epoch."""
-    config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
-    options = {'steps_per_epoch': 10.0, 'layers': list(network.layer_specs())}
+    config = get_config('paper')
+    options = {'steps_per_epoch': 10.0, 'layers': list(network.layers)}
     options |= {key: changes.pop(key) for key in options if key in changes}
     fields = {**config.optim, **changes}
     return optimizer_from_config(fields, **options, **hooks_from_config(fields, options['steps_per_epoch']))
@@ -46,15 +54,14 @@ def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
 
 def digits_config(**changes):
     """configs/quickstart.py, smaller still; `changes` by dotted key."""
-    config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
-    config.model.conv = (
-        (8, 5, 1, (2, 2), 1, 0.003, 0.0, 'relu lrn pool'),
-        (8, 5, 1, (2, 2), 2, 0.17, 0.0, 'relu lrn pool'),
-        (8, 3, 1, (1, 1), 1, 0.17, 0.0, 'relu'),
-        (8, 3, 1, (1, 1), 2, 0.23, 0.0, 'relu'),
-        (8, 3, 1, (1, 1), 2, 0.23, 0.0, 'relu pool'),
-    )
-    config.model.dense = ((32, 1, 0.17, 0.0, 'relu dropout'), (32, 1, 0.25, 0.0, 'relu dropout'))
+    config = get_config('quickstart')
+    layers = config.model.layers
+    for name in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'):
+        layers[name].features = 8
+    for name, std in (('conv1', 0.003), ('conv2', 0.17), ('conv3', 0.17), ('conv4', 0.23), ('conv5', 0.23)):
+        layers[name].init = f'normal({std})'
+    layers.fc6.update(features=32, init='normal(0.17)')
+    layers.fc7.update(features=32, init='normal(0.25)')
     config.log_every_steps = 1
     config.data.num_threads = 2
     config.update_from_flattened_dict(changes)

@@ -3,33 +3,33 @@
 The oracle keeps two lists of weights, one a GPU, as the released configs do (conv1a, conv1b ...), and loops.
 """
 
-import runpy
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.core import augment, model, train_step
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import random_crops
-from tests import ROOT, small
+from tests import small
 
 SIZE = 36  # conv 1: (36 - 5) / 2 is not whole, so its last window hangs over the edge
 
 
 def _get_config(arg=None):
-    return runpy.run_path(str(ROOT / 'configs' / 'authors_2012.py'))['get_config'](arg)
+    return alexnet_jax.get_config(f'authors_2012:{arg}' if arg else 'authors_2012')
 
 
 def _small_model():
     """configs/authors_2012.py with small numbers: what follows the layers, groups and constants are the config's."""
     fields = _get_config().model.to_dict()
-    kernels = ((8, 5, 2, (0, 1)), (12, 5, 1, (2, 2)), (16, 3, 1, (1, 1)), (16, 3, 1, (1, 1)), (12, 3, 1, (1, 1)))
-    fields['conv'] = tuple((*k, row[4], 0.1, row[6], row[7]) for k, row in zip(kernels, fields['conv'], strict=True))
-    fields['dense'] = tuple((24, row[1], 0.1, row[3], row[4]) for row in fields['dense'])
+    widths = {'conv1': 8, 'conv2': 12, 'conv3': 16, 'conv4': 16, 'conv5': 12, 'fc6': 24, 'fc7': 24}
+    for name, width in widths.items():
+        fields['layers'][name] |= {'features': width, 'init': 'normal(0.1)'}
+    fields['layers']['conv1'] |= {'kernel': 5, 'stride': 2, 'padding': (0, 1)}
     # Larger alphas, so that both normalizations are felt.
     fields |= {'num_classes': 10, 'lrn_alpha': 0.05, 'spatial_alpha': 0.4}
     return model_from_config(fields)
@@ -121,8 +121,8 @@ def test_forward_pass_with_and_without_dropout():
 def test_network_of_the_config():
     """What section 2's table says of each layer, at full size."""
     network = model_from_config(_get_config().model)
-    rows = network.layer_specs()
-    assert [rows[f'conv{i}'].init_std for i in range(1, 6)] == [0.01, 0.01, 0.03, 0.03, 0.03]
+    rows = network.layers
+    assert [rows[f'conv{i}'].init for i in range(1, 6)] == ['normal(0.01)'] * 2 + ['normal(0.03)'] * 3
     assert [row.bias for row in rows.values()] == [0, 1, 0, 1, 1, 1, 1, 0]
     assert rows['conv1'].post == 'lrn pool relu' and rows['conv2'].post == 'relu lrn spatial_norm pool'
     assert (network.lrn_k, network.lrn_n, network.lrn_beta, network.norm_groups) == (2, 5, 0.75, 2)
@@ -154,7 +154,7 @@ def _rates(config, passes, per_epoch=200):
     """Rates after so many passes, measured: what an update with gradient -1 and velocity 0 adds."""
     network = model_from_config(config.model)
     optimizer = small.optimizer(network, **{**config.optim, 'weight_decay': 0.0}, steps_per_epoch=per_epoch)
-    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.layer_specs()}
+    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.layers}
     state = optimizer.tx.init(params)._replace(count=jnp.int32(round(per_epoch * passes)))
     updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
     return updates
@@ -209,10 +209,10 @@ CHAIN['finetune'] = (54, 0, CHAIN['authors=2012'][2])  # the paper's words: colo
 
 @pytest.mark.parametrize('arg', CHAIN)
 def test_rates_of_the_chain_of_pre_training(arg):
-    config = runpy.run_path(str(ROOT / 'configs' / 'sixth_conv.py'))['get_config'](arg)
+    config = alexnet_jax.get_config(f'sixth_conv:{arg}' if arg else 'sixth_conv')
     epochs, color, rows = CHAIN[arg]
     assert (config.num_epochs, config.data.color_epochs) == (epochs, color)
-    last = list(model_from_config(config.model).layer_specs())[-1]
+    last = list(model_from_config(config.model).layers)[-1]
     for passes, conv1, convs, hidden, classifier in rows:
         slow_conv6 = convs if arg != 'authors=2009' else hidden  # conv 6 is new there
         for name, parts in _rates(config, passes, per_epoch=10_000).items():

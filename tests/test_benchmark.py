@@ -1,5 +1,6 @@
 """The benchmark command at toy size: what it counts, what it prints, that every mode runs beside PyTorch."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -170,7 +171,9 @@ def test_a_step_compiles_for_a_gpu_that_is_not_there():
 @pytest.mark.parametrize(('data', 'tower'), [(1, 2), (2, 2), (2, 1)])
 def test_what_a_step_moves_follows_from_the_layers(data, tower):
     config = small.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
-    config.model.update({'num_classes': 12, **{key: small.SMALL[key] for key in ('conv', 'dense', 'classifier')}})
+    config.model.num_classes = 12
+    config.model.layers = {name: dataclasses.asdict(spec) for name, spec in small.SMALL['layers'].items()}
+    del config.model.layers.fc8.features
     config.data.image_size = small.SIZE
     run = build.build(config, datasets.synthetic(config.data.image_size, config.model.num_classes))
     key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
@@ -274,12 +277,10 @@ def test_the_peer_computes_the_same_network():
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(
-    'change', [{'dense': ((32, 2, 0.1, 0.5, 'relu'),)}, {'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'spatial_norm'),)}]
-)
+@pytest.mark.parametrize('change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}])
 def test_a_network_that_the_peer_has_not_got_is_refused(change):
     pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 
     with pytest.raises(UserError, match='PyTorch has nothing like (fc6|conv1)'):
-        torch_baseline.Net(small.network(**change), small.SIZE)
+        torch_baseline.Net(small.network(layers=small.layers(**change)), small.SIZE)

@@ -111,8 +111,11 @@ def _vast(step):
         (_meta_is(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
         (_meta_is('32', 'record_size'), 'cannot be read'),
         (_meta_is(-1, 'record_size'), 'cannot be read'),
-        (_meta_is(2**31, 'config', 'model', 'dense', 0, 0), r'fc6/bias: \(32,\); expected \(2147483648,\)'),
-        (_meta_is('nonsense', 'config', 'model', 'conv', 0, 7), "'nonsense'"),
+        (
+            _meta_is(2**31, 'config', 'model', 'layers', 'fc6', 'features'),
+            r'fc6/bias: \(32,\); expected \(2147483648,\)',
+        ),
+        (_meta_is('nonsense', 'config', 'model', 'layers', 'conv1', 'post'), "'nonsense'"),
         (_meta_is(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
         (_meta_is(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
         (_meta_is(5, 'class_names'), 'cannot be read'),

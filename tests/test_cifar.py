@@ -1,18 +1,18 @@
 """The CIFAR-10 networks: parameters and shapes by hand, towers against one device, and what their configs change."""
 
-import runpy
-
 import chex
 import jax
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.convert import layout
 from alexnet_jax.core import architecture, model, sharding
-from alexnet_jax.core.config import _check_keys, model_from_config
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
+from alexnet_jax.core.config import model_from_config
 from alexnet_jax.experiments import cifar10
+from alexnet_jax.training.check_config import _check_keys
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT
 
 CONV1, CONV2, CONV3 = 5 * 5 * 3 * 32 + 32, 5 * 5 * 32 * 32 + 32, 5 * 5 * 32 * 64 + 64
 WIDE1, WIDE2 = 5 * 5 * 3 * 64 + 64, 5 * 5 * 64 * 64 + 64
@@ -27,7 +27,7 @@ PARAMETERS = {
 
 
 def _config(name):
-    return runpy.run_path(str(ROOT / 'configs' / 'cifar10.py'))['get_config'](name)
+    return alexnet_jax.get_config(f'cifar10:{name}' if name else 'cifar10')
 
 
 @pytest.mark.parametrize('name', cifar10.NETS)
@@ -55,7 +55,7 @@ def test_the_networks_are_the_same_whatever_config_they_begin_at(base):
     """But for where the data lie, and what acts on dropout and color, which they have not got."""
     no_matter = {'path', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}
     for name in cifar10.NETS:
-        config, expected = runpy.run_path(str(ROOT / 'configs' / f'{base}.py'))['get_config'](), _config(name)
+        config, expected = alexnet_jax.get_config(base), _config(name)
         config.update_from_flattened_dict(cifar10.NETS[name])
         assert config.batch_size == expected.batch_size
         for part in ('data', 'model', 'optim'):
@@ -65,12 +65,15 @@ def test_the_networks_are_the_same_whatever_config_they_begin_at(base):
 
 @pytest.mark.slow
 def test_unshared_layers_agree_over_two_towers():
+    wide = {'init': 'normal(0.5)'}
     network = model.AlexNet(
-        conv=((4, 3, 2, (1, 1), 1, 0.5, 0.1, 'tanh avg_pool'),),
-        local=((6, 3, 1, (1, 1), 2, 0.5, 0.1, 'relu lrn'), (4, 3, 1, (0, 0), 1, 0.5, 0.1, 'tanh')),
-        dense=(),
+        layers={
+            'conv1': ConvSpec(features=4, kernel=3, stride=2, padding=(1, 1), bias=0.1, post='tanh avg_pool', **wide),
+            'local2': LocalSpec(features=6, kernel=3, padding=(1, 1), groups=2, bias=0.1, post='relu lrn', **wide),
+            'local3': LocalSpec(features=4, kernel=3, bias=0.1, post='tanh', **wide),
+            'fc4': DenseSpec(**wide),
+        },
         num_classes=3,
-        classifier=(0.5, 0.0),
     )
     params = model.init_params(network, jax.random.key(0), 15)
     x = np.random.default_rng(0).standard_normal((4, 15, 15, 3)).astype(np.float32)
@@ -93,8 +96,8 @@ def test_unshared_layers_agree_over_two_towers():
 
 def test_figure_1_differs_in_the_activation_alone():
     relu, tanh = (cifar10.figure1_changes(activation, 0.01) for activation in ('relu', 'tanh'))
-    assert {key for key in relu if relu[key] != tanh[key]} == {'model.conv'}
-    assert str(relu['model.conv']).replace('relu', 'tanh') == str(tanh['model.conv'])
+    assert {key for key in relu if relu[key] != tanh[key]} == {'model.layers'}
+    assert str(relu['model.layers']).replace('relu', 'tanh') == str(tanh['model.layers'])
     assert not any(
         (relu['optim.weight_decay'], relu['optim.layer_decays'], relu['data.reflect'], relu['data.color_std'])
     )
@@ -102,7 +105,7 @@ def test_figure_1_differs_in_the_activation_alone():
 
 def test_no_other_format_has_unshared_layers():
     network = model_from_config(_config('13pct').model)
-    with pytest.raises(UserError, match='model.local'):
+    with pytest.raises(UserError, match='local layers'):
         layout.from_params(network, 24, {})
 
 
@@ -113,6 +116,6 @@ def test_a_name_that_is_none():
 
 def test_every_key_of_the_networks_is_one_of_the_configs():
     for changes in (*cifar10.NETS.values(), cifar10.figure1_changes('tanh', 0.1)):
-        config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+        config = alexnet_jax.get_config('paper')
         config.update_from_flattened_dict(changes)
         _check_keys(config)

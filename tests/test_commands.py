@@ -53,7 +53,12 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
         ([*MAIN, '--workdir=W', '--config.num_epochs=inf', '--config.num_steps=0'], 'num_epochs=inf'),
         ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0; expected 1 or more'),
-        ([*MAIN, '--workdir=W', '--config.model.conv[0]=5'], 'a tuple is given whole'),
+        ([*MAIN, '--workdir=W', '--config.model.layers.conv2.pots=x'], "Did you mean 'model.layers.conv2.post'"),
+        ([*MAIN, '--workdir=W', '--config.model.layers.cnv2.post=x'], "Did you mean 'model.layers.conv2.post'"),
+        ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "conv2 is followed by 'pol'; expected"),
+        ([*MAIN, '--workdir=W', '--config.model.layers.fc8.features=5'], "no key 'model.layers.fc8.features'. Did you"),
+        ([*MAIN, '--workdir=W', '--config.data.pixel_std[0]=5'], r"no key 'data.pixel_std\[0\]'. Did you mean"),
+        (['train', '--config.seed=1', '--workdir=W'], '--config.seed is given without --config=NAME'),
         ([*MAIN], '--workdir is missing'),
         (['train', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid'),
         ([*MAIN, '--summary', '--config.mesh.tower=0'], 'mesh.tower=0; the network has 1 tower or 2'),
@@ -67,6 +72,8 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),
         (['train', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
         (['train', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
+        (['train', '--workdir=W', '--config=papr'], r"no config file 'papr'. Did you mean 'paper'\?"),
+        (['train', '--workdir=W', '--config=ablations'], "no variant ''; expected one of no_normalization"),
         (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
         (['train', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
         (['prepare', '--output=W'], '--input is missing'),
@@ -306,7 +313,14 @@ def test_the_package_runs_a_command_and_suggests_the_nearest():
 def test_public_names():
     for name in alexnet_jax.__all__:
         assert getattr(alexnet_jax, name)
-    assert set(alexnet_jax.__all__) == {'AlexNet', 'load_checkpoint', 'predict', 'ten_views', '__version__'}
+    assert set(alexnet_jax.__all__) == {
+        'AlexNet',
+        'get_config',
+        'load_checkpoint',
+        'predict',
+        'ten_views',
+        '__version__',
+    }
     with pytest.raises(AttributeError):
         alexnet_jax.nothing  # noqa: B018
 

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import runpy
 import struct
 import sys
 import zipfile
@@ -25,7 +24,7 @@ from alexnet_jax.convert import convert, fit, layout
 from alexnet_jax.convert.weight_file import WeightFile
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, small
+from tests import small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -110,7 +109,7 @@ def _predict(path, images, views=1):
 
 
 def _config(name):
-    return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    return alexnet_jax.get_config(name)
 
 
 # The protobuf wire format by its specification, and the field numbers of BVLC/caffe's caffe.proto.
@@ -196,8 +195,8 @@ def test_other_names_and_groups_from_the_shapes(groups, images, mean_bgr, tmp_pa
     )
     expected = _probabilities(net, (images - mean_rgb)[:, 14:241, 14:241])
     np.testing.assert_allclose(_predict(tmp_path / 'out', images), expected, rtol=1e-4)
-    rows = alexnet_jax.load_checkpoint(str(tmp_path / 'out')).network.conv
-    assert [row[4] for row in rows] == [1, *groups]
+    layers = alexnet_jax.load_checkpoint(str(tmp_path / 'out')).network.layers
+    assert [layers[f'conv{i}'].groups for i in range(1, 6)] == [1, *groups]
 
 
 @pytest.mark.parametrize(
@@ -268,9 +267,10 @@ def test_a_checkpoint_there_and_back(images, mean_bgr, tmp_path):
 @pytest.mark.slow
 def test_towers_without_communication_come_back(tmp_path):
     """Linear layers in two groups, the first of which reads maps."""
-    config = _config('no_communication')
-    config.model.conv = tuple((w, *row[1:]) for w, row in zip(WIDTHS, config.model.conv, strict=True))
-    config.model.dense = tuple((HIDDEN, *row[1:]) for row in config.model.dense)
+    config = _config('ablations:no_communication')
+    for name, width in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), WIDTHS, strict=True):
+        config.model.layers[name].features = width
+    config.model.layers.fc6.features = config.model.layers.fc7.features = HIDDEN
     config.model.num_classes = CLASSES
     params = small.init(model_from_config(config.model), 0, 224)
     found = layout.from_params(model_from_config(config.model), 224, params)
@@ -399,7 +399,7 @@ def _wrong_files(folder):
     for text in ('[' * 100_000, '[1]', *map(json.dumps, changed)):
         said = 'expected the metadata that alexnet_jax convert writes'
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
-    _, plain = convert._default_config('torchvision.py')
+    plain = manager.config_to_json(_config('torchvision'))
     for part, key, said in (
         ('model', 'lrn_k', 'model.lrn_k is 1000+; expected a number above 0'),
         ('data', 'color_std', 'data.color_std=1000+; expected a number of 0 or more'),

@@ -6,13 +6,13 @@ import importlib
 import os
 import pkgutil
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
 
+import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from tests import ROOT, SHARED_DATA
 from tests.test_tune import write_pictures
@@ -49,10 +49,9 @@ def _defined(node):
 def _config_exists(name):
     """Whether there is such a config: configs/paper.py, configs/paper.py:init=authors, configs/large_batch.py:BATCH."""
     path, _, variant = name.partition(':')
-    if not (ROOT / path).is_file():
-        return False
+    path = str(ROOT / path) if path.endswith('.py') else path
     try:
-        runpy.run_path(str(ROOT / path))['get_config'](*([variant] if variant and not variant.isupper() else []))
+        alexnet_jax.get_config(f'{path}:{variant}' if variant and not variant.isupper() else path)
     except ValueError:  # what a config raises for a variant that it has not got
         return False
     return True
@@ -60,14 +59,16 @@ def _config_exists(name):
 
 @functools.cache
 def _paper_config():
-    return runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+    return alexnet_jax.get_config('paper')
 
 
 def _is_key(name):
     """Whether a config has a key: 'seed', 'optim.momentum'."""
-    section, _, key = name.rpartition('.')
+    *sections, key = name.split('.')
     config = _paper_config()
-    return key in (config[section] if section in config else config if not section else ())
+    for section in sections:
+        config = config.get(section, {})
+    return key in config
 
 
 @functools.cache
@@ -96,7 +97,7 @@ def _missing(words):
             continue
         name, value = option.groups()
         known = _is_key(name.removeprefix('config.')) if name.startswith('config.') else name in defined
-        if name in ('config', 'base') and value.startswith('configs/'):
+        if name in ('config', 'base') and re.fullmatch(r'[\w/.]+(:\S+)?', value) and not value.isupper():
             known = known and _config_exists(value)
         missing += [] if known else [name]
     return missing

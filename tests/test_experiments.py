@@ -2,8 +2,8 @@
 
 import csv
 import json
+import math
 import os
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.commands import app, experiments
 from alexnet_jax.core import architecture
@@ -38,11 +39,11 @@ def _suite(name, base, seeds, output):
 
 
 def _paper():
-    return runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']()
+    return alexnet_jax.get_config('paper')
 
 
 def _post_ops(config):
-    return [row[-1] for row in config.model.conv]
+    return [layer.post for layer in config.model.layers.values()]
 
 
 def test_arms_change_what_they_say():
@@ -63,28 +64,28 @@ def test_a_removed_layer_leaves_the_sizes_above_it():
     """The paper's 55 - 27 - 13 - 13 - 13 - 6, whichever is gone; its stride and pooling go to a neighbor."""
     base = _paper()
     last = {}
-    for i in range(5):
-        config = ablations.with_changes(base, {'model.conv': ablations.without_layer(i)})
-        assert len(config.model.conv) == 4
+    convs = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5']
+    for name in convs:
+        config = ablations.with_changes(base, {'model.layers': ablations.without_layer(name)})
+        left = [other for other in convs if other != name]
         sizes = architecture.infer_shapes(model_from_config(config.model), 224)
-        last[i] = sizes['conv4'].outputs[:2]
-        strides, pools = (
-            np.prod([row[2] for row in config.model.conv]),
-            sum(t.split().count('pool') for t in _post_ops(config)),
-        )
-        assert (strides, pools) == (4, 3)
+        assert list(sizes) == [*left, 'fc6', 'fc7', 'fc8']
+        last[name] = sizes[left[-1]].outputs[:2]
+        strides = math.prod(config.model.layers[other].stride for other in left)
+        assert (strides, sum(post.split().count('pool') for post in _post_ops(config))) == (4, 3)
     # Without conv 1, conv 2's window of 5 px fits in 56 times, not 55: 56 - 28 - 14 - 7.
-    assert last == {0: (7, 7), **{i: (6, 6) for i in range(1, 5)}}
+    assert last == {'conv1': (7, 7), **dict.fromkeys(convs[1:], (6, 6))}
 
 
 def test_the_layer_that_comes_to_the_pixels_gets_weights_for_pixels():
     """Weights that suit activations of about 1 would be a hundred times too wide for values up to 255."""
     base = small.digits_config()
-    first, second, *_ = base.model.conv
-    row = ablations.with_changes(base, {'model.conv': ablations.without_layer(0)}).model.conv[0]
-    assert (row[0], row[2], row[5]) == (second[0], 1, 0.003) != (second[0], 1, second[5])
-    kept = ablations.with_changes(base, {'model.conv': ablations.without_layer(1)}).model.conv[0]
-    assert kept[5] == first[5] == 0.003
+    base.model.layers.conv2.features = 16
+    changed = ablations.with_changes(base, {'model.layers': ablations.without_layer('conv1')}).model.layers
+    assert base.model.layers.conv2.init == 'normal(0.17)'
+    assert (changed.conv2.features, changed.conv2.stride, changed.conv2.init) == (16, 1, 'normal(0.003)')
+    kept = ablations.with_changes(base, {'model.layers': ablations.without_layer('conv2')}).model.layers
+    assert kept.conv1.init == 'normal(0.003)'
 
 
 def test_arms_work_for_small_networks_too():
@@ -350,7 +351,7 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
 def test_reached(threshold, error, reached, monkeypatch, tmp_path):
     """No error at all is below any threshold; where there is none, nothing is said."""
     curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
-    network = SimpleNamespace(layer_specs=lambda: {'conv1': SimpleNamespace(features=3)})
+    network = SimpleNamespace(layers={'conv1': SimpleNamespace(features=3)})
     monkeypatch.setattr(tables, 'load_last', lambda workdir: SimpleNamespace(network=network))
     monkeypatch.setattr(figures, 'curves', lambda workdir: {'train': curve})
     (trial,) = runner.make_trials([Variant('a', {'stop_at_error': threshold})], small.digits_config(), 1, str(tmp_path))
@@ -592,7 +593,7 @@ def test_the_base_for_64_pixels_learns(tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter='data')
     prepare.prepare(str(tmp_path / 'tiny_imagenet_20'), str(tmp_path / 'data'), size=64, format='raw')
-    config = runpy.run_path(str(ROOT / 'configs' / 'tiny_imagenet.py'))['get_config']()
+    config = alexnet_jax.get_config('tiny_imagenet')
     config.data.path, config.num_epochs, config.mesh.tower = str(tmp_path / 'data'), 1.0, 1
     train.train_and_evaluate(config, str(tmp_path / 'run'))
     last = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.core import model, train_step
+from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations, predict
@@ -92,7 +93,13 @@ def test_what_a_name_stands_for(loaded, val):
 
 
 def test_names_of_a_table_where_dropout_is_not_last():
-    network = model.AlexNet(conv=(), dense=((8, 1, 0.1, 0.0, 'relu dropout relu'), (8, 1, 0.1, 0.0, 'dropout')))
+    network = model.AlexNet(
+        layers={
+            'fc1': DenseSpec(features=8, post='relu dropout relu'),
+            'fc2': DenseSpec(features=8, post='dropout'),
+            'fc3': DenseSpec(),
+        }
+    )
     names = activations.activation_names(network)
     assert names['fc1'] == ('fc1_relu', 0) and names['fc1_relu'] == ('fc1_relu', -1)
     assert names['fc2'] == ('fc2_linear', 0) and names['fc3'] == ('fc3_linear', 0)

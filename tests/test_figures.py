@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 
@@ -11,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import alexnet_jax
 from alexnet_jax.checkpoints import loading
 from alexnet_jax.core import augment, model
+from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import figures, plots
@@ -28,7 +29,7 @@ def path(tmp_path_factory):
 
 
 def _rows(name, towers, arg=None, **changes):
-    config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*([arg] if arg else []))
+    config = alexnet_jax.get_config(f'{name}:{arg}' if arg else name)
     network = model_from_config({**config.model, **changes})
     return figures.architecture(network, config.data.image_size, towers)
 
@@ -54,7 +55,7 @@ def test_architecture_of_other_networks():
     one = _rows('paper', 1)
     assert [row.maps for row in one][:2] == [(96,), (256,)] and one[1].kernel == (5, 48) and one[1].groups == 2
     assert [row.reads for row in one] == [((),)] + [((0,),)] * 7
-    apart = _rows('no_communication', 2)
+    apart = _rows('ablations:no_communication', 2)
     assert [row.reads for row in apart] == [((), ()), *[OWN] * 6, BOTH]
     six = _rows('sixth_conv', 2)
     assert six[5].name == 'conv6' and six[5].reads == BOTH and (six[5].size, six[5].read_size) == (6, 6)
@@ -65,9 +66,9 @@ def test_architecture_of_other_networks():
     odd = _rows('paper', 2, num_classes=21_843)
     assert odd[-1].maps == (10_922, 10_921) and odd[-1].neurons == 21_843
     with pytest.raises(UserError, match='No layer has groups=2'):
-        _rows('one_gpu', 2)
-    for name, towers in (('paper', 2), ('authors_2012', 2), ('one_gpu', 1), ('torchvision', 1), ('caffe', 1)):
-        config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+        _rows('ablations:one_gpu', 2)
+    for name, towers in (('paper', 2), ('authors_2012', 2), ('ablations:one_gpu', 1), ('torchvision', 1), ('caffe', 1)):
+        config = alexnet_jax.get_config(name)
         assert figures.towers_of(model_from_config(config.model), config.data.image_size) == towers, name
 
 
@@ -190,13 +191,13 @@ def test_connections_between_towers_are_drawn():
     """Two lines for a kernel's window, one for a dense layer, in each direction."""
     assert _crossing(plots.architecture(_rows('paper', 2), 224)) == 2 * (2 + 3)
     assert _crossing(plots.architecture(_rows('sixth_conv', 2), 224)) == 2 * (2 + 2 + 3)
-    assert _crossing(plots.architecture(_rows('no_communication', 2), 224)) == 2
+    assert _crossing(plots.architecture(_rows('ablations:no_communication', 2), 224)) == 2
     assert _crossing(plots.architecture(_rows('paper', 1), 224)) == 0
     said = [text.get_text() for text in plots.architecture(_rows('paper', 2), 224).axes[0].texts]
     for text in ('conv3', '55×55\n48 maps', '2,048', '290,400 neurons\n34,944 parameters'):  # noqa: RUF001
         assert text in said
     assert any(text.startswith('3×3×256, stride 1') for text in said)  # noqa: RUF001
-    softmax = model.AlexNet(conv=(), dense=(), num_classes=10)
+    softmax = model.AlexNet(layers={'fc1': DenseSpec()}, num_classes=10)
     assert plots.architecture(figures.architecture(softmax, 8, 1), 8).axes[0].lines
 
 

@@ -1,7 +1,5 @@
 """From one checkpoint to the next: what is copied, drawn anew, slowed and frozen. Small networks on the digits."""
 
-import runpy
-
 import chex
 import jax
 import numpy as np
@@ -9,18 +7,19 @@ import pytest
 
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.training import build, restore, train
+from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, small
+from tests import small
 
 
 def _shrunk(name, arg=None, **changes):
     """A config of configs/ with small numbers, on the digits: steps, groups, rates and what is copied are its own."""
-    config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](arg)
-    kernels = (5, 5, 3, 3, 3, 3)
-    config.model.conv = tuple(
-        (8, kernels[i], 1, (kernels[i] // 2,) * 2, row[4], 0.1, *row[6:]) for i, row in enumerate(config.model.conv)
-    )
-    config.model.dense = tuple((16, row[1], 0.1, *row[3:]) for row in config.model.dense)
+    config = get_config(f'{name}:{arg}' if arg else name)
+    for name, layer in config.model.layers.items():
+        layer.init = 'normal(0.1)'
+        if 'features' in layer:
+            layer.features = 8 if name.startswith('conv') else 16
+    config.model.layers.conv1.update(kernel=5, stride=1, padding=(2, 2))
     config.model.num_classes = 10
     config.data.path, config.data.image_size, config.data.num_threads = 'digits', 28, 2
     config.data.reflect, config.batch_size, config.num_steps = False, 32, 1
@@ -41,7 +40,7 @@ def test_the_authors_chain(tmp_path):
         ('authors_2012', None, set()),
         ('sixth_conv', 'authors=2009', lower),
         ('sixth_conv', 'authors=2011', lower | {'conv6'}),
-        ('sixth_conv', 'authors=2012', lower | {'conv6', 'fc7', 'fc8'}),
+        ('sixth_conv', 'authors=2012', lower | {'conv6', 'fc6', 'fc7'}),
     )
     before = None
     for i, (name, arg, copied) in enumerate(links):
@@ -112,7 +111,8 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     with pytest.raises(UserError, match=r"init_fresh=\('fc8',\) names layers to draw anew, but init_from is empty"):
         train.train_and_evaluate(small.digits_config(init_fresh=('fc8',)), str(tmp_path / 'b'))
     six = small.digits_config(**begin)
-    six.model.conv = (*six.model.conv, (8, 3, 1, (1, 1), 1, 0.1, 0.0, 'relu'))
+    layers = six.model.layers
+    layers.conv6 = {**layers.conv5, 'groups': 1, 'post': 'relu'}
     with pytest.raises(
         UserError, match=r'''conv6 needs a kernel of shape .*; found nothing.*init_fresh="\('conv6',\)"'''
     ):
@@ -125,8 +125,8 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     assert 'was trained with data.pixel_std (1.0, 1.0, 1.0)' in warned and len(warned.splitlines()) == 2
     # The same shapes, but not the same function of them.
     other = small.digits_config(**begin, **{'model.lrn_k': 1.0, 'model.dropout_rate': 0.1, 'init_fresh': ('fc7',)})
-    other.model.conv = (*other.model.conv[:4], (*other.model.conv[4][:-1], 'pool relu'))
-    other.model.dense = (other.model.dense[0], (32, 1, 0.25, 0.0, 'relu'))
+    other.model.layers.conv5.post = 'pool relu'
+    other.model.layers.fc7.post = 'relu'
     train.train_and_evaluate(other, str(tmp_path / 'e'))
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2, warned

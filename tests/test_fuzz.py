@@ -27,6 +27,7 @@ from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_io
 from alexnet_jax.prepare import discovery
 from alexnet_jax.utils import checksums
+from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
 from tests.test_features import untrained
 
@@ -372,7 +373,7 @@ def test_safetensors(examples, read):
     plain = save_safetensors(_tensors())
     length = struct.unpack('<Q', plain[:8])[0]
     header, data = json.loads(plain[8 : 8 + length]), plain[8 + length :]
-    _, config = convert._default_config('torchvision.py')
+    config = manager.config_to_json(get_config('torchvision'))
     config = fit.fit_config(
         {key: config[key] for key in ('model', 'data')},
         weight_file.WeightFile('', weight_file.pair_tensors('', _tensors())),

@@ -6,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.core import architecture, model, ops
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, small
+from tests import small
+
+CONV = {'fc2': {}}  # a classifier, for layers below it
 
 # kernel area x inputs x kernels + biases, from section 3.5.
 PARAMETERS = {
@@ -97,7 +101,7 @@ def test_towers_talk_only_where_the_paper_says():
 def test_conv1_hangs_over_the_right_and_bottom_edges():
     """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last sees 8 of 11."""
     kernel = jnp.ones((11, 11, 3, 96))
-    conv1 = model.AlexNet().layer_specs()['conv1']
+    conv1 = model.AlexNet().layers['conv1']
     seen = ops.conv(jnp.ones((1, 224, 224, 3)), kernel, stride=conv1.stride, padding=conv1.padding)[0, ..., 0]
     chex.assert_shape(seen, (55, 55))
     assert seen[0, 0] == 3 * 11 * 11 and seen[53, 53] == 3 * 11 * 11
@@ -139,15 +143,27 @@ def test_test_time_halves_the_hidden_outputs():
 
 
 def test_paper_config_is_the_default_network():
-    import runpy
-
-    get_config = runpy.run_path(str(ROOT / 'configs' / 'paper.py'))['get_config']
-    assert model_from_config(get_config().model) == model.AlexNet()
-    remedy = model_from_config(get_config('init=authors').model)
-    changed = {name: row for name, row in remedy.layer_specs().items() if row != model.AlexNet().layer_specs()[name]}
-    assert {name: row.init_std for name, row in changed.items()} == {'conv3': 0.03, 'conv4': 0.03, 'conv5': 0.03}
+    assert model_from_config(alexnet_jax.get_config('paper').model) == model.AlexNet()
+    remedy = model_from_config(alexnet_jax.get_config('paper:init=authors').model)
+    changed = {name: layer for name, layer in remedy.layers.items() if layer != model.AlexNet().layers[name]}
+    assert {name: layer.init for name, layer in changed.items()} == dict.fromkeys(
+        ('conv3', 'conv4', 'conv5'), 'normal(0.03)'
+    )
     with pytest.raises(ValueError, match='init=authors'):
-        get_config('init=nobody')
+        alexnet_jax.get_config('paper:init=nobody')
+
+
+def test_layers_are_in_network_order_whatever_the_order_of_names():
+    """conv, local, fc, then by number, not by letter; gaps are allowed."""
+    names = ['fc10', 'local8', 'conv10', 'fc9', 'conv2']
+    assert architecture.sort_layers(names) == ['conv2', 'conv10', 'local8', 'fc9', 'fc10']
+    network = model.AlexNet(layers={'fc12': DenseSpec(features=3), 'fc9': DenseSpec(features=5)}, num_classes=7)
+    assert [(name, layer.features) for name, layer in network.layers.items()] == [('fc9', 5), ('fc12', 7)]
+
+
+def test_a_sixth_convolution_keeps_the_names_above():
+    layers = alexnet_jax.get_config('sixth_conv').model.layers
+    assert architecture.sort_layers(layers)[5:] == ['conv6', 'fc6', 'fc7', 'fc8']
 
 
 @pytest.mark.parametrize(
@@ -155,25 +171,47 @@ def test_paper_config_is_the_default_network():
     [
         ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
         ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
-        ({'dense': ((33, 1, 0.1, 0.5, 'relu'),)}, small.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
-        ({'norm_groups': 1}, small.SIZE, 2, 'conv1 is normalized in 1 group'),
-        ({'conv': ((8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu prelu'),)}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
-        ({'conv': ((8, 5, 2, (0, 1), 2, 0.1, 0.1, 'relu'),)}, small.SIZE, 1, 'conv1 has 3 inputs'),
+        ({'fc6': {'features': 33}}, small.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
+        ({'conv1': {'post': 'relu prelu'}}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
+        ({'conv1': {'groups': 2}}, small.SIZE, 1, 'conv1 has 3 inputs'),
     ],
 )
 def test_what_is_no_network_is_refused(changes, size, towers, message):
     with pytest.raises(UserError, match=message):
-        architecture.infer_shapes(small.network(**changes), size, towers)
+        architecture.infer_shapes(small.network(layers=small.layers(**changes)), size, towers)
+
+
+def test_normalization_across_towers_is_refused():
+    with pytest.raises(UserError, match='conv1: lrn works in 1 group.* cannot be split over 2 towers'):
+        architecture.infer_shapes(small.network(norm_groups=1), small.SIZE, 2)
 
 
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'conv': 5}, 'model.conv=5; expected a tuple of rows'),
-        ({'dense': ((4096, 'relu'),)}, 'model.dense has the row'),
-        ({'conv': ((96, 11, 4, 0, 1, 0.01, 0.0, 'relu'),)}, 'padding in model.conv is 0; expected a pair'),
-        ({'conv': ((96, 11, 0, (0, 3), 1, 0.01, 0.0, 'relu'),)}, 'stride in model.conv is 0; expected a whole number'),
-        ({'conv': (('a', 11, 4, (0, 3), 1, 0.01, 0.0, 'relu'),)}, "features in model.conv is 'a'"),
+        ({'layers': 5}, 'model.layers is 5; expected layers by name'),
+        ({'layers': {}}, 'model.layers is {}; expected layers by name'),
+        ({'layers': {'fc1': 5}}, "model.layers is {'fc1': 5}; expected layers by name"),
+        ({'layers': {'cnv1': {}}}, "model.layers has 'cnv1'; expected conv, local, fc and a number"),
+        ({'layers': {'conv01': {}}}, "model.layers has 'conv01'"),
+        ({'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}}, 'layers.conv1.pad is unknown. Did you'),
+        ({'layers': CONV | {'conv1': {'kernel': 3}}}, 'model.layers.conv1 has no features'),
+        ({'layers': CONV | {'conv1': {'features': 8}}}, 'model.layers.conv1 has no kernel'),
+        ({'layers': {'fc1': {'features': 8}}}, 'layers.fc1.features is unknown. Its width is model.num_classes'),
+        (
+            {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'padding': 0}}},
+            'conv1.padding is 0; expected a pair',
+        ),
+        (
+            {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'stride': 0}}},
+            'conv1.stride is 0; expected a whole',
+        ),
+        ({'layers': CONV | {'conv1': {'features': 'a', 'kernel': 3}}}, "model.layers.conv1.features is 'a'"),
+        ({'layers': {'fc1': {'init': 'he'}}}, r"layers.fc1.init is 'he'; expected 'normal\(STD\)'"),
+        ({'layers': {'fc1': {'init': 'normal(-0.1)'}}}, r"init is 'normal\(-0.1\)'; expected"),
+        ({'layers': {'fc1': {'init': 'normal(nan)'}}}, r"init is 'normal\(nan\)'; expected"),
+        ({'layers': {'fc1': {'init': 0.1}}}, 'model.layers.fc1.init is 0.1; expected .normal'),
+        ({'layers': {'fc1': {'bias': 'fan_in'}}}, "model.layers.fc1.bias is 'fan_in'; expected a number"),
         ({'pool_stride': 0}, 'model.pool_stride is 0'),
         ({'pool_stride': 4}, 'leaves gaps'),
         ({'lrn_n': 0}, 'model.lrn_n is 0'),
@@ -181,14 +219,8 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
         ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
         ({'dtype': 'float64'}, 'takes jax.enable_x64'),
         ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n is 1; expected True or False'),
-        ({'classifier': (0.1,)}, r'model.classifier is \(0.1,\); expected \(init std of 0 or more, bias\)'),
-        ({'classifier': (-0.1, 0.0)}, r'model.classifier is \(-0.1, 0.0\); expected'),
         ({'lrn_k': 0.0}, 'model.lrn_k is 0.0; expected a number above 0'),
         ({'lrn_alpha': float('nan')}, 'model.lrn_alpha is nan; expected a number'),
-        (
-            {'conv': ((96, 11, 4, (0, 3), 1, 'he', 0.0, 'relu'),)},
-            "init_std in model.conv is 'he'; expected a number of 0",
-        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(fields, message):
@@ -199,14 +231,16 @@ def test_values_that_cannot_be_are_refused(fields, message):
 def test_unknown_model_key_is_refused():
     with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
         model_from_config({'pool_windw': 2})
-    with pytest.raises(UserError, match='model.dense has the row'):
-        model_from_config({'dense': [[4096, 'relu']]})
 
 
 def test_initial_values_by_fan_in():
-    """torch.nn's default: weights and biases from U(-b, b) with b = inputs^-1/2."""
-    rows = ((96, 11, 4, (2, 2), 1, 'fan_in', 'fan_in', 'relu pool'), (96, 3, 1, (1, 1), 2, 'fan_in', 0.5, 'relu pool'))
-    network = model.AlexNet(conv=rows, dense=(), classifier=('fan_in', 'fan_in'), num_classes=2000)
+    """torch.nn's default: weights and biases from U(-b, b) with b = inputs^-1/2; around a bias that is not 0."""
+    layers = {
+        'conv1': ConvSpec(features=96, kernel=11, stride=4, padding=(2, 2), init='fan_in', post='relu pool'),
+        'conv2': ConvSpec(features=96, kernel=3, padding=(1, 1), groups=2, init='fan_in', bias=0.5, post='relu pool'),
+        'fc3': DenseSpec(init='fan_in'),
+    }
+    network = model.AlexNet(layers=layers, num_classes=2000)
     params = small.init(network, 0, 95)
     for name, part, bound in (
         ('conv1', 'kernel', (11 * 11 * 3) ** -0.5),
@@ -218,7 +252,8 @@ def test_initial_values_by_fan_in():
         values = np.asarray(params[name][part])
         assert 0.9 * bound < np.abs(values).max() <= bound, name
         assert abs(values.std() / (bound / 3**0.5) - 1) < (0.2 if name == 'conv1' and part == 'bias' else 0.05), name
-    assert (params['conv2']['bias'] == 0.5).all()
+    centered = np.asarray(params['conv2']['bias']) - 0.5
+    assert 0.8 * (3 * 3 * 48) ** -0.5 < np.abs(centered).max() <= (3 * 3 * 48) ** -0.5
 
 
 def test_logits_are_not_rounded_to_bfloat16():

@@ -59,7 +59,7 @@ def test_velocity_keeps_its_scale_across_a_drop():
 def test_a_fresh_state_can_be_donated():
     state = _optimizer().tx.init({'fc8': {'kernel': jnp.ones(3)}})  # not jitted: its scalars are what init made
     after = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
-    assert int(after.count) == int(after.drops) == int(after.plateau_count) == 1
+    assert int(after.count) == int(after.plateau.drops) == int(after.plateau.count) == 1
 
 
 def test_plateau_drops_after_patience_three_times_at_most():
@@ -72,7 +72,7 @@ def test_plateau_drops_after_patience_three_times_at_most():
         rates.append(float(optimizer.learning_rate(state)))
     expected = [1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5]
     chex.assert_trees_all_close(rates, expected, rtol=1e-6)
-    assert int(state.drops) == 3
+    assert int(state.plateau.drops) == 3
 
 
 def test_after_validation_leaves_its_argument_and_the_velocity_alone():
@@ -82,7 +82,7 @@ def test_after_validation_leaves_its_argument_and_the_velocity_alone():
     after = optimizer.after_validation(state, 12.0)
     chex.assert_trees_all_equal(jax.device_get(state), before)
     chex.assert_trees_all_equal(after.velocity, state.velocity)
-    assert float(after.best_error) == 12.0
+    assert float(after.plateau.best_error) == 12.0
     fixed = _optimizer()
     chex.assert_trees_all_equal(fixed.after_validation(state, 12.0), state)
 
@@ -125,8 +125,9 @@ def test_rate_outside_the_velocity_is_torch_sgd():
 
 def _rates(optimizer, count=0, drops=0):
     """What an update with gradient -1 and velocity 0 adds to (weights, biases) of each layer."""
-    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in model.AlexNet().layer_specs()}
-    state = optimizer.tx.init(params)._replace(count=jnp.int32(count), drops=jnp.int32(drops))
+    params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in model.AlexNet().layers}
+    state = optimizer.tx.init(params)._replace(count=jnp.int32(count))
+    state = state._replace(plateau=state.plateau._replace(drops=jnp.int32(drops)))
     updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
     return {name: (float(u['kernel'][0]), float(u['bias'][0])) for name, u in updates.items()}
 
@@ -202,3 +203,23 @@ def test_warm_up_by_hand():
     chex.assert_trees_all_close(steps, 0.01 * np.array([0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-5)
     assert float(optimizer.learning_rate(optimizer.tx.init({}))) == pytest.approx(0.0025)
     assert float(optimizer.learning_rate(state)) == pytest.approx(0.01)
+
+
+def test_the_state_has_the_same_tree_whatever_is_frozen_or_decayed():
+    """A checkpoint of one can be restored with the other."""
+    params = {name: {'kernel': jnp.ones(3), 'bias': jnp.ones(3)} for name in model.AlexNet().layers}
+    frozen = {'layer_rates': (('conv1', 0.0), ('conv2', 0.0)), 'stages': ((0, 1, 1, (('fc8', 0, 0),)),)}
+    trees = {jax.tree.structure(_optimizer(**changes).tx.init(params)) for changes in ({}, frozen, {'bias_rate': 0.0})}
+    assert len(trees) == 1
+
+
+def test_two_orders_of_the_chain_are_the_two_rules():
+    """Without drops, decay and momentum the two are one; with a drop they differ by the velocity's scale."""
+    gradients = np.ones((3, 1))
+    ends = {}
+    for inside in (True, False):
+        history, _ = _run(_optimizer(stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())), rate_in_velocity=inside,
+                                     weight_decay=0.0), np.zeros(1), gradients)  # fmt: skip
+        ends[inside] = [float(h['kernel'][0]) for h in history]
+    assert ends[True] == pytest.approx([-0.01, -0.029, -0.029 - 0.9 * 0.019 - 0.001])
+    assert ends[False] == pytest.approx([-0.01, -0.029, -0.029 - 0.001 * (0.9 * 1.9 + 1)])

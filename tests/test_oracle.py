@@ -4,17 +4,16 @@ PyTorch's side is written out from the sources (the paper, `train_val.prototxt`,
 from our tables. Small instances have the full depth and windows, but few maps and images of about 96 px.
 """
 
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.core import metrics, model, train_step
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
 from alexnet_jax.core.image_stats import ImageStats
-from tests import ROOT, small
+from tests import small
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 F = torch.nn.functional
@@ -26,13 +25,15 @@ FULL = [False, pytest.param(True, marks=pytest.mark.slow)]
 
 def _network(name, full_size, **changes):
     """(network of configs/NAME.py, image size)."""
-    config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    config = alexnet_jax.get_config(name)
     fields = config.model.to_dict()
     if not full_size:
-        widths = (8, 12, 16, 12, 12)
-        fields['conv'] = tuple((w, *row[1:5], 0.05, 0.1, row[7]) for w, row in zip(widths, fields['conv'], strict=True))
-        fields['dense'] = tuple((24, row[1], 0.1, 0.1, row[4]) for row in fields['dense'])
-        fields |= {'num_classes': 10, 'classifier': (0.1, 0.0)}
+        widths = {'conv1': 8, 'conv2': 12, 'conv3': 16, 'conv4': 12, 'conv5': 12, 'fc6': 24, 'fc7': 24}
+        for layer, width in widths.items():
+            std = 0.05 if layer.startswith('conv') else 0.1
+            fields['layers'][layer] |= {'features': width, 'init': f'normal({std})', 'bias': 0.1}
+        fields['layers']['fc8'] |= {'init': 'normal(0.1)', 'bias': 0.0}
+        fields['num_classes'] = 10
     return model_from_config({**fields, **changes}), config, SIZES[name][full_size]
 
 

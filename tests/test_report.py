@@ -15,6 +15,7 @@ from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import augment, image_stats
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec
 from alexnet_jax.experiments import report
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
@@ -33,7 +34,7 @@ def _images(count=3, seed=0):
 def _checkpoint(mean='crop', **changes):
     network = small.network(**changes)
     params = jax.device_get(small.init(network))
-    first = params[next(iter(network.layer_specs()))]
+    first = params[next(iter(network.layers))]
     first['bias'] = np.arange(first['bias'].size, dtype=np.float32)
     images = _images(20, seed=1)
     moments = image_stats.Moments.zeros(RECORD)
@@ -124,9 +125,7 @@ def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     apply = jax.jit(lambda params, x: checkpoint.network.apply({'params': params}, x, mutable='intermediates'))
     _, seen = jax.device_get(apply(checkpoint.params, x))
-    steps = [
-        (name, step) for name, row in checkpoint.network.layer_specs().items() for step in ('linear', *row.post.split())
-    ]
+    steps = [(name, step) for name, row in checkpoint.network.layers.items() for step in ('linear', *row.ops)]
     assert [stage['layer'] for stage in walk['stages']] == [name for name, _ in steps]
     assert sum(s['parameters'] for s in walk['stages']) == sum(p.size for p in jax.tree.leaves(checkpoint.params))
     for stage, (name, step) in zip(walk['stages'], steps, strict=True):
@@ -144,9 +143,19 @@ def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
         np.testing.assert_allclose([row['probability'] for row in rows], np.sort(p)[:-6:-1], rtol=1e-4)
 
 
+def _layers(*convs):
+    """Convolutions, and the dense layers of `small`."""
+    dense = {name: spec for name, spec in small.SMALL['layers'].items() if name.startswith('fc')}
+    return {f'conv{i}': spec for i, spec in enumerate(convs, 1)} | dense
+
+
 def test_many_pictures_and_large_layers_stay_small(tmp_path):
-    rows, dense = ((40, 5, 1, (2, 2), 1, 0.1, 0.1, 'avg_pool'),), ((5000, 1, 0.1, 0.5, 'tanh'),)
-    checkpoint = _checkpoint(conv=rows, pool_window=9, pool_stride=9, dense=dense, num_classes=3)
+    layers = {
+        'conv1': ConvSpec(features=40, kernel=5, padding=(2, 2), init=small.INIT, bias=0.1, post='avg_pool'),
+        'fc2': DenseSpec(features=5000, init=small.INIT, bias=0.5, post='tanh'),
+        'fc3': DenseSpec(init=small.INIT),
+    }
+    checkpoint = _checkpoint(layers=layers, pool_window=9, pool_stride=9, num_classes=3)
     data = _data(_write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=_images(9)))
     assert len(data['pictures']) == len(data['captions']) == 6
     first = data['walk']['stages'][0]
@@ -157,20 +166,20 @@ def test_many_pictures_and_large_layers_stay_small(tmp_path):
 
 
 def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
-    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(conv=()), image_NHWC=_images())
+    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers()), image_NHWC=_images())
     assert 'id="walk"' in page and 'id="slide"' not in page and '#slide' not in page
 
 
 def test_a_step_of_ones_own_is_shown_by_its_name():
     """docs/variants.md: the report explains a step that has words, and gets along without."""
     network = small.network()
-    assert report._words(network, network.layer_specs()['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+    assert report._words(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
 def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
     """Of 8 kernels on 8 px maps: pooled to 4, then to 2."""
-    row = (8, 3, 5, (1, 1), 1, 0.1, 0.0, 'relu pool pool')
-    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(conv=(row,)), image_NHWC=_images())
+    row = ConvSpec(features=8, kernel=3, stride=5, padding=(1, 1), init=small.INIT, post='relu pool pool')
+    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers(row)), image_NHWC=_images())
     sizes = re.findall(r'"what": "max pooling".*?"shape": "(\d+) x', page)
     assert len(sizes) == 2 and int(sizes[1]) < int(sizes[0])
 
@@ -245,19 +254,20 @@ def _play(folder, page, script):
 @pytest.mark.parametrize(
     ('mean', 'row'),
     [
-        ('crop', (8, 5, 2, (0, 1), 1, 0.1, 0.1, 'relu')),
-        ('channel', (8, 7, 4, (0, 3), 1, 0.1, 0.1, '')),  # the paper's, smaller: the last window hangs over
-        ('center', (8, 4, 3, (2, 0), 1, 0.1, 0.1, 'relu')),
+        ('crop', {'kernel': 5, 'stride': 2, 'padding': (0, 1), 'post': 'relu'}),
+        ('channel', {'kernel': 7, 'stride': 4, 'padding': (0, 3)}),  # the paper's, smaller: the last window hangs over
+        ('center', {'kernel': 4, 'stride': 3, 'padding': (2, 0), 'post': 'relu'}),
     ],
 )
 def test_the_page_computes_the_convolution(mean, row, tmp_path):
-    checkpoint, images = _checkpoint(mean, conv=(row,), dense=()), _images()
+    row = ConvSpec(features=8, init=small.INIT, bias=0.1, **row)
+    checkpoint, images = _checkpoint(mean, layers={'conv1': row, 'fc2': DenseSpec(init=small.INIT)}), _images()
     page = _write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=images)
     found = _play(tmp_path, page, 'return [[0, 0], [2, 5]].map((pair) => [...window.report.featureMap(...pair)]);')
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     weights = checkpoint.params['conv1']
     expected = lax.conv_general_dilated(
-        x, weights['kernel'], (row[2],) * 2, (row[3],) * 2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        x, weights['kernel'], (row.stride,) * 2, (row.padding,) * 2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     expected = np.asarray(expected) + weights['bias']
     for (picture, kernel), values in zip([(0, 0), (2, 5)], found, strict=True):

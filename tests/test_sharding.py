@@ -12,6 +12,7 @@ import pytest
 
 from alexnet_jax.core import architecture, augment, model, sharding, train_step
 from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.data import pipeline
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
 from tests import small
@@ -165,14 +166,9 @@ def test_collectives_of_the_papers_network(data, tower):
 def test_gathers_follow_from_the_groups():
     """Towers that never talk until the classifier gather once; one that always does gathers before each layer."""
     mesh = sharding.make_mesh(data=1, tower=2)
-    conv, dense = small.SMALL['conv'], small.SMALL['dense']
-    apart = dict(
-        conv=conv[:1] + tuple((*row[:4], 2, *row[5:]) for row in conv[1:]),
-        dense=tuple((r[0], 2, *r[2:]) for r in dense),
-    )
-    together = dict(conv=tuple((*row[:4], 1, *row[5:]) for row in conv))
-    for changes, gathers in ((apart, 1), (together, 7)):
-        network = small.network(**changes)
+    names = ('conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7')
+    for groups, gathers in ((2, 1), (1, 7)):
+        network = small.network(layers=small.layers(**{name: {'groups': groups} for name in names}))
         params = small.init(network)
         x = jnp.zeros((2, small.SIZE, small.SIZE, 3))
         assert _collectives(sharding.forward(network, mesh), _place(mesh, params), x) == {'all-gather': gathers}
@@ -237,11 +233,11 @@ def test_a_batch_is_sent_before_the_one_before_it_is_used():
         happened.append(f'{batch} sent')
         return -batch
 
-    for sent, waited in sharding.prefetch_to_device(made(), send):
+    for sent, waited in pipeline.prefetch_to_device(made(), send):
         happened.append(f'{-sent} used')
         assert 0 <= waited < 1
     assert ', '.join(happened) == ('0 made, 0 sent, 1 made, 1 sent, 0 used, 2 made, 2 sent, 1 used, 2 used')
-    assert list(sharding.prefetch_to_device(iter([]), send)) == []
+    assert list(pipeline.prefetch_to_device(iter([]), send)) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+import alexnet_jax
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.core import augment, image_stats, model, sharding, train_step
 from alexnet_jax.data import datasets, pipeline
@@ -451,7 +451,7 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
     assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01
     chex.assert_trees_all_equal(new['fc7'], old['fc7'])
     other = config.copy_and_resolve_references()
-    other.model.conv = ((4, *other.model.conv[0][1:]), *other.model.conv[1:])
+    other.model.layers.conv1.features = 4
     with pytest.raises(UserError, match=r'init_from: conv1 needs a kernel of shape \(5, 5, 3, 4\); found a kernel of'):
         train.train_and_evaluate(other, str(tmp_path / 'other'))
 
@@ -612,17 +612,17 @@ def test_a_run_of_another_version_is_refused(uninterrupted, tmp_path):
         loading.load_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize('number', [None, 1, 3])
+@pytest.mark.parametrize('number', [None, 2, 4])
 def test_a_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_path):
     """None: before formats had a number."""
     config, workdir, _ = uninterrupted
     step = shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     path = step / 'meta' / 'metadata'
     meta = json.loads(path.read_text())
-    assert meta.pop('format') == 2
+    assert meta.pop('format') == 3
     path.write_text(json.dumps(meta if number is None else {**meta, 'format': number}))
     checksums.write(str(step))
-    message = f'30 is of another version: its format is {number or 1}, and this version of alexnet_jax reads 2; use the'
+    message = f'30 is of another version: its format is {number or 1}, and this version of alexnet_jax reads 3; use the'
     with pytest.raises(UserError, match=message):
         loading.load_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match=message):
@@ -790,7 +790,7 @@ def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
 
 
 def _quickstart(**changes):
-    config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
+    config = alexnet_jax.get_config('quickstart')
     config.update_from_flattened_dict({'mesh.tower': 1, 'mesh.data': 1, **changes})
     return build.build(config)
 

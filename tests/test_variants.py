@@ -4,18 +4,22 @@ import ast
 import collections
 import math
 import re
-import runpy
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.benchmark import hlo_cost
+from alexnet_jax.checkpoints import loading
 from alexnet_jax.core import architecture, model, sharding
 from alexnet_jax.core.config import augmentation_from_config, model_from_config, optimizer_from_config
+from alexnet_jax.core.post_ops import POST_OPS, PostOp
+from alexnet_jax.training import train
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT
+from tests import ROOT, small
 from tests.test_sharding import COLLECTIVES
 
 # Weights as kernel area x inputs of one kernel x kernels, biases, and places at which each kernel is applied.
@@ -35,19 +39,19 @@ VARIANTS = {
     'large_batch:16384': (60_965_224, PAPER),
     'authors_2012:schedule=2012': (60_965_224, PAPER),
     'authors_2012:schedule=170': (60_965_224, PAPER),
-    'no_normalization': (60_965_224, PAPER),
-    'non_overlapping': (  # 55 -> 28 -> 26 -> 13 -> 11 -> 6
+    'ablations:no_normalization': (60_965_224, PAPER),
+    'ablations:non_overlapping': (  # 55 -> 28 -> 26 -> 13 -> 11 -> 6
         60_965_224,
         [CONV1, (*CONV2[:2], 26 * 26), CONV3, CONV4, (*CONV5[:2], 11 * 11), FC6, FC7, FC8],
     ),
-    'one_gpu': (
+    'ablations:one_gpu': (
         59_798_312,
         [
             (11 * 11 * 3 * 48, 48, 55 * 55), (5 * 5 * 48 * 128, 128, 27 * 27), (3 * 3 * 128 * 192, 192, 13 * 13),
             (3 * 3 * 192 * 192, 192, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13), FC6, FC7, FC8,
         ],
     ),
-    'no_communication': (
+    'ablations:no_communication': (
         60_714_408,
         [
             CONV1, (5 * 5 * 48 * 320, 320, 27 * 27), (3 * 3 * 160 * 384, 384, 13 * 13), CONV4, CONV5,
@@ -72,8 +76,7 @@ VARIANTS = {
 
 
 def load(variant):
-    name, _, arg = variant.partition(':')
-    return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*([arg] if arg else []))
+    return alexnet_jax.get_config(variant)
 
 
 def test_every_config_is_here():
@@ -88,7 +91,7 @@ def test_parameters_shapes_and_products(variant):
     network, size = model_from_config(config.model), config.data.image_size
     sizes = architecture.infer_shapes(network, size, towers=config.mesh.tower)
     shapes = jax.eval_shape(lambda key: model.init_params(network, key, size), jax.random.key(0))
-    assert list(sizes) == list(network.layer_specs()) and set(sizes) == set(shapes)
+    assert list(sizes) == list(network.layers) and set(sizes) == set(shapes)
     for (name, found), (weights, biases, places) in zip(sizes.items(), rows, strict=True):
         kernel, bias = shapes[name]['kernel'], shapes[name]['bias']
         assert (kernel.size, bias.size) == (weights, biases), name
@@ -100,12 +103,12 @@ def test_parameters_shapes_and_products(variant):
     logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     for name, found in sizes.items():
         seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}_')}
-        last = ([*network.layer_specs()[name].post.split()] or ['linear'])[-1]
+        last = ([*network.layers[name].post.split()] or ['linear'])[-1]
         assert (seen[f'{name}_linear'], seen[f'{name}_{last}']) == (found.linear, found.outputs)
     assert logits.shape == (1, config.model.num_classes)
     assert sizes['conv5'].outputs == (6, 6, 256)
     augmentation_from_config(config.data)
-    optimizer_from_config(config.optim, steps_per_epoch=100.0, layers=list(network.layer_specs()))
+    optimizer_from_config(config.optim, steps_per_epoch=100.0, layers=list(network.layers))
 
 
 def test_products_are_those_the_compiler_counts():
@@ -125,7 +128,13 @@ def test_products_are_those_the_compiler_counts():
 
 @pytest.mark.parametrize(
     ('variant', 'gathers'),
-    [('authors_2012', 4), ('no_normalization', 4), ('non_overlapping', 4), ('sixth_conv', 5), ('no_communication', 1)],
+    [
+        ('authors_2012', 4),
+        ('ablations:no_normalization', 4),
+        ('ablations:non_overlapping', 4),
+        ('sixth_conv', 5),
+        ('ablations:no_communication', 1),
+    ],
 )
 def test_collectives(variant, gathers):
     """The paper's four are in test_sharding.py; each layer that reads both towers adds one."""
@@ -146,9 +155,9 @@ def test_collectives(variant, gathers):
 @pytest.mark.parametrize(
     ('variant', 'message'),
     [
-        ('caffe', 'conv1 is normalized in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('caffe', 'conv1: lrn works in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
         ('torchvision', 'No layer has groups=2; set mesh.tower=1'),
-        ('one_gpu', 'No layer has groups=2; set mesh.tower=1'),
+        ('ablations:one_gpu', 'No layer has groups=2; set mesh.tower=1'),
     ],
 )
 def test_one_tower_networks_refuse_two(variant, message):
@@ -172,8 +181,11 @@ def _rate(config, count, steps_per_epoch):
 def test_caffes_recipe():
     """`bvlc_alexnet/solver.prototxt` (base_lr, gamma, stepsize, max_iter, decay) and `train_val.prototxt`."""
     config = load('caffe')
-    assert [row[5:7] for row in config.model.conv] == [(0.01, 0), (0.01, 0.1), (0.01, 0), (0.01, 0.1), (0.01, 0.1)]
-    assert [row[2:4] for row in config.model.dense] == [(0.005, 0.1)] * 2 and config.model.classifier == (0.01, 0)
+    layers = config.model.layers
+    biases = {'conv1': 0, 'conv2': 0.1, 'conv3': 0, 'conv4': 0.1, 'conv5': 0.1, 'fc6': 0.1, 'fc7': 0.1, 'fc8': 0}
+    assert {name: layer.bias for name, layer in layers.items()} == biases
+    narrow = {name for name, layer in layers.items() if layer.init == 'normal(0.005)'}
+    assert narrow == {'fc6', 'fc7'} and {layer.init for layer in layers.values()} == {'normal(0.005)', 'normal(0.01)'}
     assert (config.optim.momentum, config.optim.weight_decay, config.optim.bias_decay) == (0.9, 0.0005, 0)
     assert (config.batch_size, config.data.image_size, config.data.reflect, config.data.color_std) == (
         256,
@@ -192,10 +204,7 @@ def test_torchvisions_recipe():
     """`references/classification`: train.py --lr 1e-2, presets.py, and nn.Conv2d's and nn.Linear's initial values."""
     config = load('torchvision')
     optimizer, data = config.optim, config.data
-    assert {value for row in config.model.conv for value in row[5:7]} == {architecture.FAN_IN}
-    assert {value for row in (*config.model.dense, (0, 0, *config.model.classifier)) for value in row[2:4]} == {
-        'fan_in'
-    }
+    assert {(layer.init, layer.bias) for layer in config.model.layers.values()} == {('fan_in', 0.0)}
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.bias_decay) == (0.9, 1e-4, 1e-4)
     assert not optimizer.rate_in_velocity and (config.batch_size, config.num_epochs) == (32 * 8, 90)
     assert (data.image_size, data.crop_area, data.reflect, data.color_std) == (224, (0.08, 1.0), True, 0)
@@ -204,22 +213,36 @@ def test_torchvisions_recipe():
         assert _rate(config, count, 10) == pytest.approx((rate, rate)), count
 
 
+def _flat(config, prefix=''):
+    """{'optim.momentum': 0.9, ...}"""
+    values = {}
+    for key, value in config.items():
+        values |= _flat(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
+    return values
+
+
 def test_variants_differ_from_the_paper_only_where_they_say():
     """A diff of `paper.py` must not carry anything else along."""
-    paper = load('paper')
+    paper = _flat(load('paper'))
     changed = {
-        'no_normalization': {'model.conv'},
-        'non_overlapping': {'model.conv', 'model.pool_window'},
-        'no_communication': {'model.conv', 'model.dense'},
-        'one_gpu': {'model.conv', 'model.norm_groups', 'mesh.tower'},
-        'sixth_conv': {'model.conv'},
-    }
+        'ablations:no_normalization': {f'model.layers.{name}.post' for name in ('conv1', 'conv2')},
+        'ablations:non_overlapping': {'model.pool_window', *(f'model.layers.{n}.padding' for n in ('conv2', 'conv5'))},
+        'ablations:no_communication': {
+            'model.layers.conv2.features', 'model.layers.fc6.features',
+            *(f'model.layers.{name}.groups' for name in ('conv3', 'fc6', 'fc7')),
+        },
+        'ablations:one_gpu': {
+            'model.norm_groups', 'mesh.tower', *(f'model.layers.{n}.groups' for n in ('conv2', 'conv4', 'conv5')),
+            *(f'model.layers.conv{i}.features' for i in (1, 2, 3, 4)),
+        },
+        'sixth_conv': {
+            f'model.layers.conv6.{field}'
+            for field in ('features', 'kernel', 'stride', 'padding', 'groups', 'init', 'bias', 'post')
+        },
+    }  # fmt: skip
     for variant, keys in changed.items():
-        found = set()
-        for section, values in load(variant).items():
-            pairs = values.items() if hasattr(values, 'items') else [('', values)]
-            old = paper[section] if hasattr(values, 'items') else {'': paper[section]}
-            found |= {f'{section}.{key}'.rstrip('.') for key, value in pairs if value != old[key]}
+        flat = _flat(load(variant))
+        found = {key for key, value in flat.items() if value != paper.get(key)}
         assert found == keys, variant
 
 
@@ -227,7 +250,7 @@ def test_configs_say_where_they_come_from():
     """Source, command, what the source reports and what was measured here open each file."""
     for path in (ROOT / 'configs').glob('*.py'):
         doc = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
-        assert f'alexnet_jax train --config=configs/{path.name}' in doc, path.name
+        assert f'alexnet_jax train --config={path.stem}' in doc, path.name
         if path.stem != 'quickstart':
             assert re.search(r'Here:|Here it was', doc), path.name
             assert re.search(r'top-1', doc) and re.search(r'center crop|ten views', doc), path.name
@@ -242,3 +265,31 @@ def test_the_papers_summary():
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert '60,965,224' in rows['all'] and '30,336' in rows['all']
     assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
+
+
+def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch, tmp_path):
+    """One function and one line of the table; it mixes the channels of a pair, so it names its groups."""
+
+    def pair_mean(x, context):
+        assert x.shape[-1] % (2 * context.groups) == 0
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        return jnp.broadcast_to(pairs.mean(-1, keepdims=True), pairs.shape).reshape(x.shape)
+
+    monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 2))
+    monkeypatch.setitem(POST_OPS, 'halve', PostOp(lambda x, context: x[:, ::2, ::2] / 2, maps_only=True))
+    seen = {}
+    for tower in (1, 2):
+        config = small.digits_config(**{'num_steps': 3, 'mesh.tower': tower, 'mesh.data': 1})
+        config.model.layers.conv1.post = 'relu pair_mean halve'
+        config.model.layers.fc6.post = 'relu pair_mean dropout'
+        train.train_and_evaluate(config, str(tmp_path / str(tower)))
+        seen[tower] = loading.load_checkpoint(str(tmp_path / str(tower))).params
+    chex.assert_trees_all_close(seen[1], seen[2], rtol=1e-4, atol=1e-6)
+    sizes = architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
+    assert sizes['conv1'].outputs == (14, 14, 8)
+    monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 1))
+    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 maps'):
+        architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
+    config.model.layers.fc6.post = 'halve'
+    with pytest.raises(UserError, match="fc6 is followed by 'halve'; expected some of: dropout, pair_mean, relu, tanh"):
+        architecture.infer_shapes(model_from_config(config.model), 28)

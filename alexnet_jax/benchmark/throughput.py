@@ -198,7 +198,7 @@ def our_updates(
     stream = setup.train_batches(0)
     stack.callback(stream.close)
     batch, state = setup.to_mesh(next(stream)), setup.steps.init(key)
-    prefetched = sharding.prefetch_to_device(stream, setup.to_mesh)
+    prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
     if not on_batches:
         stream.close()
     log = train_log.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is at chance level

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from alexnet_jax.benchmark.throughput import TORCH, Contender, Options, images_per_second, num_buffered, skip
 from alexnet_jax.core import architecture, augment
-from alexnet_jax.core.architecture import ConvSpec
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.data import datasets, random_crops
 from alexnet_jax.prepare import discovery
@@ -47,11 +47,13 @@ class Net(nn.Sequential):
             'dropout': lambda: nn.Dropout(network.dropout_rate),
         }
         modules, shapes = [], architecture.infer_shapes(network, image_size)
-        for name, row in network.layer_specs().items():
-            if 'spatial_norm' in row.post or network.local or (not isinstance(row, ConvSpec) and row.groups > 1):
-                raise UserError(
-                    f'--against=torch: PyTorch has nothing like {name}, {tuple(row)}; use another --config.'
-                )
+        for name, row in network.layers.items():
+            if (
+                'spatial_norm' in row.post
+                or isinstance(row, LocalSpec)
+                or (isinstance(row, DenseSpec) and row.groups > 1)
+            ):
+                raise UserError(f'--against=torch: PyTorch has nothing like {name}, {row}; use another --config.')
             inputs = shapes[name].inputs
             if isinstance(row, ConvSpec):
                 before, after = row.padding
@@ -60,7 +62,7 @@ class Net(nn.Sequential):
                 modules.append(nn.Conv2d(inputs[-1], row.features, row.kernel, row.stride, padding, groups=row.groups))
             else:
                 modules += [nn.Flatten(), nn.Linear(math.prod(inputs), row.features)]
-            modules += [operations[operation]() for operation in row.post.split()]
+            modules += [operations[operation]() for operation in row.ops]
         super().__init__(*modules)
         self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
 

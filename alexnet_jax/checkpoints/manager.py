@@ -31,7 +31,7 @@ from alexnet_jax.utils.errors import TerminatedError, UserError, as_user_error, 
 from alexnet_jax.utils.files import absolute_local_path
 
 FOLDER = 'checkpoints'
-FORMAT = 2  # of a step's folder; versions before the first that says so had 1
+FORMAT = 3  # of a step's folder; versions before the first that says so had 1
 _METRICS = 'metrics'  # an item, and the file in it
 _LAST = 2  # steps kept, besides the best
 

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from absl import app, flags
-from ml_collections import ConfigDict
 
-from alexnet_jax.commands.flag import ConfigFlag, configs_first, explain_config_error, one_line
+from alexnet_jax.commands.flag import one_line
 from alexnet_jax.utils import logs, processes
 from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError, first_line
 from alexnet_jax.utils.files import absolute_local_path
@@ -46,14 +45,12 @@ def run(command: ModuleType | type, words: Sequence[str] | None = None) -> None:
     if any(map(_asks_for_help, words)):
         _guard(lambda: print(help_text(command)))
         sys.exit(0)
-    values, parsed = flags.FlagValues(), []
 
     def parser(_):
-        parsed.extend(parse(command, words, values))
         flags.FLAGS.mark_as_parsed()  # absl's own, none of which a command has
         return sys.argv[:1]
 
-    app.run(lambda _: _guard(lambda: _call(command, values, parsed)), argv=sys.argv[:1], flags_parser=parser)
+    app.run(lambda _: _guard(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
 
 
 def _asks_for_help(word: str) -> bool:
@@ -82,27 +79,15 @@ def _docstring(command: ModuleType | type) -> str:
 def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines a command's flags in `values` and parses words into them; returns the words without --.
 
-    Ends the program with code 2 for flags that are missing, unknown or out of their range.
+    Raises:
+      UserError: a flag is missing, unknown or out of its range.
     """
     for flag in command.FLAGS:
-        flag.define(values)
-    configs = {flag.name: flag.default for flag in command.FLAGS if isinstance(flag, ConfigFlag)}
-    argv = [sys.argv[0], *configs_first(words, configs)]
-    before, sys.argv = sys.argv, argv  # ml_collections looks for --config.KEY there
+        words = flag.define(values, words)
     try:
-        rest = values(argv)[1:]
-    except IndexError as error:
-        if not any('[' in word for word in words):  # of a config file
-            raise
-        _fail(f'{one_line(str(error))}; a tuple is given whole: --config.KEY="((...), ...)".', 2)
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        _fail(explain_config_error(argv, configs) or one_line(str(error)), 2)
-    finally:
-        sys.argv = before
-    for name in configs:
-        if not isinstance(values[name].value, ConfigDict | None):
-            _fail(explain_config_error(argv, configs) or 'the config cannot be loaded.', 2)
-    return rest
+        return values([sys.argv[0], *words])[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(one_line(str(error))) from error
 
 
 def set_up_jax(cpu_devices: int) -> None:
@@ -141,8 +126,10 @@ def set_up_jax(cpu_devices: int) -> None:
             jax.config.update('jax_compilation_cache_dir', cache)
 
 
-def _call(command: ModuleType | type, values: flags.FlagValues, words: Sequence[str]) -> None:
+def _call(command: ModuleType | type, words: Sequence[str]) -> None:
     logs.configure()
+    values = flags.FlagValues()
+    words = parse(command, words, values)
     arguments = getattr(command, 'ARGUMENTS', None)
     if words and arguments is None:
         raise UserError(f'unexpected argument {words[0]!r}; options start with --.')

@@ -21,7 +21,7 @@ from alexnet_jax.utils.errors import UserError
 
 AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
 SHARED = (
-    ConfigFlag('config', 'configs/paper.py', 'A file of configs/: the network and its update.'),
+    ConfigFlag('config', 'paper', 'Name or file of a config: the network and its update.'),
     Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
     Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),

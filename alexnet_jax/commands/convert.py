@@ -4,7 +4,7 @@
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
 A file of weights gives features, groups and classes. What it does not say (strides, paddings, what follows a layer,
-preprocessing) is taken from a config: configs/caffe.py for a .caffemodel, configs/torchvision.py for the others.
+preprocessing) is taken from a config: 'caffe' for a .caffemodel, 'torchvision' for the others.
 """
 
 import jax

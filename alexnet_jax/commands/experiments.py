@@ -1,6 +1,6 @@
 """The paper's experiments: networks that differ in one thing, trained, and a table beside the paper's numbers.
 
-    alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=configs/paper.py] [--seeds=N] [--scale=F]
+    alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
 SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). PATH is a prepared directory, or
 images as `alexnet_jax prepare` takes them. Every run is one of `alexnet_jax train`; a suite that was stopped goes on
@@ -20,7 +20,7 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 FLAGS = (
     Flag('data', None, 'A prepared directory, or images as alexnet_jax prepare takes them.', required=True),
     Flag('output', None, 'Directory for runs/, results.csv and report.html.', required=True),
-    ConfigFlag('base', 'configs/paper.py', 'The config that the networks differ from.'),
+    ConfigFlag('base', 'paper', 'The config that the networks differ from.'),
     Flag('seeds', 0, 'Networks of each kind; 0: 3, and 5 for ensemble.', at_least=0),
     Flag('scale', 1.0, 'Part of the training images to train on, always the same.'),
     Flag('dry_run', False, 'Only show the runs, their images and predicted hours.'),

@@ -1,6 +1,6 @@
 """Trains a classifier of your own pictures: from a folder of class folders to a network, its errors and confusions.
 
-    alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=configs/finetune.py]
+    alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
 
 PICTURES is what `alexnet_jax prepare` takes: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; without val a
 tenth is set aside. With --init_from a trained network is tuned: its table and preprocessing are taken over with all
@@ -17,7 +17,7 @@ from alexnet_jax.utils.errors import UserError
 FLAGS = (
     Flag('input', None, 'Pictures in class folders, or what else alexnet_jax prepare takes.', required=True),
     Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
-    ConfigFlag('config', 'configs/finetune.py', 'Rates and length; from scratch the network, too.'),
+    ConfigFlag('config', 'finetune', 'Rates and length; from scratch the network, too.'),
     Flag('init_from', '', 'A checkpoint to begin with: a workdir, or what convert wrote.'),
     Flag('val_fraction', 0.1, 'Part of the pictures set aside where there is no val folder.'),
     Flag('max_unreadable', 0, 'Unreadable pictures to leave out before giving up.', at_least=0),

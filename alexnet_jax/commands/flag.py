@@ -1,16 +1,14 @@
-"""Flags of commands, as absl defines them; and what is wrong with those for config files in one line."""
+"""Flags of commands, as absl defines them, and configs as flags."""
 
-import inspect
-import os
 import re
-import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax.utils.errors import did_you_mean, first_line
+from alexnet_jax.utils.config_files import get_config
+from alexnet_jax.utils.errors import UserError, did_you_mean
 
 _DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
@@ -26,8 +24,8 @@ class Flag(NamedTuple):
     choices: tuple = ()
     repeated: bool = False  # may be given several times: a list of texts
 
-    def define(self, values: flags.FlagValues) -> None:
-        """Adds the flag to those of a command."""
+    def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
+        """Adds the flag to those of a command. Returns the words of the command line that are still to be parsed."""
         if self.repeated:
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
@@ -37,23 +35,61 @@ class Flag(NamedTuple):
             self._check(values, lambda value: value >= self.at_least, f'{self.at_least} or more')
         if self.choices:
             self._check(values, lambda value: value in (None, *self.choices), ' or '.join(map(str, self.choices)))
+        return list(words or ())
 
     def _check(self, values: flags.FlagValues, is_right, expected: str) -> None:
         flags.register_validator(self.name, is_right, message=f'expected {expected}.', flag_values=values)
 
 
 class ConfigFlag(NamedTuple):
-    """A flag for a config file, whose keys are flags, too: --config=FILE --config.KEY=VALUE, in any order."""
+    """A flag for a config, whose keys are flags, too: --config=NAME --config.KEY=VALUE, in any order."""
 
     name: str
-    default: str | None  # the file where none is given
+    default: str | None  # the config where none is given
     help: str
     required: bool = False
 
-    def define(self, values: flags.FlagValues) -> None:
-        """Adds the flag to those of a command."""
-        help = f'{self.help} Default: {self.default}.' if self.default else self.help
-        config_flags.DEFINE_config_file(self.name, None, help, flag_values=values)
+    def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
+        """Adds the flag, and one for each key among `words`. Returns the words that are still to be parsed.
+
+        Raises:
+          UserError: the config cannot be loaded, or has no such key.
+        """
+        if words is None:  # for --help
+            flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
+            return []
+        given, rest = self._split(words)
+        is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]+)')
+        keys = [match[1] for word in rest if (match := is_key.match(word))]
+        if given is None and self.default is None:
+            if keys:
+                raise UserError(f'--{self.name}.{keys[0]} is given without --{self.name}=NAME.')
+            flags.DEFINE_string(self.name, None, self.help, flag_values=values)
+            return rest
+        config = get_config(self.default if given is None else given)
+        known = list(_flat_keys(config))
+        for key in keys:
+            if key not in known:
+                raise UserError(f'the config has no key {key!r}.{did_you_mean(key, known)}')
+        config_flags.DEFINE_config_dict(self.name, config, self.help, flag_values=values, sys_argv=rest)
+        return rest
+
+    def _split(self, words: Sequence[str]) -> tuple[str | None, list[str]]:
+        """The config's name, None where it is not given, and the other words."""
+        given, rest, remaining = None, [], iter(words)
+        for word in remaining:
+            flag, is_whole, value = word.lstrip('-').partition('=')
+            if word.startswith('-') and flag == self.name:
+                given = value if is_whole else next(remaining, '')
+            else:
+                rest.append(word)
+        return given, rest
+
+
+def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
+    """Keys such as 'optim.momentum', of values alone."""
+    for key, value in config.items():
+        yield from _flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
 
 
 CHECKPOINT = Flag('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.", required=True)
@@ -61,60 +97,10 @@ CPU_DEVICES = Flag('cpu_devices', 0, 'Run on the CPU, as this many devices; 0 us
 VIEWS = Flag('views', 1, '1: center crop; 10: the ten views of section 4.1, softmax averaged.', choices=(1, 10))
 
 
-def configs_first(words: Sequence[str], defaults: dict[str, str | None]) -> list[str]:
-    """--config=FILE before all --config.KEY=VALUE, as absl wants it, and with its default where it is not given."""
-    words = list(words)
-    for name, default in defaults.items():
-        for i in [i for i, word in enumerate(words[:-1]) if word in (f'-{name}', f'--{name}')][:1]:
-            words[i : i + 2] = [f'{words[i]}={words[i + 1]}']
-        first = [word for word in words if re.match(rf'--?{name}=', word)]
-        if default and not first and f'--{name}' not in words:
-            first = [f'--{name}={default}']
-        words = [*first, *(word for word in words if word not in first)]
-    return words
-
-
 def one_line(text: str) -> str:
-    """absl and ml_collections wrap a config file's own error in several lines: the innermost, without its kind."""
+    """The innermost of the errors that absl and ml_collections wrap in several lines, without its kind."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
         if found := re.match(r'(?:[\w.]+: )?\w+(?:Error|Exception): (.*)', line):
             return found[1]
     return ' '.join(lines)
-
-
-def explain_config_error(argv: Sequence[str], names: Iterable[str]) -> str | None:
-    """What is wrong with --config or a --config.KEY, with the nearest right name; None if that is not the matter."""
-    words = [word.lstrip('-') for argument in argv[1:] for word in argument.split('=', 1)]
-    flag = next((name for name in names if name in words[:-1]), None)
-    if flag is None:
-        return None
-    path, _, variant = words[words.index(flag) + 1].partition(':')
-    if not os.path.isfile(path):
-        others = [os.path.join(os.path.dirname(path), n) for n in _python_files(os.path.dirname(path) or '.')]
-        return f'there is no config file {path!r}.' + (did_you_mean(path, others) if others else '')
-    try:
-        get_config = runpy.run_path(path).get('get_config')
-        if not callable(get_config):
-            return f'{path!r} has no function get_config(); configs/paper.py shows one.'
-        if variant and not inspect.signature(get_config).parameters:
-            return f'{path!r} has no variants; expected --{flag}={path} without {":" + variant!r}.'
-        config = get_config(*([variant] if variant else []))
-    except ValueError as error:  # of the config's own making: no such variant
-        return first_line(error)
-    except Exception as error:
-        return f'{path!r} cannot be loaded ({type(error).__name__}: {first_line(error)}).'
-    if not isinstance(config, ConfigDict):
-        return f'get_config() of {path!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
-    known = []
-    for key, value in config.items():
-        known += [f'{key}.{name}' for name in value] if isinstance(value, ConfigDict) else [key]
-    for word in words:
-        key = word.removeprefix(f'{flag}.')
-        if key != word and key not in known:
-            return f'the config has no key {key!r}.{did_you_mean(key, known)}'
-    return None
-
-
-def _python_files(folder: str) -> list[str]:
-    return [name for name in os.listdir(folder) if name.endswith('.py')] if os.path.isdir(folder) else []

@@ -1,9 +1,10 @@
 """Trains the network a config describes, or goes on with a run that was stopped.
 
-    alexnet_jax train --config=configs/paper.py --workdir=runs/paper [--config.KEY=VALUE ...]
-    alexnet_jax train --config=configs/paper.py --summary
+    alexnet_jax train --config=paper --workdir=runs/paper [--config.KEY=VALUE ...]
+    alexnet_jax train --config=paper --summary
 
 Every key of a config is a flag, too: --config.optim.learning_rate=0.005. configs/paper.py explains them.
+Layers are keys by name: --config.model.layers.conv2.post='tanh pool'.
 (`python -m alexnet_jax.main` is the same command.)
 """
 
@@ -12,12 +13,12 @@ from absl import flags
 from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.core import architecture
-from alexnet_jax.core.config import network_and_augmentation
 from alexnet_jax.training import train
+from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    ConfigFlag('config', None, 'A file of configs/; may take an argument: paper.py:init=authors.', required=True),
+    ConfigFlag('config', None, "Name or file of a config, and its variant: 'paper:init=authors'.", required=True),
     Flag('workdir', None, 'Directory of the run: checkpoints, metrics, config.'),
     Flag('summary', False, 'Only print layers, shapes, parameters and what crosses the towers.'),
     Flag('profile', 0, 'Write a trace of so many updates, after two, to WORKDIR/profile.', at_least=0),

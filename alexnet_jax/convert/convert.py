@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data.imagenet_classes import wordnet_ids
+from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import atomic_directory, check_new
 
@@ -84,7 +84,7 @@ def convert(
     plain = fit_config(plain, weights)
     network, image_size = model_from_config(plain['model']), plain['data']['image_size']
     layers = [*weights.of_rank(4), *weights.of_rank(2)]
-    layers = [_to_float32(name, layer) for name, layer in zip(network.layer_specs(), layers, strict=True)]
+    layers = [_to_float32(name, layer) for name, layer in zip(network.layers, layers, strict=True)]
     stats = _image_stats(weights, augmentation_from_config(plain['data']), mean)
     meta = {
         'config': plain,
@@ -109,32 +109,29 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str,
         with reading_metadata(weights.path):
             augmentation_from_config(weights.metadata['config']['data'])
             return weights.path, fit_config(weights.metadata['config'], weights)
-    return _default_config('caffe.py' if weights.bgr else 'torchvision.py')
+    name = 'caffe' if weights.bgr else 'torchvision'
+    return name, manager.config_to_json(get_config(name))
 
 
 def _describe(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], used: str) -> None:
     """Logs what the network was taken for."""
-    for (name, spec), layer in zip(network.layer_specs().items(), layers, strict=True):
+    for (name, spec), layer in zip(network.layers.items(), layers, strict=True):
         window = f'{spec.kernel}x{spec.kernel} px' if isinstance(spec, ConvSpec) else ''
         logging.info(
             f'{name:6}{spec.features:6}  {window:9} groups {spec.groups}  {spec.post or "-":20} from {layer.name}'
         )
+    convs = [
+        (spec.features, spec.kernel, spec.groups) for spec in network.layers.values() if isinstance(spec, ConvSpec)
+    ]
     logging.info(
         f'Strides, paddings, what follows each layer and preprocessing ({data["image_size"]} px, data.mean='
-        f'{data["mean"]!r}) are those of {used}; another network is given with --config=FILE.'
+        f'{data["mean"]!r}) are those of {used}; another network is given with --config=NAME.'
     )
-    if used == 'configs/torchvision.py' and [row[:2] + row[4:5] for row in network.conv] == _PAPER:
+    if used == 'torchvision' and convs == _PAPER:
         logging.info(
             'The 2012 network has these widths too: if it was trained with response normalization, convert it with '
-            '--config=configs/caffe.py or configs/paper.py.'
+            '--config=caffe or --config=paper.'
         )
-
-
-def _default_config(name: str) -> tuple[str, dict[str, Any]]:
-    path = pathlib.Path(__file__).parents[2] / 'configs' / name
-    if not path.is_file():
-        raise UserError(f"there is no {path}; give --config=FILE, the repository's configs/{name} or another.")
-    return f'configs/{name}', manager.config_to_json(runpy.run_path(str(path))['get_config']())
 
 
 def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:

@@ -1,10 +1,11 @@
 """Fits a config to the shapes of the weights in a file."""
 
+import dataclasses
 import math
 from typing import Any
 
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile
-from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec, infer_shapes
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec, infer_shapes
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
 
@@ -25,12 +26,12 @@ def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
     network = model_from_config(config['model'])
     shapes = infer_shapes(network, config['data']['image_size'])
     unread = {ConvSpec: weights.of_rank(4), LocalSpec: [], DenseSpec: weights.of_rank(2)}
-    specs, report, channels, last = [], [], 3, list(shapes)[-1]
-    for name, spec in network.layer_specs().items():
+    specs, report, channels, names = {}, [], 3, list(shapes)
+    for name, spec in network.layers.items():
         layer = unread[type(spec)].pop(0) if unread[type(spec)] else None
-        groups = (1,) if name in ('conv1', last) else (1, 2) if isinstance(spec, DenseSpec) else None
+        groups = (1,) if name in (names[0], names[-1]) else (1, 2) if isinstance(spec, DenseSpec) else None
         try:
-            specs.append(_fit_layer(spec, layer, channels, shapes[name].inputs, groups))
+            specs[name] = _fit_layer(spec, layer, channels, shapes[name].inputs, groups)
             report.append(f'{name} ok')
         except _MismatchError as error:
             report.append(f'{name} {error}')
@@ -41,23 +42,20 @@ def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
         raise UserError(
             f'the weights are not of the network expected: {"; ".join(report)}. Give --config=FILE of their network.'
         )
-    fields = {
-        'conv': [list(spec) for spec in specs if isinstance(spec, ConvSpec)],
-        'dense': [list(spec) for spec in specs if isinstance(spec, DenseSpec)][:-1],
-        'num_classes': specs[-1].features,
-    }
+    layers = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
+    fields = {'layers': layers, 'num_classes': layers[names[-1]].pop('features')}
     config = {**config, 'model': {**config['model'], **fields}}
     infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
     return config
 
 
 def _fit_layer(
-    spec: ConvSpec | DenseSpec,
+    spec: LayerSpec,
     layer: LayerWeights | None,
     channels: int,
     inputs: tuple[int, ...],
     allowed: tuple[int, ...] | None,
-) -> ConvSpec | DenseSpec:
+) -> LayerSpec:
     """A layer with the features and groups of a file's weights.
 
     Args:
@@ -88,12 +86,12 @@ def _fit_layer(
         )
     if layer.bias.shape != (features,):
         raise _MismatchError(f'expected ({features},) biases, found {layer.bias.shape} in {layer.name!r}')
-    ours = [op for op in spec.post.split() if op in ('relu', 'lrn', 'pool')]
+    ours = [op for op in spec.ops if op in ('relu', 'lrn', 'pool')]
     theirs = layer.post.split() or ours
     if sorted(ours) != sorted(theirs):
         raise _MismatchError(
             f"expected to be followed by '{' '.join(ours)}', found {layer.post!r} after {layer.name!r}"
         )
     if ours != theirs:
-        spec = spec._replace(post=' '.join(theirs + [op for op in spec.post.split() if op not in ours]))
-    return spec._replace(features=features, groups=groups)
+        spec = dataclasses.replace(spec, post=' '.join(theirs + [op for op in spec.ops if op not in ours]))
+    return dataclasses.replace(spec, features=features, groups=groups)

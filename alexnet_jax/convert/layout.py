@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.convert.weight_file import LayerWeights
-from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.architecture import ConvSpec, LocalSpec, infer_shapes
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError
 
@@ -39,11 +39,11 @@ def to_params(
 
 def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> list[LayerWeights]:
     """The inverse of `to_params`, RGB; named as torchvision does where it has such a network, else conv1 ... fc8."""
-    if network.local:
-        raise UserError('model.local: no other format has layers with kernels of their own at every place.')
-    specs = network.layer_specs().values()
-    plain = all(set(spec.post.split()) <= {'relu', 'pool', 'dropout'} for spec in specs)
-    counts = (len(network.conv), len(network.dense))
+    specs = network.layers.values()
+    if any(isinstance(spec, LocalSpec) for spec in specs):
+        raise UserError('local layers: no other format has layers with kernels of their own at every place.')
+    plain = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
+    convs = sum(isinstance(spec, ConvSpec) for spec in specs)
     layers = []
     for i, (name, sizes) in enumerate(infer_shapes(network, image_size).items()):
         kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
@@ -52,6 +52,6 @@ def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> li
         weight = np.moveaxis(kernel, (-2, -1), (1, 0))
         if dense:
             weight = weight.reshape(len(weight), -1)
-        own_name = _TORCHVISION[i] if plain and counts == (5, 2) else name
+        own_name = _TORCHVISION[i] if plain and (convs, len(specs)) == (5, 8) else name
         layers.append(LayerWeights(own_name, np.ascontiguousarray(weight), bias))
     return layers

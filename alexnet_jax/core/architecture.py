@@ -1,48 +1,76 @@
 """Layer specs: what a layer may be, and the shapes, parameters and FLOPs that follow."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from alexnet_jax.core import pooling
+import jax
+import jax.numpy as jnp
+
+from alexnet_jax.core.post_ops import POST_OPS, Context
 from alexnet_jax.utils.errors import UserError
 
-FAN_IN = 'fan_in'  # an init that depends on the number of inputs, see `ConvSpec.init_std`
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What every kind of layer has."""
+
+    features: int = 0  # outputs, all towers together; the last layer's are `AlexNet.num_classes`
+    groups: int = 1  # 1: reads everything below; 2: each half reads its own tower's half, and the towers do not talk
+    init: str = 'normal(0.01)'  # weights from N(0, 0.01); 'fan_in': weights from U(-b, b), b = inputs^-1/2 (PyTorch)
+    bias: float = 0.0  # initial value of every bias; 'fan_in' adds a draw from U(-b, b) to it
+    post: str = ''  # operations that follow, in order: words of `POST_OPS`
+
+    @property
+    def ops(self) -> list[str]:
+        """The operations that follow, in order."""
+        return self.post.split()
 
 
-class ConvSpec(NamedTuple):
-    """A convolutional layer; named conv1, conv2, ... in order."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvSpec(LayerSpec):
+    """A convolutional layer: conv1."""
 
-    features: int  # kernels, both towers together
     kernel: int  # side of the square window, pixels
-    stride: int
-    padding: tuple[int, int]  # zeros before and after, rows and columns alike
-    groups: int  # 1: reads every map below; 2: each half reads its own tower's half, and the towers do not talk
-    init_std: float | str  # weights are drawn from N(0, init_std); 'fan_in': U(-b, b), b = inputs^-1/2 (PyTorch)
-    bias: float | str  # initial value of every bias; 'fan_in': drawn as such weights are
-    post: str  # operations that follow, in order: some of `POST_OPS`
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)  # zeros before and after, rows and columns alike
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalSpec(ConvSpec):
-    """A convolutional layer with kernels, and biases, of its own at every position; numbered on (local3)."""
-
-    __slots__ = ()
+    """A convolutional layer with kernels, and biases, of its own at every position: local3."""
 
 
-class DenseSpec(NamedTuple):
-    """A fully-connected layer; numbered on (fc6, fc7)."""
-
-    features: int
-    groups: int
-    init_std: float | str
-    bias: float | str
-    post: str
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseSpec(LayerSpec):
+    """A fully-connected layer: fc6."""
 
 
-_ANYWHERE = ('relu', 'tanh', 'dropout')
-_ON_MAPS = (*_ANYWHERE, 'lrn', 'spatial_norm', 'pool', 'avg_pool')
-POST_OPS = {ConvSpec: _ON_MAPS, LocalSpec: _ON_MAPS, DenseSpec: _ANYWHERE}
-_NAMES = {ConvSpec: 'conv', LocalSpec: 'local', DenseSpec: 'fc'}
+INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
+KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # by the prefix of a layer's name, in network order
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """A layer's kind, a key of `KINDS`, and number. Raises UserError where a name is something else."""
+    match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', name)
+    if not match:
+        raise UserError(f'model.layers has {name!r}; expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
+    return match[1], int(match[2])
+
+
+def sort_layers(names: Iterable[str]) -> list[str]:
+    """Layer names in network order: conv, local, fc, then by number; gaps are allowed."""
+    order = list(KINDS)
+    return sorted(names, key=lambda name: (order.index(parse_name(name)[0]), parse_name(name)[1]))
+
+
+def init_std(init: str) -> float | None:
+    """The standard deviation of 'normal(STD)'; None for 'fan_in'. Raises UserError for anything else."""
+    if not (match := INIT.fullmatch(init)):
+        raise UserError(f"init={init!r}; expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
+    return match[1] and float(match[1])
 
 
 class LayerShapes(NamedTuple):
@@ -56,14 +84,6 @@ class LayerShapes(NamedTuple):
     flops: int  # of the products: two for a multiplication and its addition
 
 
-def layer_specs(model) -> dict[str, ConvSpec | DenseSpec]:
-    """Layers by name, in order: conv1 ... fc8."""
-    rows = [ConvSpec(*row) for row in model.conv] + [LocalSpec(*row) for row in model.local]
-    rows += [DenseSpec(*row) for row in model.dense]
-    rows.append(DenseSpec(model.num_classes, 1, *model.classifier, ''))
-    return {f'{_NAMES[type(row)]}{i}': row for i, row in enumerate(rows, 1)}
-
-
 def infer_shapes(model, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
     """Shapes, parameters and products of every layer.
 
@@ -75,39 +95,49 @@ def infer_shapes(model, image_size: int, towers: int = 1) -> dict[str, LayerShap
     Raises:
       UserError: the layers do not fit together, this image size, or this number of towers.
     """
-    layers = layer_specs(model)
-    if towers > 1 and not any(
-        layer.groups == 2 or (model.norm_groups == 2 and 'lrn' in layer.post.split()) for layer in layers.values()
-    ):
+    specs = model.layers.values()
+    if towers > 1 and not any(2 in (spec.groups, *(_mixing_groups(model, op) for op in spec.ops)) for spec in specs):
         raise UserError('No layer has groups=2; set mesh.tower=1.')
     shapes, shape = {}, (image_size, image_size, 3)
-    for name, layer in layers.items():
-        if unknown := [op for op in layer.post.split() if op not in POST_OPS[type(layer)]]:
-            raise UserError(
-                f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(POST_OPS[type(layer)]))}.'
-            )
-        for what, count in (('inputs', shape[-1]), ('features', layer.features)):
-            if count % layer.groups:
-                raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
-        last = name == list(layers)[-1]  # the classifier may have an odd number of classes: `sharding.forward` pads it
-        if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
-            raise UserError(
-                f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
-                f'{towers} towers; use mesh.tower=1.'
-            )
-        if 'lrn' in layer.post.split() and (model.norm_groups % towers or layer.features % model.norm_groups):
-            raise UserError(
-                f'{name} is normalized in {model.norm_groups} group(s) of its {layer.features} maps, which cannot be '
-                f'split over {towers} towers; use mesh.tower=1.'
-            )
-        inputs, op_shapes = shape, list(_op_shapes(model, name, layer, shape, image_size))
+    for name, layer in model.layers.items():
+        _check_groups(model, name, shape[-1], towers)
+        inputs, op_shapes = shape, list(_op_shapes(model, name, shape, image_size))
         linear, shape = op_shapes[0][1], op_shapes[-1][1]
-        dropped = dict(op_shapes).get('dropout')
         weights = _fan_in(layer, inputs) * layer.features
         positions = linear[0] * linear[1] if isinstance(layer, ConvSpec) else 1
         parameters = (weights + layer.features) * (positions if isinstance(layer, LocalSpec) else 1)
+        dropped = dict(op_shapes).get('dropout')
         shapes[name] = LayerShapes(inputs, linear, shape, dropped, parameters, 2 * weights * positions)
     return shapes
+
+
+def _mixing_groups(model, op: str) -> int:
+    """Parts of the channels within which an operation mixes them; 0 if it mixes none, or is unknown."""
+    return POST_OPS[op].groups(model) if op in POST_OPS and POST_OPS[op].groups else 0
+
+
+def _check_groups(model, name: str, channels: int, towers: int) -> None:
+    """Raises UserError where a layer's operations are unknown, or its channels do not divide."""
+    layer, last = model.layers[name], name == list(model.layers)[-1]
+    allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
+    if unknown := [op for op in layer.ops if op not in allowed]:
+        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(allowed))}.')
+    for what, count in (('inputs', channels), ('features', layer.features)):
+        if count % layer.groups:
+            raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
+    # The classifier may have an odd number of classes: `sharding.forward` pads it.
+    if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
+        raise UserError(
+            f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
+            f'{towers} towers; use mesh.tower=1.'
+        )
+    for op in layer.ops:
+        groups = _mixing_groups(model, op)
+        if groups and (groups % towers or layer.features % groups):
+            raise UserError(
+                f'{name}: {op} works in {groups} group(s) of the {layer.features} maps, which cannot be split over '
+                f'{towers} towers; use mesh.tower=1.'
+            )
 
 
 def gathered_elements(model, image_size: int, towers: int) -> dict[str, int]:
@@ -115,7 +145,7 @@ def gathered_elements(model, image_size: int, towers: int) -> dict[str, int]:
 
     A layer with one group whose input is split reads all of it, and has half (see `model.AlexNet`).
     """
-    shapes, layers = infer_shapes(model, image_size, towers), list(layer_specs(model).items())
+    shapes, layers = infer_shapes(model, image_size, towers), list(model.layers.items())
     if towers == 1:
         return {}
     return {  # the first layer reads the image, which is whole on every tower
@@ -127,7 +157,7 @@ def summary(model, image_size: int, towers: int) -> str:
     """A table of layers for people: shapes, parameters, products, and what crosses between towers."""
     shapes, gathered = infer_shapes(model, image_size, towers), gathered_elements(model, image_size, towers)
     rows = [('layer', 'input', 'window', 'groups', 'output', 'post', 'parameters', 'Mflops', 'from the other tower')]
-    for name, layer in layer_specs(model).items():
+    for name, layer in model.layers.items():
         window = f'{layer.kernel}x{layer.kernel} / {layer.stride}' if isinstance(layer, ConvSpec) else ''
         inputs, outputs = ('x'.join(map(str, shape)) for shape in (shapes[name].inputs, shapes[name].outputs))
         received = f'{gathered[name]:,}' if name in gathered else ''
@@ -148,27 +178,29 @@ def summary(model, image_size: int, towers: int) -> str:
     return '\n'.join(text)
 
 
-def _fan_in(layer: ConvSpec | DenseSpec, inputs: tuple[int, ...]) -> int:
+def _fan_in(layer: LayerSpec, inputs: tuple[int, ...]) -> int:
     """Numbers that one output is the weighted sum of."""
     if isinstance(layer, ConvSpec):
         return layer.kernel**2 * inputs[-1] // layer.groups
     return math.prod(inputs) // layer.groups
 
 
-def _op_shapes(model, name, layer, inputs, image_size) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _op_shapes(model, name: str, inputs: tuple[int, ...], image_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """('linear', shape), then (op, shape) for each operation that follows."""
-    if isinstance(layer, DenseSpec):
-        yield from ((op, (layer.features,)) for op in ('linear', *layer.post.split()))
-        return
-    size = inputs[0]
+    layer, shape = model.layers[name], (model.layers[name].features,)
     too_small = f'an image of {image_size} px does not fit the network: {name}'
     remedy = 'use a larger data.image_size.'
-    if size + sum(layer.padding) < layer.kernel:
-        raise UserError(f'{too_small} looks through {layer.kernel} px windows at maps of {size} px; {remedy}')
-    size = (size + sum(layer.padding) - layer.kernel) // layer.stride + 1
-    for op in ('linear', *layer.post.split()):
-        if op in ('pool', 'avg_pool'):
-            if size < model.pool_window:
-                raise UserError(f'{too_small} pools {size} px maps through {model.pool_window} px windows; {remedy}')
-            size = pooling.pooled_size(size, model.pool_window, model.pool_stride)
-        yield op, (size, size, layer.features)
+    if isinstance(layer, ConvSpec):
+        size = inputs[0] + sum(layer.padding)
+        if size < layer.kernel:
+            raise UserError(f'{too_small} looks through {layer.kernel} px windows at maps of {inputs[0]} px; {remedy}')
+        shape = ((size - layer.kernel) // layer.stride + 1,) * 2 + shape
+    yield 'linear', shape
+    for op in layer.ops:
+        context = Context(model, groups=max(1, _mixing_groups(model, op)), mask=None)
+        x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        try:
+            shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
+        except UserError as error:
+            raise UserError(f'{too_small} {error}; {remedy}') from error
+        yield op, shape

@@ -1,20 +1,35 @@
-"""AlexNet as a table of layers: one Flax module for one device and for one tower of two.
+"""AlexNet as named layers: one Flax module for one device and for one tower of two.
 
-The defaults are the paper's network (section 3.5, figure 2). A variant is another table, never another class.
+The defaults are the paper's network (section 3.5, figure 2). A variant has other layers, never another class.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import lax
 
-from alexnet_jax.core import architecture, normalization, ops, pooling
-from alexnet_jax.core.architecture import FAN_IN, ConvSpec, DenseSpec, LocalSpec
+from alexnet_jax.core import architecture, ops
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec
+from alexnet_jax.core.post_ops import POST_OPS, Context
+
+_PAPER_LAYERS = FrozenDict(
+    conv1=ConvSpec(features=96, kernel=11, stride=4, padding=(0, 3), post='relu lrn pool'),
+    conv2=ConvSpec(features=256, kernel=5, padding=(2, 2), groups=2, bias=1.0, post='relu lrn pool'),
+    conv3=ConvSpec(features=384, kernel=3, padding=(1, 1), post='relu'),
+    conv4=ConvSpec(features=384, kernel=3, padding=(1, 1), groups=2, bias=1.0, post='relu'),
+    conv5=ConvSpec(features=256, kernel=3, padding=(1, 1), groups=2, bias=1.0, post='relu pool'),
+    fc6=DenseSpec(features=4096, bias=1.0, post='relu dropout'),
+    fc7=DenseSpec(features=4096, bias=1.0, post='relu dropout'),
+    fc8=DenseSpec(),
+)
 
 
 class Weights(nn.Module):
@@ -24,19 +39,21 @@ class Weights(nn.Module):
     """
 
     shape: tuple[int, ...]
-    init_std: float | str
-    bias: float | str
+    init_std: float | None  # None: as torch.nn draws both by default, kaiming_uniform(a=sqrt(5))
+    bias: float
     positions: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self):
-        bound = math.prod(self.shape[:-1]) ** -0.5  # torch.nn's default for both, kaiming_uniform(a=sqrt(5))
+        bound = math.prod(self.shape[:-1]) ** -0.5
 
         def uniform(key, shape):
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-        kernel = uniform if self.init_std == FAN_IN else nn.initializers.normal(self.init_std)
-        bias = uniform if self.bias == FAN_IN else nn.initializers.constant(self.bias)
+        if self.init_std is None:
+            kernel, bias = uniform, lambda key, shape: self.bias + uniform(key, shape)
+        else:
+            kernel, bias = nn.initializers.normal(self.init_std), nn.initializers.constant(self.bias)
         shapes = (*self.positions, *self.shape), (*self.positions, self.shape[-1])
         return self.param('kernel', kernel, shapes[0]), self.param('bias', bias, shapes[1])
 
@@ -53,9 +70,8 @@ class AlexNet(nn.Module):
 
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
-      conv, local, dense: the table; tuples in the order of `ConvSpec` (`local` too) and `DenseSpec`.
-      num_classes: outputs of the classifier, the last fully-connected layer (fc8).
-      classifier: its (init_std, bias), as in a row of `dense`; 0.01 and 0 in section 5.
+      layers: specs by name, kept in network order: conv1 ... fc8. A name is a kind (`architecture.KINDS`) and a number.
+      num_classes: width of the last layer, the classifier, whatever its spec says.
       pool_window, pool_stride: 3 and 2 overlap (section 3.4).
       lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalization (section 3.3). Caffe's k is 1.
       lrn_alpha_over_n: whether alpha is divided by n, as in the authors' code (`layer.py`) and Caffe; not in the paper.
@@ -70,20 +86,8 @@ class AlexNet(nn.Module):
       tower_axis: None on one device.
     """
 
-    conv: tuple[tuple, ...] = (
-        (96, 11, 4, (0, 3), 1, 0.01, 0.0, 'relu lrn pool'),
-        (256, 5, 1, (2, 2), 2, 0.01, 1.0, 'relu lrn pool'),
-        (384, 3, 1, (1, 1), 1, 0.01, 0.0, 'relu'),
-        (384, 3, 1, (1, 1), 2, 0.01, 1.0, 'relu'),
-        (256, 3, 1, (1, 1), 2, 0.01, 1.0, 'relu pool'),
-    )
-    dense: tuple[tuple, ...] = (
-        (4096, 1, 0.01, 1.0, 'relu dropout'),
-        (4096, 1, 0.01, 1.0, 'relu dropout'),
-    )
-    local: tuple[tuple, ...] = ()
+    layers: Mapping[str, LayerSpec] = _PAPER_LAYERS
     num_classes: int = 1000
-    classifier: tuple[float | str, float | str] = (0.01, 0.0)
     pool_window: int = 3
     pool_stride: int = 2
     lrn_n: int = 5
@@ -101,31 +105,33 @@ class AlexNet(nn.Module):
     dtype: str = 'float32'
     tower_axis: str | None = None
 
-    def layer_specs(self) -> dict[str, ConvSpec | DenseSpec]:
-        """Layers by name, in order: conv1 ... fc8."""
-        return architecture.layer_specs(self)
+    def __post_init__(self):
+        names = architecture.sort_layers(self.layers)
+        layers = {name: self.layers[name] for name in names}
+        layers[names[-1]] = dataclasses.replace(layers[names[-1]], features=self.num_classes)
+        self.layers = FrozenDict(layers)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x_NHWC, masks: dict[str, Any] | None = None):
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
         split = False  # whether they are only this tower's
-        for name, layer in self.layer_specs().items():
+        for name, layer in self.layers.items():
             with jax.named_scope(name):
                 if split and layer.groups == 1:
                     (x,) = ops.regroup(parts, 1)
                     parts = [lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)]
                 parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)), towers)
                 self._sow_output(f'{name}_linear', parts)
-                for op in layer.post.split():
+                for op in layer.ops:
                     with jax.named_scope(op):
-                        mask = None if masks is None else masks.get(name)
-                        parts = self._apply_op(op, parts, mask, max(1, self.norm_groups // towers))
+                        parts = self._apply_op(op, parts, None if masks is None else masks.get(name), towers)
                     self._sow_output(f'{name}_{op}', parts)
             split = towers > 1
         return parts[0]
 
-    def _linear(self, name: str, layer: ConvSpec | DenseSpec, parts: list, towers: int) -> list:
+    def _linear(self, name: str, layer: LayerSpec, parts: list, towers: int) -> list:
         """A layer's weighted sums and biases: each group's of its own part."""
         features, inputs, positions = layer.features // towers, parts[0].shape[-1], ()
         if isinstance(layer, LocalSpec):
@@ -138,9 +144,9 @@ class AlexNet(nn.Module):
         else:
             shape = (math.prod(parts[0].shape[1:]), features)
             # The logits are never rounded to bfloat16: of 1,000, the best two would often tie.
-            logits = name == list(self.layer_specs())[-1]
+            logits = name == list(self.layers)[-1]
             op = functools.partial(ops.dense, dtype=jnp.promote_types(self.dtype, jnp.float32) if logits else None)
-        kernel, bias = Weights(shape, layer.init_std, layer.bias, positions, name=name)()
+        kernel, bias = Weights(shape, architecture.init_std(layer.init), layer.bias, positions, name=name)()
         kernels, biases = (ops.regroup([whole], len(parts)) for whole in (kernel.astype(self.dtype), bias))
         return [ops.add_bias(op(x, w), b) for x, w, b in zip(parts, kernels, biases, strict=True)]
 
@@ -148,42 +154,16 @@ class AlexNet(nn.Module):
         if self.is_mutable_collection('intermediates'):
             self.sow('intermediates', name, *ops.regroup(parts, 1))
 
-    def _apply_op(self, name: str, parts: list, mask, norm_groups: int) -> list:
-        """An operation that follows a layer, on each part of its maps."""
-        match name:
-            case 'relu':
-                op = nn.relu
-            case 'tanh':
-                op = jnp.tanh
-            case 'lrn':
-                if norm_groups % len(parts):  # windows that cross from one part to the next
-                    parts = ops.regroup(parts, 1)
-                op = functools.partial(
-                    normalization.local_response_norm,
-                    n=self.lrn_n,
-                    k=self.lrn_k,
-                    alpha=self.lrn_alpha / self.lrn_n if self.lrn_alpha_over_n else self.lrn_alpha,
-                    beta=self.lrn_beta,
-                    groups=norm_groups // len(parts),
-                )
-            case 'pool' | 'avg_pool':
-                pool = pooling.max_pool if name == 'pool' else pooling.avg_pool
-                op = functools.partial(pool, window=self.pool_window, stride=self.pool_stride)
-            case 'dropout':
-                kept = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
-                op = functools.partial(ops.dropout, rate=self.dropout_rate, inverted=self.dropout_inverted)
-                return [op(x, part) for x, part in zip(parts, kept, strict=True)]
-            case 'spatial_norm':
-                op = functools.partial(
-                    normalization.spatial_response_norm,
-                    n=self.spatial_n,
-                    k=self.spatial_k,
-                    alpha=self.spatial_alpha / self.spatial_n**2,
-                    beta=self.spatial_beta,
-                )
-            case _:
-                raise AssertionError(name)  # `infer_shapes` admits no other
-        return [op(x) for x in parts]
+    def _apply_op(self, name: str, parts: list, mask, towers: int) -> list:
+        """An operation that follows a layer, on each part of its outputs."""
+        op, groups = POST_OPS[name], 1
+        if op.groups:
+            within = max(1, op.groups(self) // towers)
+            if within % len(parts):  # it mixes channels of one part with those of the next
+                parts = ops.regroup(parts, 1)
+            groups = within // len(parts)
+        kept = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
+        return [op.function(x, Context(self, groups, part)) for x, part in zip(parts, kept, strict=True)]
 
 
 def init_params(model: AlexNet, key: chex.PRNGKey, image_size: int):

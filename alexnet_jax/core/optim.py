@@ -1,5 +1,21 @@
-"""The paper's update rule as an optax transformation, and the two ways its rates fall.  Section 5."""
+"""The paper's update as a chain of optax transformations, and the two ways its rates fall.  Section 5.
 
+The paper writes its update with the rate inside the velocity:
+
+    v <- momentum * v - decay * rate * w - rate * gradient
+    w <- w + v
+
+In optax's parts that is `chain(add_decayed_weights, scale_by_learning_rate, trace)`. With the last two in the other
+order it is `torch.optim.SGD` (and `optax.sgd`), which has the rate outside:
+
+    v <- momentum * v + decay * w + gradient
+    w <- w - rate * v
+
+The two differ where the rate drops: the paper's velocity keeps its old scale, PyTorch's takes the new one at once. The
+authors' code (`src/weights.cu`) and Caffe's are as the paper.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,14 +25,25 @@ import jax.numpy as jnp
 import optax
 
 
+class PlateauState(NamedTuple):
+    """What validations have decided; only `Optimizer.after_validation` changes it."""
+
+    drops: jax.Array  # int32: drops of the learning rate
+    best_error: jax.Array  # float32, percent: lowest validation error so far
+    count: jax.Array  # int32: validations since it improved
+
+
 class SgdState(NamedTuple):
     """All the update remembers; every scalar is an array, so that a checkpoint holds it."""
 
-    velocity: Any  # shaped like the parameters
     count: jax.Array  # int32: updates so far
-    drops: jax.Array  # int32: drops of the learning rate decided by validation
-    best_error: jax.Array  # float32, percent: lowest validation error so far
-    plateau_count: jax.Array  # int32: validations since it improved
+    plateau: PlateauState
+    chain: Any  # of optax's transformations
+
+    @property
+    def velocity(self) -> Any:
+        """Shaped like the parameters."""
+        return optax.tree.get(self.chain, 'trace')
 
 
 class Stage(NamedTuple):
@@ -44,6 +71,50 @@ class Plateau(NamedTuple):
     min_delta: float  # percentage points by which the error must fall below its best to count as a gain
     max_drops: int  # three in the paper
 
+    def decide(self, state: PlateauState, error) -> PlateauState:
+        """Counts a validation; drops the rate where too many in a row brought no gain. error: top-1, percent."""
+        error = jnp.asarray(error, jnp.float32)
+        gained = error < state.best_error - self.min_delta
+        count = jnp.where(gained, 0, state.count + 1)
+        drop = (count >= self.patience) & (state.drops < self.max_drops)
+        best = jnp.where(gained, error, state.best_error)
+        return PlateauState(state.drops + drop, best, jnp.where(drop, 0, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class RateTable:
+    """The learning rate of every array: by stage, layer and kind of parameter."""
+
+    stages: Sequence[Stage]  # the first from epoch 0 on
+    learning_rate: float  # of the first stage; 0.01 in the paper
+    steps_per_epoch: float  # updates a pass takes; need not be whole
+    # Multiplies the rate of biases. The paper has one rate for all; 2 in the authors' files and Caffe's (`lr_mult`).
+    bias_rate: float = 1.0
+    layer_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # multiply all of a layer; 0 freezes it
+    plateau: Plateau | None = None  # None: stages follow one another by epoch; else validations decide
+    warmup: Callable[[jax.Array], jax.Array] | None = None  # count of updates -> what multiplies every rate
+
+    def _now(self, rates: Sequence[float], state: SgdState):
+        """Of one rate for each stage, that of the next update."""
+        starts = [round(stage.start * self.steps_per_epoch) for stage in self.stages[1:]]
+        stage = state.plateau.drops if self.plateau else jnp.sum(state.count >= jnp.asarray(starts, jnp.int32))
+        rate = jnp.asarray(rates)[stage]
+        return rate if self.warmup is None else rate * self.warmup(state.count)
+
+    def base(self, state: SgdState) -> jax.Array:
+        """The rate of weights in layers without their own."""
+        return self._now([self.learning_rate * stage.weights for stage in self.stages], state)
+
+    def of(self, params, state: SgdState):
+        """The rate of each array of `params`, {layer: {'kernel', 'bias'}}."""
+
+        def rate(path, _):
+            layer, part = path[0].key, path[-1].key
+            fixed = self.learning_rate * self.layer_rates.get(layer, 1.0) * (self.bias_rate if part == 'bias' else 1.0)
+            return self._now([fixed * stage.factor(layer, part) for stage in self.stages], state)
+
+        return jax.tree.map_with_path(rate, params)
+
 
 class Optimizer(NamedTuple):
     """The update, and how its rate is known and decided."""
@@ -53,103 +124,77 @@ class Optimizer(NamedTuple):
     after_validation: Callable[[SgdState, Any], SgdState]  # takes the validation top-1 error in percent
 
 
+@dataclasses.dataclass(frozen=True)
+class DecayTable:
+    """The decay of every array: its factor in the update, where it is times the learning rate."""
+
+    weights: float = 0.0005  # as in the paper
+    # 0 in the paper's config: its update has one w, but the authors' code (and Caffe's) decays weights only.
+    # `torch.optim.SGD` decays both alike.
+    biases: float = 0.0
+    layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of that layer's weights, instead
+
+    def of(self, layer: str, part: str) -> float:
+        """The factor of one array: part is 'kernel' or 'bias'."""
+        return self.biases if part == 'bias' else self.layers.get(layer, self.weights)
+
+
+def add_decays(table: DecayTable) -> optax.GradientTransformation:
+    """Adds decay * w to each gradient: one `optax.add_decayed_weights` for each factor of the table."""
+
+    def mask(factor, params):
+        return jax.tree.map_with_path(lambda path, _: table.of(path[0].key, path[-1].key) == factor, params)
+
+    factors = sorted({table.weights, table.biases, *table.layers.values()})
+    return optax.chain(*(optax.add_decayed_weights(f, functools.partial(mask, f)) for f in factors))
+
+
 def make_optimizer(
-    stages: Sequence[Stage],
+    rates: RateTable,
+    decay: optax.GradientTransformation,
     *,
-    learning_rate: float,
-    bias_rate: float = 1.0,
-    layer_rates: Mapping[str, float] | None = None,
     momentum: float = 0.9,
     rate_in_velocity: bool = True,
-    weight_decay: float = 0.0005,
-    bias_decay: float = 0.0,
-    layer_decays: Mapping[str, float] | None = None,
-    steps_per_epoch: float,
-    plateau: Plateau | None = None,
-    trust_ratio: Callable | None = None,
-    rate_factor: Callable | None = None,
 ) -> Optimizer:
-    """Stochastic gradient descent as section 5 writes it, with the rate inside the velocity.
+    """Stochastic gradient descent as the module's docstring writes it.
 
-        v <- momentum * v - decay * rate * w - rate * gradient
-        w <- w + v
-
-    So a velocity keeps its old scale across a drop of the rate (`optax.sgd` scales it down at once). The authors' code
-    (`src/weights.cu`) and Caffe's do the same. An array whose rate is 0 is frozen: neither it nor its velocity change.
+    An array whose rate is 0 is frozen: neither it nor its velocity change. (The bare chain would go on moving it by its
+    velocity; `optax.partition` would rewrite the state, so that no checkpoint could be restored with other layers
+    frozen.)
 
     Args:
-      stages: the rates over time, the first from epoch 0 on.
-      learning_rate: the first rate; 0.01 in the paper.
-      bias_rate: multiplies the rate of biases. The paper has one rate for all; 2 at first in the authors' files, and in
-        Caffe's (`lr_mult`).
-      layer_rates: {layer: factor} multiplies the rate of that layer's weights and biases; 0 freezes it.
+      rates: of every array.
+      decay: comes before the rate: `add_decays`, or what a large batch needs in its place.
       momentum: 0.9 in the paper.
-      rate_in_velocity: False is `torch.optim.SGD`: v <- momentum * v - decay * w - gradient; w <- w + rate * v.
-      weight_decay: of weights; 0.0005 in the paper.
-      bias_decay: of biases; 0 in the paper's config: its update has one w, but the authors' code (and Caffe's) decays
-        weights only. `torch.optim.SGD` decays both alike.
-      layer_decays: {layer: decay} of that layer's weights, instead of weight_decay.
-      steps_per_epoch: updates a pass takes; need not be whole.
-      plateau: None: stages follow one another by epoch; else a validation decides, see `after_validation`.
-      trust_ratio: (w, gradient, decay) -> what multiplies an array's rate, such as LARS's; None: 1.
-      rate_factor: count of updates -> what multiplies every rate, such as a warm-up; None: 1.
+      rate_in_velocity: False is `torch.optim.SGD`.
     """
-    layer_rates, layer_decays = layer_rates or {}, layer_decays or {}
-    starts = [round(stage.start * steps_per_epoch) for stage in stages[1:]]
-
-    def stage_index(state: SgdState):
-        """Of the stages, the one that holds for the next update."""
-        return jnp.sum(state.count >= jnp.asarray(starts, jnp.int32)) if plateau is None else state.drops
-
-    def scheduled(rates: Sequence[float], index, state: SgdState):
-        """Of one rate for each stage, the one to use."""
-        rate = jnp.asarray(rates)[index]
-        return rate if rate_factor is None else rate * rate_factor(state.count)
+    scale = _scale_by_rates()
+    trace = optax.trace(momentum)
+    chain = optax.chain(decay, *((scale, trace) if rate_in_velocity else (trace, scale)))
 
     def init(params):
-        velocity = jax.tree.map(jnp.zeros_like, params)
-        return SgdState(velocity, jnp.int32(0), jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(0))  # one buffer each
+        plateau = PlateauState(jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(0))  # a buffer each
+        return SgdState(jnp.int32(0), plateau, chain.init(params))
 
     def update(grads, state, params):
-        index = stage_index(state)
+        now = rates.of(params, state)
+        updates, new = chain.update(grads, state.chain, params, rates=now)
+        old = optax.tree.get(state.chain, 'trace')
+        velocity = jax.tree.map(lambda r, a, b: jnp.where(r > 0, a, b), now, optax.tree.get(new, 'trace'), old)
+        updates = jax.tree.map(lambda r, u: jnp.where(r > 0, u, 0), now, updates)
+        return updates, state._replace(count=state.count + 1, chain=optax.tree.set(new, trace=velocity))
 
-        def array_rate(path):
-            layer, part = path[0].key, path[-1].key
-            fixed = learning_rate * layer_rates.get(layer, 1.0) * (bias_rate if part == 'bias' else 1.0)
-            return scheduled([fixed * stage.factor(layer, part) for stage in stages], index, state)
+    def after_validation(state, error):
+        return state if rates.plateau is None else state._replace(plateau=rates.plateau.decide(state.plateau, error))
 
-        def velocity(path, v, g, w):
-            rate = array_rate(path)
-            decay = bias_decay if path[-1].key == 'bias' else layer_decays.get(path[0].key, weight_decay)
-            scale = rate if rate_in_velocity else 1.0
-            if trust_ratio is not None:
-                scale *= trust_ratio(w, g, decay)
-            return jnp.where(rate > 0, momentum * v - decay * scale * w - scale * g, v).astype(w.dtype)
-
-        def change(path, v):
-            rate = array_rate(path)
-            return jnp.where(rate > 0, v if rate_in_velocity else rate * v, 0).astype(v.dtype)
-
-        new = jax.tree.map_with_path(velocity, state.velocity, grads, params)
-        updates = jax.tree.map_with_path(change, new)
-        return updates, state._replace(velocity=new, count=state.count + 1)
-
-    def base_rate(state: SgdState):
-        return scheduled([learning_rate * stage.weights for stage in stages], stage_index(state), state)
-
-    return Optimizer(optax.GradientTransformation(init, update), base_rate, functools.partial(_decide, plateau))
+    return Optimizer(optax.GradientTransformation(init, update), rates.base, after_validation)
 
 
-def _decide(plateau: Plateau | None, state: SgdState, error) -> SgdState:
-    """Counts a validation; drops the rate where too many in a row brought no gain."""
-    if plateau is None:
-        return state
-    error = jnp.asarray(error, jnp.float32)
-    gained = error < state.best_error - plateau.min_delta
-    count = jnp.where(gained, 0, state.plateau_count + 1)
-    drop = (count >= plateau.patience) & (state.drops < plateau.max_drops)
-    return state._replace(
-        best_error=jnp.where(gained, error, state.best_error),
-        plateau_count=jnp.where(drop, 0, count),
-        drops=state.drops + drop,
-    )
+def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` with a rate for each array, given to `update` as `rates`."""
+
+    def update(updates, state, params=None, *, rates):
+        del params
+        return jax.tree.map(lambda rate, u: -rate * u, rates, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

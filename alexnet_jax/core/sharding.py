@@ -3,8 +3,7 @@
 The only file that names PartitionSpec. Every function takes the mesh; there is no ambient one.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
     towers = mesh.shape['tower']
     missing = -model.num_classes % towers
     mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + missing)
-    classifier = list(model.layer_specs())[-1]
+    classifier = list(model.layers)[-1]
 
     # An axis of one device is left out: XLA's CPU backend would copy all gradients for a sum over that one.
     axes = {axis for axis, size in mesh.shape.items() if size > 1}
@@ -167,25 +166,6 @@ def to_mesh(mesh: Mesh, batch: dict):
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)  # all at once: half the time of one by one
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
-    """Batches on the devices, each sent before the one before it is used; and the seconds that it was waited for.
-
-    A GPU writes into new memory only when all that was launched before is done, so a batch sent behind a step is copied
-    behind it. Sent before that step, it is copied while the step before computes.
-
-    send: `to_mesh`, and what goes with it.
-    """
-    ahead, began = None, time.perf_counter()
-    for batch in batches:
-        waited = time.perf_counter() - began
-        sent = send(batch), waited
-        if ahead is not None:
-            yield ahead
-        ahead, began = sent, time.perf_counter()
-    if ahead is not None:
-        yield ahead
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:

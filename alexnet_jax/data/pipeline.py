@@ -7,7 +7,8 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -232,3 +233,22 @@ def _closing(dataset, starting) -> Iterator[Batch]:
                 f'{_SHARED_MEMORY}? The same command goes on from the last checkpoint; --config.data.num_workers=0 '
                 'decodes in threads.'
             ) from error
+
+
+def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
+    """Batches on the devices, each sent before the one before it is used; and the seconds that it was waited for.
+
+    A GPU writes into new memory only when all that was launched before is done, so a batch sent behind a step is copied
+    behind it. Sent before that step, it is copied while the step before computes.
+
+    send: `sharding.to_mesh`, and what goes with it.
+    """
+    ahead, began = None, time.perf_counter()
+    for batch in batches:
+        waited = time.perf_counter() - began
+        sent = send(batch), waited
+        if ahead is not None:
+            yield ahead
+        ahead, began = sent, time.perf_counter()
+    if ahead is not None:
+        yield ahead

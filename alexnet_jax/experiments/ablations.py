@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.core.architecture import ConvSpec
-from alexnet_jax.experiments.cifar10 import NETS
+from alexnet_jax.core.architecture import parse_name, sort_layers
+from alexnet_jax.experiments.cifar10 import NETS, Layers
 
 Points = tuple[float | None, float | None]
 
@@ -38,93 +38,99 @@ def with_changes(base: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def _conv_specs(base: ConfigDict) -> list[ConvSpec]:
-    return [ConvSpec(*row) for row in base.model.conv]
+def _layers(base: ConfigDict) -> tuple[Layers, list[str]]:
+    """A copy of a config's layers, and the names of its convolutions in order."""
+    layers = base.model.layers.to_dict()
+    return layers, [name for name in sort_layers(layers) if parse_name(name)[0] == 'conv']
 
 
-def _rows(specs: list[ConvSpec]) -> tuple:
-    """Layers as a config holds them."""
-    return tuple(map(tuple, specs))
+def _without_ops(base: ConfigDict, *ops: str) -> Layers:
+    """The layers with some of the operations that follow them removed."""
+    layers, _ = _layers(base)
+    for layer in layers.values():
+        layer['post'] = ' '.join(op for op in layer['post'].split() if op not in ops)
+    return layers
 
 
-def _without(base: ConfigDict, *ops: str) -> tuple:
-    """The convolutions with some of their post operations removed."""
-    specs = _conv_specs(base)
-    posts = [' '.join(op for op in spec.post.split() if op not in ops) for spec in specs]
-    return _rows([spec._replace(post=post) for spec, post in zip(specs, posts, strict=True)])
+def _halved(base: ConfigDict) -> Layers:
+    """Footnote 2: half the kernels in each convolution but the last, and no groups."""
+    layers, convs = _layers(base)
+    for name in convs:
+        layers[name] |= {'groups': 1, 'features': layers[name]['features'] // (1 if name == convs[-1] else 2)}
+    return layers
 
 
-def _halved(base: ConfigDict) -> tuple:
-    *lower, last = _conv_specs(base)
-    return _rows([*(spec._replace(features=spec.features // 2, groups=1) for spec in lower), last._replace(groups=1)])
-
-
-def _closer(base: ConfigDict) -> tuple:
+def _closer(base: ConfigDict) -> Layers:
     """`layers-147.cfg`: later layers that pool lose a pixel of padding, so that the maps keep their sizes."""
-    specs = _conv_specs(base)
-    for i, spec in enumerate(specs[1:], 1):
-        if 'pool' in spec.post.split():
-            specs[i] = spec._replace(padding=tuple(max(0, px - 1) for px in spec.padding))
-    return _rows(specs)
+    layers, convs = _layers(base)
+    for name in convs[1:]:
+        if 'pool' in layers[name]['post'].split():
+            layers[name]['padding'] = tuple(max(0, px - 1) for px in layers[name]['padding'])
+    return layers
 
 
-def _apart(base: ConfigDict) -> tuple:
-    """Net 150: the second layer a quarter wider, all but the first in two groups."""
-    first, second, *rest = _conv_specs(base)
-    second = second._replace(features=second.features * 5 // 4)
-    return _rows([first, *(spec._replace(groups=2) for spec in (second, *rest))])
+def _apart(base: ConfigDict) -> Layers:
+    """Net 150: two groups in all but conv 1 and the classifier; conv 2 a quarter wider, fc 6 twice as wide."""
+    layers, convs = _layers(base)
+    hidden = sort_layers(layers)[len(convs) : -1]
+    layers[convs[1]]['features'] = layers[convs[1]]['features'] * 5 // 4
+    layers[hidden[0]]['features'] *= 2
+    for name in (*convs[1:], *hidden):
+        layers[name]['groups'] = 2
+    return layers
 
 
-def _dense_apart(base: ConfigDict) -> tuple:
-    """Net 150: the first fully-connected layer twice as wide."""
-    return tuple((row[0] * (1 if i else 2), 2, *row[2:]) for i, row in enumerate(base.model.dense))
+def _six(base: ConfigDict) -> Layers:
+    """A further convolution of 3x3 over the last pooling, as wide as the last; it reads both towers."""
+    layers, convs = _layers(base)
+    own = {'kernel': 3, 'stride': 1, 'padding': (1, 1), 'groups': 1, 'post': 'relu'}
+    layers[f'conv{parse_name(convs[-1])[1] + 1}'] = {**layers[convs[-1]], **own}
+    return layers
 
 
-def _six(base: ConfigDict) -> tuple:
-    *lower, last = _conv_specs(base)
-    return _rows([*lower, last, last._replace(kernel=3, stride=1, padding=(1, 1), groups=1, post='relu')])
-
-
-def without_layer(index: int) -> Callable[[ConfigDict], tuple]:
-    """The convolutions without one. Its stride goes to the layer after it, its pooling to the one before it.
+def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
+    """The layers without one convolution. Its stride goes to the layer after it, its pooling to the one before it.
 
     So maps keep their sizes above; of the first layer both go to the second, and the spread of the weights that suits
     pixels. Without the third layer no convolution reads both towers. The paper does not say how it was done.
     """
 
-    def rows(base):
-        specs = _conv_specs(base)
-        gone = specs.pop(index)
-        if index < len(specs):
-            specs[index] = specs[index]._replace(stride=specs[index].stride * gone.stride)
-        specs[0] = specs[0]._replace(groups=1)  # the image is not in two groups
+    def change(base):
+        layers, convs = _layers(base)
+        index, removed = convs.index(gone), layers.pop(gone)
+        convs.remove(gone)
+        first, heir = layers[convs[0]], layers[convs[max(index - 1, 0)]]
+        if index < len(convs):
+            layers[convs[index]]['stride'] *= removed['stride']
+        first['groups'] = 1  # the image is not in two groups
         if index == 0:
-            specs[0] = specs[0]._replace(init_std=gone.init_std)
-        heir = max(index - 1, 0)
-        post = ' '.join([specs[heir].post, *['pool'] * gone.post.split().count('pool')])
-        specs[heir] = specs[heir]._replace(post=post)
-        return _rows(specs)
+            first['init'] = removed['init']
+        heir['post'] = ' '.join([heir['post'], *['pool'] * removed['post'].split().count('pool')])
+        return layers
 
-    return rows
+    return change
 
 
 BASE = Variant('base', {}, paper=(40.7, 18.2), log=(40.66, 18.21), source='table 2, ten views, all of ImageNet')
-NO_NORMALIZATION = {'model.conv': lambda base: _without(base, 'lrn', 'spatial_norm')}
-NON_OVERLAPPING = {'model.pool_window': lambda base: base.model.pool_stride, 'model.conv': _closer}
-ONE_GPU = {'model.conv': _halved, 'model.norm_groups': 1, 'mesh.tower': 1}
-NO_COMMUNICATION = {'model.conv': _apart, 'model.dense': _dense_apart}
-SIXTH_CONV = {'model.conv': _six}
+NO_NORMALIZATION = {'model.layers': lambda base: _without_ops(base, 'lrn', 'spatial_norm')}
+NON_OVERLAPPING = {'model.pool_window': lambda base: base.model.pool_stride, 'model.layers': _closer}
+ONE_GPU = {'model.layers': _halved, 'model.norm_groups': 1, 'mesh.tower': 1}
+NO_COMMUNICATION = {'model.layers': _apart}
+SIXTH_CONV = {'model.layers': _six}
 
 
 def ablations(base: ConfigDict) -> list[Variant]:
     """What the paper says each of its parts is worth, and the network without it."""
     middle = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
     outer = {'source': 'section 1, "inferior"'}
-    claims = [middle if 0 < i < len(base.model.conv) - 1 else outer for i in range(len(base.model.conv))]
+    convs = _layers(base)[1]
     removed = [
-        Variant(f'without conv {i + 1}', {'model.conv': without_layer(i)}, 'base', sign=1, **claim)
-        for i, claim in enumerate(claims)
-    ]
+        Variant(
+            name.replace('conv', 'without conv '), {'model.layers': without_layer(name)}, 'base', sign=1,
+            **(outer if name in (convs[0], convs[-1]) else middle),
+        )
+        for name in convs
+    ]  # fmt: skip
     uncropped = {'data.random_crop': False, 'data.reflect': False}
     overfitting = 'section 4.1, "substantial overfitting"'
     no_decay = {'optim.weight_decay': 0.0}

@@ -11,8 +11,10 @@ Order, batches at the end of a pass and ties under a pooling window are those of
 
 from typing import Any
 
+Layers = dict[str, dict[str, Any]]  # of `config.model.layers`
 
-def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.01, **changes) -> dict[str, Any]:
+
+def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]:
     """What all have in common: batches of 128, a rate of 0.001, twice that for biases, no dropout, no color.
 
     All that the authors' files state, also where it is the paper's: experiments may begin at another config.
@@ -30,11 +32,8 @@ def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.0
         'data.pixel_std': (1.0, 1.0, 1.0),
         'data.draw_every': 1,
         'data.color_std': 0.0,
-        'model.conv': conv,
-        'model.local': local,
-        'model.dense': dense,
+        'model.layers': layers,
         'model.num_classes': 10,
-        'model.classifier': (classifier_std, 0.0),
         'model.pool_window': 3,
         'model.pool_stride': 2,
         'model.lrn_k': 1.0,
@@ -58,14 +57,24 @@ def _net(conv, *, decays, stages, epochs, local=(), dense=(), classifier_std=0.0
     }
 
 
-def _three(*norms: str) -> tuple:
-    """Three convolutions of 5x5, pooled by maximum, then by mean; norms: what follows the first two."""
-    first, second = norms or ('relu pool', 'relu avg_pool')
-    return (
-        (32, 5, 1, (2, 2), 1, 0.0001, 0.0, first),
-        (32, 5, 1, (2, 2), 1, 0.01, 0.0, second),
-        (64, 5, 1, (2, 2), 1, 0.01, 0.0, 'relu avg_pool'),
-    )
+def _conv(features: int, std: float, post: str, kernel: int = 5) -> dict[str, Any]:
+    """A layer with a window of its own size around each place."""
+    window = {'kernel': kernel, 'stride': 1, 'padding': (kernel // 2,) * 2}
+    return {'features': features, **window, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
+
+
+def _fc(std: float = 0.01, post: str = '', **features) -> dict[str, Any]:
+    return {**features, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
+
+
+def _three(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
+    """Three convolutions of 5x5, pooled by maximum, then by mean; arguments: what follows each."""
+    return {
+        'conv1': _conv(32, 0.0001, first),
+        'conv2': _conv(32, 0.01, second),
+        'conv3': _conv(64, 0.01, third),
+        'fc4': _fc(),
+    }
 
 
 _FALLING = ((0, 1.0), (120, 0.1), (130, 0.01))
@@ -74,9 +83,15 @@ _WINDOWS = {'data.image_size': 24, 'data.all_positions': True, 'data.reflect': T
 
 def _unshared(first: str, second: str, features: int, **changes) -> dict[str, Any]:
     """Two convolutions and two layers whose kernels are not shared between places."""
+    layers = {
+        'conv1': _conv(64, 0.0001, first),
+        'conv2': _conv(64, 0.01, second),
+        'local3': _conv(features, 0.04, 'relu', kernel=3),
+        'local4': _conv(32, 0.04, 'relu', kernel=3),
+        'fc5': _fc(),
+    }
     return _net(
-        ((64, 5, 1, (2, 2), 1, 0.0001, 0.0, first), (64, 5, 1, (2, 2), 1, 0.01, 0.0, second)),
-        local=((features, 3, 1, (1, 1), 1, 0.04, 0.0, 'relu'), (32, 3, 1, (1, 1), 1, 0.04, 0.0, 'relu')),
+        layers,
         stages=((0, 1.0), (500, 0.1), (510, 0.01)),
         epochs=520,
         **_WINDOWS,
@@ -87,9 +102,7 @@ def _unshared(first: str, second: str, features: int, **changes) -> dict[str, An
 NETS = {
     # 26% after 80 seconds on the GPU of 2011: a hidden layer of 64 units before the classifier.
     '80sec': _net(
-        _three(),
-        dense=((64, 1, 0.1, 0.0, 'relu'),),
-        classifier_std=0.1,
+        {**_three(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
         decays=(('fc4', 0.03), ('fc5', 0.03)),
         stages=((0, 1.0), (8, 0.1)),
         epochs=10,
@@ -126,6 +139,6 @@ def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
       activation: 'relu' or 'tanh'.
       learning_rate: to be chosen for each activation.
     """
-    conv = tuple((*row[:-1], row[-1].replace('relu', activation)) for row in _three())
+    posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}
-    return _net(conv, decays=(), stages=((0, 1.0),), epochs=100, **changes)
+    return _net(_three(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)

@@ -65,7 +65,7 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
     Raises:
       UserError: the network cannot be split over so many towers.
     """
-    layers, table = [], network.layer_specs()
+    layers, table = [], network.layers
     for name, sizes in infer_shapes(network, image_size, towers).items():
         row = table[name]
         own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
@@ -243,7 +243,7 @@ def _of_network(checkpoint: Checkpoint) -> Iterator[Drawn]:
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
-    first, row = next(iter(network.layer_specs().items()))
+    first, row = next(iter(network.layers.items()))
     kernel = checkpoint.params[first]['kernel']
     if type(row) is not ConvSpec or row.groups > 1:
         logging.info('%s has no kernels that see three colors at once: no figure of them.', first)
@@ -281,7 +281,7 @@ def _of_images(checkpoint: Checkpoint, dataset: datasets.Dataset, split: str, se
         logging.info('these data have no train split: no figure of nearest training images.')
         return
     # The last hidden layer; where there is none, the layer before the classifier; of a classifier alone, itself.
-    layer = list(checkpoint.network.layer_specs())[-2:][0]
+    layer = list(checkpoint.network.layers)[-2:][0]
     train = dataset.split('train')
     right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
     images, labels = pipeline.decode_some(source, right, checkpoint.record_size)

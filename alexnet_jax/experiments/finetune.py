@@ -11,12 +11,13 @@ from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, default_record_size
-from alexnet_jax.core.config import MODEL_FIELDS, network_and_augmentation, to_tuples
+from alexnet_jax.core.config import MODEL_FIELDS, to_tuples
 from alexnet_jax.data.datasets import Dataset, open_dataset
 from alexnet_jax.experiments import figures
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.prepare import prepare
 from alexnet_jax.training import train
+from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError
 
@@ -89,9 +90,11 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
     if source is not None:
         for section, fields in (('model', MODEL_FIELDS), ('data', Augmentation._fields)):
             theirs = source.config[section]
-            config[section].update({key: to_tuples(theirs[key]) for key in fields if key in theirs})
+            for key in fields:
+                if key in theirs:
+                    config[section][key] = to_tuples(theirs[key])
         if not config.optim.layer_rates:
-            config.optim.layer_rates = ((list(source.network.layer_specs())[-1], 10.0),)
+            config.optim.layer_rates = ((list(source.network.layers)[-1], 10.0),)
     config.data.path, config.model.num_classes = path, classes
     return config
 

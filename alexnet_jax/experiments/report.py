@@ -24,7 +24,7 @@ from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import architecture, augment
-from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
+from alexnet_jax.core.architecture import ConvSpec, LayerSpec, LocalSpec
 from alexnet_jax.inference.evaluate import check_images
 from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
@@ -162,7 +162,7 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
         'pictures': [_encode(image) for image in augment.center_crop(image_NHWC, checkpoint.image_size)],
         'walk': _walk(checkpoint, image_NHWC),
     }
-    name, first = next(iter(checkpoint.network.layer_specs().items()))
+    name, first = next(iter(checkpoint.network.layers.items()))
     if isinstance(first, ConvSpec) and not isinstance(first, LocalSpec) and first.groups == 1:
         data['slide'] = _slide(checkpoint, name, first)
     return data
@@ -195,8 +195,8 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
     stages = []
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
-        layer, again = network.layer_specs()[name], Counter()
-        for op in ('linear', *layer.post.split()):
+        layer, again = network.layers[name], Counter()
+        for op in ('linear', *layer.ops):
             x = seen['intermediates'][f'{name}_{op}'][again[op]]
             again[op] += 1
             what, words = _words(network, layer, sizes.inputs, op)
@@ -246,7 +246,7 @@ def _encode(array, dtype: str = 'u1') -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype)).decode()
 
 
-def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
+def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
     """(name, what it does) of one operation of a layer."""
     apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
     pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'

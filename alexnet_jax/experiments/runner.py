@@ -188,7 +188,7 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
             result = evaluate.evaluate(checkpoint, split, views=views, **options)
             row |= {f'top{k}_{suffix}': result[f'top{k}_error'] for k in (1, 5)}
-    if checkpoint.network.layer_specs()['conv1'].features % 2 == 0:
+    if checkpoint.network.layers['conv1'].features % 2 == 0:
         halves = np.split(figures.color_share(checkpoint.params['conv1']['kernel']), 2)
         row['color_0'], row['color_1'] = (float(half.mean()) for half in halves)
     return row

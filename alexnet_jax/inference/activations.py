@@ -27,8 +27,8 @@ Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
     """What can be asked for: {name: (the network's intermediate, which of those with that name)}."""
     names = {}
-    for layer, spec in network.layer_specs().items():
-        ops = ['linear', *spec.post.split()]
+    for layer, spec in network.layers.items():
+        ops = ['linear', *spec.ops]
         names |= {f'{layer}_{op}': (f'{layer}_{op}', -1) for op in ops}
         until = ops[: ops.index('dropout')] if 'dropout' in ops else ops
         names[layer] = f'{layer}_{until[-1]}', until.count(until[-1]) - 1

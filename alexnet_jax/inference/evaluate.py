@@ -53,7 +53,7 @@ def evaluate_batches(
     """
     total = previous = None
     began, waited = time.perf_counter(), 0.0
-    for batch, seconds in sharding.prefetch_to_device(batches, functools.partial(_to_mesh, mesh)):
+    for batch, seconds in pipeline.prefetch_to_device(batches, functools.partial(_to_mesh, mesh)):
         if should_stop():
             raise TerminatedError
         waited += seconds

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.core import architecture, augment, optim, sharding, train_step
 from alexnet_jax.core.augment import Augmentation
-from alexnet_jax.core.config import network_and_augmentation, optimizer_from_config
+from alexnet_jax.core.config import optimizer_from_config
 from alexnet_jax.core.image_stats import FILE_NAME, ImageStats
 from alexnet_jax.core.metrics import Sums
 from alexnet_jax.core.model import AlexNet
@@ -20,6 +20,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.data.cache import Batch, DeviceCache, HostCache, Records, Storage
 from alexnet_jax.training import large_batch
+from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
@@ -144,8 +145,8 @@ def make_steps(
 ) -> TrainingSteps:
     """Jits the functions of a run. Raises UserError where `optim` has a value outside its range."""
     hooks = large_batch.hooks_from_config(config.optim, steps_per_epoch)
-    layers = list(network.layer_specs())
-    optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
+    options = {'steps_per_epoch': steps_per_epoch, 'layers': list(network.layers)}
+    optimizer = optimizer_from_config(config.optim, **options, **hooks)
     forward = sharding.forward(network, mesh)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -1,24 +1,31 @@
 """What training in large batches adds to the paper's update: LARS and a warm-up."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
+
+from alexnet_jax.core.optim import DecayTable
 
 
-def lars_trust_ratio(trust_coefficient: float) -> Callable:
-    """LARS (You, Gitman and Ginsburg 2017, and the code they released), for `optim.make_optimizer`.
+def add_decays_with_lars(table: DecayTable, *, trust_coefficient: float) -> optax.GradientTransformation:
+    """LARS (You, Gitman and Ginsburg 2017, and the code they released), in place of `optim.add_decays`.
 
-    The rate of each array is multiplied by trust_coefficient * |w| / (|gradient| + decay * |w|), by 1 where w or the
-    gradient is 0, so that the rate of a large batch suits every layer.
+    gradient + decay * w of each array is multiplied by trust_coefficient * |w| / (|gradient| + decay * |w|), by 1 where
+    w or the gradient is 0, so that the rate of a large batch suits every layer. (`optax.scale_by_trust_ratio` divides
+    by |gradient + decay * w|.)
     """
 
-    def trust_ratio(w, gradient, decay: float):
+    def scaled(path, gradient, w):
+        decay = table.of(path[0].key, path[-1].key)
         w_norm, gradient_norm = jnp.linalg.norm(w), jnp.linalg.norm(gradient)
         ratio = trust_coefficient * w_norm / (gradient_norm + decay * w_norm)
-        return jnp.where((w_norm > 0) & (gradient_norm > 0), ratio, 1.0)
+        return jnp.where((w_norm > 0) & (gradient_norm > 0), ratio, 1.0) * (gradient + decay * w)
 
-    return trust_ratio
+    return optax.stateless(lambda grads, params: jax.tree.map_with_path(scaled, grads, params))
 
 
 def warmup(steps: int) -> Callable:
@@ -27,10 +34,10 @@ def warmup(steps: int) -> Callable:
 
 
 def hooks_from_config(fields: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Callable]:
-    """The hooks of `optim.make_optimizer` that a config's `optim` asks for; none by default."""
+    """The hooks of `config.optimizer_from_config` that a config's `optim` asks for; none by default."""
     hooks = {}
-    if fields['trust_coefficient']:
-        hooks['trust_ratio'] = lars_trust_ratio(fields['trust_coefficient'])
+    if trust_coefficient := fields['trust_coefficient']:
+        hooks['decay'] = functools.partial(add_decays_with_lars, trust_coefficient=trust_coefficient)
     if steps := round(fields['warmup_epochs'] * steps_per_epoch):
-        hooks['rate_factor'] = warmup(steps)
+        hooks['warmup'] = warmup(steps)
     return hooks

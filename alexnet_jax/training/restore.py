@@ -97,8 +97,8 @@ def _inference_settings(source: TrainingSetup | manager.Checkpoint) -> dict[str,
         if name.startswith(('lrn_', 'norm_', 'spatial_', 'pool_', 'dropout_inverted')):
             settings[f'model.{name}'] = getattr(source.network, name)
     keys = ('stride', 'padding', 'groups', 'post')
-    for name, row in source.network.layer_specs().items():
-        settings[name] = {key: value for key, value in row._asdict().items() if key in keys}
+    for name, layer in source.network.layers.items():
+        settings[name] = {key: getattr(layer, key) for key in keys if hasattr(layer, key)}
     return settings
 
 
@@ -107,7 +107,7 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
 
     All start with velocity zero, as in the authors' `layer.py`.
     """
-    classifier, fresh = list(setup.network.layer_specs())[-1], setup.config.init_fresh
+    classifier, fresh = list(setup.network.layers)[-1], setup.config.init_fresh
     same_classes = source.class_names == tuple(setup.dataset.class_names)
     for name in fresh:
         if name not in params:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
 from alexnet_jax.core import sharding
 from alexnet_jax.core.train_step import TrainState
-from alexnet_jax.data import datasets
+from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import build, metric_writer, restore, train_log
@@ -78,7 +78,7 @@ def train_and_evaluate(
             if unfinished:  # SIGTERM came between this step's update and what belongs to it
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
             wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # a run may have been made shorter
-            prefetched = () if hooks.done else sharding.prefetch_to_device(wanted, setup.to_mesh)
+            prefetched = () if hooks.done else pipeline.prefetch_to_device(wanted, setup.to_mesh)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
                 state, report = setup.steps.train_step(state, batch, setup.image_stats, key)

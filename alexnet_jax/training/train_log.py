@@ -223,6 +223,6 @@ class ChanceLevelMonitor:
         return (
             f'step {step}: over the last {self.length} updates the loss was at chance level, ln(classes) = '
             f'{math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial weights (as '
-            '--config=configs/paper.py:init=authors), a third of optim.learning_rate or three times as much, a look at '
+            '--config=paper:init=authors), a third of optim.learning_rate or three times as much, a look at '
             'the labels.'
         )

@@ -1,0 +1,74 @@
+"""The operations that may follow a layer, by the words that a layer's `post` is made of.
+
+A new operation is one function and one line of `POST_OPS`, which other modules may add to:
+
+    POST_OPS['swish'] = PostOp(lambda x, context: jax.nn.swish(x))
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alexnet_jax.core import normalization, ops, pooling
+from alexnet_jax.utils.errors import UserError
+
+
+class Context(NamedTuple):
+    """What an operation may depend on besides its input."""
+
+    network: Any  # the `AlexNet`, for its constants
+    groups: int  # equal parts of the input's channels that `PostOp.groups` keeps apart; 1 without it
+    mask: jax.Array | None  # dropout's, bool, of the input's shape; None at test
+
+
+class PostOp(NamedTuple):
+    """An operation on the outputs of a layer.
+
+    `function(x, context)` maps float [N, H, W, C] to [N, H', W', C], and [N, F] to [N, F]. It sees the channels of one
+    tower, or of one group of the layer. It raises UserError where the maps are too small for it.
+    """
+
+    function: Callable[[jax.Array, Context], jax.Array]
+    maps_only: bool = False  # whether it takes maps alone, and cannot follow a fully-connected layer
+    groups: Callable[[Any], int] | None = None  # network -> parts of the channels it mixes within; None: mixes none
+
+
+def _dropout(x, context: Context):
+    return ops.dropout(x, context.mask, rate=context.network.dropout_rate, inverted=context.network.dropout_inverted)
+
+
+def _lrn(x, context: Context):
+    net = context.network
+    alpha = net.lrn_alpha / net.lrn_n if net.lrn_alpha_over_n else net.lrn_alpha
+    return normalization.local_response_norm(
+        x, n=net.lrn_n, k=net.lrn_k, alpha=alpha, beta=net.lrn_beta, groups=context.groups
+    )
+
+
+def _spatial_norm(x, context: Context):
+    net = context.network
+    alpha = net.spatial_alpha / net.spatial_n**2
+    return normalization.spatial_response_norm(x, n=net.spatial_n, k=net.spatial_k, alpha=alpha, beta=net.spatial_beta)
+
+
+def _pool_with(pool: Callable) -> Callable:
+    def function(x, context: Context):
+        window, stride = context.network.pool_window, context.network.pool_stride
+        if x.shape[1] < window:
+            raise UserError(f'pools {x.shape[1]} px maps through {window} px windows')
+        return pool(x, window=window, stride=stride)
+
+    return function
+
+
+POST_OPS: dict[str, PostOp] = {
+    'relu': PostOp(lambda x, context: jax.nn.relu(x)),
+    'tanh': PostOp(lambda x, context: jnp.tanh(x)),
+    'dropout': PostOp(_dropout),
+    'lrn': PostOp(_lrn, maps_only=True, groups=lambda network: network.norm_groups),
+    'spatial_norm': PostOp(_spatial_norm, maps_only=True),
+    'pool': PostOp(_pool_with(pooling.max_pool), maps_only=True),
+    'avg_pool': PostOp(_pool_with(pooling.avg_pool), maps_only=True),
+}

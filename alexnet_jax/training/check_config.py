@@ -1,0 +1,79 @@
+"""The check of a whole config: every key is known, none is missing, and the values make sense together."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.config import (
+    OPTIM_CHECKS,
+    augmentation_from_config,
+    check_values,
+    from_0,
+    is_count,
+    model_from_config,
+)
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.utils.errors import UserError, did_you_mean
+
+_RUN_CHECKS = (
+    ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
+    ('stop_at_error', lambda value: 0 <= value < 100, 'percent: 0 (never), or up to, not with, 100'),
+    ('seed', lambda value: 0 <= value < 2**31, '0 to 2^31 - 1'),
+    ('batch_size', is_count, '1 or more'),
+    ('max_nonfinite num_steps log_every_steps eval_every_steps checkpoint_every_steps', from_0, '0 or more'),
+)
+_DATA_CHECKS = (
+    ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
+    ('fraction', lambda value: 0 < value <= 1, 'a number above 0, at most 1'),
+    ('num_threads max_unreadable', from_0, '0 or more'),
+    ('num_workers', lambda value: value >= -1, '-1 or more'),
+)
+
+
+def _keys(checks: tuple) -> list[str]:
+    return [key for keys, _, _ in checks for key in keys.split()]
+
+
+_KEYS = {  # of every config; the values are explained in configs/paper.py
+    '': (
+        *_keys(_RUN_CHECKS), 'grad_accum_steps', 'num_epochs', 'init_from', 'init_fresh', 'debug', 'deterministic',
+        'data', 'model', 'mesh', 'optim',
+    ),
+    'data.': ('path', *_keys(_DATA_CHECKS), *Augmentation._fields),
+    'mesh.': ('data', 'tower'),
+    'optim.': (*_keys(OPTIM_CHECKS), 'rate_in_velocity', 'layer_rates', 'layer_decays', 'stages'),
+}  # fmt: skip
+
+
+def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]:
+    """A config's network and augmentation, without looking at data or devices. Raises UserError."""
+    _check_keys(config)
+    check_values(_RUN_CHECKS, config, '{}={!r}')
+    check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')
+    if config.num_steps == 0 and not 0 < config.num_epochs < math.inf:
+        raise UserError(
+            f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
+        )
+    if config.mesh.tower not in (1, 2):
+        raise UserError(f'mesh.tower={config.mesh.tower}; the network has 1 tower or 2.')
+    if config.init_fresh and not config.init_from:
+        raise UserError(
+            f'init_fresh={config.init_fresh} names layers to draw anew, but init_from is empty; set it, or drop '
+            'init_fresh.'
+        )
+    if config.data.cache == 'device' and config.data.crop_area:
+        raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
+    return model_from_config(config.model), augmentation_from_config(config.data)
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """Raises UserError for an unknown or a missing key. `model_from_config` checks those of `model`."""
+    for prefix, known in _KEYS.items():
+        given = config[prefix[:-1]].keys() if prefix else config.keys()
+        for key in given:
+            if key not in known:
+                raise UserError(f'unknown config key {prefix + key!r}.{did_you_mean(key, known)}')
+        for key in known:
+            if key not in given:
+                raise UserError(f'the config has no {prefix + key!r}; copy it from configs/paper.py.')
