@@ -20,10 +20,9 @@ def describe_environment() -> dict:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
     describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
-    try:
+    commit = None
+    with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ''
     of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
     versions = dict.fromkeys(packages)  # None: run from a folder without installing
