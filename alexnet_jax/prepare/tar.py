@@ -31,8 +31,7 @@ def validation_class(name: str) -> str:
 def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     """The images of an archive, each with its class: train holds an archive for each class, val holds images.
 
-    Raises:
-      UserError: another archive, or a damaged one.
+    Raises UserError for another archive, or a damaged one.
     """
     name = os.path.basename(path)
     own_class = class_of_tar(name)
