@@ -49,8 +49,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
     """A file's bytes, or `length` of them from `offset` on.
 
-    Raises:
-      OSError, ValueError: it cannot be read, or is too large to be one image.
+    Raises OSError or ValueError where it cannot be read, or is too large to be one image.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its other end, a device may have no end
         raise ValueError('not a regular file')
@@ -98,13 +97,9 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image file's pixels, RGB, turned upright as its EXIF data say.
+    """An image file's pixels, RGB, turned upright as its EXIF data say; of any format of the list above.
 
-    Args:
-      content: the file, of any format of the list above, whatever it is called.
-
-    Raises:
-      ValueError: says in one line what is wrong with it.
+    Raises ValueError, which says in one line what is wrong with the file.
     """
     if not content:
         raise ValueError('the file is empty')
@@ -137,21 +132,14 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-_TURNS = {  # EXIF orientation: what brings the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What brings an image of EXIF orientation 2 to 8 upright.
+_TURNS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = dict(enumerate(_TURNS, start=2)).get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
         turn = None
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(Image.Transpose[turn])

@@ -5,6 +5,7 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -92,17 +93,14 @@ def eval_batches(
       `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
     """
     count = -(-len(records) // batch_size)
-    workers = min(num_workers, count * _num_chunks(batch_size // shard[1]))
+    workers = min(num_workers, count * math.ceil(batch_size / shard[1] / _CHUNK))
     source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
     # Processes take seconds to start. Threads do not, and would hold the next pass's batches till then.
     if repeat and workers:
         stream = stream.repeat()
 
-    def build(positions):  # as above
-        return source.read(positions)
-
     while True:
-        yield from _iterate(stream, build, batch_size, 0, shard, workers, num_threads)
+        yield from _iterate(stream, source.read, batch_size, 0, shard, workers, num_threads)
         if not repeat:
             return
 
@@ -162,7 +160,7 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
     chunks = free // (min(rows, _CHUNK) * row_bytes)
-    if (fitting := max(0, chunks - _num_chunks(rows) + 1) // 5) < workers:
+    if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
@@ -173,10 +171,6 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     return workers
 
 
-def _num_chunks(rows: int) -> int:
-    return -(-rows // _CHUNK)
-
-
 def default_threads(num_workers: int) -> int:
     """Threads per worker: min(cores, 16) / workers. Each thread holds one batch."""
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
@@ -185,7 +179,7 @@ def default_threads(num_workers: int) -> int:
 def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
-    chunks = _num_chunks(rows) if num_workers else 1
+    chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
     def entries(number):
         """The entries of the stream that make chunk `number` of this process."""
