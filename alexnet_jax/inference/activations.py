@@ -115,10 +115,8 @@ def write_activations(
 ) -> tuple[int, ...]:
     """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
 
-    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole.
-
-    Raises:
-      UserError: see `check_output` and `iter_activations`; the file cannot be written. Nothing half-written stays.
+    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole. Raises UserError as
+    `check_output` and `iter_activations`, and where the file cannot be written; nothing half-written stays.
     """
     check_output(output)
     parts = iter_activations(checkpoint, records, layer, batch_size)
@@ -160,10 +158,9 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
 
 def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
     """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
-    labels, done, progress = np.zeros(total, '<i4'), 0, Progress(total, seconds=10)
+    labels, progress = [], Progress(total, seconds=10)
     for features, part_labels in parts:
         file.write(features.astype('<f4', copy=False).tobytes())
-        labels[done : done + len(part_labels)] = part_labels
-        done += len(part_labels)
-        progress.update(done)
-    return labels
+        labels.extend(part_labels)
+        progress.update(len(labels))
+    return np.array(labels, '<i4')

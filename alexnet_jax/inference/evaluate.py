@@ -64,12 +64,7 @@ def evaluate_batches(
     total = metrics.merge(total, _to_floats(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
     _check_count(count, examples, max_unreadable)
-    return {
-        **metrics.means(total),
-        'count': count,
-        'images_per_second': count / elapsed,
-        'data_wait': waited / elapsed,
-    }
+    return {**metrics.means(total), 'count': count, 'images_per_second': count / elapsed, 'data_wait': waited / elapsed}
 
 
 def _to_mesh(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
@@ -97,8 +92,7 @@ class Evaluator:
       views: 1 for the center crop alone, or 10 for the paper's ten views (section 4.1), softmax averaged.
       batch_size: images at a time, at most; changes nothing in the results.
 
-    Raises:
-      UserError: the network cannot be split over the mesh's towers.
+    Raises UserError where the network cannot be split over the mesh's towers.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
@@ -131,10 +125,8 @@ class Evaluator:
     def predict(self, image_NHWC) -> np.ndarray:
         """Softmax outputs for images in memory, float32 [N, K]; column i is `checkpoint.class_names[i]`.
 
-        image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-
-        Raises:
-          UserError: images of another shape or type, or another number of views.
+        image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were. Raises
+        UserError for images of another shape or type, or another number of views.
         """
         parts = [np.exp(part) for part in self.map_images(self._jitted(train_step.log_probabilities), image_NHWC)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.checkpoint.class_names)), np.float32)
@@ -142,11 +134,7 @@ class Evaluator:
     def map_images(self, function: Callable, image_NHWC) -> Iterator[Any]:
         """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats) -> tree of [n, ...] to images in memory.
 
-        Yields:
-          its results in order, a batch at a time, as numpy arrays.
-
-        Raises:
-          UserError: images of another shape or type.
+        Yields its results in order, a batch at a time, as numpy arrays. Raises UserError as `check_images`.
         """
         image_NHWC = check_images(self.checkpoint, image_NHWC)
         batch_size = self._fitting_batch_size(len(image_NHWC))
@@ -160,11 +148,8 @@ class Evaluator:
     def map_records(self, function: Callable, records: Sequence) -> Iterator[tuple[Any, np.ndarray]]:
         """Applies such a function to the records of a split; on one device.
 
-        Yields:
-          (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read.
-
-        Raises:
-          UserError: at the end, if records could not be read: warnings have named all of them.
+        Yields (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read. Raises
+        UserError at the end, if there were such: warnings have named all of them.
         """
         count = 0
         with contextlib.closing(self._batches(records)) as batches:

@@ -43,28 +43,23 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 def list_image_files(paths: Sequence[str]) -> list[str]:
     """The image files at some paths, in their order; of a folder all below it, by name.
 
-    Raises:
-      UserError: one of them is not there, or a folder has no images.
+    Raises UserError where one of them is not there, or a folder has no images.
     """
     files = []
     for path in paths:
-        if os.path.isdir(path):
-            below = list(image_io.iter_image_files(path))
-            if not below:
-                raise UserError(f'there are no images in {path!r}.')
-            files += below
-        elif os.path.exists(path):
-            files.append(path)
-        else:
+        if not os.path.exists(path):
             raise UserError(f'there is no image or folder {path!r}.')
+        found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f'there are no images in {path!r}.')
+        files += found
     return files
 
 
 def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) -> Iterator[dict]:
     """For each file, in order: {'file', 'top': [{'label', 'index', 'probability'}]}, the most probable first.
 
-    Raises:
-      UserError: after the others, if there were files that are no images.
+    Raises UserError after the others, if there were files that are no images.
     """
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
@@ -82,9 +77,8 @@ def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, t
             continue
         outputs = evaluator.predict(np.stack(squares))
         for path, probabilities, order in zip(readable, outputs, top_k(outputs, top), strict=True):
-            rows = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
-            names = ('label', 'index', 'probability')
-            yield {'file': path, 'top': [dict(zip(names, row, strict=True)) for row in rows]}
+            best = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
+            yield {'file': path, 'top': [{'label': name, 'index': i, 'probability': p} for name, i, p in best]}
     if problems:
         rest = f' (and {len(problems) - 1} more of {len(files)} files)' if len(problems) > 1 else ''
         raise UserError(f'{problems[0]}{rest}.')
