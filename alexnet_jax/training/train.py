@@ -65,10 +65,13 @@ def train_and_evaluate(
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
             return {}
         _describe_run(workdir, meta, start, setup.total_steps)
-        writer = stack.enter_context(
-            contextlib.closing(metric_writer.MetricWriter(workdir, start, validated=not unfinished))
-        )
-        log = _train_log(setup, writer, saved.get('log'))
+        writer = metric_writer.MetricWriter(workdir, start, validated=not unfinished)
+        stack.callback(writer.close)
+        counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': setup.total_steps}
+        limits = {'on_nonfinite': config.on_nonfinite, 'max_nonfinite': config.max_nonfinite}
+        limits['max_unreadable'] = config.data.max_unreadable
+        num_classes = len(setup.dataset.class_names)
+        log = train_log.TrainLog(writer, **counts, **limits, num_classes=num_classes, saved=saved.get('log'))
         # Kept from one validation to the next: worker processes take seconds to start.
         val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
         batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
@@ -237,19 +240,6 @@ def _meta(setup: TrainingSetup) -> dict[str, Any]:
     }
 
 
-def _train_log(setup: TrainingSetup, writer: metric_writer.MetricWriter, saved: dict | None) -> train_log.TrainLog:
-    config = setup.config
-    return train_log.TrainLog(
-        writer,
-        batch_size=config.batch_size,
-        examples=setup.num_examples,
-        total_steps=setup.total_steps,
-        num_classes=len(setup.dataset.class_names),
-        limits=train_log.FailureLimits(config.on_nonfinite, config.max_nonfinite, config.data.max_unreadable),
-        saved=saved,
-    )
-
-
 def _warn_of_settings(setup: TrainingSetup) -> None:
     if 'val' not in setup.dataset.splits:
         distributed.warn(
@@ -280,11 +270,7 @@ def _describe_run(workdir: str, meta: dict[str, Any], step: int, total_steps: in
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock.
-
-    Raises:
-      UserError: it cannot be written, or another run is using it.
-    """
+    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock."""
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):
