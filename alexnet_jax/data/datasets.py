@@ -203,8 +203,7 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
       class_names: one for each label, from 0.
       fingerprint: that tells these records from others when a run goes on.
 
-    Raises:
-      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
+    Raises UserError for no training images, images of another kind or of several sizes, or a label that has no name.
     """
     if not splits.get('train'):
         raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")

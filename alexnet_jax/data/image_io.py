@@ -68,11 +68,7 @@ def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
     Resized by Pillow's BILINEAR, whose window widens with the reduction (antialiased). Deviation: the paper names no
     filter, and nothing of EXIF's rotation, which is applied.
 
-    Args:
-      image: a file's bytes, or uint8 pixels [H, W, C].
-
-    Raises:
-      ValueError: it cannot be read; see `decode`.
+    image: a file's bytes, or pixels [H, W, C] of 8 or 16 bits. Raises ValueError where it cannot be read, see `decode`.
     """
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16):

@@ -43,8 +43,6 @@ def train_batches(
       storage: of the train split.
       batch_size: of all processes together.
       seed: of order and draws.
-      start_step: first batch wanted.
-      augmentation: what is drawn.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes, and a script needs its `if __name__ == '__main__':`.
       num_threads: threads, in each process; 0 takes `default_threads`.
@@ -82,15 +80,11 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """One pass over a split in order, every record once; the last batch is filled up with weight 0.
 
-    Args:
-      records: of the split (see datasets.py).
-      batch_size, shard, num_workers, num_threads: as for `train_batches`.
-      record_size: side of a record, pixels.
-      repeat: go over the split again and again, with the same worker processes.
+    record_size: side of a record, pixels; repeat: go over the split again and again, with the same worker processes.
+    The others are as for `train_batches`.
 
-    Yields:
-      'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as from
-      `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
+    Yields 'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as from
+    `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
     """
     count = -(-len(records) // batch_size)
     workers = min(num_workers, count * math.ceil(batch_size / shard[1] / _CHUNK))

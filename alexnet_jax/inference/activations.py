@@ -41,16 +41,12 @@ def activations(
     """Outputs of some layers for the center crops of images, dropout off.
 
     Args:
-      checkpoint: from `load_checkpoint`.
       image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
       layers: some of `activation_names`.
       batch_size: images at a time, at most.
 
-    Returns:
-      float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units.
-
-    Raises:
-      UserError: an unknown layer, or images of another shape or type.
+    Returns float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units. Raises UserError for an unknown
+    layer, or images of another shape or type.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
@@ -65,19 +61,10 @@ def activations(
 
 
 def iter_activations(checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128) -> Iterator[Part]:
-    """The activations of one layer for all records of a split, in their order, a batch at a time.
+    """The activations of one of `activation_names` for all records of a split, in their order, a batch at a time.
 
-    Args:
-      checkpoint: from `load_checkpoint`.
-      records: of its `record_size` (see datasets.py).
-      layer: one of `activation_names`.
-      batch_size: images at a time; changes nothing in the result.
-
-    Yields:
-      (float32 [n, ...], int32 labels [n]).
-
-    Raises:
-      UserError: an unknown layer; at the end, if records could not be read: warnings have named all of them.
+    Yields (float32 [n, ...], int32 labels [n]); batch_size changes nothing in them. Raises UserError for an unknown
+    layer and, at the end, if records could not be read: warnings have named all of them.
     """
     function = _layer_outputs(checkpoint, [layer])
     evaluator = Evaluator(checkpoint, batch_size=batch_size)

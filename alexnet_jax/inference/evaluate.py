@@ -39,17 +39,12 @@ def evaluate_batches(
       eval_step: jitted `train_step.eval_step`.
       params, image_stats: on the mesh.
       batches: of `pipeline.eval_batches`, one pass; their size changes nothing in the result.
-      mesh: from `sharding.make_mesh`.
       examples: records in that pass.
       max_unreadable: records that may be unreadable; warnings name them, and they are not among 'count'.
-      should_stop: asked before every batch.
+      should_stop: asked before every batch; where it says so, TerminatedError is raised.
 
-    Returns:
-      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
-
-    Raises:
-      UserError: more records than that are unreadable.
-      TerminatedError: `should_stop` said so.
+    Returns 'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
+    (0 to 1). Raises UserError where more records than that are unreadable.
     """
     total = previous = None
     began, waited = time.perf_counter(), 0.0
@@ -87,7 +82,6 @@ class Evaluator:
     """A checkpoint on a mesh, ready to be tested on any number of images.
 
     Args:
-      checkpoint: from `load_checkpoint`.
       mesh: from `sharding.make_mesh`; None computes on one device.
       views: 1 for the center crop alone, or 10 for the paper's ten views (section 4.1), softmax averaged.
       batch_size: images at a time, at most; changes nothing in the results.
@@ -228,11 +222,8 @@ def evaluate_ensemble(
       tune_on: records on which to look for the weights instead, see `ensemble.tune_weights`.
       max_unreadable: records that may be unreadable, as in `evaluate_batches`.
 
-    Returns:
-      'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1.
-
-    Raises:
-      UserError: weights that do not fit.
+    Returns 'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1. Raises
+    UserError for weights that do not fit.
     """
 
     def outputs(records):

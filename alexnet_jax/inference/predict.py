@@ -19,18 +19,9 @@ _BATCH = 32
 def predict(
     checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: int = 128, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Softmax outputs of the center crop, or averaged over the paper's ten views (section 4.1).
+    """Softmax outputs, float32 [N, K], of the center crop or averaged over the paper's ten views (section 4.1).
 
-    Args:
-      checkpoint: from `load_checkpoint`.
-      image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-      views, batch_size, mesh: as for `Evaluator`.
-
-    Returns:
-      float32 [N, K]; column i is `checkpoint.class_names[i]`.
-
-    Raises:
-      UserError: images of another shape or type, or another number of views.
+    See `Evaluator.predict` for the images, the columns and what is refused; `Evaluator` for the options.
     """
     return Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(image_NHWC)
 

@@ -64,7 +64,11 @@ def train_and_evaluate(
         start, unfinished = int(state.step), saved.get('unfinished', False)
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
             return {}
-        _describe_run(workdir, meta, start, setup.total_steps)
+        environment = describe_environment()
+        if start:
+            logging.info('Going on from step %d of %d in %s.', start, setup.total_steps, workdir)
+            warn_of_changes(workdir, environment)
+        metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
         writer = metric_writer.MetricWriter(workdir, start, validated=not unfinished)
         stack.callback(writer.close)
         counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': setup.total_steps}
@@ -257,15 +261,6 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
     how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
     logging.info('%s is finished: step %d of %d. %s to go on.', workdir, step, setup.total_steps, how)
     return True
-
-
-def _describe_run(workdir: str, meta: dict[str, Any], step: int, total_steps: int) -> None:
-    """Writes config.json and environment.json; says from which step a run goes on."""
-    environment = describe_environment()
-    if step:
-        logging.info('Going on from step %d of %d in %s.', step, total_steps, workdir)
-        warn_of_changes(workdir, environment)
-    metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
 
 
 @contextlib.contextmanager
