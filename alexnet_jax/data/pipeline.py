@@ -140,19 +140,16 @@ def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     """Decoding processes beside accelerators: one for each core but one, fewer where shared memory is short.
 
-    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster.
-
-    Args:
-      rows: of this process in a batch. Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared
-        memory, and those besides that wait for the last of their batch.
-      row_bytes: of an image for training and one for validation.
-      devices: of this process; each has 32 processes at most.
+    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster. rows: of this process in a
+    batch; row_bytes: of an image for training and one for validation; devices: of this process.
     """
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _MIN_WORKERS:
         return 0
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
+    # Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared memory, and those besides that wait
+    # for the last of their batch.
     chunks = free // (min(rows, _CHUNK) * row_bytes)
     if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0

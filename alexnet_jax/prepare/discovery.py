@@ -35,7 +35,13 @@ def find_images(path: str) -> Listing:
             f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    _refuse_duplicates([ref for ref, _ in images])
+    for split in {ref.split for ref, _ in images}:  # an archive beside what it was extracted to counts images twice
+        paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
+        if len(paths) == 2:
+            raise UserError(
+                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
+                'give one of the two.'
+            )
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
     numbers = {name: i for i, name in enumerate(class_names)}
     trained = {class_name for ref, class_name in images if ref.split == 'train'}
@@ -106,17 +112,6 @@ def _warn_of_loose(folder: str, count: int) -> None:
 
 def _ref(path: str, root: str, split: str) -> ImageRef:
     return ImageRef(path, 0, -1, as_utf8(os.path.relpath(path, root)), -1, split)
-
-
-def _refuse_duplicates(refs: list[ImageRef]) -> None:
-    """An archive beside what it was extracted to would count every image twice."""
-    for split in {ref.split for ref in refs}:
-        paths = {ref.path.endswith('.tar'): ref.path for ref in refs if ref.split == split}
-        if len(paths) == 2:
-            raise UserError(
-                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
-                'give one of the two.'
-            )
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
