@@ -51,7 +51,9 @@ def train_and_evaluate(
     """
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
-    meta = _meta(setup)
+    data = setup.dataset
+    meta = {'config': config_to_json(config), 'class_names': list(data.class_names), 'record_size': data.record_size}
+    meta |= {'examples': setup.num_examples, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _warn_of_settings(setup)
@@ -74,8 +76,7 @@ def train_and_evaluate(
         counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': setup.total_steps}
         limits = {'on_nonfinite': config.on_nonfinite, 'max_nonfinite': config.max_nonfinite}
         limits['max_unreadable'] = config.data.max_unreadable
-        num_classes = len(setup.dataset.class_names)
-        log = train_log.TrainLog(writer, **counts, **limits, num_classes=num_classes, saved=saved.get('log'))
+        log = train_log.TrainLog(writer, **counts, **limits, num_classes=len(data.class_names), saved=saved.get('log'))
         # Kept from one validation to the next: worker processes take seconds to start.
         val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
         batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
@@ -143,10 +144,8 @@ class StepHooks:
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
         """Does what is due; returns the state with the rate decided.
 
-        resumed: the checkpoint was saved as unfinished: of this step only the update is done.
-
-        Raises:
-          TerminatedError: SIGTERM has come. The update is saved; the rest of it will be done first the next time.
+        resumed: the checkpoint was saved as unfinished: of this step only the update is done. Raises TerminatedError
+        where SIGTERM has come: the update is saved; the rest of it will be done first the next time.
         """
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
@@ -186,28 +185,18 @@ class StepHooks:
         """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
-        result = evaluate.evaluate_batches(
-            setup.steps.eval_step,
-            state.params,
-            setup.image_stats,
-            itertools.islice(self.val_batches, math.ceil(examples / config.batch_size)),
-            setup.mesh,
-            examples=examples,
-            max_unreadable=config.data.max_unreadable,
-            should_stop=self.should_stop,
-        )
+        batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
+        arguments = (setup.steps.eval_step, state.params, setup.image_stats, batches, setup.mesh)
+        options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
+        result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
             raise DivergedError(
                 f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
                 'optim.learning_rate (in another directory, if this has a checkpoint).'
             )
-        line = {
-            'step': step,
-            'epoch': step * config.batch_size / setup.num_examples,
-            'split': 'val',
-            **result,
-            'learning_rate': float(setup.steps.optimizer.learning_rate(state.opt_state)),
-        }
+        epoch = step * config.batch_size / setup.num_examples
+        rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
+        line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}
         self.writer.write(line)
         metric_writer.log_line(line, setup.total_steps)
         return result
@@ -231,17 +220,6 @@ class _Profiler(contextlib.ExitStack):
         if self._traced and step == self._traced[-1]:
             jax.block_until_ready(state)
             self.close()
-
-
-def _meta(setup: TrainingSetup) -> dict[str, Any]:
-    """What the checkpoints of a run hold besides its state, see `CheckpointManager.save`."""
-    return {
-        'config': config_to_json(setup.config),
-        'class_names': list(setup.dataset.class_names),
-        'record_size': setup.dataset.record_size,
-        'examples': setup.num_examples,
-        'fingerprint': setup.dataset.fingerprint,
-    }
 
 
 def _warn_of_settings(setup: TrainingSetup) -> None:

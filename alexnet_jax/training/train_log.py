@@ -158,16 +158,10 @@ class TrainLog:
             self._clock.popleft()
         elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
         speed = (len(self._clock) - 1) * self.batch_size / elapsed
-        line = {
-            'step': step,
-            'epoch': step * self.batch_size / self.examples,
-            'split': 'train',
-            **metrics.means(state.sums),
-            'learning_rate': rate,
-            **state.norms,
-            'images_per_second': speed,
-            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
-        }
+        waited = sum(waited for _, waited in list(self._clock)[1:])
+        line = {'step': step, 'epoch': step * self.batch_size / self.examples, 'split': 'train'}
+        line |= {**metrics.means(state.sums), 'learning_rate': rate, **state.norms}
+        line |= {'images_per_second': speed, 'data_wait': min(1.0, waited / elapsed)}
         self.writer.write(line)
         now = time.perf_counter()
         if now - self._printed >= 1 or step == self.total_steps:
