@@ -153,11 +153,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
             raise UserError(f'the checkpoint is damaged: {mismatches[0]}. {remedy}')
 
     def _check_is_there(self, step: int) -> None:
-        if not os.path.isdir(self._path(step)):
-            raise UserError(
-                f'{self._path(step)} was removed while it was read: its run has saved newer steps; give the command '
-                'again.'
-            )
+        if not os.path.isdir(path := self._path(step)):
+            remedy = 'its run has saved newer steps; give the command again'
+            raise UserError(f'{path} was removed while it was read: {remedy}.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
         """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
@@ -209,10 +207,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return [step for step in errors if step not in kept]
 
     def _saving(self, step: int):
-        return as_user_error(
-            f'step {step} cannot be saved in {self.folder!r}',
-            'Steps saved earlier are as they were; put it right and give the same command again.',
-        )
+        remedy = 'Steps saved earlier are as they were; put it right and give the same command again.'
+        return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""

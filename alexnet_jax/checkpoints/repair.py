@@ -20,8 +20,7 @@ def list_steps(folder: str) -> list[int]:
 def repair(folder: str) -> list[str]:
     """Removes what a kill has left half done, and moves damaged steps aside, to `STEP.damaged`.
 
-    Returns what was wrong, a line for each. Raises UserError where no step is whole, OSError where the folder cannot be
-    used.
+    Returns a line for each thing wrong. Raises UserError if no step is whole, OSError if the folder cannot be used.
     """
     os.makedirs(folder, exist_ok=True)
     half_written = []

@@ -19,10 +19,7 @@ Batch = dict[str, np.ndarray]
 
 
 def decode(record: dict[str, Any], size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a record: its JPEG decoded, or its raw pixels as they are.
-
-    Raises UnreadableError where the bytes are no image, or one of another size.
-    """
+    """A record's JPEG decoded, or its raw pixels: uint8 [size, size, 3]. Raises UnreadableError unless it is that."""
     image = record['image']
     try:
         if not isinstance(image, np.ndarray):
@@ -33,9 +30,8 @@ def decode(record: dict[str, Any], size: int) -> np.ndarray:
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
             raise ValueError(f'it is {image.dtype} of shape {image.shape}; expected uint8 of {(size, size, 3)}')
     except Exception as error:  # Pillow refuses files in more ways than it documents
-        raise UnreadableError(
-            f'the record of image {_name(record)!r} cannot be decoded ({error}); prepare the data again.'
-        ) from error
+        what = f'the record of image {_name(record)!r} cannot be decoded ({error})'
+        raise UnreadableError(f'{what}; prepare the data again.') from error
     return image
 
 

@@ -38,10 +38,7 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(path: str) -> Dataset:
-    """Opens what `alexnet_jax prepare` wrote, or the embedded handwritten digits for the path 'digits'.
-
-    Raises UserError where nothing is there, or it is something else.
-    """
+    """Opens what `alexnet_jax prepare` wrote, or the embedded digits for 'digits'. Raises UserError for all else."""
     if path == DIGITS:
         return _digits()
     if not path:

@@ -47,10 +47,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A file's bytes, or `length` of them from `offset` on.
-
-    Raises OSError or ValueError where it cannot be read, or is too large to be one image.
-    """
+    """A file's bytes, or `length` of them from `offset` on. Raises OSError; ValueError if they cannot be one image."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its other end, a device may have no end
         raise ValueError('not a regular file')
     with open(path, 'rb') as file:
@@ -93,10 +90,7 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image file's pixels, RGB, turned upright as its EXIF data say; of any format of the list above.
-
-    Raises ValueError, which says in one line what is wrong with the file.
-    """
+    """An image file as RGB, turned upright as its EXIF data say. Raises ValueError, which says what is wrong."""
     if not content:
         raise ValueError('the file is empty')
     with warnings.catch_warnings(action='ignore'):  # of what Pillow makes good; too many pixels are refused below

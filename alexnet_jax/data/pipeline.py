@@ -100,10 +100,7 @@ def eval_batches(
 
 
 def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """All records of a split, decoded, for `data.cache`: (uint8 [N, size, size, 3], int32 labels [N]).
-
-    A warning names each record that cannot be read; its label is `UNREADABLE_LABEL`.
-    """
+    """All records, decoded: (uint8 [N, size, size, 3], int32 labels [N]). Warnings name what is `UNREADABLE_LABEL`."""
     images, labels = np.empty((len(records), size, size, 3), np.uint8), np.empty(len(records), np.int32)
     rows = min(64, len(records))
     batches = eval_batches(records, batch_size=rows, record_size=size, num_workers=num_workers)
@@ -155,9 +152,8 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            '%s has %d MiB, room for the batches of %d processes: images are decoded in %s. A container gets more with '
-            '--ipc=host or --shm-size=16g.',
-            *(_SHARED_MEMORY, free >> 20, fitting, how),
+            f'{_SHARED_MEMORY} has {free >> 20} MiB, room for the batches of {fitting} processes: images are decoded '
+            f'in {how}. A container gets more with --ipc=host or --shm-size=16g.'
         )
     return workers
 
@@ -184,10 +180,8 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a script; grain reads a flag of its own
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),  # more: no faster
-            worker_init_fn=processes.end_with_parent,
-        )
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more: no faster
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
         # Images go through shared memory; labels and draws are smaller than what that takes.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)

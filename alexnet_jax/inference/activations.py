@@ -43,7 +43,6 @@ def activations(
     Args:
       image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
       layers: some of `activation_names`.
-      batch_size: images at a time, at most.
 
     Returns float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units. Raises UserError for an unknown
     layer, or images of another shape or type.

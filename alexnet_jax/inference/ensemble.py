@@ -11,10 +11,7 @@ _START, _PASSES = 0.5, 5
 
 
 def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Weighted mean of each network's outputs, [N, K] each.
-
-    Raises UserError for weights that are negative, all 0, or not one a network.
-    """
+    """Weighted mean of outputs [N, K]. Raises UserError for weights that are negative, all 0, or not one a network."""
     if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(
             f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '

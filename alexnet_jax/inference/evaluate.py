@@ -36,8 +36,7 @@ def evaluate_batches(
     """Counts every record of a split once.
 
     Args:
-      eval_step: jitted `train_step.eval_step`.
-      params, image_stats: on the mesh.
+      eval_step, params, image_stats: the jitted `train_step.eval_step`; its arguments, on the mesh.
       batches: of `pipeline.eval_batches`, one pass; their size changes nothing in the result.
       examples: records in that pass.
       max_unreadable: records that may be unreadable; warnings name them, and they are not among 'count'.
@@ -105,10 +104,7 @@ class Evaluator:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
 
     def probabilities(self, records: Sequence, *, max_unreadable: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Softmax outputs for the records of a split: (float32 [N, K], int labels [N]).
-
-        Up to max_unreadable records may be unreadable; warnings name them, and they are left out.
-        """
+        """Softmax outputs for records: (float32 [N, K], int labels [N]), without at most max_unreadable bad ones."""
         function = functools.partial(self._jitted(_outputs), self._params, image_stats=self._image_stats)
         with contextlib.closing(self._batches(records)) as batches:
             parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
@@ -160,12 +156,8 @@ class Evaluator:
     def _batches(self, records: Sequence) -> Iterator[Batch]:
         if not len(records):
             raise UserError('there are no images to evaluate on.')
-        return pipeline.eval_batches(
-            records,
-            batch_size=self._fitting_batch_size(len(records)),
-            record_size=self.checkpoint.record_size,
-            shard=sharding.data_shard(self.mesh),
-        )
+        options = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
+        return pipeline.eval_batches(records, batch_size=self._fitting_batch_size(len(records)), **options)
 
     def _fitting_batch_size(self, images: int) -> int:
         """No larger than the number of images, and divisible into the mesh's parts."""
@@ -217,10 +209,9 @@ def evaluate_ensemble(
     Args:
       checkpoints: of the same classes and record size.
       records: to test on; every network's outputs for all of them are held in memory.
-      mesh, views, batch_size: as for `Evaluator`.
+      mesh, views, batch_size, max_unreadable: as for `Evaluator` and `evaluate_batches`.
       weights: one for each; equal ones by default.
       tune_on: records on which to look for the weights instead, see `ensemble.tune_weights`.
-      max_unreadable: records that may be unreadable, as in `evaluate_batches`.
 
     Returns 'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1. Raises
     UserError for weights that do not fit.
@@ -250,9 +241,8 @@ def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
     """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     image_NHWC, side = np.asarray(image_NHWC), checkpoint.record_size
     if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
-        raise UserError(
-            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
-        )
+        found = f'{image_NHWC.dtype} of shape {image_NHWC.shape}'
+        raise UserError(f'images are {found}; expected uint8 of (N, {side}, {side}, 3).')
     return image_NHWC
 
 

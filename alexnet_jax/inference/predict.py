@@ -32,10 +32,7 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 
 
 def list_image_files(paths: Sequence[str]) -> list[str]:
-    """The image files at some paths, in their order; of a folder all below it, by name.
-
-    Raises UserError where one of them is not there, or a folder has no images.
-    """
+    """The image files at some paths, of a folder all below it, by name. Raises UserError for a path without any."""
     files = []
     for path in paths:
         if not os.path.exists(path):

@@ -21,8 +21,7 @@ def find_images(path: str) -> Listing:
     """Lists an input's images by split, in a fixed order.
 
     path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
-    folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`. Raises UserError where nothing of
-    the kind is there.
+    folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`. Raises UserError for all else.
     """
     if path.startswith(tfds.PREFIX):
         return tfds.list_images(path)
@@ -115,10 +114,7 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded; and its label.
-
-    Raises OSError or ValueError where it cannot be read, see `image_io.read_bytes`.
-    """
+    """An image's bytes, or pixels where a TFDS dataset holds such; and its label. Raises as `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]

@@ -54,8 +54,7 @@ def prepare(
       workers: processes; all cores by default.
       listing: what `discovery.find_images` says of the source, where that was asked before.
 
-    Raises:
-      UserError: an option out of its range, no images, too many bad ones, no space.
+    Raises UserError for an option out of its range, no images, too many bad ones, no space.
     """
     if not 8 <= size <= 4096:
         raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
@@ -131,10 +130,7 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished.
-
-    (Not of each class for `tfds:`, whose labels are not known here.)
-    """
+    """Each split in a random order fixed by the seed; a part of train, of each class if labels are known, as val."""
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:

@@ -22,9 +22,8 @@ def validation_class(name: str) -> str:
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
     # The length: int() takes no number of thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
-        raise UserError(
-            f'{name!r} is no image of the ILSVRC-2012 validation set; expected {VAL_PREFIX}00000001.JPEG ...'
-        )
+        expected = f'{VAL_PREFIX}00000001.JPEG ...'
+        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {expected}')
     return validation_classes()[int(number) - 1]
 
 

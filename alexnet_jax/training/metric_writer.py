@@ -32,8 +32,7 @@ class MetricWriter:
     """Appends lines to metrics.jsonl and the same numbers to TensorBoard events; process 0 writes, the others are mute.
 
     Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again. validated:
-    whether a validation at `step` itself stays. Raises UserError (`write`, `flush`, too) where the file system does not
-    take it.
+    whether a validation at `step` itself stays. Raises UserError, as `write` and `flush` do, for a full disk, say.
     """
 
     def __init__(self, workdir: str, step: int, *, validated: bool = True):

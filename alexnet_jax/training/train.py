@@ -40,9 +40,7 @@ def train_and_evaluate(
       dataset: from `datasets.in_memory`, say; None opens what `config.data.path` names.
       profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
 
-    Returns:
-      the last validation's numbers (see `evaluate.evaluate_batches`); empty without a val split, or if all was done
-      before.
+    Returns the last validation's numbers (see `evaluate.evaluate_batches`); {} without a val split, or if all was done.
 
     Raises:
       UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
@@ -164,9 +162,8 @@ class StepHooks:
                 if not resumed:  # otherwise it is saved that way already
                     self.save(state, None, unfinished=True)
                     self.checkpoints.wait()
-                raise TerminatedError(
-                    f'SIGTERM: step {step} of {self.setup.total_steps} is saved; the same command goes on from there.'
-                ) from None
+                saved = f'step {step} of {self.setup.total_steps} is saved'
+                raise TerminatedError(f'SIGTERM: {saved}; the same command goes on from there.') from None
             if due.validate:  # not at an end in between: the run may be made longer, and should not show it
                 decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
                 state = state._replace(opt_state=decided)

@@ -1,7 +1,4 @@
-"""The reports of training steps: fetched late, averaged into lines, and checked.
-
-Stops the run on non-finite values or too many unreadable images.
-"""
+"""The reports of training steps, fetched late and averaged into lines; what in them stops a run."""
 
 import contextlib
 import dataclasses

@@ -18,10 +18,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """Returns what `function` returns (JSON) in process 0; the other processes wait for it.
-
-    Where it raises an error, every process raises UserError with its message.
-    """
+    """Returns what `function` returns (JSON) in process 0, to all; an error in it is a UserError in every process."""
     if jax.process_count() == 1:
         return function()
     outcome = {}

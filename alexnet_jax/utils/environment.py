@@ -43,17 +43,13 @@ def describe_environment() -> dict:
 
 @functools.cache
 def warn_if_no_accelerator(platform: str) -> None:
-    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU.
-
-    JAX itself warns where it sees an NVIDIA GPU that it cannot use.
-    """
+    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU."""
     if platform != 'cpu' or jax.config.jax_platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
-        return
+        return  # of an NVIDIA GPU that it sees and cannot use JAX itself warns
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
-            'JAX has found no device for %s and computes on the CPU; `python -c "import jax; jax.devices()"` says why. '
-            'If that is meant, --cpu_devices=1 says so.',
-            ', '.join(plugins),
+            f'JAX has found no device for {", ".join(plugins)} and computes on the CPU; `python -c "import jax; '
+            'jax.devices()"` says why. If that is meant, --cpu_devices=1 says so.'
         )
 
 

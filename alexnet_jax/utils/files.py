@@ -49,10 +49,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
 
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
-    """Holds a lock file while something is done that only one process may do; the system frees it however that ends.
-
-    Raises UserError where another process holds it, or it cannot be made.
-    """
+    """Holds a lock file, which the system frees however that ends. Raises UserError if another process holds it."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'a'))
