@@ -87,7 +87,7 @@ def eval_batches(
     `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
     """
     count = -(-len(records) // batch_size)
-    workers = min(num_workers, count * math.ceil(batch_size / shard[1] / _CHUNK))
+    workers = min(num_workers, count * math.ceil(batch_size // shard[1] / _CHUNK))
     source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
     # Processes take seconds to start. Threads do not, and would hold the next pass's batches till then.
     if repeat and workers:
