@@ -152,7 +152,7 @@ def _reported(losses, at, saved=None):
                     state = json.loads(json.dumps(log.state()))
             log = train_log.TrainLog(
                 writer, batch_size=8, examples=800, total_steps=10**6, num_classes=10,
-                limits=train_log.FailureLimits('skip', 10**6, 0), saved=state,
+                on_nonfinite='skip', max_nonfinite=10**6, max_unreadable=0, saved=state,
             )  # fmt: skip
         numbers = {'loss': 8 * (loss or 0.0), 'top1': 4.0, 'top5': 1.0, 'weight': 8.0, 'learning_rate': 0.01}
         norms = {'gradient_norm': float(i), 'gradient_norms': {'fc8': float(i)}, 'update_norms': {'fc8': 1.0 / i}}

@@ -204,7 +204,7 @@ def our_updates(
     log = train_log.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is at chance level
         None,
         **{'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1},
-        limits=train_log.FailureLimits('skip', math.inf, math.inf),
+        **{'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf},
     )
     arguments = (state, batch, setup.image_stats, key)
     compiled, facts = hlo_cost.compile_step(setup, options.precision, arguments)

@@ -11,11 +11,8 @@ from alexnet_jax.utils.files import absolute_local_path
 def load_checkpoint(path: str) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
-    Args:
-      path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
-
-    Raises:
-      UserError: there is no checkpoint, or it cannot be read.
+    path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there. Raises
+    UserError where there is no checkpoint, or it cannot be read.
     """
     with as_user_error(f'the checkpoint {path!r} cannot be read'):
         workdir, step = _find(path)

@@ -54,7 +54,7 @@ class Checkpoint(NamedTuple):
         return self.augmentation.image_size
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager):
     """The steps saved in a workdir: the last two, and the one with the lowest val error.
 
     A state is written in the background and then finalized: the digests of all its files are put beside them. A step
@@ -63,9 +63,7 @@ class CheckpointManager:
     for what is being saved.
 
     read_only: for all but the training process; it touches nothing, also not a save under way in another process.
-
-    Raises:
-      UserError: every step is damaged, or the folder cannot be used.
+    Raises UserError where every step is damaged, or the folder cannot be used.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -83,9 +81,6 @@ class CheckpointManager:
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._finalizer, self._finalizing = ThreadPoolExecutor(1), None
-
-    def __enter__(self) -> 'CheckpointManager':
-        return self
 
     def __exit__(self, kind, *_) -> None:
         # After an error in one of several processes the others are elsewhere: closing would wait for them for ever.
@@ -154,17 +149,13 @@ class CheckpointManager:
         if mismatches := checksums.find_mismatches(self._path(step), wanted):
             self._check_is_there(step)
             others = ', '.join(str(s) for s in self.steps() if s != step)
-            raise UserError(
-                f'the checkpoint is damaged: {mismatches[0]}. '
-                + (f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.')
-            )
+            remedy = f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.'
+            raise UserError(f'the checkpoint is damaged: {mismatches[0]}. {remedy}')
 
     def _check_is_there(self, step: int) -> None:
-        if not os.path.isdir(self._path(step)):
-            raise UserError(
-                f'{self._path(step)} was removed while it was read: its run has saved newer steps; give the command '
-                'again.'
-            )
+        if not os.path.isdir(path := self._path(step)):
+            remedy = 'its run has saved newer steps; give the command again'
+            raise UserError(f'{path} was removed while it was read: {remedy}.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
         """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
@@ -173,8 +164,7 @@ class CheckpointManager:
         meta: JSON, with 'config', 'class_names', 'record_size', 'examples' (of train; 0: no run) and 'fingerprint'.
         top1_error: of the validation just made, percent; None where there was none.
 
-        Raises:
-          UserError: this state or the one before it cannot be written; steps saved earlier are as they were.
+        Raises UserError where this state or the one before it cannot be written; steps saved earlier are as they were.
         """
         items = {
             'params': ocp.args.StandardSave(state.params),
@@ -217,21 +207,15 @@ class CheckpointManager:
         return [step for step in errors if step not in kept]
 
     def _saving(self, step: int):
-        return as_user_error(
-            f'step {step} cannot be saved in {self.folder!r}',
-            'Steps saved earlier are as they were; put it right and give the same command again.',
-        )
+        remedy = 'Steps saved earlier are as they were; put it right and give the same command again.'
+        return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
+        params = ocp.args.StandardRestore(like.params)
+        training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
         with self._readable(step):
-            items = self._orbax.restore(
-                self._path(step),
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(like.params),
-                    training=ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state}),
-                ),
-            )
+            items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
         return TrainState(items.training['step'], items.params, items.training['opt_state'])
 
     def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
@@ -252,25 +236,17 @@ class CheckpointManager:
         self.check(step, lambda name: not name.startswith('training/'))  # two thirds of the bytes, and not used
         meta, image_stats = self.read_meta(step)
         with self._readable(step):
-            network = model_from_config(meta['config']['model'])
-            augmentation = augmentation_from_config(meta['config']['data'])
-            augment.crop_positions(meta['record_size'], augmentation.image_size)
+            config, record_size = meta['config'], meta['record_size']
+            network = model_from_config(config['model'])
+            augmentation = augmentation_from_config(config['data'])
+            augment.crop_positions(record_size, augmentation.image_size)
             architecture.infer_shapes(network, augmentation.image_size)
             class_names = tuple(map(str, meta['class_names']))
             if len(class_names) != network.num_classes:
                 raise ValueError(f'it names {len(class_names)} classes and has {network.num_classes}')
             init = functools.partial(model.init_params, network, image_size=augmentation.image_size)
             params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
-        return Checkpoint(
-            step=step,
-            params=params,
-            network=network,
-            augmentation=augmentation,
-            record_size=meta['record_size'],
-            class_names=class_names,
-            image_stats=image_stats,
-            config=meta['config'],
-        )
+        return Checkpoint(step, params, network, augmentation, record_size, class_names, image_stats, config)
 
     def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """A step's arrays in numpy, of the shapes of `like`: orbax would take memory for whatever the files declare."""
@@ -279,8 +255,8 @@ class CheckpointManager:
         stored, wanted = ({named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (declared, like))
         for name in {**wanted, **stored}:
             if stored.get(name) != wanted.get(name):
-                expected = wanted.get(name, 'nothing')
-                raise ValueError(f'{item}/{name}: {stored.get(name, "missing")}; expected {expected}')
+                found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
+                raise ValueError(f'{item}/{name}: {found}; expected {expected}')
         there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
         if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # little is compressed
             raise ValueError(f'{item} says it has {taken:,} bytes, and holds {there:,}')

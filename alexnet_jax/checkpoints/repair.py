@@ -20,12 +20,7 @@ def list_steps(folder: str) -> list[int]:
 def repair(folder: str) -> list[str]:
     """Removes what a kill has left half done, and moves damaged steps aside, to `STEP.damaged`.
 
-    Returns:
-      what was wrong, a line for each.
-
-    Raises:
-      UserError: no step is whole.
-      OSError: the folder cannot be used.
+    Returns a line for each thing wrong. Raises UserError if no step is whole, OSError if the folder cannot be used.
     """
     os.makedirs(folder, exist_ok=True)
     half_written = []
@@ -41,28 +36,22 @@ def repair(folder: str) -> list[str]:
             else:
                 shutil.rmtree(step, ignore_errors=True)
                 os.rename(path, step)
-    steps = list_steps(folder)
-    damaged, good, unfinished = {}, 0, None
-    for step in steps:
-        path = os.path.join(folder, str(step))
-        if step == steps[-1] and not checksums.present(path):
-            unfinished = path  # a kill can leave no other: each save waits for the one before
-        elif problems := checksums.find_mismatches(path):
-            damaged[path] = problems[0]
-        else:
-            good += 1
-    if damaged and not good:
+    paths = [os.path.join(folder, str(step)) for step in list_steps(folder)]
+    # A kill can leave no other unfinished: each save waits for the one before.
+    unfinished = [path for path in paths[-1:] if not checksums.present(path)]
+    mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in unfinished}
+    damaged = {path: found[0] for path, found in mismatches.items() if found}
+    if damaged and len(damaged) == len(mismatches):
         raise UserError(
             f'no checkpoint in {folder!r} is whole: {"; ".join(damaged.values())}. Put the files back, or begin anew '
             f'in another --workdir. (Versions of alexnet_jax before this one wrote no {checksums.FILE_NAME}.)'
         )
-    if unfinished:
-        shutil.rmtree(unfinished)
-        half_written.append(unfinished)
+    for path in unfinished:
+        shutil.rmtree(path)
+    half_written += unfinished
     for path in damaged:
         aside = f'{path}.damaged'
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
-    return [f'{path}: half written, without {checksums.FILE_NAME}; it is removed' for path in half_written] + [
-        f'{problem}; it is now in {path}.damaged' for path, problem in damaged.items()
-    ]
+    removed = [f'{path}: half written, without {checksums.FILE_NAME}; it is removed' for path in half_written]
+    return removed + [f'{problem}; it is now in {path}.damaged' for path, problem in damaged.items()]

@@ -9,11 +9,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 def verify(path: str) -> tuple[list[str], list[str]]:
-    """(folders that were looked through, what is wrong in them as 'FILE: what').
-
-    Raises:
-      UserError: there is nothing with digests.
-    """
+    """(folders looked through, what is wrong in them as 'FILE: what'). Raises UserError where nothing has digests."""
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         raise UserError(f'there is no directory {path!r}; expected prepared data, a workdir or a checkpoint.')

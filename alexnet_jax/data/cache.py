@@ -19,11 +19,7 @@ Batch = dict[str, np.ndarray]
 
 
 def decode(record: dict[str, Any], size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a record: its JPEG decoded, or its raw pixels as they are.
-
-    Raises:
-      UnreadableError: the bytes are no image, or one of another size.
-    """
+    """A record's JPEG decoded, or its raw pixels: uint8 [size, size, 3]. Raises UnreadableError unless it is that."""
     image = record['image']
     try:
         if not isinstance(image, np.ndarray):
@@ -34,17 +30,9 @@ def decode(record: dict[str, Any], size: int) -> np.ndarray:
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
             raise ValueError(f'it is {image.dtype} of shape {image.shape}; expected uint8 of {(size, size, 3)}')
     except Exception as error:  # Pillow refuses files in more ways than it documents
-        raise UnreadableError(
-            f'the record of image {_name(record)!r} cannot be decoded ({error}); prepare the data again.'
-        ) from error
+        what = f'the record of image {_name(record)!r} cannot be decoded ({error})'
+        raise UnreadableError(f'{what}; prepare the data again.') from error
     return image
-
-
-def check_label(record: dict[str, Any]) -> int:
-    """A record's label. Raises UnreadableError where it has none (-1 in TFDS)."""
-    if record['label'] < 0:
-        raise UnreadableError(f'the image {_name(record)!r} has no label.')
-    return record['label']
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -56,7 +44,7 @@ def _name(record: dict[str, Any]) -> str:
 class Records:
     """Records that are decoded and cropped when a batch needs them."""
 
-    records: Sequence[dict[str, Any]]
+    records: Sequence[dict[str, Any]] = dataclasses.field(repr=False)  # grain prints its steps: not every record
     record_size: int  # side of a record, pixels
     on_device: ClassVar[dict[str, jax.Array]] = {}  # what every batch has on the devices already
 
@@ -65,10 +53,8 @@ class Records:
     ) -> Batch:
         """Images of a batch: crops of `image_size` as `params` says, or, without both, whole records.
 
-        Returns:
-          'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n], 'weight' float32 [n]: 0 for images that
-          cannot be read and for rows past the last record. 'unreadable', list[str], says why images cannot be read, and
-          is there only if some cannot.
+        Returns 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n], 'weight' float32 [n]: 0 for images that
+        cannot be read and for rows past the last record; 'unreadable', list[str], only if some cannot, says why.
         """
         count, size = len(indices), image_size or self.record_size
         # Cropped into the batch itself: memory that is touched for the first time is slow.
@@ -79,14 +65,15 @@ class Records:
                 break
             try:
                 record = self.records[int(index)]
-                label = check_label(record)
+                if record['label'] < 0:  # -1 in TFDS
+                    raise UnreadableError(f'the image {_name(record)!r} has no label.')
                 image = decode(record, self.record_size)
                 if params is None:
                     images[i] = image
                 else:
                     own = random_crops.AugmentParams(*(values[i] for values in params))
                     random_crops.crop(image, own, size, out=images[i])
-                labels[i], weight[i] = label, 1
+                labels[i], weight[i] = record['label'], 1
             except UnreadableError as error:
                 unreadable.append(str(error))
         images[weight == 0] = 0

@@ -3,6 +3,7 @@
 A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a notebook may pass a list.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -30,22 +31,14 @@ class Dataset(NamedTuple):
     fingerprint: str = ''  # of all records in their order, as `prepare` found it; '' where somebody else wrote them
 
     def split(self, name: str) -> Sequence[dict[str, Any]]:
-        """The records of a split.
-
-        Raises:
-          UserError: there is no such split.
-        """
+        """The records of a split. Raises UserError where there is no such split."""
         if name not in self.splits:
             raise UserError(f'there is no split {name!r} in this data; it has: {", ".join(sorted(self.splits))}.')
         return self.splits[name]
 
 
 def open_dataset(path: str) -> Dataset:
-    """Opens what `alexnet_jax prepare` wrote, or the embedded handwritten digits for the path 'digits'.
-
-    Raises:
-      UserError: nothing is there, or it is something else.
-    """
+    """Opens what `alexnet_jax prepare` wrote, or the embedded digits for 'digits'. Raises UserError for all else."""
     if path == DIGITS:
         return _digits()
     if not path:
@@ -155,17 +148,14 @@ class _Records:
     def __getitem__(self, index) -> dict[str, Any]:
         if not 0 <= index < len(self):  # what ends a loop over the records
             raise IndexError(f'record {index} of {len(self)} in {self._name}')
-        try:
+        with contextlib.suppress(Exception):  # array_record and TFDS: RuntimeError, DecodeError and others
             return self._source[index]
-        except Exception:  # array_record and TFDS: RuntimeError, DecodeError and others
-            pass  # once more, with readers of its own: one that could not open its file never will
-        try:
+        try:  # once more, with readers of its own: one that could not open its file never will
             source = pickle.loads(self._closed)
             record = source[index]
         except Exception as error:
-            with as_user_error(
-                f'data files disappeared while they were read, {self._name}', 'Put them back and go on.'
-            ):
+            what = f'data files disappeared while they were read, {self._name}'
+            with as_user_error(what, 'Put them back and go on.'):
                 for file in self._files:
                     open(file, 'rb').close()
             raise UnreadableError(
@@ -210,8 +200,7 @@ def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str
       class_names: one for each label, from 0.
       fingerprint: that tells these records from others when a run goes on.
 
-    Raises:
-      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
+    Raises UserError for no training images, images of another kind or of several sizes, or a label that has no name.
     """
     if not splits.get('train'):
         raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")

@@ -47,11 +47,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A file's bytes, or `length` of them from `offset` on.
-
-    Raises:
-      OSError, ValueError: it cannot be read, or is too large to be one image.
-    """
+    """A file's bytes, or `length` of them from `offset` on. Raises OSError; ValueError if they cannot be one image."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its other end, a device may have no end
         raise ValueError('not a regular file')
     with open(path, 'rb') as file:
@@ -69,11 +65,7 @@ def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
     Resized by Pillow's BILINEAR, whose window widens with the reduction (antialiased). Deviation: the paper names no
     filter, and nothing of EXIF's rotation, which is applied.
 
-    Args:
-      image: a file's bytes, or uint8 pixels [H, W, C].
-
-    Raises:
-      ValueError: it cannot be read; see `decode`.
+    image: a file's bytes, or pixels [H, W, C] of 8 or 16 bits. Raises ValueError where it cannot be read, see `decode`.
     """
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16):
@@ -98,14 +90,7 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image file's pixels, RGB, turned upright as its EXIF data say.
-
-    Args:
-      content: the file, of any format of the list above, whatever it is called.
-
-    Raises:
-      ValueError: says in one line what is wrong with it.
-    """
+    """An image file as RGB, turned upright as its EXIF data say. Raises ValueError, which says what is wrong."""
     if not content:
         raise ValueError('the file is empty')
     with warnings.catch_warnings(action='ignore'):  # of what Pillow makes good; too many pixels are refused below
@@ -137,21 +122,14 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-_TURNS = {  # EXIF orientation: what brings the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What brings an image of EXIF orientation 2 to 8 upright.
+_TURNS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = dict(enumerate(_TURNS, start=2)).get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
         turn = None
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(Image.Transpose[turn])

@@ -5,6 +5,7 @@ every pass. What is random depends on (seed, position) alone; threads, processes
 """
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -43,8 +44,6 @@ def train_batches(
       storage: of the train split.
       batch_size: of all processes together.
       seed: of order and draws.
-      start_step: first batch wanted.
-      augmentation: what is drawn.
       shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
       num_workers: 0 decodes in threads; else in so many processes, and a script needs its `if __name__ == '__main__':`.
       num_threads: threads, in each process; 0 takes `default_threads`.
@@ -82,37 +81,27 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """One pass over a split in order, every record once; the last batch is filled up with weight 0.
 
-    Args:
-      records: of the split (see datasets.py).
-      batch_size, shard, num_workers, num_threads: as for `train_batches`.
-      record_size: side of a record, pixels.
-      repeat: go over the split again and again, with the same worker processes.
+    record_size: side of a record, pixels; repeat: go over the split again and again, with the same worker processes.
+    The others are as for `train_batches`.
 
-    Yields:
-      'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as from
-      `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
+    Yields 'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as from
+    `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
     """
     count = -(-len(records) // batch_size)
-    workers = min(num_workers, count * _num_chunks(batch_size // shard[1]))
+    workers = min(num_workers, count * math.ceil(batch_size // shard[1] / _CHUNK))
     source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
     # Processes take seconds to start. Threads do not, and would hold the next pass's batches till then.
     if repeat and workers:
         stream = stream.repeat()
 
-    def build(positions):  # as above
-        return source.read(positions)
-
     while True:
-        yield from _iterate(stream, build, batch_size, 0, shard, workers, num_threads)
+        yield from _iterate(stream, source.read, batch_size, 0, shard, workers, num_threads)
         if not repeat:
             return
 
 
 def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """All records of a split, decoded, for `data.cache`: (uint8 [N, size, size, 3], int32 labels [N]).
-
-    A warning names each record that cannot be read; its label is `UNREADABLE_LABEL`.
-    """
+    """All records, decoded: (uint8 [N, size, size, 3], int32 labels [N]). Warnings name what is `UNREADABLE_LABEL`."""
     images, labels = np.empty((len(records), size, size, 3), np.uint8), np.empty(len(records), np.int32)
     rows = min(64, len(records))
     batches = eval_batches(records, batch_size=rows, record_size=size, num_workers=num_workers)
@@ -149,33 +138,25 @@ def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     """Decoding processes beside accelerators: one for each core but one, fewer where shared memory is short.
 
-    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster.
-
-    Args:
-      rows: of this process in a batch. Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared
-        memory, and those besides that wait for the last of their batch.
-      row_bytes: of an image for training and one for validation.
-      devices: of this process; each has 32 processes at most.
+    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster. rows: of this process in a
+    batch; row_bytes: of an image for training and one for validation; devices: of this process.
     """
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _MIN_WORKERS:
         return 0
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
+    # Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared memory, and those besides that wait
+    # for the last of their batch.
     chunks = free // (min(rows, _CHUNK) * row_bytes)
-    if (fitting := max(0, chunks - _num_chunks(rows) + 1) // 5) < workers:
+    if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            '%s has %d MiB, room for the batches of %d processes: images are decoded in %s. A container gets more with '
-            '--ipc=host or --shm-size=16g.',
-            *(_SHARED_MEMORY, free >> 20, fitting, how),
+            f'{_SHARED_MEMORY} has {free >> 20} MiB, room for the batches of {fitting} processes: images are decoded '
+            f'in {how}. A container gets more with --ipc=host or --shm-size=16g.'
         )
     return workers
-
-
-def _num_chunks(rows: int) -> int:
-    return -(-rows // _CHUNK)
 
 
 def default_threads(num_workers: int) -> int:
@@ -186,7 +167,7 @@ def default_threads(num_workers: int) -> int:
 def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads) -> Iterator[Batch]:
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
-    chunks = _num_chunks(rows) if num_workers else 1
+    chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
     def entries(number):
         """The entries of the stream that make chunk `number` of this process."""
@@ -200,10 +181,8 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a script; grain reads a flag of its own
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),  # more: no faster
-            worker_init_fn=processes.end_with_parent,
-        )
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more: no faster
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
         # Images go through shared memory; labels and draws are smaller than what that takes.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)

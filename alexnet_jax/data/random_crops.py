@@ -18,10 +18,7 @@ class AugmentParams(NamedTuple):
 
 
 def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> AugmentParams:
-    """Draws crop, reflection and color for one image: 2048 = 32 x 32 x 2 crops in the paper.
-
-    They depend on (seed, position in the stream) alone.
-    """
+    """Draws crop, reflection (2048 = 32 x 32 x 2 in the paper) and color for one image, by seed and position alone."""
     drawn = draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
     return AugmentParams(*(values[0] for values in drawn))
 
@@ -45,12 +42,8 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
     if not augmentation.random_crop:
         offset[:] = (record_size - size) // 2
     alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]
-    return AugmentParams(
-        offset.astype(np.int32),
-        extent.astype(np.int32),
-        mirror & augmentation.reflect,
-        (alphas * augmentation.color_std).astype(np.float32),
-    )
+    color = (alphas * augmentation.color_std).astype(np.float32)
+    return AugmentParams(offset.astype(np.int32), extent.astype(np.int32), mirror & augmentation.reflect, color)
 
 
 def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:

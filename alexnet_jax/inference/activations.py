@@ -41,16 +41,11 @@ def activations(
     """Outputs of some layers for the center crops of images, dropout off.
 
     Args:
-      checkpoint: from `load_checkpoint`.
       image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
       layers: some of `activation_names`.
-      batch_size: images at a time, at most.
 
-    Returns:
-      float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units.
-
-    Raises:
-      UserError: an unknown layer, or images of another shape or type.
+    Returns float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units. Raises UserError for an unknown
+    layer, or images of another shape or type.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
@@ -65,19 +60,10 @@ def activations(
 
 
 def iter_activations(checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128) -> Iterator[Part]:
-    """The activations of one layer for all records of a split, in their order, a batch at a time.
+    """The activations of one of `activation_names` for all records of a split, in their order, a batch at a time.
 
-    Args:
-      checkpoint: from `load_checkpoint`.
-      records: of its `record_size` (see datasets.py).
-      layer: one of `activation_names`.
-      batch_size: images at a time; changes nothing in the result.
-
-    Yields:
-      (float32 [n, ...], int32 labels [n]).
-
-    Raises:
-      UserError: an unknown layer; at the end, if records could not be read: warnings have named all of them.
+    Yields (float32 [n, ...], int32 labels [n]); batch_size changes nothing in them. Raises UserError for an unknown
+    layer and, at the end, if records could not be read: warnings have named all of them.
     """
     function = _layer_outputs(checkpoint, [layer])
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
@@ -115,10 +101,8 @@ def write_activations(
 ) -> tuple[int, ...]:
     """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
 
-    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole.
-
-    Raises:
-      UserError: see `check_output` and `iter_activations`; the file cannot be written. Nothing half-written stays.
+    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole. Raises UserError as
+    `check_output` and `iter_activations`, and where the file cannot be written; nothing half-written stays.
     """
     check_output(output)
     parts = iter_activations(checkpoint, records, layer, batch_size)
@@ -160,10 +144,9 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
 
 def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
     """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
-    labels, done, progress = np.zeros(total, '<i4'), 0, Progress(total, seconds=10)
+    labels, progress = [], Progress(total, seconds=10)
     for features, part_labels in parts:
         file.write(features.astype('<f4', copy=False).tobytes())
-        labels[done : done + len(part_labels)] = part_labels
-        done += len(part_labels)
-        progress.update(done)
-    return labels
+        labels.extend(part_labels)
+        progress.update(len(labels))
+    return np.array(labels, '<i4')

@@ -11,11 +11,7 @@ _START, _PASSES = 0.5, 5
 
 
 def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Weighted mean of each network's outputs, [N, K] each.
-
-    Raises:
-      UserError: weights that are negative, all 0, or not one a network.
-    """
+    """Weighted mean of outputs [N, K]. Raises UserError for weights that are negative, all 0, or not one a network."""
     if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(
             f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '
@@ -29,20 +25,15 @@ def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> lis
     """Weights with the lowest top-5 error, as `avg-valid.py` of the authors' release searches them.
 
     One weight after the other over 0, 0.05 ... 1, from 0.5 each, in at most five passes; a weight moves only for a
-    lower error.
-
-    Args:
-      probabilities: float [N, K] of each network.
-      labels: int [N].
+    lower error. probabilities: float [N, K] of each network; labels: int [N].
     """
     weights = [_START] * len(probabilities)
     lowest = _top5_errors(average(probabilities, weights), labels)
     for _ in range(_PASSES):
         before = list(weights)
         for i, own in enumerate(probabilities):
-            others = sum(
-                np.float32(w) * p for j, (w, p) in enumerate(zip(weights, probabilities, strict=True)) if j != i
-            )
+            weighted = zip(weights, probabilities, strict=True)
+            others = sum(np.float32(w) * p for j, (w, p) in enumerate(weighted) if j != i)
             for weight in _GRID if any(weights[:i] + weights[i + 1 :]) else _GRID[1:]:  # never all 0
                 errors = _top5_errors(others + np.float32(weight) * own, labels)
                 if errors < lowest:

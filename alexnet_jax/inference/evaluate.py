@@ -36,20 +36,14 @@ def evaluate_batches(
     """Counts every record of a split once.
 
     Args:
-      eval_step: jitted `train_step.eval_step`.
-      params, image_stats: on the mesh.
+      eval_step, params, image_stats: the jitted `train_step.eval_step`; its arguments, on the mesh.
       batches: of `pipeline.eval_batches`, one pass; their size changes nothing in the result.
-      mesh: from `sharding.make_mesh`.
       examples: records in that pass.
       max_unreadable: records that may be unreadable; warnings name them, and they are not among 'count'.
-      should_stop: asked before every batch.
+      should_stop: asked before every batch; where it says so, TerminatedError is raised.
 
-    Returns:
-      'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
-
-    Raises:
-      UserError: more records than that are unreadable.
-      TerminatedError: `should_stop` said so.
+    Returns 'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
+    (0 to 1). Raises UserError where more records than that are unreadable.
     """
     total = previous = None
     began, waited = time.perf_counter(), 0.0
@@ -64,12 +58,7 @@ def evaluate_batches(
     total = metrics.merge(total, _to_floats(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
     _check_count(count, examples, max_unreadable)
-    return {
-        **metrics.means(total),
-        'count': count,
-        'images_per_second': count / elapsed,
-        'data_wait': waited / elapsed,
-    }
+    return {**metrics.means(total), 'count': count, 'images_per_second': count / elapsed, 'data_wait': waited / elapsed}
 
 
 def _to_mesh(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
@@ -92,13 +81,11 @@ class Evaluator:
     """A checkpoint on a mesh, ready to be tested on any number of images.
 
     Args:
-      checkpoint: from `load_checkpoint`.
       mesh: from `sharding.make_mesh`; None computes on one device.
       views: 1 for the center crop alone, or 10 for the paper's ten views (section 4.1), softmax averaged.
       batch_size: images at a time, at most; changes nothing in the results.
 
-    Raises:
-      UserError: the network cannot be split over the mesh's towers.
+    Raises UserError where the network cannot be split over the mesh's towers.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
@@ -117,10 +104,7 @@ class Evaluator:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
 
     def probabilities(self, records: Sequence, *, max_unreadable: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Softmax outputs for the records of a split: (float32 [N, K], int labels [N]).
-
-        Up to max_unreadable records may be unreadable; warnings name them, and they are left out.
-        """
+        """Softmax outputs for records: (float32 [N, K], int labels [N]), without at most max_unreadable bad ones."""
         function = functools.partial(self._jitted(_outputs), self._params, image_stats=self._image_stats)
         with contextlib.closing(self._batches(records)) as batches:
             parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
@@ -131,10 +115,8 @@ class Evaluator:
     def predict(self, image_NHWC) -> np.ndarray:
         """Softmax outputs for images in memory, float32 [N, K]; column i is `checkpoint.class_names[i]`.
 
-        image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-
-        Raises:
-          UserError: images of another shape or type, or another number of views.
+        image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were. Raises
+        UserError for images of another shape or type, or another number of views.
         """
         parts = [np.exp(part) for part in self.map_images(self._jitted(train_step.log_probabilities), image_NHWC)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.checkpoint.class_names)), np.float32)
@@ -142,11 +124,7 @@ class Evaluator:
     def map_images(self, function: Callable, image_NHWC) -> Iterator[Any]:
         """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats) -> tree of [n, ...] to images in memory.
 
-        Yields:
-          its results in order, a batch at a time, as numpy arrays.
-
-        Raises:
-          UserError: images of another shape or type.
+        Yields its results in order, a batch at a time, as numpy arrays. Raises UserError as `check_images`.
         """
         image_NHWC = check_images(self.checkpoint, image_NHWC)
         batch_size = self._fitting_batch_size(len(image_NHWC))
@@ -160,11 +138,8 @@ class Evaluator:
     def map_records(self, function: Callable, records: Sequence) -> Iterator[tuple[Any, np.ndarray]]:
         """Applies such a function to the records of a split; on one device.
 
-        Yields:
-          (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read.
-
-        Raises:
-          UserError: at the end, if records could not be read: warnings have named all of them.
+        Yields (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read. Raises
+        UserError at the end, if there were such: warnings have named all of them.
         """
         count = 0
         with contextlib.closing(self._batches(records)) as batches:
@@ -181,12 +156,8 @@ class Evaluator:
     def _batches(self, records: Sequence) -> Iterator[Batch]:
         if not len(records):
             raise UserError('there are no images to evaluate on.')
-        return pipeline.eval_batches(
-            records,
-            batch_size=self._fitting_batch_size(len(records)),
-            record_size=self.checkpoint.record_size,
-            shard=sharding.data_shard(self.mesh),
-        )
+        options = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
+        return pipeline.eval_batches(records, batch_size=self._fitting_batch_size(len(records)), **options)
 
     def _fitting_batch_size(self, images: int) -> int:
         """No larger than the number of images, and divisible into the mesh's parts."""
@@ -238,16 +209,12 @@ def evaluate_ensemble(
     Args:
       checkpoints: of the same classes and record size.
       records: to test on; every network's outputs for all of them are held in memory.
-      mesh, views, batch_size: as for `Evaluator`.
+      mesh, views, batch_size, max_unreadable: as for `Evaluator` and `evaluate_batches`.
       weights: one for each; equal ones by default.
       tune_on: records on which to look for the weights instead, see `ensemble.tune_weights`.
-      max_unreadable: records that may be unreadable, as in `evaluate_batches`.
 
-    Returns:
-      'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1.
-
-    Raises:
-      UserError: weights that do not fit.
+    Returns 'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1. Raises
+    UserError for weights that do not fit.
     """
 
     def outputs(records):
@@ -274,9 +241,8 @@ def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
     """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     image_NHWC, side = np.asarray(image_NHWC), checkpoint.record_size
     if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
-        raise UserError(
-            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, {side}, {side}, 3).'
-        )
+        found = f'{image_NHWC.dtype} of shape {image_NHWC.shape}'
+        raise UserError(f'images are {found}; expected uint8 of (N, {side}, {side}, 3).')
     return image_NHWC
 
 

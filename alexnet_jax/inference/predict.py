@@ -19,18 +19,9 @@ _BATCH = 32
 def predict(
     checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: int = 128, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Softmax outputs of the center crop, or averaged over the paper's ten views (section 4.1).
+    """Softmax outputs, float32 [N, K], of the center crop or averaged over the paper's ten views (section 4.1).
 
-    Args:
-      checkpoint: from `load_checkpoint`.
-      image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-      views, batch_size, mesh: as for `Evaluator`.
-
-    Returns:
-      float32 [N, K]; column i is `checkpoint.class_names[i]`.
-
-    Raises:
-      UserError: images of another shape or type, or another number of views.
+    See `Evaluator.predict` for the images, the columns and what is refused; `Evaluator` for the options.
     """
     return Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(image_NHWC)
 
@@ -41,30 +32,22 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 
 
 def list_image_files(paths: Sequence[str]) -> list[str]:
-    """The image files at some paths, in their order; of a folder all below it, by name.
-
-    Raises:
-      UserError: one of them is not there, or a folder has no images.
-    """
+    """The image files at some paths, of a folder all below it, by name. Raises UserError for a path without any."""
     files = []
     for path in paths:
-        if os.path.isdir(path):
-            below = list(image_io.iter_image_files(path))
-            if not below:
-                raise UserError(f'there are no images in {path!r}.')
-            files += below
-        elif os.path.exists(path):
-            files.append(path)
-        else:
+        if not os.path.exists(path):
             raise UserError(f'there is no image or folder {path!r}.')
+        found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f'there are no images in {path!r}.')
+        files += found
     return files
 
 
 def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) -> Iterator[dict]:
     """For each file, in order: {'file', 'top': [{'label', 'index', 'probability'}]}, the most probable first.
 
-    Raises:
-      UserError: after the others, if there were files that are no images.
+    Raises UserError after the others, if there were files that are no images.
     """
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
@@ -82,9 +65,8 @@ def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, t
             continue
         outputs = evaluator.predict(np.stack(squares))
         for path, probabilities, order in zip(readable, outputs, top_k(outputs, top), strict=True):
-            rows = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
-            names = ('label', 'index', 'probability')
-            yield {'file': path, 'top': [dict(zip(names, row, strict=True)) for row in rows]}
+            best = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
+            yield {'file': path, 'top': [{'label': name, 'index': i, 'probability': p} for name, i, p in best]}
     if problems:
         rest = f' (and {len(problems) - 1} more of {len(files)} files)' if len(problems) > 1 else ''
         raise UserError(f'{problems[0]}{rest}.')

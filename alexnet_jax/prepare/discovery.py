@@ -20,12 +20,8 @@ from alexnet_jax.utils.files import as_utf8
 def find_images(path: str) -> Listing:
     """Lists an input's images by split, in a fixed order.
 
-    Args:
-      path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
-        folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`.
-
-    Raises:
-      UserError: nothing of the kind is there.
+    path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
+    folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`. Raises UserError for all else.
     """
     if path.startswith(tfds.PREFIX):
         return tfds.list_images(path)
@@ -38,7 +34,13 @@ def find_images(path: str) -> Listing:
             f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    _refuse_duplicates([ref for ref, _ in images])
+    for split in {ref.split for ref, _ in images}:  # an archive beside what it was extracted to counts images twice
+        paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
+        if len(paths) == 2:
+            raise UserError(
+                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
+                'give one of the two.'
+            )
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
     numbers = {name: i for i, name in enumerate(class_names)}
     trained = {class_name for ref, class_name in images if ref.split == 'train'}
@@ -58,8 +60,7 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
     """The images below a folder, each with its class; warns of what is left out."""
     entries = image_io.list_entries(path)
     for entry in entries:
-        is_archive = entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)
-        if is_archive and entry.is_file():
+        if entry.is_file() and (entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)):
             yield from tar.list_images(entry.path)
     folders = [entry for entry in entries if entry.is_dir()]
     splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
@@ -68,18 +69,15 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
     if not splits:
         yield from _split_folder(path, path, None)
         return
-    if len(splits) < len(folders):
-        others = ', '.join(entry.name for entry in folders if entry not in splits)
-        logging.warning('not splits, and so left out: %s', others)
+    if others := [entry.name for entry in folders if entry not in splits]:
+        logging.warning('not splits, and so left out: %s', ', '.join(others))
     _warn_of_loose(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
 
 
 def _holds_classes(folder: str) -> bool:
     """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
-    return any(
-        e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX)
-        for e in image_io.list_entries(folder)
-    )
+    entries = image_io.list_entries(folder)
+    return any(e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 
 
 def _split_of(folder: str) -> str | None:
@@ -103,8 +101,7 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[I
             loose += image_io.is_image(entry.name)
     _warn_of_loose(folder, loose)
     if empty:
-        names = ', '.join(empty)
-        logging.warning('without images (%s), and so left out: %s', ', '.join(image_io.SUFFIXES), names)
+        logging.warning(f'without images ({", ".join(image_io.SUFFIXES)}), and so left out: {", ".join(empty)}')
 
 
 def _warn_of_loose(folder: str, count: int) -> None:
@@ -116,23 +113,8 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
     return ImageRef(path, 0, -1, as_utf8(os.path.relpath(path, root)), -1, split)
 
 
-def _refuse_duplicates(refs: list[ImageRef]) -> None:
-    """An archive beside what it was extracted to would count every image twice."""
-    for split in {ref.split for ref in refs}:
-        paths = {ref.path.endswith('.tar'): ref.path for ref in refs if ref.split == split}
-        if len(paths) == 2:
-            raise UserError(
-                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
-                'give one of the two.'
-            )
-
-
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """An image's bytes, or its pixels where a TFDS dataset holds them unencoded; and its label.
-
-    Raises:
-      OSError, ValueError: it cannot be read, see `image_io.read_bytes`.
-    """
+    """An image's bytes, or pixels where a TFDS dataset holds such; and its label. Raises as `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]

@@ -16,8 +16,11 @@ class ImageRef(NamedTuple):
     split: str = ''  # a TFDS dataset's own name of it; of files, the split they were found in
 
 
+Splits = dict[str, list[ImageRef]]
+
+
 class Listing(NamedTuple):
     """The images of a raw input; labels are indices into `class_names`."""
 
-    splits: dict[str, list[ImageRef]]
+    splits: Splits
     class_names: tuple[str, ...]

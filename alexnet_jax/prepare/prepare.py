@@ -14,7 +14,9 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax.core import image_stats
-from alexnet_jax.prepare import discovery, image_ref, record_writer
+from alexnet_jax.prepare import discovery, record_writer
+from alexnet_jax.prepare.image_ref import Listing, Splits
+from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
@@ -35,7 +37,7 @@ def prepare(
     seed: int = 0,
     max_unreadable: int = 0,
     workers: int | None = None,
-    listing: image_ref.Listing | None = None,
+    listing: Listing | None = None,
 ) -> None:
     """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
 
@@ -52,8 +54,7 @@ def prepare(
       workers: processes; all cores by default.
       listing: what `discovery.find_images` says of the source, where that was asked before.
 
-    Raises:
-      UserError: an option out of its range, no images, too many bad ones, no space.
+    Raises UserError for an option out of its range, no images, too many bad ones, no space.
     """
     if not 8 <= size <= 4096:
         raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
@@ -73,25 +74,17 @@ def prepare(
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
 
     with atomic_directory(output) as folder:
-        _write_all(folder, orders, class_names, size, format, max_unreadable, workers)
+        _write_all(folder, orders, class_names, size, format, max_unreadable, workers or processes.cores())
     logging.info('%s is ready.', output)
 
 
 def prepare_if_needed(
-    source: str,
-    output: str,
-    *,
-    size: int,
-    val_fraction: float = 0.0,
-    listing: image_ref.Listing | None = None,
-    **options,
+    source: str, output: str, *, size: int, val_fraction: float = 0.0, listing: Listing | None = None, **options
 ) -> None:
     """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
 
     For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
-
-    Raises:
-      UserError: `output` was prepared from something else; or see `prepare`.
+    Raises UserError where `output` was prepared from something else; or see `prepare`.
     """
     path = source if source.startswith('tfds:') else absolute_local_path(source)
     made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
@@ -119,11 +112,7 @@ def prepare_if_needed(
 
 
 def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Readable class names, from a list in the input if there is one; classes of one name get their folder's, too.
-
-    Raises:
-      UserError: TFDS keeps names as the lines of a file, without blanks around them or empty ones: labels would shift.
-    """
+    """Readable class names, from a list in the input if there is one; classes of one name get their folder's, too."""
     words = {}
     for list_path in (os.path.join(path, name) for name in _LISTS):
         if os.path.isfile(list_path):
@@ -134,19 +123,14 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     names = [words.get(folder) or folder for folder in folders]
     counts = collections.Counter(names)
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:
+    for name in names:  # TFDS keeps them as the lines of a file, stripped and without empty ones: labels would shift
         if name.splitlines() != [name] or name != name.strip():
             raise UserError(f'the class name {name!r} has blanks around it or more than a line; rename its folder.')
     return tuple(names)
 
 
-def _orders(
-    splits: dict[str, list[image_ref.ImageRef]], val_fraction: float, seed: int
-) -> dict[str, list[image_ref.ImageRef]]:
-    """Each split in a random order fixed by the seed; of train a part of each class set aside as val if so wished.
-
-    (Not of each class for `tfds:`, whose labels are not known here.)
-    """
+def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
+    """Each split in a random order fixed by the seed; a part of train, of each class if labels are known, as val."""
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
@@ -167,14 +151,15 @@ def _orders(
 def _write_all(folder, orders, class_names, size, format, max_unreadable, workers) -> None:
     import tensorflow_datasets as tfds
 
-    template = functools.partial(tfds.core.ShardedFileTemplate, data_dir=folder, dataset_name=_NAME)
+    names = {'data_dir': folder, 'dataset_name': _NAME, 'filetype_suffix': 'array_record'}
+    templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in orders}
     planned = {}
     for split, refs in orders.items():
         number = max(-(-len(refs) // _MOST_IN_SHARD), min(_SHARDS, len(refs)))
         cuts = [len(refs) * i // number for i in range(number + 1)]
-        paths = template(split=split, filetype_suffix='array_record').sharded_filepaths(number)
+        paths = templates[split].sharded_filepaths(number)
         planned[split] = [
-            record_writer.Shard(os.fspath(path), refs[start:end], size, format, class_names, split == 'train')
+            Shard(os.fspath(path), refs[start:end], size, format, class_names, split == 'train')
             for path, (start, end) in zip(paths, itertools.pairwise(cuts), strict=True)
         ]
     results = iter(_in_processes(list(itertools.chain(*planned.values())), max_unreadable, workers))
@@ -183,16 +168,11 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
         written = list(itertools.islice(results, len(shards)))
         digests |= {os.path.basename(s.path): w.sha256 for s, w in zip(shards, written, strict=True)}
         fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
-        if not any(w.count for w in written):
+        lengths, num_bytes = [w.count for w in written], sum(w.num_bytes for w in written)
+        if not any(lengths):
             raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[w.count for w in written],
-                num_bytes=sum(w.num_bytes for w in written),
-                filename_template=template(split=split, filetype_suffix='array_record'),
-            )
-        )
+        options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
+        infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':
             moments = functools.reduce(image_stats.Moments.merge, [w.moments for w in written])
             image_stats.save(folder, image_stats.from_moments(moments))
@@ -208,21 +188,17 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
     checksums.write(folder, digests)
 
 
-def _in_processes(
-    shards: list[record_writer.Shard], max_unreadable: int, workers: int | None
-) -> list[record_writer.ShardResult]:
+def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
     """Writes all shards on all cores; results in the order of the shards."""
     done, bad = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
     # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
     context = multiprocessing.get_context('spawn')
-    workers = workers or processes.cores()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
         with processes.without_main():
             futures = [pool.submit(record_writer.write_shard, shard) for shard in shards]
         try:
-            for future in as_completed(futures):
-                written = future.result()
+            for written in (future.result() for future in as_completed(futures)):
                 for reason in written.bad:
                     logging.warning('unreadable: %s', reason)
                 bad += len(written.bad)

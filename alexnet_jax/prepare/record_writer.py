@@ -42,14 +42,12 @@ def features(size: int, format: str, class_names: tuple[str, ...]):
     """What a record holds, for TFDS."""
     import tensorflow_datasets as tfds
 
-    shape = (size, size, 3)
+    shape, label = (size, size, 3), tfds.features.ClassLabel(names=class_names)
     if format == 'jpeg':
         image = tfds.features.Image(shape=shape, encoding_format='jpeg')
     else:
         image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-    return tfds.features.FeaturesDict(
-        {'image': image, 'label': tfds.features.ClassLabel(names=class_names), 'file_name': tfds.features.Text()}
-    )
+    return tfds.features.FeaturesDict({'image': image, 'label': label, 'file_name': tfds.features.Text()})
 
 
 def write_shard(shard: Shard) -> ShardResult:

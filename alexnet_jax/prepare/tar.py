@@ -22,17 +22,15 @@ def validation_class(name: str) -> str:
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
     # The length: int() takes no number of thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
-        raise UserError(
-            f'{name!r} is no image of the ILSVRC-2012 validation set; expected {VAL_PREFIX}00000001.JPEG ...'
-        )
+        expected = f'{VAL_PREFIX}00000001.JPEG ...'
+        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {expected}')
     return validation_classes()[int(number) - 1]
 
 
 def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     """The images of an archive, each with its class: train holds an archive for each class, val holds images.
 
-    Raises:
-      UserError: another archive, or a damaged one.
+    Raises UserError for another archive, or a damaged one.
     """
     name = os.path.basename(path)
     own_class = class_of_tar(name)

@@ -32,10 +32,7 @@ class MetricWriter:
     """Appends lines to metrics.jsonl and the same numbers to TensorBoard events; process 0 writes, the others are mute.
 
     Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again. validated:
-    whether a validation at `step` itself stays.
-
-    Raises:
-      UserError: (`write`, `flush`, too) the file system does not take it.
+    whether a validation at `step` itself stays. Raises UserError, as `write` and `flush` do, for a full disk, say.
     """
 
     def __init__(self, workdir: str, step: int, *, validated: bool = True):
@@ -61,10 +58,10 @@ class MetricWriter:
             self._lines.flush()
             event = event_pb2.Event(step=line['step'], wall_time=now)
             for key, value in line.items():
-                if key not in ('step', 'split'):
-                    numbers = {f'/{layer}': value[layer] for layer in value} if isinstance(value, dict) else {'': value}
-                    for layer, number in numbers.items():
-                        event.summary.value.add(tag=f'{line["split"]}/{key}{layer}', simple_value=number)
+                for layer, number in (value if isinstance(value, dict) else {'': value}).items():
+                    if key not in ('step', 'split'):
+                        tag = f'{line["split"]}/{key}/{layer}'.removesuffix('/')
+                        event.summary.value.add(tag=tag, simple_value=number)
             self._events.write_event(event)
             if now - self._flushed > 10:
                 self.flush()
@@ -104,8 +101,6 @@ def write_json(workdir: str, files: dict[str, dict]) -> None:
 
 def _cut_metrics(path: str, step: int, validated: bool) -> None:
     """Keeps the whole lines up to and with `step`."""
-    if not os.path.exists(path):
-        return
     torn = None
     with atomic_file(path) as file:
         for number, (line, entry) in enumerate(_read_lines(path), 1):
@@ -118,9 +113,7 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
 
 def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
     """(line, its step and split) of a metrics.jsonl, nothing of those that are torn; none where there is no file."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding='utf-8', errors='replace') as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 values = json.loads(line)

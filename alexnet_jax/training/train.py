@@ -40,9 +40,7 @@ def train_and_evaluate(
       dataset: from `datasets.in_memory`, say; None opens what `config.data.path` names.
       profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
 
-    Returns:
-      the last validation's numbers (see `evaluate.evaluate_batches`); empty without a val split, or if all was done
-      before.
+    Returns the last validation's numbers (see `evaluate.evaluate_batches`); {} without a val split, or if all was done.
 
     Raises:
       UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
@@ -51,7 +49,9 @@ def train_and_evaluate(
     """
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
-    meta = _meta(setup)
+    data = setup.dataset
+    meta = {'config': config_to_json(config), 'class_names': list(data.class_names), 'record_size': data.record_size}
+    meta |= {'examples': setup.num_examples, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _warn_of_settings(setup)
@@ -64,11 +64,17 @@ def train_and_evaluate(
         start, unfinished = int(state.step), saved.get('unfinished', False)
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
             return {}
-        _describe_run(workdir, meta, start, setup.total_steps)
-        writer = stack.enter_context(
-            contextlib.closing(metric_writer.MetricWriter(workdir, start, validated=not unfinished))
-        )
-        log = _train_log(setup, writer, saved.get('log'))
+        environment = describe_environment()
+        if start:
+            logging.info('Going on from step %d of %d in %s.', start, setup.total_steps, workdir)
+            warn_of_changes(workdir, environment)
+        metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
+        writer = metric_writer.MetricWriter(workdir, start, validated=not unfinished)
+        stack.callback(writer.close)
+        counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': setup.total_steps}
+        limits = {'on_nonfinite': config.on_nonfinite, 'max_nonfinite': config.max_nonfinite}
+        limits['max_unreadable'] = config.data.max_unreadable
+        log = train_log.TrainLog(writer, **counts, **limits, num_classes=len(data.class_names), saved=saved.get('log'))
         # Kept from one validation to the next: worker processes take seconds to start.
         val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
         batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
@@ -136,10 +142,8 @@ class StepHooks:
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
         """Does what is due; returns the state with the rate decided.
 
-        resumed: the checkpoint was saved as unfinished: of this step only the update is done.
-
-        Raises:
-          TerminatedError: SIGTERM has come. The update is saved; the rest of it will be done first the next time.
+        resumed: the checkpoint was saved as unfinished: of this step only the update is done. Raises TerminatedError
+        where SIGTERM has come: the update is saved; the rest of it will be done first the next time.
         """
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
@@ -158,9 +162,8 @@ class StepHooks:
                 if not resumed:  # otherwise it is saved that way already
                     self.save(state, None, unfinished=True)
                     self.checkpoints.wait()
-                raise TerminatedError(
-                    f'SIGTERM: step {step} of {self.setup.total_steps} is saved; the same command goes on from there.'
-                ) from None
+                saved = f'step {step} of {self.setup.total_steps} is saved'
+                raise TerminatedError(f'SIGTERM: {saved}; the same command goes on from there.') from None
             if due.validate:  # not at an end in between: the run may be made longer, and should not show it
                 decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
                 state = state._replace(opt_state=decided)
@@ -179,28 +182,18 @@ class StepHooks:
         """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
-        result = evaluate.evaluate_batches(
-            setup.steps.eval_step,
-            state.params,
-            setup.image_stats,
-            itertools.islice(self.val_batches, math.ceil(examples / config.batch_size)),
-            setup.mesh,
-            examples=examples,
-            max_unreadable=config.data.max_unreadable,
-            should_stop=self.should_stop,
-        )
+        batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
+        arguments = (setup.steps.eval_step, state.params, setup.image_stats, batches, setup.mesh)
+        options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
+        result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
             raise DivergedError(
                 f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
                 'optim.learning_rate (in another directory, if this has a checkpoint).'
             )
-        line = {
-            'step': step,
-            'epoch': step * config.batch_size / setup.num_examples,
-            'split': 'val',
-            **result,
-            'learning_rate': float(setup.steps.optimizer.learning_rate(state.opt_state)),
-        }
+        epoch = step * config.batch_size / setup.num_examples
+        rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
+        line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}
         self.writer.write(line)
         metric_writer.log_line(line, setup.total_steps)
         return result
@@ -226,30 +219,6 @@ class _Profiler(contextlib.ExitStack):
             self.close()
 
 
-def _meta(setup: TrainingSetup) -> dict[str, Any]:
-    """What the checkpoints of a run hold besides its state, see `CheckpointManager.save`."""
-    return {
-        'config': config_to_json(setup.config),
-        'class_names': list(setup.dataset.class_names),
-        'record_size': setup.dataset.record_size,
-        'examples': setup.num_examples,
-        'fingerprint': setup.dataset.fingerprint,
-    }
-
-
-def _train_log(setup: TrainingSetup, writer: metric_writer.MetricWriter, saved: dict | None) -> train_log.TrainLog:
-    config = setup.config
-    return train_log.TrainLog(
-        writer,
-        batch_size=config.batch_size,
-        examples=setup.num_examples,
-        total_steps=setup.total_steps,
-        num_classes=len(setup.dataset.class_names),
-        limits=train_log.FailureLimits(config.on_nonfinite, config.max_nonfinite, config.data.max_unreadable),
-        saved=saved,
-    )
-
-
 def _warn_of_settings(setup: TrainingSetup) -> None:
     if 'val' not in setup.dataset.splits:
         distributed.warn(
@@ -269,22 +238,9 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
     return True
 
 
-def _describe_run(workdir: str, meta: dict[str, Any], step: int, total_steps: int) -> None:
-    """Writes config.json and environment.json; says from which step a run goes on."""
-    environment = describe_environment()
-    if step:
-        logging.info('Going on from step %d of %d in %s.', step, total_steps, workdir)
-        warn_of_changes(workdir, environment)
-    metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
-
-
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock.
-
-    Raises:
-      UserError: it cannot be written, or another run is using it.
-    """
+    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock."""
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):

@@ -1,14 +1,10 @@
-"""The reports of training steps: fetched late, averaged into lines, and checked.
-
-Stops the run on non-finite values or too many unreadable images.
-"""
+"""The reports of training steps, fetched late and averaged into lines; what in them stops a run."""
 
 import contextlib
 import dataclasses
 import math
 import time
 from collections import deque
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +15,6 @@ from alexnet_jax.training import metric_writer
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import DivergedError, UserError
 from alexnet_jax.utils.logs import format_duration
-
-
-class FailureLimits(NamedTuple):
-    """Failures that a run survives, each with a warning; more end it."""
-
-    on_nonfinite: str  # 'stop' or 'skip'
-    max_nonfinite: int  # batches left out
-    max_unreadable: int  # images in a pass through the data
 
 
 @dataclasses.dataclass
@@ -67,9 +55,11 @@ class TrainLog:
     examples: int  # in a pass through the data
     total_steps: int
     num_classes: int
-    # More failures end the run: DivergedError for losses and gradients that are not finite, UserError for images that
-    # cannot be read.
-    limits: FailureLimits
+    # Failures that a run survives, each with a warning. More end it: DivergedError for losses and gradients that are
+    # not finite, UserError for images that cannot be read.
+    on_nonfinite: str  # 'stop' or 'skip'
+    max_nonfinite: int  # batches left out
+    max_unreadable: int  # images in a pass through the data
     saved: dataclasses.InitVar[dict | None] = None  # `state()` of the run that this one goes on with
 
     def __post_init__(self, saved: dict | None):
@@ -82,18 +72,10 @@ class TrainLog:
         self._monitor = ChanceLevelMonitor(self.num_classes, window, self._state.window)
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
-        """Takes the report of a step.
-
-        Args:
-          step: its number.
-          report: from `train_step.train_step`, on device.
-          waited: seconds spent waiting for its batch.
-          log: write a line.
-        """
+        """Takes the report of `train_step.train_step`, on device. waited: seconds for its batch; log: write a line."""
         sent = time.perf_counter() - self._paused
         self._pending.append((step, jax.tree.structure(report), _packed(report), waited, sent, log))
-        while len(self._pending) > 2:
-            self._take()
+        self._take_all(but=2)
 
     @contextlib.contextmanager
     def pause(self):
@@ -113,8 +95,8 @@ class TrainLog:
         """What a resumed run needs to log as this one would have, as JSON. Call it within `pause`."""
         return dataclasses.asdict(dataclasses.replace(self._state, window=self._monitor.window))
 
-    def _take_all(self) -> None:
-        while self._pending:
+    def _take_all(self, but: int = 0) -> None:
+        while len(self._pending) > but:
             self._take()
 
     def _take(self) -> None:
@@ -130,7 +112,12 @@ class TrainLog:
             state.sums = metrics.merge(state.sums, jax.tree.map(float, report))  # float32 cannot add an epoch
             state.norms = jax.tree.map(float, norms)
             if self._monitor.add(float(report['loss']), float(report['weight'])):
-                distributed.warn(self._monitor.advice(step))
+                distributed.warn(
+                    f'step {step}: over the last {self._monitor.length} updates the loss was at chance level, '
+                    f'ln(classes) = {math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial '
+                    'weights (as --config=paper:init=authors), a third of optim.learning_rate or three '
+                    'times as much, a look at the labels.'
+                )
         else:
             self._count_nonfinite(step, rate)
         if log and state.sums and state.sums['weight']:
@@ -138,10 +125,10 @@ class TrainLog:
 
     def _count_nonfinite(self, step: int, rate: float) -> None:
         self._state.nonfinite += 1
-        count, most = self._state.nonfinite, self.limits.max_nonfinite
+        count, most = self._state.nonfinite, self.max_nonfinite
         what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
         remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
-        if self.limits.on_nonfinite == 'stop':
+        if self.on_nonfinite == 'stop':
             raise DivergedError(f'{what}; this update was discarded, and no later state is saved. {remedy}')
         if count > most:
             raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
@@ -149,7 +136,7 @@ class TrainLog:
 
     def _count_unreadable(self, step: int, count: int) -> None:
         """count: images of weight 0 in the batch of this step, on all processes; who read them has named them."""
-        state, most = self._state, self.limits.max_unreadable
+        state, most = self._state, self.max_unreadable
         first, last = ((step * self.batch_size - back) // self.examples for back in (self.batch_size, 1))
         if first > state.epoch:
             state.epoch, state.unreadable = first, 0
@@ -168,16 +155,10 @@ class TrainLog:
             self._clock.popleft()
         elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
         speed = (len(self._clock) - 1) * self.batch_size / elapsed
-        line = {
-            'step': step,
-            'epoch': step * self.batch_size / self.examples,
-            'split': 'train',
-            **metrics.means(state.sums),
-            'learning_rate': rate,
-            **state.norms,
-            'images_per_second': speed,
-            'data_wait': min(1.0, sum(waited for _, waited in list(self._clock)[1:]) / elapsed),
-        }
+        waited = sum(waited for _, waited in list(self._clock)[1:])
+        line = {'step': step, 'epoch': step * self.batch_size / self.examples, 'split': 'train'}
+        line |= {**metrics.means(state.sums), 'learning_rate': rate, **state.norms}
+        line |= {'images_per_second': speed, 'data_wait': min(1.0, waited / elapsed)}
         self.writer.write(line)
         now = time.perf_counter()
         if now - self._printed >= 1 or step == self.total_steps:
@@ -191,15 +172,15 @@ def is_valid_state(saved) -> bool:
     """Whether a checkpoint's log has the form of `TrainLog.state()`. None (no log yet) has."""
     if saved is None:
         return True
-    if not isinstance(saved, dict) or not saved.keys() <= {field.name for field in dataclasses.fields(LogState)}:
+    try:
+        state = LogState(**saved)
+        sums = dict.fromkeys(metrics.NAMES, 0) if state.sums is None else state.sums
+        loss, weight, steps = state.window
+        numbers = [loss, weight, steps, *sums.values(), *jax.tree.leaves(state.norms)]
+    except (TypeError, ValueError, AttributeError):
         return False
-    state = LogState(**saved)
-    sums = dict.fromkeys(metrics.NAMES, 0) if state.sums is None else state.sums
-    if not (isinstance(sums, dict) and isinstance(state.norms, dict) and isinstance(state.window, list | tuple)):
-        return False
-    numbers = [state.steps, state.nonfinite, state.epoch, state.unreadable, 0 if state.error is None else state.error]
-    numbers += [*state.window, *sums.values(), *jax.tree.leaves(state.norms)]
-    known = sums.keys() == set(metrics.NAMES) and len(state.window) == 3
+    numbers += [state.steps, state.nonfinite, state.epoch, state.unreadable, 0 if state.error is None else state.error]
+    known = isinstance(state.norms, dict) and sums.keys() == set(metrics.NAMES)
     return known and all(type(number) in (int, float) for number in numbers)
 
 
@@ -217,12 +198,3 @@ class ChanceLevelMonitor:
         ended, chance = steps >= self.length, math.log(self.num_classes)
         self.window = (0.0, 0.0, 0) if ended else (loss, weight, steps)
         return ended and abs(loss / max(weight, 1) - chance) < 0.01 * chance
-
-    def advice(self, step: int) -> str:
-        """The warning to give at a step."""
-        return (
-            f'step {step}: over the last {self.length} updates the loss was at chance level, ln(classes) = '
-            f'{math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial weights (as '
-            '--config=paper:init=authors), a third of optim.learning_rate or three times as much, a look at '
-            'the labels.'
-        )

@@ -3,6 +3,7 @@
 array_record sees damage in a record, JSON often; a bit flipped in an array's data is loaded without a word.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -21,10 +22,7 @@ def sha256(path: str) -> str:
 
 
 def write(folder: str, known: Mapping[str, str] | None = None) -> None:
-    """Writes the list of all files below a folder, in one move.
-
-    known: digests made before, by path below the folder.
-    """
+    """Writes the list of all files below a folder, in one move. known: digests made before, by path below it."""
     known = known or {}
     names = _files(folder)
     lines = [f'# {len(names)} files\n']  # a comment for sha256sum; a list cut short would go unseen
@@ -35,26 +33,18 @@ def write(folder: str, known: Mapping[str, str] | None = None) -> None:
 
 def present(folder: str) -> bool:
     """Whether a folder has a list. Raises OSError where it cannot be told."""
-    try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.stat(os.path.join(folder, FILE_NAME))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-class _ListError(Exception):
-    """The list is missing, or is not one."""
+        return True
+    return False
 
 
 def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Files that have changed since the list was written, as 'PATH: what is wrong'; empty if none have.
 
-    A file that is not in the list does not matter, unless the list does not say how many there are.
-
-    wanted: which files to read, by their path below the folder; those that are missing are always reported.
-
-    Raises:
-      UserError: a file may not be read.
+    A file that is not in the list does not matter, unless the list does not say how many there are. wanted: which files
+    to read, by their path below the folder; those that are missing are always reported. Raises UserError where a file
+    may not be read.
     """
     path = os.path.join(folder, FILE_NAME)
     try:
@@ -65,29 +55,25 @@ def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: Tr
         return [f'{os.path.join(folder, name)}: {problem}' for name, problem in problems.items() if problem]
     except PermissionError as error:
         raise UserError(f'{error.filename!r} may not be read: {error.strerror}.') from error
-    except _ListError as error:
+    except ValueError as error:
         return [f'{path}: {error}']
 
 
 def _read_list(path: str) -> tuple[dict[str, str], bool]:
-    """(digests by path below the folder, whether the list says how many there are). Raises _ListError."""
+    """(digests by path below the folder, whether the list says how many there are). Raises ValueError."""
     try:
         if not os.path.isfile(path):
             raise FileNotFoundError
         with open(path, encoding='utf-8', errors='replace') as file:
-            lines = file.readlines()
+            match = re.fullmatch(r'(?:# ([0-9]+) files\n)?((?:[0-9a-f]{64}  .+\n)*)', file.read())
     except FileNotFoundError:
-        raise _ListError('missing') from None
-    listed, count = {}, None
-    if lines and (head := re.fullmatch(r'# ([0-9]+) files\n', lines[0])):
-        count, lines = int(head[1]), lines[1:]
-    for line in lines:
-        if not (match := re.fullmatch(r'([0-9a-f]{64})  (.+)\n', line)):
-            raise _ListError('not a list of digests')
-        listed[match[2]] = match[1]
-    if count not in (None, len(listed)):
-        raise _ListError(f'it lists {len(listed)} of {count} files')
-    return listed, count is not None
+        raise ValueError('missing') from None
+    if not match:
+        raise ValueError('not a list of digests')
+    listed = {name: digest for digest, name in re.findall('(.{64})  (.+)\n', match[2])}
+    if match[1] and int(match[1]) != len(listed):
+        raise ValueError(f'it lists {len(listed)} of {int(match[1])} files')
+    return listed, match[1] is not None
 
 
 def _mismatch(folder: str, name: str, listed: Mapping[str, str], there: Container[str], wanted) -> str | None:
@@ -110,13 +96,11 @@ def _mismatch(folder: str, name: str, listed: Mapping[str, str], there: Containe
 
 
 def _files(folder: str) -> list[str]:
-    """Paths of all files below a folder, but for the list, with / and in a fixed order; none where it is gone."""
-    paths = []
+    """Paths of all files below a folder, but for the list, in a fixed order; none where it is gone."""
 
     def fail(error):
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    for root, _, names in os.walk(folder, onerror=fail):
-        paths += [os.path.relpath(os.path.join(root, name), folder) for name in names]
-    return sorted(name.replace(os.sep, '/') for name in paths if name not in (FILE_NAME, FILE_NAME + '.tmp'))
+    paths = (os.path.join(root, name) for root, _, names in os.walk(folder, onerror=fail) for name in names)
+    return sorted({os.path.relpath(path, folder) for path in paths} - {FILE_NAME, f'{FILE_NAME}.tmp'})

@@ -18,11 +18,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """Returns what `function` returns (JSON) in process 0; the other processes wait for it.
-
-    Raises:
-      UserError: `function` raised an error; every process gets its message.
-    """
+    """Returns what `function` returns (JSON) in process 0, to all; an error in it is a UserError in every process."""
     if jax.process_count() == 1:
         return function()
     outcome = {}
@@ -33,10 +29,8 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
             outcome = {'error': str(error)[:4096]}
             if not isinstance(error, UserError | OSError):
                 traceback.print_exc()
-    encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
-    text = np.zeros(1 << 16, np.uint8)
-    text[: len(encoded)] = encoded
-    outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b'\0'))
+    encoded = np.frombuffer(json.dumps(outcome).encode().ljust(1 << 16, b'\0'), np.uint8)
+    outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(encoded)).rstrip(b'\0'))
     if 'error' in outcome:
         raise UserError(outcome['error'])
     return outcome['result']

@@ -20,10 +20,9 @@ def describe_environment() -> dict:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
     describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
-    try:
+    commit = None
+    with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ''
     of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
     versions = dict.fromkeys(packages)  # None: run from a folder without installing
@@ -44,17 +43,13 @@ def describe_environment() -> dict:
 
 @functools.cache
 def warn_if_no_accelerator(platform: str) -> None:
-    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU.
-
-    JAX itself warns where it sees an NVIDIA GPU that it cannot use.
-    """
+    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU."""
     if platform != 'cpu' or jax.config.jax_platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
-        return
+        return  # of an NVIDIA GPU that it sees and cannot use JAX itself warns
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
-            'JAX has found no device for %s and computes on the CPU; `python -c "import jax; jax.devices()"` says why. '
-            'If that is meant, --cpu_devices=1 says so.',
-            ', '.join(plugins),
+            f'JAX has found no device for {", ".join(plugins)} and computes on the CPU; `python -c "import jax; '
+            'jax.devices()"` says why. If that is meant, --cpu_devices=1 says so.'
         )
 
 

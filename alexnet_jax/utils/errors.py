@@ -24,10 +24,7 @@ class TerminatedError(Exception):
 
 @contextlib.contextmanager
 def as_user_error(what: str, remedy: str = ''):
-    """Turns a file-system error inside it, also one wrapped by orbax or tensorstore, into a UserError.
-
-    Its message is "WHAT: the system's reason. REMEDY".
-    """
+    """Turns file-system errors, also as orbax and tensorstore wrap them, into "WHAT: the system's reason. REMEDY"."""
     try:
         yield
     except OSError as error:

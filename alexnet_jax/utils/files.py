@@ -49,11 +49,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
 
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
-    """Holds a lock file while something is done that only one process may do; the system frees it however that ends.
-
-    Raises:
-      UserError: another process holds it, or it cannot be made.
-    """
+    """Holds a lock file, which the system frees however that ends. Raises UserError if another process holds it."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'a'))
@@ -71,8 +67,7 @@ def file_lock(path: str, doing: str):
 def atomic_directory(output: str) -> Iterator[str]:
     """A sibling of `output` for one process to write into; renamed to it at the end, removed where that is not reached.
 
-    Raises:
-      UserError: it cannot be written, or another process is at it.
+    Raises UserError where it cannot be written, or another process is at it.
     """
     output = absolute_local_path(output)
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')

@@ -27,10 +27,7 @@ def end_with_parent(*_) -> None:
 
 
 def script_without_guard() -> str | None:
-    """The path of the main script, if it has no `__main__` guard and each spawned worker would run it again.
-
-    None for a guarded script, a notebook or `python -m`.
-    """
+    """The path of the main script if it has no `__main__` guard: each spawned worker would run it again. Else None."""
     main = sys.modules['__main__']
     path = getattr(main, '__file__', None)
     if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
