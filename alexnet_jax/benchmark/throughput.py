@@ -80,8 +80,7 @@ def report(contenders: Sequence[Contender], rates: dict[str, list[float]], setti
         line = f'{contender.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
         line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s' if 'flops' in facts else ''
         line += f', compiled in {facts["compile_seconds"]} s' if 'compile_seconds' in facts else ''
-        line += f', {facts["bytes"] / 2**30:.2f} GiB' if facts.get('bytes') else ''
-        lines.append(line)
+        lines.append(line + (f', {facts["bytes"] / 2**30:.2f} GiB' if facts.get('bytes') else ''))
         results[contender.name] = {'median': median, 'measurements': own, **facts}
     lines += compiled_report(contenders[0].facts)
     lines.append(json.dumps({'images_per_second': results, **settings}))
@@ -107,8 +106,8 @@ def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> l
     if setup.mesh.size > 1:
         single = config.copy_and_resolve_references()
         single.mesh.update({'data': 1, 'tower': 1})
-        one_device = build.build(single, dataset)
-        contenders.append(our_updates(one_device, options, stack, name='one device', on_batches=False)[0])
+        one = our_updates(build.build(single, dataset), options, stack, name='one device', on_batches=False)
+        contenders.append(one[0])
     if options.torch_baseline:
         contenders.append(options.torch_baseline.updates(setup, options))
     return contenders
@@ -151,8 +150,7 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-            output = os.path.join(folder, 'prepared')
-            began = time.perf_counter()
+            output, began = os.path.join(folder, 'prepared'), time.perf_counter()
             prepare.prepare(raw, output)
             seconds = time.perf_counter() - began
             return sum(map(len, datasets.open_dataset(output).splits.values())) / seconds
@@ -160,19 +158,8 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
     return [Contender(OURS, measure)]
 
 
-CONTENDERS = {
-    'step': step_contenders,
-    'input': input_contenders,
-    'train': train_contenders,
-    'prepare': prepare_contenders,
-}
-
-
 def _setup_with_data(config: ConfigDict, limit: bool) -> TrainingSetup:
-    """The objects of a config for the data it names.
-
-    limit: take no more images than PyTorch gets copies of.
-    """
+    """The objects of a config for the data it names; with `limit` for no more images than PyTorch gets copies of."""
     dataset = datasets.open_dataset(config.data.path)
     config.model.num_classes = len(dataset.class_names)
     if limit:
@@ -201,13 +188,11 @@ def our_updates(
     prefetched = sharding.prefetch_to_device(stream, setup.to_mesh)
     if not on_batches:
         stream.close()
-    log = train_log.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is at chance level
-        None,
-        **{'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1},
-        limits=train_log.FailureLimits('skip', math.inf, math.inf),
-    )
-    arguments = (state, batch, setup.image_stats, key)
-    compiled, facts = hlo_cost.compile_step(setup, options.precision, arguments)
+    sizes = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0}
+    limits = train_log.FailureLimits('skip', math.inf, math.inf)
+    # Fetches the reports, and writes nothing; of one class, no loss is at chance level.
+    log = train_log.TrainLog(None, **sizes, num_classes=1, limits=limits)
+    compiled, facts = hlo_cost.compile_step(setup, options.precision, (state, batch, setup.image_stats, key))
     buffered, numbers = num_buffered(config) if on_batches else 0, itertools.count(1)
 
     def step() -> None:
