@@ -1,8 +1,7 @@
 """An HTML page with tables, figures and two interactive parts, in one file that needs no network.
 
-One part slides a filter of the first layer over a picture, the other walks through the layers with it. The page is
-`report.html` beside this file. Its script, `report.js`, computes the first part itself, and shows for the second what
-is put in here.
+One part slides a filter of the first layer over a picture, the other walks through the layers with it. Of the files
+beside this one `report.html` is the page; `report.js` computes the first part, and shows for the second what is put in.
 """
 
 import base64
@@ -67,15 +66,11 @@ def write(
     image_NHWC: np.ndarray | None = None,
     captions: Sequence[str] = (),
 ) -> None:
-    """Writes the page in one move.
+    """Writes the page in one move; what is at `path` is replaced. All text is plain, of which HTML is made here.
 
-    Args:
-      path: of the HTML file; what is there is replaced.
-      title, summary: its head, plain text as all text here.
-      tables, figures: in their order.
-      checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
-        `manager.record_size`, prepared as the training images were. The first six are used, their centers.
-      captions: of these pictures; those that have none are numbered.
+    checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
+    `checkpoint.record_size`, prepared as the training images were. The first six are used, their centers. captions: of
+    these pictures; those that have none are numbered.
 
     Raises:
       UserError: a row that does not fit its table, a figure that cannot be read, images of another shape or type, a
@@ -133,15 +128,13 @@ def _cell(value) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    kind = _TYPES.get(os.path.splitext(figure.path)[1].lower())
-    if kind is None:
+    if not (kind := _TYPES.get(os.path.splitext(figure.path)[1].lower())):
         raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
     with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
-    text = html.escape(figure.caption)
-    alt = text or html.escape(figure.title)
+    text, title = html.escape(figure.caption), html.escape(figure.title)
     # In an <img> also an SVG's scripts and links are dead.
-    image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{alt}">'
+    image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or title}">'
     return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
 
 
@@ -203,27 +196,21 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
-    order = top_k(logits, 5)
-    probabilities = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits)))
-    labels = [
-        [{'label': checkpoint.class_names[i], 'probability': float(p[i])} for i in row]
-        for row, p in zip(order, probabilities, strict=True)
-    ]
+    probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
+    best = zip(top_k(logits, 5), probabilities, strict=True)
+    labels = [[{'label': names[i], 'probability': float(p[i])} for i in order] for order, p in best]
     return {'stages': stages, 'labels': labels}
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
     """Some maps, the same for every picture and every operation of a layer, so that one can follow them."""
-    count, side = x_NHWC.shape[-1], x_NHWC.shape[1]
+    side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
-    pictures = [_signed(np.stack([_smaller(np.asarray(x[..., i], np.float32), size) for i in chosen])) for x in x_NHWC]
-    shape = f'{side} x {side} x {count}'
+    maps = np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1)
+    smaller = [[Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in picture] for picture in maps]
+    pictures, shape = [_signed(np.stack(picture)) for picture in smaller], f'{side} x {side} x {count}'
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
-
-
-def _smaller(x_HW: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(x_HW).resize((size, size), Image.Resampling.BOX))
 
 
 def _strip(x_NF: np.ndarray) -> dict[str, Any]:
@@ -249,43 +236,33 @@ def _encode(array, dtype: str = 'u1') -> str:
 def _words(network, layer: ConvSpec | DenseSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
     """(name, what it does) of one operation of a layer."""
     apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+    if op == 'linear' and isinstance(layer, ConvSpec):
+        own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
+        return 'locally connected' if own else 'convolution', (
+            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{own} slide over the {inputs[-1]} maps below '
+            f'in steps of {layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, '
+            f'plus a bias, is one point of its map.{apart if layer.groups == 2 else ""}'
+        )
+    if op == 'linear':
+        return 'fully connected', (
+            f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
+            f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
+        )
+    divided = 'Each value is divided by a power of the energy'
+    maps = f'at the same position of the {network.lrn_n} maps around it: a strong response quietens its neighbors.'
+    square = f'{network.spatial_n} x {network.spatial_n} window'
     pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
     overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
-    match op:
-        case 'linear' if isinstance(layer, ConvSpec):
-            window = f'{layer.kernel} x {layer.kernel}'
-            own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
-            return 'locally connected' if own else 'convolution', (
-                f'{layer.features} kernels of {window}{own} slide over the {inputs[-1]} maps below in steps of '
-                f'{layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, plus a '
-                f'bias, is one point of its map.{apart if layer.groups == 2 else ""}'
-            )
-        case 'linear':
-            return 'fully connected', (
-                f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
-                f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
-            )
-        case 'relu':
-            return 'ReLU', 'What is below zero becomes zero; the rest stays.'
-        case 'tanh':
-            return 'tanh', 'Every value is squeezed between -1 and 1.'
-        case 'lrn':
-            return 'response normalization', (
-                f'Each value is divided by a power of the energy at the same position of the {network.lrn_n} maps '
-                'around it: a strong response quietens its neighbors.'
-            )
-        case 'spatial_norm':
-            return 'spatial normalization', (
-                f'Each value is divided by a power of the energy in the {network.spatial_n} x {network.spatial_n} '
-                'window around it.'
-            )
-        case 'pool':
-            return 'max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'
-        case 'avg_pool':
-            return 'mean pooling', f'The mean of each {pool}.{overlap}'
-        case 'dropout':
-            rate = f'In training each unit is silenced with a probability of {network.dropout_rate:g}.'
-            if network.dropout_inverted:
-                return 'dropout', f'{rate} At test, as here, nothing happens.'
-            return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
-    return op, ''  # of somebody's own
+    rate = network.dropout_rate
+    silenced = f'In training each unit is silenced with a probability of {rate:g}. At test, as here,'
+    at_test = 'nothing happens.' if network.dropout_inverted else f'all speak, at {1 - rate:g} of their strength.'
+    words = {
+        'relu': ('ReLU', 'What is below zero becomes zero; the rest stays.'),
+        'tanh': ('tanh', 'Every value is squeezed between -1 and 1.'),
+        'lrn': ('response normalization', f'{divided} {maps}'),
+        'spatial_norm': ('spatial normalization', f'{divided} in the {square} around it.'),
+        'pool': ('max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'),
+        'avg_pool': ('mean pooling', f'The mean of each {pool}.{overlap}'),
+        'dropout': ('dropout', f'{silenced} {at_test}'),
+    }
+    return words.get(op, (op, ''))  # one of somebody's own has no words
