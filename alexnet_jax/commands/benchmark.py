@@ -17,7 +17,6 @@ import jax
 from absl import flags
 
 from alexnet_jax.benchmark import hlo_cost, throughput
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.data import datasets
 from alexnet_jax.utils.environment import describe_environment
@@ -112,7 +111,6 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
         if args.cpu_devices:
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    app.set_up_jax(args.cpu_devices)
     gpu, config, torch_baseline = jax.devices()[0].platform == 'gpu', args.config, None
     if against:
         throughput.check_torch(gpu)
@@ -136,7 +134,6 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
 
 def _compile(args: flags.FlagValues) -> None:
     """Compiles a step for devices that need not be there, and prints what is known of it."""
-    app.set_up_jax(args.cpu_devices)
     jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
     precision, config = _set_precision(args, gpu=True), args.config
     dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)

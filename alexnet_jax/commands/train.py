@@ -9,7 +9,6 @@ Every key of a config is a flag, too: --config.optim.learning_rate=0.005. config
 
 from absl import flags
 
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.core import architecture
 from alexnet_jax.core.config import network_and_augmentation
@@ -32,5 +31,4 @@ def main(args: flags.FlagValues) -> None:
         return
     if not args.workdir:
         raise UserError('--workdir is missing; see --help.')
-    app.set_up_jax(args.cpu_devices)
     train.train_and_evaluate(args.config, args.workdir, profile=args.profile)

@@ -21,8 +21,7 @@ _HARMLESS = re.compile(
 def read(path: str) -> WeightFile:
     """Reads the tensors, in the order of the file; `weights_only` runs none of its code.
 
-    Raises:
-      UserError: PyTorch is missing, or the file is no state_dict.
+    Raises UserError where PyTorch is missing, or the file is no state_dict.
     """
     try:
         import torch
@@ -62,8 +61,7 @@ def read(path: str) -> WeightFile:
 def _pickled_names(path: str) -> Iterator[str]:
     """What the pickles of a PyTorch file would import, as 'module.name'; nothing is loaded.
 
-    Raises:
-      ValueError: an archive that would grow when it is read; `torch.save` does not compress.
+    Raises ValueError for an archive that would grow when it is read; `torch.save` does not compress.
     """
     with open(path, 'rb') as file:
         if file.read(4) != b'PK\3\4':  # as before PyTorch 1.6: five pickles, then numbers

@@ -17,8 +17,7 @@ METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax conver
 def read(path: str) -> WeightFile:
     """Reads the tensors by name, numbers in it as numbers (features.3 before features.10): the format keeps no order.
 
-    Raises:
-      UserError: the file is damaged, or its metadata are not what `write` wrote.
+    Raises UserError where the file is damaged, or its metadata are not what `write` wrote.
     """
     import safetensors
 
