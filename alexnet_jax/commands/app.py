@@ -62,19 +62,13 @@ def help_text(command: ModuleType | type) -> str:
     """A command's docstring and its own flags; or its subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         lines = [f'  {name:8} {inspect.getdoc(sub).splitlines()[0]}' for name, sub in subcommands.items()]
-        return '\n'.join([_docstring(command), '', *lines, '', 'Each tells more with --help.'])
+        return '\n'.join([inspect.getdoc(command), '', *lines, '', 'Each tells more with --help.'])
     values = flags.FlagValues()
     for flag in command.FLAGS:
         flag.define(values)
         values.register_key_flag_for_module(command.__name__, values[flag.name])
     own = values.module_help(command.__name__).partition('\n')[2]
-    return f'{_docstring(command)}\n\nflags:\n{own}'
-
-
-def _docstring(command: ModuleType | type) -> str:
-    """As it is written, less the indentation of a class; `inspect.getdoc` would take that of an example, too."""
-    indent = '    ' if isinstance(command, type) else ''
-    return '\n'.join(line.removeprefix(indent) for line in command.__doc__.strip().splitlines())
+    return f'{inspect.getdoc(command)}\n\nflags:\n{own}'
 
 
 def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagValues) -> list[str]:

@@ -91,8 +91,8 @@ def _by(*sides: int) -> str:
 
 def _heading(axes: Axes, row, x: float, height: float) -> None:
     """Name, kernels and what follows above a column; neurons and parameters below."""
-    groups = [f'{row.groups} groups'] if row.groups > 1 else []
-    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense', *groups]
+    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense']
+    lines += [f'{row.groups} groups'] if row.groups > 1 else []
     lines += textwrap.wrap(', '.join(_WORDS.get(step, step) for step in row.post.split()), 20)
     axes.text(x, height - 0.15, row.name, ha='center', va='top', weight='bold', fontsize=9)
     axes.text(x, height - 0.33, '\n'.join(lines), ha='center', va='top', fontsize=7.5, linespacing=1.25)

@@ -5,7 +5,6 @@ beside this one `report.html` is the page; `report.js` computes the first part, 
 """
 
 import base64
-import html
 import json
 import math
 import numbers
@@ -13,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -72,9 +72,8 @@ def write(
     `checkpoint.record_size`, prepared as the training images were. The first six are used, their centers. captions: of
     these pictures; those that have none are numbered.
 
-    Raises:
-      UserError: a row that does not fit its table, a figure that cannot be read, images of another shape or type, a
-        file that cannot be written.
+    Raises UserError for a row that does not fit its table, a figure that cannot be read, images of another shape or
+    type, and a file that cannot be written.
     """
     if (checkpoint is None) != (image_NHWC is None):
         raise UserError('a checkpoint and images to show it belong together; give both or neither.')
@@ -83,14 +82,12 @@ def write(
     sections += [(f'figure-{i}', figure.title, _figure(figure)) for i, figure in enumerate(figures, 1)]
     links = [(name, heading) for name, heading, _ in sections]
     links += [(n, h) for n, h in (('slide', 'Slide a filter'), ('walk', 'Walk through the layers')) if n in data]
+    body = [f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{text}</section>' for name, title, text in sections]
     parts = {
-        'title': html.escape(title),
-        'summary': html.escape(summary),
-        'contents': ''.join(f'<li><a href="#{name}">{html.escape(heading)}</a></li>' for name, heading in links),
-        'sections': '\n'.join(
-            f'<section id="{name}">\n<h2>{html.escape(heading)}</h2>\n{content}</section>'
-            for name, heading, content in sections
-        ),
+        'title': escape(title),
+        'summary': escape(summary),
+        'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
+        'sections': '\n'.join(body),
         'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
     }
     folder = resources.files('alexnet_jax.experiments')
@@ -98,9 +95,8 @@ def write(
     for block, wanted in (('slide', 'slide' in data), ('walk', 'walk' in data), ('interactive', data)):
         page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
     page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
-    with as_user_error(f'the report {path!r} cannot be written'):
-        with atomic_file(path) as file:
-            file.write(page)
+    with as_user_error(f'the report {path!r} cannot be written'), atomic_file(path) as file:
+        file.write(page)
 
 
 def _table(table: Table) -> str:
@@ -110,9 +106,9 @@ def _table(table: Table) -> str:
             raise UserError(f'a row of the table {table.title!r} has {len(row)} cells for {count} columns.')
     for i, column in enumerate(table.columns):
         right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
-        head += f'<th scope="col"{_NUMBER if right else ""}>{html.escape(column)}</th>'
+        head += f'<th scope="col"{_NUMBER if right else ""}>{escape(column)}</th>'
     rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
-    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ''
+    note = f'<p class="note">{escape(table.note)}</p>\n' if table.note else ''
     return _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>') + note
 
 
@@ -122,7 +118,7 @@ def _is_number(value) -> bool:
 
 def _cell(value) -> str:
     if not _is_number(value):
-        return f'<td>{"" if value is None else html.escape(str(value))}</td>'
+        return f'<td>{"" if value is None else escape(str(value))}</td>'
     style = '.6g' if not isinstance(value, numbers.Integral) else ',' if abs(value) >= 10_000 else ''
     return f'<td{_NUMBER}>{value:{style}}</td>'
 
@@ -132,7 +128,7 @@ def _figure(figure: Figure) -> str:
         raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
     with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
-    text, title = html.escape(figure.caption), html.escape(figure.title)
+    text, title = escape(figure.caption), escape(figure.title)
     # In an <img> also an SVG's scripts and links are dead.
     image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or title}">'
     return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
@@ -140,7 +136,7 @@ def _figure(figure: Figure) -> str:
 
 def _scrolling(title: str, content: str) -> str:
     """What may be wider than the page; the keyboard reaches it."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}">\n{content}</div>\n'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n{content}</div>\n'
 
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
@@ -169,11 +165,10 @@ def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]
     """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
     side, weights = checkpoint.record_size, checkpoint.params[name]
     kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
+    window = {'size': layer.kernel, 'stride': layer.stride, 'padding': layer.padding}
     return {
         'layer': name,
-        'size': layer.kernel,
-        'stride': layer.stride,
-        'padding': layer.padding,
+        **window,
         'std': checkpoint.augmentation.pixel_std,
         'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
         'kernels': _encode(kernels, '<f4'),

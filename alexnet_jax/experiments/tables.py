@@ -226,16 +226,11 @@ def publish(
     pictures, labels = pipeline.decode_some(records, picks, trained.record_size)
     columns = COLUMNS[1:]
     cells = [tuple(round(x, 4) if isinstance(x := row.get(key), float) else x for key in columns) for row in rows]
-    report.write(
-        os.path.join(output, 'report.html'),
-        title=f'alexnet_jax: {suite}',
-        summary=summary(rows, dataset.record_size, describe_environment()),
-        tables=[*tables, report.Table('Every run', columns, cells)],
-        figures=pages,
-        checkpoint=trained,
-        image_NHWC=pictures,
-        captions=[dataset.class_names[label] for label in labels],
-    )
+    head = {'title': f'alexnet_jax: {suite}', 'summary': summary(rows, dataset.record_size, describe_environment())}
+    shown = {'image_NHWC': pictures, 'captions': [dataset.class_names[label] for label in labels]}
+    tables = [*tables, report.Table('Every run', columns, cells)]
+    path = os.path.join(output, 'report.html')
+    report.write(path, **head, tables=tables, figures=pages, checkpoint=trained, **shown)
 
 
 def summary(rows: Sequence[dict], size: int, environment: dict) -> str:
