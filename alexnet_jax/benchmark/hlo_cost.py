@@ -1,7 +1,4 @@
-"""What a compiled step reads and writes, layer by layer, and how fast it can be at best.
-
-Also for a GPU that is not at hand: XLA compiles for it from a description.
-"""
+"""What a compiled step reads and writes, layer by layer, and how fast it can be; for GPUs that are not at hand, too."""
 
 import collections
 import math
@@ -24,8 +21,7 @@ PEAKS = {'NVIDIA H200': {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12, '
 _DESCRIPTIONS = {
     'h200': """
         gpu_device_info {
-          cuda_compute_capability { major: 9 }
-          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
           memory_bandwidth: 4800000000000 device_memory_size: 150754820096 l2_cache_size: 52428800
           threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
           shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
@@ -56,10 +52,8 @@ def topology_devices(what: str) -> list:
         shape, description = f'1x1x{count}', _DESCRIPTIONS[name]
         return list(topologies.get_topology_desc(platform='cuda', target_config=description, topology=shape).devices)
     except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"--compile_for={what} needs JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]' "
-            f'({error}).'
-        ) from error
+        needed = "JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]'"
+        raise UserError(f'--compile_for={what} needs {needed} ({error}).') from error
 
 
 def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
@@ -191,8 +185,6 @@ def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, f
 
     The numbers are per device. 'roofline_us', where the device's peaks are known, is the time for its products (their
     operations or their bytes, whichever take longer) and for the bytes of all else.
-
-    setup, precision: as for `compile_step`. compiled_text: of the step.
     """
     costs = architecture.infer_shapes(setup.network, setup.augmentation.image_size)
     first = next(iter(costs))  # no gradient reaches the pixels

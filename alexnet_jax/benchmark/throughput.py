@@ -22,7 +22,6 @@ from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.prepare import prepare
 from alexnet_jax.training import build, train_log
-from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
@@ -158,7 +157,7 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
     return [Contender(OURS, measure)]
 
 
-def _setup_with_data(config: ConfigDict, limit: bool) -> TrainingSetup:
+def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
     """The objects of a config for the data it names; with `limit` for no more images than PyTorch gets copies of."""
     dataset = datasets.open_dataset(config.data.path)
     config.model.num_classes = len(dataset.class_names)
@@ -167,14 +166,14 @@ def _setup_with_data(config: ConfigDict, limit: bool) -> TrainingSetup:
     return _build(config, dataset)
 
 
-def _build(config: ConfigDict, dataset: datasets.Dataset) -> TrainingSetup:
+def _build(config: ConfigDict, dataset: datasets.Dataset) -> build.TrainingSetup:
     setup = build.build(config, dataset)
     config.data.num_workers = setup.num_workers  # for what -1 stands
     return setup
 
 
 def our_updates(
-    setup: TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
+    setup: build.TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
 ) -> tuple[Contender, Options]:
     """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
 
@@ -228,6 +227,5 @@ def check_torch(gpu: bool) -> None:
         raise UserError("--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'") from error
     if gpu != torch.cuda.is_available():
         ours, theirs = ('a GPU', 'none') if gpu else ('no GPU', 'one')
-        raise UserError(
-            f'JAX has {ours} here and PyTorch {theirs}; install both for it (docs/performance.md), or --cpu_devices=1.'
-        )
+        remedy = 'install both for it (docs/performance.md), or --cpu_devices=1'
+        raise UserError(f'JAX has {ours} here and PyTorch {theirs}; {remedy}.')

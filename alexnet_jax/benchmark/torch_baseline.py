@@ -1,7 +1,4 @@
-"""PyTorch in the benchmark: the same network, update and input, as a PyTorch user would write them.
-
-Needs the extra `oracle`; imported only for --against=torch.
-"""
+"""PyTorch in the benchmark: the same network, update and input, as its users write them. Needs the extra `oracle`."""
 
 import io
 import itertools
@@ -16,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from alexnet_jax.benchmark.throughput import TORCH, Contender, Options, images_per_second, num_buffered, skip
@@ -136,8 +132,6 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
 
     On a GPU channels-last, `torch.compile` from the pixels to the loss, autocast and a fused update, as PyTorch's own
     guide advises; on the CPU none of them. Weight decay is of weights alone, the mean that of each color.
-
-    precision: 'float32', 'tf32' or 'bfloat16'.
     """
     torch.set_num_threads(processes.cores())
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
@@ -157,7 +151,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     def loss(images, color, labels):
         x = images.permute(0, 3, 1, 2).contiguous(memory_format=layout).float() - mean + color[:, :, None, None]
         with torch.autocast(_DEVICE.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-            return functional.cross_entropy(net(x).float(), labels)
+            return nn.functional.cross_entropy(net(x).float(), labels)
 
     compiled = torch.compile(loss) if _GPU else loss
 

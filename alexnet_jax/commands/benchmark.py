@@ -49,11 +49,16 @@ class Step:
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         if args.compile_for is None:
-            _measure(args, 'step', throughput.step_contenders)
-        elif args.against:
+            return _measure(args, 'step', throughput.step_contenders)
+        if args.against:
             raise UserError('--compile_for compiles, and runs nothing: omit --against.')
-        else:
-            _compile(args)
+        jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+        precision, config = _set_precision(args, gpu=True), args.config
+        dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
+        facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
+        record = {'mode': 'step', 'precision': precision, **describe_environment()}
+        record |= {'config': config.to_dict(), 'compiled': facts}
+        print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
 
 
 class Train:
@@ -130,17 +135,6 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
     if torch_baseline:
         settings |= torch_baseline.facts()
     print(throughput.report(contenders, rates, settings), flush=True)
-
-
-def _compile(args: flags.FlagValues) -> None:
-    """Compiles a step for devices that need not be there, and prints what is known of it."""
-    jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
-    precision, config = _set_precision(args, gpu=True), args.config
-    dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
-    facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
-    record = {'mode': 'step', 'precision': precision, **describe_environment()}
-    record |= {'config': config.to_dict(), 'compiled': facts}
-    print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
 
 
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:

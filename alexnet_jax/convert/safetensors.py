@@ -23,9 +23,7 @@ def read(path: str) -> WeightFile:
 
     try:
         with safetensors.safe_open(path, 'numpy') as file:
-            names = sorted(
-                file.keys(), key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
-            )
+            names = sorted(file.keys(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', n)])
             tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # SafetensorError, OSError, AttributeError for types numpy has not got
         raise unreadable(path, 'a safetensors file', error) from error

@@ -82,9 +82,8 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
 def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
     """The first layer's kernels as pictures (figure 3), tower by tower: float [O / towers, H, W, 3], 0 to 1.
 
-    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`.
-
-    kernel_HWIO: float [H, W, 3, O], RGB; the first half of O is tower 0. Raises UserError for another shape.
+    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float
+    [H, W, 3, O], RGB; the first half of O is tower 0. Raises UserError for another shape.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     if kernel.ndim != 4 or kernel.shape[2] != 3:
@@ -97,11 +96,9 @@ def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
 def color_share(kernel_HWIO) -> np.ndarray:
     """How colored each kernel is: the share of its energy that is not gray, float [O], 0 to 1.
 
-    With m the mean of a kernel k over R, G and B at each place, the gray part of k is m in all three channels, and the
-    share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as where
-    two channels oppose each other. Of a kernel that is zero it is 0.
-
-    kernel_HWIO: float [H, W, 3, O].
+    With m the mean of a kernel k [H, W, 3] over R, G and B at each place, the gray part of k is m in all channels, and
+    the share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as
+    where two channels oppose each other. Of a kernel that is zero it is 0.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
@@ -111,10 +108,7 @@ def color_share(kernel_HWIO) -> np.ndarray:
 
 
 def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
-    """The most probable labels of some images, from the center crop (figure 4, left).
-
-    images: uint8 [N, S, S, 3], whole records; labels: the true ones.
-    """
+    """The best labels of records, uint8 [N, S, S, 3], from the center crop (figure 4, left); labels: the true ones."""
     results, classes = [], checkpoint.class_names
     outputs = predict.predict(checkpoint, images, views=1)
     for probabilities, label, order in zip(outputs, labels, predict.top_k(outputs, top).tolist(), strict=True):
@@ -164,10 +158,7 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
 
 
 def curves(workdir: str) -> dict[str, Curve]:
-    """The 'train' and 'val' lines of a run's metrics.jsonl, in order; of a run under way, too.
-
-    Raises UserError where there is none.
-    """
+    """The 'train' and 'val' lines of a run's metrics.jsonl, even of one under way; UserError where there is none."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
         expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
@@ -203,29 +194,21 @@ def draw(
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
             lines = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
             yield name, plots.learning_curves(lines, y_label=label), []
-    yield from _of_network(checkpoint)
-    if dataset:
-        yield from _of_images(checkpoint, dataset, split, seed)
-
-
-def _of_network(checkpoint: Checkpoint) -> Iterator[Drawn]:
-    from alexnet_jax.experiments import plots  # matplotlib is an extra
-
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
     first, row = next(iter(network.layer_specs().items()))
     kernel = checkpoint.params[first]['kernel']
-    if type(row) is not ConvSpec or row.groups > 1:
+    if type(row) is ConvSpec and row.groups == 1:
+        shares, lines = np.split(color_share(kernel), towers), []
+        for tower, share in enumerate(shares):
+            above = f'{np.sum(share > 0.5)} of {len(share)} kernels ({100 * np.mean(share > 0.5):.0f}%) above 1/2'
+            lines.append(f'{first}, tower {tower}: mean color share {share.mean():.3f}, {above}')
+        yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [share.mean() for share in shares]), lines
+    else:
         logging.info('%s has no kernels that see three colors at once: no figure of them.', first)
-        return
-    shares = np.split(color_share(kernel), towers)
-    lines = [
-        f'{first}, tower {tower}: mean color share {share.mean():.3f}, {np.sum(share > 0.5)} of {len(share)} kernels '
-        f'({100 * np.mean(share > 0.5):.0f}%) above 1/2'
-        for tower, share in enumerate(shares)
-    ]
-    yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [float(share.mean()) for share in shares]), lines
+    if dataset:
+        yield from _of_images(checkpoint, dataset, split, seed)
 
 
 def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:

@@ -210,14 +210,12 @@ def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """How often each true class (rows) was taken for each (columns), as shares; named up to 30 classes.
-
-    Colors follow the root of the share: errors are few, and would not be seen.
-    """
+    """How often each true class (rows) was taken for each (columns), as shares; named up to 30 classes."""
     count = len(matrix)
     side = max(4.5, min(9.0, 0.32 * count + 1.5))
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
+    # Colors follow the root of the share: errors are few, and would not be seen.
     image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap='cividis', norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label='share of the true class', shrink=0.8)
     axes.set(xlabel='taken for', ylabel='true class')

@@ -14,7 +14,6 @@ from alexnet_jax.core import sharding
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.experiments import ablations, figures, report
-from alexnet_jax.experiments.ablations import Variant
 from alexnet_jax.inference import evaluate
 from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.files import atomic_file
@@ -53,7 +52,7 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
         writer.writerows([*others, *rows])
 
 
-def comparison_table(suite: str, rows: list[dict], variants: Sequence[Variant]) -> report.Table:
+def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:
     """What was measured beside what the paper and the authors' log say, a variant a row."""
     table = []
     for variant in variants:
@@ -65,9 +64,8 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[Variant]) 
         measures = ('train_error', 'top1_error', 'top5_error', 'top1_ten', 'top5_ten')
         means = [format_mean_std([row.get(name) for row in own]) for name in measures]
         claims = [format_error_pair(pair, signed=bool(variant.baseline)) for pair in (variant.paper, variant.log)]
-        agreement = sign_agreement(differing, variant.sign)
-        difference = format_mean_std(differing, signed=True)
-        table.append((variant.name, f'{len(own)}', *means, difference, *claims, agreement, variant.source))
+        compared = (format_mean_std(differing, signed=True), *claims, sign_agreement(differing, variant.sign))
+        table.append((variant.name, f'{len(own)}', *means, *compared, variant.source))
     columns = (
         'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
         'difference', 'paper', "authors' log", 'sign', 'source',
@@ -96,7 +94,7 @@ def format_error_pair(pair: ablations.Points, signed: bool) -> str:
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 
-def color_table(rows: Sequence[dict], variants: Sequence[Variant]) -> report.Table:
+def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> report.Table:
     """How colored the first layer's kernels are in the more and in the less colored tower (section 6.1)."""
     table = []
     for variant in variants:
@@ -133,10 +131,7 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
 
 
 def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
-    """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views.
-
-    max_unreadable: images that may be unreadable, as in training.
-    """
+    """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views."""
     split = dataset.splits[eval_split(dataset)]
     options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
@@ -155,8 +150,7 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
     gains = [[new[key] - old[key] for old, new in zip(before, itertools.cycle(after), strict=False)] for key in keys]
     claims = [' / '.join(format_mean_std(gain, signed=True) for gain in gains)]
     claims += [format_error_pair(pair, signed=True) for pair in (paper, log)]
-    empty = ('', '', '', '', '')
-    compared = (*claims, sign_agreement(gains[0], -1), source)
+    empty, compared = ('', '', '', '', ''), (*claims, sign_agreement(gains[0], -1), source)
     table = [
         (name, f'{len(networks)}', *(format_mean_std([result[key] for result in results]) for key in keys), *others)
         for name, results, others in zip(names, (before, after), (empty, compared), strict=True)
@@ -201,10 +195,7 @@ _CAPTIONS = {
 def publish(
     suite: str, output: str, tables: list[report.Table], runs: Mapping[str, str], rows: Sequence[dict], dataset: Dataset
 ) -> None:
-    """Writes report.html: tables, every run, curves, and the first network to look into.
-
-    runs: the variant of each workdir, of those that did not diverge.
-    """
+    """Writes report.html: tables, every run, curves, the first network; runs: {workdir: variant}, none diverged."""
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     workdir, split = next(iter(runs)), eval_split(dataset) or 'train'
