@@ -14,7 +14,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.commands import app, experiments
+from alexnet_jax.commands import experiments
 from alexnet_jax.core import architecture
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets
@@ -438,12 +438,11 @@ def command(monkeypatch, tmp_path):
     fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
 
     def run(suite, **changes):
-        experiments.main(SimpleNamespace(**{**fixed, 'cpu_devices': 0, **changes}), [suite])
+        experiments.main(SimpleNamespace(**{**fixed, **changes}), [suite])
 
     def diverged(trial, suite, dataset):
         return {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, 'diverged': True}
 
-    monkeypatch.setattr(app, 'set_up_jax', lambda cpu_devices: None)
     monkeypatch.setattr(runner, 'run_trial', diverged)
     return run
 

@@ -1,7 +1,4 @@
-"""What a compiled step reads and writes, layer by layer, and how fast it can be at best.
-
-Also for a GPU that is not at hand: XLA compiles for it from a description.
-"""
+"""What a compiled step reads and writes, layer by layer, and how fast it can be; for GPUs that are not at hand, too."""
 
 import collections
 import math
@@ -17,23 +14,14 @@ from alexnet_jax.training import build
 from alexnet_jax.utils.errors import UserError
 
 OTHER = 'other'  # operations that belong to no layer
-
-
-class Peaks(NamedTuple):
-    """What a device can do a second, by its data sheet, without sparsity."""
-
-    flops: dict[str, float]  # of products, by precision
-    bytes: float
-
-
-# By what JAX calls the device.
-PEAKS = {'NVIDIA H200': Peaks({'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12}, 4.8e12)}
+# What a device can do a second, by JAX's name for it: operations of products by precision, and bytes. From the data
+# sheet, without sparsity.
+PEAKS = {'NVIDIA H200': {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12, 'bytes': 4.8e12}}
 # What XLA asks of a device to compile for it; from the data sheet and CUDA's programming guide (compute capability 9).
 _DESCRIPTIONS = {
     'h200': """
         gpu_device_info {
-          cuda_compute_capability { major: 9 }
-          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
           memory_bandwidth: 4800000000000 device_memory_size: 150754820096 l2_cache_size: 52428800
           threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
           shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
@@ -51,10 +39,8 @@ def topology_devices(what: str) -> list:
 
     Where none are there set `jax_platforms` to 'cpu' first: else JAX looks for them, and gives its compiler up.
 
-    what: 'h200', or several: '2xh200'.
-
-    Raises:
-      UserError: another device, or its compiler, a part of the extras `cuda12` and `cuda13`, is not installed.
+    what: 'h200', or several: '2xh200'. Raises UserError for another device, or where the compiler for it, a part of
+    the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
 
@@ -63,28 +49,20 @@ def topology_devices(what: str) -> list:
         raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
     count, name = match.groups(default='1')
     try:
-        topology = topologies.get_topology_desc(
-            platform='cuda', target_config=_DESCRIPTIONS[name], topology=f'1x1x{count}'
-        )
+        shape, description = f'1x1x{count}', _DESCRIPTIONS[name]
+        return list(topologies.get_topology_desc(platform='cuda', target_config=description, topology=shape).devices)
     except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"--compile_for={what} needs JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]' "
-            f'({error}).'
-        ) from error
-    return list(topology.devices)
+        needed = "JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]'"
+        raise UserError(f'--compile_for={what} needs {needed} ({error}).') from error
 
 
 def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
-    """A compiled training step, and what is known of it before it runs.
+    """Compiles the training step of `setup`, from `build.build`; returns it, and what is known of it before it runs.
 
-    Args:
-      setup: from `build.build`.
-      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
-      arguments: of `setup.steps.train_step`, or their shapes.
+    That is 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device: arguments and what
+    lies in between), 'collectives' (see `collective_bytes`) and 'layers' (see `by_layer`).
 
-    Returns:
-      the program, and 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device:
-      arguments and what lies in between), 'collectives' (see `collective_bytes`), 'layers' (see `by_layer`).
+    precision: of the products: 'float32', 'tf32' or 'bfloat16'. arguments: of the step, or their shapes.
     """
     began = time.perf_counter()
     compiled = setup.steps.train_step.lower(*arguments).compile()
@@ -102,10 +80,8 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
 def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, Any]:
     """What is known of a training step that is compiled for devices which need not be there.
 
-    config, dataset: as for `build.build`. what: as for `topology_devices`.
-
-    Raises:
-      UserError: from either; or the config keeps its images on a device.
+    config, dataset: as for `build.build`. what: as for `topology_devices`. Raises UserError as they do, and where the
+    config keeps its images on a device.
     """
     if config.data.cache == 'device':
         raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
@@ -115,8 +91,7 @@ def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, An
     batch = sharding.shape_structs(next(batches), sharding.batch_sharding(setup.mesh))
     batches.close()
     key = sharding.shape_structs(jax.eval_shape(jax.random.key, 0), sharding.replicated(setup.mesh))
-    arguments = (setup.steps.state_shapes, batch, setup.image_stats, key)
-    _, facts = compile_step(setup, precision, arguments)
+    _, facts = compile_step(setup, precision, (setup.steps.state_shapes, batch, setup.image_stats, key))
     return {**facts, 'device': devices[0].device_kind, 'devices': setup.mesh.size}
 
 
@@ -134,12 +109,9 @@ def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
     An array that is only cut into counts with what is cut out, one that is changed in place in full. Loops count as
     often as they run, where XLA knows; branches are not looked into.
 
-    Args:
-      compiled_text: `jit(f).lower(...).compile().as_text()`.
-      scopes: names of `jax.named_scope` to tell apart.
+    compiled_text: `jit(f).lower(...).compile().as_text()`. scopes: names of `jax.named_scope` to tell apart.
     """
-    programs, entry = _programs(compiled_text)
-    return list(_hlo_ops(programs, entry, scopes, 1))
+    return list(_hlo_ops(*_programs(compiled_text), scopes, 1))
 
 
 class _Instruction(NamedTuple):
@@ -184,10 +156,9 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
             continue
         inside = programs.get(called[0], []) if op.kind == 'fusion' else []
         read = [_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
-        paths = [name for part in (op, *inside) for name in re.findall(r'op_name="([^"]*)"', part.rest)]
+        paths = [path for part in (op, *inside) for path in re.findall(r'op_name="([^"]*)"', part.rest)]
         matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own come first
-        kinds = {op.kind, *(part.kind for part in inside)}
-        product = bool(_PRODUCTS & kinds or _PRODUCT_CALL.search(op.rest))
+        product = any(part.kind in _PRODUCTS for part in (op, *inside)) or bool(_PRODUCT_CALL.search(op.rest))
         written = op.bytes
         if op.kind.endswith('-start') and op.kind != 'all-reduce-start' and op.shape.startswith('('):
             written -= sum(sizes.get(operand, 0) for operand in op.operands)  # listed with what comes out
@@ -212,15 +183,8 @@ def _read(size: int, number: int, inside: list[_Instruction]) -> int:
 def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, float]]:
     """What each layer of a compiled training step computes and moves, input and update beside them, and all together.
 
-    The numbers are per device.
-
-    'roofline_us', where the device's peaks are known, is the time for its products (their operations or their bytes,
-    whichever take longer) and for the bytes of all else.
-
-    Args:
-      setup: from `build.build`.
-      compiled_text: of its `train_step`.
-      precision: of the products: 'float32', 'tf32' or 'bfloat16'.
+    The numbers are per device. 'roofline_us', where the device's peaks are known, is the time for its products (their
+    operations or their bytes, whichever take longer) and for the bytes of all else.
     """
     costs = architecture.infer_shapes(setup.network, setup.augmentation.image_size)
     first = next(iter(costs))  # no gradient reaches the pixels
@@ -233,8 +197,8 @@ def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, f
     for name in [*costs, *sorted({*products, *rest} - set(costs))]:
         row = {'flops': flops.get(name, 0.0), 'product_bytes': products[name], 'other_bytes': rest[name]}
         if peaks:
-            compute = max(row['flops'] / peaks.flops[precision], products[name] / peaks.bytes)
-            row['roofline_us'] = 1e6 * (compute + rest[name] / peaks.bytes)
+            compute = max(row['flops'] / peaks[precision], products[name] / peaks['bytes'])
+            row['roofline_us'] = 1e6 * (compute + rest[name] / peaks['bytes'])
         rows[name] = row
     return {**rows, 'all': {key: sum(row[key] for row in rows.values()) for key in rows[first]}}
 
@@ -254,7 +218,7 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\('
+_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((.*)'
 
 
 def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
@@ -263,22 +227,17 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
     Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
     that all get costs that twice, one that is sharded once.
 
-    Args:
-      compiled_text: `jit(f).lower(...).compile().as_text()`.
-      devices: that the program runs on.
+    compiled_text: `jit(f).lower(...).compile().as_text()`. devices: how many the program runs on.
     """
     collectives = {}
-    for line in compiled_text.splitlines():
-        match = re.search(_COLLECTIVE, line)
-        if not match:
-            continue
-        shapes, name, asynchronous = match.groups()
+    for match in re.finditer(_COLLECTIVE, compiled_text):
+        shapes, name, asynchronous, rest = match.groups()
         arrays = array_bytes(shapes)
         if asynchronous and name == 'collective-permute':
             arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
         elif asynchronous and name != 'all-reduce':
             arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
-        group = _group_size(line, devices)
+        group = _group_size(rest, devices)
         share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
         count, total = collectives.get(name, (0, 0.0))
         collectives[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
@@ -288,9 +247,8 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
 def array_bytes(shape: str) -> list[int]:
     """Bytes of each array in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. A token has none."""
     return [
-        (1 if kind == 'pred' else int(re.sub(r'\D', '', kind) or 0) // 8)
-        * math.prod(map(int, filter(None, sides.split(','))))
-        for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
+        (1 if kind == 'pred' else int(bits or 0) // 8) * math.prod(map(int, re.findall(r'\d+', sides)))
+        for kind, bits, sides in re.findall(r'\b([a-z]+)(\d*)\[([\d,]*)\]', shape)
     ]
 
 

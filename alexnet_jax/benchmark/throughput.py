@@ -22,7 +22,6 @@ from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.prepare import prepare
 from alexnet_jax.training import build, train_log
-from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
@@ -80,8 +79,7 @@ def report(contenders: Sequence[Contender], rates: dict[str, list[float]], setti
         line = f'{contender.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
         line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s' if 'flops' in facts else ''
         line += f', compiled in {facts["compile_seconds"]} s' if 'compile_seconds' in facts else ''
-        line += f', {facts["bytes"] / 2**30:.2f} GiB' if facts.get('bytes') else ''
-        lines.append(line)
+        lines.append(line + (f', {facts["bytes"] / 2**30:.2f} GiB' if facts.get('bytes') else ''))
         results[contender.name] = {'median': median, 'measurements': own, **facts}
     lines += compiled_report(contenders[0].facts)
     lines.append(json.dumps({'images_per_second': results, **settings}))
@@ -107,8 +105,8 @@ def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> l
     if setup.mesh.size > 1:
         single = config.copy_and_resolve_references()
         single.mesh.update({'data': 1, 'tower': 1})
-        one_device = build.build(single, dataset)
-        contenders.append(our_updates(one_device, options, stack, name='one device', on_batches=False)[0])
+        one = our_updates(build.build(single, dataset), options, stack, name='one device', on_batches=False)
+        contenders.append(one[0])
     if options.torch_baseline:
         contenders.append(options.torch_baseline.updates(setup, options))
     return contenders
@@ -151,8 +149,7 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-            output = os.path.join(folder, 'prepared')
-            began = time.perf_counter()
+            output, began = os.path.join(folder, 'prepared'), time.perf_counter()
             prepare.prepare(raw, output)
             seconds = time.perf_counter() - began
             return sum(map(len, datasets.open_dataset(output).splits.values())) / seconds
@@ -160,19 +157,8 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
     return [Contender(OURS, measure)]
 
 
-CONTENDERS = {
-    'step': step_contenders,
-    'input': input_contenders,
-    'train': train_contenders,
-    'prepare': prepare_contenders,
-}
-
-
-def _setup_with_data(config: ConfigDict, limit: bool) -> TrainingSetup:
-    """The objects of a config for the data it names.
-
-    limit: take no more images than PyTorch gets copies of.
-    """
+def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
+    """The objects of a config for the data it names; with `limit` for no more images than PyTorch gets copies of."""
     dataset = datasets.open_dataset(config.data.path)
     config.model.num_classes = len(dataset.class_names)
     if limit:
@@ -180,14 +166,14 @@ def _setup_with_data(config: ConfigDict, limit: bool) -> TrainingSetup:
     return _build(config, dataset)
 
 
-def _build(config: ConfigDict, dataset: datasets.Dataset) -> TrainingSetup:
+def _build(config: ConfigDict, dataset: datasets.Dataset) -> build.TrainingSetup:
     setup = build.build(config, dataset)
     config.data.num_workers = setup.num_workers  # for what -1 stands
     return setup
 
 
 def our_updates(
-    setup: TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
+    setup: build.TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
 ) -> tuple[Contender, Options]:
     """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
 
@@ -206,8 +192,7 @@ def our_updates(
         **{'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1},
         **{'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf},
     )
-    arguments = (state, batch, setup.image_stats, key)
-    compiled, facts = hlo_cost.compile_step(setup, options.precision, arguments)
+    compiled, facts = hlo_cost.compile_step(setup, options.precision, (state, batch, setup.image_stats, key))
     buffered, numbers = num_buffered(config) if on_batches else 0, itertools.count(1)
 
     def step() -> None:
@@ -243,6 +228,5 @@ def check_torch(gpu: bool) -> None:
         raise UserError("--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'") from error
     if gpu != torch.cuda.is_available():
         ours, theirs = ('a GPU', 'none') if gpu else ('no GPU', 'one')
-        raise UserError(
-            f'JAX has {ours} here and PyTorch {theirs}; install both for it (docs/performance.md), or --cpu_devices=1.'
-        )
+        remedy = 'install both for it (docs/performance.md), or --cpu_devices=1'
+        raise UserError(f'JAX has {ours} here and PyTorch {theirs}; {remedy}.')

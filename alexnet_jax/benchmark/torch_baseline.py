@@ -1,7 +1,4 @@
-"""PyTorch in the benchmark: the same network, update and input, as a PyTorch user would write them.
-
-Needs the extra `oracle`; imported only for --against=torch.
-"""
+"""PyTorch in the benchmark: the same network, update and input, as its users write them. Needs the extra `oracle`."""
 
 import io
 import itertools
@@ -16,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from alexnet_jax.benchmark.throughput import TORCH, Contender, Options, images_per_second, num_buffered, skip
@@ -48,11 +44,8 @@ class Net(nn.Sequential):
         }
         modules, shapes = [], architecture.infer_shapes(network, image_size)
         for name, row in network.layers.items():
-            if (
-                'spatial_norm' in row.post
-                or isinstance(row, LocalSpec)
-                or (isinstance(row, DenseSpec) and row.groups > 1)
-            ):
+            grouped = isinstance(row, DenseSpec) and row.groups > 1
+            if grouped or isinstance(row, LocalSpec) or set(row.ops) - operations.keys():
                 raise UserError(f'--against=torch: PyTorch has nothing like {name}, {row}; use another --config.')
             inputs = shapes[name].inputs
             if isinstance(row, ConvSpec):
@@ -93,14 +86,13 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int):
         encoded, label = discovery.read_image(self.images[index])
-        image = Image.open(io.BytesIO(encoded)).convert('RGB')
-        size = self.record_size
+        image, size = Image.open(io.BytesIO(encoded)).convert('RGB'), self.record_size
         if image.size != (size, size):
             scale = size / min(image.size)
             width, height = (max(size, round(side * scale)) for side in image.size)
             left, top = (width - size) // 2, (height - size) // 2
-            resized = image.resize((width, height), Image.Resampling.BILINEAR)
-            image = resized.crop((left, top, left + size, top + size))
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + size, top + size))
         drawn = random_crops.AugmentParams(*(values[index] for values in self.draws))
         crop = random_crops.crop(np.asarray(image), drawn, self.augmentation.image_size)
         return torch.from_numpy(crop), torch.from_numpy(drawn.color), label
@@ -109,12 +101,8 @@ class ImageDataset(Dataset):
 def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator:
     """Endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n].
 
-    Of the originals at `raw` (see `discovery.find_images`), or of the training records as JPEG files.
-
-    stack: removes the JPEG files when it closes.
-
-    Raises:
-      UserError: there is no train split, or the records are not JPEGs.
+    Of the originals at `raw` (see `discovery.find_images`), or of the training records as JPEG files, which `stack`
+    removes when it closes. Raises UserError where there is no train split, or where the records are not JPEGs.
     """
     config = setup.config
     if raw:
@@ -134,10 +122,8 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
     dataset = ImageDataset(images, setup.augmentation, setup.dataset.record_size)
     # Many passes in one: a DataLoader begins and ends slowly.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
-    workers = config.data.num_workers or processes.cores()
-    loader = DataLoader(
-        dataset, config.batch_size, sampler=sampler, num_workers=workers, pin_memory=_GPU, persistent_workers=True
-    )
+    how = {'num_workers': config.data.num_workers or processes.cores(), 'persistent_workers': True}
+    loader = DataLoader(dataset, config.batch_size, sampler=sampler, pin_memory=_GPU, **how)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -145,11 +131,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     """Returns (update, wait): `update(batch)` begins one update, `wait()` returns when all are done.
 
     On a GPU channels-last, `torch.compile` from the pixels to the loss, autocast and a fused update, as PyTorch's own
-    guide advises; on the CPU none of them.
-
-    Args:
-      setup: gives the network, the mean color, and the rate, momentum and weight decay (of weights alone).
-      precision: 'float32', 'tf32' or 'bfloat16'.
+    guide advises; on the CPU none of them. Weight decay is of weights alone, the mean that of each color.
     """
     torch.set_num_threads(processes.cores())
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
@@ -159,10 +141,9 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     optim = setup.config.optim
     layout = torch.channels_last if _GPU else torch.contiguous_format  # no faster on the CPU
     net = Net(setup.network, setup.augmentation.image_size).to(_DEVICE, memory_format=layout).train()
-    groups = [
-        {'params': [p for p in net.parameters() if p.ndim > 1], 'weight_decay': optim.weight_decay},
-        {'params': [p for p in net.parameters() if p.ndim == 1]},
-    ]
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    biases = [p for p in net.parameters() if p.ndim == 1]
+    groups = [{'params': weights, 'weight_decay': optim.weight_decay}, {'params': biases}]
     optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum, fused=_GPU)
     mean_color = np.asarray(setup.dataset.image_stats.mean_image).mean((0, 1))
     mean = torch.from_numpy(np.float32(mean_color))[:, None, None].to(_DEVICE)
@@ -170,7 +151,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     def loss(images, color, labels):
         x = images.permute(0, 3, 1, 2).contiguous(memory_format=layout).float() - mean + color[:, :, None, None]
         with torch.autocast(_DEVICE.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-            return functional.cross_entropy(net(x).float(), labels)
+            return nn.functional.cross_entropy(net(x).float(), labels)
 
     compiled = torch.compile(loss) if _GPU else loss
 
@@ -184,10 +165,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
 
 
 def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = None) -> Contender:
-    """PyTorch's updates, on one batch that stays on the device or on those of its loader.
-
-    Batches of a loader that may be ready when its turn comes are taken before the clock starts.
-    """
+    """PyTorch's updates, on one batch that stays on the device or on those of its loader."""
     config = setup.config
     buffered = num_buffered(config) if batches else 0
     update, wait = training(setup, options.precision)
@@ -202,10 +180,8 @@ def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = N
             torch.cuda.reset_peak_memory_stats()  # of what is compiled and chosen
         update(next(batches))
         wait()
-    facts = {
-        'first_two_steps_seconds': round(time.perf_counter() - began, 1),
-        'bytes': torch.cuda.max_memory_allocated() if _GPU else None,
-    }
+    seconds = round(time.perf_counter() - began, 1)
+    facts = {'first_two_steps_seconds': seconds, 'bytes': torch.cuda.max_memory_allocated() if _GPU else None}
 
     def measure() -> float:
         skip(batches, buffered)

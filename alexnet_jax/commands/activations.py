@@ -10,7 +10,6 @@ operation; NAME_OP is one operation of it: conv1_linear, conv1_pool. The file ho
 from absl import flags
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations, evaluate
@@ -30,7 +29,6 @@ FLAGS = (
 
 def main(args: flags.FlagValues) -> None:
     activations.check_output(args.output)
-    app.set_up_jax(args.cpu_devices)
     dataset = datasets.open_dataset(args.data)
     records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
     evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may be others

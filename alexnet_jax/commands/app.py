@@ -1,8 +1,8 @@
 """What all commands share: flags, the set-up of JAX, and user errors as one line with exit code 2.
 
 A command is a module with a docstring (purpose and example, shown by --help), `FLAGS`, `main(args)` and, where it takes
-words without --, `ARGUMENTS` (what they are) and `main(args, words)`. One with `SUBCOMMANDS` has nothing but them:
-{name: class with the same attributes}.
+words without --, `ARGUMENTS` (what they are) and `main(args, words)`. Where `FLAGS` has --cpu_devices JAX is set up for
+`main`. One with `SUBCOMMANDS` has nothing but them: {name: class with the same attributes}.
 """
 
 import contextlib
@@ -28,9 +28,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
 def run(command: ModuleType | type, words: Sequence[str] | None = None) -> None:
-    """Parses a command's flags and calls its `main`; never returns.
-
-    words: in place of those of the command line.
+    """Parses a command's flags from `words`, by default the command line's, and calls its `main`; never returns.
 
     Exit codes: 0; 1 when training diverged or for an internal error (with its traceback); 2 for a user's error; 130 and
     143 when it was told to stop, by SIGINT and SIGTERM.
@@ -61,19 +59,13 @@ def help_text(command: ModuleType | type) -> str:
     """A command's docstring and its own flags; or its subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         lines = [f'  {name:8} {inspect.getdoc(sub).splitlines()[0]}' for name, sub in subcommands.items()]
-        return '\n'.join([_docstring(command), '', *lines, '', 'Each tells more with --help.'])
+        return '\n'.join([inspect.getdoc(command), '', *lines, '', 'Each tells more with --help.'])
     values = flags.FlagValues()
     for flag in command.FLAGS:
         flag.define(values)
         values.register_key_flag_for_module(command.__name__, values[flag.name])
     own = values.module_help(command.__name__).partition('\n')[2]
-    return f'{_docstring(command)}\n\nflags:\n{own}'
-
-
-def _docstring(command: ModuleType | type) -> str:
-    """As it is written, less the indentation of a class; `inspect.getdoc` would take that of an example, too."""
-    indent = '    ' if isinstance(command, type) else ''
-    return '\n'.join(line.removeprefix(indent) for line in command.__doc__.strip().splitlines())
+    return f'{inspect.getdoc(command)}\n\nflags:\n{own}'
 
 
 def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -95,9 +87,7 @@ def set_up_jax(cpu_devices: int) -> None:
 
     Call it before anything touches a device. For several processes, each has the same JAX_COORDINATOR_ADDRESS and
     JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process takes all
-    GPUs it sees, or those of JAX_LOCAL_DEVICE_IDS.
-
-    cpu_devices: 0 takes what JAX finds; else so many devices on the CPU.
+    GPUs it sees, or those of JAX_LOCAL_DEVICE_IDS; with cpu_devices above 0 that many devices on the CPU.
     """
     import jax  # not above: the processes of alexnet_jax prepare do without
 
@@ -138,12 +128,11 @@ def _call(command: ModuleType | type, words: Sequence[str]) -> None:
     for flag in command.FLAGS:
         if flag.required and not values[flag.name].value:
             raise UserError(f'--{flag.name} is missing; see --help.')
-    if arguments is None:
-        command.main(values)
-    elif words:
-        command.main(values, words)
-    else:
+    if arguments and not words:
         raise UserError(f'nothing to work on: give {arguments}.')
+    if 'cpu_devices' in values:
+        set_up_jax(values.cpu_devices)
+    command.main(values, *([words] if arguments else []))
 
 
 def _guard(function: Callable[[], None]) -> None:

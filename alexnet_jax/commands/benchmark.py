@@ -11,26 +11,27 @@ import contextlib
 import json
 import os
 import resource
-from typing import Any
+from collections.abc import Callable
 
+import jax
 from absl import flags
 
-from alexnet_jax.commands import app
+from alexnet_jax.benchmark import hlo_cost, throughput
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
+from alexnet_jax.data import datasets
+from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.errors import UserError
 
+PRECISIONS = tuple(throughput.PRECISIONS)
 AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
 SHARED = (
     ConfigFlag('config', 'paper', 'Name or file of a config: the network and its update.'),
     Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
     Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),
-    Flag(
-        'precision', None, 'Of products, also those of PyTorch; of the model too if bfloat16.',
-        choices=('float32', 'tf32', 'bfloat16'),
-    ),
+    Flag('precision', None, 'Of products, also those of PyTorch; of the model too if bfloat16.', choices=PRECISIONS),
     CPU_DEVICES,
-)  # fmt: skip
+)
 
 
 class Step:
@@ -42,20 +43,22 @@ class Step:
     With --compile_for a step is compiled for a GPU that need not be there, and not run.
     """
 
-    FLAGS = (
-        *SHARED,
-        AGAINST,
-        Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'."),
-    )
+    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
+    FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         if args.compile_for is None:
-            _measure(args, 'step')
-        elif args.against:
+            return _measure(args, 'step', throughput.step_contenders)
+        if args.against:
             raise UserError('--compile_for compiles, and runs nothing: omit --against.')
-        else:
-            _compile(args)
+        jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+        precision, config = _set_precision(args, gpu=True), args.config
+        dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
+        facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
+        record = {'mode': 'step', 'precision': precision, **describe_environment()}
+        record |= {'config': config.to_dict(), 'compiled': facts}
+        print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
 
 
 class Train:
@@ -68,7 +71,7 @@ class Train:
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
-        _measure(args, 'train')
+        _measure(args, 'train', throughput.train_contenders)
 
 
 class Input:
@@ -87,7 +90,7 @@ class Input:
             raise UserError(
                 "input --against=torch would compare PyTorch's cutting with our copying; use --config.data.cache=''."
             )
-        _measure(args, 'input', raw=args.input)
+        _measure(args, 'input', throughput.input_contenders, raw=args.input)
 
 
 class Prepare:
@@ -100,29 +103,20 @@ class Prepare:
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
-        _measure(args, 'prepare', raw=args.input)
+        _measure(args, 'prepare', throughput.prepare_contenders, raw=args.input)
 
 
 SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
 
 
-def _measure(args: flags.FlagValues, mode: str, **options: Any) -> None:
-    """Makes the contenders of a mode, measures them and prints the report.
-
-    options: of `throughput.CONTENDERS[mode]`.
-    """
+def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **options: str | None) -> None:
+    """Makes the contenders of a mode, with `options` of that function, measures them and prints the report."""
     against = 'against' in args and bool(args.against)
     if against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
         if args.cpu_devices:
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    app.set_up_jax(args.cpu_devices)
-    import jax
-
-    from alexnet_jax.benchmark import throughput
-
-    gpu, config = jax.devices()[0].platform == 'gpu', args.config
-    torch_baseline = None
+    gpu, config, torch_baseline = jax.devices()[0].platform == 'gpu', args.config, None
     if against:
         throughput.check_torch(gpu)
         from alexnet_jax.benchmark import torch_baseline
@@ -130,10 +124,10 @@ def _measure(args: flags.FlagValues, mode: str, **options: Any) -> None:
         if gpu:
             config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch has
     precision = _set_precision(args, gpu)
-    settings = _settings(mode, precision)
+    settings = {'mode': mode, 'precision': precision, **describe_environment()}
     how = throughput.Options(torch_baseline, args.steps, precision)
     with contextlib.ExitStack() as stack:
-        contenders = throughput.CONTENDERS[mode](config, how, stack, **options)
+        contenders = make_contenders(config, how, stack, **options)
         rates = throughput.measure_in_turns(contenders, args.repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
@@ -143,28 +137,8 @@ def _measure(args: flags.FlagValues, mode: str, **options: Any) -> None:
     print(throughput.report(contenders, rates, settings), flush=True)
 
 
-def _compile(args: flags.FlagValues) -> None:
-    """Compiles a step for devices that need not be there, and prints what is known of it."""
-    app.set_up_jax(args.cpu_devices)
-    import jax
-
-    from alexnet_jax.benchmark import hlo_cost, throughput
-    from alexnet_jax.data import datasets
-
-    jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
-    precision, config = _set_precision(args, gpu=True), args.config
-    dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
-    facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
-    record = {**_settings('step', precision), 'config': config.to_dict(), 'compiled': facts}
-    print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
-
-
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
     """The precision of --precision or, without it, that in which `train` computes on such a device; sets it."""
-    import jax
-
-    from alexnet_jax.benchmark import throughput
-
     config = args.config
     jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
@@ -173,9 +147,3 @@ def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
     if args.batch_size:
         config.batch_size = args.batch_size
     return precision
-
-
-def _settings(mode: str, precision: str) -> dict[str, Any]:
-    from alexnet_jax.utils.environment import describe_environment
-
-    return {'mode': mode, 'precision': precision, **describe_environment()}

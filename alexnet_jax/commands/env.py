@@ -9,7 +9,6 @@ import json
 
 from absl import flags
 
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, Flag
 from alexnet_jax.utils.environment import describe_environment
 
@@ -17,7 +16,6 @@ FLAGS = (Flag('json', False, 'Print one JSON object.'), CPU_DEVICES)
 
 
 def main(args: flags.FlagValues) -> None:
-    app.set_up_jax(args.cpu_devices)
     environment = describe_environment()
     if args.json:
         print(json.dumps(environment))

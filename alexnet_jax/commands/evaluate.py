@@ -14,7 +14,6 @@ import jax
 from absl import flags, logging
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.core import architecture, sharding
 from alexnet_jax.data import datasets
@@ -37,7 +36,6 @@ FLAGS = (
 
 def main(args: flags.FlagValues) -> None:
     weights = _parse_weights(args.weights, len(args.checkpoint))
-    app.set_up_jax(args.cpu_devices)
     dataset = datasets.open_dataset(args.data)
     records = dataset.split(args.split)
     tune_on = dataset.split('val') if args.weights == 'tuned' else None

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.experiments import runner
 from alexnet_jax.utils.errors import UserError, did_you_mean
@@ -38,7 +37,6 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
         raise UserError(f'--scale={args.scale}; expected a number above 0, at most 1.')
     from alexnet_jax.experiments import plots  # noqa: F401  (says now, not after days, that matplotlib is missing)
 
-    app.set_up_jax(args.cpu_devices)
     suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
     if args.dry_run:
         print(runner.plan_suite(suite, args.data))

@@ -10,7 +10,6 @@ and nearest training images (figure 4), and the confusion matrix.
 from absl import flags
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, Flag
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import figures
@@ -33,7 +32,6 @@ def main(args: flags.FlagValues) -> None:
         raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
     from alexnet_jax.experiments import plots  # says in one line that matplotlib is missing
 
-    app.set_up_jax(args.cpu_devices)
     path = args.run or args.checkpoint
     dataset = datasets.open_dataset(args.data) if args.data else None
     checkpoint = load_checkpoint(path)

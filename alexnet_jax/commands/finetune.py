@@ -9,7 +9,6 @@ layers but the classifier. DIR gets data/, run/ and figures/; started again the 
 
 from absl import flags
 
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.experiments import figures, finetune
 from alexnet_jax.utils.errors import UserError
@@ -28,7 +27,6 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
-    app.set_up_jax(args.cpu_devices)
     options = {'val_fraction': args.val_fraction, 'max_unreadable': args.max_unreadable}
     result = finetune.finetune(args.config, args.input, args.output, init_from=args.init_from, **options)
     matrix = result.confusion

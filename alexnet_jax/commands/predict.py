@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
@@ -29,7 +28,6 @@ ARGUMENTS = 'one IMAGE_OR_FOLDER or more'
 
 
 def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
-    app.set_up_jax(args.cpu_devices)
     files = predict.list_image_files(paths)
     checkpoint = load_checkpoint(args.checkpoint)
     classes = len(checkpoint.class_names)

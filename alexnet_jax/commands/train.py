@@ -10,7 +10,6 @@ Layers are keys by name: --config.model.layers.conv2.post='tanh pool'.
 
 from absl import flags
 
-from alexnet_jax.commands import app
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.core import architecture
 from alexnet_jax.training import train
@@ -33,5 +32,4 @@ def main(args: flags.FlagValues) -> None:
         return
     if not args.workdir:
         raise UserError('--workdir is missing; see --help.')
-    app.set_up_jax(args.cpu_devices)
     train.train_and_evaluate(args.config, args.workdir, profile=args.profile)

@@ -1,7 +1,6 @@
 """PyTorch's state_dict files; nothing in them is executed."""
 
 import contextlib
-import os
 import pickletools
 import re
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 
 from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, printable, unreadable
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import check_declared_size
 
 # What a state_dict in a trainer's dict is made of. PyTorch's own list is longer, with some that allocate at will.
 _HARMLESS = re.compile(
@@ -21,8 +21,7 @@ _HARMLESS = re.compile(
 def read(path: str) -> WeightFile:
     """Reads the tensors, in the order of the file; `weights_only` runs none of its code.
 
-    Raises:
-      UserError: PyTorch is missing, or the file is no state_dict.
+    Raises UserError where PyTorch is missing, or the file is no state_dict.
     """
     try:
         import torch
@@ -43,9 +42,7 @@ def read(path: str) -> WeightFile:
             if isinstance(loaded, dict) and all(isinstance(value, torch.Tensor) for value in loaded.values()):
                 tensors = {str(key): value.detach() for key, value in loaded.items()}
                 # A tensor may repeat one number along an axis for ever.
-                size, declared = os.path.getsize(path), sum(v.numel() * v.element_size() for v in tensors.values())
-                if declared > size:
-                    raise ValueError(f'{size} bytes that declare {declared}')
+                check_declared_size(path, sum(v.numel() * v.element_size() for v in tensors.values()))
                 arrays = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()}
                 return WeightFile(path, pair_tensors(path, arrays))
     except UserError:
@@ -60,11 +57,7 @@ def read(path: str) -> WeightFile:
 
 
 def _pickled_names(path: str) -> Iterator[str]:
-    """What the pickles of a PyTorch file would import, as 'module.name'; nothing is loaded.
-
-    Raises:
-      ValueError: an archive that would grow when it is read; `torch.save` does not compress.
-    """
+    """What the pickles of a PyTorch file would import, as 'module.name'; nothing is loaded."""
     with open(path, 'rb') as file:
         if file.read(4) != b'PK\3\4':  # as before PyTorch 1.6: five pickles, then numbers
             file.seek(0)
@@ -72,9 +65,8 @@ def _pickled_names(path: str) -> Iterator[str]:
                 yield from _names_in(file)
             return
         with zipfile.ZipFile(file) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-            if declared > os.path.getsize(path):
-                raise ValueError(f'{os.path.getsize(path)} bytes that declare {declared}')
+            # `torch.save` does not compress.
+            check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))
             for entry in archive.infolist():
                 if entry.filename.lower().endswith('.pkl'):
                     with archive.open(entry) as pickled:

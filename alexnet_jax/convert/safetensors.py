@@ -17,16 +17,13 @@ METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax conver
 def read(path: str) -> WeightFile:
     """Reads the tensors by name, numbers in it as numbers (features.3 before features.10): the format keeps no order.
 
-    Raises:
-      UserError: the file is damaged, or its metadata are not what `write` wrote.
+    Raises UserError where the file is damaged, or its metadata are not what `write` wrote.
     """
     import safetensors
 
     try:
         with safetensors.safe_open(path, 'numpy') as file:
-            names = sorted(
-                file.keys(), key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
-            )
+            names = sorted(file.keys(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', n)])
             tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # SafetensorError, OSError, AttributeError for types numpy has not got
         raise unreadable(path, 'a safetensors file', error) from error

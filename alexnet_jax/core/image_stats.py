@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import check_declared_size
 
 FILE_NAME = 'image_stats.npz'
 
@@ -88,10 +89,7 @@ def load(directory: str) -> ImageStats | None:
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            # `save` does not compress. What grows when it is read was made to.
-            declared = sum(entry.file_size for entry in archive.infolist())
-            if declared > os.path.getsize(path):
-                raise ValueError(f'{os.path.getsize(path)} bytes that declare {declared}')
+            check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # `save` does not compress
             image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
         side = image_stats.mean_image.shape[0]
         shapes = [(side, side, 3), (3,), (3, 3)]

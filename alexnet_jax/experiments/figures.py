@@ -1,8 +1,9 @@
 """What the paper's figures show, as arrays; plots.py draws it."""
 
+import contextlib
 import json
 import math
-import os
+import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import augment, sharding
 from alexnet_jax.core.architecture import ConvSpec, infer_shapes
 from alexnet_jax.core.model import AlexNet
-from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.inference import activations, predict
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
@@ -60,10 +62,7 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
 
     A layer with one group whose input is split reads both towers, any other its own; both see the image.
 
-    image_size: side of the network's input, pixels. towers: 1 or 2.
-
-    Raises:
-      UserError: the network cannot be split over so many towers.
+    image_size: side of the input, pixels. towers: 1 or 2; raises UserError where the network cannot be split so.
     """
     layers, table = [], network.layers
     for name, sizes in infer_shapes(network, image_size, towers).items():
@@ -71,15 +70,8 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
         own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
         # Of an odd number of classes the first tower has one more.
         maps = tuple((row.features + towers - 1 - tower) // towers for tower in range(towers))
-        figure = LayerFigure(
-            name=name,
-            maps=maps,
-            groups=row.groups,
-            reads=tuple(own if layers else [()] * towers),
-            post=row.post,
-            neurons=math.prod(sizes.linear),
-            parameters=sizes.parameters,
-        )
+        reads = tuple(own if layers else [()] * towers)
+        figure = LayerFigure(name, maps, row.groups, reads, row.post, math.prod(sizes.linear), sizes.parameters)
         if isinstance(row, ConvSpec):
             kernel = (row.kernel, sizes.inputs[-1] // row.groups)
             figure = figure._replace(size=sizes.linear[0], kernel=kernel, stride=row.stride, read_size=sizes.inputs[0])
@@ -90,12 +82,8 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
 def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
     """The first layer's kernels as pictures (figure 3), tower by tower: float [O / towers, H, W, 3], 0 to 1.
 
-    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`.
-
-    kernel_HWIO: float [H, W, 3, O], RGB; the first half of O is tower 0.
-
-    Raises:
-      UserError: these kernels do not see three colors.
+    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float
+    [H, W, 3, O], RGB; the first half of O is tower 0. Raises UserError for another shape.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     if kernel.ndim != 4 or kernel.shape[2] != 3:
@@ -108,11 +96,9 @@ def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
 def color_share(kernel_HWIO) -> np.ndarray:
     """How colored each kernel is: the share of its energy that is not gray, float [O], 0 to 1.
 
-    With m the mean of a kernel k over R, G and B at each place, the gray part of k is m in all three channels, and the
-    share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as where
-    two channels oppose each other. Of a kernel that is zero it is 0.
-
-    kernel_HWIO: float [H, W, 3, O].
+    With m the mean of a kernel k [H, W, 3] over R, G and B at each place, the gray part of k is m in all channels, and
+    the share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as
+    where two channels oppose each other. Of a kernel that is zero it is 0.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
@@ -122,10 +108,7 @@ def color_share(kernel_HWIO) -> np.ndarray:
 
 
 def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
-    """The most probable labels of some images, from the center crop (figure 4, left).
-
-    images: uint8 [N, S, S, 3], whole records; labels: the true ones.
-    """
+    """The best labels of records, uint8 [N, S, S, 3], from the center crop (figure 4, left); labels: the true ones."""
     results, classes = [], checkpoint.class_names
     outputs = predict.predict(checkpoint, images, views=1)
     for probabilities, label, order in zip(outputs, labels, predict.top_k(outputs, top).tolist(), strict=True):
@@ -139,13 +122,8 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
 
     Exact: the authors' search took the nearest of each file of training images, at most. Ties go to the lower index.
 
-    Args:
-      query_ND: float [N, ...], e.g. from `activations.activations`; each query is taken as one vector.
-      base: batches [n, ...] in order, of which one at a time is held.
-      count: how many; fewer are found where there are fewer.
-
-    Returns:
-      (indices int [N, count], distances float64 [N, count]), the nearest first.
+    query_ND: float [N, ...], each query taken as one vector. base: batches [n, ...] in order, of which one at a time is
+    held. Returns (indices int [N, count], distances float64 [N, count]), the nearest first; or as many as there are.
     """
     query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
     best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
@@ -162,10 +140,7 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
 
 
 def confusion(labels, predicted, classes: int) -> np.ndarray:
-    """How often each true class (rows) was taken for each class (columns): int [K, K].
-
-    labels, predicted: int [N].
-    """
+    """How often each true class (rows) was taken for each class (columns): int [K, K]; labels, predicted: int [N]."""
     pairs = np.ravel_multi_index((labels, predicted), (classes, classes))
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
@@ -183,24 +158,16 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
 
 
 def curves(workdir: str) -> dict[str, Curve]:
-    """The 'train' and 'val' lines of a run's metrics.jsonl, in order; of a run under way, too.
-
-    Raises:
-      UserError: there is none.
-    """
-    path = os.path.join(workdir, 'metrics.jsonl')
-    if not os.path.isfile(path):
-        raise UserError(
-            f'there is no {path!r}; expected the workdir of a run (of a checkpoint alone: --checkpoint=PATH).'
-        )
+    """The 'train' and 'val' lines of a run's metrics.jsonl, even of one under way; UserError where there is none."""
+    path = pathlib.Path(workdir, 'metrics.jsonl')
+    if not path.is_file():
+        expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
+        raise UserError(f'there is no {str(path)!r}; expected {expected}.')
     rows_of = {'train': [], 'val': []}
-    with open(path, encoding='utf-8', errors='replace') as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-                rows_of[line['split']].append([line[key] for key in Curve._fields])
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill, or not yet whole
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not yet whole
+            line = json.loads(text)
+            rows_of[line['split']].append([line[key] for key in Curve._fields])
     return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
 
 
@@ -214,12 +181,7 @@ def towers_of(network: AlexNet, image_size: int) -> int:
 
 
 def draw(
-    checkpoint: Checkpoint,
-    *,
-    run: str | None = None,
-    dataset: datasets.Dataset | None = None,
-    split: str = 'val',
-    seed: int = 0,
+    checkpoint: Checkpoint, *, run: str | None = None, dataset: Dataset | None = None, split: str = 'val', seed: int = 0
 ) -> Iterator[Drawn]:
     """Every figure there is of a network, one after the other: (name, matplotlib's Figure, what to print with it).
 
@@ -232,32 +194,24 @@ def draw(
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
             lines = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
             yield name, plots.learning_curves(lines, y_label=label), []
-    yield from _of_network(checkpoint)
-    if dataset:
-        yield from _of_images(checkpoint, dataset, split, seed)
-
-
-def _of_network(checkpoint: Checkpoint) -> Iterator[Drawn]:
-    from alexnet_jax.experiments import plots  # matplotlib is an extra
-
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
     first, row = next(iter(network.layers.items()))
     kernel = checkpoint.params[first]['kernel']
-    if type(row) is not ConvSpec or row.groups > 1:
+    if type(row) is ConvSpec and row.groups == 1:
+        shares, lines = np.split(color_share(kernel), towers), []
+        for tower, share in enumerate(shares):
+            above = f'{np.sum(share > 0.5)} of {len(share)} kernels ({100 * np.mean(share > 0.5):.0f}%) above 1/2'
+            lines.append(f'{first}, tower {tower}: mean color share {share.mean():.3f}, {above}')
+        yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [share.mean() for share in shares]), lines
+    else:
         logging.info('%s has no kernels that see three colors at once: no figure of them.', first)
-        return
-    shares = np.split(color_share(kernel), towers)
-    lines = [
-        f'{first}, tower {tower}: mean color share {share.mean():.3f}, {np.sum(share > 0.5)} of {len(share)} kernels '
-        f'({100 * np.mean(share > 0.5):.0f}%) above 1/2'
-        for tower, share in enumerate(shares)
-    ]
-    yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [float(share.mean()) for share in shares]), lines
+    if dataset:
+        yield from _of_images(checkpoint, dataset, split, seed)
 
 
-def _of_images(checkpoint: Checkpoint, dataset: datasets.Dataset, split: str, seed: int) -> Iterator[Drawn]:
+def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     source, classes = dataset.split(split), checkpoint.class_names
@@ -271,10 +225,9 @@ def _of_images(checkpoint: Checkpoint, dataset: datasets.Dataset, split: str, se
 
     outputs, all_labels = Evaluator(checkpoint, sharding.make_mesh(data=0, tower=1)).probabilities(source)
     matrix = confusion(all_labels, outputs.argmax(1), len(classes))
-    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images right (center crop); most confused:'] + [
-        f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})'
-        for true, taken, number, share in most_confused(matrix, classes)
-    ]
+    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images right (center crop); most confused:']
+    for true, taken, number, share in most_confused(matrix, classes):
+        lines.append(f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})')
     yield 'confusion', plots.confusion(matrix, classes), lines
 
     if 'train' not in dataset.splits:
@@ -290,12 +243,9 @@ def _of_images(checkpoint: Checkpoint, dataset: datasets.Dataset, split: str, se
     own = right if split == 'train' else [-1] * len(right)  # no image is a neighbor of itself
     rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
     pictures = [pipeline.decode_some(train, row, checkpoint.record_size) for row in rows]
-    figure = plots.neighbors(
-        crops(images),
-        [crops(near) for near, _ in pictures],
-        [classes[label] for label in labels],
-        [[classes[label] for label in row] for _, row in pictures],
-    )
+    names = [classes[label] for label in labels]
+    near_names = [[classes[label] for label in row] for _, row in pictures]
+    figure = plots.neighbors(crops(images), [crops(near) for near, _ in pictures], names, near_names)
     same = sum(row.count(label) for label, (_, row) in zip(labels, pictures, strict=True))
     line = f'nearest training images in {layer}: {same} of {sum(map(len, rows))} have the class of their {split} image'
     yield 'neighbors', figure, [line]

@@ -17,10 +17,8 @@ try:
     from matplotlib.patches import Polygon, Rectangle
     from matplotlib.transforms import Bbox
 except ImportError as error:
-    raise UserError(
-        "figures are drawn with matplotlib, which is not installed: pip install 'alexnet_jax[figures]'"
-    ) from error
-
+    reason = 'figures are drawn with matplotlib, which is not installed'
+    raise UserError(f"{reason}: pip install 'alexnet_jax[figures]'") from error
 
 # Okabe and Ito's colors, which color-blind eyes tell apart; lines differ in style, bars in hatching, too.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
@@ -93,8 +91,8 @@ def _by(*sides: int) -> str:
 
 def _heading(axes: Axes, row, x: float, height: float) -> None:
     """Name, kernels and what follows above a column; neurons and parameters below."""
-    groups = [f'{row.groups} groups'] if row.groups > 1 else []
-    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense', *groups]
+    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense']
+    lines += [f'{row.groups} groups'] if row.groups > 1 else []
     lines += textwrap.wrap(', '.join(_WORDS.get(step, step) for step in row.post.split()), 20)
     axes.text(x, height - 0.15, row.name, ha='center', va='top', weight='bold', fontsize=9)
     axes.text(x, height - 0.33, '\n'.join(lines), ha='center', va='top', fontsize=7.5, linespacing=1.25)
@@ -103,10 +101,7 @@ def _heading(axes: Axes, row, x: float, height: float) -> None:
 
 
 def _block(axes: Axes, x, y, width, height, color, label, depth) -> Bbox:
-    """A box seen from the front, and from above and the right where depth is 1; centered on x and y.
-
-    Returns its front.
-    """
+    """A box, centered on x and y, and seen also from above and the right where depth is 1; returns its front."""
     shift = np.array((0.3, 0.22)) * height * depth
     left, right = x - (width + shift[0]) / 2, x + (width - shift[0]) / 2
     low, high = y - height / 2, y + height / 2
@@ -160,8 +155,8 @@ def _sheet(pictures: np.ndarray) -> np.ndarray:
     """[O, H, W, 3] side by side on white, a pixel apart."""
     count, height, width, _ = pictures.shape
     tiles = np.pad(pictures, ((0, -count % _PER_ROW), (1, 0), (1, 0), (0, 0)), constant_values=1)
-    rows = np.concatenate(tiles.reshape(-1, _PER_ROW, height + 1, width + 1, 3), axis=1)
-    sheet = np.concatenate(rows, axis=1)
+    rows = tiles.reshape(-1, _PER_ROW, height + 1, width + 1, 3).swapaxes(1, 2)
+    sheet = rows.reshape(-1, _PER_ROW * (width + 1), 3)
     return np.pad(sheet, ((0, 1), (0, 1), (0, 0)), constant_values=1)
 
 
@@ -214,16 +209,13 @@ def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence
     return figure
 
 
-def confusion(matrix, class_names: Sequence[str]) -> Figure:
-    """How often each true class (rows) was taken for each (columns), as shares; named up to 30 classes.
-
-    Colors follow the root of the share: errors are few, and would not be seen.
-    """
-    matrix = np.asarray(matrix)
+def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """How often each true class (rows) was taken for each (columns), as shares; named up to 30 classes."""
     count = len(matrix)
     side = max(4.5, min(9.0, 0.32 * count + 1.5))
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
+    # Colors follow the root of the share: errors are few, and would not be seen.
     image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap='cividis', norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label='share of the true class', shrink=0.8)
     axes.set(xlabel='taken for', ylabel='true class')
@@ -240,17 +232,11 @@ def confusion(matrix, class_names: Sequence[str]) -> Figure:
 
 
 def learning_curves(
-    curves: Mapping[str, tuple | Sequence[tuple]],
-    *,
-    threshold: float | None = None,
-    y_label: str = 'Training error rate',
+    curves: Mapping[str, tuple | list[tuple]], *, threshold: float | None = None, y_label: str = 'Training error rate'
 ) -> Figure:
-    """Curves in the manner of figure 1: the first solid, the second dashed.
+    """Curves in the manner of figure 1: the first solid, the second dashed; at `threshold` a thin horizontal line.
 
-    Args:
-      curves: (x, y) by name; or a list of them, one for each seed, drawn thin.
-      threshold: where a thin horizontal line is drawn.
-      y_label: of the axis.
+    curves: (x, y) by name; or a list of them, one for each seed, drawn thin.
     """
     figure = Figure(figsize=(5, 3.8), layout='constrained')
     axes = figure.subplots()

@@ -1,12 +1,10 @@
 """An HTML page with tables, figures and two interactive parts, in one file that needs no network.
 
-One part slides a filter of the first layer over a picture, the other walks through the layers with it. The page is
-`report.html` beside this file. Its script, `report.js`, computes the first part itself, and shows for the second what
-is put in here.
+One part slides a filter of the first layer over a picture, the other walks through the layers with it. Of the files
+beside this one `report.html` is the page; `report.js` computes the first part, and shows for the second what is put in.
 """
 
 import base64
-import html
 import json
 import math
 import numbers
@@ -14,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -67,19 +66,14 @@ def write(
     image_NHWC: np.ndarray | None = None,
     captions: Sequence[str] = (),
 ) -> None:
-    """Writes the page in one move.
+    """Writes the page in one move; what is at `path` is replaced. All text is plain, of which HTML is made here.
 
-    Args:
-      path: of the HTML file; what is there is replaced.
-      title, summary: its head, plain text as all text here.
-      tables, figures: in their order.
-      checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
-        `manager.record_size`, prepared as the training images were. The first six are used, their centers.
-      captions: of these pictures; those that have none are numbered.
+    checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
+    `checkpoint.record_size`, prepared as the training images were. The first six are used, their centers. captions: of
+    these pictures; those that have none are numbered.
 
-    Raises:
-      UserError: a row that does not fit its table, a figure that cannot be read, images of another shape or type, a
-        file that cannot be written.
+    Raises UserError for a row that does not fit its table, a figure that cannot be read, images of another shape or
+    type, and a file that cannot be written.
     """
     if (checkpoint is None) != (image_NHWC is None):
         raise UserError('a checkpoint and images to show it belong together; give both or neither.')
@@ -88,14 +82,12 @@ def write(
     sections += [(f'figure-{i}', figure.title, _figure(figure)) for i, figure in enumerate(figures, 1)]
     links = [(name, heading) for name, heading, _ in sections]
     links += [(n, h) for n, h in (('slide', 'Slide a filter'), ('walk', 'Walk through the layers')) if n in data]
+    body = [f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{text}</section>' for name, title, text in sections]
     parts = {
-        'title': html.escape(title),
-        'summary': html.escape(summary),
-        'contents': ''.join(f'<li><a href="#{name}">{html.escape(heading)}</a></li>' for name, heading in links),
-        'sections': '\n'.join(
-            f'<section id="{name}">\n<h2>{html.escape(heading)}</h2>\n{content}</section>'
-            for name, heading, content in sections
-        ),
+        'title': escape(title),
+        'summary': escape(summary),
+        'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
+        'sections': '\n'.join(body),
         'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
     }
     folder = resources.files('alexnet_jax.experiments')
@@ -103,9 +95,8 @@ def write(
     for block, wanted in (('slide', 'slide' in data), ('walk', 'walk' in data), ('interactive', data)):
         page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
     page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
-    with as_user_error(f'the report {path!r} cannot be written'):
-        with atomic_file(path) as file:
-            file.write(page)
+    with as_user_error(f'the report {path!r} cannot be written'), atomic_file(path) as file:
+        file.write(page)
 
 
 def _table(table: Table) -> str:
@@ -115,9 +106,9 @@ def _table(table: Table) -> str:
             raise UserError(f'a row of the table {table.title!r} has {len(row)} cells for {count} columns.')
     for i, column in enumerate(table.columns):
         right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
-        head += f'<th scope="col"{_NUMBER if right else ""}>{html.escape(column)}</th>'
+        head += f'<th scope="col"{_NUMBER if right else ""}>{escape(column)}</th>'
     rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
-    note = f'<p class="note">{html.escape(table.note)}</p>\n' if table.note else ''
+    note = f'<p class="note">{escape(table.note)}</p>\n' if table.note else ''
     return _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>') + note
 
 
@@ -127,27 +118,25 @@ def _is_number(value) -> bool:
 
 def _cell(value) -> str:
     if not _is_number(value):
-        return f'<td>{"" if value is None else html.escape(str(value))}</td>'
+        return f'<td>{"" if value is None else escape(str(value))}</td>'
     style = '.6g' if not isinstance(value, numbers.Integral) else ',' if abs(value) >= 10_000 else ''
     return f'<td{_NUMBER}>{value:{style}}</td>'
 
 
 def _figure(figure: Figure) -> str:
-    kind = _TYPES.get(os.path.splitext(figure.path)[1].lower())
-    if kind is None:
+    if not (kind := _TYPES.get(os.path.splitext(figure.path)[1].lower())):
         raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
     with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
-    text = html.escape(figure.caption)
-    alt = text or html.escape(figure.title)
+    text, title = escape(figure.caption), escape(figure.title)
     # In an <img> also an SVG's scripts and links are dead.
-    image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{alt}">'
+    image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or title}">'
     return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
 
 
 def _scrolling(title: str, content: str) -> str:
     """What may be wider than the page; the keyboard reaches it."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}">\n{content}</div>\n'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n{content}</div>\n'
 
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
@@ -176,11 +165,10 @@ def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]
     """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
     side, weights = checkpoint.record_size, checkpoint.params[name]
     kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
+    window = {'size': layer.kernel, 'stride': layer.stride, 'padding': layer.padding}
     return {
         'layer': name,
-        'size': layer.kernel,
-        'stride': layer.stride,
-        'padding': layer.padding,
+        **window,
         'std': checkpoint.augmentation.pixel_std,
         'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
         'kernels': _encode(kernels, '<f4'),
@@ -203,27 +191,21 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
-    order = top_k(logits, 5)
-    probabilities = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits)))
-    labels = [
-        [{'label': checkpoint.class_names[i], 'probability': float(p[i])} for i in row]
-        for row, p in zip(order, probabilities, strict=True)
-    ]
+    probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
+    best = zip(top_k(logits, 5), probabilities, strict=True)
+    labels = [[{'label': names[i], 'probability': float(p[i])} for i in order] for order, p in best]
     return {'stages': stages, 'labels': labels}
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
     """Some maps, the same for every picture and every operation of a layer, so that one can follow them."""
-    count, side = x_NHWC.shape[-1], x_NHWC.shape[1]
+    side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
-    pictures = [_signed(np.stack([_smaller(np.asarray(x[..., i], np.float32), size) for i in chosen])) for x in x_NHWC]
-    shape = f'{side} x {side} x {count}'
+    maps = np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1)
+    smaller = [[Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in picture] for picture in maps]
+    pictures, shape = [_signed(np.stack(picture)) for picture in smaller], f'{side} x {side} x {count}'
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
-
-
-def _smaller(x_HW: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(x_HW).resize((size, size), Image.Resampling.BOX))
 
 
 def _strip(x_NF: np.ndarray) -> dict[str, Any]:
@@ -249,43 +231,33 @@ def _encode(array, dtype: str = 'u1') -> str:
 def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
     """(name, what it does) of one operation of a layer."""
     apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+    if op == 'linear' and isinstance(layer, ConvSpec):
+        own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
+        return 'locally connected' if own else 'convolution', (
+            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{own} slide over the {inputs[-1]} maps below '
+            f'in steps of {layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, '
+            f'plus a bias, is one point of its map.{apart if layer.groups == 2 else ""}'
+        )
+    if op == 'linear':
+        return 'fully connected', (
+            f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
+            f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
+        )
+    divided = 'Each value is divided by a power of the energy'
+    maps = f'at the same position of the {network.lrn_n} maps around it: a strong response quietens its neighbors.'
+    square = f'{network.spatial_n} x {network.spatial_n} window'
     pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
     overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
-    match op:
-        case 'linear' if isinstance(layer, ConvSpec):
-            window = f'{layer.kernel} x {layer.kernel}'
-            own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
-            return 'locally connected' if own else 'convolution', (
-                f'{layer.features} kernels of {window}{own} slide over the {inputs[-1]} maps below in steps of '
-                f'{layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, plus a '
-                f'bias, is one point of its map.{apart if layer.groups == 2 else ""}'
-            )
-        case 'linear':
-            return 'fully connected', (
-                f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
-                f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
-            )
-        case 'relu':
-            return 'ReLU', 'What is below zero becomes zero; the rest stays.'
-        case 'tanh':
-            return 'tanh', 'Every value is squeezed between -1 and 1.'
-        case 'lrn':
-            return 'response normalization', (
-                f'Each value is divided by a power of the energy at the same position of the {network.lrn_n} maps '
-                'around it: a strong response quietens its neighbors.'
-            )
-        case 'spatial_norm':
-            return 'spatial normalization', (
-                f'Each value is divided by a power of the energy in the {network.spatial_n} x {network.spatial_n} '
-                'window around it.'
-            )
-        case 'pool':
-            return 'max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'
-        case 'avg_pool':
-            return 'mean pooling', f'The mean of each {pool}.{overlap}'
-        case 'dropout':
-            rate = f'In training each unit is silenced with a probability of {network.dropout_rate:g}.'
-            if network.dropout_inverted:
-                return 'dropout', f'{rate} At test, as here, nothing happens.'
-            return 'dropout', f'{rate} At test, as here, all speak, at {1 - network.dropout_rate:g} of their strength.'
-    return op, ''  # of somebody's own
+    rate = network.dropout_rate
+    silenced = f'In training each unit is silenced with a probability of {rate:g}. At test, as here,'
+    at_test = 'nothing happens.' if network.dropout_inverted else f'all speak, at {1 - rate:g} of their strength.'
+    words = {
+        'relu': ('ReLU', 'What is below zero becomes zero; the rest stays.'),
+        'tanh': ('tanh', 'Every value is squeezed between -1 and 1.'),
+        'lrn': ('response normalization', f'{divided} {maps}'),
+        'spatial_norm': ('spatial normalization', f'{divided} in the {square} around it.'),
+        'pool': ('max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'),
+        'avg_pool': ('mean pooling', f'The mean of each {pool}.{overlap}'),
+        'dropout': ('dropout', f'{silenced} {at_test}'),
+    }
+    return words.get(op, (op, ''))  # one of somebody's own has no words

@@ -11,9 +11,9 @@ import numpy as np
 
 from alexnet_jax.checkpoints import manager
 from alexnet_jax.core import sharding
-from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.experiments import ablations, figures, report
-from alexnet_jax.experiments.ablations import Variant
 from alexnet_jax.inference import evaluate
 from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.files import atomic_file
@@ -41,8 +41,7 @@ def sign_agreement(values: Sequence[float], sign: int) -> str:
 
 def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
     """Replaces a suite's rows, all of them (`whole`) or those of the same variants and seeds; other suites' stay."""
-    suite, runs = rows[0]['suite'], {(row['variant'], str(row['seed'])) for row in rows}
-    old = []
+    suite, runs, old = rows[0]['suite'], {(row['variant'], str(row['seed'])) for row in rows}, []
     if os.path.exists(path):
         with open(path, encoding='utf-8', newline='') as file:
             old = list(csv.DictReader(file))
@@ -53,7 +52,7 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
         writer.writerows([*others, *rows])
 
 
-def comparison_table(suite: str, rows: list[dict], variants: Sequence[Variant]) -> report.Table:
+def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:
     """What was measured beside what the paper and the authors' log say, a variant a row."""
     table = []
     for variant in variants:
@@ -65,9 +64,8 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[Variant]) 
         measures = ('train_error', 'top1_error', 'top5_error', 'top1_ten', 'top5_ten')
         means = [format_mean_std([row.get(name) for row in own]) for name in measures]
         claims = [format_error_pair(pair, signed=bool(variant.baseline)) for pair in (variant.paper, variant.log)]
-        agreement = sign_agreement(differing, variant.sign)
-        difference = format_mean_std(differing, signed=True)
-        table.append((variant.name, f'{len(own)}', *means, difference, *claims, agreement, variant.source))
+        compared = (format_mean_std(differing, signed=True), *claims, sign_agreement(differing, variant.sign))
+        table.append((variant.name, f'{len(own)}', *means, *compared, variant.source))
     columns = (
         'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
         'difference', 'paper', "authors' log", 'sign', 'source',
@@ -96,15 +94,12 @@ def format_error_pair(pair: ablations.Points, signed: bool) -> str:
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 
-def color_table(rows: Sequence[dict], variants: Sequence[Variant]) -> report.Table:
+def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> report.Table:
     """How colored the first layer's kernels are in the more and in the less colored tower (section 6.1)."""
     table = []
     for variant in variants:
-        pairs = [
-            sorted((row['color_0'], row['color_1']))
-            for row in rows
-            if row['variant'] == variant.name and 'color_0' in row
-        ]
+        own = [row for row in rows if row['variant'] == variant.name and 'color_0' in row]
+        pairs = [sorted((row['color_0'], row['color_1'])) for row in own]
         shares = ([more for _, more in pairs], [less for less, _ in pairs], [more - less for less, more in pairs])
         table.append((variant.name, *map(format_mean_std, shares)))
     columns = ('network', 'more colored half', 'less colored half', 'difference')
@@ -117,16 +112,13 @@ def color_table(rows: Sequence[dict], variants: Sequence[Variant]) -> report.Tab
 
 def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence[float]) -> report.Table:
     """Passes to 25% training error of ReLU and tanh, and their ratio, beside the paper's six."""
-    epochs = {
-        variant: {row['seed']: row['epochs'] for row in rows if row['variant'] == variant and row.get('reached')}
-        for variant in variants
-    }
-    runs = collections.Counter(row['variant'] for row in rows)
-    table = [
-        (variant, f'{len(reached)} of {runs[variant]}', format_mean_std(list(reached.values())), '')
-        for variant, reached in epochs.items()
-    ]
-    relu, tanh = epochs.values()
+    table, epochs = [], []  # passes by seed, of each variant
+    for variant in variants:
+        own = [row for row in rows if row['variant'] == variant]
+        epochs.append({row['seed']: row['epochs'] for row in own if row.get('reached')})
+        reached = list(epochs[-1].values())
+        table.append((variant, f'{len(reached)} of {len(own)}', format_mean_std(reached), ''))
+    relu, tanh = epochs
     ratios = [tanh[seed] / relu[seed] for seed in relu.keys() & tanh.keys()]
     table.append(('tanh / ReLU', f'{len(ratios)}', format_mean_std(ratios), '6'))
     note = (
@@ -138,26 +130,19 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     return report.Table('Figure 1: ReLU against tanh', columns, table, note)
 
 
-def averaged_table(
-    suite: str, workdirs: Sequence[str], dataset: datasets.Dataset, max_unreadable: int = 0
-) -> report.Table:
-    """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views.
-
-    max_unreadable: images that may be unreadable, as in training.
-    """
+def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
+    """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views."""
     split = dataset.splits[eval_split(dataset)]
     options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
-    single = {
-        views: [evaluate.evaluate(network, split, views=views, **options) for network in networks]
-        for views in ((1, 10) if suite == 'views' else (10,))
-    }
+    before = after = [evaluate.evaluate(network, split, views=10, **options) for network in networks]
     if suite == 'views':
-        names, before, after = ('center', 'ten views'), single[1], single[10]
+        names = ('center', 'ten views')
+        before = [evaluate.evaluate(network, split, views=1, **options) for network in networks]
         paper, log = (-1.5, -1.3), (-1.55, -1.30)
         source = 'section 6: 39.0 / 18.3 against 37.5 / 17.0, ILSVRC-2010 test; net 145'
     else:
-        names, before = ('one network', f'{len(networks)} networks averaged'), single[10]
+        names = ('one network', f'{len(networks)} networks averaged')
         after = [evaluate.evaluate_ensemble(networks, split, views=10, **options)]
         paper, log = (-2.6, -1.8), (None, None)
         source = 'table 2: 40.7 / 18.2 against 38.1 / 16.4 with five, ILSVRC-2012 validation'
@@ -165,11 +150,11 @@ def averaged_table(
     gains = [[new[key] - old[key] for old, new in zip(before, itertools.cycle(after), strict=False)] for key in keys]
     claims = [' / '.join(format_mean_std(gain, signed=True) for gain in gains)]
     claims += [format_error_pair(pair, signed=True) for pair in (paper, log)]
-    first, second = (
-        (name, f'{len(networks)}', *(format_mean_std([result[key] for result in results]) for key in keys))
-        for name, results in zip(names, (before, after), strict=True)
-    )
-    table = [(*first, '', '', '', '', ''), (*second, *claims, sign_agreement(gains[0], -1), source)]
+    empty, compared = ('', '', '', '', ''), (*claims, sign_agreement(gains[0], -1), source)
+    table = [
+        (name, f'{len(networks)}', *(format_mean_std([result[key] for result in results]) for key in keys), *others)
+        for name, results, others in zip(names, (before, after), (empty, compared), strict=True)
+    ]
     columns = ('tested as', 'networks', 'top-1', 'top-5', 'difference', 'paper', "authors' log", 'sign', 'source')
     note = 'Errors in percent on the same images, mean and standard deviation over networks of other seeds.'
     if suite == 'ensemble':
@@ -185,7 +170,7 @@ def as_text(table: report.Table) -> str:
     return '\n'.join([table.title, *lines, table.note])
 
 
-def eval_split(dataset: datasets.Dataset) -> str | None:
+def eval_split(dataset: Dataset) -> str | None:
     """The split where errors are measured: val, or test where there is no val."""
     return next((name for name in ('val', 'test') if name in dataset.splits), None)
 
@@ -208,17 +193,9 @@ _CAPTIONS = {
 
 
 def publish(
-    suite: str,
-    output: str,
-    tables: Sequence[report.Table],
-    runs: Mapping[str, str],
-    rows: Sequence[dict],
-    dataset: datasets.Dataset,
+    suite: str, output: str, tables: list[report.Table], runs: Mapping[str, str], rows: Sequence[dict], dataset: Dataset
 ) -> None:
-    """Writes report.html: tables, every run, curves, and the first network to look into.
-
-    runs: the variant of each workdir, of those that did not diverge.
-    """
+    """Writes report.html: tables, every run, curves, the first network; runs: {workdir: variant}, none diverged."""
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     workdir, split = next(iter(runs)), eval_split(dataset) or 'train'
@@ -230,36 +207,26 @@ def publish(
             curve = figures.curves(run)['train']
             seeds[variant].append((curve.epoch, curve.top1_error))
         drawn['figure1'] = plots.learning_curves(seeds, threshold=25.0, y_label='Training error rate (%)')
-    folder = os.path.join(output, 'figures')
-    pages = [
-        report.Figure(name.capitalize(), plots.save(drawn[name], folder, name)[0], caption)
-        for name, caption in _CAPTIONS.items()
-        if name in drawn
-    ]
+    pages = []
+    for name, caption in _CAPTIONS.items():
+        if name in drawn:
+            path, _ = plots.save(drawn[name], os.path.join(output, 'figures'), name)
+            pages.append(report.Figure(name.capitalize(), path, caption))
     records = dataset.splits[split]
     picks = np.random.default_rng(0).permutation(len(records))[:6]
     pictures, labels = pipeline.decode_some(records, picks, trained.record_size)
-    cells = [
-        tuple(round(value, 4) if isinstance(value := row.get(key), float) else value for key in COLUMNS[1:])
-        for row in rows
-    ]
-    report.write(
-        os.path.join(output, 'report.html'),
-        title=f'alexnet_jax: {suite}',
-        summary=summary(rows, dataset.record_size, describe_environment()),
-        tables=[*tables, report.Table('Every run', COLUMNS[1:], cells)],
-        figures=pages,
-        checkpoint=trained,
-        image_NHWC=pictures,
-        captions=[dataset.class_names[label] for label in labels],
-    )
+    columns = COLUMNS[1:]
+    cells = [tuple(round(x, 4) if isinstance(x := row.get(key), float) else x for key in columns) for row in rows]
+    head = {'title': f'alexnet_jax: {suite}', 'summary': summary(rows, dataset.record_size, describe_environment())}
+    shown = {'image_NHWC': pictures, 'captions': [dataset.class_names[label] for label in labels]}
+    tables = [*tables, report.Table('Every run', columns, cells)]
+    path = os.path.join(output, 'report.html')
+    report.write(path, **head, tables=tables, figures=pages, checkpoint=trained, **shown)
 
 
 def summary(rows: Sequence[dict], size: int, environment: dict) -> str:
     """What was trained on, and by what."""
     measured = next(row for row in rows if not row['diverged'])  # of the others nothing was measured
-    return (
-        f'{len(rows)} runs on {measured["train_images"]:,} training images of {size} px ({measured["data"]}), '
-        f'{", ".join(environment["devices"][:8])}, jax {environment["versions"]["jax"]}, '
-        f'commit {environment["commit"]}.'
-    )
+    images = f'{measured["train_images"]:,} training images of {size} px ({measured["data"]})'
+    devices, jax = ', '.join(environment['devices'][:8]), environment['versions']['jax']
+    return f'{len(rows)} runs on {images}, {devices}, jax {jax}, commit {environment["commit"]}.'

@@ -16,22 +16,17 @@ from alexnet_jax.utils.files import atomic_directory
 def export(checkpoint: Checkpoint, output: str, views: int) -> tuple[int, float]:
     """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
-    What was written is loaded in a process of its own and compared.
-
-    Returns:
-      (bytes of the StableHLO file, the largest difference of its probabilities).
-
-    Raises:
-      UserError: it cannot be written, cannot be loaded, or gives other probabilities; nothing is written then.
+    What was written is loaded in a process of its own and compared. Returns (bytes of the StableHLO file, the largest
+    difference of its probabilities). Raises UserError where it cannot be written, cannot be loaded, or gives other
+    probabilities; nothing is written then.
     """
     with atomic_directory(output) as folder:
         safetensors.write(folder, checkpoint)
         pathlib.Path(folder, 'config.json').write_text(json.dumps(hub_config(checkpoint, views), indent=2))
         pathlib.Path(folder, 'README.md').write_text(card(checkpoint, views), encoding='utf-8')
         path = pathlib.Path(folder, stablehlo.FILE_NAME)
-        path.write_bytes(stablehlo.stablehlo(checkpoint, views))
-        difference = stablehlo.check(str(path), checkpoint, views)
-        return path.stat().st_size, difference
+        size = path.write_bytes(stablehlo.stablehlo(checkpoint, views))
+        return size, stablehlo.check(str(path), checkpoint, views)
 
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
@@ -56,11 +51,10 @@ def card(checkpoint: Checkpoint, views: int) -> str:
     parameters = sum(s.parameters for s in infer_shapes(checkpoint.network, checkpoint.image_size).values())
     side, crop = checkpoint.record_size, checkpoint.image_size
     seen = 'the central crop' if views == 1 else 'ten crops (corners and center, with reflections), averaged'
-    config = checkpoint.config
     origin = 'its weights converted by alexnet_jax from a file of others'
     if checkpoint.step:
-        data = os.path.basename(config['data']['path'].rstrip('/')) or 'not recorded'
-        batches = f'{checkpoint.step:,} updates on batches of {config["batch_size"]}'
+        data = os.path.basename(checkpoint.config['data']['path'].rstrip('/')) or 'not recorded'
+        batches = f'{checkpoint.step:,} updates on batches of {checkpoint.config["batch_size"]}'
         origin = f'trained with alexnet_jax for {batches}; data: {data}'
     scaled = any(std != 1 for std in checkpoint.augmentation.pixel_std)
     pixels = f"the training set's mean subtracted{', divided by a deviation for each color' if scaled else ''}"

@@ -42,8 +42,7 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
     def probabilities(images):
         return jnp.exp(train_step.log_probabilities(checkpoint.params, images, checkpoint.image_stats, **settings))
 
-    (count,) = jax_export.symbolic_shape('N')
-    side = checkpoint.record_size
+    side, (count,) = checkpoint.record_size, jax_export.symbolic_shape('N')
     images = jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)
     return jax_export.export(jax.jit(probabilities), platforms=PLATFORMS)(images).serialize()
 
@@ -51,15 +50,13 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
 def check(path: str, checkpoint: Checkpoint, views: int) -> float:
     """Loads what was written in another process, on its CPU, for batches of one and of three; the largest difference.
 
-    Raises:
-      UserError: it cannot be loaded there, or gives other probabilities.
+    Raises UserError where it cannot be loaded there, or gives other probabilities.
     """
     side, rng = checkpoint.record_size, np.random.default_rng(0)
     batches = [rng.integers(0, 256, (count, side, side, 3), np.uint8) for count in (1, 3)]
     inputs = io.BytesIO()
     np.savez(inputs, *batches)
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-    environment.pop('PYTHONPATH', None)
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'JAX_PLATFORMS': 'cpu'}
     folder, name = os.path.split(path)
     command = [sys.executable, '-c', _LOAD, name]
     result = subprocess.run(command, input=inputs.getvalue(), capture_output=True, cwd=folder, env=environment)

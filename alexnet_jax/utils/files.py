@@ -28,6 +28,12 @@ def check_new(path: str) -> None:
         raise UserError(f'{path!r} exists already; remove it or choose another --output.')
 
 
+def check_declared_size(path: str, declared: int) -> None:
+    """Raises ValueError where a file declares more bytes than it has: what grows when it is read was made to."""
+    if declared > (size := os.path.getsize(path)):
+        raise ValueError(f'{size} bytes that declare {declared}')
+
+
 @contextlib.contextmanager
 def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO]:
     """A file to write that takes the place of `path`, in one move, when the context ends without an error.
