@@ -10,6 +10,7 @@ import sys
 import pytest
 import yaml
 
+from alexnet_jax.utils.config_files import get_config
 from tests import ROOT
 
 LAUNCH = ROOT / 'launch'
@@ -180,7 +181,7 @@ def test_the_jobset_agrees_with_itself_and_with_the_command():
     # JobSet calls its pods JOBSET-JOB-REPLICA-INDEX, in a domain of the JobSet's name.
     assert environment['JAX_COORDINATOR_ADDRESS']['value'].split(':')[0] == f'{name}-{job["name"]}-0-0.{name}'
     assert {mount['name'] for mount in container['volumeMounts']} == {volume['name'] for volume in pod['volumes']}
-    assert container['args'][0] == 'train' and os.path.exists(ROOT / container['args'][1].split('=')[1])
+    assert container['args'][0] == 'train' and get_config(container['args'][1].removeprefix('--config='))
 
 
 def test_the_image_has_what_the_package_is_built_from():

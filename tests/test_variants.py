@@ -288,7 +288,7 @@ def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch,
     sizes = architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     assert sizes['conv1'].outputs == (14, 14, 8)
     monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 1))
-    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 maps'):
+    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 features'):
         architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     config.model.layers.fc6.post = 'halve'
     with pytest.raises(UserError, match="fc6 is followed by 'halve'; expected some of: dropout, pair_mean, relu, tanh"):

@@ -125,19 +125,14 @@ def _check_groups(model, name: str, channels: int, towers: int) -> None:
     for what, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
             raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
+    problem = f'which cannot be split over {towers} towers; use mesh.tower=1.'
     # The classifier may have an odd number of classes: `sharding.forward` pads it.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
-        raise UserError(
-            f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over '
-            f'{towers} towers; use mesh.tower=1.'
-        )
+        raise UserError(f'{name} has {layer.features} features in {layer.groups} group(s), {problem}')
     for op in layer.ops:
         groups = _mixing_groups(model, op)
         if groups and (groups % towers or layer.features % groups):
-            raise UserError(
-                f'{name}: {op} works in {groups} group(s) of the {layer.features} maps, which cannot be split over '
-                f'{towers} towers; use mesh.tower=1.'
-            )
+            raise UserError(f'{name}: {op} works in {groups} group(s) of the {layer.features} features, {problem}')
 
 
 def gathered_elements(model, image_size: int, towers: int) -> dict[str, int]:
@@ -166,11 +161,9 @@ def summary(model, image_size: int, towers: int) -> str:
     parameters, flops = (sum(getattr(shape, key) for shape in shapes.values()) for key in ('parameters', 'flops'))
     rows.append(('all', *[''] * 5, f'{parameters:,}', f'{flops / 1e6:,.1f}', f'{sum(gathered.values()):,}'))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    columns = list(zip('<<<<<<>>>', widths, strict=True))  # text to the left, numbers to the right
-    text = [
-        '  '.join(f'{cell:{side}{width}}' for cell, (side, width) in zip(row, columns, strict=True)).rstrip()
-        for row in rows
-    ]
+    # Text to the left, numbers to the right.
+    line = '  '.join(f'{{:{side}{width}}}' for side, width in zip('<<<<<<>>>', widths, strict=True))
+    text = [line.format(*row).rstrip() for row in rows]
     text.append(
         f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, one image forward: two flops a multiplication; '
         'numbers that each tower receives (the gradient sends as many back).'
