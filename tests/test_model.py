@@ -182,9 +182,7 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
 
 
 def test_normalization_across_towers_is_refused():
-    with pytest.raises(
-        UserError, match='conv1: lrn works in 1 group.* of the 8 features, which cannot be split over 2 towers'
-    ):
+    with pytest.raises(UserError, match='conv1: lrn works in 1 group.* of the 8 features, which cannot be split'):
         architecture.infer_shapes(small.network(norm_groups=1), small.SIZE, 2)
 
 

@@ -19,7 +19,6 @@ from types import ModuleType
 
 from absl import app, flags
 
-from alexnet_jax.commands.flag import one_line
 from alexnet_jax.utils import logs, processes
 from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError, first_line
 from alexnet_jax.utils.files import absolute_local_path
@@ -79,7 +78,7 @@ def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagVa
     try:
         return values([sys.argv[0], *words])[1:]
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(one_line(str(error))) from error
+        raise UserError(str(error)) from error
 
 
 def set_up_jax(cpu_devices: int) -> None:

@@ -95,12 +95,3 @@ def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
 CHECKPOINT = Flag('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.", required=True)
 CPU_DEVICES = Flag('cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', at_least=0)
 VIEWS = Flag('views', 1, '1: center crop; 10: the ten views of section 4.1, softmax averaged.', choices=(1, 10))
-
-
-def one_line(text: str) -> str:
-    """The innermost of the errors that absl and ml_collections wrap in several lines, without its kind."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if found := re.match(r'(?:[\w.]+: )?\w+(?:Error|Exception): (.*)', line):
-            return found[1]
-    return ' '.join(lines)

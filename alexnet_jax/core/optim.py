@@ -168,8 +168,7 @@ def make_optimizer(
       momentum: 0.9 in the paper.
       rate_in_velocity: False is `torch.optim.SGD`.
     """
-    scale = _scale_by_rates()
-    trace = optax.trace(momentum)
+    scale, trace = _scale_by_rates(), _hold_where_rate_is_0(optax.trace(momentum))
     chain = optax.chain(decay, *((scale, trace) if rate_in_velocity else (trace, scale)))
 
     def init(params):
@@ -177,12 +176,8 @@ def make_optimizer(
         return SgdState(jnp.int32(0), plateau, chain.init(params))
 
     def update(grads, state, params):
-        now = rates.of(params, state)
-        updates, new = chain.update(grads, state.chain, params, rates=now)
-        old = optax.tree.get(state.chain, 'trace')
-        velocity = jax.tree.map(lambda r, a, b: jnp.where(r > 0, a, b), now, optax.tree.get(new, 'trace'), old)
-        updates = jax.tree.map(lambda r, u: jnp.where(r > 0, u, 0), now, updates)
-        return updates, state._replace(count=state.count + 1, chain=optax.tree.set(new, trace=velocity))
+        updates, new = chain.update(grads, state.chain, params, rates=rates.of(params, state))
+        return updates, state._replace(count=state.count + 1, chain=new)
 
     def after_validation(state, error):
         return state if rates.plateau is None else state._replace(plateau=rates.plateau.decide(state.plateau, error))
@@ -198,3 +193,14 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda rate, u: -rate * u, rates, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _hold_where_rate_is_0(trace: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace`, but where an array's rate is 0 its velocity stays and its update is 0."""
+
+    def update(updates, state, params=None, *, rates):
+        _, new = trace.update(updates, state, params)
+        held = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
+        return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, held), new._replace(trace=held)
+
+    return optax.GradientTransformationExtraArgs(trace.init, update)
