@@ -6,12 +6,17 @@ __version__ = '0.1.0'
 
 _MODULES = {
     'AlexNet': 'alexnet_jax.core.model',
+    'activations': 'alexnet_jax.inference.activations',
+    'build': 'alexnet_jax.training.build',
     'get_config': 'alexnet_jax.utils.config_files',
+    'in_memory': 'alexnet_jax.data.datasets',
+    'init_params': 'alexnet_jax.core.model',
     'load_checkpoint': 'alexnet_jax.checkpoints.loading',
     'predict': 'alexnet_jax.inference.predict',
     'ten_views': 'alexnet_jax.core.augment',
+    'train_and_evaluate': 'alexnet_jax.training.train',
 }
-__all__ = ['AlexNet', '__version__', 'get_config', 'load_checkpoint', 'predict', 'ten_views']
+__all__ = ['__version__', *_MODULES]
 
 
 def __getattr__(name):

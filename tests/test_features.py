@@ -61,7 +61,7 @@ def test_the_last_hidden_layer_gives_the_probabilities(loaded, val):
 
 def test_the_first_layer_by_a_loop(loaded, val):
     """Of the center crop, its own part of the mean image taken off, with zeros around it."""
-    found = activations.activations(loaded, val[1][:2], 'conv1_linear')['conv1_linear']
+    found = activations.activations(loaded, val[1][:2], 'conv1.linear')['conv1.linear']
     assert found.shape == (2, 28, 28, 8) and found.dtype == np.float32
     pixels = val[1][1].astype(np.float64) - loaded.image_stats.mean_image
     padded = np.pad(pixels[2:30, 2:30], ((2, 2), (2, 2), (0, 0)))
@@ -77,18 +77,18 @@ def test_the_first_layer_by_a_loop(loaded, val):
 
 def test_what_a_name_stands_for(loaded, val):
     """A layer: before its dropout, after all its other steps; a step: what `apply` gives by hand."""
-    asked = ['conv1_relu', 'conv1_pool', 'conv1', 'conv3', 'conv5', 'fc6', 'fc6_relu', 'fc6_dropout', 'fc8']
+    asked = ['conv1.relu', 'conv1.pool', 'conv1', 'conv3', 'conv5', 'fc6', 'fc6.relu', 'fc6.dropout', 'fc8']
     found = activations.activations(loaded, val[1][:3], asked)
     assert list(found) == asked
     x = (val[1][:3].astype(np.float32) - loaded.image_stats.mean_image[None])[:, 2:30, 2:30]
     logits, state = loaded.network.apply({'params': loaded.params}, x, mutable='intermediates')
     sown = state['intermediates']
-    for name, key in (('conv1_relu', 'conv1_relu'), ('conv1_pool', 'conv1_pool'), ('conv1', 'conv1_pool'),
-                      ('conv3', 'conv3_relu'), ('conv5', 'conv5_pool'), ('fc6', 'fc6_relu')):  # fmt: skip
+    for name, key in (('conv1.relu', 'conv1.relu'), ('conv1.pool', 'conv1.pool'), ('conv1', 'conv1.pool'),
+                      ('conv3', 'conv3.relu'), ('conv5', 'conv5.pool'), ('fc6', 'fc6.relu')):  # fmt: skip
         np.testing.assert_allclose(found[name], sown[key][0], rtol=1e-4, atol=1e-4)
         assert np.any(found[name] > 0)
-    chex.assert_trees_all_equal(found['fc6'], found['fc6_relu'])
-    np.testing.assert_allclose(found['fc6_dropout'], 0.5 * found['fc6'], rtol=1e-6)
+    chex.assert_trees_all_equal(found['fc6'], found['fc6.relu'])
+    np.testing.assert_allclose(found['fc6.dropout'], 0.5 * found['fc6'], rtol=1e-6)
     np.testing.assert_allclose(found['fc8'], logits, rtol=1e-4, atol=1e-4)
 
 
@@ -101,10 +101,10 @@ def test_names_of_a_table_where_dropout_is_not_last():
         }
     )
     names = activations.activation_names(network)
-    assert names['fc1'] == ('fc1_relu', 0) and names['fc1_relu'] == ('fc1_relu', -1)
-    assert names['fc2'] == ('fc2_linear', 0) and names['fc3'] == ('fc3_linear', 0)
-    assert set(names) == {'fc1', 'fc1_linear', 'fc1_relu', 'fc1_dropout', 'fc2', 'fc2_linear', 'fc2_dropout', 'fc3',
-                          'fc3_linear'}  # fmt: skip
+    assert names['fc1'] == ('fc1.relu', 0) and names['fc1.relu'] == ('fc1.relu', -1)
+    assert names['fc2'] == ('fc2.linear', 0) and names['fc3'] == ('fc3.linear', 0)
+    assert set(names) == {'fc1', 'fc1.linear', 'fc1.relu', 'fc1.dropout', 'fc2', 'fc2.linear', 'fc2.dropout', 'fc3',
+                          'fc3.linear'}  # fmt: skip
 
 
 def test_compiled_once_and_float32(loaded, val):
@@ -121,7 +121,7 @@ def test_compiled_once_and_float32(loaded, val):
     assert activations.activations(loaded, val[1][:0], 'conv2')['conv2'].shape == (0, *found.shape[1:])
 
 
-@pytest.mark.parametrize('layer', ['fc7', 'conv5_pool'])
+@pytest.mark.parametrize('layer', ['fc7', 'conv5.pool'])
 @pytest.mark.parametrize('ending', ['safetensors', 'npz'])
 def test_files_hold_the_split_in_its_order(loaded, val, tmp_path, layer, ending):
     """360 images in batches of 100, read back by the formats' own readers."""
@@ -165,7 +165,7 @@ def test_user_errors(loaded, val, tmp_path):
     (tmp_path / 'there.npz').write_text('mine')
     for name, layer, message in (
         ('out.npz', 'fc9', "no layer 'fc9' in this network. Did you mean 'fc8'?"),
-        ('out.npz', 'conv1_norm', "no layer 'conv1_norm' in this network. Did you mean 'conv1"),
+        ('out.npz', 'conv1.norm', "no layer 'conv1.norm' in this network. Did you mean 'conv1"),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
         ('there.npz', 'fc7', 'exists already; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),

@@ -24,7 +24,7 @@ from safetensors.numpy import save as save_safetensors
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.convert import caffe, convert, fit, safetensors, weight_file
 from alexnet_jax.core import image_stats
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_io, image_stats_file
 from alexnet_jax.prepare import discovery
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.config_files import get_config
@@ -327,7 +327,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('weights')
     np.save(folder / 'mean.npy', np.full(3, 120.0))
     colors = image_stats.ImageStats(np.ones((230, 230, 3), np.float32), np.zeros(3), np.eye(3))
-    image_stats.save(str(folder), colors)
+    image_stats_file.save(str(folder), colors)
     return folder
 
 
@@ -423,19 +423,19 @@ def test_means_and_statistics(examples, folder, tmp_path):
     array = io.BytesIO()
     np.save(array, np.full((2, 2, 3), 120, np.uint8))
     small = image_stats.ImageStats(np.ones((2, 2, 3), np.float32), np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
-    image_stats.save(str(tmp_path), small)
+    image_stats_file.save(str(tmp_path), small)
     files = {
         'm.binaryproto': blob.SerializeToString(),
         'm.npy': array.getvalue(),
-        image_stats.FILE_NAME: (tmp_path / image_stats.FILE_NAME).read_bytes(),
+        image_stats_file.FILE_NAME: (tmp_path / image_stats_file.FILE_NAME).read_bytes(),
     }
 
     def check(case):
         name, content = case
         (tmp_path / name).write_bytes(content)
         try:
-            if name == image_stats.FILE_NAME:
-                return image_stats.load(str(tmp_path))
+            if name == image_stats_file.FILE_NAME:
+                return image_stats_file.load(str(tmp_path))
             return convert.read_mean(str(tmp_path / name), False)
         except UserError as error:
             _one_line(error)

@@ -45,15 +45,15 @@ def test_activation_shapes_and_neurons(shapes):
     logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
     seen = {name: value[0].shape[1:] for name, value in extra['intermediates'].items()}
     assert logits.shape == (1, 1000)
-    assert seen['conv1_linear'] == (55, 55, 96)
-    assert seen['conv1_pool'] == (27, 27, 96)
-    assert seen['conv2_linear'] == (27, 27, 256)
-    assert seen['conv2_pool'] == (*seen['conv3_linear'][:2], 256)
-    assert seen['conv3_linear'] == seen['conv4_linear'] == (13, 13, 384)
-    assert seen['conv5_linear'] == (13, 13, 256)
-    assert seen['conv5_pool'] == (6, 6, 256)
-    assert seen['fc6_linear'] == seen['fc7_linear'] == (4096,)
-    neurons = [int(np.prod(seen[f'conv{i}_linear'])) for i in range(1, 6)]
+    assert seen['conv1.linear'] == (55, 55, 96)
+    assert seen['conv1.pool'] == (27, 27, 96)
+    assert seen['conv2.linear'] == (27, 27, 256)
+    assert seen['conv2.pool'] == (*seen['conv3.linear'][:2], 256)
+    assert seen['conv3.linear'] == seen['conv4.linear'] == (13, 13, 384)
+    assert seen['conv5.linear'] == (13, 13, 256)
+    assert seen['conv5.pool'] == (6, 6, 256)
+    assert seen['fc6.linear'] == seen['fc7.linear'] == (4096,)
+    neurons = [int(np.prod(seen[f'conv{i}.linear'])) for i in range(1, 6)]
     # Figure 2 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400: with it the sum is the abstract's 650,000.
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264]
     assert sum(neurons) + 4096 + 4096 + 1000 == 659_272
@@ -80,7 +80,7 @@ def test_towers_talk_only_where_the_paper_says():
     def first_tower(params):
         _, extra = network.apply({'params': params}, x, mutable='intermediates')
         outs = {
-            name: extra['intermediates'][f'{name}_linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')
+            name: extra['intermediates'][f'{name}.linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')
         }
         return {name: out[..., : out.shape[-1] // 2].sum() for name, out in outs.items()}
 
@@ -262,7 +262,7 @@ def test_logits_are_not_rounded_to_bfloat16():
     params = small.init(network)
     x = 60 * np.random.default_rng(0).standard_normal((4, small.SIZE, small.SIZE, 3)).astype(np.float32)
     logits, seen = jax.jit(lambda x: network.apply({'params': params}, x, mutable='intermediates'))(x)
-    (hidden,) = seen['intermediates']['fc7_dropout']
+    (hidden,) = seen['intermediates']['fc7.dropout']
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     kernel, bias = (np.asarray(params['fc8'][name]) for name in ('kernel', 'bias'))
     expected = np.asarray(hidden, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64) + bias

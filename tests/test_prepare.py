@@ -21,8 +21,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image, ImageOps
 
-from alexnet_jax.core import augment, image_stats
-from alexnet_jax.data import cache, datasets, image_io, imagenet_classes, pipeline
+from alexnet_jax.core import augment
+from alexnet_jax.data import cache, datasets, image_io, image_stats_file, imagenet_classes, pipeline
 from alexnet_jax.inference import predict
 from alexnet_jax.prepare import discovery, image_ref, prepare, record_writer
 from alexnet_jax.prepare import tfds as tfds_input
@@ -201,7 +201,7 @@ def test_folder_of_splits(folder, tmp_path, kind):
         difference = np.abs(pixels.astype(int) - squares[name])
         assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
     # Statistics are of the train split alone.
-    stats = image_stats.load(out)
+    stats = image_stats_file.load(out)
     everything = np.stack(list(squares.values())).astype(np.float64)
     chex.assert_trees_all_close(stats.mean_image, everything.mean(0).astype(np.float32), rtol=1e-5)
     covariance = np.cov(everything.reshape(-1, 3).T, bias=True)
@@ -238,7 +238,7 @@ def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
     def prepared(seed, workers):
         out = str(tmp_path / f'{seed}-{workers}')
         prepare.prepare(folder, out, size=16, seed=seed, workers=workers)
-        return _read_back(out, 'train'), image_stats.load(out)
+        return _read_back(out, 'train'), image_stats_file.load(out)
 
     alone, alone_statistics = prepared(0, 1)
     both, both_statistics = prepared(0, 2)
@@ -759,13 +759,13 @@ def test_statistics_that_would_grow(tmp_path):
     path = tmp_path / 'image_stats.npz'
     np.savez_compressed(path, mean_image=np.zeros((2000, 2000, 3)))
     with pytest.raises(UserError, match=r'image_stats.npz is damaged \(\d+ bytes that declare 96000\d+\)'):
-        image_stats.load(str(tmp_path))
+        image_stats_file.load(str(tmp_path))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31,)})
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('mean_image.npy', header.getvalue())
     tracemalloc.start()
     with pytest.raises(UserError, match=r'image_stats.npz is damaged \(cannot reshape'):
-        image_stats.load(str(tmp_path))
+        image_stats_file.load(str(tmp_path))
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()

@@ -129,7 +129,7 @@ def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
     assert [stage['layer'] for stage in walk['stages']] == [name for name, _ in steps]
     assert sum(s['parameters'] for s in walk['stages']) == sum(p.size for p in jax.tree.leaves(checkpoint.params))
     for stage, (name, step) in zip(walk['stages'], steps, strict=True):
-        (whole,) = seen['intermediates'][f'{name}_{step}']
+        (whole,) = seen['intermediates'][f'{name}.{step}']
         assert stage['shape'] == ' x '.join(map(str, whole.shape[1:]))
         for picture, expected in zip(stage['pictures'], whole, strict=True):
             values = np.frombuffer(base64.b64decode(picture['bytes']), np.uint8)

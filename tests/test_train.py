@@ -330,7 +330,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
         predict.predict(found, images[:4], views=10), ten.astype(np.float32), rtol=1e-4, atol=1e-6
     )
     with pytest.raises(UserError, match=r'expected uint8 of \(N, 32, 32, 3\)'):
-        predict.predict(found, images[:, :28, :28])
+        predict.predict(found, images / 255)
 
 
 @pytest.mark.slow

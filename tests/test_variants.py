@@ -102,9 +102,9 @@ def test_parameters_shapes_and_products(variant):
     run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
     logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     for name, found in sizes.items():
-        seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}_')}
+        seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}.')}
         last = ([*network.layers[name].post.split()] or ['linear'])[-1]
-        assert (seen[f'{name}_linear'], seen[f'{name}_{last}']) == (found.linear, found.outputs)
+        assert (seen[f'{name}.linear'], seen[f'{name}.{last}']) == (found.linear, found.outputs)
     assert logits.shape == (1, config.model.num_classes)
     assert sizes['conv5'].outputs == (6, 6, 256)
     augmentation_from_config(config.data)

@@ -8,12 +8,20 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path
 
 
-def load_checkpoint(path: str) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
-    path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there. Raises
-    UserError where there is no checkpoint, or it cannot be read.
+    Args:
+      path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
+
+    Returns:
+      a `Checkpoint`: `.network`, `.params` (numpy), `.step` (the one that was taken), `.class_names`, `.record_size` and
+      `.image_size` (sides of the images and of the network's input, pixels), `.image_stats`, `.config`.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
     """
+    path = os.fspath(path)
     with as_user_error(f'the checkpoint {path!r} cannot be read'):
         workdir, step = _find(path)
         with CheckpointManager(workdir, read_only=True) as checkpoints:

@@ -53,6 +53,10 @@ class Checkpoint(NamedTuple):
         """Side of the network's input, pixels."""
         return self.augmentation.image_size
 
+    def __repr__(self) -> str:
+        layers, classes = ' '.join(self.network.layers), len(self.class_names)
+        return f'Checkpoint(step={self.step}, {layers}, {classes} classes, {self.image_size} of {self.record_size} px)'
+
 
 class CheckpointManager(contextlib.AbstractContextManager):
     """The steps saved in a workdir: the last two, and the one with the lowest val error.

@@ -2,9 +2,9 @@
 
     alexnet_jax activations --checkpoint=PATH --data=DIR --layer=fc7 --output=fc7.safetensors [--split=val]
 
-Test mode, center crop. A layer's name stands for its output as a dropout operation finds it, else for its last
-operation; NAME_OP is one operation of it: conv1_linear, conv1_pool. The file holds `features` float32 [N, ...] and
-`labels` int32 [N].
+Test mode, center crop. `conv3` is a layer's output after its last operation before dropout, `conv3.linear` its
+weighted sums, and `conv3.relu`, `conv1.pool` the outputs of its operations. The file holds `features` float32
+[N, ...] and `labels` int32 [N].
 """
 
 from absl import flags
@@ -18,7 +18,7 @@ FLAGS = (
     CHECKPOINT,
     Flag('data', None, "A prepared directory, or 'digits'.", required=True),
     Flag(
-        'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1_pool.', True
+        'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1.pool.', True
     ),
     Flag('output', None, f'The file to write, ending in {" or ".join(activations.ENDINGS)}; must not exist.', True),
     Flag('split', 'val', 'The split to go through.'),

@@ -14,13 +14,13 @@ from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.convert import caffe, layout, pytorch, safetensors
 from alexnet_jax.convert.fit import fit_config
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, reading_metadata, unreadable
-from alexnet_jax.core import image_stats
 from alexnet_jax.core.architecture import ConvSpec
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.train_step import TrainState
+from alexnet_jax.data import image_stats_file
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
@@ -150,13 +150,13 @@ def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:
 def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | None) -> ImageStats:
     """Preprocessing: of --mean, else beside a file written here, else ImageNet's mean color for PyTorch's files."""
     size, own, path = augmentation.image_size, weights.metadata, weights.path
-    stats = None if own is None else image_stats.load(os.path.dirname(os.path.abspath(path)))
+    stats = None if own is None else image_stats_file.load(os.path.dirname(os.path.abspath(path)))
     if mean:
         image = read_mean(mean, weights.bgr)
     elif own is not None:
         if stats is None or len(stats.mean_image) != own['record_size']:
             raise UserError(
-                f'expected {image_stats.FILE_NAME} of {own["record_size"]} px beside {path!r}, as it was written, '
+                f'expected {image_stats_file.FILE_NAME} of {own["record_size"]} px beside {path!r}, as it was written, '
                 f'found {"none" if stats is None else f"one of {len(stats.mean_image)} px"}; or give --mean=FILE.'
             )
         image = stats.mean_image

@@ -8,7 +8,7 @@ import re
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import layout
 from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading_metadata, unreadable
-from alexnet_jax.core import image_stats
+from alexnet_jax.data import image_stats_file
 
 FILE_NAME = 'model.safetensors'
 METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax convert writes
@@ -48,4 +48,4 @@ def write(folder: str, checkpoint: Checkpoint) -> None:
     own = {'config': checkpoint.config, 'class_names': checkpoint.class_names, 'record_size': checkpoint.record_size}
     data = safetensors.numpy.save(tensors, metadata={'format': 'pt', METADATA_KEY: json.dumps(own)})
     pathlib.Path(folder, FILE_NAME).write_bytes(data)
-    image_stats.save(folder, checkpoint.image_stats)
+    image_stats_file.save(folder, checkpoint.image_stats)

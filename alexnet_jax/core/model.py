@@ -61,9 +61,10 @@ class Weights(nn.Module):
 class AlexNet(nn.Module):
     """The network of section 3: 60,965,224 parameters with the defaults.
 
-    `model.apply({'params': params}, x_NHWC, masks)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to
-    float32 logits [N, num_classes]. `masks` (from `dropout_masks`) switches training on; None is test time.
-    With `mutable='intermediates'` it also returns the output of every operation: `conv1_linear`, `conv1_relu`, ...
+    `network.apply({'params': params}, x_NHWC)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to float32
+    logits [N, num_classes]; `params` are from `init_params`. With `train=True, rng=key` dropout is on, with masks drawn
+    from the key; `masks` takes those of `dropout_masks` instead. With `mutable='intermediates'` the output of every
+    operation is returned too: `conv1.linear`, `conv1.relu`, ...
 
     Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers: the module then sees its
     tower's part of every parameter and map, and gathers before a layer with one group whose input is split.
@@ -71,6 +72,7 @@ class AlexNet(nn.Module):
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
       layers: specs by name, kept in network order: conv1 ... fc8. A name is a kind (`architecture.KINDS`) and a number.
+        None: the paper's conv1 to conv5, fc6, fc7 and fc8.
       num_classes: width of the last layer, the classifier, whatever its spec says.
       pool_window, pool_stride: 3 and 2 overlap (section 3.4).
       lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalization (section 3.3). Caffe's k is 1.
@@ -86,7 +88,7 @@ class AlexNet(nn.Module):
       tower_axis: None on one device.
     """
 
-    layers: Mapping[str, LayerSpec] = _PAPER_LAYERS
+    layers: Mapping[str, LayerSpec] | None = None
     num_classes: int = 1000
     pool_window: int = 3
     pool_stride: int = 2
@@ -106,14 +108,17 @@ class AlexNet(nn.Module):
     tower_axis: str | None = None
 
     def __post_init__(self):
-        names = architecture.sort_layers(self.layers)
-        layers = {name: self.layers[name] for name in names}
+        layers = _PAPER_LAYERS if self.layers is None else self.layers
+        names = architecture.sort_layers(layers)
+        layers = {name: layers[name] for name in names}
         layers[names[-1]] = dataclasses.replace(layers[names[-1]], features=self.num_classes)
         self.layers = FrozenDict(layers)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_NHWC, masks: dict[str, Any] | None = None):
+    def __call__(self, x_NHWC, masks: dict[str, Any] | None = None, *, train: bool = False, rng=None):
+        if train and masks is None:
+            masks = dropout_masks(self, rng, len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
         split = False  # whether they are only this tower's
@@ -123,11 +128,11 @@ class AlexNet(nn.Module):
                     (x,) = ops.regroup(parts, 1)
                     parts = [lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)]
                 parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)), towers)
-                self._sow_output(f'{name}_linear', parts)
+                self._sow_output(f'{name}.linear', parts)
                 for op in layer.ops:
                     with jax.named_scope(op):
                         parts = self._apply_op(op, parts, None if masks is None else masks.get(name), towers)
-                    self._sow_output(f'{name}_{op}', parts)
+                    self._sow_output(f'{name}.{op}', parts)
             split = towers > 1
         return parts[0]
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from alexnet_jax.core import augment, image_stats
+from alexnet_jax.data import image_stats_file
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
 
@@ -37,8 +38,9 @@ class Dataset(NamedTuple):
         return self.splits[name]
 
 
-def open_dataset(path: str) -> Dataset:
+def open_dataset(path: str | os.PathLike) -> Dataset:
     """Opens what `alexnet_jax prepare` wrote, or the embedded digits for 'digits'. Raises UserError for all else."""
+    path = os.fspath(path)
     if path == DIGITS:
         return _digits()
     if not path:
@@ -107,7 +109,7 @@ def _prepared(path: str) -> Dataset:
         )
     if side is None or (side, channels) != (width, 3):
         raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
-    return Dataset(splits, class_names, side, image_stats.load(path), fingerprint)
+    return Dataset(splits, class_names, side, image_stats_file.load(path), fingerprint)
 
 
 def _check_features(path: str) -> None:
@@ -191,17 +193,35 @@ def synthetic(image_size: int, num_classes: int) -> Dataset:
     return in_memory({'train': [{'image': image, 'label': i % len(names)} for i, image in enumerate(images)]}, names)
 
 
-def in_memory(splits: dict[str, list[dict[str, Any]]], class_names: Sequence[str], fingerprint: str = '') -> Dataset:
-    """A dataset of records in memory, with the statistics of its train split.
+def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> Sequence[dict[str, Any]]:
+    """Arrays as records; records stay as they are."""
+    if not isinstance(split, Mapping):
+        return split
+    images, labels = split['image'], split['label']
+    if len(images) != len(labels):
+        raise UserError(f'there are {len(images)} images and {len(labels)} labels; expected one for each.')
+    return [{'image': image, 'label': int(label)} for image, label in zip(images, labels, strict=True)]
+
+
+def in_memory(
+    splits: Mapping[str, Sequence[dict[str, Any]] | Mapping[str, np.ndarray]],
+    class_names: Sequence[str] | None = None,
+    fingerprint: str = '',
+) -> Dataset:
+    """A dataset of images in memory, with the mean image and color components of its train split.
 
     Args:
-      splits: 'train', and 'val' or 'test' where there are such: lists of {'image': uint8 [S, S, 3], 'label': int}.
-        Empty ones are left out.
-      class_names: one for each label, from 0.
-      fingerprint: that tells these records from others when a run goes on.
+      splits: 'train', and 'val' or 'test' where there are such: {'image': uint8 [N, S, S, 3], 'label': int [N]}, or a
+        list of {'image': uint8 [S, S, 3], 'label': int}. Empty ones are left out.
+      class_names: one for each label, from 0; by default '0', '1', ... to the highest label.
+      fingerprint: tells these images from others when a run goes on.
 
-    Raises UserError for no training images, images of another kind or of several sizes, or a label that has no name.
+    Raises:
+      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
     """
+    splits = {name: _to_records(split) for name, split in splits.items()}
+    if class_names is None:
+        class_names = [str(i) for i in range(1 + max(int(r['label']) for split in splits.values() for r in split))]
     if not splits.get('train'):
         raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")
     splits = {name: records for name, records in splits.items() if records}

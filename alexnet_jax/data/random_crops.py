@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax.core.augment import Augmentation, crop_positions
+from alexnet_jax.utils.errors import UserError
 
 
 class AugmentParams(NamedTuple):
@@ -75,6 +76,34 @@ def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float])
     fits = ((tries > 0) & (tries <= size)).all(-1)
     chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], axis=1)[:, 0]
     return np.where(fits.any(1)[:, None], chosen, size).astype(int)
+
+
+def augment_arrays(
+    image_NHWC: np.ndarray, augmentation: Augmentation, *, seed: int, step: int, record_size: int
+) -> dict[str, np.ndarray]:
+    """Draws for batch number `step` what the pipeline would draw for it, and crops.
+
+    image_NHWC: uint8 [N, S, S, 3]; S is the record size, or the network's input size: then nothing is cropped.
+
+    Returns 'image' uint8 [N, image_size, image_size, 3], and 'offset', 'extent', 'reflect' and 'color' as
+    `AugmentParams`. Raises UserError for images of another shape or type.
+    """
+    size, count = augmentation.image_size, len(image_NHWC)
+    side = image_NHWC.shape[1] if image_NHWC.ndim == 4 else 0
+    if image_NHWC.dtype != np.uint8 or side not in (size, record_size) or image_NHWC.shape[1:] != (side, side, 3):
+        sides = f'{record_size}, which is cropped, or {size}, which is not'
+        raise UserError(
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, S, S, 3), S = {sides}.'
+        )
+    whole = side == size
+    if whole:  # the mean image is taken from its middle
+        augmentation = augmentation._replace(random_crop=False, crop_area=())
+    drawn = draw_batch(augmentation, seed=seed, first=step * count, count=count, record_size=record_size)
+    each = [AugmentParams(*values) for values in zip(*drawn, strict=True)]
+    if whole:
+        each = [one._replace(offset=np.zeros(2, np.int32)) for one in each]
+    images = np.stack([crop(image, one, size) for image, one in zip(image_NHWC, each, strict=True)])
+    return {'image': images, **drawn._asdict()}
 
 
 def crop(image_HWC: np.ndarray, drawn: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:

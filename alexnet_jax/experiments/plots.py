@@ -1,5 +1,6 @@
 """Draws what figures.py computes, with matplotlib's objects alone: no window, and nothing global is changed."""
 
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -148,6 +149,18 @@ def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None)
         axes.set_axis_off()
         title = f'tower {tower}' if len(sheets) > 1 else f'{len(towers[0])} kernels'
         axes.set_title(title + (f': mean color share {shares[tower]:.2f}' if shares else ''), fontsize=9, loc='left')
+    return figure
+
+
+def maps(x_HWC: np.ndarray) -> Figure:
+    """A layer's maps for one image, such as `activations(...)['conv3'][0]`: 16 a row, each from black to white."""
+    low, high = x_HWC.min((0, 1)), x_HWC.max((0, 1))
+    gray = np.moveaxis((x_HWC - low) / np.maximum(high - low, 1e-12), -1, 0)
+    figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / 16)), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(_sheet(np.repeat(gray[..., None], 3, axis=-1)), interpolation='nearest')
+    axes.set_axis_off()
+    axes.set_title(f'{len(gray)} maps of {x_HWC.shape[0]}x{x_HWC.shape[1]}', fontsize=9, loc='left')
     return figure
 
 

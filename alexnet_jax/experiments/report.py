@@ -185,7 +185,7 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
         layer, again = network.layers[name], Counter()
         for op in ('linear', *layer.ops):
-            x = seen['intermediates'][f'{name}_{op}'][again[op]]
+            x = seen['intermediates'][f'{name}.{op}'][again[op]]
             again[op] += 1
             what, words = _words(network, layer, sizes.inputs, op)
             shown = _maps(x) if x.ndim == 4 else _strip(x)

@@ -15,7 +15,8 @@ import numpy as np
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
-from alexnet_jax.inference.evaluate import Evaluator, check_images
+from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.inference.predict import Images, to_records
 from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
@@ -29,27 +30,34 @@ def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
     names = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
-        names |= {f'{layer}_{op}': (f'{layer}_{op}', -1) for op in ops}
+        names |= {f'{layer}.{op}': (f'{layer}.{op}', -1) for op in ops}
         until = ops[: ops.index('dropout')] if 'dropout' in ops else ops
-        names[layer] = f'{layer}_{until[-1]}', until.count(until[-1]) - 1
+        names[layer] = f'{layer}.{until[-1]}', until.count(until[-1]) - 1
     return names
 
 
 def activations(
-    checkpoint: Checkpoint, image_NHWC, layers: Sequence[str] | str, *, batch_size: int = 128
+    checkpoint: Checkpoint, images: Images, layers: Sequence[str] | str, *, batch_size: int = 128
 ) -> dict[str, np.ndarray]:
     """Outputs of some layers for the center crops of images, dropout off.
 
     Args:
-      image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were.
-      layers: some of `activation_names`.
+      checkpoint: from `load_checkpoint`.
+      images: as `predict` takes them.
+      layers: one name or several. 'conv3' is the layer's output after its last operation before dropout; 'conv3.linear'
+        is its weighted sums and biases, before all that follows (torchvision's `features.6`); 'conv3.relu',
+        'conv1.lrn', 'conv1.pool', ... are the outputs of the operations. `activation_names` lists them.
+      batch_size: images at a time; changes nothing in the results.
 
-    Returns float32 [N, ...] for each name: [N, H, W, C] of maps, [N, F] of units. Raises UserError for an unknown
-    layer, or images of another shape or type.
+    Returns:
+      {name: float32 [N, H, W, C] of maps, or [N, F] of units}.
+
+    Raises:
+      UserError: an unknown layer, or images that cannot be read.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
-    image_NHWC = check_images(checkpoint, image_NHWC)
+    image_NHWC = to_records(checkpoint, images)
     arrays = [np.zeros((len(image_NHWC), *shape), np.float32) for shape in _shapes(checkpoint, function)]
     start = 0
     for parts in evaluator.map_images(function, image_NHWC):

@@ -6,24 +6,62 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.data import image_io
-from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.inference.evaluate import Evaluator, check_images
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
+Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
 _BATCH = 32
 
 
 def predict(
-    checkpoint: Checkpoint, image_NHWC, *, views: int = 1, batch_size: int = 128, mesh: Mesh | None = None
+    checkpoint: Checkpoint, images: Images, *, views: int = 1, batch_size: int = 128, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Softmax outputs, float32 [N, K], of the center crop or averaged over the paper's ten views (section 4.1).
+    """Probabilities of the classes, of the center crop or averaged over the paper's ten views (section 4.1).
 
-    See `Evaluator.predict` for the images, the columns and what is refused; `Evaluator` for the options.
+    Args:
+      checkpoint: from `load_checkpoint`.
+      images: one image or several. An image is a path, a PIL image, or uint8 [H, W, 3] (RGB) of any size; several are a
+        list of these, or uint8 [N, H, W, 3]. The central square of each is taken and resized to
+        `checkpoint.record_size`, as for training.
+      views: 1 or 10.
+      batch_size: images at a time; changes nothing in the results.
+      mesh: from `sharding.make_mesh`; None computes on one device.
+
+    Returns:
+      float32 [N, K], or [K] for one image; column i is `checkpoint.class_names[i]`.
+
+    Raises:
+      UserError: an image that cannot be read, or of another type; another number of views.
     """
-    return Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(image_NHWC)
+    outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
+    return outputs[0] if _is_one(images) else outputs
+
+
+def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
+    """Images as `predict` takes them, as uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    size = checkpoint.record_size
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+        return check_images(checkpoint, images)
+    squares = [_to_square(image, size) for image in ([images] if _is_one(images) else images)]
+    return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+
+
+def _is_one(images: Images) -> bool:
+    return isinstance(images, str | os.PathLike | Image.Image) or getattr(images, 'ndim', 0) == 3
+
+
+def _to_square(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
+    if isinstance(image, str | os.PathLike):
+        return _read_square(os.fspath(image), size)
+    array = np.asarray(image_io.rgb(image) if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise UserError(f'an image is {array.dtype} of shape {array.shape}; expected uint8 of (height, width, 3).')
+    return image_io.resize_center_crop(array, size)
 
 
 def top_k(probabilities_NK, k: int) -> np.ndarray:

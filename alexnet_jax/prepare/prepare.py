@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax.core import image_stats
+from alexnet_jax.data import image_stats_file
 from alexnet_jax.prepare import discovery, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
@@ -175,7 +176,7 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
         infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':
             moments = functools.reduce(image_stats.Moments.merge, [w.moments for w in written])
-            image_stats.save(folder, image_stats.from_moments(moments))
+            image_stats_file.save(folder, image_stats.from_moments(moments))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=record_writer.features(size, format, class_names),

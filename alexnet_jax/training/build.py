@@ -3,22 +3,25 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from alexnet_jax.core import architecture, augment, optim, sharding, train_step
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import optimizer_from_config
-from alexnet_jax.core.image_stats import FILE_NAME, ImageStats
+from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.metrics import Sums
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.train_step import TrainState
-from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.data import datasets, pipeline, random_crops
 from alexnet_jax.data.cache import Batch, DeviceCache, HostCache, Records, Storage
+from alexnet_jax.data.image_stats_file import FILE_NAME
 from alexnet_jax.training import large_batch
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
@@ -56,6 +59,45 @@ class TrainingSetup:
     num_workers: int  # processes that decode; 0: threads
     steps: TrainingSteps
     total_steps: int
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A fresh state on the mesh: `.step`, `.params` and `.opt_state`. key: `jax.random.key(0)`."""
+        return self.steps.init(key)
+
+    def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """One update with a batch of arrays, for a loop of one's own.
+
+        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`): the draws of
+        `train_and_evaluate` for that step. Reading `state.step` waits for the update before.
+
+        Args:
+          state: from `init`, or the update before. It is donated: use the one returned.
+          batch: 'image' uint8 [N, S, S, 3], S the side of the dataset's images, or of the network's input: then nothing
+            is cropped; 'label' int [N]; and, if some images are not to count, 'weight' [N], 0 or 1.
+
+        Returns:
+          (state, metrics): 'loss' (nats, the mean), 'top1_error' and 'top5_error' (percent), 'gradient_norm',
+          'learning_rate' (of the next update) and 'finite' (False: nothing was updated), all scalars on the device.
+
+        Raises:
+          UserError: a batch of another shape or type, or that does not divide into the mesh's parts.
+        """
+        labels = np.asarray(batch['label'], np.int32)
+        sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
+        options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
+        arrays = random_crops.augment_arrays(np.asarray(batch['image']), self.augmentation, **options)
+        arrays |= {'label': labels, 'weight': np.asarray(batch.get('weight', np.ones(len(labels))), np.float32)}
+        on_mesh = sharding.to_mesh(self.mesh, arrays)
+        state, report = self.steps.train_step(state, on_mesh, self.image_stats, self.key)
+        count = jnp.maximum(report['weight'], 1)
+        means = {f'{name}_error': 100 * report[name] / count for name in ('top1', 'top5')}
+        rest = {name: report[name] for name in ('gradient_norm', 'learning_rate', 'finite')}
+        return state, {'loss': report['loss'] / count, **means, **rest}
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """The random key of the run, on the mesh."""
+        return sharding.random_key(self.mesh, self.config.seed)
 
     @property
     def num_examples(self) -> int:

@@ -10,8 +10,9 @@ from typing import IO
 from alexnet_jax.utils.errors import UserError, first_line
 
 
-def absolute_local_path(path: str) -> str:
+def absolute_local_path(path: str | os.PathLike) -> str:
     """A path made absolute, without a slash at its end; raises UserError for gs://bucket/run, and for ~ in it."""
+    path = os.fspath(path)
     if path.startswith('~/'):
         raise UserError(f'{path!r}: the shell has left ~ as it is, behind a =; write $HOME{path[1:]} instead.')
     if '://' in path:

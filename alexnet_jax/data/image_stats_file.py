@@ -1,0 +1,52 @@
+"""The file image_stats.npz, in which the statistics of the training images lie beside a prepared dataset."""
+
+import io
+import os
+import zipfile
+
+import numpy as np
+
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import check_declared_size
+
+FILE_NAME = 'image_stats.npz'
+
+
+def save(directory: str, image_stats: ImageStats) -> None:
+    """Writes FILE_NAME into a directory."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **image_stats._asdict())
+    with open(os.path.join(directory, FILE_NAME), 'wb') as file:
+        file.write(buffer.getvalue())
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Not `numpy.load`, which allocates what the header declares before it looks how much there is."""
+    with archive.open(f'{name}.npy') as file:
+        np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        content = np.frombuffer(file.read(), dtype)  # refuses Python objects
+    return content.reshape(shape, order='F' if fortran_order else 'C').astype(np.float32)
+
+
+def load(directory: str) -> ImageStats | None:
+    """Statistics that lie beside a prepared dataset; None where it was prepared without a train split.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = os.path.join(directory, FILE_NAME)
+    if not os.path.exists(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # `save` does not compress
+            image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
+        side = image_stats.mean_image.shape[0]
+        shapes = [(side, side, 3), (3,), (3, 3)]
+        if [array.shape for array in image_stats] != shapes or not all(np.isfinite(a).all() for a in image_stats):
+            raise ValueError(f'shapes {[array.shape for array in image_stats]}, or values that are not finite')
+    except Exception as error:  # zipfile, zlib, numpy and KeyError: each its own kind
+        raise UserError(f'{path} is damaged ({error}); run alexnet_jax prepare again.') from error
+    return image_stats

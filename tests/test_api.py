@@ -1,0 +1,148 @@
+"""The public names as a notebook uses them: a loop of one's own, images of any kind, paths of any type."""
+
+import pydoc
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import alexnet_jax
+from alexnet_jax.core import model
+from alexnet_jax.utils.errors import UserError
+from tests import ROOT, small
+
+NAMES = [str(i) for i in range(10)]
+
+
+def _arrays(count=32, side=32):
+    rng = np.random.default_rng(0)
+    return {'image': rng.integers(0, 256, (count, side, side, 3), np.uint8), 'label': rng.integers(0, 10, count)}
+
+
+@pytest.fixture(scope='module')
+def setup():
+    config = small.digits_config(**{'batch_size': 8, 'mesh.tower': 1, 'mesh.data': 1, 'data.reflect': True})
+    return alexnet_jax.build(config, alexnet_jax.in_memory({'train': _arrays()}, NAMES))
+
+
+def test_the_walk_of_a_student(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tests' / 'walk.py', tmp_path],
+        cwd=tmp_path, env={'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'HOME': str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "'conv2': (5, 5, 16, 64)" in lines[0] and lines[1] == 'logits (2, 2) (2, 2)'
+    assert lines[2].startswith('loss ') and lines[2].endswith('top-1 error 0.0')
+    assert lines[3].startswith('Checkpoint(step=4, conv1 conv2 ')
+    assert lines[4:] == [
+        'probabilities (2,)',
+        "activations {'conv3': (3, 7, 7, 96), 'conv3.linear': (3, 7, 7, 96), 'conv2.tanh': (3, 14, 14, 64)}",
+    ]
+    assert {path.name for path in tmp_path.glob('*.png')} == {'kernels.png', 'maps.png'}
+
+
+def test_a_loop_of_ones_own_makes_the_updates_of_train_and_evaluate(tmp_path):
+    """Of equal images, so that the order in which the pipeline reads them does not matter."""
+    config = small.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
+    config.mesh.data = 1
+    arrays = _arrays()
+    arrays['image'][:], arrays['label'][:] = arrays['image'][0], 3
+    dataset = alexnet_jax.in_memory({'train': arrays}, NAMES)
+    alexnet_jax.train_and_evaluate(config, tmp_path / 'run', dataset=dataset)  # a pathlib.Path
+    setup = alexnet_jax.build(config, dataset)
+    state = setup.init(setup.key)
+    for _ in range(3):
+        state, metrics = setup.train_step(state, {key: value[:8] for key, value in arrays.items()})
+    checkpoint = alexnet_jax.load_checkpoint(tmp_path / 'run')
+    chex.assert_trees_all_equal(jax.device_get(state.params), checkpoint.params)
+    assert metrics['loss'].shape == () and float(metrics['learning_rate']) == pytest.approx(0.01)
+
+
+def test_loss_is_the_mean_over_images_that_count(setup):
+    batch = {key: value[:8] for key, value in _arrays().items()}
+    metrics = {}
+    for name, extra in (('all', {}), ('ones', {'weight': np.ones(8)}), ('one', {'weight': np.arange(8) == 2})):
+        _, metrics[name] = setup.train_step(setup.init(jax.random.key(1)), batch | extra)
+    assert float(metrics['all']['loss']) == float(metrics['ones']['loss']) != float(metrics['one']['loss'])
+    assert 1 < float(metrics['one']['loss']) < 5 and float(metrics['one']['top1_error']) in (0, 100)
+
+
+def test_images_of_the_inputs_size_are_not_cropped(setup):
+    """The middle of whole images, given as it is, with the draws of a run without random crops."""
+    batch = {key: value[:8] for key, value in _arrays().items()}
+    config = setup.config.copy_and_resolve_references()
+    config.data.random_crop = False
+    fixed = alexnet_jax.build(config, setup.dataset)
+    expected, _ = fixed.train_step(fixed.init(jax.random.key(0)), batch)
+    middle = {'image': batch['image'][:, 2:30, 2:30], 'label': batch['label']}
+    found, _ = setup.train_step(setup.init(jax.random.key(0)), middle)
+    chex.assert_trees_all_equal(jax.device_get(found.params), jax.device_get(expected.params))
+
+
+@pytest.mark.parametrize(
+    ('batch', 'message'),
+    [
+        ({'image': np.zeros((8, 32, 32, 3)), 'label': np.zeros(8, int)}, 'images are float64 of shape'),
+        (_arrays(8, 31), r'expected uint8 of \(N, S, S, 3\), S = 32, which is cropped, or 28, which is not'),
+        ({'image': np.zeros((8, 32, 32), np.uint8), 'label': np.zeros(8, int)}, 'images are uint8 of shape'),
+    ],
+)
+def test_what_is_no_batch(setup, batch, message):
+    with pytest.raises(UserError, match=message):
+        setup.train_step(setup.init(jax.random.key(0)), batch)
+
+
+def test_dropout_by_a_key_is_dropout_by_its_masks():
+    network = small.network()
+    params, x = small.init(network), np.ones((2, small.SIZE, small.SIZE, 3), np.float32)
+    key = jax.random.key(5)
+
+    def apply(*masks, **options):
+        return network.apply({'params': params}, x, *masks, **options)
+
+    chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, small.SIZE)))
+    assert not np.allclose(apply(train=True, rng=key), apply())
+
+
+def test_one_image_or_many_of_any_kind(setup, tmp_path):
+    config = small.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
+    alexnet_jax.train_and_evaluate(config, tmp_path / 'run', dataset=setup.dataset)
+    checkpoint = alexnet_jax.load_checkpoint(tmp_path / 'run')
+    array = np.random.default_rng(1).integers(0, 256, (48, 60, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / 'a.png')
+    expected = alexnet_jax.predict(checkpoint, array)
+    assert expected.shape == (10,) and expected.sum() == pytest.approx(1, rel=1e-5)
+    for one in (tmp_path / 'a.png', str(tmp_path / 'a.png'), Image.fromarray(array)):
+        np.testing.assert_array_equal(alexnet_jax.predict(checkpoint, one), expected)
+    many = alexnet_jax.predict(checkpoint, [array, tmp_path / 'a.png', array[:32, :32]])
+    assert many.shape == (3, 10)
+    np.testing.assert_allclose(many[:2], [expected, expected], rtol=1e-5)
+    assert alexnet_jax.predict(checkpoint, []).shape == (0, 10)
+    assert alexnet_jax.activations(checkpoint, array, 'conv3')['conv3'].shape == (1, 7, 7, 8)
+    with pytest.raises(UserError, match='cannot be read as an image'):
+        alexnet_jax.predict(checkpoint, tmp_path / 'none.png')
+    with pytest.raises(UserError, match=r'an image is float64 of shape \(48, 60, 3\); expected uint8'):
+        alexnet_jax.predict(checkpoint, array / 255)
+
+
+@pytest.mark.parametrize('name', [name for name in alexnet_jax.__all__ if not name.startswith('_')])
+def test_help_says_what_goes_in_and_what_comes_out(name):
+    """In its first screen, not below what Flax adds."""
+    text = pydoc.render_doc(getattr(alexnet_jax, name), renderer=pydoc.plaintext)[:5000]
+    assert 'FrozenDict' not in text and 'conv5' in text if name == 'AlexNet' else '[N' in text or 'Raises' in text
+
+
+def test_arrays_and_records_make_the_same_dataset():
+    arrays = _arrays(6)
+    records = [{'image': i, 'label': int(k)} for i, k in zip(arrays['image'], arrays['label'], strict=True)]
+    a, b = (alexnet_jax.in_memory({'train': split}) for split in (arrays, records))
+    chex.assert_trees_all_equal(a.image_stats, b.image_stats)
+    assert a.class_names == b.class_names == tuple(str(i) for i in range(1 + arrays['label'].max()))
+    with pytest.raises(UserError, match='6 images and 5 labels'):
+        alexnet_jax.in_memory({'train': {**arrays, 'label': arrays['label'][:5]}})
