@@ -15,8 +15,8 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
       path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
 
     Returns:
-      a `Checkpoint`: `.network`, `.params` (numpy), `.step` (the one that was taken), `.class_names`, `.record_size` and
-      `.image_size` (sides of the images and of the network's input, pixels), `.image_stats`, `.config`.
+      a `Checkpoint`: `.network`, `.params` (numpy), `.step`, `.class_names`, `.record_size` and `.image_size` (sides of
+      the images and of the network's input, pixels), `.image_stats`, `.config`. It prints its step.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.

@@ -174,6 +174,8 @@ class AlexNet(nn.Module):
 def init_params(model: AlexNet, key: chex.PRNGKey, image_size: int):
     """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
 
+    image_size: side of the network's input, pixels.
+
     Kernels are float32 HWIO (convolutions: I counts one group's inputs) or [inputs, outputs].
     """
     whole = model.clone(tower_axis=None)
