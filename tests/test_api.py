@@ -136,7 +136,7 @@ def test_one_image_or_many_of_any_kind(setup, tmp_path):
 def test_help_says_what_goes_in_and_what_comes_out(name):
     """In its first screen, not below what Flax adds."""
     text = pydoc.render_doc(getattr(alexnet_jax, name), renderer=pydoc.plaintext)[:5000]
-    assert 'FrozenDict' not in text and 'conv5' in text if name == 'AlexNet' else re.search('float32|\[N|Raises', text)
+    assert 'FrozenDict' not in text and 'conv5' in text if name == 'AlexNet' else re.search(r'float32|\[N|Raises', text)
 
 
 def test_arrays_and_records_make_the_same_dataset():
