@@ -1,6 +1,6 @@
 """Labels and probabilities for image files of any size.
 
-    alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--json]
+    alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--lines | --json]
 
 Each image becomes the central square that `alexnet_jax prepare` would have made of it (but no JPEG in between); of a
 folder all images are taken, those in folders below too, in the order of their names.
@@ -13,6 +13,7 @@ from absl import flags
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
+from alexnet_jax.data import imagenet_classes
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8
@@ -21,6 +22,7 @@ FLAGS = (
     CHECKPOINT,
     VIEWS,
     Flag('top', 5, 'Labels an image; all, where there are fewer classes.'),
+    Flag('lines', False, 'Print one line for each file: its name, the best label and its probability.'),
     Flag('json', False, 'Print one JSON object for each file.'),
     CPU_DEVICES,
 )
@@ -38,6 +40,12 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
         if args.json:
             print(json.dumps(line), flush=True)
             continue
-        print(as_utf8(line['file']))
-        for row in line['top']:
-            print(f'  {100 * row["probability"]:6.2f}%  {row["label"]} ({row["index"]})', flush=True)
+        rows = [f'{100 * row["probability"]:6.2f}%  {_name(row["label"])} ({row["index"]})' for row in line['top']]
+        text = f': {rows[0].strip()}' if args.lines else ''.join(f'\n  {row}' for row in rows)
+        print(as_utf8(line['file']) + text, flush=True)
+
+
+def _name(label: str) -> str:
+    """A class's name; of a WordNet id of ImageNet what it means, too."""
+    name = imagenet_classes.names().get(label)
+    return f'{name}, {label}' if name else label

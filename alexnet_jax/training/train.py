@@ -27,7 +27,7 @@ from alexnet_jax.utils.files import absolute_local_path, file_lock
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str, *, dataset: datasets.Dataset | None = None, profile: int = 0
+    config: ConfigDict, workdir: str | os.PathLike, *, dataset: datasets.Dataset | None = None, profile: int = 0
 ) -> dict[str, float]:
     """Trains to the end, from the beginning or from the workdir's last checkpoint.
 
@@ -47,6 +47,7 @@ def train_and_evaluate(
       DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
       TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
     """
+    workdir = os.fspath(workdir)
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
     data = setup.dataset
@@ -54,7 +55,7 @@ def train_and_evaluate(
     meta |= {'examples': setup.num_examples, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
-        _warn_of_settings(setup)
+        _describe_setup(setup)
         should_stop = stack.enter_context(distributed.defer_sigterm())  # to the end of the last save
         checkpoints = stack.enter_context(CheckpointManager(workdir))
         stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))
@@ -100,6 +101,8 @@ def train_and_evaluate(
             good = checkpoints.latest()
             kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
             raise DivergedError(f'{error} {kept} in {workdir}.') from None
+    evaluate_it = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
+    logging.info('The run is in %s. Evaluate it: %s', workdir, evaluate_it)
     return hooks.result
 
 
@@ -219,7 +222,13 @@ class _Profiler(contextlib.ExitStack):
             self.close()
 
 
-def _warn_of_settings(setup: TrainingSetup) -> None:
+def _describe_setup(setup: TrainingSetup) -> None:
+    """Logs what it will run on, and warns of what a config probably does not mean."""
+    devices = setup.mesh.devices
+    where = (
+        f'{devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, mesh.tower={devices.shape[1]}'
+    )
+    logging.info('Training on %s. Compiling the first update takes a while.', where)
     if 'val' not in setup.dataset.splits:
         distributed.warn(
             'no val split: nothing is evaluated, and the learning rate does not follow the validation error.'
