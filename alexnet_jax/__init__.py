@@ -1,6 +1,7 @@
 """AlexNet in JAX and Flax: the network of Krizhevsky, Sutskever and Hinton (2012), its split, its update, its data."""
 
 from importlib import import_module
+from typing import Any
 
 __version__ = '0.1.0'
 
@@ -19,7 +20,7 @@ _MODULES = {
 __all__ = ['__version__', *_MODULES]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Loads on first use: the processes of `alexnet_jax prepare` should not each load JAX."""
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
@@ -28,5 +29,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

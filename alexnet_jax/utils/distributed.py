@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def defer_sigterm():
+def defer_sigterm() -> Iterator[Callable[[], bool]]:
     """Defers SIGTERM; yields `should_stop()`.
 
     Several processes must call it equally often; it is true for all of them at the same call, soon after one of them

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from typing import Any
 
 import jax
 from absl import logging
@@ -15,7 +16,7 @@ from absl import logging
 from alexnet_jax.utils import distributed, processes
 
 
-def describe_environment() -> dict:
+def describe_environment() -> dict[str, Any]:
     """Versions, devices and commit, for environment.json and for published numbers."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
@@ -44,7 +45,8 @@ def describe_environment() -> dict:
 @functools.cache
 def warn_if_no_accelerator(platform: str) -> None:
     """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU."""
-    if platform != 'cpu' or jax.config.jax_platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options as it runs
+    if platform != 'cpu' or asked == 'cpu' or os.path.exists('/dev/nvidia0'):
         return  # of an NVIDIA GPU that it sees and cannot use JAX itself warns
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
@@ -53,7 +55,7 @@ def warn_if_no_accelerator(platform: str) -> None:
         )
 
 
-def warn_of_changes(workdir: str, now: dict) -> None:
+def warn_of_changes(workdir: str, now: dict[str, Any]) -> None:
     """Warns where a run continues with other software or cores than environment.json of its last start names."""
     try:
         with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -23,7 +23,7 @@ class TerminatedError(Exception):
 
 
 @contextlib.contextmanager
-def as_user_error(what: str, remedy: str = ''):
+def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
     """Turns file-system errors, also as orbax and tensorstore wrap them, into "WHAT: the system's reason. REMEDY"."""
     try:
         yield

@@ -7,7 +7,9 @@ import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from typing import Any
 
 # Grain removes batches from shared memory in the background. What is left at the end Python's tracker removes, and
 # calls a leak.
@@ -15,11 +17,12 @@ _QUIET = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
 
 
-def end_with_parent(*_) -> None:
+def end_with_parent(*_: object) -> None:
     """Ends this worker process when its parent is gone, however it went: a killed parent cannot end it itself."""
-    parent = multiprocessing.parent_process()
+    if (parent := multiprocessing.parent_process()) is None:
+        return
 
-    def watch():
+    def watch() -> None:
         parent.join()
         os._exit(1)
 
@@ -37,14 +40,14 @@ def script_without_guard() -> str | None:
 
 
 @contextlib.contextmanager
-def without_main():
+def without_main() -> Iterator[None]:
     """Processes spawned within do not import the program's main module again, as they would before all else.
 
     That of a command imports JAX, 400 MB in each; a script without a guard would do its work once more. What they run
     must be of another module.
     """
     main = sys.modules['__main__']
-    hidden = {name: vars(main)[name] for name in ('__spec__', '__file__') if name in vars(main)}
+    hidden: dict[str, Any] = {name: vars(main)[name] for name in ('__spec__', '__file__') if name in vars(main)}
     main.__spec__ = None
     vars(main).pop('__file__', None)
     try:
@@ -83,7 +86,7 @@ def memory() -> int:
 
 
 @contextlib.contextmanager
-def signals_blocked():
+def signals_blocked() -> Iterator[None]:
     """Blocks SIGTERM and SIGINT within it. A process started here inherits the block, and never sees them.
 
     Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
