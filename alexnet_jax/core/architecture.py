@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class DenseSpec(LayerSpec):
     """A fully-connected layer: fc6."""
 
 
+Shape = tuple[int, ...]  # of one image's maps (H, W, C) or units (F,)
 INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
 KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # by the prefix of a layer's name, in network order
 
@@ -70,21 +71,21 @@ def init_std(init: str) -> float | None:
     """The standard deviation of 'normal(STD)'; None for 'fan_in'. Raises UserError for anything else."""
     if not (match := INIT.fullmatch(init)):
         raise UserError(f"init={init!r}; expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
-    return match[1] and float(match[1])
+    return float(match[1]) if match[1] else None
 
 
 class LayerShapes(NamedTuple):
     """What passes through a layer for one image, and what it costs."""
 
-    inputs: tuple[int, ...]  # (H, W, C) or (F,)
-    linear: tuple[int, ...]  # before what follows
-    outputs: tuple[int, ...]  # after it
-    dropped: tuple[int, ...] | None  # where dropout acts; None if it does not
+    inputs: Shape
+    linear: Shape  # before what follows
+    outputs: Shape  # after it
+    dropped: Shape | None  # where dropout acts; None if it does not
     parameters: int
     flops: int  # of the products: two for a multiplication and its addition
 
 
-def infer_shapes(model, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
+def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
     """Shapes, parameters and products of every layer.
 
     Args:
@@ -98,7 +99,8 @@ def infer_shapes(model, image_size: int, towers: int = 1) -> dict[str, LayerShap
     specs = model.layers.values()
     if towers > 1 and not any(2 in (spec.groups, *(_mixing_groups(model, op) for op in spec.ops)) for spec in specs):
         raise UserError('No layer has groups=2; set mesh.tower=1.')
-    shapes, shape = {}, (image_size, image_size, 3)
+    shapes: dict[str, LayerShapes] = {}
+    shape: Shape = (image_size, image_size, 3)
     for name, layer in model.layers.items():
         _check_groups(model, name, shape[-1], towers)
         inputs, op_shapes = shape, list(_op_shapes(model, name, shape, image_size))
@@ -111,12 +113,13 @@ def infer_shapes(model, image_size: int, towers: int = 1) -> dict[str, LayerShap
     return shapes
 
 
-def _mixing_groups(model, op: str) -> int:
+def _mixing_groups(model: Any, op: str) -> int:
     """Parts of the channels within which an operation mixes them; 0 if it mixes none, or is unknown."""
-    return POST_OPS[op].groups(model) if op in POST_OPS and POST_OPS[op].groups else 0
+    entry = POST_OPS.get(op)
+    return entry.groups(model) if entry and entry.groups else 0
 
 
-def _check_groups(model, name: str, channels: int, towers: int) -> None:
+def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     """Raises UserError where a layer's operations are unknown, or its channels do not divide."""
     layer, last = model.layers[name], name == list(model.layers)[-1]
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
@@ -135,7 +138,7 @@ def _check_groups(model, name: str, channels: int, towers: int) -> None:
             raise UserError(f'{name}: {op} works in {groups} group(s) of the {layer.features} features, {problem}')
 
 
-def gathered_elements(model, image_size: int, towers: int) -> dict[str, int]:
+def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
     """Elements of one image that a tower receives from the other: {layer: count}, of the layers that gather.
 
     A layer with one group whose input is split reads all of it, and has half (see `model.AlexNet`).
@@ -148,10 +151,10 @@ def gathered_elements(model, image_size: int, towers: int) -> dict[str, int]:
     }
 
 
-def summary(model, image_size: int, towers: int) -> str:
+def summary(model: Any, image_size: int, towers: int) -> str:
     """A table of layers for people: shapes, parameters, products, and what crosses between towers."""
     shapes, gathered = infer_shapes(model, image_size, towers), gathered_elements(model, image_size, towers)
-    rows = [('layer', 'input', 'window', 'groups', 'output', 'post', 'parameters', 'Mflops', 'from the other tower')]
+    rows = [tuple('layer,input,window,groups,output,post,parameters,Mflops,from the other tower'.split(','))]
     for name, layer in model.layers.items():
         window = f'{layer.kernel}x{layer.kernel} / {layer.stride}' if isinstance(layer, ConvSpec) else ''
         inputs, outputs = ('x'.join(map(str, shape)) for shape in (shapes[name].inputs, shapes[name].outputs))
@@ -171,16 +174,17 @@ def summary(model, image_size: int, towers: int) -> str:
     return '\n'.join(text)
 
 
-def _fan_in(layer: LayerSpec, inputs: tuple[int, ...]) -> int:
+def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
     """Numbers that one output is the weighted sum of."""
     if isinstance(layer, ConvSpec):
         return layer.kernel**2 * inputs[-1] // layer.groups
     return math.prod(inputs) // layer.groups
 
 
-def _op_shapes(model, name: str, inputs: tuple[int, ...], image_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterator[tuple[str, Shape]]:
     """('linear', shape), then (op, shape) for each operation that follows."""
-    layer, shape = model.layers[name], (model.layers[name].features,)
+    layer: LayerSpec = model.layers[name]
+    shape: Shape = (layer.features,)
     too_small = f'an image of {image_size} px does not fit the network: {name}'
     remedy = 'use a larger data.image_size.'
     if isinstance(layer, ConvSpec):

@@ -5,15 +5,20 @@ step, so that bytes and not floats cross to the device.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import Array, lax
 
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.utils.errors import UserError
+
+Images = TypeVar('Images', Array, np.ndarray)
+Batch = dict[str, Array]
+DType = jax.typing.DTypeLike
 
 
 class Augmentation(NamedTuple):
@@ -23,7 +28,7 @@ class Augmentation(NamedTuple):
     """
 
     image_size: int = 224  # side of what the network reads, pixels; Caffe's 227
-    crop_area: tuple[float, float] | tuple = ()  # (): windows of image_size; torchvision's (0.08, 1): parts of the area
+    crop_area: tuple[float, float] | tuple[()] = ()  # (): windows of image_size; torchvision's (0.08, 1): of the area
     random_crop: bool = True  # False: always the center
     all_positions: bool = False  # 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: all 33 x 33 (authors)
     draw_every: int = 1  # successive images that share crop and reflection: 1 by the words, 32 in the authors' code
@@ -36,7 +41,7 @@ class Augmentation(NamedTuple):
     color_epochs: float = 0.0  # color goes off after so many epochs, 0: never; 67 in the authors' net 145 (2010)
 
 
-def crop_on_device(batch: dict, size: int) -> dict:
+def crop_on_device(batch: Batch, size: int) -> Batch:
     """What `crop` does, for a batch of whole records, or one that has their numbers and all records.
 
     Args:
@@ -47,7 +52,7 @@ def crop_on_device(batch: dict, size: int) -> dict:
       the batch with 'image' uint8 [n, size, size, 3] instead of these.
     """
 
-    def from_all(index, offset, reflect):
+    def from_all(index: Array, offset: Array, reflect: Array) -> Array:
         start = (index, *offset, jnp.zeros_like(index))
         part = lax.dynamic_slice(batch['records'], start, (1, size, size, 3))[0]
         return jnp.where(reflect, part[:, ::-1], part)
@@ -58,7 +63,7 @@ def crop_on_device(batch: dict, size: int) -> dict:
     return {**rest, 'image': jax.vmap(cut_out)(batch[which], batch['offset'], batch['reflect'])}
 
 
-def _crop(image_HWC, offset, reflect, size: int):
+def _crop(image_HWC: Array | np.ndarray, offset: Array, reflect: Array, size: int) -> Array:
     """The size x size part at an offset, mirrored where `reflect` is true."""
     start = (offset[0], offset[1], jnp.zeros_like(offset[0]))  # of one type, in float64 too
     part = lax.dynamic_slice(image_HWC, start, (size, size, 3))
@@ -86,7 +91,7 @@ def crop_positions(record_size: int, image_size: int, all_positions: bool = Fals
     return max(1, record_size - image_size + all_positions)
 
 
-def color_shift(alphas_N3, image_stats: ImageStats, scale: str = 'eigenvalue'):
+def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenvalue') -> Array:
     """[p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in gray levels.  Section 4.1.
 
     Deviation: the formula gives no scale. It is read on pixels in [0, 1], the one reading with sensible results (about
@@ -104,7 +109,9 @@ def color_shift(alphas_N3, image_stats: ImageStats, scale: str = 'eigenvalue'):
     return (alphas_N3 * lengths[None]) @ image_stats.eigenvectors.T
 
 
-def preprocess(batch: dict, image_stats: ImageStats, augmentation: Augmentation, *, color=True, dtype=jnp.float32):
+def preprocess(
+    batch: Batch, image_stats: ImageStats, augmentation: Augmentation, *, color: Any = True, dtype: DType = jnp.float32
+) -> Array:
     """Turns a training batch's bytes into the network's input: minus the mean, plus the color shift.
 
     Args:
@@ -134,19 +141,19 @@ def preprocess(batch: dict, image_stats: ImageStats, augmentation: Augmentation,
     return x / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None]
 
 
-def _fixed_mean(image_stats: ImageStats, augmentation: Augmentation, size: int):
+def _fixed_mean(image_stats: ImageStats, augmentation: Augmentation, size: int) -> Array:
     """[1, size, size, 3] or [1, 1, 1, 3], the same for every crop."""
     mean = jnp.asarray(image_stats.mean_image)[None]
     return center_crop(mean, size) if augmentation.mean == 'center' else mean.mean((1, 2), keepdims=True)
 
 
-def center_crop(image_NHWC, size: int):
+def center_crop(image_NHWC: Images, size: int) -> Images:
     """The central size x size part of images [N, S, S, 3]."""
     y, x = ((side - size) // 2 for side in image_NHWC.shape[1:3])
     return image_NHWC[:, y : y + size, x : x + size]
 
 
-def ten_views(image_NHWC, size: int) -> list:
+def ten_views(image_NHWC: Images, size: int) -> list[Images]:
     """Four corners, the center, and their reflections: ten arrays [N, size, size, 3].  Section 4.1.
 
     image_NHWC: [N, S, S, 3] of any type. The center comes first, the five reflections last.
@@ -157,7 +164,9 @@ def ten_views(image_NHWC, size: int) -> list:
     return five + [view[:, :, ::-1] for view in five]
 
 
-def views(image_NHWC, image_stats: ImageStats, augmentation: Augmentation, *, count: int, dtype=jnp.float32) -> list:
+def views(
+    image_NHWC: Array, image_stats: ImageStats, augmentation: Augmentation, *, count: int, dtype: DType = jnp.float32
+) -> list[Array]:
     """The network's inputs for a test: the center alone (count=1), or ten views (count=10). No color.
 
     Args:
@@ -175,7 +184,7 @@ def views(image_NHWC, image_stats: ImageStats, augmentation: Augmentation, *, co
         raise UserError(f'views={count}; expected 1 (center) or 10 (corners and center, with reflections).')
     chex.assert_equal_shape([image_NHWC[0], image_stats.mean_image])
     size, image = augmentation.image_size, image_NHWC.astype(dtype)
-    fixed = 0
+    fixed: Array | int = 0
     if augmentation.mean == 'crop':
         image = image - jnp.asarray(image_stats.mean_image, dtype)[None]
     else:

@@ -18,12 +18,12 @@ MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not i
 Check = tuple[str, Callable[[Any], bool], str]  # keys, what their values must satisfy, the same in words
 
 
-def _is_number(value, least: float = -1e300, most: float = 1e300, kind=int | float) -> bool:
+def _is_number(value: Any, least: float = -1e300, most: float = 1e300, kind: Any = int | float) -> bool:
     """Whether a value is a finite number within bounds, of a kind: `int` for whole ones."""
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
-def _are_numbers(values, count: int, **bounds) -> bool:
+def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
     """Whether there are `count` values, each a number within bounds."""
     is_row = isinstance(values, tuple | list) and len(values) == count
     return is_row and all(_is_number(value, **bounds) for value in values)
@@ -33,11 +33,11 @@ from_0 = functools.partial(_is_number, least=0)
 is_count = functools.partial(_is_number, least=1, kind=int)
 
 
-def _is_init(value) -> bool:
-    return isinstance(value, str) and INIT.fullmatch(value)
+def _is_init(value: Any) -> bool:
+    return isinstance(value, str) and INIT.fullmatch(value) is not None
 
 
-def _is_crop_area(value) -> bool:
+def _is_crop_area(value: Any) -> bool:
     return value == () or (_are_numbers(value, 2, most=1) and 0 < value[0] <= value[1])
 
 
@@ -101,7 +101,7 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
         raise UserError(
             f'model.pool_stride={network.pool_stride} leaves gaps between windows of {network.pool_window} px.'
         )
-    if network.dtype == 'float64' and not jax.config.jax_enable_x64:
+    if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set as jax runs
         raise UserError("model.dtype='float64' takes jax.enable_x64; expected float32 or bfloat16.")
     return network
 
@@ -126,7 +126,7 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
     return specs
 
 
-def to_tuples(value):
+def to_tuples(value: Any) -> Any:
     """Lists, as JSON gives them, as the tuples that they were."""
     if isinstance(value, dict):
         return {key: to_tuples(part) for key, part in value.items()}
@@ -158,7 +158,7 @@ def optimizer_from_config(
     steps_per_epoch: float,
     layers: Sequence[str],
     decay: Callable[[optim.DecayTable], Any] = optim.add_decays,
-    warmup: Callable | None = None,
+    warmup: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optim.Optimizer:
     """The update that a config's `optim` describes.
 
@@ -195,7 +195,7 @@ def optimizer_from_config(
     return optim.make_optimizer(rates, decay(decays), **shape)
 
 
-def _check_stages(stages, layers: Sequence[str]) -> list[optim.Stage]:
+def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
     for row in stages:
         if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, least=0):
             raise UserError(
@@ -209,7 +209,7 @@ def _check_stages(stages, layers: Sequence[str]) -> list[optim.Stage]:
     return [optim.Stage(*row) for row in stages]
 
 
-def _check_rows(key: str, rows, length: int, layers: Sequence[str]) -> None:
+def _check_rows(key: str, rows: Any, length: int, layers: Sequence[str]) -> None:
     for row in rows if isinstance(rows, tuple | list) else [rows]:
         if not isinstance(row, tuple | list) or not _are_numbers(row[1:], length - 1, least=0):
             raise UserError(f'optim.{key} has {row!r}; expected a layer and {length - 1} factor(s) of 0 or more.')

@@ -3,12 +3,14 @@
 import math
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 _PATCH_BYTES = 12 << 20  # of patches at once: two images of conv 1
 
 
-def weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
+def weight_gradient(
+    stride: int, padding: tuple[int, int], kernel_HWIO: Array, x_NHWC: Array, gradient_NHWO: Array
+) -> Array:
     """The gradient of a convolution's weights: patches times gradient, as many images as a cache holds at once.
 
     Squares of stride x stride pixels become channels first, so that a patch is a few long runs of memory.
@@ -18,7 +20,7 @@ def weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
     blocks, depth = -(-size // stride), stride * stride * channels
     wide = jnp.promote_types(x_NHWC.dtype, jnp.float32)
 
-    def patches(x_nHWC):
+    def patches(x_nHWC: Array) -> Array:
         ends = [
             (n - 1 + blocks) * stride - padding[0] - side
             for n, side in zip((height, width), x_nHWC.shape[1:3], strict=True)
@@ -31,7 +33,7 @@ def weight_gradient(stride, padding, kernel_HWIO, x_NHWC, gradient_NHWO):
         x = jnp.concatenate([x[:, i : i + height] for i in range(blocks)], axis=-1)
         return x.reshape(-1, blocks * blocks * depth)
 
-    def product(part):
+    def product(part: list[Array]) -> Array:
         x, gradient = part
         return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=wide)
 

@@ -19,7 +19,7 @@ class ImageStats(NamedTuple):
 class Moments(NamedTuple):
     """Sums that add up over processes: images, their pixels' sum, and the sum of r r^T over all pixels r."""
 
-    count: int
+    num_images: int
     image: np.ndarray  # float64 [S, S, 3]
     outer: np.ndarray  # float64 [3, 3]
 
@@ -33,21 +33,21 @@ class Moments(NamedTuple):
         pixels = image_HWC.reshape(-1, 3).astype(np.float32)
         np.add(self.image, image_HWC, out=self.image)
         np.add(self.outer, pixels.T @ pixels, out=self.outer)  # below 2^32 an entry and image: float32 keeps 7 digits
-        return self._replace(count=self.count + 1)
+        return self._replace(num_images=self.num_images + 1)
 
     def merge(self, other: 'Moments') -> 'Moments':
         """The sums over both sets of images."""
-        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+        return Moments(self.num_images + other.num_images, self.image + other.image, self.outer + other.outer)
 
 
 def from_moments(moments: Moments) -> ImageStats:
     """The mean image, and eigenvalues and eigenvectors of the covariance of all training pixels' RGB values."""
-    pixels = moments.count * moments.image.shape[0] * moments.image.shape[1]
+    pixels = moments.num_images * moments.image.shape[0] * moments.image.shape[1]
     mean_rgb = moments.image.sum((0, 1)) / pixels
     covariance = moments.outer / pixels - np.outer(mean_rgb, mean_rgb)
     values, vectors = np.linalg.eigh(covariance)
     return ImageStats(
-        (moments.image / moments.count).astype(np.float32),
+        (moments.image / moments.num_images).astype(np.float32),
         np.maximum(values, 0).astype(np.float32),
         vectors.astype(np.float32),
     )

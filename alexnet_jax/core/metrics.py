@@ -4,12 +4,14 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NAMES = ('loss', 'top1', 'top5', 'weight')
+AnyArray = jax.Array | np.ndarray
 Sums = dict[str, jax.Array]  # of each of these names, summed over images
 
 
-def log_likelihood(logits_NK, label_N):
+def log_likelihood(logits_NK: AnyArray, label_N: AnyArray) -> jax.Array:
     """Log-probability of the right class, float [N].  Paper, section 3.5 (softmax, multinomial log-likelihood).
 
     logits_NK: float [N, K]; label_N: int [N]. Written without a gather along K: where the classes are split over
@@ -18,14 +20,14 @@ def log_likelihood(logits_NK, label_N):
     return take_label(jax.nn.log_softmax(logits_NK), label_N)
 
 
-def take_label(x_NK, label_N):
+def take_label(x_NK: AnyArray, label_N: AnyArray) -> jax.Array:
     """Each row's entry at its label, float [N]; NaN where the label is none of the K classes."""
     count = x_NK.shape[-1]
     entry = jnp.sum(jnp.where(jnp.arange(count)[None] == label_N[:, None], x_NK, 0), axis=-1)
     return jnp.where((label_N >= 0) & (label_N < count), entry, jnp.nan)
 
 
-def top_k_error(score_NK, label_N, k: int):
+def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
     """Error of the k best classes, float [N], 0 to 1, by counting the scores above the right one's.
 
     A tie is decided by lot, so it counts its share: with `above` scores above and `tied` equal (the right one among
@@ -40,7 +42,7 @@ def top_k_error(score_NK, label_N, k: int):
     return jnp.where(tied > 0, 1 - hit, 1.0)
 
 
-def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
+def sums(log_likelihood_N: AnyArray, score_NK: AnyArray, label_N: AnyArray, weight_N: AnyArray) -> Sums:
     """Weighted sums over a batch, each a scalar. Images of weight 0 (padding) count nowhere.
 
     Args:
@@ -51,7 +53,7 @@ def sums(log_likelihood_N, score_NK, label_N, weight_N) -> Sums:
     """
     weight = weight_N.astype(log_likelihood_N.dtype)
 
-    def total(x_N):
+    def total(x_N: AnyArray) -> jax.Array:
         return jnp.sum(jnp.where(weight > 0, x_N * weight, 0))
 
     return {

@@ -7,20 +7,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jax import lax
+from jax import Array, lax
 
 from alexnet_jax.core import architecture, ops
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec
 from alexnet_jax.core.post_ops import POST_OPS, Context
 
-_PAPER_LAYERS = FrozenDict(
+Masks = dict[str, Array]  # of dropout, by layer: bool, True keeps the unit
+_PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
     conv1=ConvSpec(features=96, kernel=11, stride=4, padding=(0, 3), post='relu lrn pool'),
     conv2=ConvSpec(features=256, kernel=5, padding=(2, 2), groups=2, bias=1.0, post='relu lrn pool'),
     conv3=ConvSpec(features=384, kernel=3, padding=(1, 1), post='relu'),
@@ -44,10 +44,10 @@ class Weights(nn.Module):
     positions: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> tuple[Array, Array]:
         bound = math.prod(self.shape[:-1]) ** -0.5
 
-        def uniform(key, shape):
+        def uniform(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
         if self.init_std is None:
@@ -88,7 +88,7 @@ class AlexNet(nn.Module):
       tower_axis: None on one device.
     """
 
-    layers: Mapping[str, LayerSpec] | None = None
+    layers: Mapping[str, LayerSpec] = cast(Any, None)  # a FrozenDict after __post_init__
     num_classes: int = 1000
     pool_window: int = 3
     pool_stride: int = 2
@@ -107,7 +107,7 @@ class AlexNet(nn.Module):
     dtype: str = 'float32'
     tower_axis: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         layers = _PAPER_LAYERS if self.layers is None else self.layers
         names = architecture.sort_layers(layers)
         layers = {name: layers[name] for name in names}
@@ -116,9 +116,11 @@ class AlexNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_NHWC, masks: dict[str, Any] | None = None, *, train: bool = False, rng=None):
+    def __call__(
+        self, x_NHWC: Array, masks: Masks | None = None, *, train: bool = False, rng: Array | None = None
+    ) -> Array:
         if train and masks is None:
-            masks = dropout_masks(self, rng, len(x_NHWC), x_NHWC.shape[1])
+            masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
         split = False  # whether they are only this tower's
@@ -136,11 +138,12 @@ class AlexNet(nn.Module):
             split = towers > 1
         return parts[0]
 
-    def _linear(self, name: str, layer: LayerSpec, parts: list, towers: int) -> list:
+    def _linear(self, name: str, layer: LayerSpec, parts: list[Array], towers: int) -> list[Array]:
         """A layer's weighted sums and biases: each group's of its own part."""
-        features, inputs, positions = layer.features // towers, parts[0].shape[-1], ()
+        features, inputs = layer.features // towers, parts[0].shape[-1]
+        positions: tuple[int, ...] = ()
         if isinstance(layer, LocalSpec):
-            shape = (inputs * layer.kernel**2, features)
+            shape: tuple[int, ...] = (inputs * layer.kernel**2, features)
             positions = ((parts[0].shape[1] + sum(layer.padding) - layer.kernel) // layer.stride + 1,) * 2
             op = functools.partial(ops.local_conv, size=layer.kernel, stride=layer.stride, padding=layer.padding)
         elif isinstance(layer, ConvSpec):
@@ -155,11 +158,11 @@ class AlexNet(nn.Module):
         kernels, biases = (ops.regroup([whole], len(parts)) for whole in (kernel.astype(self.dtype), bias))
         return [ops.add_bias(op(x, w), b) for x, w, b in zip(parts, kernels, biases, strict=True)]
 
-    def _sow_output(self, name: str, parts: list) -> None:
+    def _sow_output(self, name: str, parts: list[Array]) -> None:
         if self.is_mutable_collection('intermediates'):
             self.sow('intermediates', name, *ops.regroup(parts, 1))
 
-    def _apply_op(self, name: str, parts: list, mask, towers: int) -> list:
+    def _apply_op(self, name: str, parts: list[Array], mask: Array | None, towers: int) -> list[Array]:
         """An operation that follows a layer, on each part of its outputs."""
         op, groups = POST_OPS[name], 1
         if op.groups:
@@ -171,7 +174,7 @@ class AlexNet(nn.Module):
         return [op.function(x, Context(self, groups, part)) for x, part in zip(parts, kept, strict=True)]
 
 
-def init_params(model: AlexNet, key: chex.PRNGKey, image_size: int):
+def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
 
     image_size: side of the network's input, pixels.
@@ -182,7 +185,7 @@ def init_params(model: AlexNet, key: chex.PRNGKey, image_size: int):
     return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 
-def dropout_masks(model: AlexNet, key: chex.PRNGKey, batch_size: int, image_size: int) -> dict[str, chex.Array]:
+def dropout_masks(model: AlexNet, key: Array, batch_size: int, image_size: int) -> Masks:
     """Bool [batch_size, ...] for each layer followed by dropout: True keeps the unit (section 4.2).
 
     Drawn in global shape, so that every mesh sees the same masks and no two towers share one.

@@ -10,14 +10,15 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from alexnet_jax.core import cpu_gradients
 
+_Arrays = tuple[Array, Array]  # maps and kernel, or the gradients of both
 _LARGE_BYTES = 5 << 20  # of a gradient: from there on patches were faster, see `_convolve_backward`
 
 
-def regroup(parts: list, count: int) -> list:
+def regroup(parts: list[Array], count: int) -> list[Array]:
     """The same channels (the last axis) in `count` arrays of equal size: one for each group of a layer.
 
     A layer in two groups is two layers side by side, and what follows it is done to each half: whole maps are put
@@ -29,7 +30,7 @@ def regroup(parts: list, count: int) -> list:
     return jnp.split(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1), count, axis=-1)
 
 
-def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int]):
+def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, int]) -> Array:
     """Cross-correlates the maps with each kernel.  Paper, section 3.5.
 
     Args:
@@ -46,7 +47,7 @@ def conv(x_NHWC, kernel_HWIO, *, stride: int, padding: tuple[int, int]):
     return _convolve(stride, tuple(padding), x_NHWC, kernel_HWIO)
 
 
-def _plain(stride: int, padding: tuple[int, int], x_NHWC, kernel_HWIO):
+def _plain(stride: int, padding: tuple[int, int], x_NHWC: Array, kernel_HWIO: Array) -> Array:
     return lax.conv_general_dilated(
         x_NHWC, kernel_HWIO, (stride, stride), (padding, padding), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
@@ -55,11 +56,11 @@ def _plain(stride: int, padding: tuple[int, int], x_NHWC, kernel_HWIO):
 _convolve = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
 
 
-def _convolve_forward(stride, padding, x, kernel):
+def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: Array) -> tuple[Array, _Arrays]:
     return _plain(stride, padding, x, kernel), (x, kernel)
 
 
-def _convolve_backward(stride, padding, arrays, gradient):
+def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
     """XLA's, but for the weights on the CPU backend, with a stride or where the gradient is large.
 
     There XLA's took 1.3 to 2.6 times as long as ours, and down to half as long where the gradient is small.
@@ -76,7 +77,7 @@ def _convolve_backward(stride, padding, arrays, gradient):
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[int, int]):
+def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, padding: tuple[int, int]) -> Array:
     """A convolution with a kernel of its own at every place.  Type `local` of the authors' `layer.py`.
 
     Args:
@@ -99,7 +100,7 @@ def local_conv(x_NHWC, kernel_HWPO, *, size: int, stride: int, padding: tuple[in
     )
 
 
-def dense(x, kernel_IO, *, dtype=None):
+def dense(x: Array, kernel_IO: Array, *, dtype: jax.typing.DTypeLike | None = None) -> Array:
     """A fully-connected layer; maps are flattened in (H, W, C) order.
 
     Args:
@@ -114,7 +115,7 @@ def dense(x, kernel_IO, *, dtype=None):
 
 
 @jax.custom_vjp
-def add_bias(x, bias):
+def add_bias(x: Array, bias: Array) -> Array:
     """x + bias, in the type of x; the gradient of the bias is summed in the bias's own type.
 
     That sum has many terms, of every image and place. The addition stays in x's type since cuDNN fuses it with the
@@ -130,11 +131,11 @@ def add_bias(x, bias):
     return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - bias.ndim))
 
 
-def _add_bias_forward(x, bias):
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
     return add_bias(x, bias), bias
 
 
-def _add_bias_backward(bias, gradient):
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
     wide = gradient.astype(jnp.promote_types(gradient.dtype, bias.dtype))
     return gradient, wide.sum(range(gradient.ndim - bias.ndim)).astype(bias.dtype)
 
@@ -142,7 +143,7 @@ def _add_bias_backward(bias, gradient):
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-def dropout(x, mask, *, rate: float, inverted: bool = False):
+def dropout(x: Array, mask: Array | None, *, rate: float, inverted: bool = False) -> Array:
     """Silences units in training, scales them at test.  Paper, section 4.2 (no scaling in training).
 
     Args:

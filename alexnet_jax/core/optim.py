@@ -30,13 +30,13 @@ class PlateauState(NamedTuple):
 
     drops: jax.Array  # int32: drops of the learning rate
     best_error: jax.Array  # float32, percent: lowest validation error so far
-    count: jax.Array  # int32: validations since it improved
+    count: jax.Array  # type: ignore[assignment]  # not tuple.count. int32: validations since it improved
 
 
 class SgdState(NamedTuple):
     """All the update remembers; every scalar is an array, so that a checkpoint holds it."""
 
-    count: jax.Array  # int32: updates so far
+    count: jax.Array  # type: ignore[assignment]  # not tuple.count. int32: updates so far
     plateau: PlateauState
     chain: Any  # of optax's transformations
 
@@ -71,7 +71,7 @@ class Plateau(NamedTuple):
     min_delta: float  # percentage points by which the error must fall below its best to count as a gain
     max_drops: int  # three in the paper
 
-    def decide(self, state: PlateauState, error) -> PlateauState:
+    def decide(self, state: PlateauState, error: jax.typing.ArrayLike) -> PlateauState:
         """Counts a validation; drops the rate where too many in a row brought no gain. error: top-1, percent."""
         error = jnp.asarray(error, jnp.float32)
         gained = error < state.best_error - self.min_delta
@@ -94,7 +94,7 @@ class RateTable:
     plateau: Plateau | None = None  # None: stages follow one another by epoch; else validations decide
     warmup: Callable[[jax.Array], jax.Array] | None = None  # count of updates -> what multiplies every rate
 
-    def _now(self, rates: Sequence[float], state: SgdState):
+    def _now(self, rates: Sequence[float], state: SgdState) -> jax.Array:
         """Of one rate for each stage, that of the next update."""
         starts = [round(stage.start * self.steps_per_epoch) for stage in self.stages[1:]]
         stage = state.plateau.drops if self.plateau else jnp.sum(state.count >= jnp.asarray(starts, jnp.int32))
@@ -105,10 +105,10 @@ class RateTable:
         """The rate of weights in layers without their own."""
         return self._now([self.learning_rate * stage.weights for stage in self.stages], state)
 
-    def of(self, params, state: SgdState):
+    def of(self, params: Any, state: SgdState) -> Any:
         """The rate of each array of `params`, {layer: {'kernel', 'bias'}}."""
 
-        def rate(path, _):
+        def rate(path: tuple[Any, ...], _: Any) -> jax.Array:
             layer, part = path[0].key, path[-1].key
             fixed = self.learning_rate * self.layer_rates.get(layer, 1.0) * (self.bias_rate if part == 'bias' else 1.0)
             return self._now([fixed * stage.factor(layer, part) for stage in self.stages], state)
@@ -142,7 +142,7 @@ class DecayTable:
 def add_decays(table: DecayTable) -> optax.GradientTransformation:
     """Adds decay * w to each gradient: one `optax.add_decayed_weights` for each factor of the table."""
 
-    def mask(factor, params):
+    def mask(factor: float, params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: table.of(path[0].key, path[-1].key) == factor, params)
 
     factors = sorted({table.weights, table.biases, *table.layers.values()})
@@ -171,15 +171,15 @@ def make_optimizer(
     scale, trace = _scale_by_rates(), _hold_where_rate_is_0(optax.trace(momentum))
     chain = optax.chain(decay, *((scale, trace) if rate_in_velocity else (trace, scale)))
 
-    def init(params):
+    def init(params: Any) -> SgdState:
         plateau = PlateauState(jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(0))  # a buffer each
         return SgdState(jnp.int32(0), plateau, chain.init(params))
 
-    def update(grads, state, params):
+    def update(grads: Any, state: SgdState, params: Any) -> tuple[Any, SgdState]:
         updates, new = chain.update(grads, state.chain, params, rates=rates.of(params, state))
         return updates, state._replace(count=state.count + 1, chain=new)
 
-    def after_validation(state, error):
+    def after_validation(state: SgdState, error: jax.typing.ArrayLike) -> SgdState:
         return state if rates.plateau is None else state._replace(plateau=rates.plateau.decide(state.plateau, error))
 
     return Optimizer(optax.GradientTransformation(init, update), rates.base, after_validation)
@@ -188,7 +188,7 @@ def make_optimizer(
 def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_learning_rate` with a rate for each array, given to `update` as `rates`."""
 
-    def update(updates, state, params=None, *, rates):
+    def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda rate, u: -rate * u, rates, updates), state
 
@@ -198,7 +198,7 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
 def _hold_where_rate_is_0(trace: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.trace`, but where an array's rate is 0 its velocity stays and its update is 0."""
 
-    def update(updates, state, params=None, *, rates):
+    def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
         _, new = trace.update(updates, state, params)
         held = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
         return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, held), new._replace(trace=held)

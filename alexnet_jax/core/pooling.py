@@ -2,12 +2,13 @@
 
 import functools
 import itertools
+from typing import Any, cast
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
@@ -15,7 +16,7 @@ def pooled_size(size: int, window: int, stride: int) -> int:
     return 1 + -(-(size - window) // stride)
 
 
-def max_pool(x_NHWC, *, window: int, stride: int):
+def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     """Overlapping max pooling where window > stride.  Paper, section 3.4.
 
     Where several places of a window hold its maximum they share its gradient. Deviation: the authors' kernels give each
@@ -33,7 +34,7 @@ def max_pool(x_NHWC, *, window: int, stride: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _max_pool(window: int, stride: int, x):
+def _max_pool(window: int, stride: int, x: Array) -> Array:
     """The gradient asks every place which of the few windows over it had their maximum there.
 
     That is one pass, which writes the result once, and nothing is scattered, as it is in `reduce_window`'s own.
@@ -48,7 +49,7 @@ def _span(size: int, window: int, stride: int) -> int:
     return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
-def _taken(x, window: int, stride: int, axis: int) -> list:
+def _taken(x: Array, window: int, stride: int, axis: int) -> list[Array]:
     """What the first, second, ... place of each window along an axis holds; -inf beyond the edge."""
     span = _span(x.shape[axis], window, stride)
     if (missing := span + window - 1 - x.shape[axis]) > 0:
@@ -56,7 +57,7 @@ def _taken(x, window: int, stride: int, axis: int) -> list:
     return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
 
 
-def _max_pool_forward(window, stride, x):
+def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[Array, ...]]:
     """Counts, too, how many values of a window are its maximum: x is at hand here, and is read once for both.
 
     From slices, which XLA fuses with the count; where nothing is counted it would fuse them with what x comes from, and
@@ -70,14 +71,14 @@ def _max_pool_forward(window, stride, x):
     return y, (x, y, ties)
 
 
-def _max_pool_backward(window, stride, arrays, gradient):
+def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], gradient: Array) -> tuple[Array]:
     x, y, ties = arrays
     wide = jnp.promote_types(x.dtype, jnp.float32)
     share = gradient.astype(wide) / ties.astype(wide)
     # A place p is the one p % stride + m * stride of the window p // stride - m, if that is within the window.
     back = range(-(-window // stride))
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
-    total = 0
+    total: Any = 0
     for m, n in itertools.product(back, back):
         over = functools.partial(_over_places, back=(m, n), stride=stride, shape=x.shape)
         mine = (x == over(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
@@ -85,7 +86,7 @@ def _max_pool_backward(window, stride, arrays, gradient):
     return (total.astype(x.dtype),)
 
 
-def _over_places(y, back: tuple[int, int], stride: int, shape: tuple[int, ...]):
+def _over_places(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
     """For each place (i, j) of a shape what y holds at (i // stride - back[0], j // stride - back[1]); 0 beyond."""
     for axis, m in zip((1, 2), back, strict=True):
         count = -(-shape[axis] // stride)
@@ -98,7 +99,7 @@ def _over_places(y, back: tuple[int, int], stride: int, shape: tuple[int, ...]):
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def avg_pool(x_NHWC, *, window: int, stride: int):
+def avg_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     """Overlapping mean pooling, as the CIFAR-10 networks of the authors have it; not in the paper.
 
     A window that is cut by the edge is the mean of what it holds, as in the authors' kernels.
@@ -113,6 +114,6 @@ def avg_pool(x_NHWC, *, window: int, stride: int):
         inside = [min(window, size - start) for start in range(0, span, stride)]
         missing = max(0, span + window - 1 - size)
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
-        x = sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window))
+        x = cast(Array, sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)))
         x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x

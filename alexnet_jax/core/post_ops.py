@@ -35,11 +35,11 @@ class PostOp(NamedTuple):
     groups: Callable[[Any], int] | None = None  # network -> parts of the channels it mixes within; None: mixes none
 
 
-def _dropout(x, context: Context):
+def _dropout(x: jax.Array, context: Context) -> jax.Array:
     return ops.dropout(x, context.mask, rate=context.network.dropout_rate, inverted=context.network.dropout_inverted)
 
 
-def _lrn(x, context: Context):
+def _lrn(x: jax.Array, context: Context) -> jax.Array:
     net = context.network
     alpha = net.lrn_alpha / net.lrn_n if net.lrn_alpha_over_n else net.lrn_alpha
     return normalization.local_response_norm(
@@ -47,14 +47,14 @@ def _lrn(x, context: Context):
     )
 
 
-def _spatial_norm(x, context: Context):
+def _spatial_norm(x: jax.Array, context: Context) -> jax.Array:
     net = context.network
     alpha = net.spatial_alpha / net.spatial_n**2
     return normalization.spatial_response_norm(x, n=net.spatial_n, k=net.spatial_k, alpha=alpha, beta=net.spatial_beta)
 
 
-def _pool_with(pool: Callable) -> Callable:
-    def function(x, context: Context):
+def _pool_with(pool: Callable[..., jax.Array]) -> Callable[[jax.Array, Context], jax.Array]:
+    def function(x: jax.Array, context: Context) -> jax.Array:
         window, stride = context.network.pool_window, context.network.pool_stride
         if x.shape[1] < window:
             raise UserError(f'pools {x.shape[1]} px maps through {window} px windows')

@@ -4,21 +4,22 @@ The only file that names PartitionSpec. Every function takes the mesh; there is 
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax import lax
+from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.core.model import AlexNet
+from alexnet_jax.core.model import AlexNet, Masks
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
 
 
-def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
+def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` x `tower` devices: 1x1 is a laptop, 1x2 the paper, Nx2 and Nx1 a cluster.
 
     Args:
@@ -56,7 +57,7 @@ def make_mesh(*, data: int, tower: int, devices: list | None = None) -> Mesh:
     return Mesh(chosen, ('data', 'tower'), axis_types=(AxisType.Auto,) * 2)
 
 
-def forward(model: AlexNet, mesh: Mesh) -> Callable:
+def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     """The network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, in global shapes.
 
     Each device computes its part of the batch (`data`) in its tower. The logits leave split both ways (unless the
@@ -74,19 +75,19 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
     # An axis of one device is left out: XLA's CPU backend would copy all gradients for a sum over that one.
     axes = {axis for axis, size in mesh.shape.items() if size > 1}
 
-    def spec(*names):
+    def spec(*names: str | None) -> P:
         return P(*[name if name in axes else None for name in names])
 
-    def block(params, x_nHWC, masks):
+    def block(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
         # Every device has its part of the sums over the batch and over the towers' maps. Mark the inputs as varying
         # explicitly: JAX does not do it for custom_vjp functions, as most of `ops` are.
         if 'data' in axes:
             params = lax.pcast(params, 'data', to='varying')
         if 'tower' in axes:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
-        return mapped.apply({'params': params}, x_nHWC, masks)
+        return cast(Array, mapped.apply({'params': params}, x_nHWC, masks))  # with `mutable` it would be a pair
 
-    def apply(params, x_NHWC, masks=None):
+    def apply(params: Any, x_NHWC: Array, masks: Masks | None = None) -> Array:
         if missing:  # an odd number of classes: one more that nobody sees, so that each tower has as many
             padded = {
                 part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) for part, x in params[classifier].items()
@@ -110,15 +111,15 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable:
     return apply
 
 
-def _tower_spec(array) -> P:
+def _tower_spec(array: Array) -> P:
     """Kernels and biases are split along their last axis, the output channels; scalars are everywhere."""
     return P(*[None] * (array.ndim - 1), 'tower') if array.ndim else P()
 
 
-def state_sharding(mesh: Mesh, state):
+def state_sharding(mesh: Mesh, state: Any) -> Any:
     """NamedSharding for every leaf of a training state: what is not a scalar has the shape of a parameter."""
 
-    def place(leaf):
+    def place(leaf: Array) -> NamedSharding:
         odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']  # an odd number of classes: whole on every device
         return NamedSharding(mesh, P() if odd else _tower_spec(leaf))
 
@@ -130,7 +131,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P('data'))
 
 
-def random_key(mesh: Mesh, seed: int) -> jax.Array:
+def random_key(mesh: Mesh, seed: int) -> Array:
     """The key of a run, on every device of every process."""
     return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
 
@@ -155,12 +156,12 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> None:
         )
 
 
-def shape_structs(arrays, sharding: NamedSharding):
+def shape_structs(arrays: Any, sharding: NamedSharding) -> Any:
     """ShapeDtypeStructs with a sharding, as `jit(f).lower` takes them in place of the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 
-def to_mesh(mesh: Mesh, batch: dict):
+def to_mesh(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Sends a host batch (numpy, this process's part of the data axis) to the devices; returns global arrays."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:

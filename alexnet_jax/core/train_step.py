@@ -6,23 +6,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax import Array, lax
 
 from alexnet_jax.core import augment, metrics, model
-from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.augment import Augmentation, Batch
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.optim import Optimizer
+
+Forward = Callable[..., Array]  # of `sharding.forward`
 
 
 class TrainState(NamedTuple):
     """All that an update changes, and a checkpoint keeps."""
 
-    step: jax.Array  # int32: batches taken from the stream; the next is number `step`
+    step: Array  # int32: batches taken from the stream; the next is number `step`
     params: Any
     opt_state: Any
 
 
-def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: int) -> TrainState:
+def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_size: int) -> TrainState:
     """A fresh state; jit it with `out_shardings` to lay it out on a mesh.
 
     key: of the draws. image_size: side of the network's input, pixels.
@@ -31,7 +33,9 @@ def init_state(network: model.AlexNet, optimizer: Optimizer, key, image_size: in
     return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
 
 
-def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable, total=None):
+def loss_and_sums(
+    params: Any, x_NHWC: Array, batch: Batch, masks: model.Masks | None, *, forward: Forward, total: Array | None = None
+) -> tuple[Array, metrics.Sums]:
     """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
 
     x_NHWC: float [N, s, s, 3] from `augment.preprocess`; batch: 'label' and 'weight', [N]. total: what the sum is
@@ -43,7 +47,7 @@ def loss_and_sums(params, x_NHWC, batch: dict, masks, *, forward: Callable, tota
     return sums['loss'] / (jnp.maximum(sums['weight'], 1) if total is None else total), sums
 
 
-def _split_microbatches(x_N, parts: int, shards: int):
+def _split_microbatches(x_N: Array, parts: int, shards: int) -> Array:
     """[parts, N / parts, ...]: each microbatch takes the same number of rows from every shard, so no data moves."""
     rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
     return rows.reshape(parts, -1, *x_N.shape[1:])
@@ -51,18 +55,18 @@ def _split_microbatches(x_N, parts: int, shards: int):
 
 def train_step(
     state: TrainState,
-    batch: dict,
+    batch: Batch,
     image_stats: ImageStats,
-    key,
+    key: Array,
     *,
     network: model.AlexNet,
-    forward: Callable,
+    forward: Forward,
     optimizer: Optimizer,
     augmentation: Augmentation,
     color_steps: int | None = None,
     grad_accum_steps: int = 1,
     data_parts: int = 1,
-) -> tuple[TrainState, dict]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Takes one batch: forward, backward, update.
 
     Where the loss, the gradient's norm or the update's is not finite, parameters and optimizer state stay as they were;
@@ -97,12 +101,12 @@ def train_step(
     dtype = jnp.promote_types(network.dtype, jnp.float32)
     total = jnp.maximum(batch['weight'].sum(), 1) if grad_accum_steps > 1 else None
 
-    def gradient(batch, masks):
+    def gradient(batch: Batch, masks: model.Masks) -> tuple[Any, metrics.Sums]:
         with jax.named_scope('input'):
             x = augment.preprocess(batch, image_stats, augmentation, color=color, dtype=dtype)
         return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
 
-    def add(so_far, part):
+    def add(so_far: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, so_far, gradient(*part)), None
 
     if grad_accum_steps == 1:
@@ -130,8 +134,8 @@ def train_step(
 
 
 def log_probabilities(
-    params, image_NHWC, image_stats: ImageStats, *, forward: Callable, augmentation: Augmentation, views: int
-):
+    params: Any, image_NHWC: Array, image_stats: ImageStats, *, forward: Forward, augmentation: Augmentation, views: int
+) -> Array:
     """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
 
     image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the center, 10 the paper's ten; a UserError else.
@@ -143,9 +147,9 @@ def log_probabilities(
 
 
 def eval_step(
-    params, batch: dict, image_stats: ImageStats, *, forward: Callable, augmentation: Augmentation, views: int
+    params: Any, batch: Batch, image_stats: ImageStats, *, forward: Forward, augmentation: Augmentation, views: int
 ) -> metrics.Sums:
     """Metric sums of one batch from `pipeline.eval_batches`; the rest as for `log_probabilities`."""
-    test = {'forward': forward, 'augmentation': augmentation, 'views': views}
+    test: dict[str, Any] = {'forward': forward, 'augmentation': augmentation, 'views': views}
     scores = log_probabilities(params, batch['image'], image_stats, **test)
     return metrics.sums(metrics.take_label(scores, batch['label']), scores, batch['label'], batch['weight'])
