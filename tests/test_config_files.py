@@ -74,7 +74,7 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_an_installed_wheel_has_every_package_and_its_files(installed):
     def files(folder):
-        kinds = ('.py', '.tsv', '.html', '.js')
+        kinds = ('.py', '.tsv', '.html', '.js', '.typed')
         return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.suffix in kinds}
 
     expected = files(ROOT / 'alexnet_jax') | {f'configs/{name}' for name in files(ROOT / 'configs')}
