@@ -58,6 +58,7 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "conv2 is followed by 'pol'; expected"),
         ([*MAIN, '--workdir=W', '--config.model.layers.fc8.features=5'], "no key 'model.layers.fc8.features'. Did you"),
         ([*MAIN, '--workdir=W', '--config.data.pixel_std[0]=5'], r"no key 'data.pixel_std\[0\]'. Did you mean"),
+        ([*MAIN, '--summary', '--config.=3'], "the config has no key ''"),
         (['train', '--config.seed=1', '--workdir=W'], '--config.seed is given without --config=NAME'),
         ([*MAIN], '--workdir is missing'),
         (['train', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid'),

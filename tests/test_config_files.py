@@ -40,6 +40,17 @@ def test_an_existing_path_wins_over_a_name_and_is_said(tmp_path, monkeypatch, ca
     assert 'paper is the file of that name in this folder' in caplog.text
 
 
+def test_colons_in_paths_frozen_configs_and_errors_of_a_config_itself(tmp_path):
+    (tmp_path / 'a:b').mkdir()
+    (tmp_path / 'a:b' / 'mine.py').write_text(CONFIG.replace('ConfigDict(', 'FrozenConfigDict(').replace(
+        'import ConfigDict', 'import FrozenConfigDict'))  # fmt: skip
+    config = alexnet_jax.get_config(f'{tmp_path}/a:b/mine.py')
+    config.seed = 'changed'
+    (tmp_path / 'bad.py').write_text("def get_config():\n    return int('x')\n")
+    with pytest.raises(UserError, match=r"bad.py': invalid literal for int\(\)"):
+        alexnet_jax.get_config(f'{tmp_path}/bad.py')
+
+
 @pytest.mark.parametrize(
     ('name', 'message'),
     [

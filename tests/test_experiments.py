@@ -95,6 +95,32 @@ def test_arms_work_for_small_networks_too():
         architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=config.mesh.tower)
 
 
+@pytest.mark.parametrize('name', ['authors_2012', 'sixth_conv:finetune', 'cifar10:11pct', 'cifar10:18pct', 'caffe'])
+def test_every_shipped_config_is_a_base(name, tmp_path):
+    """Also one that freezes a layer which a variant takes out, and one without hidden layers: all can be built."""
+    base = alexnet_jax.get_config(name)
+    base.init_from = 'somewhere'  # where init_fresh is set it wants one
+    trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
+    names = [trial.variant.name for trial in trials]
+    assert 'without conv 1' in names and ('towers that do not talk' in names) == (name != 'cifar10:18pct')
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
+    base = small.digits_config()
+    variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
+    with pytest.raises(UserError, match="the variant 'broken' of this base cannot be built: model.pool_stride=2"):
+        runner.make_trials(variants, base, 1, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_network_without_its_first_layer_is_measured(tmp_path):
+    base = small.digits_config(**{'num_steps': 2, 'mesh.tower': 1, 'optim.layer_rates': (('conv1', 0.1),)})
+    variants = [variant for variant in ablations.ablations(base) if variant.name == 'without conv 1']
+    (trial,) = runner.make_trials(variants, base, 1, str(tmp_path))
+    row = runner.run_trial(trial, 'ablations', datasets.open_dataset('digits'))
+    assert not row['diverged'] and 0 <= row['color_0'] and row['test_images'] == 360
+
+
 def test_spread_by_hand():
     deviation = 7**0.5  # ((-2)^2 + (-1)^2 + 3^2) / 2
     assert tables.format_mean_std([1.0, 2.0, 6.0], signed=True) == f'+3.00 ± {deviation:.2f}' == '+3.00 ± 2.65'

@@ -174,6 +174,8 @@ def test_a_sixth_convolution_keeps_the_names_above():
         ({'fc6': {'features': 33}}, small.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
         ({'conv1': {'post': 'relu prelu'}}, small.SIZE, 1, "conv1 is followed by 'prelu'"),
         ({'conv1': {'groups': 2}}, small.SIZE, 1, 'conv1 has 3 inputs'),
+        ({'fc6': {'post': 'dropout relu dropout'}}, small.SIZE, 1, 'fc6 is followed by dropout twice'),
+        ({'conv1': {'features': 9}}, small.SIZE, 1, 'conv1: lrn works in 2 groups; 9 features do not divide so'),
     ],
 )
 def test_what_is_no_network_is_refused(changes, size, towers, message):
@@ -197,6 +199,7 @@ def test_normalization_across_towers_is_refused():
         ({'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}}, 'layers.conv1.pad is unknown. Did you'),
         ({'layers': CONV | {'conv1': {'kernel': 3}}}, 'model.layers.conv1 has no features'),
         ({'layers': CONV | {'conv1': {'features': 8}}}, 'model.layers.conv1 has no kernel'),
+        ({'layers': {'conv1': {'kernel': 3}}}, 'conv1, the last layer, is the classifier; expected a fully-connected'),
         ({'layers': {'fc1': {'features': 8}}}, 'layers.fc1.features is unknown. Its width is model.num_classes'),
         (
             {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'padding': 0}}},

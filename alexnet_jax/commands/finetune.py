@@ -3,7 +3,7 @@
     alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
 
 PICTURES is what `alexnet_jax prepare` takes: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; without val a
-tenth is set aside. With --init_from a trained network is tuned: its table and preprocessing are taken over with all
+tenth is set aside. With --init_from a trained network is tuned: its layers and preprocessing are taken over with all
 layers but the classifier. DIR gets data/, run/ and figures/; started again the command goes on where it was.
 """
 

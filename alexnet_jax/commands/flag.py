@@ -59,7 +59,7 @@ class ConfigFlag(NamedTuple):
             flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
             return []
         given, rest = self._split(words)
-        is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]+)')
+        is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]*)')
         keys = [match[1] for word in rest if (match := is_key.match(word))]
         if given is None and self.default is None:
             if keys:

@@ -96,8 +96,9 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
     Raises:
       UserError: the layers do not fit together, this image size, or this number of towers.
     """
-    specs = model.layers.values()
-    if towers > 1 and not any(2 in (spec.groups, *(_mixing_groups(model, op) for op in spec.ops)) for spec in specs):
+    groups = [spec.groups for spec in model.layers.values()]
+    groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]
+    if towers > 1 and max(groups) < 2:
         raise UserError('No layer has groups=2; set mesh.tower=1.')
     shapes: dict[str, LayerShapes] = {}
     shape: Shape = (image_size, image_size, 3)
@@ -124,7 +125,14 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     layer, last = model.layers[name], name == list(model.layers)[-1]
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
-        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(allowed))}.')
+        raise UserError(
+            f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(allowed))}. '
+            'An operation of your own has to be added to POST_OPS first.'
+        )
+    if last and isinstance(layer, ConvSpec):
+        raise UserError(f'{name}, the last layer, is the classifier; expected a fully-connected one, such as fc8.')
+    if layer.ops.count('dropout') > 1:
+        raise UserError(f'{name} is followed by dropout twice; expected once at most.')
     for what, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
             raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
@@ -134,14 +142,16 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
         raise UserError(f'{name} has {layer.features} features in {layer.groups} group(s), {problem}')
     for op in layer.ops:
         groups = _mixing_groups(model, op)
-        if groups and (groups % towers or layer.features % groups):
+        if groups and layer.features % groups:
+            raise UserError(f'{name}: {op} works in {groups} groups; {layer.features} features do not divide so.')
+        if groups % towers:
             raise UserError(f'{name}: {op} works in {groups} group(s) of the {layer.features} features, {problem}')
 
 
 def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
     """Elements of one image that a tower receives from the other: {layer: count}, of the layers that gather.
 
-    A layer with one group whose input is split reads all of it, and has half (see `model.AlexNet`).
+    A layer with one group whose input is split needs all of it, and has half of it already (see `model.AlexNet`).
     """
     shapes, layers = infer_shapes(model, image_size, towers), list(model.layers.items())
     if towers == 1:

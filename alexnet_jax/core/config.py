@@ -69,9 +69,9 @@ OPTIM_CHECKS = (
     ('schedule', ('plateau', 'epochs').__contains__, "'plateau' or 'epochs'"),
     ('learning_rate bias_rate weight_decay bias_decay', from_0, 'a number of 0 or more'),
     ('trust_coefficient warmup_epochs max_drops min_delta', from_0, 'a number of 0 or more'),
-    ('momentum', lambda value: 0 <= value < 1, 'a number from 0 up to, not including, 1'),
-    ('drop_factor', lambda value: 0 < value <= 1, 'a number above 0, at most 1'),
-    ('patience', lambda value: value >= 1, '1 or more'),
+    ('momentum', lambda value: from_0(value) and value < 1, 'a number from 0 up to, not including, 1'),
+    ('drop_factor', lambda value: _is_number(value, most=1) and value > 0, 'a number above 0, at most 1'),
+    ('patience', is_count, '1 or more'),
 )
 
 
@@ -112,6 +112,8 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
         raise UserError(f'model.layers is {layers!r}; expected layers by name, see configs/paper.py.')
     specs, names = {}, sort_layers(layers)
     for name in names:
+        if name == names[-1] and parse_name(name)[0] != 'fc':
+            raise UserError(f'{name}, the last layer, is the classifier; expected a fully-connected one, such as fc8.')
         kind, given = KINDS[parse_name(name)[0]], layers[name]
         known = {field.name: field for field in dataclasses.fields(kind)}
         if name == names[-1]:
@@ -196,7 +198,7 @@ def optimizer_from_config(
 
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
-    for row in stages:
+    for row in stages if isinstance(stages, tuple | list) else [stages]:
         if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, least=0):
             raise UserError(
                 f'optim.stages has the row {row!r}; expected (first epoch, factor for weights, factor for biases, '

@@ -126,7 +126,7 @@ class Optimizer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DecayTable:
-    """The decay of every array: its factor in the update, where it is times the learning rate."""
+    """The decay of every array: its factor, which the update multiplies by the learning rate."""
 
     weights: float = 0.0005  # as in the paper
     # 0 in the paper's config: its update has one w, but the authors' code (and Caffe's) decays weights only.

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.core.architecture import parse_name, sort_layers
 from alexnet_jax.experiments.cifar10 import NETS, Layers
+from alexnet_jax.utils.errors import UserError
 
 Points = tuple[float | None, float | None]
 
@@ -111,6 +112,22 @@ def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
     return change
 
 
+def _without_rates(gone: str) -> dict[str, Callable[[ConfigDict], tuple]]:
+    """Changes that take a layer out of the rates and decays that name it."""
+
+    def rows(key: str) -> Callable[[ConfigDict], tuple]:
+        return lambda base: tuple(row for row in base.optim[key] if row[0] != gone)
+
+    def stages(base):
+        return tuple((*row[:3], tuple(own for own in row[3] if own[0] != gone)) for row in base.optim.stages)
+
+    return {
+        'optim.layer_rates': rows('layer_rates'),
+        'optim.layer_decays': rows('layer_decays'),
+        'optim.stages': stages,
+    }
+
+
 BASE = Variant('base', {}, paper=(40.7, 18.2), log=(40.66, 18.21), source='table 2, ten views, all of ImageNet')
 NO_NORMALIZATION = {'model.layers': lambda base: _without_ops(base, 'lrn', 'spatial_norm')}
 NON_OVERLAPPING = {'model.pool_window': lambda base: base.model.pool_stride, 'model.layers': _closer}
@@ -123,14 +140,15 @@ def ablations(base: ConfigDict) -> list[Variant]:
     """What the paper says each of its parts is worth, and the network without it."""
     middle = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
     outer = {'source': 'section 1, "inferior"'}
-    convs = _layers(base)[1]
-    removed = [
-        Variant(
-            name.replace('conv', 'without conv '), {'model.layers': without_layer(name)}, 'base', sign=1,
-            **(outer if name in (convs[0], convs[-1]) else middle),
-        )
-        for name in convs
-    ]  # fmt: skip
+    layers, convs = _layers(base)
+    if len(convs) < 2:
+        raise UserError(f'the ablations take a base with two convolutions or more; this one has {len(convs)}.')
+    apart = Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150')
+    removed = []
+    for name in convs:
+        changes = {'model.layers': without_layer(name), **_without_rates(name)}
+        claim = outer if name in (convs[0], convs[-1]) else middle
+        removed.append(Variant(name.replace('conv', 'without conv '), changes, 'base', sign=1, **claim))
     uncropped = {'data.random_crop': False, 'data.reflect': False}
     overfitting = 'section 4.1, "substantial overfitting"'
     no_decay = {'optim.weight_decay': 0.0}
@@ -140,7 +158,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
         Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
-        Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150'),
+        *([apart] if len(layers) > len(convs) + 1 else []),  # it has hidden layers to put into groups
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
         Variant('no crops or reflections', uncropped, 'base', sign=1, source=overfitting),
         Variant('no color', {'data.color_std': 0.0}, 'base', (1.0, None), sign=1, source='section 4.1, "over 1%"'),

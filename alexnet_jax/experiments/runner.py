@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from alexnet_jax.benchmark import throughput
 from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
 from alexnet_jax.core import sharding
-from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.architecture import ConvSpec, infer_shapes
 from alexnet_jax.core.augment import default_record_size
-from alexnet_jax.core.config import model_from_config
+from alexnet_jax.core.config import model_from_config, optimizer_from_config
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import ablations, figures, tables
 from alexnet_jax.experiments.ablations import Variant
@@ -26,6 +26,7 @@ from alexnet_jax.inference import evaluate
 from alexnet_jax.prepare import discovery, prepare
 from alexnet_jax.prepare.image_ref import Listing
 from alexnet_jax.training import build, metric_writer, train
+from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
@@ -67,12 +68,22 @@ class Trial(NamedTuple):
 
 
 def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """Every variant with every seed; the same variant of two suites is the same run."""
-    return [
-        Trial(variant, seed, ablations.with_changes(base, {**variant.changes, 'seed': seed}), output)
-        for variant in variants
-        for seed in range(base.seed, base.seed + seeds)
-    ]
+    """Every variant with every seed; the same variant of two suites is the same run.
+
+    Raises UserError, before anything is trained, where a variant of this base cannot be built.
+    """
+    trials = []
+    for variant in variants:
+        config = ablations.with_changes(base, variant.changes)
+        try:
+            network, augmentation = network_and_augmentation(config)
+            infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
+            optimizer_from_config(config.optim, steps_per_epoch=1.0, layers=list(network.layers))
+        except UserError as error:
+            raise UserError(f'the variant {variant.name!r} of this base cannot be built: {error}') from error
+        for seed in range(base.seed, base.seed + seeds):
+            trials.append(Trial(variant, seed, ablations.with_changes(config, {'seed': seed}), output))
+    return trials
 
 
 def run_suite(suite: Suite, data: str) -> list[str]:
@@ -188,8 +199,9 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
             result = evaluate.evaluate(checkpoint, split, views=views, **options)
             row |= {f'top{k}_{suffix}': result[f'top{k}_error'] for k in (1, 5)}
-    if checkpoint.network.layers['conv1'].features % 2 == 0:
-        halves = np.split(figures.color_share(checkpoint.params['conv1']['kernel']), 2)
+    name, first = next(iter(checkpoint.network.layers.items()))
+    if type(first) is ConvSpec and first.features % 2 == 0:
+        halves = np.split(figures.color_share(checkpoint.params[name]['kernel']), 2)
         row['color_0'], row['color_1'] = (float(half.mean()) for half in halves)
     return row
 

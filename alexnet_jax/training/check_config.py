@@ -1,11 +1,10 @@
 """The check of a whole config: every key is known, none is missing, and the values make sense together."""
 
-import math
-
 from ml_collections import ConfigDict
 
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import (
+    MODEL_FIELDS,
     OPTIM_CHECKS,
     augmentation_from_config,
     check_values,
@@ -18,16 +17,16 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 
 _RUN_CHECKS = (
     ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
-    ('stop_at_error', lambda value: 0 <= value < 100, 'percent: 0 (never), or up to, not with, 100'),
-    ('seed', lambda value: 0 <= value < 2**31, '0 to 2^31 - 1'),
+    ('stop_at_error', lambda value: from_0(value) and value < 100, 'percent: 0 (never), or up to, not with, 100'),
+    ('seed', lambda value: from_0(value, most=2**31 - 1, kind=int), '0 to 2^31 - 1'),
     ('batch_size', is_count, '1 or more'),
     ('max_nonfinite num_steps log_every_steps eval_every_steps checkpoint_every_steps', from_0, '0 or more'),
 )
 _DATA_CHECKS = (
     ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
-    ('fraction', lambda value: 0 < value <= 1, 'a number above 0, at most 1'),
+    ('fraction', lambda value: from_0(value, most=1) and value > 0, 'a number above 0, at most 1'),
     ('num_threads max_unreadable', from_0, '0 or more'),
-    ('num_workers', lambda value: value >= -1, '-1 or more'),
+    ('num_workers', lambda value: from_0(value, least=-1, kind=int), '-1 or more'),
 )
 
 
@@ -41,6 +40,7 @@ _KEYS = {  # of every config; the values are explained in configs/paper.py
         'data', 'model', 'mesh', 'optim',
     ),
     'data.': ('path', *_keys(_DATA_CHECKS), *Augmentation._fields),
+    'model.': MODEL_FIELDS,
     'mesh.': ('data', 'tower'),
     'optim.': (*_keys(OPTIM_CHECKS), 'rate_in_velocity', 'layer_rates', 'layer_decays', 'stages'),
 }  # fmt: skip
@@ -51,7 +51,7 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
     _check_keys(config)
     check_values(_RUN_CHECKS, config, '{}={!r}')
     check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')
-    if config.num_steps == 0 and not 0 < config.num_epochs < math.inf:
+    if config.num_steps == 0 and not (from_0(config.num_epochs) and config.num_epochs > 0):
         raise UserError(
             f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
         )
@@ -68,9 +68,12 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
 
 
 def _check_keys(config: ConfigDict) -> None:
-    """Raises UserError for an unknown or a missing key. `model_from_config` checks those of `model`."""
+    """Raises UserError for an unknown or a missing key. A layer's fields that are not given have their defaults."""
     for prefix, known in _KEYS.items():
-        given = config[prefix[:-1]].keys() if prefix else config.keys()
+        section = config[prefix[:-1]] if prefix else config
+        if not isinstance(section, ConfigDict):
+            raise UserError(f'{prefix[:-1]}={section!r}; expected a section of keys, as in configs/paper.py.')
+        given = section.keys()
         for key in given:
             if key not in known:
                 raise UserError(f'unknown config key {prefix + key!r}.{did_you_mean(key, known)}')

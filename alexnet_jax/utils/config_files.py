@@ -1,11 +1,13 @@
 """Configs by name or path. A wheel holds configs/ as alexnet_jax/configs; else it lies beside the package."""
 
 import inspect
+import os
 import pathlib
 import runpy
 
 from absl import logging
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from alexnet_jax.utils.errors import UserError, did_you_mean, first_line
 
@@ -25,7 +27,7 @@ def get_config(name: str) -> ConfigDict:
     Raises:
       UserError: there is no such config or variant, or the file cannot be loaded.
     """
-    file, _, argument = name.partition(':')
+    file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
     path, own = pathlib.Path(file), config_names()
     if file in own and path.is_file():
         logging.info('%s is the file of that name in this folder, not the config that comes with alexnet_jax.', file)
@@ -33,7 +35,7 @@ def get_config(name: str) -> ConfigDict:
         path = own[file]
     elif not path.is_file():
         beside = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
-        hint = did_you_mean(file, beside) if beside else did_you_mean(path.stem, own)
+        hint = did_you_mean(path.stem, own) if path.stem in own or not beside else did_you_mean(file, beside)
         raise UserError(f'there is no config file {file!r}.{hint}')
     try:
         function = runpy.run_path(str(path)).get('get_config')
@@ -43,11 +45,14 @@ def get_config(name: str) -> ConfigDict:
             raise UserError(f'{file!r} has no variants; expected it without {":" + argument!r}.')
         config = function(*([argument] if argument else []))
     except ValueError as error:  # of the config's own making: no such variant
-        raise UserError(first_line(error)) from error
+        raise error if isinstance(error, UserError) else UserError(f'{file!r}: {first_line(error)}') from error
     except Exception as error:
         raise UserError(f'{file!r} cannot be loaded ({type(error).__name__}: {first_line(error)}).') from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f'get_config() of {file!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
         )
-    return config
+    try:
+        return ConfigDict(config.to_dict())  # also of a FrozenConfigDict
+    except RequiredValueError as error:
+        raise UserError(f'{file!r} leaves a required value open: {first_line(error)}') from error
