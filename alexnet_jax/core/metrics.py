@@ -1,12 +1,13 @@
 """Loss and errors as sums over images; divide once, at the end."""
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 NAMES = ('loss', 'top1', 'top5', 'weight')
-Sums = dict[str, jax.Array]  # of each of these names, summed over images
+Sums = dict[str, Any]  # of each of these names, summed over images: arrays on the device, or floats
 
 
 def log_likelihood(logits_NK, label_N):
