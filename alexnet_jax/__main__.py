@@ -17,7 +17,7 @@ COMMANDS = (
 def purpose(command: str) -> str:
     """The first line of a command's docstring."""
     source = pathlib.Path(__file__).parent.joinpath('commands', f'{command}.py').read_text(encoding='utf-8')
-    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+    return str(ast.get_docstring(ast.parse(source))).splitlines()[0]
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """What a compiled step reads and writes, layer by layer, and how fast it can be; for GPUs that are not at hand, too."""
 
-import collections
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -132,7 +132,8 @@ _PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
 
 def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     """Every computation's instructions, by name; and the name of the one that is run."""
-    programs, current, entry = {}, None, ''
+    programs: dict[str, list[_Instruction]] = {}
+    current, entry = None, ''
     for line in text.splitlines():
         if head := re.match(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$', line):
             current = programs.setdefault(head[2], [])
@@ -190,7 +191,8 @@ def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, f
     first = next(iter(costs))  # no gradient reaches the pixels
     images = setup.config.batch_size / setup.mesh.size
     flops = {name: (2 if name == first else 3) * cost.flops * images for name, cost in costs.items()}
-    products, rest = collections.Counter(), collections.Counter()
+    products: defaultdict[str, float] = defaultdict(float)
+    rest: defaultdict[str, float] = defaultdict(float)
     for op in hlo_ops(compiled_text, [*costs, 'masks', 'input', 'update']):
         (products if op.product else rest)[op.scope] += op.bytes
     peaks, rows = PEAKS.get(setup.mesh.devices.flat[0].device_kind), {}
@@ -229,7 +231,7 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
 
     compiled_text: `jit(f).lower(...).compile().as_text()`. devices: how many the program runs on.
     """
-    collectives = {}
+    collectives: dict[str, tuple[int, float]] = {}
     for match in re.finditer(_COLLECTIVE, compiled_text):
         shapes, name, asynchronous, rest = match.groups()
         arrays = array_bytes(shapes)

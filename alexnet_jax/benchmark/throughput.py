@@ -48,7 +48,7 @@ class Options(NamedTuple):
 
 def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
     """Images/s of every measurement; who begins alternates."""
-    rates = {contender.name: [] for contender in contenders}
+    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for i in range(repeats):
         for contender in contenders if i % 2 == 0 else contenders[::-1]:
             rates[contender.name].append(contender.measure())
@@ -187,11 +187,10 @@ def our_updates(
     prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
     if not on_batches:
         stream.close()
-    log = train_log.TrainLog(  # fetches the reports, and writes nothing; of one class, no loss is at chance level
-        None,
-        **{'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1},
-        **{'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf},
-    )
+    # It fetches the reports, and writes nothing. Of one class, no loss is at chance level.
+    limits: dict[str, Any] = {'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf}
+    counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1}
+    log = train_log.TrainLog(None, **counts, **limits)
     compiled, facts = hlo_cost.compile_step(setup, options.precision, (state, batch, setup.image_stats, key))
     buffered, numbers = num_buffered(config) if on_batches else 0, itertools.count(1)
 

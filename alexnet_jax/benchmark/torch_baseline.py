@@ -86,7 +86,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int):
         encoded, label = discovery.read_image(self.images[index])
-        image, size = Image.open(io.BytesIO(encoded)).convert('RGB'), self.record_size
+        image, size = Image.open(io.BytesIO(bytes(encoded))).convert('RGB'), self.record_size
         if image.size != (size, size):
             scale = size / min(image.size)
             width, height = (max(size, round(side * scale)) for side in image.size)
@@ -145,7 +145,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     biases = [p for p in net.parameters() if p.ndim == 1]
     groups = [{'params': weights, 'weight_decay': optim.weight_decay}, {'params': biases}]
     optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum, fused=_GPU)
-    mean_color = np.asarray(setup.dataset.image_stats.mean_image).mean((0, 1))
+    mean_color = np.asarray(setup.image_stats.mean_image).mean((0, 1))
     mean = torch.from_numpy(np.float32(mean_color))[:, None, None].to(_DEVICE)
 
     def loss(images, color, labels):

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +84,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         # Synchronously: where that fails in the background, whoever waits for the folder never learns of it.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
-        self._finalizer, self._finalizing = ThreadPoolExecutor(1), None
+        self._finalizer = ThreadPoolExecutor(1)
+        self._finalizing: Future | None = None
 
     def __exit__(self, kind, *_) -> None:
         # After an error in one of several processes the others are elsewhere: closing would wait for them for ever.
@@ -132,7 +133,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
         Of steps that count, and earlier ones without digests: they are damaged; only the last can be half written.
         """
-        steps, errors = repair.list_steps(self.folder), {}
+        steps = repair.list_steps(self.folder)
+        errors: dict[int, float | UserError | None] = {}
         for step in steps:
             folder = self._path(step)
             if not checksums.present(folder) and (step == steps[-1] or not os.path.isdir(folder)):
@@ -183,9 +185,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         step = int(state.step)
         with self._saving(step):
             path = self._path(step)
-            distributed.broadcast_from_process_0(
-                lambda: os.path.exists(path) and os.rename(path, path + repair.REPLACED)
-            )
+            distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
         self._finalizing = self._finalizer.submit(self._finalize, step)
 
@@ -232,8 +232,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
                     'wrote it.'
                 )
             shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
-            like = ImageStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
-            return meta, ImageStats(**self._arrays(step, 'image_stats', like._asdict()))
+            arrays = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+            like = dict(zip(ImageStats._fields, arrays, strict=True))
+            return meta, ImageStats(**self._arrays(step, 'image_stats', like))
 
     def load(self, step: int) -> Checkpoint:
         """All it takes to use a step's network, after checking its files. Raises UserError."""
@@ -294,3 +295,8 @@ def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
 def config_to_json(config) -> dict[str, Any]:
     """A ConfigDict as plain JSON values (tuples become lists)."""
     return json.loads(config.to_json())
+
+
+def _move_aside(path: str) -> None:
+    if os.path.exists(path):
+        os.rename(path, path + repair.REPLACED)

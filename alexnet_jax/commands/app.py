@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 from absl import app, flags
 
@@ -26,7 +26,7 @@ from alexnet_jax.utils.files import absolute_local_path
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
-def run(command: ModuleType | type, words: Sequence[str] | None = None) -> None:
+def run(command: Any, words: Sequence[str] | None = None) -> None:
     """Parses a command's flags from `words`, by default the command line's, and calls its `main`; never returns.
 
     Exit codes: 0; 1 when training diverged or for an internal error (with its traceback); 2 for a user's error; 130 and
@@ -54,11 +54,11 @@ def _asks_for_help(word: str) -> bool:
     return bool(re.fullmatch('--?(h|help|helpfull|helpshort)', word))
 
 
-def help_text(command: ModuleType | type) -> str:
+def help_text(command: Any) -> str:
     """A command's docstring and its own flags; or its subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
-        lines = [f'  {name:8} {inspect.getdoc(sub).splitlines()[0]}' for name, sub in subcommands.items()]
-        return '\n'.join([inspect.getdoc(command), '', *lines, '', 'Each tells more with --help.'])
+        lines = [f'  {name:8} {str(inspect.getdoc(sub)).splitlines()[0]}' for name, sub in subcommands.items()]
+        return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'Each tells more with --help.'])
     values = flags.FlagValues()
     for flag in command.FLAGS:
         flag.define(values)
@@ -67,7 +67,7 @@ def help_text(command: ModuleType | type) -> str:
     return f'{inspect.getdoc(command)}\n\nflags:\n{own}'
 
 
-def parse(command: ModuleType | type, words: Sequence[str], values: flags.FlagValues) -> list[str]:
+def parse(command: Any, words: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines a command's flags in `values` and parses words into them; returns the words without --.
 
     Raises:
@@ -107,7 +107,8 @@ def set_up_jax(cpu_devices: int) -> None:
             logs.only_warnings()
     # JAX_COMPILATION_CACHE_DIR puts it elsewhere. On several machines only there: the first process writes, so of those
     # with a home of their own the others would compile what it need not, and wait for its part of the autotuning.
-    if jax.config.jax_compilation_cache_dir is None and not processes.on_several_machines():
+    cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if cache_dir is None and not processes.on_several_machines():
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         cache = os.path.join(base, 'alexnet_jax')
         with contextlib.suppress(OSError):  # a home that cannot be written: every start compiles
@@ -115,7 +116,7 @@ def set_up_jax(cpu_devices: int) -> None:
             jax.config.update('jax_compilation_cache_dir', cache)
 
 
-def _call(command: ModuleType | type, words: Sequence[str]) -> None:
+def _call(command: Any, words: Sequence[str]) -> None:
     logs.configure()
     values = flags.FlagValues()
     words = parse(command, words, values)

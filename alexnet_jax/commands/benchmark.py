@@ -8,10 +8,12 @@ table of medians, what the compiled step computes and moves by layer and between
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
@@ -116,10 +118,11 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
         if args.cpu_devices:
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    gpu, config, torch_baseline = jax.devices()[0].platform == 'gpu', args.config, None
+    gpu, config = jax.devices()[0].platform == 'gpu', args.config
+    torch_baseline: Any = None
     if against:
         throughput.check_torch(gpu)
-        from alexnet_jax.benchmark import torch_baseline
+        torch_baseline = importlib.import_module('alexnet_jax.benchmark.torch_baseline')
 
         if gpu:
             config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch has

@@ -1,7 +1,7 @@
 """Flags of commands, as absl defines them, and configs as flags."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
-_DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_DEFINE: dict[type, Callable] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
 
 class Flag(NamedTuple):
@@ -29,7 +29,7 @@ class Flag(NamedTuple):
         if self.repeated:
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
-            define = _DEFINE.get(type(self.default), flags.DEFINE_string)
+            define: Callable = _DEFINE.get(type(self.default), flags.DEFINE_string)
             define(self.name, self.default, self.help, flag_values=values)
         if self.at_least is not None:
             self._check(values, lambda value: value >= self.at_least, f'{self.at_least} or more')
@@ -61,12 +61,13 @@ class ConfigFlag(NamedTuple):
         given, rest = self._split(words)
         is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]*)')
         keys = [match[1] for word in rest if (match := is_key.match(word))]
-        if given is None and self.default is None:
+        spec = self.default if given is None else given
+        if spec is None:
             if keys:
                 raise UserError(f'--{self.name}.{keys[0]} is given without --{self.name}=NAME.')
             flags.DEFINE_string(self.name, None, self.help, flag_values=values)
             return rest
-        config = get_config(self.default if given is None else given)
+        config = get_config(spec)
         known = list(_flat_keys(config))
         for key in keys:
             if key not in known:

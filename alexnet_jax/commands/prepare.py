@@ -7,6 +7,8 @@ The shorter side becomes `size` pixels, the central square is kept (section 2). 
 SHA256SUMS.
 """
 
+from typing import Any
+
 from absl import flags
 
 from alexnet_jax.commands.flag import Flag
@@ -24,5 +26,6 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
-    options = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
-    prepare.prepare(args.input, args.output, **{name: args[name].value for name in options})
+    names = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
+    options: dict[str, Any] = {name: args[name].value for name in names}
+    prepare.prepare(args.input, args.output, **options)

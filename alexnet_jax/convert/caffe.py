@@ -73,7 +73,7 @@ def blob_array(path: str, name: str, blob) -> np.ndarray:
 def read(path: str) -> WeightFile:
     """Reads a .caffemodel. Raises UserError where it is damaged or holds other layers."""
     net = parse_message(path, 'NetParameter')
-    layers = []
+    layers: list[LayerWeights] = []
     for layer in (*net.layers, *net.layer):
         if not layer.blobs:
             if layers and layer.type in _OPS:

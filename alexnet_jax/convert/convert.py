@@ -93,7 +93,7 @@ def convert(
         'examples': 0,
         'fingerprint': '',
     }
-    state = TrainState(np.int32(0), layout.to_params(network, image_size, layers, bgr=weights.bgr), None)
+    state = TrainState(jnp.int32(0), layout.to_params(network, image_size, layers, bgr=weights.bgr), None)
     with atomic_directory(output) as folder, manager.CheckpointManager(folder) as checkpoints:
         checkpoints.save(state, stats, meta, None)
         checkpoints.wait()

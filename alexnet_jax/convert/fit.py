@@ -69,7 +69,8 @@ def _fit_layer(
       _MismatchError: they do not fit.
     """
     if isinstance(spec, ConvSpec):
-        window, ungrouped = (spec.kernel, spec.kernel), channels
+        window: tuple[int, ...] = (spec.kernel, spec.kernel)
+        ungrouped = channels
     else:
         window, ungrouped = (), channels * math.prod(inputs[:-1])
     counts = f'{ungrouped} / groups' if allowed is None else ' or '.join(str(ungrouped // n) for n in allowed)

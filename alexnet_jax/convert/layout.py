@@ -25,7 +25,7 @@ def to_params(
       layers: in the order of the network.
       bgr: whether the first layer reads blue first, as Caffe's do.
     """
-    params = {}
+    params: dict[str, Any] = {}
     for (name, sizes), layer in zip(infer_shapes(network, image_size).items(), layers, strict=True):
         weight = layer.weight[:, ::-1] if bgr and not params else layer.weight
         if weight.ndim == 2:

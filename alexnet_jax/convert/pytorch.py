@@ -76,7 +76,7 @@ def _pickled_names(path: str) -> Iterator[str]:
 def _names_in(file) -> Iterator[str]:
     with contextlib.suppress(Exception):  # no pickle, or a damaged one: torch will say so
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in ('GLOBAL', 'INST'):
+            if opcode.name in ('GLOBAL', 'INST') and argument:
                 yield argument.replace(' ', '.', 1)
             elif opcode.name == 'STACK_GLOBAL':
                 yield 'unknown'

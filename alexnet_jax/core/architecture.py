@@ -125,12 +125,8 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     layer, last = model.layers[name], name == list(model.layers)[-1]
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
-        raise UserError(
-            f'{name} is followed by {unknown[0]!r}; expected some of: {", ".join(sorted(allowed))}. '
-            'An operation of your own has to be added to POST_OPS first.'
-        )
-    if last and isinstance(layer, ConvSpec):
-        raise UserError(f'{name}, the last layer, is the classifier; expected a fully-connected one, such as fc8.')
+        known = ', '.join(sorted(allowed))
+        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {known}; POST_OPS takes your own.')
     if layer.ops.count('dropout') > 1:
         raise UserError(f'{name} is followed by dropout twice; expected once at most.')
     for what, count in (('inputs', channels), ('features', layer.features)):

@@ -86,8 +86,7 @@ def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) 
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
     """The network a config's `model` describes, also when JSON has turned its tuples into lists.
 
-    Raises:
-      UserError: a key that is no attribute of the network, or a value that cannot be one.
+    Raises UserError for a key that is no attribute of the network, or a value that cannot be one.
     """
     for key in fields:
         if key not in MODEL_FIELDS:
@@ -136,11 +135,7 @@ def to_tuples(value: Any) -> Any:
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """The augmentation in a config's `data`, also when JSON has turned its tuples into lists; other keys are ignored.
-
-    Raises:
-      UserError: a value outside its range.
-    """
+    """The augmentation in a config's `data`, or its JSON; other keys are ignored. Raises UserError for a bad value."""
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area

@@ -1,6 +1,7 @@
 """Loss and errors as sums over images; divide once, at the end."""
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 
 NAMES = ('loss', 'top1', 'top5', 'weight')
 AnyArray = jax.Array | np.ndarray
-Sums = dict[str, jax.Array]  # of each of these names, summed over images
+Sums = dict[str, Any]  # of each of these names, summed over images: arrays on the device, or floats
 
 
 def log_likelihood(logits_NK: AnyArray, label_N: AnyArray) -> jax.Array:

@@ -173,9 +173,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which part of every batch this process reads.
 
     By position on the data axis, not by process: processes that hold two towers of the same part read the same images.
-
-    Raises:
-      UserError: the devices of this process lie scattered over the data axis.
+    Raises UserError where the devices of this process lie scattered over that axis.
     """
     rows = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
     if not rows:

@@ -15,7 +15,7 @@ from PIL import Image
 from alexnet_jax.data import random_crops
 from alexnet_jax.utils.errors import UnreadableError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 def decode(record: dict[str, Any], size: int) -> np.ndarray:
@@ -87,7 +87,11 @@ class HostCache:
 
     images: np.ndarray | jax.Array  # uint8 [N, S, S, 3]; of a DeviceCache on every device
     labels: np.ndarray  # int32 [N]; negative where an image could not be read
-    on_device = Records.on_device
+
+    @property
+    def on_device(self) -> dict[str, Any]:
+        """What every batch has on the devices already."""
+        return {}
 
     @property
     def record_size(self) -> int:
@@ -100,10 +104,10 @@ class HostCache:
 
     def read(self, indices: Sequence[int], params: random_crops.AugmentParams, image_size: int) -> Batch:
         """The pixels, 'label' int32 [n], 'weight' float32 [n]."""
-        indices = np.asarray(indices, np.int32)
-        labels = self.labels[indices]
+        rows = np.asarray(indices, np.int32)
+        labels = self.labels[rows]
         weight = (labels >= 0).astype(np.float32)
-        return {**self._pixels(indices), 'label': np.maximum(labels, 0), 'weight': weight}
+        return {**self._pixels(rows), 'label': np.maximum(labels, 0), 'weight': weight}
 
     def _pixels(self, indices: np.ndarray) -> Batch:
         """'whole' uint8 [n, S, S, 3]."""
@@ -114,8 +118,8 @@ class DeviceCache(HostCache):
     """All images decoded in the memory of every device. A batch has their indices, and the step crops."""
 
     @property
-    def on_device(self) -> dict[str, jax.Array]:
-        """What every batch has on the devices already: 'records', all images."""
+    def on_device(self) -> dict[str, Any]:
+        """'records', all images."""
         return {'records': self.images}
 
     def _pixels(self, indices: np.ndarray) -> Batch:

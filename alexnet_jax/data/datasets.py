@@ -4,6 +4,7 @@ A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -61,7 +62,7 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
     return _prepared(path)
 
 
-class _Subset:
+class _Subset(Sequence):
     """Some of a split's records, in their order."""
 
     def __init__(self, records: Sequence, indices: np.ndarray):
@@ -70,7 +71,7 @@ class _Subset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         return self._records[int(self._indices[index])]
 
 
@@ -94,7 +95,7 @@ def _prepared(path: str) -> Dataset:
         features = builder.info.features
         label, image = features['label'], features['image']
         decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
-        splits = {
+        splits: dict[str, Sequence[dict[str, Any]]] = {
             name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}', split.filepaths)
             for name, split in builder.info.splits.items()
             if split.num_examples
@@ -114,7 +115,7 @@ def _prepared(path: str) -> Dataset:
 
 def _check_features(path: str) -> None:
     """TFDS imports and calls what features.json names: nothing but its own features may be named there."""
-    classes = []
+    classes: list[str] = []
 
     def collect(node: dict[str, Any]) -> None:
         """Notes every class named in an object, in TFDS's two spellings and in its old format ("type")."""
@@ -134,7 +135,7 @@ def _check_features(path: str) -> None:
             raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
 
 
-class _Records:
+class _Records(Sequence):
     """A TFDS data source whose errors name the record, or the file that cannot be opened any more."""
 
     def __init__(self, source, name: str, files: Sequence[os.PathLike]):
@@ -147,7 +148,7 @@ class _Records:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_source': None}  # a worker process makes its own when it reads
 
-    def __getitem__(self, index) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):  # what ends a loop over the records
             raise IndexError(f'record {index} of {len(self)} in {self._name}')
         with contextlib.suppress(Exception):  # array_record and TFDS: RuntimeError, DecodeError and others
@@ -219,14 +220,15 @@ def in_memory(
     Raises:
       UserError: no training images, images of another kind or of several sizes, or a label that has no name.
     """
-    splits = {name: _to_records(split) for name, split in splits.items()}
+    given = {name: _to_records(split) for name, split in splits.items()}
+    if not given.get('train'):
+        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(given) or 'no splits'}.")
+    given = {name: records for name, records in given.items() if records}
+    everything = list(itertools.chain(*given.values()))
     if class_names is None:
-        class_names = [str(i) for i in range(1 + max(int(r['label']) for split in splits.values() for r in split))]
-    if not splits.get('train'):
-        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(splits) or 'no splits'}.")
-    splits = {name: records for name, records in splits.items() if records}
-    size = (*np.shape(splits['train'][0]['image']), 0)[0]
-    for record in (record for records in splits.values() for record in records):
+        class_names = [str(i) for i in range(1 + max(int(record['label']) for record in everything))]
+    size = (*np.shape(given['train'][0]['image']), 0)[0]
+    for record in everything:
         image, label = record['image'], record['label']
         if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
             raise UserError(
@@ -236,6 +238,6 @@ def in_memory(
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
     moments = image_stats.Moments.zeros(size)
-    for record in splits['train']:
+    for record in given['train']:
         moments = moments.add(record['image'])
-    return Dataset(splits, tuple(class_names), size, image_stats.from_moments(moments), fingerprint)
+    return Dataset(given, tuple(class_names), size, image_stats.from_moments(moments), fingerprint)

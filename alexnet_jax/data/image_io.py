@@ -123,13 +123,15 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 # What brings an image of EXIF orientation 2 to 8 upright.
-_TURNS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
+_TURNS = dict(
+    enumerate('FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split(), start=2)
+)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Not `ImageOps.exif_transpose`: that writes the EXIF block anew, and fails where another tag of it is odd."""
     try:
-        turn = dict(enumerate(_TURNS, start=2)).get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # an EXIF block that cannot be read says nothing; the pixels may be fine
         turn = None
     return image if turn is None else image.transpose(Image.Transpose[turn])

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -37,7 +37,7 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     num_threads: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Endless training batches from `start_step` on; they may straddle passes through the data.
 
     Args:
@@ -78,7 +78,7 @@ def eval_batches(
     num_workers: int = 0,
     num_threads: int = 0,
     repeat: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One pass over a split in order, every record once; the last batch is filled up with weight 0.
 
     record_size: side of a record, pixels; repeat: go over the split again and again, with the same worker processes.
@@ -112,7 +112,7 @@ def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.n
     return images, labels
 
 
-def decode_some(records: Sequence, indices: Sequence[int], size: int) -> tuple[np.ndarray, list[int]]:
+def decode_some(records: Sequence, indices: Iterable[int], size: int) -> tuple[np.ndarray, list[int]]:
     """(uint8 [N, size, size, 3], labels) of some records. Raises UserError where one cannot be read."""
     some = [records[int(index)] for index in indices]
     return np.stack([decode(record, size) for record in some]), [int(record['label']) for record in some]
@@ -120,7 +120,7 @@ def decode_some(records: Sequence, indices: Sequence[int], size: int) -> tuple[n
 
 def warn_unreadable(batch: Batch) -> Batch:
     """Removes from a batch the reasons why images cannot be read, and warns of them; returns the batch."""
-    reasons = batch.pop('unreadable', [])
+    reasons: list[str] = batch.pop('unreadable', [])
     for reason in reasons[:3]:
         logging.warning('weight 0: %s', reason)
     if len(reasons) > 3:
@@ -164,7 +164,7 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
 
 
-def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads) -> Iterator[Batch]:
+def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads) -> Generator[Batch, None, None]:
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
@@ -191,7 +191,7 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     return _closing(dataset, processes.signals_blocked() if num_workers else contextlib.nullcontext())
 
 
-def _closing(dataset, starting) -> Iterator[Batch]:
+def _closing(dataset, starting) -> Generator[Batch, None, None]:
     """Yields the batches and stops the workers when the consumer stops, by `close()` or by an exception.
 
     starting: context in which the workers are started, which they are when the first batch is here.

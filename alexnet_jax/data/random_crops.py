@@ -1,6 +1,6 @@
 """What is random about an image: crop, reflection and color, drawn on the host; and the crop itself.  Section 4.1."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ class AugmentParams(NamedTuple):
 
     offset: np.ndarray  # int32 [2]: row and column of the crop's first pixel
     extent: np.ndarray  # int32 [2]: its height and width, before it is brought to image_size
-    reflect: np.bool_  # mirror left to right
+    reflect: Any  # bool: mirror left to right
     color: np.ndarray  # float32 [3]: the paper's alphas, one for each principal component
 
 
@@ -36,7 +36,7 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
     extent = np.full((count, 2), size)
     if augmentation.crop_area:
         extent = _areas_to_extents(areas, record_size, augmentation.crop_area)
-        room = record_size - extent + 1
+        room: Any = record_size - extent + 1
     else:
         room = crop_positions(record_size, size, augmentation.all_positions)
     offset = np.floor(place * room)
@@ -99,7 +99,7 @@ def augment_arrays(
     if whole:  # the mean image is taken from its middle
         augmentation = augmentation._replace(random_crop=False, crop_area=())
     drawn = draw_batch(augmentation, seed=seed, first=step * count, count=count, record_size=record_size)
-    each = [AugmentParams(*values) for values in zip(*drawn, strict=True)]
+    each = [AugmentParams(*values) for values in zip(*tuple(drawn), strict=True)]
     if whole:
         each = [one._replace(offset=np.zeros(2, np.int32)) for one in each]
     images = np.stack([crop(image, one, size) for image, one in zip(image_NHWC, each, strict=True)])

@@ -64,9 +64,9 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
 
     image_size: side of the input, pixels. towers: 1 or 2; raises UserError where the network cannot be split so.
     """
-    layers, table = [], network.layers
+    layers: list[LayerFigure] = []
     for name, sizes in infer_shapes(network, image_size, towers).items():
-        row = table[name]
+        row = network.layers[name]
         own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
         # Of an odd number of classes the first tower has one more.
         maps = tuple((row.features + towers - 1 - tower) // towers for tower in range(towers))
@@ -163,7 +163,7 @@ def curves(workdir: str) -> dict[str, Curve]:
     if not path.is_file():
         expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
         raise UserError(f'there is no {str(path)!r}; expected {expected}.')
-    rows_of = {'train': [], 'val': []}
+    rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not yet whole
             line = json.loads(text)
@@ -192,15 +192,16 @@ def draw(
     if run:
         shown = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
-            lines = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
-            yield name, plots.learning_curves(lines, y_label=label), []
+            drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
+            yield name, plots.learning_curves(drawn, y_label=label), []
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
     first, row = next(iter(network.layers.items()))
     kernel = checkpoint.params[first]['kernel']
     if type(row) is ConvSpec and row.groups == 1:
-        shares, lines = np.split(color_share(kernel), towers), []
+        shares = np.split(color_share(kernel), towers)
+        lines: list[str] = []
         for tower, share in enumerate(shares):
             above = f'{np.sum(share > 0.5)} of {len(share)} kernels ({100 * np.mean(share > 0.5):.0f}%) above 1/2'
             lines.append(f'{first}, tower {tower}: mean color share {share.mean():.3f}, {above}')

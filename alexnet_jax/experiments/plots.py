@@ -4,6 +4,7 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
                 _connect(axes, below[source], boxes[tower], row, (source - tower) if sources else 0)
         below = boxes
     if towers > 1:
-        styles = (('own tower', BLACK, '-'), ('the other tower', VERMILLION, '--'))
+        styles: tuple[tuple[str, str, Any], ...] = (('own tower', BLACK, '-'), ('the other tower', VERMILLION, '--'))
         lines = [Line2D([], [], color=color, linestyle=style, label=f'reads {name}') for name, color, style in styles]
         axes.legend(handles=lines, loc='lower left', fontsize=8, frameon=False)
     return figure
@@ -122,7 +123,11 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
 
     across: 0 within a tower; 1 from the tower below it in the picture, -1 from the one above.
     """
-    style = {'color': VERMILLION if across else BLACK, 'linestyle': '--' if across else '-', 'linewidth': 0.8}
+    style: dict[str, Any] = {
+        'color': VERMILLION if across else BLACK,
+        'linestyle': '--' if across else '-',
+        'linewidth': 0.8,
+    }
     y, end = np.mean(source.intervaly), np.mean(target.intervaly) - 0.12 * across  # beside the line from its own tower
     if not row.kernel:
         axes.plot([source.x1, target.x0], [y, end], **style, zorder=4)

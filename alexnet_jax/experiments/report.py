@@ -77,7 +77,9 @@ def write(
     """
     if (checkpoint is None) != (image_NHWC is None):
         raise UserError('a checkpoint and images to show it belong together; give both or neither.')
-    data = {} if checkpoint is None else _interactive_data(checkpoint, image_NHWC, captions)
+    data = {}
+    if checkpoint is not None and image_NHWC is not None:
+        data = _interactive_data(checkpoint, image_NHWC, captions)
     sections = [(f'table-{i}', table.title, _table(table)) for i, table in enumerate(tables, 1)]
     sections += [(f'figure-{i}', figure.title, _figure(figure)) for i, figure in enumerate(figures, 1)]
     links = [(name, heading) for name, heading, _ in sections]
@@ -119,7 +121,7 @@ def _is_number(value) -> bool:
 def _cell(value) -> str:
     if not _is_number(value):
         return f'<td>{"" if value is None else escape(str(value))}</td>'
-    style = '.6g' if not isinstance(value, numbers.Integral) else ',' if abs(value) >= 10_000 else ''
+    style = '.6g' if not isinstance(value, numbers.Integral) else ',' if abs(int(value)) >= 10_000 else ''
     return f'<td{_NUMBER}>{value:{style}}</td>'
 
 
@@ -158,7 +160,7 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
 
 
 def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
-    return augment.views(image_NHWC, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
+    return augment.views(jnp.asarray(image_NHWC), checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
 
 
 def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]:
@@ -183,7 +185,8 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
     stages = []
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
-        layer, again = network.layers[name], Counter()
+        layer = network.layers[name]
+        again: Counter[str] = Counter()
         for op in ('linear', *layer.ops):
             x = seen['intermediates'][f'{name}.{op}'][again[op]]
             again[op] += 1
@@ -204,7 +207,10 @@ def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
     size = min(side, _MAP_SIZE)
     maps = np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1)
     smaller = [[Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in picture] for picture in maps]
-    pictures, shape = [_signed(np.stack(picture)) for picture in smaller], f'{side} x {side} x {count}'
+    pictures, shape = (
+        [_signed(np.stack([np.asarray(x) for x in picture])) for picture in smaller],
+        f'{side} x {side} x {count}',
+    )
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
 
 
@@ -225,7 +231,7 @@ def _signed(x: np.ndarray) -> dict[str, Any]:
 
 
 def _encode(array, dtype: str = 'u1') -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype)).decode()
+    return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
 
 
 def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:

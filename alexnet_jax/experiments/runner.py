@@ -161,7 +161,7 @@ def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, 
             result = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
             metric_writer.write_json(trial.workdir, {'result': result})
         jax.clear_caches()  # the next network is another program
-    row = {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, **result}
+    row = {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, **(result or {})}
     tables.write_csv(os.path.join(trial.output, 'results.csv'), [row], whole=False)
     return row
 
@@ -214,7 +214,9 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
 
     Returns (rate, a row for each that was tried).
     """
-    rows, passes, best = {}, {}, len(RATES) // 2
+    rows: dict[int, dict[str, Any]] = {}
+    passes: dict[int, int] = {}
+    best = len(RATES) // 2
     while True:
         for i in (best, best + 1, best - 1):  # a higher rate is quicker, or soon out of the question
             if 0 <= i < len(RATES) and i not in rows:
@@ -225,7 +227,7 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
                 rows[i] = run_trial(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
                     passes[i] = max(1, int(rows[i]['epochs']))  # the last batch of a pass reaches into the next
-            quickest = min(passes, key=passes.get, default=best)
+            quickest = min(passes, key=lambda i: passes[i], default=best)
             if quickest != best:
                 best = quickest
                 break

@@ -6,6 +6,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -82,11 +83,11 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
 
 def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str:
     """Mean and sample standard deviation: '41.20 ± 0.31'; of one value itself, of none nothing."""
-    values = [value for value in values if value is not None]
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return ''
-    mean = f'{statistics.fmean(values):{"+" if signed else ""}.2f}'
-    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+    mean = f'{statistics.fmean(known):{"+" if signed else ""}.2f}'
+    return f'{mean} ± {statistics.stdev(known):.2f}' if len(known) > 1 else mean
 
 
 def format_error_pair(pair: ablations.Points, signed: bool) -> str:
@@ -132,14 +133,15 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
 
 def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
     """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views."""
-    split = dataset.splits[eval_split(dataset)]
-    options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
+    split = dataset.splits[str(eval_split(dataset))]
+    options: dict[str, Any] = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
     before = after = [evaluate.evaluate(network, split, views=10, **options) for network in networks]
     if suite == 'views':
         names = ('center', 'ten views')
         before = [evaluate.evaluate(network, split, views=1, **options) for network in networks]
-        paper, log = (-1.5, -1.3), (-1.55, -1.30)
+        paper: ablations.Points = (-1.5, -1.3)
+        log: ablations.Points = (-1.55, -1.30)
         source = 'section 6: 39.0 / 18.3 against 37.5 / 17.0, ILSVRC-2010 test; net 145'
     else:
         names = ('one network', f'{len(networks)} networks averaged')
@@ -217,8 +219,11 @@ def publish(
     pictures, labels = pipeline.decode_some(records, picks, trained.record_size)
     columns = COLUMNS[1:]
     cells = [tuple(round(x, 4) if isinstance(x := row.get(key), float) else x for key in columns) for row in rows]
-    head = {'title': f'alexnet_jax: {suite}', 'summary': summary(rows, dataset.record_size, describe_environment())}
-    shown = {'image_NHWC': pictures, 'captions': [dataset.class_names[label] for label in labels]}
+    head: dict[str, Any] = {
+        'title': f'alexnet_jax: {suite}',
+        'summary': summary(rows, dataset.record_size, describe_environment()),
+    }
+    shown: dict[str, Any] = {'image_NHWC': pictures, 'captions': [dataset.class_names[label] for label in labels]}
     tables = [*tables, report.Table('Every run', columns, cells)]
     path = os.path.join(output, 'report.html')
     report.write(path, **head, tables=tables, figures=pages, checkpoint=trained, **shown)

@@ -44,7 +44,7 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
 
     side, (count,) = checkpoint.record_size, jax_export.symbolic_shape('N')
     images = jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)
-    return jax_export.export(jax.jit(probabilities), platforms=PLATFORMS)(images).serialize()
+    return bytes(jax_export.export(jax.jit(probabilities), platforms=PLATFORMS)(images).serialize())
 
 
 def check(path: str, checkpoint: Checkpoint, views: int) -> float:

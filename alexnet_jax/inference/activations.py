@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
     """What can be asked for: {name: (the network's intermediate, which of those with that name)}."""
-    names = {}
+    names: dict[str, tuple[str, int]] = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
         names |= {f'{layer}.{op}': (f'{layer}.{op}', -1) for op in ops}
@@ -67,7 +67,9 @@ def activations(
     return dict(zip(names, arrays, strict=True))
 
 
-def iter_activations(checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128) -> Iterator[Part]:
+def iter_activations(
+    checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128
+) -> Generator[Part, None, None]:
     """The activations of one of `activation_names` for all records of a split, in their order, a batch at a time.
 
     Yields (float32 [n, ...], int32 labels [n]); batch_size changes nothing in them. Raises UserError for an unknown
@@ -152,7 +154,8 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
 
 def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
     """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
-    labels, progress = [], Progress(total, seconds=10)
+    labels: list[int] = []
+    progress = Progress(total, seconds=10)
     for features, part_labels in parts:
         file.write(features.astype('<f4', copy=False).tobytes())
         labels.extend(part_labels)

@@ -18,7 +18,7 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np
             'each, and not all 0.'
         )
     total = float(sum(weights))
-    return sum(np.float32(w / total) * p for w, p in zip(weights, probabilities, strict=True))
+    return np.asarray(sum(np.float32(w / total) * p for w, p in zip(weights, probabilities, strict=True)))
 
 
 def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> list[float]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,8 @@ def evaluate_batches(
     Returns 'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
     (0 to 1). Raises UserError where more records than that are unreadable.
     """
-    total = previous = None
+    total: Any = None
+    previous: Any = None
     began, waited = time.perf_counter(), 0.0
     for batch, seconds in pipeline.prefetch_to_device(batches, functools.partial(_to_mesh, mesh)):
         if should_stop():
@@ -99,7 +100,7 @@ class Evaluator:
     def evaluate(self, records: Sequence, *, max_unreadable: int = 0) -> dict[str, float]:
         """Loss and errors on the records of a split, see `evaluate_batches`."""
         function = self._jitted(train_step.eval_step)
-        options = {'examples': len(records), 'max_unreadable': max_unreadable}
+        options: dict[str, Any] = {'examples': len(records), 'max_unreadable': max_unreadable}
         with contextlib.closing(self._batches(records)) as batches:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
 
@@ -109,7 +110,7 @@ class Evaluator:
         with contextlib.closing(self._batches(records)) as batches:
             parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
         outputs, labels, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-        _check_count(np.count_nonzero(weights), len(records), max_unreadable)
+        _check_count(int(np.count_nonzero(weights)), len(records), max_unreadable)
         return outputs[weights > 0], labels[weights > 0]
 
     def predict(self, image_NHWC) -> np.ndarray:
@@ -135,7 +136,7 @@ class Evaluator:
             results = function(self._params, part, self._image_stats)
             yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], results)
 
-    def map_records(self, function: Callable, records: Sequence) -> Iterator[tuple[Any, np.ndarray]]:
+    def map_records(self, function: Callable, records: Sequence) -> Generator[tuple[Any, np.ndarray], None, None]:
         """Applies such a function to the records of a split; on one device.
 
         Yields (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read. Raises
@@ -153,10 +154,10 @@ class Evaluator:
     def _jitted(self, function: Callable):
         return _jit(function, self.checkpoint.network, self.checkpoint.augmentation, self.mesh, self.views)
 
-    def _batches(self, records: Sequence) -> Iterator[Batch]:
+    def _batches(self, records: Sequence) -> Generator[Batch, None, None]:
         if not len(records):
             raise UserError('there are no images to evaluate on.')
-        options = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
+        options: dict[str, Any] = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
         return pipeline.eval_batches(records, batch_size=self._fitting_batch_size(len(records)), **options)
 
     def _fitting_batch_size(self, images: int) -> int:
@@ -229,7 +230,7 @@ def evaluate_ensemble(
         weights = [1.0] * len(checkpoints)
     averaged, labels = ensemble.average(tested[0], weights), tested[1]
     scores = np.log(np.maximum(averaged, np.finfo(np.float32).tiny))
-    total = None
+    total: Any = None
     for start in range(0, len(labels), 4096):  # metrics sorts nothing, but it compares: some at a time
         part, own = scores[start : start + 4096], labels[start : start + 4096]
         sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -47,7 +48,8 @@ def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         return check_images(checkpoint, images)
-    squares = [_to_square(image, size) for image in ([images] if _is_one(images) else images)]
+    several: Any = [images] if _is_one(images) else images
+    squares = [_to_square(image, size) for image in several]
     return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
 
 

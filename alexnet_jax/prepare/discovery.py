@@ -44,7 +44,7 @@ def find_images(path: str) -> Listing:
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
     numbers = {name: i for i, name in enumerate(class_names)}
     trained = {class_name for ref, class_name in images if ref.split == 'train'}
-    splits = {}
+    splits: dict[str, list[ImageRef]] = {}
     for ref, class_name in images:
         if class_name not in numbers:
             raise UserError(

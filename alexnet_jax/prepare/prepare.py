@@ -164,7 +164,8 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
             for path, (start, end) in zip(paths, itertools.pairwise(cuts), strict=True)
         ]
     results = iter(_in_processes(list(itertools.chain(*planned.values())), max_unreadable, workers))
-    infos, fingerprint, digests = [], hashlib.sha256(), {}
+    infos, fingerprint = [], hashlib.sha256()
+    digests: dict[str, str] = {}
     for split, shards in planned.items():
         written = list(itertools.islice(results, len(shards)))
         digests |= {os.path.basename(s.path): w.sha256 for s, w in zip(shards, written, strict=True)}

@@ -31,7 +31,7 @@ class Shard(NamedTuple):
 class ShardResult(NamedTuple):
     digest: str  # of its records
     sha256: str  # of its file
-    count: int
+    count: int  # type: ignore[assignment]
     num_bytes: int
     moments: image_stats.Moments
     bad: list[str]  # 'name: reason'

@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.tfds import validation_classes
@@ -78,7 +78,7 @@ class _Window:
 
 def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
     """The files in an archive. Raises an error where it is damaged; tarfile alone would take that for the end."""
-    with tarfile.open(fileobj=window, mode='r:') as archive:
+    with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
             if member.size < 0 or archive.offset <= member.offset:  # it would lead back, and round in a circle
                 raise tarfile.ReadError(f'the header at byte {member.offset} declares {member.size} bytes')

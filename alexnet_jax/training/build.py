@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ class TrainingSetup:
         """Images in a pass through the training data."""
         return len(self.storage.records)
 
-    def train_batches(self, start_step: int) -> Iterator[Batch]:
+    def train_batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Endless training batches on the host (see `pipeline.train_batches`); close it."""
         return pipeline.train_batches(
             self.storage,
@@ -115,7 +115,7 @@ class TrainingSetup:
             **self._input_options,
         )
 
-    def val_batches(self) -> Iterator[Batch]:
+    def val_batches(self) -> Generator[Batch, None, None]:
         """Batches of the val split on the host, pass after pass (see `pipeline.eval_batches`); close it."""
         return pipeline.eval_batches(
             self.dataset.splits.get('val', ()),
@@ -187,8 +187,8 @@ def make_steps(
 ) -> TrainingSteps:
     """Jits the functions of a run. Raises UserError where `optim` has a value outside its range."""
     hooks = large_batch.hooks_from_config(config.optim, steps_per_epoch)
-    options = {'steps_per_epoch': steps_per_epoch, 'layers': list(network.layers)}
-    optimizer = optimizer_from_config(config.optim, **options, **hooks)
+    layers = list(network.layers)
+    optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
     forward = sharding.forward(network, mesh)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))

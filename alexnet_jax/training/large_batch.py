@@ -33,9 +33,9 @@ def warmup(steps: int) -> Callable:
     return lambda count: jnp.minimum(1.0, (count + 1) / steps)
 
 
-def hooks_from_config(fields: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Callable]:
+def hooks_from_config(fields: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
     """The hooks of `config.optimizer_from_config` that a config's `optim` asks for; none by default."""
-    hooks = {}
+    hooks: dict[str, Any] = {}
     if trust_coefficient := fields['trust_coefficient']:
         hooks['decay'] = functools.partial(add_decays_with_lars, trust_coefficient=trust_coefficient)
     if steps := round(fields['warmup_epochs'] * steps_per_epoch):

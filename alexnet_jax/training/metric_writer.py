@@ -18,7 +18,7 @@ from alexnet_jax.utils.files import atomic_file
 
 # tensorboardX imports PyTorch where it is installed, for records of kinds that are not written here: seconds and 450 MB
 # in this process and in each that decodes.
-_without_torch = sys.modules.setdefault('torch', None) is None
+_without_torch = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
 

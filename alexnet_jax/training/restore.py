@@ -83,7 +83,8 @@ def _check_is_this_run(old: dict, image_stats, meta: dict, setup: TrainingSetup,
             'Give the same config, or another directory.'
         )
     same = all(old[name] == meta[name] for name in _META.keys() - {'config'})
-    if not same or not all(np.array_equal(a, b) for a, b in zip(image_stats, setup.dataset.image_stats, strict=True)):
+    own = setup.dataset.image_stats
+    if own is None or not same or not all(np.array_equal(a, b) for a, b in zip(image_stats, own, strict=True)):
         raise UserError(
             f'{workdir} was trained on other data than {setup.config.data.path!r} (other images, or prepared '
             'otherwise); give the same data, or another directory.'

@@ -51,14 +51,18 @@ def train_and_evaluate(
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
     data = setup.dataset
-    meta = {'config': config_to_json(config), 'class_names': list(data.class_names), 'record_size': data.record_size}
+    meta: dict[str, Any] = {
+        'config': config_to_json(config),
+        'class_names': list(data.class_names),
+        'record_size': data.record_size,
+    }
     meta |= {'examples': setup.num_examples, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _describe_setup(setup)
         should_stop = stack.enter_context(distributed.defer_sigterm())  # to the end of the last save
         checkpoints = stack.enter_context(CheckpointManager(workdir))
-        stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))
+        stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))  # type: ignore[attr-defined]
         for problem in checkpoints.damaged:
             distributed.warn(f'a checkpoint is not used: {problem}.')
         state, saved = restore.restore_or_init(checkpoints, setup, key, meta, workdir)
@@ -179,7 +183,9 @@ class StepHooks:
         """Starts saving the state with what a run needs to go on from it."""
         self.writer.flush()
         meta = {**self.meta, 'log': self.log.state(), 'unfinished': unfinished}
-        self.checkpoints.save(state, self.setup.dataset.image_stats, meta, top1_error)
+        image_stats = self.setup.dataset.image_stats
+        assert image_stats is not None  # `build` refuses data without them
+        self.checkpoints.save(state, image_stats, meta, top1_error)
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
         """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from collections import deque
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from alexnet_jax.utils.logs import format_duration
 class LogState:
     """What a run that goes on needs of the log of the one before; JSON in its checkpoint."""
 
-    sums: dict[str, float] | None = None  # of `metrics.sums`, since the last line
+    sums: dict[str, Any] | None = None  # of `metrics.sums`, since the last line
     steps: int = 0  # since the last line
     error: float | None = None  # percent: training error of the last line
     nonfinite: int = 0  # batches left out
@@ -64,7 +65,7 @@ class TrainLog:
 
     def __post_init__(self, saved: dict | None):
         self._state = LogState(**(saved or {}))
-        self._pending = deque()
+        self._pending: deque[Any] = deque()
         self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
         self._paused = 0.0  # seconds that were no training
         self._printed = -math.inf
@@ -156,10 +157,11 @@ class TrainLog:
         elapsed = max(self._clock[-1][0] - self._clock[0][0], 1e-9)
         speed = (len(self._clock) - 1) * self.batch_size / elapsed
         waited = sum(waited for _, waited in list(self._clock)[1:])
-        line = {'step': step, 'epoch': step * self.batch_size / self.examples, 'split': 'train'}
-        line |= {**metrics.means(state.sums), 'learning_rate': rate, **state.norms}
+        line: dict[str, Any] = {'step': step, 'epoch': step * self.batch_size / self.examples, 'split': 'train'}
+        line |= {**metrics.means(state.sums or {}), 'learning_rate': rate, **state.norms}
         line |= {'images_per_second': speed, 'data_wait': min(1.0, waited / elapsed)}
-        self.writer.write(line)
+        if self.writer:
+            self.writer.write(line)
         now = time.perf_counter()
         if now - self._printed >= 1 or step == self.total_steps:
             left = (self.total_steps - step) * self.batch_size / speed
