@@ -78,8 +78,8 @@ def default_record_size(image_size: int) -> int:
 def crop_positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
     """Places at which a crop may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
 
-    all_positions: counts the last one too, as the authors' code does: 33. Raises UserError where the records are smaller
-    than what the network reads.
+    all_positions: counts the last one too, as the authors' code does: 33. Raises UserError where the records are
+    smaller than what the network reads.
     """
     if image_size > record_size:
         raise UserError(
