@@ -51,12 +51,9 @@ def train_and_evaluate(
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
     data = setup.dataset
-    meta: dict[str, Any] = {
-        'config': config_to_json(config),
-        'class_names': list(data.class_names),
-        'record_size': data.record_size,
-    }
-    meta |= {'examples': setup.num_examples, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
+    meta: dict[str, Any] = {'config': config_to_json(config), 'class_names': list(data.class_names)}
+    sizes = {'record_size': data.record_size, 'examples': setup.num_examples}
+    meta |= {**sizes, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _describe_setup(setup)
@@ -105,9 +102,13 @@ def train_and_evaluate(
             good = checkpoints.latest()
             kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
             raise DivergedError(f'{error} {kept} in {workdir}.') from None
-    evaluate_it = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
-    logging.info('The run is in %s. Evaluate it: %s', workdir, evaluate_it)
+    _say_where_it_is(workdir, config.data.path)
     return hooks.result
+
+
+def _say_where_it_is(workdir: str, data: str) -> None:
+    evaluate_it = f'alexnet_jax evaluate --checkpoint={workdir} --data={data or "DIR"}'
+    logging.info('The run is in %s. Evaluate it: %s', workdir, evaluate_it)
 
 
 class StepActions(NamedTuple):
