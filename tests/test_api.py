@@ -92,6 +92,12 @@ def test_images_of_the_inputs_size_are_not_cropped(setup):
         ({'image': np.zeros((8, 32, 32, 3)), 'label': np.zeros(8, int)}, 'images are float64 of shape'),
         (_arrays(8, 31), r'expected uint8 of \(N, S, S, 3\), S = 32, which is cropped, or 28, which is not'),
         ({'image': np.zeros((8, 32, 32), np.uint8), 'label': np.zeros(8, int)}, 'images are uint8 of shape'),
+        (_arrays(0), 'the batch has 0 images, 0 labels and 0 weights'),
+        (_arrays(8) | {'label': np.zeros(7, int)}, 'the batch has 8 images, 7 labels and 8 weights'),
+        (_arrays(8) | {'weight': np.ones(9)}, 'the batch has 8 images, 8 labels and 9 weights'),
+        (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64, 10 to 10; expected int, 0 to 9'),
+        (_arrays(8) | {'label': np.full(8, 0.5)}, 'the labels are float64'),
+        (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1; expected int'),
     ],
 )
 def test_what_is_no_batch(setup, batch, message):

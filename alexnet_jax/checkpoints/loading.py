@@ -16,7 +16,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Returns:
       a `Checkpoint`: `.network`, `.params` (numpy), `.step`, `.class_names`, `.record_size` and `.image_size` (sides of
-      the images and of the network's input, pixels), `.image_stats`, `.config`. It prints its step.
+      the images and of the network's input, pixels), `.image_stats`, `.config`. Its repr names the step.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.

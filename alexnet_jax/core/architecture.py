@@ -126,7 +126,7 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
         known = ', '.join(sorted(allowed))
-        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {known}; POST_OPS takes your own.')
+        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {known}; add your own to POST_OPS.')
     if layer.ops.count('dropout') > 1:
         raise UserError(f'{name} is followed by dropout twice; expected once at most.')
     for what, count in (('inputs', channels), ('features', layer.features)):

@@ -153,7 +153,7 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            f'{_SHARED_MEMORY} has {free >> 20} MiB, room for the batches of {fitting} processes: images are decoded '
+            f'{_SHARED_MEMORY} has {free >> 20} MiB, enough for the batches of {fitting} processes: images are decoded '
             f'in {how}. A container gets more with --ipc=host or --shm-size=16g.'
         )
     return workers

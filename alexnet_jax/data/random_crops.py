@@ -36,10 +36,10 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
     extent = np.full((count, 2), size)
     if augmentation.crop_area:
         extent = _areas_to_extents(areas, record_size, augmentation.crop_area)
-        room: Any = record_size - extent + 1
+        positions: Any = record_size - extent + 1
     else:
-        room = crop_positions(record_size, size, augmentation.all_positions)
-    offset = np.floor(place * room)
+        positions = crop_positions(record_size, size, augmentation.all_positions)
+    offset = np.floor(place * positions)
     if not augmentation.random_crop:
         offset[:] = (record_size - size) // 2
     alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]

@@ -65,7 +65,7 @@ class TrainingSetup:
         return self.steps.init(key)
 
     def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """One update with a batch of arrays, for a loop of one's own.
+        """One update with a batch of arrays, for a loop of your own in a single process.
 
         Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`): the draws of
         `train_and_evaluate` for that step. Reading `state.step` waits for the update before.
@@ -80,13 +80,23 @@ class TrainingSetup:
           'learning_rate' (of the next update) and 'finite' (False: nothing was updated), all scalars on the device.
 
         Raises:
-          UserError: a batch of another shape or type, or that does not divide into the mesh's parts.
+          UserError: a batch of another shape or type, that does not divide into the mesh's parts, or with a label that
+            is no class.
         """
-        labels = np.asarray(batch['label'], np.int32)
+        images, labels = np.asarray(batch['image']), np.asarray(batch['label'])
+        weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
+        if not 0 < len(images) == len(labels) == len(weight):
+            found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
+            raise UserError(f'the batch has {found}; expected as many of each.')
+        classes = self.network.num_classes
+        if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(
+                f'the labels are {labels.dtype}, {labels.min()} to {labels.max()}; expected int, 0 to {classes - 1}.'
+            )
         sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
-        arrays = random_crops.augment_arrays(np.asarray(batch['image']), self.augmentation, **options)
-        arrays |= {'label': labels, 'weight': np.asarray(batch.get('weight', np.ones(len(labels))), np.float32)}
+        arrays = random_crops.augment_arrays(images, self.augmentation, **options)
+        arrays |= {'label': labels.astype(np.int32), 'weight': weight}
         on_mesh = sharding.to_mesh(self.mesh, arrays)
         state, report = self.steps.train_step(state, on_mesh, self.image_stats, self.key)
         count = jnp.maximum(report['weight'], 1)
