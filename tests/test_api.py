@@ -115,6 +115,8 @@ def test_dropout_by_a_key_is_dropout_by_its_masks():
 
     chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, small.SIZE)))
     assert not np.allclose(apply(train=True, rng=key), apply())
+    with pytest.raises(UserError, match='train=True draws dropout masks; give rng'):
+        apply(train=True)
 
 
 def test_one_image_or_many_of_any_kind(setup, tmp_path):

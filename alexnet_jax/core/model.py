@@ -18,6 +18,7 @@ from jax import Array, lax
 from alexnet_jax.core import architecture, ops
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec
 from alexnet_jax.core.post_ops import POST_OPS, Context
+from alexnet_jax.utils.errors import UserError
 
 Masks = dict[str, Array]  # of dropout, by layer: bool, True keeps the unit
 _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
@@ -120,6 +121,8 @@ class AlexNet(nn.Module):
         self, x_NHWC: Array, masks: Masks | None = None, *, train: bool = False, rng: Array | None = None
     ) -> Array:
         if train and masks is None:
+            if rng is None and any('dropout' in layer.ops for layer in self.layers.values()):
+                raise UserError('train=True draws dropout masks; give rng, such as jax.random.key(0).')
             masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
@@ -177,9 +180,7 @@ class AlexNet(nn.Module):
 def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
 
-    image_size: side of the network's input, pixels.
-
-    Kernels are float32 HWIO (convolutions: I counts one group's inputs) or [inputs, outputs].
+    image_size: side of the network's input, pixels. Kernels are float32 HWIO (convolutions: I counts one group's inputs) or [inputs, outputs].
     """
     whole = model.clone(tower_axis=None)
     return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
