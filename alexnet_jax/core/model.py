@@ -180,8 +180,8 @@ class AlexNet(nn.Module):
 def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
 
-    image_size: side of the network's input, pixels. Kernels are float32 HWIO (convolutions: I counts one group's inputs)
-    or [inputs, outputs].
+    image_size: side of the network's input, pixels. Kernels are float32 HWIO (of convolutions: I counts the inputs of
+    one group) or [inputs, outputs].
     """
     whole = model.clone(tower_axis=None)
     return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
