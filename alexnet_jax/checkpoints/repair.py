@@ -7,20 +7,20 @@ import shutil
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UserError
 
-REPLACED = '.replaced'  # a step that is saved again, until the new one is finalized
-REMOVED = 'removed'  # where a step goes before it is deleted: file by file a kill would leave half of it
+REPLACED = '.replaced'  # suffix of a step that is saved again, until the new one is finalized
+REMOVED = 'removed'  # folder that steps are moved to before they are deleted: a crash may delete a step only in part
 
 
 def list_steps(folder: str) -> list[int]:
-    """Steps that have a folder in `checkpoints/`, finished or not, in order."""
+    """Returns the sorted steps that have a folder in `checkpoints/`, complete or not."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
 
 
 def repair(folder: str) -> list[str]:
-    """Removes what a kill has left half done, and moves damaged steps aside, to `STEP.damaged`.
+    """Removes incomplete steps, which a crash leaves, and moves damaged steps to `STEP.damaged`.
 
-    Returns a line for each thing wrong. Raises UserError if no step is whole, OSError if the folder cannot be used.
+    Returns one line per problem. Raises UserError if all steps are damaged, OSError if the folder cannot be used.
     """
     os.makedirs(folder, exist_ok=True)
     half_written = []
@@ -29,7 +29,7 @@ def repair(folder: str) -> list[str]:
         if name == REMOVED or '.orbax-checkpoint-tmp' in name:
             shutil.rmtree(path)
             half_written += [path] * (name != REMOVED)
-        elif name.endswith(REPLACED):  # the step that was to take its place counts only with its digests
+        elif name.endswith(REPLACED):  # superseded only if the new step is complete
             step = path.removesuffix(REPLACED)
             if checksums.present(step):
                 shutil.rmtree(path)
@@ -37,7 +37,7 @@ def repair(folder: str) -> list[str]:
                 shutil.rmtree(step, ignore_errors=True)
                 os.rename(path, step)
     paths = [os.path.join(folder, str(step)) for step in list_steps(folder)]
-    # A kill can leave no other unfinished: each save waits for the one before.
+    # Only the last step can be incomplete: each save waits for the one before.
     unfinished = [path for path in paths[-1:] if not checksums.present(path)]
     mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in unfinished}
     damaged = {path: found[0] for path, found in mismatches.items() if found}

@@ -1,6 +1,6 @@
-"""Finds the images that a raw input holds, and reads one: archives, image folders, TFDS datasets.
+"""Lists and reads the images of a raw input: an archive, an image folder or a TFDS dataset.
 
-Nothing is unpacked: an uncompressed archive is read at the offset where a member lies, by any number of processes.
+Archives are not unpacked: each process reads a member at its offset in the uncompressed archive.
 """
 
 import os
@@ -18,10 +18,10 @@ from alexnet_jax.utils.files import as_utf8
 
 
 def find_images(path: str) -> Listing:
-    """Lists an input's images by split, in a fixed order.
+    """Lists an input's images by split, in a fixed order. Raises UserError for any other input.
 
-    path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
-    folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`. Raises UserError for all else.
+    path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
+    contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split); or `tfds:NAME`.
     """
     if path.startswith(tfds.PREFIX):
         return tfds.list_images(path)
@@ -34,7 +34,7 @@ def find_images(path: str) -> Listing:
             f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    for split in {ref.split for ref, _ in images}:  # an archive beside what it was extracted to counts images twice
+    for split in {ref.split for ref, _ in images}:  # an archive next to its extracted files would count images twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
         if len(paths) == 2:
             raise UserError(
@@ -57,7 +57,7 @@ def find_images(path: str) -> Listing:
 
 
 def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """The images below a folder, each with its class; warns of what is left out."""
+    """Yields (image, class name) for the images below a folder. Warns of files and folders that it skips."""
     entries = image_io.list_entries(path)
     for entry in entries:
         if entry.is_file() and (entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)):
@@ -75,18 +75,18 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
 
 
 def _holds_classes(folder: str) -> bool:
-    """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
+    """Returns whether a folder named like a split holds classes (and is not a class of that name, with images)."""
     entries = image_io.list_entries(folder)
     return any(e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 
 
 def _split_of(folder: str) -> str | None:
-    """'train' of 'train' or 'ILSVRC2012_img_train'; None of any other name."""
+    """Returns the split of a folder name: 'train' for 'train' or 'ILSVRC2012_img_train', None for other names."""
     return SPLIT_NAMES.get(folder.lower().removeprefix('ilsvrc2012_img_'))
 
 
 def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
-    """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
+    """Yields (image, class name) from CLASS/**/images, archives of one class, or the flat ILSVRC-2012 val set."""
     empty, loose = [], 0
     for entry in image_io.list_entries(folder):
         if entry.is_dir():
@@ -114,11 +114,11 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """An image's bytes, or pixels where a TFDS dataset holds such; and its label. Raises as `image_io.read_bytes`."""
+    """Returns (file bytes, or pixels of some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]
-        except Exception:  # array_record says the same of a damaged record and of a file that is gone
+        except Exception:  # array_record's error is the same for a damaged record and a missing file: raise OSError
             for file in tfds.open_builder(ref.path).info.splits[ref.split].filepaths:
                 open(file, 'rb').close()
             raise

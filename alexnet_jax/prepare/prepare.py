@@ -1,4 +1,4 @@
-"""Turns raw images into what training reads: squares of one size, their mean image and their color statistics."""
+"""Prepares raw images for training: square records of one size, the mean image and the color statistics."""
 
 import collections
 import functools
@@ -23,9 +23,9 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
-_NAME = 'images'  # of the TFDS dataset, and so of its files
-_LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
-_MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
+_NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
+_LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # files of class names; characters read of one
+_MOST_IN_SHARD, _SHARDS = 4096, 16  # most images in a shard; number of shards of a small split
 
 
 def prepare(
@@ -40,22 +40,23 @@ def prepare(
     workers: int | None = None,
     listing: Listing | None = None,
 ) -> None:
-    """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
+    """Prepares `source` into the new directory `output`. The output does not depend on the number of processes.
 
     Args:
-      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`: a class's
-        folder, a tab and its name on each line; labels keep the order of the folders.
-      output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
-      size: side of the squares, pixels.
-      format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' loses a little
-        that the paper's "raw RGB values" keep.
-      val_fraction: part of the training images to set aside as the val split.
-      seed: of the order in which images are written, and of the choice for val.
-      max_unreadable: unreadable images that are named, counted and left out; one more ends it.
-      workers: processes; all cores by default.
-      listing: what `discovery.find_images` says of the source, where that was asked before.
+      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`, with a line
+        FOLDER<tab>NAME for each class; labels keep the order of the folders.
+      output: a new directory. It is written as a sibling `.NAME.incomplete` and renamed when complete.
+      size: side of the square images, pixels.
+      format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
+        paper uses "raw RGB values".
+      val_fraction: fraction of the training images to move to a val split.
+      seed: seed of the order of the records, and of the choice of val images.
+      max_unreadable: number of unreadable images that are skipped with a warning; one more raises UserError.
+      workers: number of processes; all cores by default.
+      listing: the result of `discovery.find_images(source)`, if the caller has it.
 
-    Raises UserError for an option out of its range, no images, too many bad ones, no space.
+    Raises:
+      UserError: an option is out of range, there are no images or too many unreadable ones, or the disk is full.
     """
     if not 8 <= size <= 4096:
         raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
@@ -82,10 +83,10 @@ def prepare(
 def prepare_if_needed(
     source: str, output: str, *, size: int, val_fraction: float = 0.0, listing: Listing | None = None, **options
 ) -> None:
-    """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
+    """Prepares `source` into `output` unless `output` exists. The file OUTPUT.source records what it was prepared from.
 
-    For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
-    Raises UserError where `output` was prepared from something else; or see `prepare`.
+    For programs that resume. The arguments are those of `prepare`, but val_fraction is ignored if the source has a val
+    split. Raises UserError if `output` was prepared from another source, and the errors of `prepare`.
     """
     path = source if source.startswith('tfds:') else absolute_local_path(source)
     made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
@@ -104,7 +105,7 @@ def prepare_if_needed(
             f'it is not known what {output} was prepared from; if that was {made}, write so into {source_file}, else '
             'give another --output, or remove that folder.'
         )
-    # The path alone where it has a val split of its own.
+    # `path` alone is recorded for a source with its own val split.
     elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (made, path):
         raise UserError(
             f'{output} was prepared from {recorded}, not from {made}; give the same again, or another --output, or '
@@ -113,7 +114,7 @@ def prepare_if_needed(
 
 
 def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Readable class names, from a list in the input if there is one; classes of one name get their folder's, too."""
+    """Returns class names from a list in the input, or the folder names. Adds the folder's name to equal names."""
     words = {}
     for list_path in (os.path.join(path, name) for name in _LISTS):
         if os.path.isfile(list_path):
@@ -124,20 +125,20 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     names = [words.get(folder) or folder for folder in folders]
     counts = collections.Counter(names)
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:  # TFDS keeps them as the lines of a file, stripped and without empty ones: labels would shift
+    for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
         if name.splitlines() != [name] or name != name.strip():
             raise UserError(f'the class name {name!r} has blanks around it or more than a line; rename its folder.')
     return tuple(names)
 
 
 def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Each split in a random order fixed by the seed; a part of train, of each class if labels are known, as val."""
+    """Shuffles each split by the seed. Moves a fraction of train to val, of each class if labels are known."""
     rng = np.random.default_rng(seed)
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
         if 'train' not in orders or 'val' in orders:
             raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
-        aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # of the first so many
+        aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # val images, cumulative
         by_class = sorted(orders['train'], key=lambda ref: ref.label)
         val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
         if not 0 < len(val) < len(by_class):
@@ -191,10 +192,10 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
 
 
 def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
-    """Writes all shards on all cores; results in the order of the shards."""
+    """Writes all shards in parallel and returns the results in the order of the shards."""
     done, bad = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
-    # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
+    # spawn, not fork: the parent has running threads (TFDS, array_record).
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
         with processes.without_main():

@@ -1,4 +1,4 @@
-"""The official archives of ILSVRC-2012, read where they lie: nothing is unpacked."""
+"""Lists the images in the official ILSVRC-2012 archives, without unpacking them."""
 
 import os
 import re
@@ -13,14 +13,14 @@ from alexnet_jax.utils.files import as_utf8
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_LONGEST_HEADER = 2**20  # bytes of a name in an archive
-_LONGEST_END = 2**24  # bytes of zeros behind its last member
+_LONGEST_HEADER = 2**20  # most bytes of a member's header, with its name
+_LONGEST_END = 2**24  # most zero bytes after the last member
 
 
 def validation_class(name: str) -> str:
-    """The class of a validation image by its file name. Raises UserError for another name."""
+    """Returns the class of a validation image by its file name. Raises UserError for other names."""
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
-    # The length: int() takes no number of thousands of digits.
+    # The length is checked because int() raises for thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
         expected = f'{VAL_PREFIX}00000001.JPEG ...'
         raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {expected}')
@@ -28,9 +28,9 @@ def validation_class(name: str) -> str:
 
 
 def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """The images of an archive, each with its class: train holds an archive for each class, val holds images.
+    """Yields (image, class name) for an archive. The train archive holds an archive per class, val holds images.
 
-    Raises UserError for another archive, or a damaged one.
+    Raises UserError for other archives and damaged ones.
     """
     name = os.path.basename(path)
     own_class = class_of_tar(name)
@@ -49,12 +49,12 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
                     yield _ref(path, start, member, 'val'), validation_class(os.path.basename(member.name))
     except UserError:
         raise
-    except Exception as error:  # tarfile: of headers that make no sense any kind
+    except Exception as error:  # tarfile raises many types for invalid headers
         raise UserError(f'{path!r} is no readable archive: {str(error) or type(error).__name__}.') from error
 
 
 class _Window:
-    """A part of a file, as tarfile reads it: in small pieces, but where a header asks it for more."""
+    """A read-only part of a file, for tarfile. Limits the bytes of one read, which a damaged header could inflate."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self._file, self._start, self._size, self._position = file, start, size, 0
@@ -68,7 +68,7 @@ class _Window:
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _LONGEST_HEADER:
             raise tarfile.ReadError(f'a header at byte {self._position} declares {size} bytes for itself')
-        if self._position >= self._size:  # a file may be unable to go there
+        if self._position >= self._size:  # file.seek may fail for a position past the end
             return b''
         self._file.seek(self._start + self._position)
         content = self._file.read(min(size, self._size - self._position))
@@ -77,10 +77,10 @@ class _Window:
 
 
 def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
-    """The files in an archive. Raises an error where it is damaged; tarfile alone would take that for the end."""
+    """Yields the files in an archive. Raises ReadError if it is damaged, which tarfile would take for its end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
-            if member.size < 0 or archive.offset <= member.offset:  # it would lead back, and round in a circle
+            if member.size < 0 or archive.offset <= member.offset:  # would read the same members for ever
                 raise tarfile.ReadError(f'the header at byte {member.offset} declares {member.size} bytes')
             if member.isfile():
                 yield member
@@ -99,6 +99,6 @@ def _ref(path: str, start: int, image: tarfile.TarInfo, split: str) -> ImageRef:
 
 
 def class_of_tar(name: str) -> str | None:
-    """n01440764 of n01440764.tar, the archive of one class; None of any other name."""
+    """Returns the class of a class's archive: 'n01440764' for 'n01440764.tar', None for other names."""
     match = re.fullmatch(r'(n\d+)\.tar', os.path.basename(name))
     return match[1] if match else None
