@@ -28,7 +28,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
             for choose in (checkpoints.best, checkpoints.latest):
                 step = choose() if step is None else step
             if step is None:
-                raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax train.')
+                raise UserError(f'there is no checkpoint in {path!r} yet; train first: alexnet_jax train.')
             return checkpoints.load(step)
 
 
@@ -43,7 +43,7 @@ def _find(path: str) -> tuple[str, int | None]:
     if os.path.isdir(os.path.join(path, FOLDER)):
         return path, None
     if os.path.isfile(path):
-        raise UserError(f'there is no checkpoint at {path!r}, a file; of weights alexnet_jax convert makes one.')
+        raise UserError(f'{path!r} is a file, not a checkpoint; use alexnet_jax convert to convert a file of weights.')
     if os.path.isdir(os.path.join(path, 'run', FOLDER)):
         raise UserError(f'there is no checkpoint at {path!r}. Did you mean {os.path.join(path, "run")!r}?')
     raise UserError(

@@ -159,8 +159,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _check_is_there(self, step: int) -> None:
         if not os.path.isdir(path := self._path(step)):
-            remedy = 'its run has saved newer steps; give the command again'
-            raise UserError(f'{path} was removed while it was read: {remedy}.')
+            raise UserError(f'{path} was removed during reading, because its run saved newer steps; try again.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
         """Starts saving a state as its step, replacing an existing one. Waits first for the save in progress.
@@ -212,7 +211,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return [step for step in errors if step not in kept]
 
     def _saving(self, step: int):
-        remedy = 'Steps saved earlier are as they were; put it right and give the same command again.'
+        remedy = 'Steps saved earlier are unchanged; fix the problem and run the same command again.'
         return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -229,8 +228,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
             meta = self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             if (number := meta.get('format', 1)) != FORMAT:
                 raise UserError(
-                    f'its format is {number}, and this version of alexnet_jax reads {FORMAT}; use the version that '
-                    'wrote it.'
+                    f'its format is {number}, this version of alexnet_jax reads format {FORMAT}; use the version that '
+                    'wrote the checkpoint.'
                 )
             shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
             arrays = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
@@ -249,7 +248,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             architecture.infer_shapes(network, augmentation.image_size)
             class_names = tuple(map(str, meta['class_names']))
             if len(class_names) != network.num_classes:
-                raise ValueError(f'it names {len(class_names)} classes and has {network.num_classes}')
+                raise ValueError(f'{len(class_names)} class names for {network.num_classes} classes')
             init = functools.partial(model.init_params, network, image_size=augmentation.image_size)
             params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
         return Checkpoint(step, params, network, augmentation, record_size, class_names, image_stats, config)
@@ -265,7 +264,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 raise ValueError(f'{item}/{name}: {found}; expected {expected}')
         there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
         if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # compression saves little
-            raise ValueError(f'{item} says it has {taken:,} bytes, and holds {there:,}')
+            raise ValueError(f'{item} declares {taken:,} bytes, but its files have {there:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
@@ -275,12 +274,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
         try:
             yield
         except UserError as error:
-            raise UserError(f'the checkpoint {self._path(step)} is of another version: {error}') from error
+            raise UserError(f'the checkpoint {self._path(step)} is from another version: {error}') from error
         except Exception as error:
             self._check_is_there(step)
             raise UserError(
                 f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
-                'the one before it.'
+                'the previous step.'
             ) from error
 
     def _path(self, step: int) -> str:

@@ -43,8 +43,8 @@ def repair(folder: str) -> list[str]:
     damaged = {path: found[0] for path, found in mismatches.items() if found}
     if damaged and len(damaged) == len(mismatches):
         raise UserError(
-            f'no checkpoint in {folder!r} is whole: {"; ".join(damaged.values())}. Put the files back, or begin anew '
-            f'in another --workdir. (Versions of alexnet_jax before this one wrote no {checksums.FILE_NAME}.)'
+            f'all checkpoints in {folder!r} are damaged: {"; ".join(damaged.values())}. Restore the files, or start '
+            f'again in another --workdir. (Earlier versions of alexnet_jax did not write {checksums.FILE_NAME}.)'
         )
     for path in unfinished:
         shutil.rmtree(path)
@@ -53,5 +53,5 @@ def repair(folder: str) -> list[str]:
         aside = f'{path}.damaged'
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
-    removed = [f'{path}: half written, without {checksums.FILE_NAME}; it is removed' for path in half_written]
-    return removed + [f'{problem}; it is now in {path}.damaged' for path, problem in damaged.items()]
+    removed = [f'{path}: incomplete step (no {checksums.FILE_NAME}), removed' for path in half_written]
+    return removed + [f'{problem}; moved to {path}.damaged' for path, problem in damaged.items()]

@@ -21,7 +21,7 @@ def verify(path: str) -> tuple[list[str], list[str]]:
         folders.append(path)
     if not folders:
         raise UserError(
-            f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
+            f'{path!r} contains nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
             'steps.'
         )
     mismatches = {folder: checksums.find_mismatches(folder) for folder in folders}

@@ -25,13 +25,14 @@ def decode(record: dict[str, Any], size: int) -> np.ndarray:
         if not isinstance(image, np.ndarray):
             with Image.open(io.BytesIO(image), formats=('JPEG', 'PNG')) as file:
                 if file.size != (size, size):  # checked before the pixels are allocated
-                    raise ValueError(f'it has {file.width} x {file.height} px; expected {size} x {size}')
+                    raise ValueError(f'{file.width} x {file.height} px; expected {size} x {size}')
                 image = np.asarray(file if file.mode == 'RGB' else file.convert('RGB'))
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
-            raise ValueError(f'it is {image.dtype} of shape {image.shape}; expected uint8 of {(size, size, 3)}')
+            raise ValueError(f'{image.dtype} of shape {image.shape}; expected uint8 of shape {(size, size, 3)}')
     except Exception as error:  # Pillow raises undocumented exception types
-        what = f'the record of image {_name(record)!r} cannot be decoded ({error})'
-        raise UnreadableError(f'{what}; prepare the data again.') from error
+        raise UnreadableError(
+            f'the record of image {_name(record)!r} cannot be decoded ({error}); prepare the data again.'
+        ) from error
     return image
 
 

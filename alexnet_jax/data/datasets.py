@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
     def split(self, name: str) -> Sequence[dict[str, Any]]:
         """Returns the records of a split. Raises UserError if the split does not exist."""
         if name not in self.splits:
-            raise UserError(f'there is no split {name!r} in this data; it has: {", ".join(sorted(self.splits))}.')
+            raise UserError(f'no split {name!r} in this dataset; choose from: {", ".join(sorted(self.splits))}.')
         return self.splits[name]
 
 
@@ -46,17 +46,18 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
         return _digits()
     if not path:
         raise UserError(
-            'no data given; pass --config.data.path=DIR, a directory that alexnet_jax prepare wrote, or '
+            'no dataset given; use --config.data.path=DIR, a directory written by alexnet_jax prepare, or '
             f'--config.data.path={DIGITS}.'
         )
-    remedy = f'prepare one: alexnet_jax prepare --input=IMAGES --output={path}'
     if not os.path.isdir(path):
-        raise UserError(f'there is no data directory {path!r}; {remedy}')
+        raise UserError(
+            f'there is no data directory {path!r}; prepare it: alexnet_jax prepare --input=IMAGES --output={path}'
+        )
     with as_user_error(f'the data directory {path!r} cannot be used'):
         names = os.listdir(path)
     if 'dataset_info.json' not in names:
         raise UserError(
-            f'{path!r} holds no prepared data (no dataset_info.json); if it holds images, prepare them: '
+            f'{path!r} is not prepared data (no dataset_info.json); if it contains images, prepare them: '
             f'alexnet_jax prepare --input={path} --output=DIR'
         )
     return _prepared(path)
@@ -88,7 +89,7 @@ def _prepared(path: str) -> Dataset:
 
     if checksums.present(path):  # array_record files have their own checksums; all other files do not
         if mismatches := checksums.find_mismatches(path, lambda name: 'array_record' not in name):
-            raise UserError(f'the prepared data are damaged: {mismatches[0]}; prepare them again.')
+            raise UserError(f'the prepared data is damaged: {mismatches[0]}; prepare it again.')
     _check_features(path)
     try:
         builder = tfds.builder_from_directory(path)
@@ -106,10 +107,10 @@ def _prepared(path: str) -> Dataset:
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     if fingerprint and not checksums.present(path):  # `prepare` writes both
         raise UserError(
-            f'the prepared data are damaged: {checksums.FILE_NAME} is missing in {path!r}; prepare them again.'
+            f'the prepared data is damaged: {checksums.FILE_NAME} is missing in {path!r}; prepare it again.'
         )
     if side is None or (side, channels) != (width, 3):
-        raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
+        raise UserError(f'{path!r} has images of shape {image.shape}; expected squares of one size with 3 channels.')
     return Dataset(splits, class_names, side, image_stats_file.load(path), fingerprint)
 
 
@@ -132,7 +133,7 @@ def _check_features(path: str) -> None:
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
     for name in classes:
         if not name.startswith('tensorflow_datasets.core.features.'):
-            raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
+            raise UserError(f'{path!r}: features.json names the class {name!r}; expected only TFDS features.')
 
 
 class _Records(Sequence):
@@ -157,12 +158,11 @@ class _Records(Sequence):
             source = pickle.loads(self._closed)
             record = source[index]
         except Exception as error:
-            what = f'data files disappeared while they were read, {self._name}'
-            with as_user_error(what, 'Put them back and go on.'):
+            with as_user_error(f'lost access to the data files of {self._name}', 'Restore them and run it again.'):
                 for file in self._files:
                     open(file, 'rb').close()
             raise UnreadableError(
-                f'record {index} in {self._name} cannot be read ({first_line(error)[:200]}); prepare it again.'
+                f'record {index} in {self._name} cannot be read ({first_line(error)[:200]}); prepare the data again.'
             ) from error
         self._source = source
         return record
@@ -174,7 +174,7 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the embedded digits come with scikit-learn, which is not installed: pip install 'alexnet_jax[quickstart]'"
+            f"data.path={DIGITS} needs scikit-learn, which is not installed; use: pip install 'alexnet_jax[quickstart]'"
         ) from error
     digits = load_digits()
     records = []
@@ -200,7 +200,7 @@ def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> S
         return split
     images, labels = split['image'], split['label']
     if len(images) != len(labels):
-        raise UserError(f'there are {len(images)} images and {len(labels)} labels; expected one for each.')
+        raise UserError(f'{len(images)} images and {len(labels)} labels; expected one label per image.')
     return [{'image': image, 'label': int(label)} for image, label in zip(images, labels, strict=True)]
 
 
@@ -222,7 +222,7 @@ def in_memory(
     """
     given = {name: _to_records(split) for name, split in splits.items()}
     if not given.get('train'):
-        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(given) or 'no splits'}.")
+        raise UserError(f"splits={list(given)}: expected a split 'train' with images.")
     given = {name: records for name, records in given.items() if records}
     everything = list(itertools.chain(*given.values()))
     if class_names is None:
@@ -233,10 +233,10 @@ def in_memory(
         if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
             raise UserError(
                 f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
-                f'uint8 of ({size}, {size}, 3), as all others.'
+                f'uint8 of shape ({size}, {size}, 3), like the first training image.'
             )
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
-            raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
+            raise UserError(f'an image has the label {label!r}; expected an integer from 0 to {len(class_names) - 1}.')
     moments = image_stats.Moments.zeros(size)
     for record in given['train']:
         moments = moments.add(record['image'])

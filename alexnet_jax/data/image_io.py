@@ -24,7 +24,7 @@ def iter_image_files(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]
     if here in _above:  # a cycle of symbolic links
         return
     if len(_above) > 100:
-        raise UserError(f'{_above[0]!r} holds folders more than 100 deep; give one whose images lie nearer.')
+        raise UserError(f'{_above[0]!r} has folders nested more than 100 deep; use a folder closer to the images.')
     for entry in list_entries(folder):
         if os.path.isdir(entry.path):  # unlike entry.is_dir, returns False for a link to itself
             yield from iter_image_files(entry.path, (*_above, here))
@@ -57,7 +57,7 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
         if length < 0:
             length = os.fstat(file.fileno()).st_size - offset
         if length > MAX_BYTES:
-            raise ValueError(f'{length:,} bytes, more than the {MAX_BYTES:,} that an image may have')
+            raise ValueError(f'{length:,} bytes; expected at most {MAX_BYTES:,}')
         file.seek(offset)
         return file.read(length)
 
@@ -72,7 +72,7 @@ def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f'its pixels are {image.dtype}, of which nothing says what is white')
+            raise ValueError(f'{image.dtype} pixels have no defined white level; expected uint8 or uint16')
         whole = rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
     else:
         whole = decode(image)
@@ -108,13 +108,13 @@ def decode(content: bytes) -> Image.Image:
                 upright = rgb(_upright(image))
         except Image.DecompressionBombError as error:  # Pillow itself raises it from 2 * MAX_PIXELS on
             declared = str(error).split(' exceeds')[0]
-            raise ValueError(f'{declared}, more than the {MAX_PIXELS:,} that an image may have') from error
+            raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
         except UnidentifiedImageError as error:  # its message names only the buffer
-            raise ValueError('of no known format') from error
+            raise ValueError('unknown image format') from error
         except Exception as error:  # Pillow raises undocumented exception types
             raise ValueError(f'damaged: {first_line(error)}') from error
     if wide:
-        raise ValueError('its pixels are 32-bit numbers, of which nothing says what is white')
+        raise ValueError('32-bit pixels have no defined white level; expected 8 or 16 bits')
     return upright
 
 

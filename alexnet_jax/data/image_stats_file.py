@@ -42,7 +42,7 @@ def load(directory: str) -> ImageStats | None:
         side = image_stats.mean_image.shape[0]
         shapes = [(side, side, 3), (3,), (3, 3)]
         if [array.shape for array in image_stats] != shapes or not all(np.isfinite(a).all() for a in image_stats):
-            raise ValueError(f'shapes {[array.shape for array in image_stats]}, or values that are not finite')
+            raise ValueError(f'wrong shapes {[array.shape for array in image_stats]}, or values are not finite')
     except Exception as error:  # zipfile, zlib and numpy raise different types
         raise UserError(f'{path} is damaged ({error}); run alexnet_jax prepare again.') from error
     return image_stats

@@ -124,9 +124,9 @@ def warn_unreadable(batch: Batch) -> Batch:
     """Removes 'unreadable' from a batch, logs the reasons (at most three of them) and returns the batch."""
     reasons: list[str] = batch.pop('unreadable', [])
     for reason in reasons[:3]:
-        logging.warning('weight 0: %s', reason)
+        logging.warning('unreadable image: %s', reason)
     if len(reasons) > 3:
-        logging.warning('and %d more in this batch', len(reasons) - 3)
+        logging.warning('%d more images of this batch are unreadable.', len(reasons) - 3)
     return batch
 
 
@@ -156,8 +156,8 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            f'{_SHARED_MEMORY} has {free >> 20} MiB, enough for the batches of {fitting} processes: images are decoded '
-            f'in {how}. A container gets more with --ipc=host or --shm-size=16g.'
+            f'{_SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in {how}. '
+            'In a container, use --ipc=host or --shm-size=16g to get more.'
         )
     return workers
 
@@ -211,9 +211,9 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             if 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
-                f'a process that decodes images has died ({str(error).split(". ")[0]}); out of memory, or of '
-                f'{_SHARED_MEMORY}? The same command goes on from the last checkpoint; --config.data.num_workers=0 '
-                'decodes in threads.'
+                f'a decoding process died ({str(error).split(". ")[0]}), perhaps for lack of memory or of space in '
+                f'{_SHARED_MEMORY}. The same command resumes from the last checkpoint; with '
+                '--config.data.num_workers=0 it decodes in threads.'
             ) from error
 
 

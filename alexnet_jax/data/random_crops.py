@@ -92,9 +92,9 @@ def augment_arrays(
     size, count = augmentation.image_size, len(image_NHWC)
     side = image_NHWC.shape[1] if image_NHWC.ndim == 4 else 0
     if image_NHWC.dtype != np.uint8 or side not in (size, record_size) or image_NHWC.shape[1:] != (side, side, 3):
-        sides = f'{record_size}, which is cropped, or {size}, which is not'
         raise UserError(
-            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, S, S, 3), S = {sides}.'
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of shape (N, S, S, 3), with '
+            f'S={record_size} (to be cropped) or S={size} (already cropped).'
         )
     whole = side == size
     if whole:  # the center offset selects the center of the mean image

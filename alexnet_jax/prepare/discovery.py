@@ -26,20 +26,20 @@ def find_images(path: str) -> Listing:
     if path.startswith(tfds.PREFIX):
         return tfds.list_images(path)
     if not os.path.exists(path):
-        raise UserError(f'there is no input {path!r}; expected an ImageNet archive, an image folder or tfds:NAME.')
+        raise UserError(f'input {path!r} does not exist; expected an ImageNet archive, an image folder or tfds:NAME.')
     images = list(tar.list_images(path) if os.path.isfile(path) else _list_folder(path))
     official = any(ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images)
     if not images:
         raise UserError(
-            f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
+            f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
     for split in {ref.split for ref, _ in images}:  # an archive next to its extracted files would count images twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
         if len(paths) == 2:
             raise UserError(
-                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
-                'give one of the two.'
+                f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
+                'remove one of the two from the input.'
             )
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
     numbers = {name: i for i, name in enumerate(class_names)}
@@ -48,10 +48,10 @@ def find_images(path: str) -> Listing:
     for ref, class_name in images:
         if class_name not in numbers:
             raise UserError(
-                f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.'
+                f'{ref.name!r} has the class {class_name!r}; expected one of the {len(numbers)} of ILSVRC-2012.'
             )
         if trained and not official and class_name not in trained:
-            raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
+            raise UserError(f'{ref.name!r} has the class {class_name!r}, which has no training images.')
         splits.setdefault(ref.split, []).append(ref._replace(label=numbers[class_name]))
     return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
 
@@ -70,7 +70,7 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
         yield from _split_folder(path, path, None)
         return
     if others := [entry.name for entry in folders if entry not in splits]:
-        logging.warning('not splits, and so left out: %s', ', '.join(others))
+        logging.warning('skipped folders that are not splits: %s', ', '.join(others))
     _warn_of_loose(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
 
 
@@ -101,12 +101,12 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[I
             loose += image_io.is_image(entry.name)
     _warn_of_loose(folder, loose)
     if empty:
-        logging.warning(f'without images ({", ".join(image_io.SUFFIXES)}), and so left out: {", ".join(empty)}')
+        logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
 
 
 def _warn_of_loose(folder: str, count: int) -> None:
     if count:
-        logging.warning('in no class folder, and so left out: %d images in %s', count, folder)
+        logging.warning('skipped %d images outside class folders in %s', count, folder)
 
 
 def _ref(path: str, root: str, split: str) -> ImageRef:

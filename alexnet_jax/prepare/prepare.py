@@ -59,13 +59,13 @@ def prepare(
       UserError: an option is out of range, there are no images or too many unreadable ones, or the disk is full.
     """
     if not 8 <= size <= 4096:
-        raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
+        raise UserError(f'--size={size}: expected 8 to 4096 pixels.')
     if format not in ('jpeg', 'raw'):
-        raise UserError(f'--format={format!r}; expected jpeg or raw.')
+        raise UserError(f'--format={format!r}: expected jpeg or raw.')
     if not 0 <= val_fraction < 1:
-        raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
+        raise UserError(f'--val_fraction={val_fraction}: expected a number from 0 up to, but not including, 1.')
     if seed < 0 or max_unreadable < 0:
-        raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}; expected 0 or more.')
+        raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     output = absolute_local_path(output)
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
@@ -102,13 +102,13 @@ def prepare_if_needed(
         prepare(source, output, size=size, val_fraction=val_fraction, listing=listing, **options)
     elif not source_file.exists():
         raise UserError(
-            f'it is not known what {output} was prepared from; if that was {made}, write so into {source_file}, else '
-            'give another --output, or remove that folder.'
+            f'the source of {output} is unknown; if it was prepared from {made}, write that into {source_file}, '
+            'otherwise use another --output, or remove that folder.'
         )
     # `path` alone is recorded for a source with its own val split.
     elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (made, path):
         raise UserError(
-            f'{output} was prepared from {recorded}, not from {made}; give the same again, or another --output, or '
+            f'{output} was prepared from {recorded}, not from {made}; use the same source or another --output, or '
             'remove that folder.'
         )
 
@@ -127,7 +127,7 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
     for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
         if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'the class name {name!r} has blanks around it or more than a line; rename its folder.')
+            raise UserError(f'class name {name!r}: expected one line without outer blanks; rename its folder.')
     return tuple(names)
 
 
@@ -137,16 +137,19 @@ def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
     orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
         if 'train' not in orders or 'val' in orders:
-            raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
+            raise UserError(f'--val_fraction needs a train split and no val split; the input has: {", ".join(orders)}.')
         aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # val images, cumulative
         by_class = sorted(orders['train'], key=lambda ref: ref.label)
         val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
         if not 0 < len(val) < len(by_class):
-            raise UserError(f'--val_fraction={val_fraction} sets {len(val)} of {len(by_class)} images aside.')
+            raise UserError(
+                f'--val_fraction={val_fraction} moves {len(val)} of {len(by_class)} images to val; expected at least '
+                'one image in train and in val.'
+            )
         for name, chosen in (('val', True), ('train', False)):
             orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
         if lost := len({ref.label for ref in by_class} - {ref.label for ref in orders['train']}):
-            logging.warning(f'--val_fraction leaves no training image of {lost} classes.')
+            logging.warning(f'--val_fraction={val_fraction} leaves {lost} classes without training images.')
     return orders
 
 
@@ -203,17 +206,17 @@ def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> lis
         try:
             for written in (future.result() for future in as_completed(futures)):
                 for reason in written.bad:
-                    logging.warning('unreadable: %s', reason)
+                    logging.warning('unreadable image: %s', reason)
                 bad += len(written.bad)
                 done += written.count + len(written.bad)
                 if bad > max_unreadable:
                     raise UserError(
-                        f'{bad} of {done} images cannot be read (named above); put them right, or leave them out '
+                        f'{bad} of {done} images cannot be read (see the warnings above); repair them, or skip them '
                         f'with --max_unreadable={bad} or more.'
                     )
                 progress.update(done)
         finally:
             pool.shutdown(cancel_futures=True)
     if bad:
-        logging.warning('%d unreadable images were left out.', bad)
+        logging.warning('skipped %d unreadable images.', bad)
     return [future.result() for future in futures]

@@ -91,4 +91,4 @@ def _read(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
         if error.errno is None or dangling:  # a defect of the image: its content is wrong, or it is a dangling link
             raise
         where = error.filename or ref.path
-        raise UserError(f'the image {ref.name!r} cannot be read any more: {where}: {error.strerror}.') from error
+        raise UserError(f'lost access to the image {ref.name!r}: {where}: {error.strerror}.') from error

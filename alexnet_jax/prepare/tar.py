@@ -22,8 +22,7 @@ def validation_class(name: str) -> str:
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
     # The length is checked because int() raises for thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
-        expected = f'{VAL_PREFIX}00000001.JPEG ...'
-        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {expected}')
+        raise UserError(f'{name!r} is not an image of the ILSVRC-2012 val set; expected {VAL_PREFIX}NUMBER.JPEG.')
     return validation_classes()[int(number) - 1]
 
 
@@ -35,7 +34,7 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     name = os.path.basename(path)
     own_class = class_of_tar(name)
     if name not in (TRAIN_TAR, VAL_TAR) and not own_class:
-        raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and give the folder.')
+        raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and use their folder.')
     try:
         with open(path, 'rb') as file:
             for member in _files(_Window(file, 0, os.path.getsize(path))):
@@ -50,7 +49,7 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     except UserError:
         raise
     except Exception as error:  # tarfile raises many types for invalid headers
-        raise UserError(f'{path!r} is no readable archive: {str(error) or type(error).__name__}.') from error
+        raise UserError(f'the archive {path!r} cannot be read: {str(error) or type(error).__name__}.') from error
 
 
 class _Window:
@@ -67,7 +66,7 @@ class _Window:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _LONGEST_HEADER:
-            raise tarfile.ReadError(f'a header at byte {self._position} declares {size} bytes for itself')
+            raise tarfile.ReadError(f'a header at byte {self._position} declares its own size as {size} bytes')
         if self._position >= self._size:  # file.seek may fail for a position past the end
             return b''
         self._file.seek(self._start + self._position)
@@ -81,7 +80,7 @@ def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
             if member.size < 0 or archive.offset <= member.offset:  # would read the same members for ever
-                raise tarfile.ReadError(f'the header at byte {member.offset} declares {member.size} bytes')
+                raise tarfile.ReadError(f'the header at byte {member.offset} declares a member of {member.size} bytes')
             if member.isfile():
                 yield member
         window.seek(archive.offset)
@@ -89,9 +88,9 @@ def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
         while content := window.read(_LONGEST_HEADER):
             zeros += len(content)
             if content.strip(b'\0') or zeros > _LONGEST_END:
-                raise tarfile.ReadError(f'at byte {archive.offset} it is damaged')
+                raise tarfile.ReadError(f'damaged at byte {archive.offset}')
         if not zeros:
-            raise tarfile.ReadError(f'after {archive.offset} bytes it is cut short')
+            raise tarfile.ReadError(f'truncated after {archive.offset} bytes')
 
 
 def _ref(path: str, start: int, image: tarfile.TarInfo, split: str) -> ImageRef:

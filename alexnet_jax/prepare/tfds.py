@@ -29,7 +29,7 @@ def list_images(path: str) -> Listing:
         if split and info.num_examples and open_source(path, name)[0]['label'] >= 0:
             splits[split] = [ImageRef(path, i, -1, f'{name}/{i}', -1, name) for i in range(info.num_examples)]
     if not splits:
-        raise UserError(f'{path} has none of the splits {", ".join(sorted(SPLIT_NAMES))} with labels.')
+        raise UserError(f'{path} has no split with labels; expected one of {", ".join(sorted(SPLIT_NAMES))}.')
     return Listing(splits, tuple(builder.info.features['label'].names))
 
 
@@ -48,8 +48,8 @@ def open_builder(path: str):
             import tensorflow  # noqa: F401
         except ImportError:
             raise UserError(
-                f'{path} is not there in the array_record format ({builder.data_dir}); generating it takes TensorFlow: '
-                f'pip install tensorflow, or generate it elsewhere and set TFDS_DATA_DIR.'
+                f'{path} does not exist in the array_record format ({builder.data_dir}); install TensorFlow to '
+                'generate it (pip install tensorflow), or generate it elsewhere and set TFDS_DATA_DIR.'
             ) from None
         builder.download_and_prepare(file_format='array_record')
     return builder
