@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 import alexnet_jax
+from alexnet_jax.checkpoints import verify
+from alexnet_jax.convert import convert
 from alexnet_jax.core import model
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import figures, finetune, plots
+from alexnet_jax.export import hub
+from alexnet_jax.inference import activations, predict
+from alexnet_jax.prepare import prepare
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, small
 
@@ -155,3 +162,39 @@ def test_arrays_and_records_make_the_same_dataset():
     assert a.class_names == b.class_names == tuple(str(i) for i in range(1 + arrays['label'].max()))
     with pytest.raises(UserError, match='6 images and 5 labels'):
         alexnet_jax.in_memory({'train': {**arrays, 'label': arrays['label'][:5]}})
+
+
+def test_paths_may_be_pathlib(tmp_path):
+    """From raw images to a network that is exported: what each command calls takes a `pathlib.Path`."""
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        folder = tmp_path / 'raw' / ('val' if i < 4 else 'train') / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f'{i}.png')
+    data, run = tmp_path / 'data', tmp_path / 'run'
+    prepare.prepare(tmp_path / 'raw', data, size=32, format='raw', workers=1)
+    prepare.prepare_if_needed(tmp_path / 'raw', tmp_path / 'again', size=32, format='raw', workers=1)
+    (tmp_path / 'own.py').write_text(
+        'from alexnet_jax import get_config as get\n\n\ndef get_config():\n    return get("quickstart")'
+    )
+    config = alexnet_jax.get_config(tmp_path / 'own.py')
+    changes = {'data.path': str(data), 'model.num_classes': 2, 'num_steps': 1, 'batch_size': 4, 'mesh.tower': 1}
+    config.update(small.digits_config(**{'data.image_size': 28, **changes}))
+    dataset = datasets.open_dataset(data)
+    alexnet_jax.train_and_evaluate(config, run)
+    checkpoint = alexnet_jax.load_checkpoint(run / 'checkpoints' / '1')
+    convert.convert(run, tmp_path / 'weights', to='safetensors')
+    convert.convert(tmp_path / 'weights' / 'model.safetensors', tmp_path / 'converted', config=config)
+    assert len(alexnet_jax.load_checkpoint(tmp_path / 'converted').network.layers) == 8
+    assert verify.verify(run)[1] == verify.verify(data)[1] == []
+    hub.export(checkpoint, tmp_path / 'exported', 1)
+    activations.write_activations(tmp_path / 'fc7.npz', checkpoint, dataset.split('val'), 'fc7')
+    files = predict.list_image_files([tmp_path / 'raw' / 'val'])
+    assert len(list(predict.predict_files(checkpoint, [tmp_path / files[0]], views=1, top=1))) == 1
+    name, figure, _ = next(figures.draw(checkpoint, run=run))
+    plots.save(figure, tmp_path / 'figures', name)
+    assert (tmp_path / 'figures' / f'{name}.png').exists()
+    result = finetune.finetune(
+        config, tmp_path / 'raw', tmp_path / 'tuned', init_from=run, val_fraction=0.1, max_unreadable=0
+    )
+    assert result.confusion.sum() == 4
