@@ -21,7 +21,7 @@ from alexnet_jax.export import hub
 from alexnet_jax.inference import activations, predict
 from alexnet_jax.prepare import prepare
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, small
+from tests import ROOT, helpers
 
 NAMES = [str(i) for i in range(10)]
 
@@ -33,7 +33,7 @@ def _arrays(count=32, side=32):
 
 @pytest.fixture(scope='module')
 def setup():
-    config = small.digits_config(**{'batch_size': 8, 'mesh.tower': 1, 'mesh.data': 1, 'data.reflect': True})
+    config = helpers.digits_config(**{'batch_size': 8, 'mesh.tower': 1, 'mesh.data': 1, 'data.reflect': True})
     return alexnet_jax.build(config, alexnet_jax.in_memory({'train': _arrays()}, NAMES))
 
 
@@ -57,7 +57,7 @@ def test_the_walk_of_a_student(tmp_path):
 
 def test_a_loop_of_ones_own_makes_the_updates_of_train_and_evaluate(tmp_path):
     """Of equal images, so that the order in which the pipeline reads them does not matter."""
-    config = small.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
+    config = helpers.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
     config.mesh.data = 1
     arrays = _arrays()
     arrays['image'][:], arrays['label'][:] = arrays['image'][0], 3
@@ -113,21 +113,21 @@ def test_what_is_no_batch(setup, batch, message):
 
 
 def test_dropout_by_a_key_is_dropout_by_its_masks():
-    network = small.network()
-    params, x = small.init(network), np.ones((2, small.SIZE, small.SIZE, 3), np.float32)
+    network = helpers.network()
+    params, x = helpers.init(network), np.ones((2, helpers.SIZE, helpers.SIZE, 3), np.float32)
     key = jax.random.key(5)
 
     def apply(*masks, **options):
         return network.apply({'params': params}, x, *masks, **options)
 
-    chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, small.SIZE)))
+    chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, helpers.SIZE)))
     assert not np.allclose(apply(train=True, rng=key), apply())
     with pytest.raises(UserError, match='train=True draws dropout masks; give rng'):
         apply(train=True)
 
 
 def test_one_image_or_many_of_any_kind(setup, tmp_path):
-    config = small.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
+    config = helpers.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
     alexnet_jax.train_and_evaluate(config, tmp_path / 'run', dataset=setup.dataset)
     checkpoint = alexnet_jax.load_checkpoint(tmp_path / 'run')
     array = np.random.default_rng(1).integers(0, 256, (48, 60, 3), np.uint8)
