@@ -179,7 +179,7 @@ def test_paths_may_be_pathlib(tmp_path):
     )
     config = alexnet_jax.get_config(tmp_path / 'own.py')
     changes = {'data.path': str(data), 'model.num_classes': 2, 'num_steps': 1, 'batch_size': 4, 'mesh.tower': 1}
-    config.update(small.digits_config(**{'data.image_size': 28, **changes}))
+    config.update(helpers.digits_config(**{'data.image_size': 28, **changes}))
     dataset = datasets.open_dataset(data)
     alexnet_jax.train_and_evaluate(config, run)
     checkpoint = alexnet_jax.load_checkpoint(run / 'checkpoints' / '1')

@@ -73,7 +73,7 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 
 def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The image files at some paths, of a folder all below it, by name. Raises UserError for a path without any."""
-    files = []
+    files: list[str] = []
     for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
             raise UserError(f'there is no image or folder {path!r}.')

@@ -150,3 +150,7 @@ def test_a_dry_run_trains_nothing(tmp_path):
     )
     assert '1,437 images' in said and f'{len(ablations.ablations(helpers.digits_config()))} runs' in said
     assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_help_names_every_suite():
+    assert f'({", ".join(runner.SUITES)})' in experiments.ARGUMENTS
