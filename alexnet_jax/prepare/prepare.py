@@ -29,8 +29,8 @@ _MOST_IN_SHARD, _SHARDS = 4096, 16  # most images in a shard; number of shards o
 
 
 def prepare(
-    source: str,
-    output: str,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
     *,
     size: int = 256,
     format: str = 'jpeg',
@@ -66,7 +66,7 @@ def prepare(
         raise UserError(f'--val_fraction={val_fraction}: expected a number from 0 up to, but not including, 1.')
     if seed < 0 or max_unreadable < 0:
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
-    output = absolute_local_path(output)
+    source, output = os.fspath(source), absolute_local_path(output)
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
     class_names = _class_names(source, folders)
@@ -81,13 +81,20 @@ def prepare(
 
 
 def prepare_if_needed(
-    source: str, output: str, *, size: int, val_fraction: float = 0.0, listing: Listing | None = None, **options
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    size: int,
+    val_fraction: float = 0.0,
+    listing: Listing | None = None,
+    **options,
 ) -> None:
     """Prepares `source` into `output` unless `output` exists. The file OUTPUT.source records what it was prepared from.
 
     For programs that resume. The arguments are those of `prepare`, but val_fraction is ignored if the source has a val
     split. Raises UserError if `output` was prepared from another source, and the errors of `prepare`.
     """
+    source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
     made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
