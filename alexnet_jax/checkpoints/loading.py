@@ -46,7 +46,4 @@ def _find(path: str) -> tuple[str, int | None]:
         raise UserError(f'{path!r} is a file, not a checkpoint; use alexnet_jax convert to convert a file of weights.')
     if os.path.isdir(os.path.join(path, 'run', FOLDER)):
         raise UserError(f'there is no checkpoint at {path!r}. Did you mean {os.path.join(path, "run")!r}?')
-    raise UserError(
-        f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax train or one of its '
-        f'{FOLDER}/STEP folders.'
-    )
+    raise UserError(f'there is no checkpoint at {path!r}; expected a workdir or one of its {FOLDER}/STEP folders.')

@@ -33,7 +33,7 @@ from alexnet_jax.utils.files import absolute_local_path
 FOLDER = 'checkpoints'
 FORMAT = 3  # version of a step's folder; folders without a version have 1
 _METRICS = 'metrics'  # name of an item and of its file
-_LAST = 2  # number of last steps to keep, besides the best
+_NUM_LAST = 2  # number of last steps to keep, besides the best
 
 
 class Checkpoint(NamedTuple):
@@ -107,12 +107,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
             finalizing.result()
 
     def poll(self) -> None:
-        """Raises UserError if the state that was being saved could not be: now, not at the next save. Never waits."""
+        """Raises UserError if the save in progress has failed, before the next save would. Does not wait."""
         if self._finalizing is not None and self._finalizing.done():
             self.wait()
 
     def steps(self) -> list[int]:
-        """The steps that count, in ascending order."""
+        """Returns the complete steps in ascending order."""
         return [step for step in repair.list_steps(self.folder) if checksums.present(self._path(step))]
 
     def latest(self) -> int | None:
@@ -143,7 +143,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
                 errors[step] = None
                 if os.path.exists(path):  # a step with correct digests and without this file was not validated
-                    with self._readable(step), open(path, encoding='utf-8') as file:
+                    with self._read_errors(step), open(path, encoding='utf-8') as file:
                         errors[step] = float(json.load(file)['top1_error'])
             except UserError as error:
                 errors[step] = error
@@ -152,23 +152,21 @@ class CheckpointManager(contextlib.AbstractContextManager):
     def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Raises UserError if a step's files have changed; wanted: see `checksums.find_mismatches`."""
         if mismatches := checksums.find_mismatches(self._path(step), wanted):
-            self._check_is_there(step)
+            self._check_exists(step)
             others = ', '.join(str(s) for s in self.steps() if s != step)
             remedy = f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.'
             raise UserError(f'the checkpoint is damaged: {mismatches[0]}. {remedy}')
 
-    def _check_is_there(self, step: int) -> None:
+    def _check_exists(self, step: int) -> None:
         if not os.path.isdir(path := self._path(step)):
             raise UserError(f'{path} was removed during reading, because its run saved newer steps; try again.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
         """Starts saving a state as its step, replacing an existing one. Waits first for the save in progress.
 
-        Args:
-          state: the state; without optimizer state (None), no run can resume from the checkpoint.
-          image_stats: the statistics of the training images.
-          meta: JSON with 'config', 'class_names', 'record_size', 'examples' (in train; 0: no run) and 'fingerprint'.
-          top1_error: the val error at this step, percent; None without validation.
+        state: if its optimizer state is None, no run can resume from the checkpoint.
+        meta: JSON with 'config', 'class_names', 'record_size', 'examples' (in train; 0: no run) and 'fingerprint'.
+        top1_error: the val error at this step, percent; None without validation.
 
         Raises UserError if this state or the previous one cannot be written. Steps saved earlier stay unchanged.
         """
@@ -183,34 +181,34 @@ class CheckpointManager(contextlib.AbstractContextManager):
             items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
         self.wait()
         step = int(state.step)
-        with self._saving(step):
+        with self._save_errors(step):
             path = self._path(step)
             distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
         self._finalizing = self._finalizer.submit(self._finalize, step)
 
     def _finalize(self, step: int) -> None:
-        with self._saving(step):
+        with self._save_errors(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 checksums.write(self._path(step))
                 removed = os.path.join(self.folder, repair.REMOVED)
                 os.makedirs(removed, exist_ok=True)
-                for old in self._retired():
+                for old in self._steps_to_remove():
                     os.rename(self._path(old), os.path.join(removed, str(old)))
                 for path in (self._path(step) + repair.REPLACED, removed):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _retired(self) -> list[int]:
+    def _steps_to_remove(self) -> list[int]:
         """Returns the steps to remove: all but the last, the best and unreadable ones, of which it warns."""
         errors = self._val_errors()
         unreadable = [step for step, error in errors.items() if isinstance(error, UserError)]
         for step in unreadable:
             logging.warning(str(errors[step]))
-        kept = {*list(errors)[-_LAST:], *unreadable, _lowest(errors)}
+        kept = {*list(errors)[-_NUM_LAST:], *unreadable, _lowest(errors)}
         return [step for step in errors if step not in kept]
 
-    def _saving(self, step: int):
+    def _save_errors(self, step: int):
         remedy = 'Steps saved earlier are unchanged; fix the problem and run the same command again.'
         return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
@@ -218,29 +216,26 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """Restores a training state with the shapes and shardings of the ShapeDtypeStructs `like`. Raises UserError."""
         params = ocp.args.StandardRestore(like.params)
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
-        with self._readable(step):
+        with self._read_errors(step):
             items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
         return TrainState(items.training['step'], items.params, items.training['opt_state'])
 
     def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
         """Returns (meta, image_stats) of a step. Raises UserError if they cannot be read."""
-        with self._readable(step):
+        with self._read_errors(step):
             meta = self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             if (number := meta.get('format', 1)) != FORMAT:
-                raise UserError(
-                    f'its format is {number}, this version of alexnet_jax reads format {FORMAT}; use the version that '
-                    'wrote the checkpoint.'
-                )
-            shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
-            arrays = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
-            like = dict(zip(ImageStats._fields, arrays, strict=True))
-            return meta, ImageStats(**self._arrays(step, 'image_stats', like))
+                raise UserError(f'its format is {number}, expected {FORMAT}; use the version that wrote it.')
+            size = meta['record_size']
+            shapes = {'mean_image': (size, size, 3), 'eigenvalues': (3,), 'eigenvectors': (3, 3)}
+            like = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+            return meta, ImageStats(**self._load_arrays(step, 'image_stats', like))
 
     def load(self, step: int) -> Checkpoint:
         """Checks the files of a step and loads its network. Raises UserError if it cannot be read."""
         self.check(step, lambda name: not name.startswith('training/'))  # unused, and two thirds of the bytes
         meta, image_stats = self.read_meta(step)
-        with self._readable(step):
+        with self._read_errors(step):
             config, record_size = meta['config'], meta['record_size']
             network = model_from_config(config['model'])
             augmentation = augmentation_from_config(config['data'])
@@ -250,10 +245,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
             if len(class_names) != network.num_classes:
                 raise ValueError(f'{len(class_names)} class names for {network.num_classes} classes')
             init = functools.partial(model.init_params, network, image_size=augmentation.image_size)
-            params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
+            params = self._load_arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
         return Checkpoint(step, params, network, augmentation, record_size, class_names, image_stats, config)
 
-    def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
+    def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """Returns numpy arrays of a step. Checks them against `like`: orbax would allocate any declared shape."""
         declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
         named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
@@ -262,21 +257,21 @@ class CheckpointManager(contextlib.AbstractContextManager):
             if stored.get(name) != wanted.get(name):
                 found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
                 raise ValueError(f'{item}/{name}: {found}; expected {expected}')
-        there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
-        if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # compression saves little
-            raise ValueError(f'{item} declares {taken:,} bytes, but its files have {there:,}')
+        size = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
+        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # hardly compressible
+            raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     @contextlib.contextmanager
-    def _readable(self, step: int):
+    def _read_errors(self, step: int):
         """Converts the many exceptions of orbax and tensorstore for missing and damaged files to a UserError."""
         try:
             yield
         except UserError as error:
             raise UserError(f'the checkpoint {self._path(step)} is from another version: {error}') from error
         except Exception as error:
-            self._check_is_there(step)
+            self._check_exists(step)
             raise UserError(
                 f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
                 'the previous step.'

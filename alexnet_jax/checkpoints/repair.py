@@ -23,12 +23,13 @@ def repair(folder: str) -> list[str]:
     Returns one line per problem. Raises UserError if all steps are damaged, OSError if the folder cannot be used.
     """
     os.makedirs(folder, exist_ok=True)
-    half_written = []
+    incomplete = []
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name == REMOVED or '.orbax-checkpoint-tmp' in name:
+        if name == REMOVED:
             shutil.rmtree(path)
-            half_written += [path] * (name != REMOVED)
+        elif '.orbax-checkpoint-tmp' in name:
+            incomplete.append(path)
         elif name.endswith(REPLACED):  # superseded only if the new step is complete
             step = path.removesuffix(REPLACED)
             if checksums.present(step):
@@ -38,20 +39,18 @@ def repair(folder: str) -> list[str]:
                 os.rename(path, step)
     paths = [os.path.join(folder, str(step)) for step in list_steps(folder)]
     # Only the last step can be incomplete: each save waits for the one before.
-    unfinished = [path for path in paths[-1:] if not checksums.present(path)]
-    mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in unfinished}
+    incomplete += [path for path in paths[-1:] if not checksums.present(path)]
+    mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in incomplete}
     damaged = {path: found[0] for path, found in mismatches.items() if found}
     if damaged and len(damaged) == len(mismatches):
         raise UserError(
             f'all checkpoints in {folder!r} are damaged: {"; ".join(damaged.values())}. Restore the files, or start '
             f'again in another --workdir. (Earlier versions of alexnet_jax did not write {checksums.FILE_NAME}.)'
         )
-    for path in unfinished:
+    for path in incomplete:
         shutil.rmtree(path)
-    half_written += unfinished
     for path in damaged:
-        aside = f'{path}.damaged'
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-    removed = [f'{path}: incomplete step (no {checksums.FILE_NAME}), removed' for path in half_written]
+        shutil.rmtree(f'{path}.damaged', ignore_errors=True)
+        os.rename(path, f'{path}.damaged')
+    removed = [f'{path}: incomplete step (no {checksums.FILE_NAME}), removed' for path in incomplete]
     return removed + [f'{problem}; moved to {path}.damaged' for path, problem in damaged.items()]

@@ -30,9 +30,7 @@ def decode(record: dict[str, Any], size: int) -> np.ndarray:
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
             raise ValueError(f'{image.dtype} of shape {image.shape}; expected uint8 of shape {(size, size, 3)}')
     except Exception as error:  # Pillow raises undocumented exception types
-        raise UnreadableError(
-            f'the record of image {_name(record)!r} cannot be decoded ({error}); prepare the data again.'
-        ) from error
+        raise UnreadableError(f'record {_name(record)!r} cannot be decoded ({error}); prepare it again.') from error
     return image
 
 
@@ -52,11 +50,10 @@ class Records:
     def read(
         self, indices: Sequence[int], params: random_crops.AugmentParams | None = None, image_size: int | None = None
     ) -> Batch:
-        """Returns a batch of crops of `image_size` as given by `params`, or of whole images without the two.
+        """Returns a batch of crops of `image_size` as given by `params`, or of whole images without these arguments.
 
-        The batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n]. The
-        weight is 0 for unreadable images and for indices past the last record. If images are unreadable, 'unreadable'
-        (list[str]) gives the reasons.
+        A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], 0 for
+        unreadable images and indices past the last record; and, if images are unreadable, the reasons in 'unreadable'.
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.
@@ -73,8 +70,8 @@ class Records:
                 if params is None:
                     images[i] = image
                 else:
-                    own = random_crops.AugmentParams(*(values[i] for values in params))
-                    random_crops.crop(image, own, size, out=images[i])
+                    image_params = random_crops.AugmentParams(*(values[i] for values in params))
+                    random_crops.crop(image, image_params, size, out=images[i])
                 labels[i], weight[i] = record['label'], 1
             except UnreadableError as error:
                 unreadable.append(str(error))
@@ -85,7 +82,7 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class HostCache:
-    """All images, decoded, in host memory. Batches hold whole images, which the train step crops: copying is faster."""
+    """All images, decoded, in host memory. Batches hold whole images, cropped by the train step: copying is cheaper."""
 
     images: np.ndarray | jax.Array  # uint8 [N, S, S, 3]; replicated on every device in a DeviceCache
     labels: np.ndarray  # int32 [N]; negative for unreadable images
@@ -108,8 +105,7 @@ class HostCache:
         """Returns the entry of `_pixels`, 'label' int32 [n] and 'weight' float32 [n]."""
         rows = np.asarray(indices, np.int32)
         labels = self.labels[rows]
-        weight = (labels >= 0).astype(np.float32)
-        return {**self._pixels(rows), 'label': np.maximum(labels, 0), 'weight': weight}
+        return {**self._pixels(rows), 'label': np.maximum(labels, 0), 'weight': (labels >= 0).astype(np.float32)}
 
     def _pixels(self, indices: np.ndarray) -> Batch:
         """Returns 'whole' uint8 [n, S, S, 3]."""

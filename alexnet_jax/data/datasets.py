@@ -20,7 +20,7 @@ from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
 
 DIGITS = 'digits'  # value of data.path for the embedded digits
-_MOST = 1 << 24  # upper bound on the characters of a features.json
+_MAX_FEATURES_CHARS = 1 << 24  # of a features.json
 
 
 class Dataset(NamedTuple):
@@ -45,14 +45,9 @@ def open_dataset(path: str | os.PathLike) -> Dataset:
     if path == DIGITS:
         return _digits()
     if not path:
-        raise UserError(
-            'no dataset given; use --config.data.path=DIR, a directory written by alexnet_jax prepare, or '
-            f'--config.data.path={DIGITS}.'
-        )
+        raise UserError(f'no dataset given; use --config.data.path=DIR (prepared data) or --config.data.path={DIGITS}.')
     if not os.path.isdir(path):
-        raise UserError(
-            f'there is no data directory {path!r}; prepare it: alexnet_jax prepare --input=IMAGES --output={path}'
-        )
+        raise UserError(f'there is no data directory {path!r}; run alexnet_jax prepare --input=IMAGES --output={path}')
     with as_user_error(f'the data directory {path!r} cannot be used'):
         names = os.listdir(path)
     if 'dataset_info.json' not in names:
@@ -106,9 +101,7 @@ def _prepared(path: str) -> Dataset:
     except Exception as error:  # TFDS and array_record raise many types for damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     if fingerprint and not checksums.present(path):  # `prepare` writes both
-        raise UserError(
-            f'the prepared data is damaged: {checksums.FILE_NAME} is missing in {path!r}; prepare it again.'
-        )
+        raise UserError(f'the prepared data is damaged: {path}/{checksums.FILE_NAME} is missing; prepare it again.')
     if side is None or (side, channels) != (width, 3):
         raise UserError(f'{path!r} has images of shape {image.shape}; expected squares of one size with 3 channels.')
     return Dataset(splits, class_names, side, image_stats_file.load(path), fingerprint)
@@ -125,9 +118,9 @@ def _check_features(path: str) -> None:
 
     try:
         with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
-            text = file.read(_MOST)
-        if len(text) == _MOST:
-            raise ValueError(f'features.json has {_MOST} characters or more')
+            text = file.read(_MAX_FEATURES_CHARS)
+        if len(text) == _MAX_FEATURES_CHARS:
+            raise ValueError(f'features.json has {_MAX_FEATURES_CHARS} characters or more')
         json.loads(text, object_hook=collect)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
@@ -141,7 +134,7 @@ class _Records(Sequence):
 
     def __init__(self, source, name: str, files: Sequence[os.PathLike]):
         self._name, self._files, self._count = name, [os.fspath(file) for file in files], len(source)
-        self._source, self._closed = source, pickle.dumps(source)
+        self._source, self._pickled_source = source, pickle.dumps(source)
 
     def __len__(self) -> int:
         return self._count
@@ -155,10 +148,10 @@ class _Records(Sequence):
         with contextlib.suppress(Exception):  # array_record and TFDS raise RuntimeError, DecodeError and others
             return self._source[index]
         try:  # retry with a new source: a reader that failed to open its file never recovers
-            source = pickle.loads(self._closed)
+            source = pickle.loads(self._pickled_source)
             record = source[index]
         except Exception as error:
-            with as_user_error(f'lost access to the data files of {self._name}', 'Restore them and run it again.'):
+            with as_user_error(f'lost access to the data files of {self._name}', 'Restore them and try again.'):
                 for file in self._files:
                     open(file, 'rb').close()
             raise UnreadableError(
@@ -173,9 +166,7 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(
-            f"data.path={DIGITS} needs scikit-learn, which is not installed; use: pip install 'alexnet_jax[quickstart]'"
-        ) from error
+        raise UserError(f"the {DIGITS} need scikit-learn; use: pip install 'alexnet_jax[quickstart]'") from error
     digits = load_digits()
     records = []
     for image, label in zip(digits.images, digits.target, strict=True):

@@ -18,16 +18,16 @@ MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 
 
-def iter_image_files(folder: str, _above: tuple[str, ...] = ()) -> Iterable[str]:
+def iter_image_files(folder: str, _parents: tuple[str, ...] = ()) -> Iterable[str]:
     """Yields the paths of all image files below a folder, sorted by name. Raises UserError if it cannot be read."""
-    here = os.path.realpath(folder)
-    if here in _above:  # a cycle of symbolic links
+    real_path = os.path.realpath(folder)
+    if real_path in _parents:  # a cycle of symbolic links
         return
-    if len(_above) > 100:
-        raise UserError(f'{_above[0]!r} has folders nested more than 100 deep; use a folder closer to the images.')
+    if len(_parents) > 100:
+        raise UserError(f'{_parents[0]!r} has folders nested more than 100 deep; use a folder closer to the images.')
     for entry in list_entries(folder):
         if os.path.isdir(entry.path):  # unlike entry.is_dir, returns False for a link to itself
-            yield from iter_image_files(entry.path, (*_above, here))
+            yield from iter_image_files(entry.path, (*_parents, real_path))
         elif is_image(entry.name):
             yield entry.path
 
@@ -47,10 +47,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """Returns `length` bytes of a file from `offset` on (-1: up to the end of the file).
-
-    Raises OSError, or ValueError for more than MAX_BYTES or something other than a regular file.
-    """
+    """Reads `length` bytes at `offset`, or all bytes. Raises OSError, or ValueError if they cannot be one image."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe may block; a device may have no end
         raise ValueError('not a regular file')
     with open(path, 'rb') as file:
@@ -65,24 +62,24 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
 def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """Resizes an image's shorter side to `size` and returns the center crop, uint8 [size, size, 3].  Section 2.
 
-    image: the bytes of an image file, or pixels [H, W, C], uint8 or uint16. Raises ValueError if it cannot be decoded.
+    image: the bytes of an image file, or uint8 or uint16 pixels [H, W, C]. Raises ValueError if it cannot be decoded.
 
-    Resizes with Pillow's BILINEAR, which is antialiased (its window widens with the reduction). Deviation: the paper
-    does not name a filter, and does not mention the EXIF rotation, which is applied here.
+    Deviation: the paper does not name a filter; this is Pillow's BILINEAR, which is antialiased (its window widens
+    with the reduction). The paper does not mention EXIF rotation, which is applied.
     """
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16):
             raise ValueError(f'{image.dtype} pixels have no defined white level; expected uint8 or uint16')
-        whole = rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+        original = rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
     else:
-        whole = decode(image)
-    scale = size / min(whole.size)
-    width, height = (max(size, round(side * scale)) for side in whole.size)
+        original = decode(image)
+    scale = size / min(original.size)
+    width, height = (max(size, round(side * scale)) for side in original.size)
     left, top = (width - size) // 2, (height - size) // 2
     # Equals resizing to width x height and then cropping, without computing the pixels outside the crop.
-    x, y = whole.width / width, whole.height / height
+    x, y = original.width / width, original.height / height
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(original.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
@@ -104,8 +101,8 @@ def decode(content: bytes) -> Image.Image:
                     raise Image.DecompressionBombError(f'{width} x {height} pixels')
                 # Load before reading EXIF data: for a PNG that loads the pixels too, and would hide their errors.
                 image.load()
-                wide = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # PGM mode I has 16 bits
-                upright = rgb(_upright(image))
+                is_32_bit = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # PGM's I has 16 bits
+                decoded = rgb(_apply_exif_rotation(image))
         except Image.DecompressionBombError as error:  # Pillow itself raises it from 2 * MAX_PIXELS on
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
@@ -113,9 +110,9 @@ def decode(content: bytes) -> Image.Image:
             raise ValueError('unknown image format') from error
         except Exception as error:  # Pillow raises undocumented exception types
             raise ValueError(f'damaged: {first_line(error)}') from error
-    if wide:
+    if is_32_bit:
         raise ValueError('32-bit pixels have no defined white level; expected 8 or 16 bits')
-    return upright
+    return decoded
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -125,16 +122,14 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-# The transposition that undoes each EXIF orientation, 2 to 8.
-_TURNS = dict(
-    enumerate('FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split(), start=2)
-)
+_METHODS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
+_TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by EXIF orientation, which it reverts
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_exif_rotation(image: Image.Image) -> Image.Image:
     """Applies the EXIF rotation. `ImageOps.exif_transpose` rewrites the EXIF block and fails on other invalid tags."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # ignore an unreadable EXIF block: the pixels may be valid
-        turn = None
-    return image if turn is None else image.transpose(Image.Transpose[turn])
+        method = None
+    return image if method is None else image.transpose(Image.Transpose[method])

@@ -44,8 +44,6 @@ def train_batches(
       storage: the images of the train split.
       batch_size: the global batch size, over all processes.
       seed: seed of the order and of the random parameters.
-      start_step: number of the first batch.
-      augmentation: the augmentation settings.
       shard: (index, count) of this process's rows in each batch, from `sharding.data_shard`.
       num_workers: number of decoding processes; 0 decodes in threads. Processes need a `__main__` guard in scripts.
       num_threads: threads per process; 0 uses `default_threads`.
@@ -154,10 +152,9 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     chunks = free // (min(rows, _CHUNK) * row_bytes)
     if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
-        how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            f'{_SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in {how}. '
-            'In a container, use --ipc=host or --shm-size=16g to get more.'
+            f'{_SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in '
+            f'{f"{workers} processes" if workers else "threads"}. In a container, use --ipc=host or --shm-size=16g.'
         )
     return workers
 
@@ -172,21 +169,21 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
-    def entries(number):
-        """Returns the stream's entries for chunk `number` of this process."""
+    def read_chunk(number):
+        """Returns the stream's elements for chunk `number` of this process."""
         batch, chunk = divmod(number, chunks)
         first = (start_step + batch) * batch_size + index * rows  # a process's rows are contiguous in the global batch
         return [stream[first + row] for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks)]
 
-    parts = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(entries).map(build)
+    dataset = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(read_chunk).map(build)
     # Each thread builds a whole chunk, and two more chunks are buffered. Grain's default buffers 500 batches.
-    dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in notebooks and scripts; grain reads one of its own flags
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more is not faster
         dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
-        # Only images go through shared memory. For labels and random parameters its overhead exceeds their size.
+        # Only images go through shared memory: its overhead is larger than the labels and random parameters.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     if chunks > 1:
@@ -211,9 +208,8 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             if 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
-                f'a decoding process died ({str(error).split(". ")[0]}), perhaps for lack of memory or of space in '
-                f'{_SHARED_MEMORY}. The same command resumes from the last checkpoint; with '
-                '--config.data.num_workers=0 it decodes in threads.'
+                f'a decoding process died ({str(error).split(". ")[0]}), maybe for lack of memory or {_SHARED_MEMORY}. '
+                'Run the same command to resume, or add --config.data.num_workers=0 to decode in threads.'
             ) from error
 
 
@@ -225,12 +221,12 @@ def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) ->
 
     send: puts a batch on the devices, such as `sharding.to_mesh`.
     """
-    ahead, began = None, time.perf_counter()
+    pending, start = None, time.perf_counter()
     for batch in batches:
-        waited = time.perf_counter() - began
+        waited = time.perf_counter() - start
         sent = send(batch), waited
-        if ahead is not None:
-            yield ahead
-        ahead, began = sent, time.perf_counter()
-    if ahead is not None:
-        yield ahead
+        if pending is not None:
+            yield pending
+        pending, start = sent, time.perf_counter()
+    if pending is not None:
+        yield pending

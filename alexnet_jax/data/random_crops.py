@@ -29,22 +29,22 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
 
     Always draws all random numbers, so that disabling one augmentation does not change the others.
     """
-    every, size = augmentation.draw_every, augmentation.image_size
-    groups = np.arange(first, first + count) // every
-    shared = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
-    mirror, place, areas = shared[:, 0] < 0.5, shared[:, 1:3], shared[:, 4:].reshape(count, 10, 2)
-    extent = np.full((count, 2), size)
+    size = augmentation.image_size
+    groups = np.arange(first, first + count) // augmentation.draw_every
+    uniform = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
+    reflect = (uniform[:, 0] < 0.5) & augmentation.reflect
     if augmentation.crop_area:
-        extent = _areas_to_extents(areas, record_size, augmentation.crop_area)
-        positions: Any = record_size - extent + 1
+        extent = _areas_to_extents(uniform[:, 4:].reshape(count, 10, 2), record_size, augmentation.crop_area)
+        num_positions: Any = record_size - extent + 1
     else:
-        positions = crop_positions(record_size, size, augmentation.all_positions)
-    offset = np.floor(place * positions)
+        extent = np.full((count, 2), size)
+        num_positions = crop_positions(record_size, size, augmentation.all_positions)
+    offset = np.floor(uniform[:, 1:3] * num_positions)
     if not augmentation.random_crop:
         offset[:] = (record_size - size) // 2
     alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]
     color = (alphas * augmentation.color_std).astype(np.float32)
-    return AugmentParams(offset.astype(np.int32), extent.astype(np.int32), mirror & augmentation.reflect, color)
+    return AugmentParams(offset.astype(np.int32), extent.astype(np.int32), reflect, color)
 
 
 def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:
@@ -96,25 +96,23 @@ def augment_arrays(
             f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of shape (N, S, S, 3), with '
             f'S={record_size} (to be cropped) or S={size} (already cropped).'
         )
-    whole = side == size
-    if whole:  # the center offset selects the center of the mean image
+    if side == size:  # not cropped; the center offset selects the center of the mean image
         augmentation = augmentation._replace(random_crop=False, crop_area=())
     drawn = draw_batch(augmentation, seed=seed, first=step * count, count=count, record_size=record_size)
-    each = [AugmentParams(*values) for values in zip(*tuple(drawn), strict=True)]
-    if whole:
-        each = [one._replace(offset=np.zeros(2, np.int32)) for one in each]
-    images = np.stack([crop(image, one, size) for image, one in zip(image_NHWC, each, strict=True)])
+    offsets = np.zeros_like(drawn.offset) if side == size else drawn.offset
+    params = [AugmentParams(*values) for values in zip(*drawn._replace(offset=offsets), strict=True)]
+    images = np.stack([crop(image, p, size) for image, p in zip(image_NHWC, params, strict=True)])
     return {'image': images, **drawn._asdict()}
 
 
-def crop(image_HWC: np.ndarray, drawn: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Crops, resizes and reflects a uint8 image as drawn. Returns uint8 [size, size, 3], in `out` if given."""
-    (y, x), (height, width) = drawn.offset, drawn.extent
+def crop(image_HWC: np.ndarray, params: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Crops, resizes and reflects a uint8 image. Returns uint8 [size, size, 3], in `out` if given."""
+    (y, x), (height, width) = params.offset, params.extent
     part = image_HWC[y : y + height, x : x + width]
     if (height, width) != (size, size):
         part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
-    if drawn.reflect:
+    if params.reflect:
         for channel in range(3):  # takes a fifth of the time of copying part[:, ::-1] at once
             out[:, :, channel] = part[:, ::-1, channel]
     else:

@@ -42,17 +42,15 @@ def find_images(path: str) -> Listing:
                 'remove one of the two from the input.'
             )
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
-    numbers = {name: i for i, name in enumerate(class_names)}
-    trained = {class_name for ref, class_name in images if ref.split == 'train'}
+    labels = {name: i for i, name in enumerate(class_names)}
+    train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
     for ref, class_name in images:
-        if class_name not in numbers:
-            raise UserError(
-                f'{ref.name!r} has the class {class_name!r}; expected one of the {len(numbers)} of ILSVRC-2012.'
-            )
-        if trained and not official and class_name not in trained:
-            raise UserError(f'{ref.name!r} has the class {class_name!r}, which has no training images.')
-        splits.setdefault(ref.split, []).append(ref._replace(label=numbers[class_name]))
+        if class_name not in labels:
+            raise UserError(f'{ref.name!r}: class {class_name!r} is not one of the {len(labels)} of ILSVRC-2012.')
+        if train_classes and not official and class_name not in train_classes:
+            raise UserError(f'{ref.name!r}: class {class_name!r} has no training images.')
+        splits.setdefault(ref.split, []).append(ref._replace(label=labels[class_name]))
     return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
 
 
@@ -63,15 +61,15 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
         if entry.is_file() and (entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)):
             yield from tar.list_images(entry.path)
     folders = [entry for entry in entries if entry.is_dir()]
-    splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
+    splits = [entry for entry in folders if _split_name(entry.name) and _holds_classes(entry.path)]
     for entry in splits:
-        yield from _split_folder(entry.path, path, _split_of(entry.name))
+        yield from _list_split(entry.path, path, _split_name(entry.name))
     if not splits:
-        yield from _split_folder(path, path, None)
+        yield from _list_split(path, path, None)
         return
     if others := [entry.name for entry in folders if entry not in splits]:
         logging.warning('skipped folders that are not splits: %s', ', '.join(others))
-    _warn_of_loose(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
+    _warn_of_stray_images(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
 
 
 def _holds_classes(folder: str) -> bool:
@@ -80,14 +78,14 @@ def _holds_classes(folder: str) -> bool:
     return any(e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 
 
-def _split_of(folder: str) -> str | None:
+def _split_name(folder: str) -> str | None:
     """Returns the split of a folder name: 'train' for 'train' or 'ILSVRC2012_img_train', None for other names."""
     return SPLIT_NAMES.get(folder.lower().removeprefix('ilsvrc2012_img_'))
 
 
-def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
+def _list_split(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) from CLASS/**/images, archives of one class, or the flat ILSVRC-2012 val set."""
-    empty, loose = [], 0
+    empty, num_stray = [], 0
     for entry in image_io.list_entries(folder):
         if entry.is_dir():
             paths = list(image_io.iter_image_files(entry.path))
@@ -98,13 +96,13 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[I
         elif split == 'train' and tar.class_of_tar(entry.name):
             yield from tar.list_images(entry.path)
         else:
-            loose += image_io.is_image(entry.name)
-    _warn_of_loose(folder, loose)
+            num_stray += image_io.is_image(entry.name)
+    _warn_of_stray_images(folder, num_stray)
     if empty:
         logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
 
 
-def _warn_of_loose(folder: str, count: int) -> None:
+def _warn_of_stray_images(folder: str, count: int) -> None:
     if count:
         logging.warning('skipped %d images outside class folders in %s', count, folder)
 

@@ -24,8 +24,10 @@ from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check
 from alexnet_jax.utils.logs import Progress
 
 _NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
-_LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # files of class names; characters read of one
-_MOST_IN_SHARD, _SHARDS = 4096, 16  # most images in a shard; number of shards of a small split
+_CLASS_LISTS = ('classes.tsv', 'words.txt')
+_MAX_LIST_CHARS = 2**24  # read of a class list
+_MAX_SHARD_IMAGES = 4096
+_MIN_SHARDS = 16  # of a split, unless it has fewer images
 
 
 def prepare(
@@ -70,13 +72,13 @@ def prepare(
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
     class_names = _class_names(source, folders)
-    orders = _orders(splits, val_fraction, seed)
-    counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items())
+    splits = _shuffle_and_split(splits, val_fraction, seed)
+    counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
 
     with atomic_directory(output) as folder:
-        _write_all(folder, orders, class_names, size, format, max_unreadable, workers or processes.cores())
+        _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers or processes.cores())
     logging.info('%s is ready.', output)
 
 
@@ -96,37 +98,37 @@ def prepare_if_needed(
     """
     source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
-    made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
+    description = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
     encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
         listing = listing or discovery.find_images(source)
         if 'val' in listing.splits:
-            val_fraction, made = 0.0, path
+            val_fraction, description = 0.0, path
         with as_user_error(f'{output!r} cannot be written'):
             os.makedirs(os.path.dirname(absolute_local_path(output)), exist_ok=True)
-            source_file.write_text(made, **encoding)
+            source_file.write_text(description, **encoding)
         prepare(source, output, size=size, val_fraction=val_fraction, listing=listing, **options)
     elif not source_file.exists():
         raise UserError(
-            f'the source of {output} is unknown; if it was prepared from {made}, write that into {source_file}, '
+            f'the source of {output} is unknown; if it was prepared from {description}, write that into {source_file}, '
             'otherwise use another --output, or remove that folder.'
         )
     # `path` alone is recorded for a source with its own val split.
-    elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (made, path):
+    elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (description, path):
         raise UserError(
-            f'{output} was prepared from {recorded}, not from {made}; use the same source or another --output, or '
-            'remove that folder.'
+            f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
+            'or remove that folder.'
         )
 
 
 def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     """Returns class names from a list in the input, or the folder names. Adds the folder's name to equal names."""
     words = {}
-    for list_path in (os.path.join(path, name) for name in _LISTS):
+    for list_path in (os.path.join(path, name) for name in _CLASS_LISTS):
         if os.path.isfile(list_path):
             with open(list_path, encoding='utf-8-sig', errors='replace') as file:
-                for line in file.read(_LONGEST_LIST).splitlines():
+                for line in file.read(_MAX_LIST_CHARS).splitlines():
                     folder, _, name = line.partition('\t')
                     words[folder.strip()] = ' '.join(name.split(',')[0].split())
     names = [words.get(folder) or folder for folder in folders]
@@ -138,56 +140,54 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
+def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
     """Shuffles each split by the seed. Moves a fraction of train to val, of each class if labels are known."""
     rng = np.random.default_rng(seed)
-    orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
+    shuffled = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
-        if 'train' not in orders or 'val' in orders:
-            raise UserError(f'--val_fraction needs a train split and no val split; the input has: {", ".join(orders)}.')
-        aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # val images, cumulative
-        by_class = sorted(orders['train'], key=lambda ref: ref.label)
-        val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
-        if not 0 < len(val) < len(by_class):
-            raise UserError(
-                f'--val_fraction={val_fraction} moves {len(val)} of {len(by_class)} images to val; expected at least '
-                'one image in train and in val.'
-            )
-        for name, chosen in (('val', True), ('train', False)):
-            orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
-        if lost := len({ref.label for ref in by_class} - {ref.label for ref in orders['train']}):
-            logging.warning(f'--val_fraction={val_fraction} leaves {lost} classes without training images.')
-    return orders
+        if 'train' not in splits or 'val' in splits:
+            raise UserError(f'--val_fraction needs a train split and no val split; the input has: {", ".join(splits)}.')
+        refs = shuffled['train']
+        num_val = np.round(np.arange(len(refs) + 1) * val_fraction).astype(int)  # among the first i images
+        by_class = sorted(refs, key=lambda ref: ref.label)
+        val = {ref for i, ref in enumerate(by_class) if num_val[i] < num_val[i + 1]}
+        if not 0 < len(val) < len(refs):
+            raise UserError(f'--val_fraction={val_fraction} moves {len(val)} of {len(refs)} images to val; change it.')
+        shuffled['val'] = [ref for ref in refs if ref in val]
+        shuffled['train'] = [ref for ref in refs if ref not in val]
+        if num_empty := len({ref.label for ref in refs} - {ref.label for ref in shuffled['train']}):
+            logging.warning(f'--val_fraction={val_fraction} leaves {num_empty} classes without training images.')
+    return shuffled
 
 
-def _write_all(folder, orders, class_names, size, format, max_unreadable, workers) -> None:
+def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers) -> None:
     import tensorflow_datasets as tfds
 
     names = {'data_dir': folder, 'dataset_name': _NAME, 'filetype_suffix': 'array_record'}
-    templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in orders}
-    planned = {}
-    for split, refs in orders.items():
-        number = max(-(-len(refs) // _MOST_IN_SHARD), min(_SHARDS, len(refs)))
-        cuts = [len(refs) * i // number for i in range(number + 1)]
+    templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in splits}
+    shards = {}
+    for split, refs in splits.items():
+        number = max(-(-len(refs) // _MAX_SHARD_IMAGES), min(_MIN_SHARDS, len(refs)))
+        bounds = [len(refs) * i // number for i in range(number + 1)]
         paths = templates[split].sharded_filepaths(number)
-        planned[split] = [
+        shards[split] = [
             Shard(os.fspath(path), refs[start:end], size, format, class_names, split == 'train')
-            for path, (start, end) in zip(paths, itertools.pairwise(cuts), strict=True)
+            for path, (start, end) in zip(paths, itertools.pairwise(bounds), strict=True)
         ]
-    results = iter(_in_processes(list(itertools.chain(*planned.values())), max_unreadable, workers))
+    all_results = iter(_write_shards(list(itertools.chain(*shards.values())), max_unreadable, workers))
     infos, fingerprint = [], hashlib.sha256()
     digests: dict[str, str] = {}
-    for split, shards in planned.items():
-        written = list(itertools.islice(results, len(shards)))
-        digests |= {os.path.basename(s.path): w.sha256 for s, w in zip(shards, written, strict=True)}
-        fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
-        lengths, num_bytes = [w.count for w in written], sum(w.num_bytes for w in written)
+    for split in splits:
+        results = list(itertools.islice(all_results, len(shards[split])))
+        digests |= {os.path.basename(s.path): r.sha256 for s, r in zip(shards[split], results, strict=True)}
+        fingerprint.update(''.join([split, *(r.digest for r in results)]).encode())
+        lengths, num_bytes = [r.count for r in results], sum(r.num_bytes for r in results)
         if not any(lengths):
-            raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
+            raise UserError(f'none of the {len(splits[split])} images of the {split} split can be read.')
         options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
         infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':
-            moments = functools.reduce(image_stats.Moments.merge, [w.moments for w in written])
+            moments = functools.reduce(image_stats.Moments.merge, [r.moments for r in results])
             image_stats_file.save(folder, image_stats.from_moments(moments))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -201,9 +201,9 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
     checksums.write(folder, digests)
 
 
-def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
+def _write_shards(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
     """Writes all shards in parallel and returns the results in the order of the shards."""
-    done, bad = 0, 0
+    done, unreadable = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
     # spawn, not fork: the parent has running threads (TFDS, array_record).
     context = multiprocessing.get_context('spawn')
@@ -211,19 +211,19 @@ def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> lis
         with processes.without_main():
             futures = [pool.submit(record_writer.write_shard, shard) for shard in shards]
         try:
-            for written in (future.result() for future in as_completed(futures)):
-                for reason in written.bad:
+            for result in (future.result() for future in as_completed(futures)):
+                for reason in result.unreadable:
                     logging.warning('unreadable image: %s', reason)
-                bad += len(written.bad)
-                done += written.count + len(written.bad)
-                if bad > max_unreadable:
+                unreadable += len(result.unreadable)
+                done += result.count + len(result.unreadable)
+                if unreadable > max_unreadable:
                     raise UserError(
-                        f'{bad} of {done} images cannot be read (see the warnings above); repair them, or skip them '
-                        f'with --max_unreadable={bad} or more.'
+                        f'{unreadable} of {done} images cannot be read (see the warnings above); repair them, or skip '
+                        f'them with --max_unreadable={unreadable} or more.'
                     )
                 progress.update(done)
         finally:
             pool.shutdown(cancel_futures=True)
-    if bad:
-        logging.warning('skipped %d unreadable images.', bad)
+    if unreadable:
+        logging.warning('skipped %d unreadable images.', unreadable)
     return [future.result() for future in futures]

@@ -25,7 +25,7 @@ class Shard(NamedTuple):
     size: int
     format: str
     class_names: tuple[str, ...]
-    counts: bool  # whether its pixels count in the image statistics
+    in_stats: bool  # whether its pixels are part of the image statistics
 
 
 class ShardResult(NamedTuple):
@@ -36,7 +36,7 @@ class ShardResult(NamedTuple):
     count: int  # type: ignore[assignment]
     num_bytes: int
     moments: image_stats.Moments
-    bad: list[str]  # 'name: reason'
+    unreadable: list[str]  # 'name: reason'
 
 
 @functools.cache
@@ -59,17 +59,17 @@ def write_shard(shard: Shard) -> ShardResult:
     record_features = features(shard.size, shard.format, shard.class_names)
     # One record per group, so that random access reads a single record. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, digest, count, num_bytes, bad = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0, 0, []
+    moments, digest, count, num_bytes, unreadable = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0, 0, []
     for ref in shard.refs:
         try:
-            original, label = _read(ref)
+            original, label = _read_image(ref)
             pixels = image_io.resize_center_crop(original, shard.size)
         except UserError:
             raise
         except Exception as error:  # Pillow raises undocumented exception types
-            bad.append(f'{ref.name}: {first_line(error)}')
+            unreadable.append(f'{ref.name}: {first_line(error)}')
             continue
-        if shard.counts:
+        if shard.in_stats:
             moments = moments.add(pixels)
         content = image_io.encode_jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
         feature = io.BytesIO(content) if shard.format == 'jpeg' else pixels
@@ -79,10 +79,10 @@ def write_shard(shard: Shard) -> ShardResult:
         digest.update(f'{ref.name}\0{label}\0'.encode() + content)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
-    return ShardResult(digest.hexdigest(), checksums.sha256(shard.path), count, num_bytes, moments, bad)
+    return ShardResult(digest.hexdigest(), checksums.sha256(shard.path), count, num_bytes, moments, unreadable)
 
 
-def _read(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
+def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
     """Calls `discovery.read_image`. Raises UserError for file system errors, which are not defects of the image."""
     try:
         return discovery.read_image(ref)
@@ -90,5 +90,5 @@ def _read(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
         dangling = os.path.islink(ref.path) and ref.length < 0 and error.errno in (errno.ENOENT, errno.ELOOP)
         if error.errno is None or dangling:  # a defect of the image: its content is wrong, or it is a dangling link
             raise
-        where = error.filename or ref.path
-        raise UserError(f'lost access to the image {ref.name!r}: {where}: {error.strerror}.') from error
+        path = error.filename or ref.path
+        raise UserError(f'lost access to the image {ref.name!r}: {path}: {error.strerror}.') from error

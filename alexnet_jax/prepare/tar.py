@@ -13,8 +13,8 @@ from alexnet_jax.utils.files import as_utf8
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_LONGEST_HEADER = 2**20  # most bytes of a member's header, with its name
-_LONGEST_END = 2**24  # most zero bytes after the last member
+_MAX_HEADER_BYTES = 2**20  # with the member's name
+_MAX_END_BYTES = 2**24  # zeros after the last member
 
 
 def validation_class(name: str) -> str:
@@ -32,18 +32,18 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     Raises UserError for other archives and damaged ones.
     """
     name = os.path.basename(path)
-    own_class = class_of_tar(name)
-    if name not in (TRAIN_TAR, VAL_TAR) and not own_class:
+    archive_class = class_of_tar(name)
+    if name not in (TRAIN_TAR, VAL_TAR) and not archive_class:
         raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and use their folder.')
     try:
         with open(path, 'rb') as file:
-            for member in _files(_Window(file, 0, os.path.getsize(path))):
+            for member in _iter_files(_Window(file, 0, os.path.getsize(path))):
                 start = member.offset_data
                 if class_name := class_of_tar(member.name):
-                    for image in _files(_Window(file, start, member.size)):
+                    for image in _iter_files(_Window(file, start, member.size)):
                         yield _ref(path, start + image.offset_data, image, 'train'), class_name
-                elif own_class:
-                    yield _ref(path, start, member, 'train'), own_class
+                elif archive_class:
+                    yield _ref(path, start, member, 'train'), archive_class
                 elif name == VAL_TAR:
                     yield _ref(path, start, member, 'val'), validation_class(os.path.basename(member.name))
     except UserError:
@@ -65,7 +65,7 @@ class _Window:
         self._position = position
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _LONGEST_HEADER:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f'a header at byte {self._position} declares its own size as {size} bytes')
         if self._position >= self._size:  # file.seek may fail for a position past the end
             return b''
@@ -75,7 +75,7 @@ class _Window:
         return content
 
 
-def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
+def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
     """Yields the files in an archive. Raises ReadError if it is damaged, which tarfile would take for its end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
@@ -85,9 +85,9 @@ def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
                 yield member
         window.seek(archive.offset)
         zeros = 0
-        while content := window.read(_LONGEST_HEADER):
+        while content := window.read(_MAX_HEADER_BYTES):
             zeros += len(content)
-            if content.strip(b'\0') or zeros > _LONGEST_END:
+            if content.strip(b'\0') or zeros > _MAX_END_BYTES:
                 raise tarfile.ReadError(f'damaged at byte {archive.offset}')
         if not zeros:
             raise tarfile.ReadError(f'truncated after {archive.offset} bytes')
