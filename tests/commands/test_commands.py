@@ -91,7 +91,7 @@ def _assert_user_error(result, pattern):
         (['benchmark'], "''; expected one of step, input, train, prepare"),
         (['benchmark', 'speed'], "'speed'; expected one of step, input, train, prepare"),
         (['benchmark', 'prepare'], '--input is missing'),
-        (['benchmark', 'input'], 'no dataset given; pass --config.data.path=DIR'),
+        (['benchmark', 'input'], 'no dataset given; use --config.data.path=DIR'),
         (['benchmark', 'input', '--against=torch', '--config.data.cache=host'], "with our copying; use .*cache=''"),
         (['benchmark', 'train', '--input=W'], "Unknown command line flag 'input'"),
         (['benchmark', 'train', '--compile_for=h200'], "Unknown command line flag 'compile_for'"),
