@@ -76,7 +76,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             if not read_only:
                 self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
         # Not orbax's CheckpointManager: it reads all steps when it opens, including damaged ones; and if a save fails
-        # in one of several processes, that process and the others wait for each other for ever.
+        # in one of several processes, that process and the others wait for each other forever.
         arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
         texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
         handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
@@ -87,7 +87,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         self._finalizing: Future | None = None
 
     def __exit__(self, kind, *_) -> None:
-        # After an error in one of several processes, closing would wait for the others for ever.
+        # After an error in one of several processes, closing would wait for the others forever.
         if kind in (None, TerminatedError) or jax.process_count() == 1:
             self.close()
 

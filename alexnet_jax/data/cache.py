@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.data import random_crops
+from alexnet_jax.data.random_crops import AugmentParams, crop
 from alexnet_jax.utils.errors import UnreadableError
 
 Batch = dict[str, Any]
@@ -47,9 +47,7 @@ class Records:
     record_size: int  # side of a record's image, pixels
     on_device: ClassVar[dict[str, jax.Array]] = {}  # arrays on the devices that are part of every batch
 
-    def read(
-        self, indices: Sequence[int], params: random_crops.AugmentParams | None = None, image_size: int | None = None
-    ) -> Batch:
+    def read(self, indices: Sequence[int], params: AugmentParams | None = None, image_size: int | None = None) -> Batch:
         """Returns a batch of crops of `image_size` as given by `params`, or of whole images without these arguments.
 
         A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], 0 for
@@ -70,8 +68,8 @@ class Records:
                 if params is None:
                     images[i] = image
                 else:
-                    image_params = random_crops.AugmentParams(*(values[i] for values in params))
-                    random_crops.crop(image, image_params, size, out=images[i])
+                    image_params = AugmentParams(*(values[i] for values in params))
+                    crop(image, image_params, size, out=images[i])
                 labels[i], weight[i] = record['label'], 1
             except UnreadableError as error:
                 unreadable.append(str(error))
@@ -82,7 +80,7 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class HostCache:
-    """All images, decoded, in host memory. Batches hold whole images, cropped by the train step: copying is cheaper."""
+    """All images, decoded, in host memory. Batches hold whole images; the train step crops, which saves host time."""
 
     images: np.ndarray | jax.Array  # uint8 [N, S, S, 3]; replicated on every device in a DeviceCache
     labels: np.ndarray  # int32 [N]; negative for unreadable images
@@ -101,7 +99,7 @@ class HostCache:
         """A sequence with one entry per image."""
         return self.labels
 
-    def read(self, indices: Sequence[int], params: random_crops.AugmentParams, image_size: int) -> Batch:
+    def read(self, indices: Sequence[int], params: AugmentParams, image_size: int) -> Batch:
         """Returns the entry of `_pixels`, 'label' int32 [n] and 'weight' float32 [n]."""
         rows = np.asarray(indices, np.int32)
         labels = self.labels[rows]

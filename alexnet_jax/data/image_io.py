@@ -64,8 +64,8 @@ def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
 
     image: the bytes of an image file, or uint8 or uint16 pixels [H, W, C]. Raises ValueError if it cannot be decoded.
 
-    Deviation: the paper does not name a filter; this is Pillow's BILINEAR, which is antialiased (its window widens
-    with the reduction). The paper does not mention EXIF rotation, which is applied.
+    Deviation: the paper names no filter and does not mention EXIF rotation. This uses Pillow's BILINEAR, which is
+    antialiased (its window widens with the reduction), and applies the rotation.
     """
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16):

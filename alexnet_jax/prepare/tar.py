@@ -79,7 +79,7 @@ def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
     """Yields the files in an archive. Raises ReadError if it is damaged, which tarfile would take for its end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
-            if member.size < 0 or archive.offset <= member.offset:  # would read the same members for ever
+            if member.size < 0 or archive.offset <= member.offset:  # would read the same members forever
                 raise tarfile.ReadError(f'the header at byte {member.offset} declares a member of {member.size} bytes')
             if member.isfile():
                 yield member
