@@ -1,4 +1,4 @@
-"""Layer specs: what a layer may be, and the shapes, parameters and FLOPs that follow."""
+"""Layer specifications, and the shapes, parameter counts and FLOPs derived from them."""
 
 import dataclasses
 import math
@@ -15,46 +15,46 @@ from alexnet_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What every kind of layer has."""
+    """Fields shared by all kinds of layers."""
 
-    features: int = 0  # outputs, all towers together; the last layer's are `AlexNet.num_classes`
-    groups: int = 1  # 1: reads everything below; 2: each half reads its own tower's half, and the towers do not talk
+    features: int = 0  # output channels, summed over towers; `AlexNet.num_classes` replaces it in the last layer
+    groups: int = 1  # 1: reads all input channels; 2: each half reads only the half of its own tower
     init: str = 'normal(0.01)'  # weights from N(0, 0.01); 'fan_in': weights from U(-b, b), b = inputs^-1/2 (PyTorch)
     bias: float = 0.0  # initial value of every bias; 'fan_in' adds a draw from U(-b, b) to it
-    post: str = ''  # operations that follow, in order: words of `POST_OPS`
+    post: str = ''  # operations applied to the output, in order: names from `POST_OPS`
 
     @property
     def ops(self) -> list[str]:
-        """The operations that follow, in order."""
+        """The names in `post`, in order."""
         return self.post.split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvSpec(LayerSpec):
-    """A convolutional layer: conv1."""
+    """A convolutional layer, such as conv1."""
 
     kernel: int  # side of the square window, pixels
     stride: int = 1
-    padding: tuple[int, int] = (0, 0)  # zeros before and after, rows and columns alike
+    padding: tuple[int, int] = (0, 0)  # zeros (before, after), the same for rows and columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalSpec(ConvSpec):
-    """A convolutional layer with kernels, and biases, of its own at every position: local3."""
+    """A locally connected layer, such as local3: a convolution with separate weights and biases at every position."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSpec(LayerSpec):
-    """A fully-connected layer: fc6."""
+    """A fully connected layer, such as fc6."""
 
 
-Shape = tuple[int, ...]  # of one image's maps (H, W, C) or units (F,)
+Shape = tuple[int, ...]  # without the batch axis: maps (H, W, C) or units (F,)
 INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
-KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # by the prefix of a layer's name, in network order
+KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # layer name prefix -> spec, in network order
 
 
 def parse_name(name: str) -> tuple[str, int]:
-    """A layer's kind, a key of `KINDS`, and number. Raises UserError where a name is something else."""
+    """Splits a layer name into its kind (a key of `KINDS`) and its number. Raises UserError for any other name."""
     match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', name)
     if not match:
         raise UserError(f'model.layers has {name!r}; expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
@@ -62,39 +62,39 @@ def parse_name(name: str) -> tuple[str, int]:
 
 
 def sort_layers(names: Iterable[str]) -> list[str]:
-    """Layer names in network order: conv, local, fc, then by number; gaps are allowed."""
+    """Sorts layer names in network order: by kind (conv, local, fc), then by number. Gaps are allowed."""
     order = list(KINDS)
     return sorted(names, key=lambda name: (order.index(parse_name(name)[0]), parse_name(name)[1]))
 
 
 def init_std(init: str) -> float | None:
-    """The standard deviation of 'normal(STD)'; None for 'fan_in'. Raises UserError for anything else."""
+    """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other text."""
     if not (match := INIT.fullmatch(init)):
         raise UserError(f"init={init!r}; expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
 
 class LayerShapes(NamedTuple):
-    """What passes through a layer for one image, and what it costs."""
+    """Shapes and costs of one layer for one image."""
 
     inputs: Shape
-    linear: Shape  # before what follows
-    outputs: Shape  # after it
-    dropped: Shape | None  # where dropout acts; None if it does not
+    linear: Shape  # before the post ops
+    outputs: Shape  # after the post ops
+    dropped: Shape | None  # shape of the dropout mask; None without dropout
     parameters: int
-    flops: int  # of the products: two for a multiplication and its addition
+    flops: int  # of the matrix products only; a multiply-add counts as two
 
 
 def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
-    """Shapes, parameters and products of every layer.
+    """Returns the shapes, parameter count and FLOPs of every layer, by layer name.
 
     Args:
-      model: an AlexNet, or whatever has its attributes.
+      model: an AlexNet, or any object with its attributes.
       image_size: side of the network's input, pixels.
-      towers: devices the network is to be split over.
+      towers: number of devices that share the channels of the network.
 
     Raises:
-      UserError: the layers do not fit together, this image size, or this number of towers.
+      UserError: the layers do not fit each other, the image size, or the number of towers.
     """
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]
@@ -115,13 +115,13 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
 
 
 def _mixing_groups(model: Any, op: str) -> int:
-    """Parts of the channels within which an operation mixes them; 0 if it mixes none, or is unknown."""
+    """Number of channel groups within which a post op mixes channels; 0 if it mixes none or is unknown."""
     entry = POST_OPS.get(op)
     return entry.groups(model) if entry and entry.groups else 0
 
 
 def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
-    """Raises UserError where a layer's operations are unknown, or its channels do not divide."""
+    """Raises UserError if a layer has an unknown post op or if its channels are not divisible as required."""
     layer, last = model.layers[name], name == list(model.layers)[-1]
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
@@ -133,7 +133,7 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
         if count % layer.groups:
             raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
     problem = f'which cannot be split over {towers} towers; use mesh.tower=1.'
-    # The classifier may have an odd number of classes: `sharding.forward` pads it.
+    # An odd number of classes is allowed: `sharding.forward` pads the classifier.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
         raise UserError(f'{name} has {layer.features} features in {layer.groups} group(s), {problem}')
     for op in layer.ops:
@@ -145,20 +145,20 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
 
 
 def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
-    """Elements of one image that a tower receives from the other: {layer: count}, of the layers that gather.
+    """Returns, for each layer that gathers, the number of elements per image that a tower receives from the other.
 
-    A layer with one group whose input is split needs all of it, and has half of it already (see `model.AlexNet`).
+    A layer with one group reads all channels. If its input is split, each tower already holds half of them.
     """
     shapes, layers = infer_shapes(model, image_size, towers), list(model.layers.items())
     if towers == 1:
         return {}
-    return {  # the first layer reads the image, which is whole on every tower
+    return {  # not the first layer: every tower holds the whole image
         name: math.prod(shapes[name].inputs) * (towers - 1) // towers for name, layer in layers[1:] if layer.groups == 1
     }
 
 
 def summary(model: Any, image_size: int, towers: int) -> str:
-    """A table of layers for people: shapes, parameters, products, and what crosses between towers."""
+    """Formats a table of the layers: shapes, parameters, FLOPs, and elements received from the other tower."""
     shapes, gathered = infer_shapes(model, image_size, towers), gathered_elements(model, image_size, towers)
     rows = [tuple('layer,input,window,groups,output,post,parameters,Mflops,from the other tower'.split(','))]
     for name, layer in model.layers.items():
@@ -170,7 +170,6 @@ def summary(model: Any, image_size: int, towers: int) -> str:
     parameters, flops = (sum(getattr(shape, key) for shape in shapes.values()) for key in ('parameters', 'flops'))
     rows.append(('all', *[''] * 5, f'{parameters:,}', f'{flops / 1e6:,.1f}', f'{sum(gathered.values()):,}'))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Text to the left, numbers to the right.
     line = '  '.join(f'{{:{side}{width}}}' for side, width in zip('<<<<<<>>>', widths, strict=True))
     text = [line.format(*row).rstrip() for row in rows]
     text.append(
@@ -181,14 +180,14 @@ def summary(model: Any, image_size: int, towers: int) -> str:
 
 
 def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
-    """Numbers that one output is the weighted sum of."""
+    """Number of inputs that each output is a weighted sum of."""
     if isinstance(layer, ConvSpec):
         return layer.kernel**2 * inputs[-1] // layer.groups
     return math.prod(inputs) // layer.groups
 
 
 def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterator[tuple[str, Shape]]:
-    """('linear', shape), then (op, shape) for each operation that follows."""
+    """Yields ('linear', shape), then (op, shape) for each post op. Raises UserError if the maps are too small."""
     layer: LayerSpec = model.layers[name]
     shape: Shape = (layer.features,)
     too_small = f'an image of {image_size} px does not fit the network: {name}'

@@ -1,4 +1,4 @@
-"""From the parts of a config (see configs/paper.py) to the objects of the core, with a check of every value."""
+"""Builds the objects of core/ from the sections of a config (see configs/paper.py) and checks every value."""
 
 import dataclasses
 import functools
@@ -15,16 +15,16 @@ from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-Check = tuple[str, Callable[[Any], bool], str]  # keys, what their values must satisfy, the same in words
+Check = tuple[str, Callable[[Any], bool], str]  # keys, predicate their values must satisfy, its description
 
 
 def _is_number(value: Any, least: float = -1e300, most: float = 1e300, kind: Any = int | float) -> bool:
-    """Whether a value is a finite number within bounds, of a kind: `int` for whole ones."""
+    """Whether a value is a finite number (with kind=int: an integer) within bounds."""
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Whether there are `count` values, each a number within bounds."""
+    """Whether `values` is a tuple or list of `count` numbers within bounds."""
     is_row = isinstance(values, tuple | list) and len(values) == count
     return is_row and all(_is_number(value, **bounds) for value in values)
 
@@ -76,7 +76,10 @@ OPTIM_CHECKS = (
 
 
 def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) -> None:
-    """Raises UserError for the first value that fails its check; text: of a key and its value, '{}={!r}'."""
+    """Raises UserError for the first value that fails its check.
+
+    `text` formats the key and the value at the start of the message, for example 'optim.{}={!r}'.
+    """
     for keys, is_right, expected in checks:
         for key in keys.split():
             if key in values and not is_right(values[key]):
@@ -84,9 +87,9 @@ def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) 
 
 
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
-    """The network a config's `model` describes, also when JSON has turned its tuples into lists.
+    """Returns the network described by a config's `model`; tuples may be lists, as after JSON.
 
-    Raises UserError for a key that is no attribute of the network, or a value that cannot be one.
+    Raises UserError for a key that is not an attribute of `AlexNet`, or for an invalid value.
     """
     for key in fields:
         if key not in MODEL_FIELDS:
@@ -116,7 +119,7 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
         kind, given = KINDS[parse_name(name)[0]], layers[name]
         known = {field.name: field for field in dataclasses.fields(kind)}
         if name == names[-1]:
-            del known['features']  # it is `num_classes`
+            del known['features']  # `num_classes` is used instead
         for key in given.keys() - known.keys():
             hint = ' Its width is model.num_classes.' if key == 'features' else did_you_mean(key, known)
             raise UserError(f'model.layers.{name}.{key} is unknown.{hint}')
@@ -128,14 +131,17 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
 
 
 def to_tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, as the tuples that they were."""
+    """Converts lists to tuples, recursively: JSON stores tuples as lists."""
     if isinstance(value, dict):
         return {key: to_tuples(part) for key, part in value.items()}
     return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """The augmentation in a config's `data`, or its JSON; other keys are ignored. Raises UserError for a bad value."""
+    """Returns the augmentation described by a config's `data`, or its JSON. Ignores other keys.
+
+    Raises UserError for an invalid value.
+    """
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
@@ -157,14 +163,14 @@ def optimizer_from_config(
     decay: Callable[[optim.DecayTable], Any] = optim.add_decays,
     warmup: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optim.Optimizer:
-    """The update that a config's `optim` describes.
+    """Returns the optimizer described by a config's `optim`.
 
     Args:
-      fields: see configs/paper.py; keys that are not of this update are left to the caller.
-      steps_per_epoch: updates a pass takes; need not be whole.
+      fields: see configs/paper.py; keys that this function does not read are ignored.
+      steps_per_epoch: updates per epoch; may be fractional.
       layers: names of the network's layers.
-      decay: makes what comes before the rate, see `optim.make_optimizer`.
-      warmup: count of updates -> what multiplies every rate; None: 1.
+      decay: makes the transformation that precedes the learning rate, see `optim.make_optimizer`.
+      warmup: maps the number of updates to a factor of every rate; None: no warmup.
 
     Raises:
       UserError: an unknown schedule or layer, or a value outside its range.

@@ -1,19 +1,29 @@
-"""The gradient of a convolution's weights, faster than XLA's own on the CPU backend.  Not needed to read on."""
+"""Weight gradient of a convolution for the CPU backend, where it is faster than XLA's own."""
 
 import math
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-_PATCH_BYTES = 12 << 20  # of patches at once: two images of conv 1
+_PATCH_BYTES = 12 << 20  # memory for the patches of one chunk: two images in conv1
 
 
 def weight_gradient(
     stride: int, padding: tuple[int, int], kernel_HWIO: Array, x_NHWC: Array, gradient_NHWO: Array
 ) -> Array:
-    """The gradient of a convolution's weights: patches times gradient, as many images as a cache holds at once.
+    """Returns the gradient of a convolution's weights: a matrix product of input patches and output gradient.
 
-    Squares of stride x stride pixels become channels first, so that a patch is a few long runs of memory.
+    Images are processed in chunks that fit the cache. Blocks of stride x stride pixels are first moved into the
+    channels (space to depth), so that a patch consists of a few long contiguous pieces of memory.
+
+    Args:
+      stride, padding: of the convolution, see `ops.conv`.
+      kernel_HWIO: weights; only shape and dtype are used.
+      x_NHWC: input of the convolution.
+      gradient_NHWO: gradient of its output.
+
+    Returns:
+      An array with the shape and dtype of `kernel_HWIO`.
     """
     size, _, channels, features = kernel_HWIO.shape
     count, height, width, _ = gradient_NHWO.shape
@@ -25,7 +35,7 @@ def weight_gradient(
             (n - 1 + blocks) * stride - padding[0] - side
             for n, side in zip((height, width), x_nHWC.shape[1:3], strict=True)
         ]
-        edges = [(0, 0, 0), *((padding[0], end, 0) for end in ends), (0, 0, 0)]  # an end may be cut off
+        edges = [(0, 0, 0), *((padding[0], end, 0) for end in ends), (0, 0, 0)]  # a negative end crops
         x = lax.pad(x_nHWC, jnp.zeros((), x_nHWC.dtype), edges)
         x = x.reshape(len(x), height - 1 + blocks, stride, width - 1 + blocks, stride * channels)
         x = x.swapaxes(2, 3).reshape(len(x), height - 1 + blocks, width - 1 + blocks, depth)
@@ -40,7 +50,7 @@ def weight_gradient(
     fits = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
     together = math.gcd(count, 1 << max(fits, 1).bit_length() - 1)
     parts = [a.reshape(-1, together, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
-    total, _ = lax.scan(  # from the first: inside `shard_map` the sum must vary over the mesh as its parts do
+    total, _ = lax.scan(  # starts from the first chunk: in `shard_map` the carry must vary over the mesh as the sums do
         lambda total, part: (total + product(part), None), product([a[0] for a in parts]), [a[1:] for a in parts]
     )
     total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)
