@@ -36,7 +36,7 @@ class Augmentation(NamedTuple):
     mean: str = 'crop'  # subtract the mean image at the 'crop', at the 'center' (authors), or averaged per 'channel'
     pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # R, G, B divisors of the mean-subtracted pixels
     color_std: float = 0.1  # standard deviation of the alphas; 0: no color augmentation
-    color_scale: str = 'eigenvalue'  # factor of the alphas: 'eigenvalue' (pixels in [0, 1]) or 'std', its root (authors)
+    color_scale: str = 'eigenvalue'  # scales the alphas: 'eigenvalue' (pixels in [0, 1]) or 'std', its root (authors)
     color_divide: bool = False  # divide the image by 1 + color_std while color augmentation is on (authors)
     color_epochs: float = 0.0  # color augmentation ends after this epoch; 0: never; 67 in the authors' net 145 (2010)
 

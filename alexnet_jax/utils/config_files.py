@@ -1,4 +1,4 @@
-"""Configs by name or path. A wheel holds configs/ as alexnet_jax/configs; else it lies beside the package."""
+"""Loads configs by name or path. In a wheel configs/ is alexnet_jax/configs, otherwise it is beside the package."""
 
 import inspect
 import os
@@ -13,7 +13,7 @@ from alexnet_jax.utils.errors import UserError, did_you_mean, first_line
 
 
 def config_names() -> dict[str, pathlib.Path]:
-    """The files of the configs that come with the package, by name."""
+    """Returns the files of the configs that are part of the package, by name."""
     package = pathlib.Path(__file__).parents[1]
     folders = [
         folder for folder in (package / 'configs', package.parent / 'configs') if (folder / 'paper.py').is_file()
@@ -22,10 +22,10 @@ def config_names() -> dict[str, pathlib.Path]:
 
 
 def get_config(name: str) -> ConfigDict:
-    """A config: 'paper', 'paper:init=authors', or the path of a file with `get_config()`, also with an argument.
+    """Returns a config by name ('paper'), or by the path of a file with `get_config()`.
 
-    Raises:
-      UserError: there is no such config or variant, or the file cannot be loaded.
+    Both may have an argument, such as 'paper:init=authors'. Raises UserError if there is no such config or variant, or
+    if the file cannot be loaded.
     """
     file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
     path, own = pathlib.Path(file), config_names()
@@ -44,7 +44,7 @@ def get_config(name: str) -> ConfigDict:
         if argument and not inspect.signature(function).parameters:
             raise UserError(f'{file!r} has no variants; expected it without {":" + argument!r}.')
         config = function(*([argument] if argument else []))
-    except ValueError as error:  # of the config's own making: no such variant
+    except ValueError as error:  # raised by the config itself: no such variant
         raise error if isinstance(error, UserError) else UserError(f'{file!r}: {first_line(error)}') from error
     except Exception as error:
         raise UserError(f'{file!r} cannot be loaded ({type(error).__name__}: {first_line(error)}).') from error
@@ -53,6 +53,6 @@ def get_config(name: str) -> ConfigDict:
             f'get_config() of {file!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
         )
     try:
-        return ConfigDict(config.to_dict())  # also of a FrozenConfigDict
+        return ConfigDict(config.to_dict())  # a FrozenConfigDict becomes a ConfigDict
     except RequiredValueError as error:
         raise UserError(f'{file!r} leaves a required value open: {first_line(error)}') from error
