@@ -57,7 +57,7 @@ def parse_name(name: str) -> tuple[str, int]:
     """Splits a layer name into its kind (a key of `KINDS`) and its number. Raises UserError for any other name."""
     match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', name)
     if not match:
-        raise UserError(f'model.layers has {name!r}; expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
+        raise UserError(f'model.layers has {name!r}: expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
     return match[1], int(match[2])
 
 
@@ -70,7 +70,7 @@ def sort_layers(names: Iterable[str]) -> list[str]:
 def init_std(init: str) -> float | None:
     """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other text."""
     if not (match := INIT.fullmatch(init)):
-        raise UserError(f"init={init!r}; expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
+        raise UserError(f"init={init!r}: expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
 
@@ -126,22 +126,26 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
         known = ', '.join(sorted(allowed))
-        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {known}; add your own to POST_OPS.')
+        raise UserError(f'{name}.post={layer.post!r}: unknown op {unknown[0]!r}; use {known}, or add it to POST_OPS.')
     if layer.ops.count('dropout') > 1:
-        raise UserError(f'{name} is followed by dropout twice; expected once at most.')
+        raise UserError(f'{name}.post={layer.post!r}: expected dropout at most once.')
     for what, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
-            raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
-    problem = f'which cannot be split over {towers} towers; use mesh.tower=1.'
+            raise UserError(f'{name} has {count} {what}: expected a multiple of groups={layer.groups}.')
     # An odd number of classes is allowed: `sharding.forward` pads the classifier.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
-        raise UserError(f'{name} has {layer.features} features in {layer.groups} group(s), {problem}')
+        raise UserError(
+            f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over {towers} '
+            'towers; use mesh.tower=1.'
+        )
     for op in layer.ops:
         groups = _mixing_groups(model, op)
         if groups and layer.features % groups:
-            raise UserError(f'{name}: {op} works in {groups} groups; {layer.features} features do not divide so.')
+            raise UserError(f'{name}.features={layer.features}: expected a multiple of the {groups} groups of {op}.')
         if groups % towers:
-            raise UserError(f'{name}: {op} works in {groups} group(s) of the {layer.features} features, {problem}')
+            raise UserError(
+                f'{name}: {op} has {groups} group(s), which cannot be split over {towers} towers; use mesh.tower=1.'
+            )
 
 
 def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
@@ -173,8 +177,8 @@ def summary(model: Any, image_size: int, towers: int) -> str:
     line = '  '.join(f'{{:{side}{width}}}' for side, width in zip('<<<<<<>>>', widths, strict=True))
     text = [line.format(*row).rstrip() for row in rows]
     text.append(
-        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, one image forward: two flops a multiplication; '
-        'numbers that each tower receives (the gradient sends as many back).'
+        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, forward pass of one image. A multiply-add is two '
+        'FLOPs. The last column counts the elements that each tower receives; the backward pass sends as many back.'
     )
     return '\n'.join(text)
 
@@ -190,12 +194,13 @@ def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterato
     """Yields ('linear', shape), then (op, shape) for each post op. Raises UserError if the maps are too small."""
     layer: LayerSpec = model.layers[name]
     shape: Shape = (layer.features,)
-    too_small = f'an image of {image_size} px does not fit the network: {name}'
-    remedy = 'use a larger data.image_size.'
     if isinstance(layer, ConvSpec):
         size = inputs[0] + sum(layer.padding)
         if size < layer.kernel:
-            raise UserError(f'{too_small} looks through {layer.kernel} px windows at maps of {inputs[0]} px; {remedy}')
+            raise UserError(
+                f'data.image_size={image_size}: {name}: a window of {layer.kernel} px does not fit padded maps of {size} px; '
+                'use a larger size.'
+            )
         shape = ((size - layer.kernel) // layer.stride + 1,) * 2 + shape
     yield 'linear', shape
     for op in layer.ops:
@@ -204,5 +209,5 @@ def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterato
         try:
             shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
         except UserError as error:
-            raise UserError(f'{too_small} {error}; {remedy}') from error
+            raise UserError(f'data.image_size={image_size}: {name}: {error}; use a larger size.') from error
         yield op, shape

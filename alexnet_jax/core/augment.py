@@ -180,7 +180,7 @@ def views(
       `count` arrays, float [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`).
     """
     if count not in (1, 10):
-        raise UserError(f'views={count}; expected 1 (center) or 10 (corners and center, with reflections).')
+        raise UserError(f'views={count}: expected 1 (center) or 10 (corners and center, with reflections).')
     chex.assert_equal_shape([image_NHWC[0], image_stats.mean_image])
     size, image = augmentation.image_size, image_NHWC.astype(dtype)
     fixed: Array | int = 0

@@ -119,7 +119,7 @@ class AlexNet(nn.Module):
     ) -> Array:
         if train and masks is None:
             if rng is None and any('dropout' in layer.ops for layer in self.layers.values()):
-                raise UserError('train=True draws dropout masks; give rng, such as jax.random.key(0).')
+                raise UserError('train=True needs a random key for dropout; pass rng, such as jax.random.key(0).')
             masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # feature maps: one array, or one for each group (see `ops.regroup`)

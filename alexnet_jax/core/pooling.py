@@ -20,8 +20,8 @@ def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     """Max pooling of float [N, H, W, C] to float [N, pooled_size(H), pooled_size(W), C] (section 3.4).
 
     Windows overlap if window > stride; the paper's values are 3 and 2.
-    Deviation: positions that tie for the maximum of a window share its gradient equally. The paper does not define ties.
-    The authors' kernels give the whole gradient to each of these positions, PyTorch gives it to the first.
+    Deviation: positions that tie for the maximum of a window share its gradient. The paper does not define ties: the
+    authors' kernels give the whole gradient to each of these positions, PyTorch gives it to the first.
     """
     chex.assert_rank(x_NHWC, 4)
     return _max_pool(window, stride, x_NHWC)

@@ -57,7 +57,7 @@ def _pool_with(pool: Callable[..., jax.Array]) -> Callable[[jax.Array, Context],
     def function(x: jax.Array, context: Context) -> jax.Array:
         window, stride = context.network.pool_window, context.network.pool_stride
         if x.shape[1] < window:
-            raise UserError(f'pools {x.shape[1]} px maps through {window} px windows')
+            raise UserError(f'a pooling window of {window} px does not fit maps of {x.shape[1]} px')
         return pool(x, window=window, stride=stride)
 
     return function

@@ -34,22 +34,22 @@ def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None)
         devices = jax.devices()
         environment.warn_if_no_accelerator(devices[0].platform)
     if tower not in (1, 2):
-        raise UserError(f'mesh.tower={tower}; the network has 1 tower or 2.')
+        raise UserError(f'mesh.tower={tower}: expected 1 or 2.')
     if data < 0:
-        raise UserError(f'mesh.data={data}; expected a number of parts of the batch, or 0 for all devices.')
+        raise UserError(f'mesh.data={data}: expected a positive number of parts of the batch, or 0 to use all devices.')
     if tower == 2 and len(devices) == 1:
         logging.info('One device: it computes both towers (mesh.tower=1).')
         tower = 1
     if data == 0 and len(devices) % tower:
         raise UserError(
-            f'{len(devices)} devices do not pair up into two towers; set mesh.data={len(devices) // tower} '
-            'to leave one idle, or mesh.tower=1.'
+            f'mesh.tower=2: {len(devices)} devices cannot be paired; use mesh.data={len(devices) // tower}, leaving one '
+            'idle, or mesh.tower=1.'
         )
     data = data or len(devices) // tower
     if data * tower > len(devices):
         raise UserError(
-            f'mesh.data={data} x mesh.tower={tower} needs {data * tower} devices; there are {len(devices)}. '
-            'Lower mesh.data, or make devices on a CPU with --cpu_devices=N.'
+            f'mesh.data={data}, mesh.tower={tower}: needs {data * tower} devices, but there are {len(devices)}; use a '
+            'smaller mesh.data, or simulate devices on a CPU with --cpu_devices=N.'
         )
     # With Auto axes XLA propagates the shardings outside the mapped function (loss, update). The devices stay in JAX's
     # order, host by host: `jax.make_mesh` rejects GPUs of several hosts.
@@ -145,14 +145,11 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises UserError if the batch size is not divisible by the data axis times `grad_accum_steps`."""
     parts = mesh.shape['data']
     if batch_size % parts:
-        raise UserError(
-            f'batch_size={batch_size} does not divide into the {parts} parts of mesh.data; use a multiple of {parts}, '
-            'or another mesh.data.'
-        )
+        raise UserError(f'batch_size={batch_size}: expected a multiple of {parts}, the number of parts of mesh.data.')
     if grad_accum_steps < 1 or batch_size % (parts * grad_accum_steps):
         raise UserError(
-            f'batch_size={batch_size} does not divide into grad_accum_steps={grad_accum_steps} times {parts} parts of '
-            f'mesh.data; use a multiple of {parts * max(1, grad_accum_steps)}.'
+            f'batch_size={batch_size}, grad_accum_steps={grad_accum_steps}: expected batch_size to be a multiple of '
+            f'{parts * max(1, grad_accum_steps)}, which is grad_accum_steps (at least 1) times mesh.data.'
         )
 
 

@@ -22,7 +22,7 @@ def sha256(path: str) -> str:
 
 
 def write(folder: str, known: Mapping[str, str] | None = None) -> None:
-    """Writes the list of all files below a folder, atomically. `known` has digests computed before, by relative path."""
+    """Writes the list of all files below a folder, atomically. `known` has digests already known, by relative path."""
     known = known or {}
     names = _files(folder)
     lines = [f'# {len(names)} files\n']  # a comment for sha256sum; it reveals a truncated list
@@ -54,7 +54,7 @@ def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: Tr
         problems = {name: _mismatch(folder, name, listed, there, wanted) for name in names}
         return [f'{os.path.join(folder, name)}: {problem}' for name, problem in problems.items() if problem]
     except PermissionError as error:
-        raise UserError(f'{error.filename!r} may not be read: {error.strerror}.') from error
+        raise UserError(f'cannot read {error.filename!r}: {error.strerror}.') from error
     except ValueError as error:
         return [f'{path}: {error}']
 
@@ -69,7 +69,7 @@ def _read_list(path: str) -> tuple[dict[str, str], bool]:
     except FileNotFoundError:
         raise ValueError('missing') from None
     if not match:
-        raise ValueError('not a list of digests')
+        raise ValueError('not a list of SHA-256 digests')
     listed = {name: digest for digest, name in re.findall('(.{64})  (.+)\n', match[2])}
     if match[1] and int(match[1]) != len(listed):
         raise ValueError(f'it lists {len(listed)} of {int(match[1])} files')
@@ -83,11 +83,11 @@ def _mismatch(folder: str, name: str, listed: Mapping[str, str], there: Containe
         if name not in there:
             return 'missing'
         if name not in listed:
-            return f'not in {FILE_NAME} (remove it if it does not belong there)'
+            return f'not in {FILE_NAME} (remove it if it is not needed)'
         if not os.path.isfile(path):  # reading a pipe would block forever
             return 'not a file'
         if wanted(name) and sha256(path) != listed[name]:
-            return 'its bytes have changed (SHA-256)'
+            return 'its content has changed (SHA-256 mismatch)'
     except PermissionError:
         raise
     except OSError as error:

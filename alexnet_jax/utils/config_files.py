@@ -30,29 +30,29 @@ def get_config(name: str) -> ConfigDict:
     file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
     path, own = pathlib.Path(file), config_names()
     if file in own and path.is_file():
-        logging.info('%s is the file of that name in this folder, not the config that comes with alexnet_jax.', file)
+        logging.info('Using the file %s in this folder, not the config of that name in alexnet_jax.', file)
     elif file in own:
         path = own[file]
     elif not path.is_file():
         beside = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
         hint = did_you_mean(path.stem, own) if path.stem in own or not beside else did_you_mean(file, beside)
-        raise UserError(f'there is no config file {file!r}.{hint}')
+        raise UserError(f'no config file {file!r}.{hint}')
     try:
         function = runpy.run_path(str(path)).get('get_config')
         if not callable(function):
             raise UserError(f'{file!r} has no function get_config(); configs/paper.py shows one.')
         if argument and not inspect.signature(function).parameters:
-            raise UserError(f'{file!r} has no variants; expected it without {":" + argument!r}.')
+            raise UserError(f'{file!r} has no variants; remove {":" + argument!r}.')
         config = function(*([argument] if argument else []))
     except ValueError as error:  # raised by the config itself: no such variant
         raise error if isinstance(error, UserError) else UserError(f'{file!r}: {first_line(error)}') from error
     except Exception as error:
-        raise UserError(f'{file!r} cannot be loaded ({type(error).__name__}: {first_line(error)}).') from error
+        raise UserError(f'cannot load {file!r} ({type(error).__name__}: {first_line(error)}).') from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f'get_config() of {file!r} returns {type(config).__name__}; expected an ml_collections.ConfigDict.'
+            f'get_config() of {file!r} returns {type(config).__name__}: expected an ml_collections.ConfigDict.'
         )
     try:
         return ConfigDict(config.to_dict())  # a FrozenConfigDict becomes a ConfigDict
     except RequiredValueError as error:
-        raise UserError(f'{file!r} leaves a required value open: {first_line(error)}') from error
+        raise UserError(f'{file!r} does not set a required value: {first_line(error)}') from error

@@ -51,8 +51,8 @@ def warn_if_no_accelerator(platform: str) -> None:
         return  # JAX itself warns of an NVIDIA GPU that it cannot use
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
-            f'JAX has found no device for {", ".join(plugins)} and computes on the CPU; `python -c "import jax; '
-            'jax.devices()"` says why. If that is meant, --cpu_devices=1 says so.'
+            f'JAX found no device for {", ".join(plugins)} and computes on the CPU; run `python -c "import jax; '
+            'jax.devices()"` to see why, or pass --cpu_devices=1 to compute on the CPU without this warning.'
         )
 
 

@@ -14,11 +14,11 @@ def absolute_local_path(path: str | os.PathLike) -> str:
     """Returns an absolute path without a trailing slash. Raises UserError for remote paths and for a leading ~/."""
     path = os.fspath(path)
     if path.startswith('~/'):
-        raise UserError(f'{path!r}: the shell has left ~ as it is, behind a =; write $HOME{path[1:]} instead.')
+        raise UserError(f'{path!r}: the shell does not expand ~ after =; use $HOME{path[1:]} instead.')
     if '://' in path:
         raise UserError(
-            f'{path!r} is a remote path, which is not supported: download it, or mount the bucket (gcsfuse, '
-            'mountpoint-s3), and give the path there.'
+            f'{path!r}: remote paths are not supported; download it, or mount the bucket (gcsfuse, mountpoint-s3) and '
+            'use the mounted path.'
         )
     return os.path.abspath(path)
 
@@ -26,13 +26,13 @@ def absolute_local_path(path: str | os.PathLike) -> str:
 def check_new(path: str) -> None:
     """Raises UserError if the output of a command already exists, also as a dangling link."""
     if os.path.lexists(path):
-        raise UserError(f'{path!r} exists already; remove it or choose another --output.')
+        raise UserError(f'{path!r} already exists; remove it or choose another --output.')
 
 
 def check_declared_size(path: str, declared: int) -> None:
     """Raises ValueError if a file declares more bytes than it has, which only a manipulated or truncated file does."""
     if declared > (size := os.path.getsize(path)):
-        raise ValueError(f'{size} bytes that declare {declared}')
+        raise ValueError(f'{size} bytes, but {declared} declared')
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
 
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
-    """Holds a lock file, which the system releases if the process dies. Raises UserError if another process holds it."""
+    """Holds a lock file; the system releases it if the process dies. Raises UserError if another process holds it."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'a'))
@@ -64,9 +64,10 @@ def file_lock(path: str, doing: str):
         except BlockingIOError as error:
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
         except OSError as error:
-            raise UserError(f'the lock {path!r} cannot be taken: {error.strerror}.') from error
+            raise UserError(f'cannot lock {path!r}: {error.strerror}.') from error
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise UserError(f'another process was just {doing}; try again.')  # and has removed the file
+            # The other process has removed the file since it was opened here.
+            raise UserError(f'another process was just {doing}; try again.')
         yield
 
 
