@@ -198,8 +198,8 @@ def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterato
         size = inputs[0] + sum(layer.padding)
         if size < layer.kernel:
             raise UserError(
-                f'data.image_size={image_size}: {name}: a window of {layer.kernel} px does not fit padded maps of {size} px; '
-                'use a larger size.'
+                f'data.image_size={image_size}: {name}: a window of {layer.kernel} px does not fit padded maps of '
+                f'{size} px; use a larger size.'
             )
         shape = ((size - layer.kernel) // layer.stride + 1,) * 2 + shape
     yield 'linear', shape

@@ -42,8 +42,8 @@ def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None)
         tower = 1
     if data == 0 and len(devices) % tower:
         raise UserError(
-            f'mesh.tower=2: {len(devices)} devices cannot be paired; use mesh.data={len(devices) // tower}, leaving one '
-            'idle, or mesh.tower=1.'
+            f'mesh.tower=2: {len(devices)} devices cannot be paired; use mesh.data={len(devices) // tower}, leaving '
+            'one idle, or mesh.tower=1.'
         )
     data = data or len(devices) // tower
     if data * tower > len(devices):

@@ -72,7 +72,7 @@ def file_lock(path: str, doing: str):
 
 
 @contextlib.contextmanager
-def atomic_directory(output: str) -> Iterator[str]:
+def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
     """Yields a temporary folder beside `output` that is renamed to `output` at the end, or removed after an error.
 
     Raises UserError if the folder cannot be written, or if another process is writing the same output.

@@ -1,0 +1,361 @@
+"""The commands as a user meets them: one line on stderr and exit code 2, never a traceback."""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+import alexnet_jax
+from alexnet_jax.__main__ import COMMANDS
+from alexnet_jax.commands import app
+from tests import ROOT
+
+_PROGRAM = """
+from types import SimpleNamespace
+from alexnet_jax.commands import app
+def run(function):
+    nothing = {'__name__': 'mine', '__doc__': 'Mine.', 'FLAGS': ()}
+    app.run(SimpleNamespace(**nothing, main=lambda args: function()), [])
+"""
+MAIN = ['train', '--config=configs/quickstart.py', '--cpu_devices=1']
+
+
+def _run(*arguments, **environment):
+    """environment: what differs from this process's; None takes a variable away."""
+    environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+def _assert_user_error(result, pattern):
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
+    assert re.search(pattern, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'pattern'),
+    [
+        ([*MAIN, '--workdir=W', '--config.optim.learning_rat=1'], r"Did you mean 'optim.learning_rate'\?"),
+        ([*MAIN, '--workdir=W', '--config.modle.dtype=x'], r"'modle.dtype'. Did you mean 'model.dtype'"),
+        ([*MAIN, '--workdir=W', '--config.bach_size=1'], r"no key 'bach_size'. Did you mean 'batch_size'\?"),
+        ([*MAIN, '--workdir=W', '--config.batch_size=many'], r'config.batch_size=many: invalid literal for int'),
+        ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
+        ([*MAIN, '--workdir=W', '--config.num_epochs=inf', '--config.num_steps=0'], 'num_epochs=inf'),
+        ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0: expected 1 or more'),
+        ([*MAIN, '--workdir=W', '--config.model.layers.conv2.pots=x'], "Did you mean 'model.layers.conv2.post'"),
+        ([*MAIN, '--workdir=W', '--config.model.layers.cnv2.post=x'], "Did you mean 'model.layers.conv2.post'"),
+        ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "conv2.post='relu pol': unknown op 'pol'"),
+        ([*MAIN, '--workdir=W', '--config.model.layers.fc8.features=5'], "no key 'model.layers.fc8.features'. Did you"),
+        ([*MAIN, '--workdir=W', '--config.data.pixel_std[0]=5'], r"no key 'data.pixel_std\[0\]'. Did you mean"),
+        ([*MAIN, '--summary', '--config.=3'], "the config has no key ''"),
+        (['train', '--config.seed=1', '--workdir=W'], '--config.seed is given without --config=NAME'),
+        ([*MAIN], '--workdir is missing'),
+        (['train', '--config.seed=x', '--config', 'configs/quickstart.py', '--workdir=W'], 'config.seed=x: invalid'),
+        ([*MAIN, '--summary', '--config.mesh.tower=0'], 'mesh.tower=0; the network has 1 tower or 2'),
+        ([*MAIN, '--workdir=W', '--config.data.path=W/none'], 'no data directory .*alexnet_jax prepare --input'),
+        ([*MAIN, '--workdir=W', '--config.model.num_classes=12'], 'the data have 10 classes, the model 12'),
+        ([*MAIN, '--workdir=gs://bucket/run'], "'gs://bucket/run': remote paths are not supported"),
+        (['prepare', '--input=W', '--output=s3://bucket/data'], "'s3://bucket/data': remote paths are not supported"),
+        ([*MAIN, '--workdir=~/run'], "'~/run': the shell does not expand ~ after =; use .HOME/run instead"),
+        (['predict', '--checkpoint=W', 'https://host/cat.jpg'], "'https://host/cat.jpg': remote paths"),
+        ([*MAIN, '--workdir=W', '--cpu_devices=3'], 'mesh.tower=2: 3 devices cannot be paired'),
+        ([*MAIN, '--workdir=W', 'stray'], "unexpected argument 'stray'"),
+        (['train', '--workdir=W', '--config=configs/nobody.py'], r"no config file 'configs/nobody.py'"),
+        (['train', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
+        (['train', '--workdir=W', '--config=papr'], r"no config file 'papr'. Did you mean 'paper'\?"),
+        (['train', '--workdir=W', '--config=ablations'], "no variant ''; expected one of no_normalization"),
+        (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "no variant 'init=x'; expected 'init=paper'"),
+        (['train', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
+        (['prepare', '--output=W'], '--input is missing'),
+        (['prepare', '--input=W', '--output=W/out'], 'there is no input'),
+        (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),
+        (['evaluate', '--checkpoint=W', '--data=digits'], "there is no checkpoint at"),
+        (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; it has: train, val"),
+        (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3: expected 1'),
+        (['evaluate', '--data=digits'], '--checkpoint is missing'),
+        (['evaluate', '--checkpoint=README.md', '--data=digits'], "there is no checkpoint at '.*README.md', a file"),
+        (['finetune', '--input=W', '--output=W', '--config.num_epoch=1'], "'num_epoch'. Did you mean 'num_epochs'"),
+        (['finetune', '--config.seed=1', '--config=configs/nobody.py'], "no config file 'configs/nobody.py'"),
+        (['finetune', '--config.num_epochs=1', '--input=W', '--output=W/out'], "there is no input"),
+        (['benchmark'], "''; expected one of step, input, train, prepare"),
+        (['benchmark', 'speed'], "'speed'; expected one of step, input, train, prepare"),
+        (['benchmark', 'prepare'], '--input is missing'),
+        (['benchmark', 'input'], 'no data given; pass --config.data.path=DIR'),
+        (['benchmark', 'input', '--against=torch', '--config.data.cache=host'], "with our copying; use .*cache=''"),
+        (['benchmark', 'train', '--input=W'], "Unknown command line flag 'input'"),
+        (['benchmark', 'train', '--compile_for=h200'], "Unknown command line flag 'compile_for'"),
+        (['benchmark', 'step', '--compile_for='], 'expected h200, or several such as 2xh200'),
+        (['convert', '--output=W'], '--input is missing'),
+        (['convert', '--input=W', '--output=W'], 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
+        (['convert', '--input=README.md', '--output=W'], "expected a name ending in .caffemodel.* found '.md'"),
+        (['convert', '--input=W', '--output=W', '--to=safetensors'], 'there is no checkpoint at'),
+    ],
+)  # fmt: skip
+def test_user_errors(arguments, pattern, tmp_path):
+    workdir = tmp_path / 'w'
+    _assert_user_error(_run(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_second_start_loads_what_the_first_compiled(tmp_path):
+    here = {
+        'XDG_CACHE_HOME': str(tmp_path),
+        'JAX_COMPILATION_CACHE_DIR': None,
+        'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler',
+    }
+    steps = ['--config.num_steps=1', '--config.eval_every_steps=1']
+    first = _run(*MAIN, f'--workdir={tmp_path}/a', *steps, **here)
+    kept = sorted(path.name for path in (tmp_path / 'alexnet_jax').iterdir())
+    second = _run(*MAIN, f'--workdir={tmp_path}/b', *steps, **here)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert any(name.startswith('jit_train_step') for name in kept)
+    assert "cache hit for 'jit_train_step'" not in first.stderr
+    assert "cache hit for 'jit_train_step'" in second.stderr
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+    (tmp_path / 'file').touch()
+    here = {'XDG_CACHE_HOME': str(tmp_path / 'file'), 'JAX_COMPILATION_CACHE_DIR': None}
+    result = _run(*MAIN, f'--workdir={tmp_path}/a', '--config.num_steps=1', **here)
+    assert (result.returncode, result.stderr) == (0, ''), result.stderr
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
+
+
+def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
+    (tmp_path / 'config.py').write_text('def get_config():\n    raise SystemExit(3)\n')
+    assert _run('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
+
+
+@pytest.mark.parametrize(
+    'text, pattern',
+    [
+        ('seed = 1', r"c.py' has no function get_config\(\)"),
+        ('def get_config(:', r"cannot load .*c.py' \(SyntaxError: "),
+        ('import nosuch', r"cannot load .*c.py' \(ModuleNotFoundError: No module named 'nosuch'\)"),
+        ('def get_config():\n    return {}', 'returns dict: expected an ml_collections.ConfigDict'),
+    ],
+)
+def test_a_config_file_that_is_none(text, pattern, tmp_path):
+    (tmp_path / 'c.py').write_text(text)
+    _assert_user_error(_run('train', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
+
+
+def test_no_memory_is_one_line():
+    """Python's own error says nothing."""
+    script = f'{_PROGRAM}\ndef f(): raise MemoryError\nrun(f)'
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
+
+
+def test_no_device_is_one_line(tmp_path):
+    """Of a platform that JAX does not know, and of one it knows and finds no device of."""
+    done = _run(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
+    _assert_user_error(done, "JAX cannot open its devices .JAX_PLATFORMS='nothing': Unable to .*--cpu_devices=1")
+    script = (
+        f'{_PROGRAM}\nimport jax; from jax._src import hardware_utils, xla_bridge\n'
+        "hardware_utils.has_visible_nvidia_gpu = lambda: False; jax.config.update('jax_platforms', 'cuda')\n"
+        'run(jax.devices)'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    _assert_user_error(done, 'JAX cannot open its devices')
+
+
+@pytest.mark.slow
+def test_too_large_for_the_device_is_one_line(tmp_path):
+    """2^48 floats, whatever the device."""
+    script = f'{_PROGRAM}\nimport jax.numpy as jnp\nrun(lambda: print(jnp.zeros(1 << 48).sum()))'
+    result = subprocess.run(
+        [sys.executable, '-c', script],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )  # fmt: skip
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert 'not enough memory' in result.stderr and '--config.grad_accum_steps=N' in result.stderr
+
+
+@pytest.mark.slow
+def test_train_resume_evaluate(tmp_path):
+    """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
+    run = ['train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
+    first = _run(*run, '--config.num_steps=40')
+    assert first.returncode == 0 and 'val    step 40/40' in first.stdout, first.stderr
+    again = _run(*run, '--config.num_steps=40')
+    assert again.returncode == 0 and 'is finished: step 40 of 40' in again.stdout
+    longer = _run(*run, '--config.num_steps=50')
+    assert longer.returncode == 0 and 'Going on from step 40 of 50' in longer.stdout
+    _assert_user_error(_run(*run, '--config.seed=1'), 'holds a run of another config: seed: 0 -> 1')
+    for views in (1, 10):
+        result = _run('evaluate', f'--checkpoint={tmp_path}', '--data=digits', f'--views={views}', '--json')
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views'}
+        assert (found['count'], found['views']) == (360, views) and 0 <= found['top1_error'] < 60
+    assert not first.stderr and not longer.stderr, first.stderr + longer.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_learns_in_time(tmp_path):
+    result = _run('train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
+    assert result.returncode == 0, result.stderr
+    last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 4
+
+
+@pytest.mark.slow
+def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp_path):
+    """Prepare, train at full size, stop with kill -9, go on, evaluate with ten views."""
+    data = f'{tmp_path}/photos'
+    prepared = _run('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
+    assert prepared.returncode == 0, prepared.stderr
+    run = [
+        'train', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
+        f'--config.data.path={data}', '--config.batch_size=16', '--config.num_steps=8',
+        '--config.checkpoint_every_steps=2', '--config.log_every_steps=1',
+    ]  # fmt: skip
+    command = [sys.executable, '-m', 'alexnet_jax', *run]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'  # there when the step is whole, some updates later
+    while child.poll() is None and not saved.exists():
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    again = _run(*run)
+    assert again.returncode == 0, again.stderr
+    assert re.search('Going on from step [24] of 8', again.stdout), again.stdout
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert abs(lines[0]['loss'] - 6.9078) < 0.5  # ln 1000
+    assert [line['step'] for line in lines if line['split'] == 'train'] == list(range(1, 9))
+    result = _run(
+        'evaluate', f'--checkpoint={tmp_path}/run', f'--data={data}', '--views=10', '--batch_size=10', '--json'
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])['count'] == 30
+
+
+def test_the_package_lists_its_commands():
+    result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
+    listed = re.findall(r'^alexnet_jax (\w+) ', result.stdout, re.M)
+    modules = {path.stem for path in (ROOT / 'alexnet_jax' / 'commands').glob('*.py')} - {
+        '__init__',
+        'app',
+        'flag',
+    }
+    assert set(listed) == modules and len(listed) == len(COMMANDS)
+
+
+def _package(*words):
+    return subprocess.run([sys.executable, '-m', 'alexnet_jax', *words], capture_output=True, text=True, cwd=ROOT)
+
+
+def _commands():
+    """Every command, and the subcommands of one that has them: (words, module or class)."""
+    for name in COMMANDS:
+        command = importlib.import_module(f'alexnet_jax.commands.{name}')
+        yield from [([name, sub], c) for sub, c in getattr(command, 'SUBCOMMANDS', {}).items()] or [([name], command)]
+
+
+@pytest.mark.parametrize(('words', 'command'), [pytest.param(w, c, id=' '.join(w)) for w, c in _commands()])
+def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
+    text = app.help_text(command)
+    assert text.startswith(inspect.getdoc(command).splitlines()[0])
+    assert re.search(rf'^ *alexnet_jax {" ".join(words)} ', text.partition('flags:')[0], re.M)
+    assert set(re.findall(r'^  --(?:\[no\])?(\w+)', text, re.M)) == {flag.name for flag in command.FLAGS}
+
+
+@pytest.mark.parametrize('word', ['-h', '--help'])
+def test_help_ends_with_0(word):
+    done = _package('evaluate', word)
+    assert (done.returncode, done.stderr) == (0, '') and '--checkpoint' in done.stdout
+    done = _package('benchmark', word)
+    assert (done.returncode, done.stderr) == (0, '') and '  step ' in done.stdout
+
+
+def test_env_prints_what_a_bug_report_needs():
+    done = _package('env', '--json', '--cpu_devices=1')
+    found = json.loads(done.stdout)
+    assert found['versions']['jax'] == jax.__version__ and found['devices'] == ['cpu:0 cpu']
+    done = _package('env', '--cpu_devices=1')
+    assert f'jax: {jax.__version__}\n' in done.stdout and 'devices: cpu:0 cpu\n' in done.stdout
+
+
+def test_the_module_of_the_readme_is_the_train_command():
+    done = [
+        subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True, cwd=ROOT)
+        for words in (['alexnet_jax.main', '--summary', MAIN[1]], ['alexnet_jax', 'train', '--summary', MAIN[1]])
+    ]
+    assert done[0].stdout == done[1].stdout and 'conv5' in done[0].stdout and not done[0].returncode
+
+
+def test_the_package_runs_a_command_and_suggests_the_nearest():
+    done = _package('evalute', '--json')
+    assert (done.returncode, done.stderr) == (2, "error: there is no command 'evalute'. Did you mean 'evaluate'?\n")
+    done = _package('train', '--config=configs/quickstart.py', '--summary')
+    assert done.returncode == 0 and 'conv5' in done.stdout and '2 towers, 28 px' in done.stdout
+    done = _package('train', '--config=configs/quickstart.py')
+    assert done.returncode == 2 and '--workdir is missing' in done.stderr
+
+
+def test_public_names():
+    for name in alexnet_jax.__all__:
+        assert getattr(alexnet_jax, name)
+    assert set(alexnet_jax.__all__) == {
+        'AlexNet', 'activations', 'build', 'get_config', 'in_memory', 'init_params', 'load_checkpoint', 'predict',
+        'ten_views', 'train_and_evaluate', '__version__',
+    }  # fmt: skip
+    with pytest.raises(AttributeError):
+        alexnet_jax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import alexnet_jax',
+        'import alexnet_jax.prepare.prepare, alexnet_jax.prepare.record_writer',
+        'import importlib; from alexnet_jax import __main__; from alexnet_jax.commands import app; '
+        '[app.help_text(importlib.import_module(f"alexnet_jax.commands.{name}")) for name in __main__.COMMANDS]',
+    ],
+    ids=['package', 'prepare', 'help'],
+)
+def test_starts_without_jax(code):
+    """Importing the package, the workers of prepare, and the --help of every command."""
+    heavy = '("jax", "flax", "optax", "orbax", "grain", "tensorflow", "torch")'
+    code = f'{code}\nimport sys; print([name for name in {heavy} if name in sys.modules])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == '[]'
+
+
+def test_training_does_not_load_pytorch(tmp_path):
+    """Where it is installed: in every process that decodes it would take as much memory again."""
+    (tmp_path / 'torch.py').write_text('Tensor = None\n')
+    checks = 'assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
+    code = f'import sys, alexnet_jax.training.train; {checks}'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, check=True)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which this system has not got')
+def test_output_that_cannot_be_written_is_one_line():
+    """Also what Python would write only at its end."""
+    program = f"{_PROGRAM}\nrun(lambda: print('x'))"
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', program], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+    expected = 'error: the output cannot be written or read: No space left on device.\n'
+    assert (done.returncode, done.stderr) == (2, expected)
