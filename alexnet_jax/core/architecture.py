@@ -70,7 +70,7 @@ def sort_layers(names: Iterable[str]) -> list[str]:
 def init_std(init: str) -> float | None:
     """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other text."""
     if not (match := INIT.fullmatch(init)):
-        raise UserError(f"init={init!r}: expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
+        raise UserError(f"init={init!r}: expected 'normal(STD)' with STD >= 0, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
 
@@ -88,13 +88,8 @@ class LayerShapes(NamedTuple):
 def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
     """Returns the shapes, parameter count and FLOPs of every layer, by layer name.
 
-    Args:
-      model: an AlexNet, or any object with its attributes.
-      image_size: side of the network's input, pixels.
-      towers: number of devices that share the channels of the network.
-
-    Raises:
-      UserError: the layers do not fit each other, the image size, or the number of towers.
+    `model` is an AlexNet, or any object with its attributes. `towers` is the number of devices that share the channels.
+    Raises UserError if the layers do not fit each other, the image size (in pixels), or the number of towers.
     """
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]

@@ -44,24 +44,19 @@ class Augmentation(NamedTuple):
 def crop_on_device(batch: Batch, size: int) -> Batch:
     """Crops and reflects on the device, for batches that hold whole records, or indices into all records.
 
-    Args:
-      batch: 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]; 'offset' int32 [n, 2]
-        and 'reflect' bool [n].
-      size: side of the crops, pixels.
-
-    Returns:
-      The batch with 'image' uint8 [n, size, size, 3] in place of the whole records, or of the indices and records.
+    `batch` has 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]. The result has
+    'image' uint8 [n, size, size, 3] in their place. The draws 'offset' int32 [n, 2] and 'reflect' bool [n] remain.
     """
 
-    def from_all(index: Array, offset: Array, reflect: Array) -> Array:
+    def crop_record(index: Array, offset: Array, reflect: Array) -> Array:
         start = (index, *offset, jnp.zeros_like(index))
         part = lax.dynamic_slice(batch['records'], start, (1, size, size, 3))[0]
         return jnp.where(reflect, part[:, ::-1], part)
 
-    from_one = functools.partial(_crop, size=size)
-    cut_out, which = (from_one, 'whole') if 'whole' in batch else (from_all, 'index')
-    rest = {key: value for key, value in batch.items() if key not in (which, 'records')}
-    return {**rest, 'image': jax.vmap(cut_out)(batch[which], batch['offset'], batch['reflect'])}
+    crop_image = functools.partial(_crop, size=size)
+    crop, source = (crop_image, 'whole') if 'whole' in batch else (crop_record, 'index')
+    rest = {key: value for key, value in batch.items() if key not in (source, 'records')}
+    return {**rest, 'image': jax.vmap(crop)(batch[source], batch['offset'], batch['reflect'])}
 
 
 def _crop(image_HWC: Array | np.ndarray, offset: Array, reflect: Array, size: int) -> Array:
@@ -97,13 +92,9 @@ def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenva
     shift colors by hundreds of levels, these shift them by about 3.4 of 255. On [0, 1] the eigenvalue is l / 255^2, and
     the shift is multiplied by 255 to get gray levels.
 
-    Args:
-      alphas_N3: float [N, 3], the random factors a.
-      image_stats: eigenvectors p and eigenvalues l of the RGB covariance.
-      scale: 'eigenvalue', or 'std' for the standard deviation sqrt(l) of the authors' code, about 7.4 levels.
-
-    Returns:
-      float [N, 3], to be added to every pixel.
+    `alphas_N3`, float [N, 3], are the random factors a. `image_stats` has the eigenvectors p and eigenvalues l. `scale`
+    is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code, about 7.4 levels. The result, float [N, 3], is added
+    to every pixel.
     """
     lengths = jnp.sqrt(image_stats.eigenvalues) if scale == 'std' else image_stats.eigenvalues / 255.0
     return (alphas_N3 * lengths[None]) @ image_stats.eigenvectors.T
@@ -183,10 +174,10 @@ def views(
         raise UserError(f'views={count}: expected 1 (center) or 10 (corners and center, with reflections).')
     chex.assert_equal_shape([image_NHWC[0], image_stats.mean_image])
     size, image = augmentation.image_size, image_NHWC.astype(dtype)
-    fixed: Array | int = 0
+    mean: Array | int = 0
     if augmentation.mean == 'crop':
         image = image - jnp.asarray(image_stats.mean_image, dtype)[None]
     else:
-        fixed = _fixed_mean(image_stats, augmentation, size).astype(dtype)
-    cuts = ten_views(image, size) if count == 10 else [center_crop(image, size)]
-    return [(part - fixed) / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None] for part in cuts]
+        mean = _fixed_mean(image_stats, augmentation, size).astype(dtype)
+    crops = ten_views(image, size) if count == 10 else [center_crop(image, size)]
+    return [(part - mean) / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None] for part in crops]

@@ -33,10 +33,6 @@ from_0 = functools.partial(_is_number, least=0)
 is_count = functools.partial(_is_number, least=1, kind=int)
 
 
-def _is_init(value: Any) -> bool:
-    return isinstance(value, str) and INIT.fullmatch(value) is not None
-
-
 def _is_crop_area(value: Any) -> bool:
     return value == () or (_are_numbers(value, 2, most=1) and 0 < value[0] <= value[1])
 
@@ -45,7 +41,7 @@ _LAYER_CHECKS = (
     ('features kernel stride groups', is_count, 'a positive integer'),
     ('padding', lambda value: _are_numbers(value, 2, least=0, kind=int), 'a pair of integers (before, after)'),
     ('bias', _is_number, 'a number'),
-    ('init', _is_init, "'normal(STD)' with a number of 0 or more, or 'fan_in'"),
+    ('init', lambda value: INIT.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
     ('post', lambda value: isinstance(value, str), "words such as 'relu lrn pool'"),
 )
 _MODEL_CHECKS = (
@@ -57,8 +53,7 @@ _MODEL_CHECKS = (
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
 )
 _AUGMENTATION_CHECKS = (
-    ('image_size', is_count, 'a positive integer, in pixels'),
-    ('draw_every', is_count, 'a positive integer, in images'),
+    ('image_size draw_every', is_count, 'a positive integer'),
     ('crop_area', _is_crop_area, '() or (min, max), with 0 < min <= max <= 1'),
     ('mean', ('crop', 'center', 'channel').__contains__, "'crop', 'center' or 'channel'"),
     ('pixel_std', lambda value: _are_numbers(value, 3) and min(value) > 0, 'three positive numbers'),
@@ -76,10 +71,7 @@ OPTIM_CHECKS = (
 
 
 def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) -> None:
-    """Raises UserError for the first value that fails its check.
-
-    `text` formats the key and the value at the start of the message, for example 'optim.{}={!r}'.
-    """
+    """Raises UserError for the first value that fails its check; `text` formats key and value: 'optim.{}={!r}'."""
     for keys, is_right, expected in checks:
         for key in keys.split():
             if key in values and not is_right(values[key]):
@@ -139,10 +131,7 @@ def to_tuples(value: Any) -> Any:
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """Returns the augmentation described by a config's `data`, or its JSON. Ignores other keys.
-
-    Raises UserError for an invalid value.
-    """
+    """Returns the augmentation described by a config's `data`; ignores other keys. Raises UserError for a bad value."""
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
@@ -164,7 +153,7 @@ def optimizer_from_config(
     decay: Callable[[optim.DecayTable], Any] = optim.add_decays,
     warmup: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optim.Optimizer:
-    """Returns the optimizer described by a config's `optim`.
+    """Returns the optimizer described by a config's `optim`. Raises UserError for an invalid value.
 
     Args:
       fields: see configs/paper.py; keys that this function does not read are ignored.
@@ -172,9 +161,6 @@ def optimizer_from_config(
       layers: names of the network's layers.
       decay: makes the transformation that precedes the learning rate, see `optim.make_optimizer`.
       warmup: maps the number of updates to a factor of every rate; None: no warmup.
-
-    Raises:
-      UserError: an unknown schedule or layer, or a value outside its range.
     """
     check_values(OPTIM_CHECKS, fields, 'optim.{}={!r}')
     for key in ('layer_rates', 'layer_decays'):
@@ -195,8 +181,9 @@ def optimizer_from_config(
         warmup=warmup,
     )
     decays = optim.DecayTable(fields['weight_decay'], fields['bias_decay'], dict(fields['layer_decays']))
-    shape = {key: fields[key] for key in ('momentum', 'rate_in_velocity')}
-    return optim.make_optimizer(rates, decay(decays), **shape)
+    return optim.make_optimizer(
+        rates, decay(decays), momentum=fields['momentum'], rate_in_velocity=fields['rate_in_velocity']
+    )
 
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:

@@ -14,21 +14,13 @@ def weight_gradient(
     """Returns the gradient of a convolution's weights: a matrix product of input patches and output gradient.
 
     Images are processed in chunks that fit the cache. Blocks of stride x stride pixels are first moved into the
-    channels (space to depth), so that a patch consists of a few long contiguous pieces of memory.
-
-    Args:
-      stride, padding: of the convolution, see `ops.conv`.
-      kernel_HWIO: weights; only shape and dtype are used.
-      x_NHWC: input of the convolution.
-      gradient_NHWO: gradient of its output.
-
-    Returns:
-      An array with the shape and dtype of `kernel_HWIO`.
+    channels (space to depth), so that a patch consists of a few long contiguous pieces of memory. Only shape and dtype
+    of `kernel_HWIO` are used; `gradient_NHWO` is the gradient of the output. See `ops.conv` for `stride` and `padding`.
     """
     size, _, channels, features = kernel_HWIO.shape
     count, height, width, _ = gradient_NHWO.shape
     blocks, depth = -(-size // stride), stride * stride * channels
-    wide = jnp.promote_types(x_NHWC.dtype, jnp.float32)
+    sum_dtype = jnp.promote_types(x_NHWC.dtype, jnp.float32)
 
     def patches(x_nHWC: Array) -> Array:
         ends = [
@@ -43,16 +35,16 @@ def weight_gradient(
         x = jnp.concatenate([x[:, i : i + height] for i in range(blocks)], axis=-1)
         return x.reshape(-1, blocks * blocks * depth)
 
-    def product(part: list[Array]) -> Array:
-        x, gradient = part
-        return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=wide)
+    def product(chunk: list[Array]) -> Array:
+        x, gradient = chunk
+        return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=sum_dtype)
 
-    fits = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
-    together = math.gcd(count, 1 << max(fits, 1).bit_length() - 1)
-    parts = [a.reshape(-1, together, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
+    max_images = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
+    chunk_size = math.gcd(count, 1 << max(max_images, 1).bit_length() - 1)
+    chunks = [a.reshape(-1, chunk_size, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
     total, _ = lax.scan(  # starts from the first chunk: in `shard_map` the carry must vary over the mesh as the sums do
-        lambda total, part: (total + product(part), None), product([a[0] for a in parts]), [a[1:] for a in parts]
+        lambda total, chunk: (total + product(chunk), None), product([a[0] for a in chunks]), [a[1:] for a in chunks]
     )
     total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)
-    whole = total.reshape(blocks * stride, blocks * stride, channels, features)
-    return whole[:size, :size].astype(kernel_HWIO.dtype)
+    kernel = total.reshape(blocks * stride, blocks * stride, channels, features)
+    return kernel[:size, :size].astype(kernel_HWIO.dtype)

@@ -46,11 +46,8 @@ def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
 def sums(log_likelihood_N: AnyArray, score_NK: AnyArray, label_N: AnyArray, weight_N: AnyArray) -> Sums:
     """Returns the sums over a batch, each a scalar. Images of weight 0 (padding) do not count.
 
-    Args:
-      log_likelihood_N: float [N], log-probability of the true class.
-      score_NK: float [N, K], logits or probabilities; only their order matters.
-      label_N: int [N].
-      weight_N: float [N], 0 or 1.
+    `log_likelihood_N` is float [N], the log-probability of the true class; `score_NK` is float [N, K], logits or
+    probabilities, of which only the order matters; `label_N` is int [N]; `weight_N` is float [N], 0 or 1.
     """
     weight = weight_N.astype(log_likelihood_N.dtype)
 

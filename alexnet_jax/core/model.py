@@ -166,12 +166,12 @@ class AlexNet(nn.Module):
         """Applies a post op to each part of a layer's output."""
         op, groups = POST_OPS[name], 1
         if op.groups:
-            within = max(1, op.groups(self) // towers)
-            if within % len(parts):  # it mixes channels of different parts
+            groups_here = max(1, op.groups(self) // towers)
+            if groups_here % len(parts):  # it mixes channels of different parts
                 parts = ops.regroup(parts, 1)
-            groups = within // len(parts)
-        kept = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
-        return [op.function(x, Context(self, groups, part)) for x, part in zip(parts, kept, strict=True)]
+            groups = groups_here // len(parts)
+        masks = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
+        return [op.function(x, Context(self, groups, m)) for x, m in zip(parts, masks, strict=True)]
 
 
 def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
@@ -180,8 +180,7 @@ def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     `image_size` is the side of the network's input in pixels. Kernels are float32, HWIO for convolutions (I is the
     number of inputs of one group) and [inputs, outputs] for dense layers.
     """
-    whole = model.clone(tower_axis=None)
-    return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
+    return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 
 def dropout_masks(model: AlexNet, key: Array, batch_size: int, image_size: int) -> Masks:

@@ -19,18 +19,15 @@ def local_response_norm(
         b_i = a_i / (k + alpha * sum of a_j^2 over the n channels around i) ^ beta
 
     Args:
-      x_NHWC: float [N, H, W, C]; sums are computed in float32 or wider.
+      x_NHWC: float [N, H, W, C], also the shape of the result; sums are computed in float32 or wider.
       n: window length; windows are truncated at the first and last channel of a group.
       k, alpha, beta: the paper's constants. Alpha multiplies the sum, as printed, not the mean.
       groups: number of equal channel groups that a window does not cross. Deviation: the paper prints N, all kernels of
         the layer, but each of its GPUs held only half of them (groups=2).
-
-    Returns:
-      float [N, H, W, C].
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC.reshape(*x_NHWC.shape[:-1], groups, -1)
-    return _over_energy(((4, n),), k, alpha, beta, x).reshape(x_NHWC.shape)
+    return _response_norm(((4, n),), k, alpha, beta, x).reshape(x_NHWC.shape)
 
 
 def spatial_response_norm(x_NHWC: Array, *, n: int, k: float, alpha: float, beta: float) -> Array:
@@ -44,11 +41,11 @@ def spatial_response_norm(x_NHWC: Array, *, n: int, k: float, alpha: float, beta
     `x_NHWC` is float [N, H, W, C]; sums are computed in float32 or wider. Returns the same shape.
     """
     chex.assert_rank(x_NHWC, 4)
-    return _over_energy(((1, n), (2, n)), k, alpha, beta, x_NHWC)
+    return _response_norm(((1, n), (2, n)), k, alpha, beta, x_NHWC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _over_energy(windows: Windows, k: float, alpha: float, beta: float, x: Array) -> Array:
+def _response_norm(windows: Windows, k: float, alpha: float, beta: float, x: Array) -> Array:
     """Returns x / (k + alpha * sum of x^2)^beta.
 
     The custom gradient stores only x, and takes a quarter of the time of automatic differentiation on the CPU backend.
@@ -58,11 +55,11 @@ def _over_energy(windows: Windows, k: float, alpha: float, beta: float, x: Array
     return (wide * _power(k + alpha * _window_sums(jnp.square(wide), windows), beta)).astype(x.dtype)
 
 
-def _over_energy_forward(windows: Windows, k: float, alpha: float, beta: float, x: Array) -> tuple[Array, Array]:
-    return _over_energy(windows, k, alpha, beta, x), x
+def _response_norm_forward(windows: Windows, k: float, alpha: float, beta: float, x: Array) -> tuple[Array, Array]:
+    return _response_norm(windows, k, alpha, beta, x), x
 
 
-def _over_energy_backward(
+def _response_norm_backward(
     windows: Windows, k: float, alpha: float, beta: float, x: Array, gradient: Array
 ) -> tuple[Array]:
     """Returns g d^-beta - 2 alpha beta x sum' (g x d^-beta / d) with d = k + alpha sum x^2.
@@ -75,11 +72,11 @@ def _over_energy_backward(
     one = lax.optimization_barrier(jnp.ones((), wide))
     denominator = k + alpha * _window_sums(jnp.square(one * x), windows)
     direct = gradient * _power(denominator, beta)
-    through = _window_sums(direct * x / denominator, windows, reverse=True)
-    return ((direct - (2 * alpha * beta) * x * through).astype(dtype),)
+    indirect = _window_sums(direct * x / denominator, windows, reverse=True)
+    return ((direct - (2 * alpha * beta) * x * indirect).astype(dtype),)
 
 
-_over_energy.defvjp(_over_energy_forward, _over_energy_backward)
+_response_norm.defvjp(_response_norm_forward, _response_norm_backward)
 
 
 def _power(x: Array, beta: float) -> Array:
@@ -93,7 +90,7 @@ def _window_sums(x: Array, windows: Windows, reverse: bool = False) -> Array:
     A window begins n // 2 before its position. With `reverse` the sum is over the positions whose window contains it.
     """
     for axis, n in windows:
-        size, around = x.shape[axis], (n // 2, (n - 1) // 2)
-        x = jnp.pad(x, [around[:: -1 if reverse else 1] if i == axis else (0, 0) for i in range(x.ndim)])
+        size, padding = x.shape[axis], (n // 2, (n - 1) // 2)
+        x = jnp.pad(x, [padding[:: -1 if reverse else 1] if i == axis else (0, 0) for i in range(x.ndim)])
         x = cast(Array, sum(lax.slice_in_dim(x, j, j + size, axis=axis) for j in range(n)))
     return x

@@ -30,7 +30,7 @@ def regroup(parts: list[Array], count: int) -> list[Array]:
 
 
 def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, int]) -> Array:
-    """Cross-correlates the feature maps with each kernel (section 3.5).
+    """Cross-correlates the feature maps with each kernel; returns float [N, H', W', O] (section 3.5).
 
     Args:
       x_NHWC: float [N, H, W, C].
@@ -38,25 +38,22 @@ def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, 
       stride: step of the window in both directions, in pixels.
       padding: zeros (before, after), the same for rows and columns. `(0, 3)` gives an 11x11 window with stride 4
         55 positions on a 224 px image; the last extends over the right and bottom edges, as in the authors' code.
-
-    Returns:
-      float [N, H', W', O].
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
     return _convolve(stride, tuple(padding), x_NHWC, kernel_HWIO)
 
 
-def _plain(stride: int, padding: tuple[int, int], x_NHWC: Array, kernel_HWIO: Array) -> Array:
+def _xla_conv(stride: int, padding: tuple[int, int], x_NHWC: Array, kernel_HWIO: Array) -> Array:
     return lax.conv_general_dilated(
         x_NHWC, kernel_HWIO, (stride, stride), (padding, padding), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
 
 
-_convolve = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
+_convolve = jax.custom_vjp(_xla_conv, nondiff_argnums=(0, 1))
 
 
 def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: Array) -> tuple[Array, _Arrays]:
-    return _plain(stride, padding, x, kernel), (x, kernel)
+    return _xla_conv(stride, padding, x, kernel), (x, kernel)
 
 
 def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
@@ -65,12 +62,12 @@ def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, g
     There XLA's took 1.3 to 2.6 times as long as `cpu_gradients`. For small gradients it took as little as half as long.
     """
     x, kernel = arrays
-    _, pull_back = jax.vjp(functools.partial(_plain, stride, padding), x, kernel)
+    _, vjp = jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)
     if stride == 1 and gradient.size * gradient.dtype.itemsize <= _LARGE_BYTES:
-        return pull_back(gradient)
+        return vjp(gradient)
     by_patches = functools.partial(cpu_gradients.weight_gradient, stride, padding, kernel)
-    of_kernel = lax.platform_dependent(x, gradient, cpu=by_patches, default=lambda _, g: pull_back(g)[1])
-    return pull_back(gradient)[0], of_kernel
+    kernel_gradient = lax.platform_dependent(x, gradient, cpu=by_patches, default=lambda _, g: vjp(g)[1])
+    return vjp(gradient)[0], kernel_gradient
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -79,13 +76,8 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, padding: tuple[int, int]) -> Array:
     """A convolution with a separate kernel at every position: `type=local` of the authors' `layer.py`.
 
-    Args:
-      x_NHWC: float [N, H, W, C].
-      kernel_HWPO: float [H', W', C * size * size, O]. P is the patch flattened in (channel, row, column) order.
-      size, stride, padding: of the window, as in `conv`.
-
-    Returns:
-      float [N, H', W', O].
+    Maps float [N, H, W, C] to [N, H', W', O]. `kernel_HWPO` is float [H', W', C * size * size, O]; P is a patch of
+    size x size pixels, flattened in (channel, row, column) order. See `conv` for `stride` and `padding`.
     """
     chex.assert_rank([x_NHWC, kernel_HWPO], 4)
     return lax.conv_general_dilated_local(
@@ -129,17 +121,11 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def dropout(x: Array, mask: Array | None, *, rate: float, inverted: bool = False) -> Array:
-    """Sets units to zero in training and scales them at test time (section 4.2: no scaling in training).
+    """Sets units of x, float [N, ...], to zero in training and scales all units at test time (section 4.2).
 
-    Args:
-      x: float [N, ...].
-      mask: bool, the shape of x, True where the unit is kept; None at test time.
-      rate: probability of setting a unit to zero.
-      inverted: False: multiply by 1 - rate at test time (the paper). True: divide kept units by 1 - rate in training
-        (Caffe, PyTorch).
-
-    Returns:
-      float, the shape of x.
+    `mask` is bool with the shape of x, True where a unit is kept; None at test time. `rate` is the probability of zero.
+    The paper multiplies by 1 - rate at test time. With `inverted` the kept units are divided by 1 - rate in training
+    instead, as in Caffe and PyTorch.
     """
     if mask is None:
         return x if inverted else x * (1 - rate)

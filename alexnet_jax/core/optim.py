@@ -93,7 +93,7 @@ class RateTable:
     plateau: Plateau | None = None  # decides when a stage ends; None: stages start at their epochs
     warmup: Callable[[jax.Array], jax.Array] | None = None  # number of updates -> factor of every rate
 
-    def _now(self, rates: Sequence[float], state: SgdState) -> jax.Array:
+    def _current(self, rates: Sequence[float], state: SgdState) -> jax.Array:
         """Selects from one rate per stage the rate of the next update."""
         starts = [round(stage.start * self.steps_per_epoch) for stage in self.stages[1:]]
         stage = state.plateau.drops if self.plateau else jnp.sum(state.count >= jnp.asarray(starts, jnp.int32))
@@ -102,7 +102,7 @@ class RateTable:
 
     def base(self, state: SgdState) -> jax.Array:
         """Returns the rate of weights in layers without overrides."""
-        return self._now([self.learning_rate * stage.weights for stage in self.stages], state)
+        return self._current([self.learning_rate * stage.weights for stage in self.stages], state)
 
     def of(self, params: Any, state: SgdState) -> Any:
         """Returns the rate of each array of `params`, {layer: {'kernel', 'bias'}}."""
@@ -110,7 +110,7 @@ class RateTable:
         def rate(path: tuple[Any, ...], _: Any) -> jax.Array:
             layer, part = path[0].key, path[-1].key
             fixed = self.learning_rate * self.layer_rates.get(layer, 1.0) * (self.bias_rate if part == 'bias' else 1.0)
-            return self._now([fixed * stage.factor(layer, part) for stage in self.stages], state)
+            return self._current([fixed * stage.factor(layer, part) for stage in self.stages], state)
 
         return jax.tree.map_with_path(rate, params)
 
@@ -167,7 +167,7 @@ def make_optimizer(
       momentum: 0.9 in the paper.
       rate_in_velocity: True: the paper's update; False: that of `torch.optim.SGD`.
     """
-    scale, trace = _scale_by_rates(), _hold_where_rate_is_0(optax.trace(momentum))
+    scale, trace = _scale_by_rates(), _trace_unless_frozen(optax.trace(momentum))
     chain = optax.chain(decay, *((scale, trace) if rate_in_velocity else (trace, scale)))
 
     def init(params: Any) -> SgdState:
@@ -195,7 +195,7 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _hold_where_rate_is_0(trace: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def _trace_unless_frozen(trace: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.trace`, except that an array with rate 0 keeps its velocity and gets a zero update."""
 
     def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:

@@ -43,11 +43,11 @@ def _span(size: int, window: int, stride: int) -> int:
     return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
-def _taken(x: Array, window: int, stride: int, axis: int) -> list[Array]:
+def _window_slices(x: Array, window: int, stride: int, axis: int) -> list[Array]:
     """Returns the values at the first, second, ... position of each window along an axis; -inf beyond the edge."""
     span = _span(x.shape[axis], window, stride)
-    if (missing := span + window - 1 - x.shape[axis]) > 0:
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
+    if (padding := span + window - 1 - x.shape[axis]) > 0:
+        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
     return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
 
 
@@ -58,7 +58,7 @@ def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[
     slices with the producer of x and recompute it for every window over a value.
     """
     count = np.min_scalar_type(window**2)
-    values = [value for row in _taken(x, window, stride, 1) for value in _taken(row, window, stride, 2)]
+    values = [value for row in _window_slices(x, window, stride, 1) for value in _window_slices(row, window, stride, 2)]
     y = functools.reduce(jnp.maximum, values)
     ties = sum((value == y).astype(count) for value in values)
     y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
@@ -74,13 +74,13 @@ def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], grad
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
     total: Any = 0
     for m, n in itertools.product(back, back):
-        over = functools.partial(_over_places, back=(m, n), stride=stride, shape=x.shape)
-        mine = (x == over(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
-        total += jnp.where(mine, over(share), 0)
+        upsample = functools.partial(_upsample, back=(m, n), stride=stride, shape=x.shape)
+        is_max = (x == upsample(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
+        total += jnp.where(is_max, upsample(share), 0)
     return (total.astype(x.dtype),)
 
 
-def _over_places(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
+def _upsample(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
     """Returns y[i // stride - back[0], j // stride - back[1]] at each position (i, j) of a shape; 0 outside y."""
     for axis, m in zip((1, 2), back, strict=True):
         count = -(-shape[axis] // stride)
@@ -105,8 +105,8 @@ def avg_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
         size = x.shape[axis]
         span = _span(size, window, stride)
         inside = [min(window, size - start) for start in range(0, span, stride)]
-        missing = max(0, span + window - 1 - size)
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
+        padding = max(0, span + window - 1 - size)
+        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(4)])
         x = cast(Array, sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)))
         x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x

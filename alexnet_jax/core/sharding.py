@@ -22,21 +22,14 @@ from alexnet_jax.utils.errors import UserError
 def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of `data` x `tower` devices: 1x1 is a laptop, 1x2 the paper, Nx2 and Nx1 a cluster.
 
-    Args:
-      data: number of equal parts of a batch; 0 uses all devices.
-      tower: 1, or 2 as in the paper (section 3.2). A single device always holds both towers.
-      devices: devices to use; None uses all.
-
-    Raises:
-      UserError: the mesh needs other devices than there are.
+    `data` is the number of equal parts of a batch; 0 uses all devices. `tower` is 1, or the paper's 2 (section 3.2).
+    A single device always holds both towers. Raises UserError if `devices` (default: all) do not fit the mesh.
     """
     if devices is None:
         devices = jax.devices()
         environment.warn_if_no_accelerator(devices[0].platform)
-    if tower not in (1, 2):
-        raise UserError(f'mesh.tower={tower}: expected 1 or 2.')
-    if data < 0:
-        raise UserError(f'mesh.data={data}: expected a positive number of parts of the batch, or 0 to use all devices.')
+    if data < 0 or tower not in (1, 2):
+        raise UserError(f'mesh.data={data}, mesh.tower={tower}: expected data >= 0 (0: all devices) and tower 1 or 2.')
     if tower == 2 and len(devices) == 1:
         logging.info('One device: it computes both towers (mesh.tower=1).')
         tower = 1
@@ -68,8 +61,8 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     gradients are exactly two times too large, without an error.)
     """
     towers = mesh.shape['tower']
-    missing = -model.num_classes % towers
-    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + missing)
+    padding = -model.num_classes % towers
+    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
     classifier = list(model.layers)[-1]
 
     # Axes of one device are left out: XLA's CPU backend would copy all gradients to sum over a single device.
@@ -88,9 +81,9 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
         return cast(Array, mapped.apply({'params': params}, x_nHWC, masks))  # a pair only with `mutable`
 
     def apply(params: Any, x_NHWC: Array, masks: Masks | None = None) -> Array:
-        if missing:  # an odd number of classes: pad by one class, which is cut off again below
+        if padding:  # an odd number of classes: pad by one class, which is cut off again below
             padded = {
-                part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) for part, x in params[classifier].items()
+                part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) for part, x in params[classifier].items()
             }
             params = {**params, classifier: padded}
         if not axes:
@@ -106,7 +99,7 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
             out_specs=spec('data', 'tower'),
             axis_names=axes,
         )(params, x_NHWC, masks)
-        return logits[:, : model.num_classes] if missing else logits
+        return logits[:, : model.num_classes] if padding else logits
 
     return apply
 
@@ -120,8 +113,9 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Returns a NamedSharding for every leaf of a training state; leaves that are not scalars are like parameters."""
 
     def place(leaf: Array) -> NamedSharding:
-        odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']  # an odd number of classes: replicate the classifier
-        return NamedSharding(mesh, P() if odd else _tower_spec(leaf))
+        # With an odd number of classes the classifier is replicated.
+        is_odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']
+        return NamedSharding(mesh, P() if is_odd else _tower_spec(leaf))
 
     return jax.tree.map(place, state)
 
@@ -143,13 +137,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises UserError if the batch size is not divisible by the data axis times `grad_accum_steps`."""
-    parts = mesh.shape['data']
-    if batch_size % parts:
-        raise UserError(f'batch_size={batch_size}: expected a multiple of {parts}, the number of parts of mesh.data.')
-    if grad_accum_steps < 1 or batch_size % (parts * grad_accum_steps):
+    multiple = mesh.shape['data'] * max(1, grad_accum_steps)
+    if grad_accum_steps < 1 or batch_size % multiple:
         raise UserError(
             f'batch_size={batch_size}, grad_accum_steps={grad_accum_steps}: expected batch_size to be a multiple of '
-            f'{parts * max(1, grad_accum_steps)}, which is grad_accum_steps (at least 1) times mesh.data.'
+            f'{multiple}, which is grad_accum_steps (at least 1) times mesh.data.'
         )
 
 

@@ -109,16 +109,15 @@ def train_step(
             x = augment.preprocess(batch, image_stats, augmentation, color=color, dtype=dtype)
         return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
 
-    def add(so_far: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, so_far, gradient(*part)), None
+    def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(*microbatch)), None
 
     if grad_accum_steps == 1:
         grads, sums = gradient(batch, masks)
     else:
-        parts = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
-        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(jnp.zeros_like, shapes)
-        (grads, sums), _ = lax.scan(add, zero, parts)
+        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
+        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], microbatches))
+        (grads, sums), _ = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, shapes), microbatches)
     with jax.named_scope('update'):
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
@@ -146,14 +145,15 @@ def log_probabilities(
     """
     dtype = jax.tree.leaves(params)[0].dtype
     inputs = augment.views(image_NHWC, image_stats, augmentation, count=views, dtype=dtype)
-    each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
-    return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
+    log_softmax_VNK = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
+    return jax.nn.logsumexp(log_softmax_VNK, axis=0) - jnp.log(views)
 
 
 def eval_step(
     params: Any, batch: Batch, image_stats: ImageStats, *, forward: Forward, augmentation: Augmentation, views: int
 ) -> metrics.Sums:
     """Returns the metric sums of one batch from `pipeline.eval_batches`; other arguments as for `log_probabilities`."""
-    test: dict[str, Any] = {'forward': forward, 'augmentation': augmentation, 'views': views}
-    scores = log_probabilities(params, batch['image'], image_stats, **test)
+    scores = log_probabilities(
+        params, batch['image'], image_stats, forward=forward, augmentation=augmentation, views=views
+    )
     return metrics.sums(metrics.take_label(scores, batch['label']), scores, batch['label'], batch['weight'])

@@ -49,9 +49,9 @@ def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: Tr
     path = os.path.join(folder, FILE_NAME)
     try:
         listed, complete = _read_list(path)
-        there = set(_files(folder))
-        names = sorted(listed if complete else listed.keys() | there)
-        problems = {name: _mismatch(folder, name, listed, there, wanted) for name in names}
+        existing = set(_files(folder))
+        names = sorted(listed if complete else listed.keys() | existing)
+        problems = {name: _mismatch(folder, name, listed, existing, wanted) for name in names}
         return [f'{os.path.join(folder, name)}: {problem}' for name, problem in problems.items() if problem]
     except PermissionError as error:
         raise UserError(f'cannot read {error.filename!r}: {error.strerror}.') from error
@@ -76,11 +76,11 @@ def _read_list(path: str) -> tuple[dict[str, str], bool]:
     return listed, match[1] is not None
 
 
-def _mismatch(folder: str, name: str, listed: Mapping[str, str], there: Container[str], wanted) -> str | None:
+def _mismatch(folder: str, name: str, listed: Mapping[str, str], existing: Container[str], wanted) -> str | None:
     """Returns the problem of one file, or None. Raises PermissionError."""
     path = os.path.join(folder, name)
     try:
-        if name not in there:
+        if name not in existing:
             return 'missing'
         if name not in listed:
             return f'not in {FILE_NAME} (remove it if it is not needed)'

@@ -15,10 +15,10 @@ from alexnet_jax.utils.errors import UserError, did_you_mean, first_line
 def config_names() -> dict[str, pathlib.Path]:
     """Returns the files of the configs that are part of the package, by name."""
     package = pathlib.Path(__file__).parents[1]
-    folders = [
-        folder for folder in (package / 'configs', package.parent / 'configs') if (folder / 'paper.py').is_file()
-    ]
-    return {path.stem: path for path in sorted(folders[0].glob('*.py'))} if folders else {}
+    for folder in (package / 'configs', package.parent / 'configs'):
+        if (folder / 'paper.py').is_file():
+            return {path.stem: path for path in sorted(folder.glob('*.py'))}
+    return {}
 
 
 def get_config(name: str | os.PathLike) -> ConfigDict:
@@ -29,14 +29,15 @@ def get_config(name: str | os.PathLike) -> ConfigDict:
     """
     name = os.fspath(name)
     file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
-    path, own = pathlib.Path(file), config_names()
-    if file in own and path.is_file():
+    path, packaged = pathlib.Path(file), config_names()
+    if file in packaged and path.is_file():
         logging.info('Using the file %s in this folder, not the config of that name in alexnet_jax.', file)
-    elif file in own:
-        path = own[file]
+    elif file in packaged:
+        path = packaged[file]
     elif not path.is_file():
-        beside = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
-        hint = did_you_mean(path.stem, own) if path.stem in own or not beside else did_you_mean(file, beside)
+        siblings = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
+        by_name = path.stem in packaged or not siblings
+        hint = did_you_mean(path.stem, packaged) if by_name else did_you_mean(file, siblings)
         raise UserError(f'no config file {file!r}.{hint}')
     try:
         function = runpy.run_path(str(path)).get('get_config')

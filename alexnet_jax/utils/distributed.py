@@ -18,10 +18,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """Calls `function` in process 0 and returns its result (JSON, at most 64 KiB) in every process.
-
-    An error in process 0 is raised as a UserError in every process.
-    """
+    """Calls `function` in process 0; every process returns its result (JSON up to 64 KiB) or raises UserError."""
     if jax.process_count() == 1:
         return function()
     outcome = {}
@@ -52,10 +49,10 @@ def defer_sigterm() -> Iterator[Callable[[], bool]]:
     elif threading.current_thread() is not threading.main_thread():
         yield lambda: False
     else:
-        asked = threading.Event()
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        received = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: received.set())
         try:
-            yield asked.is_set
+            yield received.is_set
         finally:
             signal.signal(signal.SIGTERM, before)
 

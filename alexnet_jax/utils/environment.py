@@ -20,15 +20,15 @@ def describe_environment() -> dict[str, Any]:
     """Returns versions, devices and commit, for environment.json and published numbers."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # The ceiling keeps git from reporting a repository that contains the virtual environment.
-    only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}
+    git_env = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}
     describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
     commit = None
     with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
-    of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
+        commit = subprocess.run(describe, cwd=root, env=git_env, capture_output=True, text=True).stdout.strip()
+    gpu_packages = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
     versions = dict.fromkeys(packages)  # None: not installed, for example alexnet_jax run from a source folder
-    for name in packages + of_gpus:
+    for name in packages + gpu_packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
@@ -46,8 +46,8 @@ def describe_environment() -> dict[str, Any]:
 @functools.cache
 def warn_if_no_accelerator(platform: str) -> None:
     """Warns if JAX has an accelerator plugin but found no accelerator and computes on the CPU."""
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options at run time
-    if platform != 'cpu' or asked == 'cpu' or os.path.exists('/dev/nvidia0'):
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options at run time
+    if platform != 'cpu' or platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
         return  # JAX itself warns of an NVIDIA GPU that it cannot use
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(

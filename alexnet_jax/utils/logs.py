@@ -31,8 +31,8 @@ def _is_wanted(record: std_logging.LogRecord) -> bool:
     """Selects this package's records, warnings of others, and JAX records requested by JAX_DEBUG_LOG_MODULES."""
     if record.levelno < std_logging.WARNING:
         names = itertools.accumulate(record.name.split('.'), '{}.{}'.format)  # jax, jax._src, jax._src.compiler
-        asked = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
-        return asked or _is_own(record)
+        requested = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
+        return requested or _is_own(record)
     return f'{os.sep}orbax{os.sep}' not in record.pathname  # orbax logs errors before it raises them
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 # Grain frees the shared memory of batches in the background. At exit Python's resource tracker frees the rest, and
 # would warn of a leak.
-_QUIET = 'ignore:resource_tracker:UserWarning'
+_NO_LEAK_WARNING = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
 
 
@@ -30,10 +30,7 @@ def end_with_parent(*_: object) -> None:
 
 
 def script_without_guard() -> str | None:
-    """Returns the path of the main script if it has no `__main__` guard, else None.
-
-    Each spawned worker would run such a script again.
-    """
+    """Returns the path of the main script if it has no `__main__` guard: every spawned worker would run it again."""
     main = sys.modules['__main__']
     path = getattr(main, '__file__', None)
     if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
@@ -95,8 +92,8 @@ def signals_blocked() -> Iterator[None]:
     Schedulers and terminals send these signals to all processes of a group. Workers must survive them: the parent must
     save its state first, and a worker that dies with the lock of its queue would leave the parent waiting forever.
     """
-    if _QUIET not in sys.warnoptions:  # the tracker process gets these options
-        sys.warnoptions.append(_QUIET)
+    if _NO_LEAK_WARNING not in sys.warnoptions:  # the tracker process gets these options
+        sys.warnoptions.append(_NO_LEAK_WARNING)
     resource_tracker.ensure_running()  # starting it later would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:

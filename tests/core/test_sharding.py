@@ -210,7 +210,7 @@ def test_mesh_errors(capsys):
         sharding.make_mesh(data=3, tower=2)
     with pytest.raises(UserError, match='mesh.tower=3'):
         sharding.make_mesh(data=0, tower=3)
-    with pytest.raises(UserError, match='batch_size=10: expected a multiple of 4'):
+    with pytest.raises(UserError, match='batch_size=10, grad_accum_steps=1: expected batch_size to be a multiple of 4'):
         sharding.check_batch(sharding.make_mesh(data=4, tower=1), 10)
     assert sharding.make_mesh(data=1, tower=2, devices=devices[:3]).shape == {'data': 1, 'tower': 2}
     assert not capsys.readouterr().out

@@ -11,7 +11,10 @@ from tests import helpers
     ('changes', 'message'),
     [
         ({'model.num_classes': 12}, 'the data have 10 classes, the model 12; use --config.model.num_classes=10'),
-        ({'batch_size': 63, 'mesh.data': 2}, 'batch_size=63: expected a multiple of 2'),
+        (
+            {'batch_size': 63, 'mesh.data': 2},
+            'batch_size=63, grad_accum_steps=1: expected batch_size to be a multiple of 2',
+        ),
         ({'data.image_size': 64}, 'data.image_size=64 is larger than the prepared images'),
         ({'data.image_size': 2}, 'data.image_size=2: conv1: a'),
         ({'data.path': '/nowhere'}, 'there is no data directory'),
@@ -33,7 +36,7 @@ from tests import helpers
             {'optim.layer_rates': (('conv1', 0.1), ('conv1', 0.2))},
             'optim.layer_rates has a layer twice: conv1, conv1',
         ),
-        ({'data.crop_area': (0.1, 1.0), 'data.mean': 'center'}, "data.mean='center', but data.crop_area"),
+        ({'data.crop_area': (0.1, 1.0), 'data.mean': 'center'}, "data.mean='center': expected 'channel' with"),
         ({'seed': -1}, 'seed=-1: expected 0 to'),
         ({'data.num_workers': -2}, 'data.num_workers=-2: expected -1 or more'),
         ({'data.cache': 'disk'}, "data.cache='disk': expected '', 'host' or 'device'"),
