@@ -99,7 +99,10 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
     shape: Shape = (image_size, image_size, 3)
     for name, layer in model.layers.items():
         _check_groups(model, name, shape[-1], towers)
-        inputs, op_shapes = shape, list(_op_shapes(model, name, shape, image_size))
+        try:
+            inputs, op_shapes = shape, list(_op_shapes(model, name, shape))
+        except UserError as error:
+            raise UserError(f'data.image_size={image_size}: {name}: {error}; use a larger size.') from error
         linear, shape = op_shapes[0][1], op_shapes[-1][1]
         weights = _fan_in(layer, inputs) * layer.features
         positions = linear[0] * linear[1] if isinstance(layer, ConvSpec) else 1
@@ -185,24 +188,18 @@ def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
     return math.prod(inputs) // layer.groups
 
 
-def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterator[tuple[str, Shape]]:
+def _op_shapes(model: Any, name: str, inputs: Shape) -> Iterator[tuple[str, Shape]]:
     """Yields ('linear', shape), then (op, shape) for each post op. Raises UserError if the maps are too small."""
     layer: LayerSpec = model.layers[name]
     shape: Shape = (layer.features,)
     if isinstance(layer, ConvSpec):
         size = inputs[0] + sum(layer.padding)
         if size < layer.kernel:
-            raise UserError(
-                f'data.image_size={image_size}: {name}: a window of {layer.kernel} px does not fit padded maps of '
-                f'{size} px; use a larger size.'
-            )
+            raise UserError(f'a window of {layer.kernel} px does not fit padded maps of {size} px')
         shape = ((size - layer.kernel) // layer.stride + 1,) * 2 + shape
     yield 'linear', shape
     for op in layer.ops:
         context = Context(model, groups=max(1, _mixing_groups(model, op)), mask=None)
         x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        try:
-            shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
-        except UserError as error:
-            raise UserError(f'data.image_size={image_size}: {name}: {error}; use a larger size.') from error
+        shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
         yield op, shape

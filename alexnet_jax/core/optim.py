@@ -128,8 +128,8 @@ class DecayTable:
     """The weight decay of every array, which the update multiplies by the learning rate."""
 
     weights: float = 0.0005  # the paper's value
-    # The paper's update does not tell weights from biases. The authors' code and Caffe decay only weights;
-    # `torch.optim.SGD` decays both.
+    # 0 in the paper's config: the paper's update does not tell weights from biases, but the authors' code and Caffe
+    # decay only weights. `torch.optim.SGD` decays both.
     biases: float = 0.0
     layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # overrides `weights` by layer
 

@@ -43,11 +43,11 @@ def _span(size: int, window: int, stride: int) -> int:
     return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
-def _window_slices(x: Array, window: int, stride: int, axis: int) -> list[Array]:
-    """Returns the values at the first, second, ... position of each window along an axis; -inf beyond the edge."""
+def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -> list[Array]:
+    """Returns the values at the first, second, ... position of each window along an axis; `fill` beyond the edge."""
     span = _span(x.shape[axis], window, stride)
     if (padding := span + window - 1 - x.shape[axis]) > 0:
-        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
+        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
     return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
 
 
@@ -57,10 +57,10 @@ def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[
     The maximum is taken over slices, which XLA fuses with the count. Without the count (`_max_pool`) XLA would fuse the
     slices with the producer of x and recompute it for every window over a value.
     """
-    count = np.min_scalar_type(window**2)
-    values = [value for row in _window_slices(x, window, stride, 1) for value in _window_slices(row, window, stride, 2)]
+    rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
+    values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]
     y = functools.reduce(jnp.maximum, values)
-    ties = sum((value == y).astype(count) for value in values)
+    ties = sum((value == y).astype(np.min_scalar_type(window**2)) for value in values)
     y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
     return y, (x, y, ties)
 
@@ -103,10 +103,7 @@ def avg_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     x = x_NHWC
     for axis in (1, 2):
         size = x.shape[axis]
-        span = _span(size, window, stride)
-        inside = [min(window, size - start) for start in range(0, span, stride)]
-        padding = max(0, span + window - 1 - size)
-        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(4)])
-        x = cast(Array, sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)))
-        x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
+        counts = [min(window, size - start) for start in range(0, _span(size, window, stride), stride)]
+        x = cast(Array, sum(_window_slices(x, window, stride, axis, fill=0)))
+        x = x / jnp.asarray(counts, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x
