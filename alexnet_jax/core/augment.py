@@ -160,15 +160,9 @@ def views(
 ) -> list[Array]:
     """Returns the network's inputs at test time: center crop (count=1) or ten views (count=10), without color shift.
 
-    Args:
-      image_NHWC: uint8 [N, S, S, 3], whole records of the same size as the mean image.
-      image_stats: statistics of the training set.
-      augmentation: `mean` selects the mean of the same crop (paper) or the same mean for all views (authors).
-      count: number of views, 1 or 10; UserError otherwise.
-      dtype: dtype of the result.
-
-    Returns:
-      `count` arrays, float [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`).
+    `image_NHWC` is uint8 [N, S, S, 3], whole records of the size of the mean image. `augmentation.mean` selects the mean
+    of the same crop (paper) or one mean for all views (authors). The results are `count` arrays, `dtype`
+    [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`). Raises UserError for other counts.
     """
     if count not in (1, 10):
         raise UserError(f'views={count}: expected 1 (center) or 10 (corners and center, with reflections).')

@@ -36,9 +36,8 @@ def spatial_response_norm(x_NHWC: Array, *, n: int, k: float, alpha: float, beta
         b = a / (k + alpha * sum of a^2 over the window around it) ^ beta
 
     It is `type=rnorm` of `layer.py`; net 145 applies it after the second normalization, with alpha = scale / n^2. A
-    window begins n // 2 before its position and is truncated at the edges.
-
-    `x_NHWC` is float [N, H, W, C]; sums are computed in float32 or wider. Returns the same shape.
+    window begins n // 2 before its position and is truncated at the edges. `x_NHWC` is float [N, H, W, C], also the
+    shape of the result; sums are computed in float32 or wider.
     """
     chex.assert_rank(x_NHWC, 4)
     return _response_norm(((1, n), (2, n)), k, alpha, beta, x_NHWC)

@@ -149,11 +149,7 @@ def add_decays(table: DecayTable) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    rates: RateTable,
-    decay: optax.GradientTransformation,
-    *,
-    momentum: float = 0.9,
-    rate_in_velocity: bool = True,
+    rates: RateTable, decay: optax.GradientTransformation, *, momentum: float = 0.9, rate_in_velocity: bool = True
 ) -> Optimizer:
     """Returns the stochastic gradient descent of the module docstring.
 
@@ -161,14 +157,11 @@ def make_optimizer(
     by its velocity. `optax.partition` would change the state tree, so that a checkpoint could not be restored with
     other layers frozen.)
 
-    Args:
-      rates: learning rate of every array.
-      decay: transformation that precedes the rate: `add_decays`, or a replacement for large batches.
-      momentum: 0.9 in the paper.
-      rate_in_velocity: True: the paper's update; False: that of `torch.optim.SGD`.
+    `decay` precedes the rate: `add_decays`, or a replacement for large batches. The paper's momentum is 0.9. With
+    `rate_in_velocity=False` the update is that of `torch.optim.SGD`.
     """
     scale, trace = _scale_by_rates(), _trace_unless_frozen(optax.trace(momentum))
-    chain = optax.chain(decay, *((scale, trace) if rate_in_velocity else (trace, scale)))
+    chain = optax.chain(decay, scale, trace) if rate_in_velocity else optax.chain(decay, trace, scale)
 
     def init(params: Any) -> SgdState:
         # Every scalar needs its own buffer, because the state is donated.

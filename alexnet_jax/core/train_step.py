@@ -25,10 +25,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_size: int) -> TrainState:
-    """Returns an initial state, with parameters drawn from `key`; jit with `out_shardings` to place it on a mesh.
-
-    `image_size` is the side of the network's input in pixels.
-    """
+    """Returns an initial state with parameters drawn from `key`. Jit it with `out_shardings` to place it on a mesh."""
     params = model.init_params(network, key, image_size)
     return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
 
@@ -48,10 +45,7 @@ def loss_and_sums(
 
 
 def _split_microbatches(x_N: Array, parts: int, shards: int) -> Array:
-    """Splits [N, ...] into [parts, N / parts, ...].
-
-    Each microbatch takes the same number of rows from every shard, so no data moves between devices.
-    """
+    """Splits x into [parts, N / parts, ...], with the same number of rows from every shard so that no data moves."""
     rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
     return rows.reshape(parts, -1, *x_N.shape[1:])
 
