@@ -160,8 +160,8 @@ def views(
 ) -> list[Array]:
     """Returns the network's inputs at test time: center crop (count=1) or ten views (count=10), without color shift.
 
-    `image_NHWC` is uint8 [N, S, S, 3], whole records of the size of the mean image. `augmentation.mean` selects the mean
-    of the same crop (paper) or one mean for all views (authors). The results are `count` arrays, `dtype`
+    `image_NHWC` is uint8 [N, S, S, 3], whole records of the size of the mean image. `augmentation.mean` selects the
+    mean of the same crop (paper) or one mean for all views (authors). The results are `count` arrays, `dtype`
     [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`). Raises UserError for other counts.
     """
     if count not in (1, 10):
