@@ -122,7 +122,7 @@ def test_dropout_by_a_key_is_dropout_by_its_masks():
 
     chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, helpers.SIZE)))
     assert not np.allclose(apply(train=True, rng=key), apply())
-    with pytest.raises(UserError, match='train=True draws dropout masks; give rng'):
+    with pytest.raises(UserError, match='train=True needs a random key for dropout; pass rng'):
         apply(train=True)
 
 

@@ -152,7 +152,7 @@ def test_one_flipped_bit_is_loaded_silently_by_orbax_and_refused_here(copy):
         before = path.read_bytes()
         for _ in range(4):
             _flip(path, rng)
-            with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its bytes have changed .* in .*: 2'):
+            with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its content has changed .* in .*: 2'):
                 loading.load_checkpoint(str(step))
             checksums.write(str(step))
             try:
@@ -181,7 +181,7 @@ def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
     with manager.CheckpointManager(str(copy)) as saved:
         assert saved.steps() == [2] and saved.latest() == saved.best() == 2
         *half_written, problem = saved.damaged
-        assert 'checkpoints/3/meta/metadata: its bytes have changed' in problem and '3.damaged' in problem
+        assert 'checkpoints/3/meta/metadata: its content has changed' in problem and '3.damaged' in problem
         assert sorted(path.name for path in map(_named, half_written)) == ['4', '5.orbax-checkpoint-tmp']
         state = train_step.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
         saved.save(state, before.image_stats, json.loads((copy / 'meta.json').read_text()), 5.0)
@@ -328,8 +328,8 @@ def test_verify(copy, tmp_path, capsys):
         [sys.executable, '-m', 'alexnet_jax', 'verify', str(copy), str(data)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert f'damaged: {shard}: its bytes have changed' in result.stderr
-    assert 'checkpoints/3/params/_METADATA: its bytes have changed' in result.stderr
+    assert f'damaged: {shard}: its content has changed' in result.stderr
+    assert 'checkpoints/3/params/_METADATA: its content has changed' in result.stderr
     (data / 'checkpoints').symlink_to(copy / 'checkpoints')  # both a workdir and its data
     folders, found = verify.verify(str(data))
     assert len(folders) == 3 and [problem.split(': ')[0] for problem in found][-1] == str(shard)

@@ -131,7 +131,7 @@ def test_a_row_is_what_evaluate_says(tmp_path):
     [
         (('ablation',), "Did you mean 'ablations'?"),
         (('views', '--scale=2'), '--scale=2.0'),
-        (('views', '--base=configs/papr.py'), "there is no config file 'configs/papr.py'"),
+        (('views', '--base=configs/papr.py'), "no config file 'configs/papr.py'"),
         (('views', '--output=README.md/out'), "--output='README.md/out' cannot be used: Not a directory"),
         ((), 'give one SUITE (figure1, ablations, cifar10, ensemble, views)'),
     ],

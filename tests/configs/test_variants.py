@@ -154,7 +154,7 @@ def test_collectives(variant, gathers):
 @pytest.mark.parametrize(
     ('variant', 'message'),
     [
-        ('caffe', 'conv1: lrn works in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('caffe', 'conv1: lrn has 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
         ('torchvision', 'No layer has groups=2; set mesh.tower=1'),
         ('ablations:one_gpu', 'No layer has groups=2; set mesh.tower=1'),
     ],
@@ -287,8 +287,8 @@ def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch,
     sizes = architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     assert sizes['conv1'].outputs == (14, 14, 8)
     monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 1))
-    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 features'):
+    with pytest.raises(UserError, match=r'conv1: pair_mean has 1 group\(s\), which cannot be split'):
         architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     config.model.layers.fc6.post = 'halve'
-    with pytest.raises(UserError, match="fc6 is followed by 'halve'; expected some of: dropout, pair_mean, relu, tanh"):
+    with pytest.raises(UserError, match="fc6.post='halve': unknown op 'halve'; use dropout, pair_mean, relu, tanh"):
         architecture.infer_shapes(model_from_config(config.model), 28)

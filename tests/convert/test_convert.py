@@ -390,9 +390,9 @@ def _wrong_files(folder):
         )
     # What would take far more memory than the file has bytes.
     few = {'a.weight': torch.zeros(1, dtype=torch.half).expand(40_000, 50_000), 'a.bias': torch.zeros(1)}
-    yield 'expanded.pth', _saved(few), r'\d{4} bytes that declare 4000000004'
+    yield 'expanded.pth', _saved(few), r'\d{4} bytes, but 4000000004 declared'
     yield 'bytes.pth', _saved({'w': _Zeros()}), r'pickled Python object \(__builtin__.bytearray\)'
-    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes that declare 4000(?!000)\d+\)'
+    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes, but 4000(?!000)\d+ declared\)'
     yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'has no place for: a\?b\? \(1,\)'
     whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
     changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]
@@ -401,9 +401,9 @@ def _wrong_files(folder):
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
     plain = manager.config_to_json(_config('torchvision'))
     for part, key, said in (
-        ('model', 'lrn_k', 'model.lrn_k is 1000+; expected a number above 0'),
-        ('data', 'color_std', 'data.color_std=1000+; expected a number of 0 or more'),
-        ('model', '\n', r'own.safetensors.: model.\? is unknown.'),
+        ('model', 'lrn_k', 'model.lrn_k=1000+: expected a positive number'),
+        ('data', 'color_std', 'data.color_std=1000+: expected a number of 0 or more'),
+        ('model', '\n', r"own.safetensors.: unknown config key 'model.\?'."),
     ):
         changed = {**plain, part: {**plain[part], key: 10**400}}
         own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
@@ -470,7 +470,7 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         (dict(mean='two'), 'expected a name ending in .binaryproto or .npy'),
         (dict(classes='two'), 'expected 7 class names, one for each output, found 2'),
         (dict(classes='none'), "--classes=.* cannot be read"),
-        (dict(output='exists'), "exists' exists already; remove it or choose another --output"),
+        (dict(output='exists'), "exists' already exists; remove it or choose another --output"),
         (dict(to='onnx'), "--to='onnx'; expected checkpoint or safetensors"),
         (dict(to='safetensors', mean=None), 'there is no checkpoint at'),
         (dict(to='safetensors'), '--mean, --config and --classes are for --to=checkpoint'),

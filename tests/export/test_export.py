@@ -63,7 +63,7 @@ def test_the_command(views, images, tmp_path):
     _run('convert', f'--input={out}/model.safetensors', f'--output={tmp_path}/back')
     again = predict.predict(loading.load_checkpoint(str(tmp_path / 'back')), images, views=views)
     np.testing.assert_allclose(again, predict.predict(loaded, images, views=views), atol=1e-6)
-    assert 'exists already' in _run('export', f'--checkpoint={path}', f'--output={out}', code=2)
+    assert 'already exists' in _run('export', f'--checkpoint={path}', f'--output={out}', code=2)
 
 
 def test_what_gives_other_probabilities_is_refused(tmp_path):

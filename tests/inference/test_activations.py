@@ -154,7 +154,7 @@ def test_user_errors(loaded, val, tmp_path):
         ('out.npz', 'fc9', "no layer 'fc9' in this network. Did you mean 'fc8'?"),
         ('out.npz', 'conv1.norm', "no layer 'conv1.norm' in this network. Did you mean 'conv1"),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
-        ('there.npz', 'fc7', 'exists already; remove it or choose another --output'),
+        ('there.npz', 'fc7', 'already exists; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
     ):
         with pytest.raises(UserError) as error:

@@ -256,7 +256,7 @@ def test_empty_and_all_bad_folders(tmp_path):
 def test_what_exists_is_not_overwritten(folder, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'precious').write_text('data')
-    with pytest.raises(UserError, match='exists already'):
+    with pytest.raises(UserError, match='already exists'):
         prepare.prepare(folder, str(tmp_path / 'out'))
     assert os.listdir(tmp_path / 'out') == ['precious']
 
@@ -369,7 +369,8 @@ def test_damaged_statistics_are_named(folder, tmp_path):
     content = (out / 'image_stats.npz').read_bytes()
     (out / 'image_stats.npz').write_bytes(content[: len(content) // 2])
     with pytest.raises(
-        UserError, match=r'data is damaged: .*image_stats.npz: its bytes have changed \(SHA-256\); prep'
+        UserError,
+        match=r'data is damaged: .*image_stats.npz: its content has changed \(SHA-256 mismatch\); prep',
     ):
         datasets.open_dataset(str(out))
     for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote

@@ -37,7 +37,7 @@ def test_an_existing_path_wins_over_a_name_and_is_said(tmp_path, monkeypatch, ca
     (tmp_path / 'paper').write_text(CONFIG)
     with caplog.at_level('INFO'):
         assert alexnet_jax.get_config('paper').seed == 'own'
-    assert 'paper is the file of that name in this folder' in caplog.text
+    assert 'Using the file paper in this folder' in caplog.text
 
 
 def test_colons_in_paths_frozen_configs_and_errors_of_a_config_itself(tmp_path):
@@ -54,9 +54,9 @@ def test_colons_in_paths_frozen_configs_and_errors_of_a_config_itself(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('papr', "there is no config file 'papr'. Did you mean 'paper'"),
-        ('configs/paper.py', "there is no config file 'configs/paper.py'. Did you mean 'paper'"),
-        ('caffe:x', "'caffe' has no variants; expected it without ':x'"),
+        ('papr', "no config file 'papr'. Did you mean 'paper'"),
+        ('configs/paper.py', "no config file 'configs/paper.py'. Did you mean 'paper'"),
+        ('caffe:x', "'caffe' has no variants; remove ':x'"),
         ('cifar10:x', "no variant 'x'; expected one of 80sec"),
     ],
 )
