@@ -1,4 +1,4 @@
-"""Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
+"""Reads Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
 
 import functools
 import math
@@ -10,9 +10,9 @@ import numpy as np
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, printable, unreadable
 from alexnet_jax.utils.errors import UserError
 
-_LARGEST_PROTOBUF = 2**31 - 1  # bytes; its own limit
+_LARGEST_PROTOBUF = 2**31 - 1  # bytes; protobuf's own limit
 _MOST_AXES = 32  # Caffe's own limit
-# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: field, number, type, whether repeated.
+# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: (field name, number, type, repeated).
 _MESSAGES = {
     'BlobShape': [('dim', 1, 'INT64', True)],
     'BlobProto': [
@@ -44,7 +44,7 @@ def _caffe_message(name: str):
 
 
 def parse_message(path: str, name: str):
-    """A file's message of a type that `_MESSAGES` names. Raises UserError where it is none."""
+    """Parses a file as the message type `name`, a key of `_MESSAGES`. Raises UserError if it is not such a message."""
     from google.protobuf.message import DecodeError
 
     if (size := os.path.getsize(path)) > _LARGEST_PROTOBUF:
@@ -58,8 +58,8 @@ def parse_message(path: str, name: str):
 
 
 def blob_array(path: str, name: str, blob) -> np.ndarray:
-    """A BlobProto as float32. Raises UserError where its shape is not that of its numbers."""
-    with np.errstate(over='ignore'):  # infinity is refused later, with the name of the layer
+    """Returns a BlobProto as a float32 array. Raises UserError if its shape does not match its number of values."""
+    with np.errstate(over='ignore'):  # convert() rejects infinity and names the layer
         data = np.array(blob.data or blob.double_data, np.float32)
     shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
     if len(shape) > _MOST_AXES or min(shape) < 0:
@@ -71,7 +71,7 @@ def blob_array(path: str, name: str, blob) -> np.ndarray:
 
 
 def read(path: str) -> WeightFile:
-    """Reads a .caffemodel. Raises UserError where it is damaged or holds other layers."""
+    """Reads a .caffemodel. Raises UserError if it is damaged or has weights of unsupported layers."""
     net = parse_message(path, 'NetParameter')
     layers: list[LayerWeights] = []
     for layer in (*net.layers, *net.layer):
@@ -79,9 +79,9 @@ def read(path: str) -> WeightFile:
             if layers and layer.type in _OPS:
                 layers[-1] = layers[-1]._replace(post=f'{layers[-1].post} {_OPS[layer.type]}'.strip())
             continue
-        name = printable(str(layer.name))  # bytes, where they are no text
+        name = printable(str(layer.name))  # protobuf returns bytes for invalid UTF-8
         weight, *others = (blob_array(path, name, blob) for blob in layer.blobs)
-        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # a linear layer as it was written before 2014
+        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # linear layers were 4-D before 2014
             weight = weight.reshape(weight.shape[2:])
         if weight.ndim not in (2, 4) or len(others) != 1:
             shapes = ', '.join(str(array.shape) for array in (weight, *others))

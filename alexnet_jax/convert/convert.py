@@ -1,4 +1,4 @@
-"""Turns weights of Caffe, PyTorch or safetensors into a checkpoint, and a checkpoint into safetensors."""
+"""Converts Caffe, PyTorch or safetensors weights to a checkpoint, and a checkpoint to safetensors."""
 
 import os
 import pathlib
@@ -29,11 +29,11 @@ from alexnet_jax.utils.files import atomic_directory, check_new
 _READERS = {
     '.caffemodel': caffe.read,
     '.safetensors': safetensors.read,
-    **dict.fromkeys(('.pth', '.pt', '.bin', '.tar'), pytorch.read),  # .pth.tar: PyTorch's ImageNet example
+    **dict.fromkeys(('.pth', '.pt', '.bin', '.tar'), pytorch.read),  # PyTorch's ImageNet example writes .pth.tar
 }
-_RECORD_SIZE = 256  # pixels; where no mean image says another
-_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; torchvision's transforms
-_PAPER = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # features, kernel, groups
+_RECORD_SIZE = 256  # pixels; used if there is no mean image
+_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; from torchvision's transforms
+_PAPER = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # (features, kernel, groups) of conv1-conv5
 
 
 def convert(
@@ -45,21 +45,22 @@ def convert(
     config: ConfigDict | None = None,
     classes: str | None = None,
 ) -> None:
-    """Writes the new directory `output`; logs what the network was taken for.
+    """Writes the converted weights to a new directory and logs the layers, preprocessing and config assumed.
 
     Args:
-      source: a .caffemodel; a PyTorch state_dict (.pth, .pt, .bin, .tar); a .safetensors file; for to='safetensors'
-        what `load_checkpoint` takes.
-      output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
+      source: a .caffemodel, a PyTorch state_dict (.pth, .pt, .bin, .tar) or a .safetensors file. With
+        to='safetensors', anything `load_checkpoint` accepts.
+      output: directory to create; it must not exist. Written as a sibling `.NAME.incomplete`, then renamed.
       to: 'checkpoint' or 'safetensors'.
-      mean: a .binaryproto (Caffe: BGR), or a .npy [3, S, S], [S, S, 3] or [3] on the 0-255 scale, its channels in the
-        order of the network's input. A checkpoint's records are of its side S. Caffe's networks need one.
-      config: a ConfigDict of the network and preprocessing that the weights are of; see above for the default.
-      classes: a text file of class names, one a line, in the order of the outputs. Default: WordNet ids of ILSVRC-2012
-        for 1,000 outputs, else numbers.
+      mean: a .binaryproto (Caffe: BGR), or a .npy of shape [3, S, S], [S, S, 3] or [3] on the 0-255 scale with channels
+        in the order of the network's input. S becomes the record size of the checkpoint. Required for Caffe files.
+      config: network and preprocessing of the weights. Default: the config stored in the file, else 'caffe' for a
+        .caffemodel and 'torchvision' for the other formats.
+      classes: a text file with one class name per line, in the order of the outputs. Default: the WordNet ids of
+        ILSVRC-2012 for 1,000 outputs, else the class numbers.
 
     Raises:
-      UserError: a file that is not what it should be, an option out of its range, no space. Nothing is written then.
+      UserError: a file or option is invalid, or the disk is full. Nothing is written.
     """
     if to not in ('checkpoint', 'safetensors'):
         raise UserError(f'--to={to!r}; expected checkpoint or safetensors.')
@@ -102,7 +103,7 @@ def convert(
 
 
 def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
-    """(where it is from, plain values): the config given, that in the file, or the default of its format."""
+    """Returns (source, plain config): the given config, the one stored in the file, or the default of the format."""
     if config is not None:
         return '--config', manager.config_to_json(config)
     if weights.metadata is not None:
@@ -114,7 +115,7 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str,
 
 
 def _describe(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], used: str) -> None:
-    """Logs what the network was taken for."""
+    """Logs each layer, the source of the config, and a hint if the network may be the 2012 one."""
     for (name, spec), layer in zip(network.layers.items(), layers, strict=True):
         window = f'{spec.kernel}x{spec.kernel} px' if isinstance(spec, ConvSpec) else ''
         logging.info(
@@ -148,7 +149,8 @@ def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:
 
 
 def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | None) -> ImageStats:
-    """Preprocessing: of --mean, else beside a file written here, else ImageNet's mean color for PyTorch's files."""
+    """Returns the image statistics: from --mean, else from the file that `convert` wrote beside the weights, else
+    ImageNet's mean color for PyTorch weights."""
     size, own, path = augmentation.image_size, weights.metadata, weights.path
     stats = None if own is None else image_stats_file.load(os.path.dirname(os.path.abspath(path)))
     if mean:
@@ -173,19 +175,22 @@ def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | No
     image = image.astype(np.float32)
     if stats is not None:
         return stats._replace(mean_image=image)
-    # No file says anything of color components: without length they shift nothing.
+    # The files hold no color components. Zero eigenvalues disable the color shift.
     return ImageStats(image, np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
 
 
 def read_mean(path: str, bgr: bool) -> np.ndarray:
-    """The mean in RGB, [S, S, 3] or [3]. bgr: the file stores blue first. Raises UserError where it holds no mean."""
+    """Reads a mean image or mean color as RGB, [S, S, 3] or [3]. Raises UserError if the file holds neither.
+
+    bgr: whether a .npy file stores blue first; a .binaryproto always does.
+    """
     if not os.path.isfile(path):
         raise UserError(f'there is no --mean={path!r}; expected a .binaryproto or .npy file.')
     if path.endswith('.binaryproto'):
         array, bgr = caffe.blob_array(path, 'mean', caffe.parse_message(path, 'BlobProto')), True
     elif path.endswith('.npy'):
         try:
-            # Mapped: else it would allocate what the header declares before it looks how much there is.
+            # Memory-mapped, because np.load would allocate the declared size before it checks the file's size.
             array = np.load(path, mmap_mode='r', allow_pickle=False)
             if array.dtype.kind not in 'fiu':
                 raise TypeError(f'values of type {array.dtype}')
@@ -193,7 +198,7 @@ def read_mean(path: str, bgr: bool) -> np.ndarray:
                 raise ValueError(f'an array of shape {array.shape}')
             with np.errstate(over='ignore'):
                 array = np.array(array, np.float32)
-        except Exception as error:  # ValueError, OSError, EOFError, AttributeError of an archive
+        except Exception as error:  # ValueError, OSError, EOFError; AttributeError for an .npz
             raise unreadable(path, 'an array written by numpy.save', error) from error
     else:
         raise UserError(f'--mean={path!r}; expected a name ending in .binaryproto or .npy.')

@@ -11,17 +11,16 @@ from alexnet_jax.utils.errors import UserError
 
 
 class _MismatchError(Exception):
-    """The weights of a layer do not fit; the message says what was expected and found."""
+    """A layer's weights do not fit its spec. The message gives the expected and the found shape."""
 
 
 def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
-    """A config (plain values) with the features, groups and classes that a file's weights have.
+    """Returns a copy of a plain config with features, groups and number of classes taken from the weights.
 
-    Groups follow from the shapes: inputs of the layer below over inputs of the weight. Where a Caffe file names the
-    operations after a layer, theirs is the order (CaffeNet pools before it normalizes).
+    The number of groups is the number of input channels divided by the input channels of the weight. If a Caffe file
+    lists the operations after a layer, their order is used (CaffeNet pools before it normalizes).
 
-    Raises:
-      UserError: the weights are not of such a network; says what was expected and found, layer by layer.
+    Raises UserError if the weights do not fit the network; the message lists expected and found shapes by layer.
     """
     network = model_from_config(config['model'])
     shapes = infer_shapes(network, config['data']['image_size'])
@@ -45,7 +44,7 @@ def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
     layers = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
     fields = {'layers': layers, 'num_classes': layers[names[-1]].pop('features')}
     config = {**config, 'model': {**config['model'], **fields}}
-    infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
+    infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises if the network is invalid
     return config
 
 
@@ -56,17 +55,17 @@ def _fit_layer(
     inputs: tuple[int, ...],
     allowed: tuple[int, ...] | None,
 ) -> LayerSpec:
-    """A layer with the features and groups of a file's weights.
+    """Returns the layer spec with the features and groups of the file's weights.
 
     Args:
-      spec: of the config.
-      layer: of the file; None where it has no more.
-      channels: of the maps or units below.
-      inputs: shape of what the config's layer reads, (H, W, C) or (F,).
-      allowed: numbers of groups; None: any that divides (a convolution cannot be read otherwise).
+      spec: layer of the config.
+      layer: weights of the file; None if the file has no more layers of this kind.
+      channels: number of channels or units of the layer below.
+      inputs: input shape of the layer in the config, (H, W, C) or (F,).
+      allowed: permitted numbers of groups; None permits any divisor (for convolutions, whose shape is unambiguous).
 
     Raises:
-      _MismatchError: they do not fit.
+      _MismatchError: the weights do not fit.
     """
     if isinstance(spec, ConvSpec):
         window: tuple[int, ...] = (spec.kernel, spec.kernel)

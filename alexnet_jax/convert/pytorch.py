@@ -1,4 +1,4 @@
-"""PyTorch's state_dict files; nothing in them is executed."""
+"""Reads PyTorch state_dict files without executing code from them."""
 
 import contextlib
 import pickletools
@@ -11,7 +11,8 @@ from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, printable,
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import check_declared_size
 
-# What a state_dict in a trainer's dict is made of. PyTorch's own list is longer, with some that allocate at will.
+# Classes that occur in state_dicts and training checkpoints. PyTorch's own list of safe names is longer, and some of
+# its entries can allocate any amount of memory.
 _HARMLESS = re.compile(
     r'collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.set|torch\.([a-z]\w*|\w+Storage|Size)'
     r'|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_(tensor|parameter)\w*'
@@ -19,9 +20,9 @@ _HARMLESS = re.compile(
 
 
 def read(path: str) -> WeightFile:
-    """Reads the tensors, in the order of the file; `weights_only` runs none of its code.
+    """Reads the tensors in the order of the file. `weights_only` keeps PyTorch from running the file's code.
 
-    Raises UserError where PyTorch is missing, or the file is no state_dict.
+    Raises UserError if PyTorch is not installed or the file is not a state_dict.
     """
     try:
         import torch
@@ -41,13 +42,13 @@ def read(path: str) -> WeightFile:
                     loaded = loaded[key]
             if isinstance(loaded, dict) and all(isinstance(value, torch.Tensor) for value in loaded.values()):
                 tensors = {str(key): value.detach() for key, value in loaded.items()}
-                # A tensor may repeat one number along an axis for ever.
+                # A tensor with stride 0 can declare any size with a single stored number.
                 check_declared_size(path, sum(v.numel() * v.element_size() for v in tensors.values()))
                 arrays = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()}
                 return WeightFile(path, pair_tensors(path, arrays))
     except UserError:
         raise
-    except Exception as error:  # torch has a kind for every way in which a file can be wrong
+    except Exception as error:  # torch raises many types for damaged files
         raise unreadable(path, 'a state_dict written by torch.save', error) from error
     what = type(loaded).__name__
     if isinstance(loaded, dict):
@@ -57,15 +58,15 @@ def read(path: str) -> WeightFile:
 
 
 def _pickled_names(path: str) -> Iterator[str]:
-    """What the pickles of a PyTorch file would import, as 'module.name'; nothing is loaded."""
+    """Yields the names that the pickles of a PyTorch file would import, as 'module.name'. Loads nothing."""
     with open(path, 'rb') as file:
-        if file.read(4) != b'PK\3\4':  # as before PyTorch 1.6: five pickles, then numbers
+        if file.read(4) != b'PK\3\4':  # format before PyTorch 1.6: five pickles, then the values
             file.seek(0)
             for _ in range(5):
                 yield from _names_in(file)
             return
         with zipfile.ZipFile(file) as archive:
-            # `torch.save` does not compress.
+            # torch.save does not compress, so a much larger declared size is an attack or damage.
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))
             for entry in archive.infolist():
                 if entry.filename.lower().endswith('.pkl'):
@@ -74,7 +75,7 @@ def _pickled_names(path: str) -> Iterator[str]:
 
 
 def _names_in(file) -> Iterator[str]:
-    with contextlib.suppress(Exception):  # no pickle, or a damaged one: torch will say so
+    with contextlib.suppress(Exception):  # not a pickle, or damaged: torch.load reports it
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name in ('GLOBAL', 'INST') and argument:
                 yield argument.replace(' ', '.', 1)

@@ -1,4 +1,4 @@
-"""safetensors files, as others write them and as `alexnet_jax convert` does."""
+"""Reads safetensors files, and writes checkpoints as safetensors with this package's metadata."""
 
 import json
 import operator
@@ -11,13 +11,13 @@ from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading_me
 from alexnet_jax.data import image_stats_file
 
 FILE_NAME = 'model.safetensors'
-METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax convert writes
+METADATA_KEY = 'alexnet_jax'  # metadata key in the files that alexnet_jax convert writes
 
 
 def read(path: str) -> WeightFile:
-    """Reads the tensors by name, numbers in it as numbers (features.3 before features.10): the format keeps no order.
+    """Reads the tensors in natural order of their names (features.3 before features.10); the format keeps no order.
 
-    Raises UserError where the file is damaged, or its metadata are not what `write` wrote.
+    Raises UserError if the file is damaged, or its metadata under `METADATA_KEY` is not as `write` writes it.
     """
     import safetensors
 
@@ -25,7 +25,7 @@ def read(path: str) -> WeightFile:
         with safetensors.safe_open(path, 'numpy') as file:
             names = sorted(file.keys(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', n)])
             tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:  # SafetensorError, OSError, AttributeError for types numpy has not got
+    except Exception as error:  # SafetensorError, OSError; AttributeError for types numpy lacks
         raise unreadable(path, 'a safetensors file', error) from error
     own = None
     if METADATA_KEY in metadata:
@@ -39,7 +39,7 @@ def read(path: str) -> WeightFile:
 
 
 def write(folder: str, checkpoint: Checkpoint) -> None:
-    """Writes `FILE_NAME`, as PyTorch lays weights out, and the image statistics beside it, into a folder."""
+    """Writes the weights in PyTorch's layout (`FILE_NAME`) and the image statistics to a folder."""
     import safetensors.numpy
 
     tensors = {}

@@ -1,4 +1,4 @@
-"""A checkpoint as files that others load without this package, laid out as on the Hugging Face hub."""
+"""Exports a checkpoint as files that load without this package, in the layout of the Hugging Face hub."""
 
 import collections
 import json
@@ -16,9 +16,9 @@ from alexnet_jax.utils.files import atomic_directory
 def export(checkpoint: Checkpoint, output: str, views: int) -> tuple[int, float]:
     """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
-    What was written is loaded in a process of its own and compared. Returns (bytes of the StableHLO file, the largest
-    difference of its probabilities). Raises UserError where it cannot be written, cannot be loaded, or gives other
-    probabilities; nothing is written then.
+    The StableHLO file is loaded in a separate process and its probabilities are compared with the checkpoint's.
+    Returns (size of the StableHLO file in bytes, largest difference of a probability).
+    Raises UserError if the files cannot be written or loaded, or if the probabilities differ. Nothing is written then.
     """
     with atomic_directory(output) as folder:
         safetensors.write(folder, checkpoint)
@@ -30,8 +30,8 @@ def export(checkpoint: Checkpoint, output: str, views: int) -> tuple[int, float]
 
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
-    """What the hub's tools read of a classifier, and under 'alexnet_jax' all that this package needs."""
-    counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes 'crane'
+    """Returns config.json: what hub tools read for a classifier, and this package's settings under 'alexnet_jax'."""
+    counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes named 'crane'
     names = [name if counts[name] == 1 else f'{name} ({i})' for i, name in enumerate(checkpoint.class_names)]
     return {
         'model_type': 'alexnet',
@@ -47,7 +47,7 @@ def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
 
 
 def card(checkpoint: Checkpoint, views: int) -> str:
-    """README.md: what the model is, what goes in and comes out, how it is loaded."""
+    """Returns the model card (README.md): the model, its inputs and outputs, and how to load it."""
     parameters = sum(s.parameters for s in infer_shapes(checkpoint.network, checkpoint.image_size).values())
     side, crop = checkpoint.record_size, checkpoint.image_size
     seen = 'the central crop' if views == 1 else 'ten crops (corners and center, with reflections), averaged'
