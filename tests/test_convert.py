@@ -352,20 +352,24 @@ def _wrong_files(folder):
     yield 'cut.pth', whole[: len(whole) // 2], 'cut.pth.* cannot be read: expected a state_dict written by torch.save'
     yield 'empty.pth', b'', 'found 0 bytes'
     yield 'noise.pth', noise, 'expected a state_dict written by torch.save, found 5000 bytes'
-    yield 'text.pth', b'weights, they said', r"found 18 bytes that begin with b'weights,'"
-    yield 'module.pth', _saved(net.features), 'holds a pickled Python object .*could run code: it is refused'
-    yield 'trap.pth', _saved({'w': _Trap(folder / 'sprung')}), 'pickled Python object .*it is refused'
-    yield 'bare.pth', pickle.dumps(_Trap(folder / 'sprung')), 'it is refused|cannot be read'
+    yield 'text.pth', b'weights, they said', r"found 18 bytes starting with b'weights,'"
+    yield (
+        'module.pth',
+        _saved(net.features),
+        'refused, .* contains a pickled Python object .* that could run code when loaded',
+    )
+    yield 'trap.pth', _saved({'w': _Trap(folder / 'sprung')}), 'refused, .* contains a pickled Python object'
+    yield 'bare.pth', pickle.dumps(_Trap(folder / 'sprung')), 'refused|cannot be read'
     yield 'list.pth', _saved([1, 2]), r'expected a state_dict \(names and tensors\), found list'
     yield 'numbers.pth', _saved({'epoch': 3, 'lr': 0.1}), r'found a dict with epoch \(int\), lr \(float\)'
-    yield 'norms.pth', _saved(norms), r'has no place for: bn.weight \(8,\), bn.bias \(8,\), bn.running_mean'
+    yield 'norms.pth', _saved(norms), r'unsupported tensors bn.weight \(8,\), bn.bias \(8,\), bn.running_mean'
     said = r"conv1 ok; conv2 expected \(N, 8 / groups, 5, 5\), found \(12, 8, 3, 3\) in 'features.3'; conv3 ok"
     yield 'kernel.pth', _saved(kernel_of_3), said
     four = _without(state, 'features.10.weight', 'features.10.bias')
-    said = r'conv5 expected \(N, 12 / groups, 3, 3\), found nothing; .*fc8 ok.* Give --config=FILE'
+    said = r'conv5 expected \(N, 12 / groups, 3, 3\), found nothing; .*fc8 ok.* Use --config=NAME'
     yield 'missing.pth', _saved(four), said
     unbiased = _without(state, 'features.0.bias')
-    yield 'unbiased.pth', _saved(unbiased), r'no place for: features.0.weight \(8, 3, 11, 11\)'
+    yield 'unbiased.pth', _saved(unbiased), r'unsupported tensors features.0.weight \(8, 3, 11, 11\)'
     biases = state | {'features.6.bias': torch.zeros(12)}
     yield 'bias.pth', _saved(biases), r"conv3 expected \(16,\) biases, found \(12,\) in 'features.6'"
     yield 'extra.pth', _saved(extra), r"expected no further layer, found \(3, 4\) in 'aux'"
@@ -379,21 +383,21 @@ def _wrong_files(folder):
     yield 'empty.caffemodel', b'', r'conv1 expected \(N, 3, 11, 11\), found nothing; conv2'
     two_of_three = _field(5, bytes(8)) + _field(7, _field(1, b'\x03'))
     short = _field(100, _field(1, 'a') + _field(7, two_of_three))
-    yield 'short.caffemodel', short, r'a: expected 3 numbers for \(3,\), found 2'
+    yield 'short.caffemodel', short, r'a: expected 3 numbers for shape \(3,\), found 2'
     for sides in ((-1, -3), (1,) * 70):
         shape = _field(1, b''.join(_varint(side % 2**64) for side in sides))
         odd = _field(1, 'a\n\x1b') + _field(7, _field(5, bytes(12)) + _field(7, shape))
         yield (
             'sides.caffemodel',
             _field(100, odd),
-            r'a\?\?: expected at most 32 sides, none below 0, found \(',
+            r'a\?\?: expected at most 32 sizes of 0 or more, found \(',
         )
     # What would take far more memory than the file has bytes.
     few = {'a.weight': torch.zeros(1, dtype=torch.half).expand(40_000, 50_000), 'a.bias': torch.zeros(1)}
     yield 'expanded.pth', _saved(few), r'\d{4} bytes that declare 4000000004'
     yield 'bytes.pth', _saved({'w': _Zeros()}), r'pickled Python object \(__builtin__.bytearray\)'
     yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes that declare 4000(?!000)\d+\)'
-    yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'has no place for: a\?b\? \(1,\)'
+    yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'unsupported tensors a\?b\? \(1,\)'
     whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
     changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]
     for text in ('[' * 100_000, '[1]', *map(json.dumps, changed)):
@@ -408,7 +412,7 @@ def _wrong_files(folder):
         changed = {**plain, part: {**plain[part], key: 10**400}}
         own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': own}), said
-    yield 'w.h5', b'', "expected a name ending in .caffemodel, .pth or .safetensors, found '.h5'"
+    yield 'w.h5', b'', "expected a .caffemodel, .pth or .safetensors file, found the suffix '.h5'"
 
 
 def test_wrong_files(tmp_path):
@@ -429,7 +433,7 @@ def test_caffe_layers_in_an_order_the_config_has_not(tmp_path):
     net = nn.Sequential(*(module for i, module in enumerate(_caffe_net()) if i != 6))
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net))
     np.save(tmp_path / 'mean.npy', np.full(3, 120.0))
-    message = "conv2 expected to be followed by 'relu lrn pool', found 'relu pool' after 'convolution"
+    message = "conv2 expected operations 'relu lrn pool', found 'relu pool' after 'convolution"
     with pytest.raises(UserError, match=message):
         convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(tmp_path / 'mean.npy'))
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net, steps=False))  # weights alone: the config's word
@@ -456,26 +460,26 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
     good = str(tmp_path / 'good.npy')
     before = sorted(os.listdir(tmp_path))
     for changes, pattern in [
-        (dict(mean=None), r'a .caffemodel holds no mean image, expected --mean=FILE'),
-        (dict(mean='none.npy'), "there is no --mean='none.npy'"),
-        (dict(mean='small.npy'), 'the mean image is of 100 px, expected at least data.image_size=227'),
+        (dict(mean=None), "has no mean image, which data.mean='crop' needs; use --mean=FILE"),
+        (dict(mean='none.npy'), "--mean='none.npy': expected a .binaryproto or .npy file, found nothing"),
+        (dict(mean='small.npy'), 'expected an image of at least data.image_size=227 px, found 100 px'),
         (dict(mean='oblong.npy'), r'expected a shape \[3, S, S\].* found \(256, 200, 3\)'),
-        (dict(mean='unit.npy'), 'expected gray levels of 0 to 255, found 0.3'),
+        (dict(mean='unit.npy'), 'expected values from 0 to 255, found 0.3'),
         (dict(mean='pickled.npy'), 'expected an array written by numpy.save'),
         (dict(mean='cut.binaryproto'), "expected Caffe's BlobProto in binary"),
-        (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto, at most 2147483647 bytes, found 2147483648"),
+        (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto of at most 2147483647 bytes, found 2147483648"),
         (dict(mean='nothing.npy'), r'expected a shape \[3, S, S\].* found \(0, 0, 3\)'),
-        (dict(mean='complex.npy'), 'expected an array written by numpy.save.* values of type complex128'),
+        (dict(mean='complex.npy'), 'expected an array written by numpy.save.* complex128 array of shape'),
         (dict(mean='short.npy'), 'expected an array written by numpy.save.* mmap length is greater than file size'),
         (dict(mean='two'), 'expected a name ending in .binaryproto or .npy'),
-        (dict(classes='two'), 'expected 7 class names, one for each output, found 2'),
+        (dict(classes='two'), 'expected 7 class names, one per output, found 2'),
         (dict(classes='none'), "--classes=.* cannot be read"),
         (dict(output='exists'), "exists' exists already; remove it or choose another --output"),
-        (dict(to='onnx'), "--to='onnx'; expected checkpoint or safetensors"),
+        (dict(to='onnx'), "--to='onnx': expected checkpoint or safetensors"),
         (dict(to='safetensors', mean=None), 'there is no checkpoint at'),
-        (dict(to='safetensors'), '--mean, --config and --classes are for --to=checkpoint'),
+        (dict(to='safetensors'), '--to=safetensors: remove --mean, --config and --classes'),
         (dict(source='none.pth'), 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
-        (dict(source='exists'), 'found a folder; for a checkpoint add --to=safetensors'),
+        (dict(source='exists'), 'found a folder; for a checkpoint use --to=safetensors'),
     ]:  # fmt: skip
         options = dict(source=str(source), output=str(out), mean=good)
         for key, value in changes.items():
@@ -486,7 +490,7 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         assert sorted(os.listdir(tmp_path)) == before, changes
     monkeypatch.setitem(sys.modules, 'torch', None)
     (tmp_path / 'w.pth').write_bytes(b'')
-    with pytest.raises(UserError, match=r"takes PyTorch: pip install 'alexnet_jax\[oracle\]'"):
+    with pytest.raises(UserError, match=r"requires PyTorch; use pip install 'alexnet_jax\[oracle\]'"):
         convert.convert(str(tmp_path / 'w.pth'), str(out))
 
 

@@ -56,10 +56,12 @@ def test_the_command(views, images, tmp_path):
     assert config['id2label'] == {str(i): str(i) for i in range(10)} and config['num_labels'] == 10
     card = (out / 'README.md').read_text()
     assert card.startswith('---\nlibrary_name: jax\n') and 'uint8 RGB [N, 32, 32, 3]' in card
-    assert 'mean subtracted.' in card and 'converted by alexnet_jax from a file of others' in card  # it has no step
+    assert (
+        'mean subtracted.' in card and 'converted by alexnet_jax from a file of another framework' in card
+    )  # it has no step
     scaled = loaded._replace(step=7, augmentation=loaded.augmentation._replace(pixel_std=(58.0, 57.0, 57.0)))
     card = hub.card(scaled, views)
-    assert 'for 7 updates on batches of' in card and 'divided by a deviation for each color.' in card
+    assert 'for 7 updates on batches of' in card and 'divided by a standard deviation per color.' in card
     # The weights come back as a checkpoint that says the same.
     _run('convert', f'--input={out}/model.safetensors', f'--output={tmp_path}/back')
     again = predict.predict(loading.load_checkpoint(str(tmp_path / 'back')), images, views=views)
@@ -76,7 +78,7 @@ def test_what_gives_other_probabilities_is_refused(tmp_path):
         name: {**parts, 'bias': parts['bias'] + 0.5 * (np.arange(len(parts['bias'])) == 0)}
         for name, parts in loaded.params.items()
     }
-    with pytest.raises(UserError, match='gives other probabilities, by '):
+    with pytest.raises(UserError, match='probabilities of the exported file differ by '):
         stablehlo.check(str(path), loaded._replace(params=other), 1)
     path.write_bytes(b'nothing')
     with pytest.raises(UserError, match='cannot be loaded'):

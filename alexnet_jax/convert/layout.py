@@ -44,8 +44,8 @@ def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> li
     """
     specs = network.layers.values()
     if any(isinstance(spec, LocalSpec) for spec in specs):
-        raise UserError('local layers: no other format has layers with kernels of their own at every place.')
-    plain = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
+        raise UserError('Local layers cannot be converted: no other format has separate kernels at every position.')
+    torchvision_ops = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
     convs = sum(isinstance(spec, ConvSpec) for spec in specs)
     layers = []
     for i, (name, sizes) in enumerate(infer_shapes(network, image_size).items()):
@@ -55,6 +55,6 @@ def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> li
         weight = np.moveaxis(kernel, (-2, -1), (1, 0))
         if dense:
             weight = weight.reshape(len(weight), -1)
-        own_name = _TORCHVISION[i] if plain and (convs, len(specs)) == (5, 8) else name
-        layers.append(LayerWeights(own_name, np.ascontiguousarray(weight), bias))
+        file_name = _TORCHVISION[i] if torchvision_ops and (convs, len(specs)) == (5, 8) else name
+        layers.append(LayerWeights(file_name, np.ascontiguousarray(weight), bias))
     return layers

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 
-from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, printable, unreadable
+from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, printable, reading
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import check_declared_size
 
@@ -27,34 +27,29 @@ def read(path: str) -> WeightFile:
     try:
         import torch
     except ImportError:
-        raise UserError(f"reading {path!r} takes PyTorch: pip install 'alexnet_jax[oracle]'.") from None
-    try:
+        raise UserError(f"{path!r}: reading it requires PyTorch; use pip install 'alexnet_jax[oracle]'.") from None
+    with reading(path, 'a state_dict written by torch.save'), warnings.catch_warnings(action='ignore'):
         for name in _pickled_names(path):
             if not _HARMLESS.fullmatch(name):
                 raise UserError(
-                    f'{path!r} holds a pickled Python object ({printable(name)}), and loading it could run code: '
-                    'it is refused. Expected a state_dict: torch.save(model.state_dict(), FILE).'
+                    f'refused, because the file contains a pickled Python object ({printable(name)}) that could run '
+                    'code when loaded; use torch.save(model.state_dict(), FILE).'
                 )
-        with warnings.catch_warnings(action='ignore'):
-            loaded = torch.load(path, map_location='cpu', weights_only=True)
-            for key in ('state_dict', 'model_state_dict', 'model'):
-                if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-                    loaded = loaded[key]
-            if isinstance(loaded, dict) and all(isinstance(value, torch.Tensor) for value in loaded.values()):
-                tensors = {str(key): value.detach() for key, value in loaded.items()}
-                # A tensor with stride 0 can declare any size with a single stored number.
-                check_declared_size(path, sum(v.numel() * v.element_size() for v in tensors.values()))
-                arrays = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()}
-                return WeightFile(path, pair_tensors(path, arrays))
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many types for damaged files
-        raise unreadable(path, 'a state_dict written by torch.save', error) from error
-    what = type(loaded).__name__
-    if isinstance(loaded, dict):
-        kinds = [f'{printable(str(key))} ({type(value).__name__})' for key, value in list(loaded.items())[:8]]
-        what = 'a dict with ' + ', '.join(kinds)
-    raise UserError(f'{path!r}: expected a state_dict (names and tensors), found {what}.')
+        loaded = torch.load(path, map_location='cpu', weights_only=True)
+        for key in ('state_dict', 'model_state_dict', 'model'):
+            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            found = type(loaded).__name__
+            if isinstance(loaded, dict):
+                types = [f'{printable(str(key))} ({type(value).__name__})' for key, value in list(loaded.items())[:8]]
+                found = 'a dict with ' + ', '.join(types)
+            raise UserError(f'expected a state_dict (names and tensors), found {found}.')
+        tensors = {str(key): value.detach() for key, value in loaded.items()}
+        # A tensor with stride 0 can declare any size with a single stored number.
+        check_declared_size(path, sum(v.numel() * v.element_size() for v in tensors.values()))
+        arrays = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in tensors.items()}
+        return WeightFile(path, pair_tensors(arrays))
 
 
 def _pickled_names(path: str) -> Iterator[str]:
@@ -66,7 +61,7 @@ def _pickled_names(path: str) -> Iterator[str]:
                 yield from _names_in(file)
             return
         with zipfile.ZipFile(file) as archive:
-            # torch.save does not compress, so a much larger declared size is an attack or damage.
+            # torch.save does not compress, so a larger declared size is an attack or damage.
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))
             for entry in archive.infolist():
                 if entry.filename.lower().endswith('.pkl'):

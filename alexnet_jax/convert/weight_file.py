@@ -35,15 +35,25 @@ class WeightFile:
         return [layer for layer in self.layers if layer.weight.ndim == rank]
 
 
-def unreadable(path: str, expected: str, error: Exception) -> UserError:
-    """Returns the error for a file of an unexpected format. The message shows the first 8 bytes."""
-    with open(path, 'rb') as file:
-        head = file.read(8)
-    reason = printable(re.split(r'[\n.]', str(error))[0])
-    return UserError(
-        f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes that begin with {head!r} '
-        f'({type(error).__name__}{": " if reason else ""}{reason}); it is cut short, damaged or of another kind.'
-    )
+@contextlib.contextmanager
+def reading(path: str, expected: str) -> Iterator[None]:
+    """Converts any exception in the context to a one-line UserError that names the file.
+
+    A damaged file can raise any type. Except for a UserError, the message states the expected format and the first
+    8 bytes of the file.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
+    except Exception as error:
+        with open(path, 'rb') as file:
+            head = file.read(8)
+        reason = printable(re.split(r'[\n.]', str(error))[0])
+        raise UserError(
+            f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes starting with {head!r} '
+            f'({type(error).__name__}{": " if reason else ""}{reason}); it is truncated, damaged or of another format.'
+        ) from error
 
 
 def printable(text: str, longest: int = 100) -> str:
@@ -51,28 +61,17 @@ def printable(text: str, longest: int = 100) -> str:
     return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
 
 
-@contextlib.contextmanager
-def reading_metadata(path: str) -> Iterator[None]:
-    """Converts any exception in the context to a UserError, because a file's metadata can be anything."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
-    except Exception as error:
-        raise unreadable(path, 'the metadata that alexnet_jax convert writes', error) from error
-
-
-def pair_tensors(path: str, tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
+def pair_tensors(tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
     """Pairs weights with their biases, in the order of the weights. Raises UserError if tensors are left over."""
-    layers, rest = [], dict(tensors)
+    layers, unused = [], dict(tensors)
     for name, weight in tensors.items():
         prefix, dot, last = name.rpartition('.')
-        if last == 'weight' and weight.ndim in (2, 4) and f'{prefix}{dot}bias' in rest:
-            layers.append(LayerWeights(printable(prefix), rest.pop(name), rest.pop(f'{prefix}{dot}bias')))
-    if rest:
-        names = ', '.join(f'{printable(name)} {rest[name].shape}' for name in list(rest)[:6])
+        if last == 'weight' and weight.ndim in (2, 4) and f'{prefix}{dot}bias' in unused:
+            layers.append(LayerWeights(printable(prefix), unused.pop(name), unused.pop(f'{prefix}{dot}bias')))
+    if unused:
+        names = ', '.join(f'{printable(name)} {unused[name].shape}' for name in list(unused)[:6])
         raise UserError(
-            f'{path!r} holds what the network has no place for: {names}{" ..." if len(rest) > 6 else ""}; expected '
-            'X.weight with X.bias of convolutions (4 axes) and linear layers (2 axes) only.'
+            f'unsupported tensors {names}{" ..." if len(unused) > 6 else ""}; expected only X.weight and X.bias of '
+            'convolutions (4 axes) and linear layers (2 axes).'
         )
     return layers
