@@ -412,7 +412,7 @@ def _wrong_files(folder):
         changed = {**plain, part: {**plain[part], key: 10**400}}
         own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
         yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': own}), said
-    yield 'w.h5', b'', "expected a .caffemodel, .pth or .safetensors file, found the suffix '.h5'"
+    yield 'w.h5', b'', 'expected an existing .caffemodel, .pth or .safetensors file'
 
 
 def test_wrong_files(tmp_path):
@@ -461,7 +461,7 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path))
     for changes, pattern in [
         (dict(mean=None), "has no mean image, which data.mean='crop' needs; use --mean=FILE"),
-        (dict(mean='none.npy'), "--mean='none.npy': expected a .binaryproto or .npy file, found nothing"),
+        (dict(mean='none.npy'), "--mean='none.npy': expected an existing .binaryproto or .npy file"),
         (dict(mean='small.npy'), 'expected an image of at least data.image_size=227 px, found 100 px'),
         (dict(mean='oblong.npy'), r'expected a shape \[3, S, S\].* found \(256, 200, 3\)'),
         (dict(mean='unit.npy'), 'expected values from 0 to 255, found 0.3'),
@@ -471,15 +471,15 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         (dict(mean='nothing.npy'), r'expected a shape \[3, S, S\].* found \(0, 0, 3\)'),
         (dict(mean='complex.npy'), 'expected an array written by numpy.save.* complex128 array of shape'),
         (dict(mean='short.npy'), 'expected an array written by numpy.save.* mmap length is greater than file size'),
-        (dict(mean='two'), 'expected a name ending in .binaryproto or .npy'),
+        (dict(mean='two'), 'expected an existing .binaryproto or .npy file'),
         (dict(classes='two'), 'expected 7 class names, one per output, found 2'),
         (dict(classes='none'), "--classes=.* cannot be read"),
         (dict(output='exists'), "exists' exists already; remove it or choose another --output"),
         (dict(to='onnx'), "--to='onnx': expected checkpoint or safetensors"),
         (dict(to='safetensors', mean=None), 'there is no checkpoint at'),
         (dict(to='safetensors'), '--to=safetensors: remove --mean, --config and --classes'),
-        (dict(source='none.pth'), 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
-        (dict(source='exists'), 'found a folder; for a checkpoint use --to=safetensors'),
+        (dict(source='none.pth'), 'expected an existing .caffemodel, .pth or .safetensors file'),
+        (dict(source='exists'), '; for a checkpoint use --to=safetensors'),
     ]:  # fmt: skip
         options = dict(source=str(source), output=str(out), mean=good)
         for key, value in changes.items():

@@ -78,7 +78,13 @@ def convert(
         with atomic_directory(output) as folder:
             safetensors.write(folder, checkpoint)
         return
-    weights = _read(source)
+    suffix = os.path.splitext(source)[1].lower()
+    if suffix not in _READERS or not os.path.isfile(source):
+        raise UserError(
+            f'--input={source!r}: expected an existing .caffemodel, .pth or .safetensors file; for a checkpoint use '
+            '--to=safetensors.'
+        )
+    weights = _READERS[suffix](source)
     config_source, fitted = _choose_config(weights, config)
     network, image_size = model_from_config(fitted['model']), fitted['data']['image_size']
     layers = [*weights.of_rank(4), *weights.of_rank(2)]
@@ -99,16 +105,6 @@ def convert(
     logging.info('%s is ready.', output)
 
 
-def _read(source: str) -> WeightFile:
-    suffix = os.path.splitext(source)[1].lower()
-    if os.path.isfile(source) and suffix in _READERS:
-        return _READERS[suffix](source)
-    found = f'the suffix {suffix!r}' if os.path.isfile(source) else 'nothing'
-    if os.path.isdir(source):
-        found = 'a folder; for a checkpoint use --to=safetensors'
-    raise UserError(f'--input={source!r}: expected a .caffemodel, .pth or .safetensors file, found {found}.')
-
-
 def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
     """Returns (source, plain config fitted to the weights): the given, the stored, or the format's default config."""
     if config is not None:
@@ -123,14 +119,14 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str,
 
 def _log_network(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], config_source: str) -> None:
     """Logs each layer, the source of the config, and a hint if the network may be the 2012 one."""
+    convs = []
     for (name, spec), layer in zip(network.layers.items(), layers, strict=True):
-        window = f'{spec.kernel}x{spec.kernel} px' if isinstance(spec, ConvSpec) else ''
-        logging.info(
-            f'{name:6}{spec.features:6}  {window:9} groups {spec.groups}  {spec.post or "-":20} from {layer.name}'
-        )
-    convs = [
-        (spec.features, spec.kernel, spec.groups) for spec in network.layers.values() if isinstance(spec, ConvSpec)
-    ]
+        window = ''
+        if isinstance(spec, ConvSpec):
+            window = f'{spec.kernel}x{spec.kernel} px'
+            convs.append((spec.features, spec.kernel, spec.groups))
+        post = spec.post or '-'
+        logging.info(f'{name:6}{spec.features:6}  {window:9} groups {spec.groups}  {post:20} from {layer.name}')
     logging.info(
         f'Strides, padding, operations after each layer and preprocessing ({data["image_size"]} px, data.mean='
         f'{data["mean"]!r}) are from {config_source}; for another network use --config=NAME.'
@@ -156,8 +152,7 @@ def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:
 
 
 def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | None) -> ImageStats:
-    """Returns the image statistics: from --mean, else from the file that `convert` wrote beside the weights, else
-    ImageNet's mean color for PyTorch weights."""
+    """Returns the image statistics from --mean, else from beside a converted file, else ImageNet's mean color."""
     size, metadata, path = augmentation.image_size, weights.metadata, weights.path
     stats = None if metadata is None else image_stats_file.load(os.path.dirname(os.path.abspath(path)))
     if mean:
@@ -193,19 +188,17 @@ def read_mean(path: str, bgr: bool) -> np.ndarray:
 
     bgr: whether a .npy file stores blue first; a .binaryproto always does.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'--mean={path!r}: expected a .binaryproto or .npy file, found nothing.')
+    if not path.endswith(('.binaryproto', '.npy')) or not os.path.isfile(path):
+        raise UserError(f'--mean={path!r}: expected an existing .binaryproto or .npy file.')
     if path.endswith('.binaryproto'):
         array, bgr = caffe.read_array(path), True
-    elif path.endswith('.npy'):
+    else:
         with reading(path, 'an array written by numpy.save'), np.errstate(over='ignore'):
             # Memory-mapped, because np.load would allocate the declared size before it checks the file's size.
             array = np.load(path, mmap_mode='r', allow_pickle=False)
             if array.dtype.kind not in 'fiu' or array.size > 3 * 4096**2:
                 raise ValueError(f'{array.dtype} array of shape {array.shape}')
             array = np.array(array, np.float32)
-    else:
-        raise UserError(f'--mean={path!r}: expected a name ending in .binaryproto or .npy.')
     shape = array.shape
     array = np.atleast_1d(array.squeeze())
     if array.ndim == 3 and len(array) == 3:
