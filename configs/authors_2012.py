@@ -12,7 +12,7 @@ The argument selects the learning rates of one training diary ("epoch N" of a di
                  validation set, ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
 Here: forward pass, update, augmentation and ten-view test agree with a NumPy version of the released code's formulas
-(tests/test_authors.py). It was not trained.
+(tests/configs/test_authors.py). It was not trained.
 
 Deviations:
 - Images are shuffled anew in every epoch; the authors used one fixed order.

@@ -11,7 +11,7 @@ differences from the paper: normalization with constant 1 and alpha / n, crops o
 ("1 gave flat loss"), smaller initial weights in fc 6 and fc 7, no color augmentation, dropout scaled in training.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
-error). Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py). It was not trained.
+error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not trained.
 
 Deviation: images are prepared as in the paper (shorter side 256, central square). Caffe's script resizes them to
 256x256 regardless of their aspect ratio.

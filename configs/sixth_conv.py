@@ -23,7 +23,7 @@ On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Ever
 
 Reported by the paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. Authors' log: 38.99%
 and 16.62%. Here: parameters, shapes, FLOPs and collectives are verified, and a small instance of the chain was run
-(tests/test_finetune.py). Nothing was trained at this size.
+(tests/training/test_finetune.py). Nothing was trained at this size.
 
 Deviations:
 - The paper does not state the learning rates of `finetune`; the weight rates of authors=2012 are used, also for biases.

@@ -43,13 +43,13 @@ _PAPER_CONVS = [
 
 
 def convert(
-    source: str,
-    output: str,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
     *,
     to: str = 'checkpoint',
-    mean: str | None = None,
+    mean: str | os.PathLike | None = None,
     config: ConfigDict | None = None,
-    classes: str | None = None,
+    classes: str | os.PathLike | None = None,
 ) -> None:
     """Writes the converted weights to a new directory and logs the layers, preprocessing and config assumed.
 
@@ -68,6 +68,9 @@ def convert(
     Raises:
       UserError: a file or option is invalid, or the disk is full. Nothing is written.
     """
+    source, output = os.fspath(source), os.fspath(output)
+    mean = None if mean is None else os.fspath(mean)
+    classes = None if classes is None else os.fspath(classes)
     if to not in ('checkpoint', 'safetensors'):
         raise UserError(f'--to={to!r}: expected checkpoint or safetensors.')
     check_new(output)

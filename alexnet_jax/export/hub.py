@@ -13,7 +13,7 @@ from alexnet_jax.export import stablehlo
 from alexnet_jax.utils.files import atomic_directory
 
 
-def export(checkpoint: Checkpoint, output: str, views: int) -> tuple[int, float]:
+def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tuple[int, float]:
     """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
     The StableHLO file is loaded in a separate process and its probabilities are compared with the checkpoint's.
