@@ -13,7 +13,8 @@ divided by their standard deviation; crops of 8 to 100% of the area; torch.optim
 outside the velocity and decays biases too.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: 56.52% top-1 and 79.07% top-5 accuracy (43.48% and
-20.93% error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not trained.
+20.93% error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not
+trained.
 
 Deviations: crops are taken from the prepared squares of 256 px, theirs from the whole image. The mean color is that of
 the training data; theirs is fixed: 123.7, 116.3, 103.5.
