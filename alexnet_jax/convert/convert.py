@@ -33,13 +33,7 @@ _READERS = {
 }
 _RECORD_SIZE = 256  # pixels; used if there is no mean image
 _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; from torchvision's transforms
-_PAPER_CONVS = [
-    (96, 11, 1),
-    (256, 5, 2),
-    (384, 3, 1),
-    (384, 3, 2),
-    (256, 3, 2),
-]  # features, kernel, groups of conv1-5
+_PAPER_CONVS = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # features, kernel, groups
 
 
 def convert(
