@@ -149,7 +149,7 @@ def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:
 
 
 def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | None) -> ImageStats:
-    """Returns the image statistics from --mean, else from beside a converted file, else ImageNet's mean color."""
+    """Returns the statistics of --mean, else of the file that `convert` wrote, else ImageNet's mean color."""
     size, metadata, path = augmentation.image_size, weights.metadata, weights.path
     stats = None if metadata is None else image_stats_file.load(os.path.dirname(os.path.abspath(path)))
     if mean:
