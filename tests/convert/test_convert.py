@@ -473,7 +473,7 @@ def test_invalid_options_are_rejected(mean_bgr, tmp_path, monkeypatch):
         (dict(classes='none'), "--classes=.* cannot be read"),
         (dict(output='exists'), "exists' exists already; remove it or choose another --output"),
         (dict(to='onnx'), "--to='onnx': expected checkpoint or safetensors"),
-        (dict(to='safetensors', mean=None), 'there is no checkpoint at'),
+        (dict(to='safetensors', mean=None), 'is a file, not a checkpoint'),
         (dict(to='safetensors'), '--to=safetensors: remove --mean, --config and --classes'),
         (dict(source='none.pth'), 'expected an existing .caffemodel, .pth or .safetensors file'),
         (dict(source='exists'), '; for a checkpoint use --to=safetensors'),
