@@ -1,4 +1,4 @@
-"""Images/s of our updates, our input, both together and our preparation, in turns with others."""
+"""Measures images/s of the training step, the input pipeline, both together, and data preparation."""
 
 import functools
 import itertools
@@ -24,30 +24,30 @@ from alexnet_jax.prepare import prepare
 from alexnet_jax.training import build, train_log
 from alexnet_jax.utils.errors import UserError
 
-PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
+PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # values of jax_default_matmul_precision
 OURS, TORCH = 'alexnet_jax', 'torch'
-_MIN_SECONDS = 2.0  # of a measurement
-_MAX_TORCH_IMAGES = 20_000  # that PyTorch gets copies of
+_MIN_SECONDS = 2.0  # per measurement
+_MAX_TORCH_IMAGES = 20_000  # copied to JPEG files for PyTorch
 
 
 class Contender(NamedTuple):
-    """What is measured, in turns with others."""
+    """One program that is measured in turns with others."""
 
     name: str
-    measure: Callable[[], float]  # works to the end; images/s
-    facts: dict[str, Any] = {}  # noqa: RUF012  what else is known of it: seconds to compile, bytes, products
+    measure: Callable[[], float]  # runs one measurement to completion; returns images/s
+    facts: dict[str, Any] = {}  # noqa: RUF012  compile time, memory, FLOPs
 
 
 class Options(NamedTuple):
-    """How contenders are measured."""
+    """Measurement options."""
 
-    torch_baseline: ModuleType | None  # `benchmark.torch_baseline`, where PyTorch takes turns with us
-    steps: int  # batches in a measurement; 0: enough
-    precision: str  # of products: one of `PRECISIONS`
+    torch_baseline: ModuleType | None  # `benchmark.torch_baseline`, or None without PyTorch
+    steps: int  # batches per measurement; 0: chosen automatically
+    precision: str  # of matrix products: a key of `PRECISIONS`
 
 
 def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Images/s of every measurement; who begins alternates."""
+    """Returns the images/s of every measurement by contender. The order is reversed in every other round."""
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for i in range(repeats):
         for contender in contenders if i % 2 == 0 else contenders[::-1]:
@@ -56,13 +56,13 @@ def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str,
 
 
 def skip(stream: Iterator, count: int) -> None:
-    """Discards batches that were prepared during the turns of other contenders, before the clock starts."""
+    """Discards batches that were prepared during another contender's turn."""
     for _ in range(count):
         next(stream)
 
 
 def images_per_second(step: Callable[[], Any], steps: int, batch_size: int, wait: Callable = lambda: None) -> float:
-    """Calls `step` `steps` times; returns images a second. `wait` blocks until all dispatched work is done."""
+    """Calls `step` `steps` times and returns images/s. `wait` blocks until all dispatched work is done."""
     began = time.perf_counter()
     for _ in range(steps):
         step()
@@ -71,7 +71,7 @@ def images_per_second(step: Callable[[], Any], steps: int, batch_size: int, wait
 
 
 def report(contenders: Sequence[Contender], rates: dict[str, list[float]], settings: dict[str, Any]) -> str:
-    """The tables, one line of JSON, and the ratio of the medians where there is PyTorch."""
+    """Formats the tables, a line of JSON and, with PyTorch, the ratio of the medians."""
     lines, results = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], {}
     for contender in contenders:
         own, facts = rates[contender.name], contender.facts
@@ -89,7 +89,7 @@ def report(contenders: Sequence[Contender], rates: dict[str, list[float]], setti
 
 
 def compiled_report(facts: dict[str, Any]) -> list[str]:
-    """Lines on what the compiled step does, layer by layer and between devices."""
+    """Formats the cost of the compiled step by layer and its communication between devices."""
     lines = hlo_cost.table(facts['layers']) if 'layers' in facts else []
     for name, (count, size) in facts.get('collectives', {}).items():
         lines.append(f'moved by {count} {name}: {size / 1e6:.3f} MB a step and device')
@@ -97,7 +97,7 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
 
 
 def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
-    """Updates on one batch that stays on the device; on several devices also on one of them."""
+    """Updates on one batch that stays on the device; with several devices also on one of them."""
     dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
     setup = _build(config, dataset)
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=False)
@@ -113,7 +113,7 @@ def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> l
 
 
 def train_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
-    """Updates on a new batch each, beside updates on one batch alone."""
+    """Updates on new batches, and updates on one batch for comparison."""
     setup = _setup_with_data(config, limit=bool(options.torch_baseline))
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=True)
     alone, _ = our_updates(setup, options, stack, name=f'{OURS}, step alone', on_batches=False)
@@ -124,7 +124,7 @@ def train_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> 
 
 
 def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, raw: str | None) -> list[Contender]:
-    """Training batches from prepared data; PyTorch reads the originals at `raw`, or with None the same squares."""
+    """Training batches from prepared data. PyTorch reads the raw images at `raw`, or the prepared records if None."""
     setup = _setup_with_data(config, limit=bool(options.torch_baseline) and not raw)
     stream = setup.train_batches(0)
     stack.callback(stream.close)
@@ -137,7 +137,7 @@ def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, 
     def measure(stream: Iterator) -> float:
         skip(stream, buffered)
         rate = images_per_second(lambda: next(stream), steps, batch_size)
-        # Until the pipeline has filled its buffers again, so that it takes nothing from the next one's turn.
+        # Wait until the pipeline has refilled its buffers, so that it does not slow down the next contender.
         time.sleep(1.5 * buffered * batch_size / rate)
         return rate
 
@@ -145,7 +145,7 @@ def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, 
 
 
 def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, raw: str) -> list[Contender]:
-    """The whole preparation of the images at `raw`, processes started and all."""
+    """Preparation of the images at `raw`, including the start of worker processes."""
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
@@ -158,7 +158,7 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
 
 
 def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
-    """The objects of a config for the data it names; with `limit` for no more images than PyTorch gets copies of."""
+    """Builds the training setup for the config's data; `limit` caps it at the images copied for PyTorch."""
     dataset = datasets.open_dataset(config.data.path)
     config.model.num_classes = len(dataset.class_names)
     if limit:
@@ -168,16 +168,16 @@ def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
 
 def _build(config: ConfigDict, dataset: datasets.Dataset) -> build.TrainingSetup:
     setup = build.build(config, dataset)
-    config.data.num_workers = setup.num_workers  # for what -1 stands
+    config.data.num_workers = setup.num_workers  # resolves -1
     return setup
 
 
 def our_updates(
     setup: build.TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
 ) -> tuple[Contender, Options]:
-    """Updates as `train_and_evaluate` makes them, on one batch that stays or on a new one each.
+    """Returns (contender, options): the updates of `train_and_evaluate`, each on a new batch or all on the same one.
 
-    Returns the contender, and the options with `steps` filled in: if it was 0, enough for two seconds.
+    If `options.steps` is 0, the returned options have it set to about two seconds of updates.
     """
     config = setup.config
     key = sharding.random_key(setup.mesh, config.seed)
@@ -187,7 +187,7 @@ def our_updates(
     prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
     if not on_batches:
         stream.close()
-    # It fetches the reports, and writes nothing. Of one class, no loss is at chance level.
+    # Fetches step reports but writes nothing. With num_classes=1 no loss counts as chance level.
     limits: dict[str, Any] = {'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf}
     counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1}
     log = train_log.TrainLog(None, **counts, **limits)
@@ -206,21 +206,21 @@ def our_updates(
         skip(stream, buffered)
         return images_per_second(step, steps, config.batch_size, lambda: jax.block_until_ready(state))
 
-    measure(1)  # the first step waits for memory
+    measure(1)  # the first step also allocates memory
     steps = options.steps or max(1, round(_MIN_SECONDS * measure(1) / config.batch_size))
-    if steps > 1 and not options.steps:  # batches come in bursts, as many as there are workers
+    if steps > 1 and not options.steps:  # batches arrive in bursts of num_workers
         steps = max(steps, 2 * buffered)
     return Contender(name, functools.partial(measure, steps), facts), options._replace(steps=steps)
 
 
 def num_buffered(config: ConfigDict) -> int:
-    """Batches that are ready or under way at most, on either side."""
-    workers = config.data.num_workers  # PyTorch has two a worker
+    """Returns the largest number of batches that either input pipeline has ready or in progress."""
+    workers = config.data.num_workers  # PyTorch prefetches two batches per worker
     return max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
 
 
 def check_torch(gpu: bool) -> None:
-    """After JAX has opened its devices. Raises UserError where there is no PyTorch for the same."""
+    """Raises UserError if PyTorch is missing or uses another kind of device than JAX, whose devices must be open."""
     try:
         import torch
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""The paper's comparisons as plain lists of config differences.
+"""Suites of network variants: each variant is a list of differences from a base config.
 
-Add your own: a list of variants, and its name in `SUITES`. A variant's `changes` are {config key: value}; where a value
-is a function, it is called with the base config. Numbers of the paper and of the authors' log are points of (top-1,
-top-5) error by which the variant is worse than its baseline; None: not stated. `sign` is what the paper or the log
-says: +1, the variant is worse.
+To add a suite, write a function that returns its variants and add it to `SUITES`. `Variant.changes` maps config keys to
+values; a callable value is called with the base config. The numbers from the paper and from the authors' training logs
+are differences in (top-1, top-5) error against the baseline, in percentage points; None means not stated. `sign` is the
+claimed direction: +1 means that the variant has the larger error.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,20 @@ Points = tuple[float | None, float | None]
 
 
 class Variant(NamedTuple):
-    """One network, trained with several seeds."""
+    """One network of a suite. It is trained with several seeds."""
 
     name: str
     changes: dict[str, Any]
-    baseline: str = ''  # the variant it is compared with
-    paper: Points = (None, None)  # differences, or where `baseline` is empty: the error itself
-    log: Points = (None, None)  # the same of the authors' training diaries
-    sign: int = 0  # of the difference, where one is claimed
-    measure: str = 'top1_error'  # what the sign is about
+    baseline: str = ''  # name of the variant it is compared with; '': none
+    paper: Points = (None, None)  # difference from the baseline; without a baseline, the error itself
+    log: Points = (None, None)  # the same, from the authors' training logs
+    sign: int = 0  # of the claimed difference; 0: no claim
+    measure: str = 'top1_error'  # the measurement that `sign` refers to
     source: str = ''
 
 
 def with_changes(base: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """A copy of a config with a variant's changes."""
+    """Returns a copy of the base config with the changes of a variant applied."""
     config = ConfigDict(base.to_dict())
     values = {key: value(base) if callable(value) else value for key, value in changes.items()}
     config.update_from_flattened_dict(values)
@@ -40,13 +40,13 @@ def with_changes(base: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def _layers(base: ConfigDict) -> tuple[Layers, list[str]]:
-    """A copy of a config's layers, and the names of its convolutions in order."""
+    """Returns a copy of the config's layers and the names of its convolutions in order."""
     layers = base.model.layers.to_dict()
     return layers, [name for name in sort_layers(layers) if parse_name(name)[0] == 'conv']
 
 
 def _without_ops(base: ConfigDict, *ops: str) -> Layers:
-    """The layers with some of the operations that follow them removed."""
+    """Returns the layers with the named operations removed from every `post`."""
     layers, _ = _layers(base)
     for layer in layers.values():
         layer['post'] = ' '.join(op for op in layer['post'].split() if op not in ops)
@@ -54,7 +54,7 @@ def _without_ops(base: ConfigDict, *ops: str) -> Layers:
 
 
 def _halved(base: ConfigDict) -> Layers:
-    """Footnote 2: half the kernels in each convolution but the last, and no groups."""
+    """Footnote 2 of the paper: half of the kernels in every convolution except the last, and no groups."""
     layers, convs = _layers(base)
     for name in convs:
         layers[name] |= {'groups': 1, 'features': layers[name]['features'] // (1 if name == convs[-1] else 2)}
@@ -62,7 +62,7 @@ def _halved(base: ConfigDict) -> Layers:
 
 
 def _closer(base: ConfigDict) -> Layers:
-    """`layers-147.cfg`: later layers that pool lose a pixel of padding, so that the maps keep their sizes."""
+    """`layers-147.cfg`: one pixel less padding in later convolutions with pooling, so that map sizes do not change."""
     layers, convs = _layers(base)
     for name in convs[1:]:
         if 'pool' in layers[name]['post'].split():
@@ -71,7 +71,7 @@ def _closer(base: ConfigDict) -> Layers:
 
 
 def _apart(base: ConfigDict) -> Layers:
-    """Net 150: two groups in all but conv 1 and the classifier; conv 2 a quarter wider, fc 6 twice as wide."""
+    """Net 150: two groups in all layers but conv1 and the classifier; conv2 1.25 times and fc6 twice as wide."""
     layers, convs = _layers(base)
     hidden = sort_layers(layers)[len(convs) : -1]
     layers[convs[1]]['features'] = layers[convs[1]]['features'] * 5 // 4
@@ -82,7 +82,7 @@ def _apart(base: ConfigDict) -> Layers:
 
 
 def _six(base: ConfigDict) -> Layers:
-    """A further convolution of 3x3 over the last pooling, as wide as the last; it reads both towers."""
+    """Adds a 3x3 convolution after the last pooling. It is as wide as the last convolution and reads both towers."""
     layers, convs = _layers(base)
     own = {'kernel': 3, 'stride': 1, 'padding': (1, 1), 'groups': 1, 'post': 'relu'}
     layers[f'conv{parse_name(convs[-1])[1] + 1}'] = {**layers[convs[-1]], **own}
@@ -90,10 +90,11 @@ def _six(base: ConfigDict) -> Layers:
 
 
 def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
-    """The layers without one convolution. Its stride goes to the layer after it, its pooling to the one before it.
+    """Returns a change that removes one convolution.
 
-    So maps keep their sizes above; of the first layer both go to the second, and the spread of the weights that suits
-    pixels. Without the third layer no convolution reads both towers. The paper does not say how it was done.
+    Its stride moves to the next convolution and its pooling to the previous one, so that the map sizes of later layers
+    do not change. If the first convolution is removed, the second one gets both, and also the initial weight scale that
+    suits pixels. Without conv3, no convolution reads both towers. The paper does not say how layers were removed.
     """
 
     def change(base):
@@ -103,7 +104,7 @@ def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
         first, heir = layers[convs[0]], layers[convs[max(index - 1, 0)]]
         if index < len(convs):
             layers[convs[index]]['stride'] *= removed['stride']
-        first['groups'] = 1  # the image is not in two groups
+        first['groups'] = 1  # the image channels are not grouped
         if index == 0:
             first['init'] = removed['init']
         heir['post'] = ' '.join([heir['post'], *['pool'] * removed['post'].split().count('pool')])
@@ -113,7 +114,7 @@ def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
 
 
 def _without_rates(gone: str) -> dict[str, Callable[[ConfigDict], tuple]]:
-    """Changes that take a layer out of the rates and decays that name it."""
+    """Returns changes that remove a layer from the learning rates and weight decays given per layer."""
 
     def rows(key: str) -> Callable[[ConfigDict], tuple]:
         return lambda base: tuple(row for row in base.optim[key] if row[0] != gone)
@@ -137,7 +138,7 @@ SIXTH_CONV = {'model.layers': _six}
 
 
 def ablations(base: ConfigDict) -> list[Variant]:
-    """What the paper says each of its parts is worth, and the network without it."""
+    """Returns the paper's comparisons: the base network, and the network without each of its parts."""
     middle = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
     outer = {'source': 'section 1, "inferior"'}
     layers, convs = _layers(base)
@@ -158,7 +159,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
         Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
-        *([apart] if len(layers) > len(convs) + 1 else []),  # it has hidden layers to put into groups
+        *([apart] if len(layers) > len(convs) + 1 else []),  # groups need a hidden layer
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
         Variant('no crops or reflections', uncropped, 'base', sign=1, source=overfitting),
         Variant('no color', {'data.color_std': 0.0}, 'base', (1.0, None), sign=1, source='section 4.1, "over 1%"'),
@@ -169,7 +170,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
 
 
 def cifar10(base: ConfigDict) -> list[Variant]:
-    """The CIFAR-10 networks with the errors that their files promise, in percent."""
+    """The CIFAR-10 networks of the authors' release, with the test errors that their files state, in percent."""
     without = 'section 3.3, 13% without normalization; the name layers-conv-local-13pct.cfg'
     pair = 'section 3.3, 11% with normalization; local 3 is wider, and fc 5 has another decay, too'
     return [
@@ -182,7 +183,7 @@ def cifar10(base: ConfigDict) -> list[Variant]:
 
 
 def base_alone(base: ConfigDict) -> list[Variant]:
-    """The base as the only variant, of `ensemble` and `views`: they differ in what is done with its outputs."""
+    """The base network only. `ensemble` and `views` compare ways to evaluate its outputs."""
     return [BASE]
 
 

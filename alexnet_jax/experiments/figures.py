@@ -1,4 +1,4 @@
-"""What the paper's figures show, as arrays; plots.py draws it."""
+"""Computes the arrays for the paper's figures. plots.py draws them."""
 
 import contextlib
 import json
@@ -20,37 +20,37 @@ from alexnet_jax.inference import activations, predict
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
 
-Drawn = tuple[str, Any, list[str]]  # name, matplotlib's Figure, lines to print
-_LEFT, _RIGHT = 8, 5  # images in the two panels of figure 4
+Drawn = tuple[str, Any, list[str]]  # name, matplotlib Figure, lines to print
+_LEFT, _RIGHT = 8, 5  # images in the left and the right panel of figure 4
 
 
 class LayerFigure(NamedTuple):
-    """A layer as figure 2 shows it."""
+    """One layer of figure 2."""
 
     name: str
-    maps: tuple[int, ...]  # maps or units, of each tower
+    maps: tuple[int, ...]  # feature maps or units of each tower
     groups: int
-    reads: tuple[tuple[int, ...], ...]  # for each tower: the towers below that it reads; (): the image
-    post: str  # operations that follow
+    reads: tuple[tuple[int, ...], ...]  # for each tower: the input towers it reads; (): the image
+    post: str  # operations after the linear one
     neurons: int
     parameters: int
-    size: int | None = None  # side of its maps, before what follows; None: a fully-connected layer
+    size: int | None = None  # side of its maps before `post`; None: fully connected
     kernel: tuple[int, int] | None = None  # side and depth of a kernel; None: fully connected
     stride: int | None = None
-    read_size: int | None = None  # side of the maps it reads; None: it reads units, or all of the maps at once
+    read_size: int | None = None  # side of its input maps; None: fully connected
 
 
 class Prediction(NamedTuple):
-    """The best labels of an image."""
+    """The most probable labels of an image."""
 
     true: str
-    names: tuple[str, ...]  # the most probable first
+    names: tuple[str, ...]  # most probable first
     probabilities: tuple[float, ...]
-    place: int | None  # of the true label among them
+    place: int | None  # rank of the true label in `names`; None: not among them
 
 
 class Curve(NamedTuple):
-    """Lines of one split in metrics.jsonl."""
+    """The lines of one split in metrics.jsonl."""
 
     epoch: np.ndarray
     top1_error: np.ndarray  # percent
@@ -58,17 +58,18 @@ class Curve(NamedTuple):
 
 
 def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFigure]:
-    """What figure 2 shows of every layer, conv1 ... fc8.
+    """Returns the data of figure 2 for every layer, conv1 ... fc8.
 
-    A layer with one group whose input is split reads both towers, any other its own; both see the image.
+    With two towers, a layer with one group reads both towers; a layer with groups reads only its own tower. Both towers
+    read the image.
 
-    image_size: side of the input, pixels. towers: 1 or 2; raises UserError where the network cannot be split so.
+    image_size: side of the input in pixels. towers: 1 or 2. Raises UserError if the network cannot be split that way.
     """
     layers: list[LayerFigure] = []
     for name, sizes in infer_shapes(network, image_size, towers).items():
         row = network.layers[name]
         own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
-        # Of an odd number of classes the first tower has one more.
+        # If the number of classes is odd, the first tower has one more.
         maps = tuple((row.features + towers - 1 - tower) // towers for tower in range(towers))
         reads = tuple(own if layers else [()] * towers)
         figure = LayerFigure(name, maps, row.groups, reads, row.post, math.prod(sizes.linear), sizes.parameters)
@@ -80,10 +81,10 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
 
 
 def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
-    """The first layer's kernels as pictures (figure 3), tower by tower: float [O / towers, H, W, 3], 0 to 1.
+    """Returns the first layer's kernels as images (figure 3), one array per tower: float [O / towers, H, W, 3], 0 to 1.
 
-    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float
-    [H, W, 3, O], RGB; the first half of O is tower 0. Raises UserError for another shape.
+    All kernels share one scale, (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float [H, W, 3,
+    O], RGB; the first half of O belongs to tower 0. Raises UserError for another shape.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     if kernel.ndim != 4 or kernel.shape[2] != 3:
@@ -94,11 +95,11 @@ def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
 
 
 def color_share(kernel_HWIO) -> np.ndarray:
-    """How colored each kernel is: the share of its energy that is not gray, float [O], 0 to 1.
+    """Returns the share of each kernel's energy that is not gray: float [O], 0 to 1.
 
-    With m the mean of a kernel k [H, W, 3] over R, G and B at each place, the gray part of k is m in all channels, and
-    the share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as
-    where two channels oppose each other. Of a kernel that is zero it is 0.
+    Let k [H, W, 3] be a kernel and m [H, W] its mean over R, G and B. The gray part of k has m in every channel, so the
+    share is 1 - 3 |m|^2 / |k|^2. It is 0 for a gray kernel, 2/3 on average for Gaussian noise, and 1 if the channels
+    sum to zero everywhere (opponent colors). It is 0 for a kernel of zeros.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
@@ -108,7 +109,10 @@ def color_share(kernel_HWIO) -> np.ndarray:
 
 
 def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
-    """The best labels of records, uint8 [N, S, S, 3], from the center crop (figure 4, left); labels: the true ones."""
+    """Returns the `top` most probable labels of each image, from the center crop (figure 4, left).
+
+    images: records, uint8 [N, S, S, 3]. labels: true classes, int [N].
+    """
     results, classes = [], checkpoint.class_names
     outputs = predict.predict(checkpoint, images, views=1)
     for probabilities, label, order in zip(outputs, labels, predict.top_k(outputs, top).tolist(), strict=True):
@@ -118,18 +122,18 @@ def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int 
 
 
 def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of many vectors to each query, by Euclidean distance in float64 (figure 4, right).
+    """Returns the nearest base vectors of each query by Euclidean distance in float64 (figure 4, right).
 
-    Exact: the authors' search took the nearest of each file of training images, at most. Ties go to the lower index.
+    The search is exact. (The authors' search took at most one image of each training file.) Ties go to the lower index.
 
-    query_ND: float [N, ...], each query taken as one vector. base: batches [n, ...] in order, of which one at a time is
-    held. Returns (indices int [N, count], distances float64 [N, count]), the nearest first; or as many as there are.
+    query_ND: float [N, ...]; each query is flattened. base: batches [n, ...] in order; one is held in memory at a time.
+    Returns (indices int [N, count], distances float64 [N, count]), nearest first; fewer if the base has fewer vectors.
     """
     query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
     best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
     for part in base:
         part = np.asarray(part, np.float64).reshape(len(part), -1)
-        # Differences, not products: |a|^2 - 2ab + |b|^2 would lose the small distances and break the ties.
+        # |a|^2 - 2ab + |b|^2 would lose small distances and break ties.
         new = np.stack([((part - q[None]) ** 2).sum(1) for q in query])
         indices = np.broadcast_to(np.arange(start, start + len(part)), new.shape)
         best, squares = np.concatenate([best, indices], 1), np.concatenate([squares, new], 1)
@@ -140,13 +144,13 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
 
 
 def confusion(labels, predicted, classes: int) -> np.ndarray:
-    """How often each true class (rows) was taken for each class (columns): int [K, K]; labels, predicted: int [N]."""
+    """Returns the confusion matrix int [K, K]: rows are true classes, columns predictions. Inputs: int [N]."""
     pairs = np.ravel_multi_index((labels, predicted), (classes, classes))
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[tuple[str, str, int, float]]:
-    """The most frequent errors: (true class, what it was taken for, how often, share of the true class's images)."""
+    """Returns the most frequent errors: (true class, predicted class, number, share of the true class)."""
     wrong = np.array(matrix)
     np.fill_diagonal(wrong, 0)
     rows = []
@@ -158,21 +162,21 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
 
 
 def curves(workdir: str) -> dict[str, Curve]:
-    """The 'train' and 'val' lines of a run's metrics.jsonl, even of one under way; UserError where there is none."""
+    """Returns the 'train' and 'val' curves of a finished or unfinished run. Raises UserError without metrics.jsonl."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
         expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
         raise UserError(f'there is no {str(path)!r}; expected {expected}.')
     rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not yet whole
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
             line = json.loads(text)
             rows_of[line['split']].append([line[key] for key in Curve._fields])
     return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
 
 
 def towers_of(network: AlexNet, image_size: int) -> int:
-    """2 where a network can be split over two towers, else 1."""
+    """Returns 2 if the network can be split into two towers, otherwise 1."""
     try:
         infer_shapes(network, image_size, towers=2)
     except UserError:
@@ -183,9 +187,10 @@ def towers_of(network: AlexNet, image_size: int) -> int:
 def draw(
     checkpoint: Checkpoint, *, run: str | None = None, dataset: Dataset | None = None, split: str = 'val', seed: int = 0
 ) -> Iterator[Drawn]:
-    """Every figure there is of a network, one after the other: (name, matplotlib's Figure, what to print with it).
+    """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 
-    run: a workdir, for its curves. dataset, split: for the figures that show images; seed: which ones.
+    run: workdir of its run, for the learning curves. dataset, split: images to show; without a dataset, figures with
+    images are left out. seed: chooses the images.
     """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
@@ -219,7 +224,7 @@ def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) 
     order = np.random.default_rng(seed).permutation(len(source))
 
     def crops(images):
-        return augment.center_crop(images, checkpoint.image_size)  # what the network sees
+        return augment.center_crop(images, checkpoint.image_size)  # the network's input
 
     images, labels = pipeline.decode_some(source, order[:_LEFT], checkpoint.record_size)
     yield 'predictions', plots.predictions(crops(images), predictions(checkpoint, images, labels)), []
@@ -234,14 +239,14 @@ def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) 
     if 'train' not in dataset.splits:
         logging.info('these data have no train split: no figure of nearest training images.')
         return
-    # The last hidden layer; where there is none, the layer before the classifier; of a classifier alone, itself.
+    # The layer before the classifier; if there is none, the classifier.
     layer = list(checkpoint.network.layers)[-2:][0]
     train = dataset.split('train')
     right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
     images, labels = pipeline.decode_some(source, right, checkpoint.record_size)
     query = activations.activations(checkpoint, images, layer)[layer]
     indices, _ = nearest(query, (part for part, _ in activations.iter_activations(checkpoint, train, layer)), count=7)
-    own = right if split == 'train' else [-1] * len(right)  # no image is a neighbor of itself
+    own = right if split == 'train' else [-1] * len(right)  # exclude the image itself
     rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
     pictures = [pipeline.decode_some(train, row, checkpoint.record_size) for row in rows]
     names = [classes[label] for label in labels]

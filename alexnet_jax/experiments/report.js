@@ -1,4 +1,4 @@
-// The two interactive parts of report.html; report.py puts this script and `data` into the page.
+// The two interactive parts of report.html. report.py inserts this script and `data` into the page.
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -7,7 +7,7 @@ const pictures = data.pictures.map(bytes); // [side, side, 3] each
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const short = (x) => String(Number(x.toPrecision(3)));
 
-/** Fills a canvas: color(row, column) is [r, g, b], or null for nothing. */
+/** Paints a canvas: color(row, column) returns [r, g, b], or null for a transparent pixel. */
 function paint(canvas, width, height, color) {
   canvas.width = width;
   canvas.height = height;
@@ -19,7 +19,7 @@ function paint(canvas, width, height, color) {
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 
-/** -1: blue, 0: white, 1: vermilion; a quarter has half the color already, so that weak responses are seen. */
+/** Maps -1 to blue, 0 to white and 1 to vermilion. The square root makes weak responses visible. */
 function diverging(t) {
   const end = t < 0 ? [0, 114, 178] : [213, 94, 0];
   return end.map((x) => 255 + Math.sqrt(Math.min(1, Math.abs(t))) * (x - 255));
@@ -30,7 +30,7 @@ function paintPicture(canvas, i) {
   paint(canvas, side, side, (r, c) => pictures[i].subarray(3 * (r * side + c), 3 * (r * side + c) + 3));
 }
 
-/** Radio buttons with a small picture each: one stop of the tab key, arrow keys within. */
+/** Adds radio buttons with thumbnails: the tab key reaches the group, arrow keys move within it. */
 function choices(fieldset, name, labels, draw, choose) {
   labels.forEach((text, i) => {
     const label = document.createElement('label'), input = document.createElement('input');
@@ -46,7 +46,7 @@ function choices(fieldset, name, labels, draw, choose) {
   });
 }
 
-/** Arrow keys anywhere in a toy, but where a slider, a choice or, with another key, the browser has them already. */
+/** Handles keys in a section, except in inputs and with modifier keys, where the browser uses them. */
 function keys(section, moves) {
   section.addEventListener('keydown', (event) => {
     const { altKey, ctrlKey, metaKey, shiftKey } = event;
@@ -66,14 +66,14 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
   const reduced = matchMedia('(prefers-reduced-motion: reduce)').matches;
   let picture = 0, kernel = 0, place = 0, map, scale, timer = null, since = 0;
 
-  /** The network's input at a place: mean-subtracted, zero in the padding. */
+  /** Returns the network's input at a position: mean-subtracted, zero in the padding. */
   function input(picture, row, column, channel) {
     if (row < 0 || column < 0 || row >= side || column >= side) return 0;
     const i = 3 * (row * side + column) + channel;
     return pictures[picture][i] / std[channel] + background[i];
   }
 
-  /** Pixel by pixel, the three colors together, at (row, column) of the map. */
+  /** Returns the products at (row, column) of the map, summed over the three colors of each pixel. */
   function products(picture, kernel, row, column) {
     const found = new Float64Array(size * size);
     for (let i = 0; i < length; i++) {
@@ -106,7 +106,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
     canvas.width = canvas.height = zoom * padded + 10;
     const context = canvas.getContext('2d');
     context.imageSmoothingEnabled = false;
-    context.translate(5, 5); // room for the frame around the outermost windows
+    context.translate(5, 5); // space for the frame of windows at the border
     context.drawImage(plain, 0, 0, zoom * padded, zoom * padded);
     for (const [width, color] of [[6, '#000'], [3, '#f0e442']]) {
       context.lineWidth = width;
@@ -176,7 +176,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
 
 function walkToy(section, { stages, labels }) {
   const find = (name) => section.querySelector('.' + name);
-  const count = stages.length + 2; // the picture first, the labels last
+  const count = stages.length + 2; // the image first, the labels last
   const layers = [...new Set(stages.map((stage) => stage.layer))];
   const stops = [['picture', 0], ...layers.map((name) => [name, 1 + stages.findIndex((stage) => stage.layer === name)]), ['labels', count - 1]];
   let picture = 0, at = 0;
@@ -186,7 +186,7 @@ function walkToy(section, { stages, labels }) {
   function drawStage(maps, stage) {
     const { scale, bytes: text } = stage.pictures[picture], { width, height, chosen = [1] } = stage, values = bytes(text);
     chosen.forEach((_, i) => paint(canvasIn(maps), width, height, (r, c) => {
-      const value = values[(i * height + r) * width + c]; // none behind the last unit
+      const value = values[(i * height + r) * width + c]; // undefined after the last unit
       return value === undefined ? null : diverging((value - 128) / 127);
     }));
     find('low').textContent = short(-scale);
@@ -225,7 +225,7 @@ function walkToy(section, { stages, labels }) {
     find('value').textContent = `${at + 1} of ${count}, ${title}`;
     find('words').textContent = words;
     find('note').textContent = note;
-    find('previous').setAttribute('aria-disabled', at === 0); // not disabled: it would lose the focus, and the keys
+    find('previous').setAttribute('aria-disabled', at === 0); // `disabled` would lose the keyboard focus
     find('next').setAttribute('aria-disabled', at === count - 1);
     const here = stops.findLastIndex(([, first]) => first <= at);
     Array.from(find('layers').children, (button, i) => button.setAttribute('aria-current', i === here));

@@ -1,7 +1,7 @@
-"""An HTML page with tables, figures and two interactive parts, in one file that needs no network.
+"""Writes an HTML report with tables, figures and two interactive parts, as one file that works offline.
 
-One part slides a filter of the first layer over a picture, the other walks through the layers with it. Of the files
-beside this one `report.html` is the page; `report.js` computes the first part, and shows for the second what is put in.
+The first interactive part slides a filter of the first layer over an image; the second shows the image layer by layer.
+`report.html` is the page template. `report.js` computes the first part and displays precomputed values in the second.
 """
 
 import base64
@@ -29,29 +29,29 @@ from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import atomic_file
 
-_PICTURES = 6  # with 224 px and 16 maps a layer the page then has about 3 MB
-_MAPS = 16  # shown of a layer
-_MAP_SIZE = 32  # pixels; larger maps are made smaller
-_UNITS = 4096  # shown of a fully-connected layer
-_STRIP = 128  # units beside each other
+_PICTURES = 6  # about 3 MB of page with 224 px and 16 maps per layer
+_MAPS = 16  # shown per layer
+_MAP_SIZE = 32  # pixels; larger maps are downsampled
+_UNITS = 4096  # shown per fully connected layer
+_STRIP = 128  # units per row
 _NUMBER = ' class="number"'
 _TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
 
 
 class Table(NamedTuple):
-    """Rows under columns."""
+    """A table."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple]  # str, numbers, or None (an empty cell)
-    note: str = ''  # what a reader must know to judge the numbers
+    note: str = ''  # how to read the numbers
 
 
 class Figure(NamedTuple):
-    """A picture from a file."""
+    """An image file with a caption."""
 
     title: str
-    path: str  # an .svg or .png file, put into the page itself
+    path: str  # an .svg or .png file, embedded in the page
     caption: str = ''
 
 
@@ -66,14 +66,14 @@ def write(
     image_NHWC: np.ndarray | None = None,
     captions: Sequence[str] = (),
 ) -> None:
-    """Writes the page in one move; what is at `path` is replaced. All text is plain, of which HTML is made here.
+    """Writes the report atomically; an existing file is replaced. All text arguments are plain text and are escaped.
 
-    checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
-    `checkpoint.record_size`, prepared as the training images were. The first six are used, their centers. captions: of
-    these pictures; those that have none are numbered.
+    checkpoint, image_NHWC: shown in the interactive parts; give both or neither. The images are uint8 [N, S, S, 3] with
+    S = `checkpoint.record_size`, prepared like the training images; the center crops of the first six are used.
+    captions: of these images; missing captions are numbered.
 
-    Raises UserError for a row that does not fit its table, a figure that cannot be read, images of another shape or
-    type, and a file that cannot be written.
+    Raises UserError if a row does not fit its table, a figure cannot be read, the images have another shape or type, or
+    the file cannot be written.
     """
     if (checkpoint is None) != (image_NHWC is None):
         raise UserError('a checkpoint and images to show it belong together; give both or neither.')
@@ -90,13 +90,13 @@ def write(
         'summary': escape(summary),
         'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
         'sections': '\n'.join(body),
-        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
+        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # `</script>` would end the script
     }
     folder = resources.files('alexnet_jax.experiments')
     page, parts['script'] = (folder.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('html', 'js'))
     for block, wanted in (('slide', 'slide' in data), ('walk', 'walk' in data), ('interactive', data)):
         page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
-    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
+    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # one pass: inserted text is not scanned
     with as_user_error(f'the report {path!r} cannot be written'), atomic_file(path) as file:
         file.write(page)
 
@@ -131,18 +131,18 @@ def _figure(figure: Figure) -> str:
     with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
     text, title = escape(figure.caption), escape(figure.title)
-    # In an <img> also an SVG's scripts and links are dead.
+    # Scripts and links in an SVG are inactive inside <img>.
     image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or title}">'
     return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
 
 
 def _scrolling(title: str, content: str) -> str:
-    """What may be wider than the page; the keyboard reaches it."""
+    """Wraps content that may be wider than the page. The region scrolls and can be reached with the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n{content}</div>\n'
 
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    """What the script reads: 'walk', and 'slide' where the first layer is a convolution of all three colors."""
+    """Returns the data of report.js: 'walk', and 'slide' if the first layer is a convolution over all colors."""
     image_NHWC = check_images(checkpoint, image_NHWC)[:_PICTURES]
     if not len(image_NHWC):
         raise UserError(f'there are no images in an array of shape {image_NHWC.shape}; give one or more.')
@@ -164,9 +164,9 @@ def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
 
 
 def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]:
-    """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
+    """Returns the first layer's weights and the terms of its input: input = byte / std + background."""
     side, weights = checkpoint.record_size, checkpoint.params[name]
-    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
+    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each kernel contiguous
     window = {'size': layer.kernel, 'stride': layer.stride, 'padding': layer.padding}
     return {
         'layer': name,
@@ -179,7 +179,7 @@ def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]
 
 
 def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
-    """Stages, one for each thing a layer does, and the labels at the end."""
+    """Returns the stages, one for each operation of each layer, and the most probable labels."""
     network = checkpoint.network
     run = jax.jit(lambda params, x: network.apply({'params': params}, x, mutable='intermediates'))
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
@@ -201,7 +201,7 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
-    """Some maps, the same for every picture and every operation of a layer, so that one can follow them."""
+    """Encodes some feature maps. The same maps are shown for all images and all operations of a layer."""
     side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
@@ -215,7 +215,7 @@ def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
 
 
 def _strip(x_NF: np.ndarray) -> dict[str, Any]:
-    """Units row by row; the last row may be short."""
+    """Encodes units row by row. The last row may be shorter."""
     shown = min(x_NF.shape[1], _UNITS)
     width = min(shown, _STRIP)
     height = math.ceil(shown / width)
@@ -224,7 +224,7 @@ def _strip(x_NF: np.ndarray) -> dict[str, Any]:
 
 
 def _signed(x: np.ndarray) -> dict[str, Any]:
-    """Values as bytes 1 to 255, 128 for zero; 'scale' is the largest magnitude."""
+    """Encodes values as bytes 1 to 255, with 128 for zero. 'scale' is the largest magnitude."""
     x = np.nan_to_num(x)
     scale = float(np.abs(x).max())
     return {'scale': scale, 'bytes': _encode(np.round(x / (scale or 1) * 127) + 128)}
@@ -235,7 +235,7 @@ def _encode(array, dtype: str = 'u1') -> str:
 
 
 def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
-    """(name, what it does) of one operation of a layer."""
+    """Returns (name, description) of one operation of a layer."""
     apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
     if op == 'linear' and isinstance(layer, ConvSpec):
         own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
@@ -266,4 +266,4 @@ def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple
         'avg_pool': ('mean pooling', f'The mean of each {pool}.{overlap}'),
         'dropout': ('dropout', f'{silenced} {at_test}'),
     }
-    return words.get(op, (op, ''))  # one of somebody's own has no words
+    return words.get(op, (op, ''))  # user-defined operations have no description

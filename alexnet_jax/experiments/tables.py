@@ -1,4 +1,4 @@
-"""A suite's measurements: rows of results.csv, means and spreads over seeds, tables beside the paper's, the page."""
+"""Results of a suite: results.csv, mean and spread over seeds, tables that compare with the paper, report.html."""
 
 import collections
 import csv
@@ -26,14 +26,14 @@ COLUMNS = (
 
 
 def differences(rows: Sequence[dict], variant: str, baseline: str, key: str) -> list[float]:
-    """`variant` minus `baseline` in the measure `key`, for each seed that both have."""
+    """Returns `variant` minus `baseline` in column `key` for every seed that both have."""
     values = {(row['variant'], row['seed']): row.get(key) for row in rows}
     pairs = [(values.get((variant, seed)), values.get((baseline, seed))) for name, seed in values if name == variant]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def sign_agreement(values: Sequence[float], sign: int) -> str:
-    """Whether measured differences have the sign claimed: all do, none does, or it depends on the seed."""
+    """Compares the sign of all differences with the claim: 'agrees', 'disagrees', 'undecided (...)' or ''."""
     if not values or not sign:
         return ''
     agreeing = sum(value * sign > 0 for value in values)
@@ -41,7 +41,7 @@ def sign_agreement(values: Sequence[float], sign: int) -> str:
 
 
 def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
-    """Replaces a suite's rows, all of them (`whole`) or those of the same variants and seeds; other suites' stay."""
+    """Replaces a suite's rows in results.csv: all of them (`whole`), or those with the same variant and seed."""
     suite, runs, old = rows[0]['suite'], {(row['variant'], str(row['seed'])) for row in rows}, []
     if os.path.exists(path):
         with open(path, encoding='utf-8', newline='') as file:
@@ -54,7 +54,7 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
 
 
 def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:
-    """What was measured beside what the paper and the authors' log say, a variant a row."""
+    """Returns the measured errors next to those of the paper and the authors' log, one row per variant."""
     table = []
     for variant in variants:
         own = [row for row in rows if row['variant'] == variant.name and not row['diverged']]
@@ -82,7 +82,7 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
 
 
 def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str:
-    """Mean and sample standard deviation: '41.20 ± 0.31'; of one value itself, of none nothing."""
+    """Returns mean and sample standard deviation: '41.20 ± 0.31'; of one value the value, of none ''."""
     known = [value for value in values if value is not None]
     if not known:
         return ''
@@ -91,12 +91,12 @@ def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str
 
 
 def format_error_pair(pair: ablations.Points, signed: bool) -> str:
-    """A pair (top-1, top-5) as text, without what is not stated: '1.40 / 1.20'."""
+    """Returns a (top-1, top-5) pair as text: '1.40 / 1.20'. Values that are not stated are left out."""
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 
 def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> report.Table:
-    """How colored the first layer's kernels are in the more and in the less colored tower (section 6.1)."""
+    """Returns the color shares of the first-layer kernels in the more and the less colored tower (section 6.1)."""
     table = []
     for variant in variants:
         own = [row for row in rows if row['variant'] == variant.name and 'color_0' in row]
@@ -112,8 +112,8 @@ def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> 
 
 
 def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence[float]) -> report.Table:
-    """Passes to 25% training error of ReLU and tanh, and their ratio, beside the paper's six."""
-    table, epochs = [], []  # passes by seed, of each variant
+    """Returns the epochs that ReLU and tanh need for 25% training error, and their ratio; the paper's is 6."""
+    table, epochs = [], []  # for each variant: {seed: epochs}
     for variant in variants:
         own = [row for row in rows if row['variant'] == variant]
         epochs.append({row['seed']: row['epochs'] for row in own if row.get('reached')})
@@ -132,7 +132,7 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
 
 
 def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
-    """`views`: the center against ten views; `ensemble`: one network against the average of all, over ten views."""
+    """Returns the table of 'views' (center or ten views) or 'ensemble' (one network or the average of all)."""
     split = dataset.splits[str(eval_split(dataset))]
     options: dict[str, Any] = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
@@ -165,7 +165,7 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
 
 
 def as_text(table: report.Table) -> str:
-    """A table for the terminal."""
+    """Formats a table for the terminal."""
     rows = [table.columns, *table.rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = ['  '.join(f'{cell!s:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -173,12 +173,12 @@ def as_text(table: report.Table) -> str:
 
 
 def eval_split(dataset: Dataset) -> str | None:
-    """The split where errors are measured: val, or test where there is no val."""
+    """Returns the split to evaluate on: 'val', otherwise 'test', otherwise None."""
     return next((name for name in ('val', 'test') if name in dataset.splits), None)
 
 
 def load_last(workdir: str) -> manager.Checkpoint:
-    """A finished run's network as it was at the end, and not where it was best."""
+    """Loads the last checkpoint of a run, not the best one."""
     with manager.CheckpointManager(workdir, read_only=True) as saved:
         return saved.load(saved.latest())
 
@@ -197,7 +197,7 @@ _CAPTIONS = {
 def publish(
     suite: str, output: str, tables: list[report.Table], runs: Mapping[str, str], rows: Sequence[dict], dataset: Dataset
 ) -> None:
-    """Writes report.html: tables, every run, curves, the first network; runs: {workdir: variant}, none diverged."""
+    """Writes report.html: tables, all runs, curves, the first network. runs: {workdir: variant}, none diverged."""
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     workdir, split = next(iter(runs)), eval_split(dataset) or 'train'
@@ -230,8 +230,8 @@ def publish(
 
 
 def summary(rows: Sequence[dict], size: int, environment: dict) -> str:
-    """What was trained on, and by what."""
-    measured = next(row for row in rows if not row['diverged'])  # of the others nothing was measured
+    """Describes the runs, the training data and the hardware in one sentence."""
+    measured = next(row for row in rows if not row['diverged'])  # diverged runs have no measurements
     images = f'{measured["train_images"]:,} training images of {size} px ({measured["data"]})'
     devices, jax = ', '.join(environment['devices'][:8]), environment['versions']['jax']
     return f'{len(rows)} runs on {images}, {devices}, jax {jax}, commit {environment["commit"]}.'
