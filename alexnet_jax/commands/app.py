@@ -3,6 +3,8 @@
 A command is a module with a docstring (purpose and example, shown by --help), `FLAGS`, `main(args)` and, where it takes
 words without --, `ARGUMENTS` (what they are) and `main(args, words)`. Where `FLAGS` has --cpu_devices JAX is set up for
 `main`. One with `SUBCOMMANDS` has nothing but them: {name: class with the same attributes}.
+
+A command imports the modules it computes with inside `main`, so that --help and errors in flags do not wait for JAX.
 """
 
 import contextlib

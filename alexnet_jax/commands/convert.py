@@ -7,11 +7,9 @@ A file of weights gives features, groups and classes. What it does not say (stri
 preprocessing) is taken from a config: 'caffe' for a .caffemodel, 'torchvision' for the others.
 """
 
-import jax
 from absl import flags
 
 from alexnet_jax.commands.flag import ConfigFlag, Flag
-from alexnet_jax.convert import convert
 
 FLAGS = (
     Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
@@ -24,5 +22,9 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    import jax
+
+    from alexnet_jax.convert import convert
+
     jax.config.update('jax_platforms', 'cpu')  # there is nothing to compute
     convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)
