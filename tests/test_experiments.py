@@ -108,7 +108,7 @@ def test_every_shipped_config_is_a_base(name, tmp_path):
 def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
     base = small.digits_config()
     variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
-    with pytest.raises(UserError, match="the variant 'broken' of this base cannot be built: model.pool_stride=2"):
+    with pytest.raises(UserError, match="variant 'broken' cannot be built from this base: model.pool_stride=2"):
         runner.make_trials(variants, base, 1, str(tmp_path))
 
 
@@ -182,23 +182,23 @@ def test_the_ensembles_gain_by_hand(averaging):
     table = tables.averaged_table('ensemble', ['10', '14'], averaging, max_unreadable=3)
     one, average = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     # Ten views of each network have a point less than its center: 9 / 5 and 13 / 9, together 8 / 6.
-    assert (one['tested as'], one['networks'], one['top-1'], one['top-5']) == (
+    assert (one['evaluated as'], one['networks'], one['top-1'], one['top-5']) == (
         'one network', '2', '11.00 ± 2.83', '7.00 ± 2.83',
     )  # fmt: skip
-    assert (average['tested as'], average['top-1'], average['top-5']) == ('2 networks averaged', '8.00', '6.00')
+    assert (average['evaluated as'], average['top-1'], average['top-5']) == ('2 networks averaged', '8.00', '6.00')
     # 8 - 9, 8 - 13 and 6 - 5, 6 - 9
     assert average['difference'] == '-3.00 ± 2.83 / -1.00 ± 2.83' and average['sign'] == 'agrees'
     assert (average['paper'], average["authors' log"]) == ('-2.60 / -1.80', '')
-    assert one['difference'] == one['sign'] == '' and 'There is one average' in table.note
+    assert one['difference'] == one['sign'] == '' and 'There is only one average' in table.note
 
 
 def test_the_gain_of_ten_views_by_hand(averaging):
     table = tables.averaged_table('views', ['10', '14'], averaging, max_unreadable=3)
     center, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert (center['tested as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
-    assert (ten['tested as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
+    assert (center['evaluated as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
+    assert (ten['evaluated as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
     assert ten['difference'] == '-1.00 ± 0.00 / +0.00 ± 0.00' and ten['sign'] == 'agrees'
-    assert ten['paper'] == '-1.50 / -1.30' and 'There is one average' not in table.note
+    assert ten['paper'] == '-1.50 / -1.30' and 'There is only one average' not in table.note
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
     assert asked == [9.0, 8.0]
     first, again, other = capsys.readouterr().out.splitlines()
     assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
-    assert again == f'wild, seed {base.seed}: diverged before.'
+    assert again == f'wild, seed {base.seed}: diverged in an earlier run.'
 
 
 @pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
@@ -429,8 +429,8 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
 @pytest.mark.parametrize(
     ('folders', 'suite', 'message'),
     [
-        (('train',), 'views', 'raw. has no val and no test images to measure on'),
-        (('test', 'val'), 'figure1', 'raw. has test and val but no training images'),
+        (('train',), 'views', 'raw. has no val or test split to evaluate on'),
+        (('test', 'val'), 'figure1', 'raw. has no train split, only test and val'),
         ((), 'figure1', 'there is no input .*raw'),
     ],
 )
@@ -474,9 +474,9 @@ def command(monkeypatch, tmp_path):
 
 
 def test_a_remedy_that_the_suite_takes(command):
-    with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the rates itself: look at the im'):
+    with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the learning rates itself'):
         command('cifar10')
-    with pytest.raises(UserError, match='all networks of views diverged; lower --base.optim.learning_rate, in another'):
+    with pytest.raises(UserError, match='all networks of views diverged; use a lower --base.optim.learning_rate'):
         command('views')
 
 
@@ -494,7 +494,7 @@ def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkey
     monkeypatch.setattr(
         datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
     )
-    with pytest.raises(UserError, match="'out/data-32' .remove it if 'raw' has changed. has no val and no test images"):
+    with pytest.raises(UserError, match="'out/data-32' .remove it if 'raw' has changed. has no val or test split"):
         command('cifar10', data='raw')
 
 

@@ -31,7 +31,7 @@ from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
 SUITES = (FIGURE1, *ablations.SUITES)
-_SMALL = (FIGURE1, 'cifar10')  # suites of 32 px images
+_SMALL = (FIGURE1, 'cifar10')  # suites with 32 px images
 
 
 class Suite(NamedTuple):
@@ -80,7 +80,7 @@ def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, outpu
             infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
             optimizer_from_config(config.optim, steps_per_epoch=1.0, layers=list(network.layers))
         except UserError as error:
-            raise UserError(f'the variant {variant.name!r} of this base cannot be built: {error}') from error
+            raise UserError(f'variant {variant.name!r} cannot be built from this base: {error}') from error
         for seed in range(base.seed, base.seed + seeds):
             trials.append(Trial(variant, seed, ablations.with_changes(config, {'seed': seed}), output))
     return trials
@@ -96,23 +96,23 @@ def run_suite(suite: Suite, data: str) -> list[str]:
         os.makedirs(suite.output, exist_ok=True)
     path = data if _is_prepared(data) else prepare_images(data, suite)
     dataset = datasets.open_dataset(path)
-    again = f' (remove it if {data!r} has changed)' if path != data else ''
-    _check_splits(dataset, suite.name, f'{path!r}{again}')
+    hint = f' (remove it if {data!r} has changed)' if path != data else ''
+    _check_splits(dataset, suite.name, f'{path!r}{hint}')
     if suite.name in _SMALL and dataset.record_size != suite.record_size:
         raise UserError(
-            f'{data!r} is prepared at {dataset.record_size} px; {suite.name} takes --size={suite.record_size}.'
+            f'--data={data!r}: expected images of {suite.record_size} px for {suite.name}, got {dataset.record_size} '
+            f'px; prepare them with --size={suite.record_size}.'
         )
     suite = _with_data(suite, path, dataset)
     trials, rows = run_figure1(suite, dataset) if suite.name == FIGURE1 else run_variants(suite, dataset)
     tables.write_csv(os.path.join(suite.output, 'results.csv'), rows, whole=True)
     diverged = {(row['variant'], row['seed']) for row in rows if row['diverged']}
-    whole = [trial for trial in trials if (trial.variant.name, trial.seed) not in diverged]
-    if not whole:
-        remedy = 'lower --base.optim.learning_rate, in another --output.'
+    runs = {trial.workdir: trial.variant.name for trial in trials if (trial.variant.name, trial.seed) not in diverged}
+    if not runs:
+        remedy = 'use a lower --base.optim.learning_rate and another --output.'
         if suite.name in _SMALL:
-            remedy = 'it sets the rates itself: look at the images (docs/trouble.md).'
+            remedy = 'it sets the learning rates itself, so check the images (docs/trouble.md).'
         raise UserError(f'all networks of {suite.name} diverged; {remedy}')
-    runs = {trial.workdir: trial.variant.name for trial in whole}
     if suite.name == FIGURE1:
         names = list(dict.fromkeys(trial.variant.name for trial in trials))
         results = [tables.figure1_table(rows, names, RATES)]
@@ -141,7 +141,7 @@ def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, 
     ended = result and result['diverged'] and result['step'] == _latest_step(trial)
     # `train` cannot detect a changed config if the run diverged before its first checkpoint.
     if ended and _read_json(trial, 'config') == config_to_json(trial.config):
-        logging.info('%s: diverged before.', trial.title)
+        logging.info('%s: diverged in an earlier run.', trial.title)
     else:
         diverged = False
         try:
@@ -173,12 +173,12 @@ def _latest_step(trial: Trial) -> int | None:
 def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
     """Measures the last checkpoint of a finished run: training error of the last epoch and test errors, in percent."""
     config = trial.config
-    checkpoint, passes = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
-    error = float(passes.top1_error[-1])
+    checkpoint, curve = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
+    error = float(curve.top1_error[-1])
     row = {
         'data': config.data.path,
         'train_images': len(datasets.subset(dataset.splits['train'], config.data.fraction)),
-        'epochs': float(passes.epoch[-1]),
+        'epochs': float(curve.epoch[-1]),
         'learning_rate': config.optim.learning_rate,
         'train_error': error,
     }
@@ -186,12 +186,12 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
         row['reached'] = error <= config.stop_at_error
     if name := tables.eval_split(dataset):
         split = dataset.splits[name]
-        options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
         row['test_images'] = len(split)
+        options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
         ten = dataset.record_size > config.data.image_size  # otherwise the ten views are two views repeated
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
-            result = evaluate.evaluate(checkpoint, split, views=views, **options)
-            row |= {f'top{k}_{suffix}': result[f'top{k}_error'] for k in (1, 5)}
+            errors = evaluate.evaluate(checkpoint, split, views=views, **options)
+            row |= {f'top{k}_{suffix}': errors[f'top{k}_error'] for k in (1, 5)}
     name, first = next(iter(checkpoint.network.layers.items()))
     if type(first) is ConvSpec and first.features % 2 == 0:
         halves = np.split(figures.color_share(checkpoint.params[name]['kernel']), 2)
@@ -206,21 +206,21 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
     ends early once it has trained for as many epochs as the fastest one. Returns (rate, rows of all tried rates).
     """
     rows: dict[int, dict[str, Any]] = {}
-    passes: dict[int, int] = {}
+    epochs: dict[int, int] = {}
     best = len(RATES) // 2
     while True:
         for i in (best, best + 1, best - 1):  # try the higher rate first: it is faster or diverges soon
             if 0 <= i < len(RATES) and i not in rows:
                 changes = figure1_changes(activation, RATES[i])
-                limit = min((*passes.values(), changes['num_epochs']))
-                variant = Variant(f'{activation} {RATES[i]:g}', {**changes, 'num_epochs': float(limit)})
+                changes['num_epochs'] = float(min((*epochs.values(), changes['num_epochs'])))
+                variant = Variant(f'{activation} {RATES[i]:g}', changes)
                 (trial,) = make_trials([variant], suite.base, 1, suite.output)
                 rows[i] = run_trial(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
-                    passes[i] = max(1, int(rows[i]['epochs']))  # the last batch of an epoch reaches into the next
-            quickest = min(passes, key=lambda i: passes[i], default=best)
-            if quickest != best:
-                best = quickest
+                    epochs[i] = max(1, int(rows[i]['epochs']))  # the last batch of an epoch reaches into the next
+            fastest = min(epochs, key=lambda i: epochs[i], default=best)
+            if fastest != best:
+                best = fastest
                 break
         else:
             return RATES[best], list(rows.values())
@@ -231,7 +231,7 @@ def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], l
     trials, rows = [], []
     for activation in ('relu', 'tanh'):
         rate, tried = search_rate(activation, suite, dataset)
-        logging.info('%s: the rate %g is the quickest of %d that were tried.', activation, rate, len(tried))
+        logging.info('%s: learning rate %g is the fastest of %d tried.', activation, rate, len(tried))
         variant = Variant(f'{activation} {rate:g}', figure1_changes(activation, rate))
         best = make_trials([variant], suite.base, suite.seeds, suite.output)
         rows += [row for row in tried if row['variant'] != variant.name]
@@ -251,20 +251,20 @@ def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], 
 
 
 def plan_suite(suite: Suite, data: str) -> str:
-    """Returns the plan of a suite as text, see `plan`. Writes and prepares nothing."""
+    """Returns the runs of a suite, their images and their predicted hours as text. Writes and prepares nothing.
+
+    The prediction scales the measured speed of a few updates of the first network by the FLOPs of the others.
+    """
     source = datasets.open_dataset(data) if _is_prepared(data) else discovery.find_images(data)
     _check_splits(source, suite.name, repr(data))
     suite = _with_data(suite, data, source)
     examples = round(len(source.splits['train']) * suite.scale)
-    if suite.name != FIGURE1:
-        variants = ablations.SUITES[suite.name](suite.base)
-        return plan(make_trials(variants, suite.base, suite.seeds, suite.output), examples)
-    at_most = 'At most: a rate slower than the best is given up, and what reaches 25% ends there.'
-    return f'{at_most}\n{plan(max_trials(suite.base, suite.seeds, suite.output), examples)}'
-
-
-def plan(trials: Sequence[Trial], examples: int) -> str:
-    """Returns the runs, their images and their hours, predicted from a few updates of the first network, as text."""
+    lines = []
+    if suite.name == FIGURE1:
+        lines.append('Upper bound: slow learning rates are stopped early, and a run ends at 25% training error.')
+        trials = max_trials(suite.base, suite.seeds, suite.output)
+    else:
+        trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
     first = trials[0].config
     with contextlib.ExitStack() as stack:
         dataset = datasets.synthetic(first.data.image_size, first.model.num_classes)
@@ -272,17 +272,16 @@ def plan(trials: Sequence[Trial], examples: int) -> str:
         options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
         contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
         rate = contender.measure()
-    flops = [forward_flops(trial.config) for trial in trials]
-    lines, total = [], 0.0
-    for trial, cost in zip(trials, flops, strict=True):
+    total = 0.0
+    for trial in trials:
         config = trial.config
         images = config.num_steps * config.batch_size or config.num_epochs * examples
-        hours = images / rate * cost / flops[0] / 3600
+        hours = images / rate * _forward_flops(config) / _forward_flops(first) / 3600
         total += hours
         lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
     lines.append(
-        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network here (without '
-        'reading, testing and compiling) and the products of the others.'
+        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network on this '
+        'machine and the FLOPs of the others. Data loading, evaluation and compilation are not included.'
     )
     return '\n'.join(lines)
 
@@ -292,19 +291,18 @@ def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
     trials = []
     for activation in ('relu', 'tanh'):
         variants = [Variant(f'{activation} {rate:g}', figure1_changes(activation, rate)) for rate in RATES]
-        best = Variant(f'{activation}, the best rate', figure1_changes(activation, RATES[0]))
+        best = Variant(f'{activation}, best rate', figure1_changes(activation, RATES[0]))
         trials += make_trials(variants, base, 1, output) + make_trials([best], base, seeds, output)[1:]
     return trials
 
 
-def forward_flops(config: ConfigDict) -> int:
-    """Returns the floating-point operations of a network's forward matrix products for one image."""
+def _forward_flops(config: ConfigDict) -> int:
+    """Returns the FLOPs of a network's forward matrix products for one image."""
     shapes = infer_shapes(model_from_config(config.model), config.data.image_size)
     return sum(layer.flops for layer in shapes.values())
 
 
 def _is_prepared(path: str) -> bool:
-    """Whether `path` holds prepared data."""
     return path == datasets.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json'))
 
 
@@ -320,13 +318,11 @@ def prepare_images(path: str, suite: Suite) -> str:
     return folder
 
 
-def _check_splits(source: datasets.Dataset | Listing, suite: str, where: str) -> None:
+def _check_splits(source: datasets.Dataset | Listing, suite: str, name: str) -> None:
     """Raises UserError if the suite has no images to train on or to evaluate on."""
     if 'train' not in source.splits:
-        raise UserError(
-            f'{where} has {" and ".join(source.splits)} but no training images; a suite takes a split train.'
-        )
+        raise UserError(f'{name} has no train split, only {" and ".join(source.splits)}; add one.')
     if suite != FIGURE1 and not {'val', 'test'} & source.splits.keys():
         raise UserError(
-            f'{where} has no val and no test images to measure on; add some, or prepare them with --val_fraction.'
+            f'{name} has no val or test split to evaluate on; add one, or prepare the images with --val_fraction.'
         )

@@ -61,24 +61,24 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
         key = variant.measure
         if key == 'top1_error' and all(row.get('top1_ten') is not None for row in own):
             key = 'top1_ten'
-        differing = differences(rows, variant.name, variant.baseline, key) if variant.baseline else []
+        deltas = differences(rows, variant.name, variant.baseline, key) if variant.baseline else []
         measures = ('train_error', 'top1_error', 'top5_error', 'top1_ten', 'top5_ten')
         means = [format_mean_std([row.get(name) for row in own]) for name in measures]
         claims = [format_error_pair(pair, signed=bool(variant.baseline)) for pair in (variant.paper, variant.log)]
-        compared = (format_mean_std(differing, signed=True), *claims, sign_agreement(differing, variant.sign))
-        table.append((variant.name, f'{len(own)}', *means, *compared, variant.source))
+        comparison = (format_mean_std(deltas, signed=True), *claims, sign_agreement(deltas, variant.sign))
+        table.append((variant.name, f'{len(own)}', *means, *comparison, variant.source))
     columns = (
         'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
         'difference', 'paper', "authors' log", 'sign', 'source',
     )  # fmt: skip
     note = (
-        'Errors in percent, mean and standard deviation over the seeds; the last checkpoint, the center crop unless '
-        'ten views are named; training errors are those of the last pass, with dropout and augmentation on. '
-        'Differences are points of error against "base" (13pct for 11pct), seed by seed, in the ten-view top-1 error '
-        "where there is one, for weight decay in the training error. The paper's and the authors' numbers "
-        '(top-1 / top-5) are for all of their data and all of their passes.'
+        'Errors in percent: mean and standard deviation over the seeds, last checkpoint, center crop or ten views. '
+        'Training errors are of the last epoch, with dropout and augmentation. "difference" is in percentage points '
+        'against "base" (11pct: against 13pct) with the same seed, in the ten-view top-1 error if it was measured; for '
+        '"no weight decay" it is in the training error. The numbers of the paper and of the authors\' log (top-1 / '
+        'top-5) are from their full data and full training length.'
     )
-    return report.Table(f'{suite}: beside the paper', columns, table, note)
+    return report.Table(f'{suite}: comparison with the paper', columns, table, note)
 
 
 def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str:
@@ -105,10 +105,11 @@ def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> 
         table.append((variant.name, *map(format_mean_std, shares)))
     columns = ('network', 'more colored half', 'less colored half', 'difference')
     note = (
-        "Mean share of a kernel's energy that is not gray, in each half of the first layer (a tower each, but with one "
-        'GPU, which is the control). The paper: one tower is largely without color, the other colored, in every run.'
+        "Mean share of a kernel's energy that is not gray, in each half of the first layer. Each half is one tower; "
+        'with one GPU the halves are the control. In the paper, one tower is largely color-agnostic and the other '
+        'color-specific in every run.'
     )
-    return report.Table('The towers specialize?', columns, table, note)
+    return report.Table('Do the towers specialize?', columns, table, note)
 
 
 def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence[float]) -> report.Table:
@@ -123,11 +124,11 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     ratios = [tanh[seed] / relu[seed] for seed in relu.keys() & tanh.keys()]
     table.append(('tanh / ReLU', f'{len(ratios)}', format_mean_std(ratios), '6'))
     note = (
-        'Passes through the training images until the training error of a whole pass is 25% or less. Each activation '
-        f'has the rate, of {", ".join(f"{rate:g}" for rate in rates)}, with which the first seed is quickest. The '
-        'release does not name the network: three convolutions of 5x5 (32, 32, 64) and a classifier are taken.'
+        'Epochs until the training error of a whole epoch is at most 25%. Each activation uses the learning rate, of '
+        f'{", ".join(f"{rate:g}" for rate in rates)}, with which the first seed is fastest. The release does not name '
+        'the network; three 5x5 convolutions (32, 32, 64 kernels) and a classifier are used.'
     )
-    columns = ('network', 'seeds that reach it', 'passes', 'paper')
+    columns = ('network', 'seeds that reach 25%', 'epochs', 'paper')
     return report.Table('Figure 1: ReLU against tanh', columns, table, note)
 
 
@@ -150,18 +151,22 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
         source = 'table 2: 40.7 / 18.2 against 38.1 / 16.4 with five, ILSVRC-2012 validation'
     keys = ('top1_error', 'top5_error')
     gains = [[new[key] - old[key] for old, new in zip(before, itertools.cycle(after), strict=False)] for key in keys]
-    claims = [' / '.join(format_mean_std(gain, signed=True) for gain in gains)]
-    claims += [format_error_pair(pair, signed=True) for pair in (paper, log)]
-    empty, compared = ('', '', '', '', ''), (*claims, sign_agreement(gains[0], -1), source)
-    table = [
-        (name, f'{len(networks)}', *(format_mean_std([result[key] for result in results]) for key in keys), *others)
-        for name, results, others in zip(names, (before, after), (empty, compared), strict=True)
-    ]
-    columns = ('tested as', 'networks', 'top-1', 'top-5', 'difference', 'paper', "authors' log", 'sign', 'source')
-    note = 'Errors in percent on the same images, mean and standard deviation over networks of other seeds.'
+    comparison = (
+        ' / '.join(format_mean_std(gain, signed=True) for gain in gains),
+        *(format_error_pair(pair, signed=True) for pair in (paper, log)),
+        sign_agreement(gains[0], -1),
+        source,
+    )
+    table = []
+    for name, results, cells in ((names[0], before, ('',) * 5), (names[1], after, comparison)):
+        errors = [format_mean_std([result[key] for result in results]) for key in keys]
+        table.append((name, f'{len(networks)}', *errors, *cells))
+    columns = ('evaluated as', 'networks', 'top-1', 'top-5', 'difference', 'paper', "authors' log", 'sign', 'source')
+    note = 'Errors in percent on the same images: mean and standard deviation over networks with different seeds.'
     if suite == 'ensemble':
-        note += ' There is one average: ± of the difference is that of the single networks, "agrees": it beats each.'
-    return report.Table(f'{suite}: beside the paper', columns, table, note)
+        note += ' There is only one average, so ± of the difference comes from the single networks. "agrees" means '
+        note += 'that the average is better than each of them.'
+    return report.Table(f'{suite}: comparison with the paper', columns, table, note)
 
 
 def as_text(table: report.Table) -> str:
@@ -184,13 +189,13 @@ def load_last(workdir: str) -> manager.Checkpoint:
 
 
 _CAPTIONS = {
-    'figure1': 'Training error of ReLU (solid) and tanh (dashed), each seed; the line is at 25%.',
-    'error': 'Errors of the first network over its passes.',
-    'architecture': 'As in figure 2: what each tower holds and reads.',
-    'kernels': 'As in figure 3: the kernels of the first layer, the towers apart.',
-    'predictions': 'As in figure 4, left: the five most probable labels.',
-    'confusion': 'What is taken for what.',
-    'neighbors': 'As in figure 4, right: test images, and the training images nearest in the last hidden layer.',
+    'figure1': 'Training error of ReLU (solid) and tanh (dashed) for every seed. The horizontal line is at 25%.',
+    'error': 'Errors of the first network by epoch.',
+    'architecture': 'Like figure 2: the maps of each tower and their inputs.',
+    'kernels': 'Like figure 3: the kernels of the first layer, by tower.',
+    'predictions': 'Like figure 4, left: the five most probable labels.',
+    'confusion': 'Confusion matrix.',
+    'neighbors': 'Like figure 4, right: test images and their nearest training images in the last hidden layer.',
 }
 
 
@@ -204,29 +209,31 @@ def publish(
     trained = load_last(workdir)
     drawn = {name: figure for name, figure, _ in figures.draw(trained, run=workdir, dataset=dataset, split=split)}
     if suite == 'figure1':
-        seeds = collections.defaultdict(list)
+        curves = collections.defaultdict(list)
         for run, variant in runs.items():
-            curve = figures.curves(run)['train']
-            seeds[variant].append((curve.epoch, curve.top1_error))
-        drawn['figure1'] = plots.learning_curves(seeds, threshold=25.0, y_label='Training error rate (%)')
+            train = figures.curves(run)['train']
+            curves[variant].append((train.epoch, train.top1_error))
+        drawn['figure1'] = plots.learning_curves(curves, threshold=25.0, y_label='Training error rate (%)')
     pages = []
     for name, caption in _CAPTIONS.items():
         if name in drawn:
             path, _ = plots.save(drawn[name], os.path.join(output, 'figures'), name)
             pages.append(report.Figure(name.capitalize(), path, caption))
     records = dataset.splits[split]
-    picks = np.random.default_rng(0).permutation(len(records))[:6]
-    pictures, labels = pipeline.decode_some(records, picks, trained.record_size)
+    sample = np.random.default_rng(0).permutation(len(records))[:6]
+    images, labels = pipeline.decode_some(records, sample, trained.record_size)
     columns = COLUMNS[1:]
     cells = [tuple(round(x, 4) if isinstance(x := row.get(key), float) else x for key in columns) for row in rows]
-    head: dict[str, Any] = {
-        'title': f'alexnet_jax: {suite}',
-        'summary': summary(rows, dataset.record_size, describe_environment()),
-    }
-    shown: dict[str, Any] = {'image_NHWC': pictures, 'captions': [dataset.class_names[label] for label in labels]}
-    tables = [*tables, report.Table('Every run', columns, cells)]
-    path = os.path.join(output, 'report.html')
-    report.write(path, **head, tables=tables, figures=pages, checkpoint=trained, **shown)
+    report.write(
+        os.path.join(output, 'report.html'),
+        title=f'alexnet_jax: {suite}',
+        summary=summary(rows, dataset.record_size, describe_environment()),
+        tables=[*tables, report.Table('All runs', columns, cells)],
+        figures=pages,
+        checkpoint=trained,
+        image_NHWC=images,
+        captions=[dataset.class_names[label] for label in labels],
+    )
 
 
 def summary(rows: Sequence[dict], size: int, environment: dict) -> str:
