@@ -61,15 +61,15 @@ def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]
 
 def _conv(features: int, std: float, post: str, kernel: int = 5) -> dict[str, Any]:
     """Returns a convolution with stride 1 and 'same' padding."""
-    window = {'kernel': kernel, 'stride': 1, 'padding': (kernel // 2,) * 2}
-    return {'features': features, **window, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
+    window = {'kernel': kernel, 'stride': 1, 'padding': (kernel // 2, kernel // 2)}
+    return {'features': features, **window, **_fc(std, post)}
 
 
 def _fc(std: float = 0.01, post: str = '', **features) -> dict[str, Any]:
     return {**features, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
 
 
-def _three(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
+def _three_convs(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
     """Returns three 5x5 convolutions and a classifier. Arguments: the operations after each convolution."""
     return {
         'conv1': _conv(32, 0.0001, first),
@@ -79,11 +79,10 @@ def _three(first: str = 'relu pool', second: str = 'relu avg_pool', third: str =
     }
 
 
-_FALLING = ((0, 1.0), (120, 0.1), (130, 0.01))
-_WINDOWS = {'data.image_size': 24, 'data.all_positions': True, 'data.reflect': True}
+_STAGES = ((0, 1.0), (120, 0.1), (130, 0.01))
 
 
-def _unshared(first: str, second: str, features: int, **changes) -> dict[str, Any]:
+def _locally_connected(first: str, second: str, features: int, **changes) -> dict[str, Any]:
     """Returns a network with two convolutions and two locally connected layers."""
     layers = {
         'conv1': _conv(64, 0.0001, first),
@@ -92,35 +91,30 @@ def _unshared(first: str, second: str, features: int, **changes) -> dict[str, An
         'local4': _conv(32, 0.04, 'relu', kernel=3),
         'fc5': _fc(),
     }
-    return _net(
-        layers,
-        stages=((0, 1.0), (500, 0.1), (510, 0.01)),
-        epochs=520,
-        **_WINDOWS,
-        **changes,
-    )
+    crops = {'data.image_size': 24, 'data.all_positions': True, 'data.reflect': True}
+    return _net(layers, stages=((0, 1.0), (500, 0.1), (510, 0.01)), epochs=520, **crops, **changes)
 
 
 NETS = {
     # 26% error after 80 seconds on a GPU of 2011. A hidden layer of 64 units precedes the classifier.
     '80sec': _net(
-        {**_three(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
+        {**_three_convs(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
         decays=(('fc4', 0.03), ('fc5', 0.03)),
         stages=((0, 1.0), (8, 0.1)),
         epochs=10,
     ),
-    '19pct': _net(_three(), decays=(('fc4', 3.0),), stages=_FALLING, epochs=140),
+    '19pct': _net(_three_convs(), decays=(('fc4', 3.0),), stages=_STAGES, epochs=140),
     # Response normalization after the first two pooling layers; conv1 pools before its ReLU.
     '18pct': _net(
-        _three('pool relu lrn', 'relu avg_pool lrn'),
+        _three_convs('pool relu lrn', 'relu avg_pool lrn'),
         decays=(('fc4', 1.0),),
-        stages=_FALLING,
+        stages=_STAGES,
         epochs=140,
         **{'model.lrn_n': 3, 'model.lrn_alpha': 5e-5},
     ),
     # Section 3.3: "13% without, 11% with normalization". '11pct' also differs in local3 and the decay of fc5.
-    '13pct': _unshared('relu pool', 'relu pool', 32, decays=(('conv1', 0.0), ('conv2', 0.0))),
-    '11pct': _unshared(
+    '13pct': _locally_connected('relu pool', 'relu pool', 32, decays=(('conv1', 0.0), ('conv2', 0.0))),
+    '11pct': _locally_connected(
         'relu pool lrn',
         'relu lrn pool',
         64,
@@ -142,4 +136,4 @@ def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
     """
     posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}
-    return _net(_three(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)
+    return _net(_three_convs(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)

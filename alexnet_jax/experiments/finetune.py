@@ -60,7 +60,7 @@ def finetune(
     updates = config.num_steps or math.ceil(config.num_epochs * len(dataset.split('train')) / config.batch_size)
     if not source and updates < _MIN_UPDATES:
         distributed.warn(
-            f'{updates} updates in all, too few to learn from scratch: give more pictures, more epochs '
+            f'{updates} training steps are too few to learn from scratch: use more images, more epochs '
             f'(--config.num_epochs={config.num_epochs:g}) or smaller batches (--config.batch_size={config.batch_size}).'
         )
     train.train_and_evaluate(config, workdir)
@@ -107,12 +107,12 @@ def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float,
     dataset = open_dataset(folder)
     if dataset.record_size != size:
         raise UserError(
-            f'{folder} was prepared at {dataset.record_size} px, this network takes {size}; remove it, or give another '
-            '--output.'
+            f'{folder}: expected images of {size} px for this network, got {dataset.record_size} px; remove the '
+            'directory or use another --output.'
         )
     if len(dataset.class_names) == 1:
         raise UserError(
-            f'{pictures!r} has one class only, {dataset.class_names[0]!r}; give a folder of class folders (are they '
-            f'one level further down?), and remove {folder}.'
+            f'{pictures!r}: expected at least two classes, got only {dataset.class_names[0]!r}; use the directory that '
+            f'contains the class folders (are they one level further down?) and remove {folder}.'
         )
     return dataset
