@@ -67,16 +67,16 @@ def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFi
     """
     layers: list[LayerFigure] = []
     for name, sizes in infer_shapes(network, image_size, towers).items():
-        row = network.layers[name]
-        own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
+        spec = network.layers[name]
         # If the number of classes is odd, the first tower has one more.
-        maps = tuple((row.features + towers - 1 - tower) // towers for tower in range(towers))
-        reads = tuple(own if layers else [()] * towers)
-        figure = LayerFigure(name, maps, row.groups, reads, row.post, math.prod(sizes.linear), sizes.parameters)
-        if isinstance(row, ConvSpec):
-            kernel = (row.kernel, sizes.inputs[-1] // row.groups)
-            figure = figure._replace(size=sizes.linear[0], kernel=kernel, stride=row.stride, read_size=sizes.inputs[0])
-        layers.append(figure)
+        maps = tuple((spec.features + towers - 1 - tower) // towers for tower in range(towers))
+        sources = [(tower,) if spec.groups > 1 else tuple(range(towers)) for tower in range(towers)]
+        reads = tuple(sources if layers else [()] * towers)
+        layer = LayerFigure(name, maps, spec.groups, reads, spec.post, math.prod(sizes.linear), sizes.parameters)
+        if isinstance(spec, ConvSpec):
+            kernel = (spec.kernel, sizes.inputs[-1] // spec.groups)
+            layer = layer._replace(size=sizes.linear[0], kernel=kernel, stride=spec.stride, read_size=sizes.inputs[0])
+        layers.append(layer)
     return layers
 
 
@@ -88,9 +88,8 @@ def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     if kernel.ndim != 4 or kernel.shape[2] != 3:
-        raise UserError(f'kernels of shape {kernel.shape} are no RGB pictures; expected (H, W, 3, O).')
-    least, most = kernel.min(), kernel.max()
-    scaled = (kernel - least) / (most - least or 1)
+        raise UserError(f'kernels of shape {kernel.shape} are not RGB; expected (H, W, 3, O).')
+    scaled = (kernel - kernel.min()) / (np.ptp(kernel) or 1)
     return np.split(scaled.transpose(3, 0, 1, 2), towers)
 
 
@@ -116,8 +115,9 @@ def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int 
     results, classes = [], checkpoint.class_names
     outputs = predict.predict(checkpoint, images, views=1)
     for probabilities, label, order in zip(outputs, labels, predict.top_k(outputs, top).tolist(), strict=True):
-        names, place = tuple(classes[i] for i in order), order.index(label) if label in order else None
-        results.append(Prediction(classes[label], names, tuple(probabilities[order].tolist()), place))
+        names = tuple(classes[i] for i in order)
+        rank = order.index(label) if label in order else None
+        results.append(Prediction(classes[label], names, tuple(probabilities[order].tolist()), rank))
     return results
 
 
@@ -131,15 +131,15 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
     """
     query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
     best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
-    for part in base:
-        part = np.asarray(part, np.float64).reshape(len(part), -1)
+    for batch in base:
+        batch = np.asarray(batch, np.float64).reshape(len(batch), -1)
         # |a|^2 - 2ab + |b|^2 would lose small distances and break ties.
-        new = np.stack([((part - q[None]) ** 2).sum(1) for q in query])
-        indices = np.broadcast_to(np.arange(start, start + len(part)), new.shape)
+        new = np.stack([((batch - vector) ** 2).sum(1) for vector in query])
+        indices = np.broadcast_to(np.arange(start, start + len(batch)), new.shape)
         best, squares = np.concatenate([best, indices], 1), np.concatenate([squares, new], 1)
         order = np.argsort(squares, axis=1, kind='stable')[:, :count]
         best, squares = np.take_along_axis(best, order, 1), np.take_along_axis(squares, order, 1)
-        start += len(part)
+        start += len(batch)
     return best, np.sqrt(squares)
 
 
@@ -165,8 +165,7 @@ def curves(workdir: str) -> dict[str, Curve]:
     """Returns the 'train' and 'val' curves of a finished or unfinished run. Raises UserError without metrics.jsonl."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
-        expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
-        raise UserError(f'there is no {str(path)!r}; expected {expected}.')
+        raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint=PATH without a run.')
     rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
@@ -202,22 +201,25 @@ def draw(
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
-    first, row = next(iter(network.layers.items()))
+    first, spec = next(iter(network.layers.items()))
     kernel = checkpoint.params[first]['kernel']
-    if type(row) is ConvSpec and row.groups == 1:
+    if type(spec) is ConvSpec and spec.groups == 1:
         shares = np.split(color_share(kernel), towers)
         lines: list[str] = []
         for tower, share in enumerate(shares):
-            above = f'{np.sum(share > 0.5)} of {len(share)} kernels ({100 * np.mean(share > 0.5):.0f}%) above 1/2'
-            lines.append(f'{first}, tower {tower}: mean color share {share.mean():.3f}, {above}')
+            high = share > 0.5
+            lines.append(
+                f'{first}, tower {tower}: mean color share {share.mean():.3f}, {high.sum()} of {len(high)} kernels '
+                f'({100 * high.mean():.0f}%) above 1/2'
+            )
         yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [share.mean() for share in shares]), lines
     else:
-        logging.info('%s has no kernels that see three colors at once: no figure of them.', first)
+        logging.info('No figure of kernels: the kernels of %s do not cover all three colors.', first)
     if dataset:
-        yield from _of_images(checkpoint, dataset, split, seed)
+        yield from _image_figures(checkpoint, dataset, split, seed)
 
 
-def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
+def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     source, classes = dataset.split(split), checkpoint.class_names
@@ -231,27 +233,30 @@ def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) 
 
     outputs, all_labels = Evaluator(checkpoint, sharding.make_mesh(data=0, tower=1)).probabilities(source)
     matrix = confusion(all_labels, outputs.argmax(1), len(classes))
-    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images right (center crop); most confused:']
+    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images correct (center crop); most frequent errors:']
     for true, taken, number, share in most_confused(matrix, classes):
         lines.append(f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})')
     yield 'confusion', plots.confusion(matrix, classes), lines
 
     if 'train' not in dataset.splits:
-        logging.info('these data have no train split: no figure of nearest training images.')
+        logging.info('No figure of nearest training images: the data have no train split.')
         return
     # The layer before the classifier; if there is none, the classifier.
     layer = list(checkpoint.network.layers)[-2:][0]
     train = dataset.split('train')
-    right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
-    images, labels = pipeline.decode_some(source, right, checkpoint.record_size)
-    query = activations.activations(checkpoint, images, layer)[layer]
-    indices, _ = nearest(query, (part for part, _ in activations.iter_activations(checkpoint, train, layer)), count=7)
-    own = right if split == 'train' else [-1] * len(right)  # exclude the image itself
-    rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
-    pictures = [pipeline.decode_some(train, row, checkpoint.record_size) for row in rows]
+    queries = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
+    images, labels = pipeline.decode_some(source, queries, checkpoint.record_size)
+    vectors = activations.activations(checkpoint, images, layer)[layer]
+    batches = (batch for batch, _ in activations.iter_activations(checkpoint, train, layer))
+    neighbors = []
+    for query, indices in zip(queries, nearest(vectors, batches, count=7)[0], strict=True):
+        if split == 'train':
+            indices = indices[indices != query]  # exclude the image itself
+        neighbors.append(pipeline.decode_some(train, indices[:6], checkpoint.record_size))
     names = [classes[label] for label in labels]
-    near_names = [[classes[label] for label in row] for _, row in pictures]
-    figure = plots.neighbors(crops(images), [crops(near) for near, _ in pictures], names, near_names)
-    same = sum(row.count(label) for label, (_, row) in zip(labels, pictures, strict=True))
-    line = f'nearest training images in {layer}: {same} of {sum(map(len, rows))} have the class of their {split} image'
+    near_names = [[classes[label] for label in row] for _, row in neighbors]
+    figure = plots.neighbors(crops(images), [crops(near) for near, _ in neighbors], names, near_names)
+    same = sum(row.count(label) for label, (_, row) in zip(labels, neighbors, strict=True))
+    total = sum(len(row) for _, row in neighbors)
+    line = f'nearest training images in {layer}: {same} of {total} have the class of their {split} image'
     yield 'neighbors', figure, [line]

@@ -19,8 +19,9 @@ try:
     from matplotlib.patches import Polygon, Rectangle
     from matplotlib.transforms import Bbox
 except ImportError as error:
-    reason = 'figures are drawn with matplotlib, which is not installed'
-    raise UserError(f"{reason}: pip install 'alexnet_jax[figures]'") from error
+    raise UserError(
+        "matplotlib, which draws the figures, is not installed: pip install 'alexnet_jax[figures]'"
+    ) from error
 
 # Colors of Okabe and Ito, safe for color blindness. Lines also differ in style and bars in hatching.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
@@ -123,11 +124,8 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
 
     across: 0 if both are in the same tower, 1 if the source tower is drawn below the target tower, -1 if above.
     """
-    style: dict[str, Any] = {
-        'color': VERMILLION if across else BLACK,
-        'linestyle': '--' if across else '-',
-        'linewidth': 0.8,
-    }
+    color, linestyle = (VERMILLION, '--') if across else (BLACK, '-')
+    style: dict[str, Any] = {'color': color, 'linestyle': linestyle, 'linewidth': 0.8}
     y, end = np.mean(source.intervaly), np.mean(target.intervaly) - 0.12 * across  # beside the own line
     if not row.kernel:
         axes.plot([source.x1, target.x0], [y, end], **style, zorder=4)
@@ -236,7 +234,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     # The color scale follows the square root of the share, so that rare errors are visible.
     image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap='cividis', norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label='share of the true class', shrink=0.8)
-    axes.set(xlabel='taken for', ylabel='true class')
+    axes.set(xlabel='predicted class', ylabel='true class')
     if count <= 30:
         names = [_short(name, 18) for name in class_names]
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
