@@ -145,7 +145,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
     removed = []
     for name in convs:
         changes = {'model.layers': without_layer(name), **_without_rates(name)}
-        claim = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
+        claim: dict[str, Any] = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
         if name in (convs[0], convs[-1]):
             claim = {'source': 'section 1, "inferior"'}
         removed.append(Variant(name.replace('conv', 'without conv '), changes, 'base', sign=1, **claim))

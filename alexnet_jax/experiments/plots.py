@@ -19,9 +19,7 @@ try:
     from matplotlib.patches import Polygon, Rectangle
     from matplotlib.transforms import Bbox
 except ImportError as error:
-    raise UserError(
-        "matplotlib, which draws the figures, is not installed: pip install 'alexnet_jax[figures]'"
-    ) from error
+    raise UserError("figures need matplotlib, which is not installed: pip install 'alexnet_jax[figures]'") from error
 
 # Colors of Okabe and Ito, safe for color blindness. Lines also differ in style and bars in hatching.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'

@@ -56,7 +56,7 @@ function keys(section, moves) {
   });
 }
 
-function slideToy(section, { size, stride, padding: [before, after], std, ...texts }) {
+function slideFilter(section, { size, stride, padding: [before, after], std, ...texts }) {
   const find = (name) => section.querySelector('.' + name);
   const { side } = data, padded = side + before + after;
   const positions = Math.floor((padded - size) / stride) + 1, last = positions * positions - 1;
@@ -119,7 +119,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
     const most = Math.max(...shares.map(Math.abs)) || 1;
     paint(find('products'), size, size, (r, c) => diverging(shares[r * size + c] / most));
     paint(find('map'), positions, positions, (r, c) => (r * positions + c <= place ? diverging(map[r * positions + c] / scale) : null));
-    canvas.setAttribute('aria-label', `${data.captions[picture]}, the window at row ${row + 1}, column ${column + 1}`);
+    canvas.setAttribute('aria-label', `${data.captions[picture]}, window at row ${row + 1}, column ${column + 1}`);
     find('place').value = place;
     const where = `Row ${row + 1} of ${positions}, column ${column + 1}`;
     find('place').setAttribute('aria-valuetext', where);
@@ -174,11 +174,11 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
   return { featureMap };
 }
 
-function walkToy(section, { stages, labels }) {
+function walkLayers(section, { stages, labels }) {
   const find = (name) => section.querySelector('.' + name);
   const count = stages.length + 2; // the image first, the labels last
   const layers = [...new Set(stages.map((stage) => stage.layer))];
-  const stops = [['picture', 0], ...layers.map((name) => [name, 1 + stages.findIndex((stage) => stage.layer === name)]), ['labels', count - 1]];
+  const stops = [['image', 0], ...layers.map((name) => [name, 1 + stages.findIndex((stage) => stage.layer === name)]), ['labels', count - 1]];
   let picture = 0, at = 0;
 
   const canvasIn = (maps) => maps.appendChild(document.createElement('canvas'));
@@ -206,11 +206,11 @@ function walkToy(section, { stages, labels }) {
       note = `Output: ${stage.shape}. Parameters: ${stage.parameters ? stage.parameters.toLocaleString('en') : 'none'}. Shown: ${shown}.`;
       drawStage(maps, stage);
     } else if (at === 0) {
-      [title, words] = ['the picture', `${caption}. What the network reads is this minus the mean of the training images.`];
+      [title, words] = ['the image', `${caption}. The input of the network is this image minus the mean of the training images.`];
       note = `${data.side} x ${data.side} x 3 numbers.`;
       paintPicture(canvasIn(maps), picture);
     } else {
-      [title, words] = ['the labels', `The most probable labels of ${caption}, from the center of the picture alone.`];
+      [title, words] = ['the labels', `The most probable labels of ${caption}, from the center crop only.`];
       for (const { label, probability } of labels[picture]) {
         const [dt, dd, bar] = ['dt', 'dd', 'dd'].map((name) => document.createElement(name));
         dt.textContent = label;
@@ -250,5 +250,5 @@ function walkToy(section, { stages, labels }) {
 }
 
 window.report = {};
-if (data.slide) window.report = slideToy(document.getElementById('slide'), data.slide);
-if (data.walk) walkToy(document.getElementById('walk'), data.walk);
+if (data.slide) window.report = slideFilter(document.getElementById('slide'), data.slide);
+if (data.walk) walkLayers(document.getElementById('walk'), data.walk);

@@ -24,6 +24,7 @@ from PIL import Image
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import architecture, augment
 from alexnet_jax.core.architecture import ConvSpec, LayerSpec, LocalSpec
+from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference.evaluate import check_images
 from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
@@ -76,7 +77,7 @@ def write(
     the file cannot be written.
     """
     if (checkpoint is None) != (image_NHWC is None):
-        raise UserError('a checkpoint and images to show it belong together; give both or neither.')
+        raise UserError('report: expected both checkpoint and image_NHWC or neither, got only one of them.')
     data = {}
     if checkpoint is not None and image_NHWC is not None:
         data = _interactive_data(checkpoint, image_NHWC, captions)
@@ -102,10 +103,11 @@ def write(
 
 
 def _table(table: Table) -> str:
-    count, head = len(table.columns), ''
+    count = len(table.columns)
     for row in table.rows:
         if len(row) != count:
-            raise UserError(f'a row of the table {table.title!r} has {len(row)} cells for {count} columns.')
+            raise UserError(f'table {table.title!r}: expected {count} cells in every row, got {len(row)}.')
+    head = ''
     for i, column in enumerate(table.columns):
         right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
         head += f'<th scope="col"{_NUMBER if right else ""}>{escape(column)}</th>'
@@ -127,8 +129,8 @@ def _cell(value) -> str:
 
 def _figure(figure: Figure) -> str:
     if not (kind := _TYPES.get(os.path.splitext(figure.path)[1].lower())):
-        raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
-    with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
+        raise UserError(f'figure {figure.path!r}: expected a file of type {" or ".join(_TYPES)}.')
+    with as_user_error(f'figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
     text, title = escape(figure.caption), escape(figure.title)
     # Scripts and links in an SVG are inactive inside <img>.
@@ -145,8 +147,8 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
     """Returns the data of report.js: 'walk', and 'slide' if the first layer is a convolution over all colors."""
     image_NHWC = check_images(checkpoint, image_NHWC)[:_PICTURES]
     if not len(image_NHWC):
-        raise UserError(f'there are no images in an array of shape {image_NHWC.shape}; give one or more.')
-    numbered = [f'picture {i}' for i in range(1, len(image_NHWC) + 1)]
+        raise UserError(f'image_NHWC of shape {image_NHWC.shape}: expected at least one image.')
+    numbered = [f'image {i}' for i in range(1, len(image_NHWC) + 1)]
     data = {
         'side': checkpoint.image_size,
         'captions': [*captions[: len(image_NHWC)], *numbered[len(captions) :]],
@@ -167,10 +169,11 @@ def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]
     """Returns the first layer's weights and the terms of its input: input = byte / std + background."""
     side, weights = checkpoint.record_size, checkpoint.params[name]
     kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each kernel contiguous
-    window = {'size': layer.kernel, 'stride': layer.stride, 'padding': layer.padding}
     return {
         'layer': name,
-        **window,
+        'size': layer.kernel,
+        'stride': layer.stride,
+        'padding': layer.padding,
         'std': checkpoint.augmentation.pixel_std,
         'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
         'kernels': _encode(kernels, '<f4'),
@@ -186,11 +189,11 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
     stages = []
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
         layer = network.layers[name]
-        again: Counter[str] = Counter()
+        calls: Counter[str] = Counter()  # an operation may occur twice in a layer
         for op in ('linear', *layer.ops):
-            x = seen['intermediates'][f'{name}.{op}'][again[op]]
-            again[op] += 1
-            what, words = _words(network, layer, sizes.inputs, op)
+            x = seen['intermediates'][f'{name}.{op}'][calls[op]]
+            calls[op] += 1
+            what, words = _describe_op(network, layer, sizes.inputs, op)
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
@@ -205,12 +208,11 @@ def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
     side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
-    maps = np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1)
-    smaller = [[Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in picture] for picture in maps]
-    pictures, shape = (
-        [_signed(np.stack([np.asarray(x) for x in picture])) for picture in smaller],
-        f'{side} x {side} x {count}',
-    )
+    pictures = []
+    for maps in np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1):
+        smaller = [Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in maps]
+        pictures.append(_signed(np.stack([np.asarray(x) for x in smaller])))
+    shape = f'{side} x {side} x {count}'
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
 
 
@@ -234,36 +236,34 @@ def _encode(array, dtype: str = 'u1') -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
 
 
-def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
+def _describe_op(network: AlexNet, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
     """Returns (name, description) of one operation of a layer."""
-    apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+    towers = 'Each half of them reads only its own half of the inputs: the two towers do not communicate here.'
+    towers = f' {towers}' if layer.groups == 2 else ''
     if op == 'linear' and isinstance(layer, ConvSpec):
-        own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
-        return 'locally connected' if own else 'convolution', (
-            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{own} slide over the {inputs[-1]} maps below '
-            f'in steps of {layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, '
-            f'plus a bias, is one point of its map.{apart if layer.groups == 2 else ""}'
+        local = ', with different weights at every position,' if isinstance(layer, LocalSpec) else ''
+        return 'locally connected' if local else 'convolution', (
+            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{local} slide over the {inputs[-1]} input maps '
+            f'with stride {layer.stride}. At each position, the kernel is multiplied by the input under it; the sum of '
+            f'the products plus a bias is one value of the output map.{towers}'
         )
     if op == 'linear':
-        return 'fully connected', (
-            f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
-            f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
-        )
-    divided = 'Each value is divided by a power of the energy'
-    maps = f'at the same position of the {network.lrn_n} maps around it: a strong response quietens its neighbors.'
-    square = f'{network.spatial_n} x {network.spatial_n} window'
-    pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
-    overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
-    rate = network.dropout_rate
-    silenced = f'In training each unit is silenced with a probability of {rate:g}. At test, as here,'
-    at_test = 'nothing happens.' if network.dropout_inverted else f'all speak, at {1 - rate:g} of their strength.'
-    words = {
-        'relu': ('ReLU', 'What is below zero becomes zero; the rest stays.'),
-        'tanh': ('tanh', 'Every value is squeezed between -1 and 1.'),
-        'lrn': ('response normalization', f'{divided} {maps}'),
-        'spatial_norm': ('spatial normalization', f'{divided} in the {square} around it.'),
-        'pool': ('max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'),
-        'avg_pool': ('mean pooling', f'The mean of each {pool}.{overlap}'),
-        'dropout': ('dropout', f'{silenced} {at_test}'),
+        count = math.prod(inputs) // layer.groups
+        text = f'Each of the {layer.features} units is a weighted sum of {count} inputs plus a bias.{towers}'
+        return 'fully connected', text
+    divided = 'Strong responses are reduced: each value is divided by a power of the energy'
+    side = network.spatial_n
+    window = f'{network.pool_window} x {network.pool_window} window, with stride {network.pool_stride}'
+    overlap = '; the windows overlap.' if network.pool_stride < network.pool_window else '.'
+    at_test = 'nothing happens' if network.dropout_inverted else f'all are multiplied by {1 - network.dropout_rate:g}'
+    dropped = f'In training, units are set to zero with probability {network.dropout_rate:g}.'
+    descriptions = {
+        'relu': ('ReLU', 'Negative values become zero; the others do not change.'),
+        'tanh': ('tanh', 'Every value is mapped to a value between -1 and 1.'),
+        'lrn': ('response normalization', f'{divided} at its position in the {network.lrn_n} maps around it.'),
+        'spatial_norm': ('spatial normalization', f'{divided} in the {side} x {side} window around it.'),
+        'pool': ('max pooling', f'The maximum of each {window}. Small shifts of the input matter less{overlap}'),
+        'avg_pool': ('mean pooling', f'The mean of each {window}{overlap}'),
+        'dropout': ('dropout', f'{dropped} At test time, as here, {at_test}.'),
     }
-    return words.get(op, (op, ''))  # user-defined operations have no description
+    return descriptions.get(op, (op, ''))  # user-defined operations have no description
