@@ -33,26 +33,27 @@ _DESCRIPTIONS = {
 }
 
 
-def topology_devices(what: str) -> list:
+def topology_devices(target: str) -> list:
     """Returns devices of one host for compilation only. They need not exist; no array can be put on them.
 
     If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX searches for GPUs and drops the CUDA compiler.
 
-    what: a device, 'h200', or a count and a device, '2xh200'. Raises UserError if the device is unknown or if its
+    target: a device, 'h200', or a count and a device, '2xh200'. Raises UserError if the device is unknown or if its
     compiler, part of the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
 
-    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', what)
+    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', target)
     if not match or match[2] not in _DESCRIPTIONS:
-        raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
-    count, name = match.groups(default='1')
+        raise UserError(f'--compile_for={target}: expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
+    topology = {'topology': f'1x1x{match[1] or 1}', 'target_config': _DESCRIPTIONS[match[2]]}
     try:
-        shape, description = f'1x1x{count}', _DESCRIPTIONS[name]
-        return list(topologies.get_topology_desc(platform='cuda', target_config=description, topology=shape).devices)
+        return list(topologies.get_topology_desc(platform='cuda', **topology).devices)
     except (NotImplementedError, RuntimeError) as error:
-        needed = "JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]'"
-        raise UserError(f'--compile_for={what} needs {needed} ({error}).') from error
+        raise UserError(
+            f"--compile_for={target} needs JAX's compiler for NVIDIA GPUs, but no GPU: pip install -e '.[cuda12]' "
+            f'({error}).'
+        ) from error
 
 
 def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
@@ -65,26 +66,29 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
     """
     began = time.perf_counter()
     compiled = setup.steps.train_step.lower(*arguments).compile()
-    took, text, planned = time.perf_counter() - began, compiled.as_text(), compiled.memory_analysis()
-    rows = by_layer(setup, text, precision)
+    seconds = time.perf_counter() - began
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    layers = by_layer(setup, text, precision)
     return compiled, {
-        'compile_seconds': round(took, 1),
-        'flops': rows['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # per image
-        'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
+        'compile_seconds': round(seconds, 1),
+        'flops': layers['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # per image
+        'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
         'collectives': collective_bytes(text, setup.mesh.size) if setup.mesh.size > 1 else {},
-        'layers': rows,
+        'layers': layers,
     }
 
 
-def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, Any]:
+def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, Any]:
     """Returns the facts of `compile_step` for devices that need not exist, and 'device' (kind) and 'devices' (count).
 
-    config, dataset: as for `build.build`. what: as for `topology_devices`. Raises UserError as they do, and if the
+    config, dataset: as for `build.build`. target: as for `topology_devices`. Raises UserError as they do, and if the
     config caches images on a device.
     """
     if config.data.cache == 'device':
-        raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
-    devices = topology_devices(what)
+        raise UserError(
+            "--config.data.cache=device: --compile_for has no device to cache images on; use --config.data.cache=''."
+        )
+    devices = topology_devices(target)
     setup = build.build(config, dataset, devices=devices)
     batches = setup.train_batches(0)
     batch = sharding.shape_structs(next(batches), sharding.batch_sharding(setup.mesh))
@@ -110,7 +114,7 @@ def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
 
     compiled_text: `jit(f).lower(...).compile().as_text()`. scopes: names of `jax.named_scope` to distinguish.
     """
-    return list(_hlo_ops(*_programs(compiled_text), scopes, 1))
+    return list(_hlo_ops(*_parse_computations(compiled_text), scopes, 1))
 
 
 class _Instruction(NamedTuple):
@@ -123,13 +127,22 @@ class _Instruction(NamedTuple):
 
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
-_FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
-_CUTS = {'slice', 'dynamic-slice', 'gather'}
+_NO_TRAFFIC = {
+    'parameter',
+    'get-tuple-element',
+    'bitcast',
+    'tuple',
+    'constant',
+    'after-all',
+    'partition-id',
+    'replica-id',
+}
+_SLICES = {'slice', 'dynamic-slice', 'gather'}
 _PRODUCTS = {'convolution', 'dot'}
 _PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
 
 
-def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     """Returns the instructions of every computation by name, and the name of the entry computation."""
     programs: dict[str, list[_Instruction]] = {}
     current, entry = None, ''
@@ -148,14 +161,14 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
     sizes = {op.name: op.bytes for op in programs[name]}
     for op in programs[name]:
         called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', op.rest)
-        if op.kind in _FREE or op.kind.endswith('-done'):
+        if op.kind in _NO_TRAFFIC or op.kind.endswith('-done'):
             continue
         if op.kind in ('while', 'call'):
             trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
             yield from _hlo_ops(programs, called[0], scopes, times * int(trip_count[1] if trip_count else 1))
             continue
         inside = programs.get(called[0], []) if op.kind == 'fusion' else []
-        read = [_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        read = [_bytes_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
         paths = [path for part in (op, *inside) for path in re.findall(r'op_name="([^"]*)"', part.rest)]
         matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own first
         product = any(part.kind in _PRODUCTS for part in (op, *inside)) or bool(_PRODUCT_CALL.search(op.rest))
@@ -165,7 +178,7 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
         yield HloOp(matches[0] if matches else OTHER, product, times * (written + sum(read)))
 
 
-def _read(size: int, number: int, inside: list[_Instruction]) -> int:
+def _bytes_read(size: int, number: int, inside: list[_Instruction]) -> int:
     """Returns the bytes that a fusion reads of operand `number`: less than its size if the fusion only slices it."""
     aliases, cut = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}, 0
     for op in inside:
@@ -173,7 +186,7 @@ def _read(size: int, number: int, inside: list[_Instruction]) -> int:
             continue
         if op.kind == 'bitcast':
             aliases.add(op.name)
-        elif op.kind in _CUTS and op.operands[0] in aliases:
+        elif op.kind in _SLICES and op.operands[0] in aliases:
             cut += op.bytes
         else:
             return size
@@ -205,7 +218,7 @@ def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, f
 
 
 _COLUMNS = (  # key of a row, title, unit
-    ('flops', 'GFLOP', 1e9), ('product_bytes', 'MB, products', 1e6), ('other_bytes', 'MB, the rest', 1e6),
+    ('flops', 'GFLOP', 1e9), ('product_bytes', 'MB, products', 1e6), ('other_bytes', 'MB, other', 1e6),
     ('roofline_us', 'roofline us', 1),
 )  # fmt: skip
 

@@ -73,13 +73,17 @@ def report(contenders: Sequence[Contender], rates: dict[str, list[float]], setti
     """Formats the tables, a line of JSON and, with PyTorch, the ratio of the medians."""
     lines, results = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], {}
     for contender in contenders:
-        own, facts = rates[contender.name], contender.facts
-        median = statistics.median(own)
-        line = f'{contender.name:24} {median:10.1f} {min(own):10.1f} {max(own):10.1f} {len(own):6}'
-        line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s' if 'flops' in facts else ''
-        line += f', compiled in {facts["compile_seconds"]} s' if 'compile_seconds' in facts else ''
-        lines.append(line + (f', {facts["bytes"] / 2**30:.2f} GiB' if facts.get('bytes') else ''))
-        results[contender.name] = {'median': median, 'measurements': own, **facts}
+        measured, facts = rates[contender.name], contender.facts
+        median = statistics.median(measured)
+        line = f'{contender.name:24} {median:10.1f} {min(measured):10.1f} {max(measured):10.1f} {len(measured):6}'
+        if 'flops' in facts:
+            line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s'
+        if 'compile_seconds' in facts:
+            line += f', compiled in {facts["compile_seconds"]} s'
+        if facts.get('bytes'):
+            line += f', {facts["bytes"] / 2**30:.2f} GiB'
+        lines.append(line)
+        results[contender.name] = {'median': median, 'measurements': measured, **facts}
     lines += compiled_report(contenders[0].facts)
     lines.append(json.dumps({'images_per_second': results, **settings}))
     if TORCH in results:
@@ -91,7 +95,7 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
     """Formats the cost of the compiled step by layer and its communication between devices."""
     lines = hlo_cost.table(facts['layers']) if 'layers' in facts else []
     for name, (count, size) in facts.get('collectives', {}).items():
-        lines.append(f'moved by {count} {name}: {size / 1e6:.3f} MB a step and device')
+        lines.append(f'{count} {name}: {size / 1e6:.3f} MB per step and device')
     return lines
 
 
@@ -104,8 +108,8 @@ def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> l
     if setup.mesh.size > 1:
         single = config.copy_and_resolve_references()
         single.mesh.update({'data': 1, 'tower': 1})
-        one = our_updates(build.build(single, dataset), options, stack, name='one device', on_batches=False)
-        contenders.append(one[0])
+        one, _ = our_updates(build.build(single, dataset), options, stack, name='one device', on_batches=False)
+        contenders.append(one)
     if options.torch_baseline:
         contenders.append(options.torch_baseline.updates(setup, options))
     return contenders
@@ -148,7 +152,8 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-            output, began = os.path.join(folder, 'prepared'), time.perf_counter()
+            output = os.path.join(folder, 'prepared')
+            began = time.perf_counter()
             prepare.prepare(raw, output)
             seconds = time.perf_counter() - began
             return sum(map(len, datasets.open_dataset(output).splits.values())) / seconds
@@ -199,14 +204,15 @@ def our_updates(
     counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1}
     log = train_log.TrainLog(None, **counts, **limits)
     compiled, facts = hlo_cost.compile_step(setup, options.precision, (state, batch, setup.image_stats, key))
-    buffered, numbers = num_buffered(config) if on_batches else 0, itertools.count(1)
+    buffered = num_buffered(config) if on_batches else 0
+    step_numbers = itertools.count(1)
 
     def step() -> None:
         nonlocal state, batch
         if on_batches:
             batch, _ = next(prefetched)
         state, step_report = compiled(state, batch, setup.image_stats, key)
-        log.add(next(numbers), step_report, waited=0.0, log=False)
+        log.add(next(step_numbers), step_report, waited=0.0, log=False)
 
     def measure(steps: int) -> float:
         jax.block_until_ready(state)
@@ -233,6 +239,8 @@ def check_torch(gpu: bool) -> None:
     except ImportError as error:
         raise UserError("--against=torch needs PyTorch, which is not installed: pip install -e '.[oracle]'") from error
     if gpu != torch.cuda.is_available():
-        ours, theirs = ('a GPU', 'none') if gpu else ('no GPU', 'one')
-        remedy = 'install both for it (docs/performance.md), or --cpu_devices=1'
-        raise UserError(f'JAX has {ours} here and PyTorch {theirs}; {remedy}.')
+        first, second = ('JAX', 'PyTorch') if gpu else ('PyTorch', 'JAX')
+        raise UserError(
+            f'{first} uses a GPU here and {second} does not; install both for the GPU (docs/performance.md) or use '
+            '--cpu_devices=1.'
+        )

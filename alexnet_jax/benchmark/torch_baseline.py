@@ -43,19 +43,21 @@ class Net(nn.Sequential):
             'dropout': lambda: nn.Dropout(network.dropout_rate),
         }
         modules, shapes = [], architecture.infer_shapes(network, image_size)
-        for name, row in network.layers.items():
-            grouped = isinstance(row, DenseSpec) and row.groups > 1
-            if grouped or isinstance(row, LocalSpec) or set(row.ops) - operations.keys():
-                raise UserError(f'--against=torch: PyTorch has nothing like {name}, {row}; use another --config.')
+        for name, spec in network.layers.items():
+            grouped = isinstance(spec, DenseSpec) and spec.groups > 1
+            if grouped or isinstance(spec, LocalSpec) or set(spec.ops) - operations.keys():
+                raise UserError(f'--against=torch: no PyTorch equivalent of {name}, {spec}; use another --config.')
             inputs = shapes[name].inputs
-            if isinstance(row, ConvSpec):
-                before, after = row.padding
+            if isinstance(spec, ConvSpec):
+                before, after = spec.padding
                 padding = before if before == after else 0
                 modules += [] if before == after else [nn.ZeroPad2d((before, after, before, after))]
-                modules.append(nn.Conv2d(inputs[-1], row.features, row.kernel, row.stride, padding, groups=row.groups))
+                modules.append(
+                    nn.Conv2d(inputs[-1], spec.features, spec.kernel, spec.stride, padding, groups=spec.groups)
+                )
             else:
-                modules += [nn.Flatten(), nn.Linear(math.prod(inputs), row.features)]
-            modules += [operations[operation]() for operation in row.ops]
+                modules += [nn.Flatten(), nn.Linear(math.prod(inputs), spec.features)]
+            modules += [operations[operation]() for operation in spec.ops]
         super().__init__(*modules)
         self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
 
@@ -109,22 +111,23 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
     if raw:
         splits, _ = discovery.find_images(raw)
         if 'train' not in splits:
-            raise UserError(f'--input={raw} has no train split; it has: {", ".join(splits)}.')
+            raise UserError(f'--input={raw}: expected a train split, got only {", ".join(splits)}.')
         images = splits['train']
     else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         images = []
         for i, record in enumerate(datasets.subset(setup.dataset.splits['train'], config.data.fraction)):
             if not isinstance(record['image'], bytes):
-                raise UserError('--against=torch reads JPEG squares: prepare with --format=jpeg, or give --input=RAW.')
+                raise UserError('--against=torch needs JPEG records: prepare with --format=jpeg, or use --input=RAW.')
             path = pathlib.Path(folder, f'{i}.jpg')
             path.write_bytes(record['image'])
             images.append(ImageRef(str(path), 0, -1, path.name, record['label']))
     dataset = ImageDataset(images, setup.augmentation, setup.dataset.record_size)
     # One very long epoch, because a DataLoader starts and ends epochs slowly.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
-    how = {'num_workers': config.data.num_workers or processes.cores(), 'persistent_workers': True}
-    loader = DataLoader(dataset, config.batch_size, sampler=sampler, pin_memory=_GPU, **how)
+    workers = config.data.num_workers or processes.cores()
+    options = {'num_workers': workers, 'persistent_workers': True, 'pin_memory': _GPU}
+    loader = DataLoader(dataset, config.batch_size, sampler=sampler, **options)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 

@@ -241,9 +241,9 @@ def _describe_op(network: AlexNet, layer: LayerSpec, inputs: tuple[int, ...], op
     towers = 'Each half of them reads only its own half of the inputs: the two towers do not communicate here.'
     towers = f' {towers}' if layer.groups == 2 else ''
     if op == 'linear' and isinstance(layer, ConvSpec):
-        local = ', with different weights at every position,' if isinstance(layer, LocalSpec) else ''
+        local = ', with other weights at every position,' if isinstance(layer, LocalSpec) else ''
         return 'locally connected' if local else 'convolution', (
-            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{local} slide over the {inputs[-1]} input maps '
+            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{local} slide over {inputs[-1]} maps '
             f'with stride {layer.stride}. At each position, the kernel is multiplied by the input under it; the sum of '
             f'the products plus a bias is one value of the output map.{towers}'
         )
