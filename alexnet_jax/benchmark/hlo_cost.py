@@ -46,13 +46,12 @@ def topology_devices(target: str) -> list:
     match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', target)
     if not match or match[2] not in _DESCRIPTIONS:
         raise UserError(f'--compile_for={target}: expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
-    topology = {'topology': f'1x1x{match[1] or 1}', 'target_config': _DESCRIPTIONS[match[2]]}
+    options = {'topology': f'1x1x{match[1] or 1}', 'target_config': _DESCRIPTIONS[match[2]]}
     try:
-        return list(topologies.get_topology_desc(platform='cuda', **topology).devices)
+        return list(topologies.get_topology_desc(platform='cuda', **options).devices)
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"--compile_for={target} needs JAX's compiler for NVIDIA GPUs, but no GPU: pip install -e '.[cuda12]' "
-            f'({error}).'
+            f"--compile_for={target} needs JAX's compiler for NVIDIA GPUs: pip install -e '.[cuda12]' ({error})."
         ) from error
 
 
@@ -85,9 +84,7 @@ def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, 
     config caches images on a device.
     """
     if config.data.cache == 'device':
-        raise UserError(
-            "--config.data.cache=device: --compile_for has no device to cache images on; use --config.data.cache=''."
-        )
+        raise UserError("--config.data.cache=device is not possible with --compile_for; use --config.data.cache=''.")
     devices = topology_devices(target)
     setup = build.build(config, dataset, devices=devices)
     batches = setup.train_batches(0)
@@ -127,16 +124,8 @@ class _Instruction(NamedTuple):
 
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
-_NO_TRAFFIC = {
-    'parameter',
-    'get-tuple-element',
-    'bitcast',
-    'tuple',
-    'constant',
-    'after-all',
-    'partition-id',
-    'replica-id',
-}
+# Instructions without memory traffic.
+_FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
 _SLICES = {'slice', 'dynamic-slice', 'gather'}
 _PRODUCTS = {'convolution', 'dot'}
 _PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
@@ -161,7 +150,7 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
     sizes = {op.name: op.bytes for op in programs[name]}
     for op in programs[name]:
         called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', op.rest)
-        if op.kind in _NO_TRAFFIC or op.kind.endswith('-done'):
+        if op.kind in _FREE or op.kind.endswith('-done'):
             continue
         if op.kind in ('while', 'call'):
             trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
@@ -180,7 +169,8 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
 
 def _bytes_read(size: int, number: int, inside: list[_Instruction]) -> int:
     """Returns the bytes that a fusion reads of operand `number`: less than its size if the fusion only slices it."""
-    aliases, cut = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}, 0
+    aliases = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}
+    cut = 0
     for op in inside:
         if not aliases & set(op.operands):
             continue

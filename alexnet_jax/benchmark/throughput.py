@@ -102,7 +102,7 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
 def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
     """Updates on one batch that stays on the device; with several devices also on one of them."""
     dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
-    setup = _build(config, dataset)
+    setup = build.build(config, dataset)
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=False)
     contenders = [ours]
     if setup.mesh.size > 1:
@@ -175,10 +175,6 @@ def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
     config.model.num_classes = len(dataset.class_names)
     if limit:
         config.data.fraction = min(config.data.fraction, _MAX_TORCH_IMAGES / len(dataset.split('train')))
-    return _build(config, dataset)
-
-
-def _build(config: ConfigDict, dataset: datasets.Dataset) -> build.TrainingSetup:
     setup = build.build(config, dataset)
     config.data.num_workers = setup.num_workers  # resolves -1
     return setup

@@ -25,7 +25,7 @@ except ImportError as error:
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILLION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
 _LINES = ((BLUE, '-'), (VERMILLION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
-_WORDS = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
+_OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
 _PER_ROW = 16  # kernels per row of figure 3
 
@@ -65,10 +65,10 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
         if row.size is None:
             return _block(axes, x, levels[tower], 0.12, max(0.25, 1.5 * (maps / longest) ** 0.4), GREEN, f'{maps:,}', 0)
         color = ORANGE if row.name.startswith('local') else SKY
-        label = f'{_by(row.size, row.size)}\n{maps} maps'
+        label = f'{row.size}\u00d7{row.size}\n{maps} maps'
         return _block(axes, x, levels[tower], 0.07 + 0.36 * (maps / widest) ** 0.5, side(row.size), color, label, 1)
 
-    label = f'{_by(image_size, image_size)}\n3 colors'
+    label = f'{image_size}\u00d7{image_size}\n3 colors'
     below = [_block(axes, _COLUMN / 2, float(np.mean(levels)), 0.1, side(image_size), SKY, label, 1)]
     axes.text(_COLUMN / 2, height - 0.15, 'image', ha='center', va='top', weight='bold', fontsize=9)
     for column, row in enumerate(rows, 1):
@@ -86,15 +86,15 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
     return figure
 
 
-def _by(*sides: int) -> str:
-    return '\u00d7'.join(map(str, sides))
-
-
 def _heading(axes: Axes, row, x: float, height: float) -> None:
     """Writes name, kernels and operations above a column, neurons and parameters below it."""
-    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense']
-    lines += [f'{row.groups} groups'] if row.groups > 1 else []
-    lines += textwrap.wrap(', '.join(_WORDS.get(step, step) for step in row.post.split()), 20)
+    lines = ['dense']
+    if row.kernel:
+        side, depth = row.kernel
+        lines = [f'{side}\u00d7{side}\u00d7{depth}, stride {row.stride}']
+    if row.groups > 1:
+        lines.append(f'{row.groups} groups')
+    lines += textwrap.wrap(', '.join(_OP_NAMES.get(op, op) for op in row.post.split()), 20)
     axes.text(x, height - 0.15, row.name, ha='center', va='top', weight='bold', fontsize=9)
     axes.text(x, height - 0.33, '\n'.join(lines), ha='center', va='top', fontsize=7.5, linespacing=1.25)
     below = f'{row.neurons:,} neurons\n{row.parameters:,} parameters'
