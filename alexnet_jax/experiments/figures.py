@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
     return rows
 
 
-def curves(workdir: str) -> dict[str, Curve]:
+def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     """Returns the 'train' and 'val' curves of a finished or unfinished run. Raises UserError without metrics.jsonl."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
@@ -184,7 +185,12 @@ def towers_of(network: AlexNet, image_size: int) -> int:
 
 
 def draw(
-    checkpoint: Checkpoint, *, run: str | None = None, dataset: Dataset | None = None, split: str = 'val', seed: int = 0
+    checkpoint: Checkpoint,
+    *,
+    run: str | os.PathLike | None = None,
+    dataset: Dataset | None = None,
+    split: str = 'val',
+    seed: int = 0,
 ) -> Iterator[Drawn]:
     """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 

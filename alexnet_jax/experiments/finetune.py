@@ -36,7 +36,13 @@ class FinetuneResult(NamedTuple):
 
 
 def finetune(
-    config: ConfigDict, pictures: str, output: str, *, init_from: str, val_fraction: float, max_unreadable: int
+    config: ConfigDict,
+    pictures: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    init_from: str | os.PathLike,
+    val_fraction: float,
+    max_unreadable: int,
 ) -> FinetuneResult:
     """Trains a classifier on images in class folders. A stopped run is resumed.
 
@@ -50,6 +56,7 @@ def finetune(
 
     Raises UserError if the images are unsuitable, and as `train.train_and_evaluate`.
     """
+    pictures, output, init_from = (os.fspath(path) for path in (pictures, output, init_from))
     source = load_checkpoint(init_from) if init_from else None
     size = source.record_size if source else default_record_size(config.data.image_size)
     data, workdir = (os.path.join(output, name) for name in ('data', 'run'))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Generator, Iterable, Sequence
@@ -107,13 +108,14 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 
 
 def write_activations(
-    output: str, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
+    output: str | os.PathLike, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
 ) -> tuple[int, ...]:
     """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
 
     output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole. Raises UserError as
     `check_output` and `iter_activations`, and where the file cannot be written; nothing half-written stays.
     """
+    output = os.fspath(output)
     check_output(output)
     parts = iter_activations(checkpoint, records, layer, batch_size)
     shape = (len(records), *_shapes(checkpoint, _layer_outputs(checkpoint, [layer]))[0])

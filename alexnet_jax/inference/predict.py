@@ -71,10 +71,10 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
     return np.argsort(-np.asarray(probabilities_NK), axis=-1, kind='stable')[:, :k]
 
 
-def list_image_files(paths: Sequence[str]) -> list[str]:
+def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The image files at some paths, of a folder all below it, by name. Raises UserError for a path without any."""
-    files = []
-    for path in paths:
+    files: list[str] = []
+    for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
             raise UserError(f'there is no image or folder {path!r}.')
         found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
@@ -84,7 +84,9 @@ def list_image_files(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) -> Iterator[dict]:
+def predict_files(
+    checkpoint: Checkpoint, files: Sequence[str | os.PathLike], *, views: int, top: int
+) -> Iterator[dict]:
     """For each file, in order: {'file', 'top': [{'label', 'index', 'probability'}]}, the most probable first.
 
     Raises UserError after the others, if there were files that are no images.
@@ -92,7 +94,7 @@ def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, t
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
     for start in range(0, len(files), _BATCH):
-        readable, squares, paths = [], [], files[start : start + _BATCH]
+        readable, squares, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
         with ThreadPoolExecutor(processes.cores()) as pool:
             reading = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
         for path, square in zip(paths, reading, strict=True):
