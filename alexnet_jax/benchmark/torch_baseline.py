@@ -126,8 +126,9 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
     # One very long epoch, because a DataLoader starts and ends epochs slowly.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
     workers = config.data.num_workers or processes.cores()
-    options = {'num_workers': workers, 'persistent_workers': True, 'pin_memory': _GPU}
-    loader = DataLoader(dataset, config.batch_size, sampler=sampler, **options)
+    loader = DataLoader(
+        dataset, config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=True, pin_memory=_GPU
+    )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 

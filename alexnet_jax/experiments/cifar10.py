@@ -129,10 +129,7 @@ def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
     """Returns the network of figure 1: four layers, "no regularization of any kind", a constant learning rate.
 
     Training stops at 25% training error. The release does not name the network; '19pct' without weight decay is used.
-
-    Args:
-      activation: 'relu' or 'tanh'.
-      learning_rate: searched separately for each activation.
+    activation: 'relu' or 'tanh'. learning_rate: searched separately for each activation.
     """
     posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}

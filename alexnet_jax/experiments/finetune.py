@@ -101,7 +101,8 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
                     config[section][key] = to_tuples(theirs[key])
         if not config.optim.layer_rates:
             config.optim.layer_rates = ((list(source.network.layers)[-1], 10.0),)
-    config.data.path, config.model.num_classes = path, classes
+    config.data.path = path
+    config.model.num_classes = classes
     return config
 
 

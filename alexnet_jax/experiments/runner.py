@@ -272,11 +272,14 @@ def plan_suite(suite: Suite, data: str) -> str:
         options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
         contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
         rate = contender.measure()
-    total = 0.0
+    flops = []
     for trial in trials:
-        config = trial.config
-        images = config.num_steps * config.batch_size or config.num_epochs * examples
-        hours = images / rate * _forward_flops(config) / _forward_flops(first) / 3600
+        layers = infer_shapes(model_from_config(trial.config.model), trial.config.data.image_size)
+        flops.append(sum(layer.flops for layer in layers.values()))
+    total = 0.0
+    for trial, cost in zip(trials, flops, strict=True):
+        images = trial.config.num_steps * trial.config.batch_size or trial.config.num_epochs * examples
+        hours = images / rate * cost / flops[0] / 3600
         total += hours
         lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
     lines.append(
@@ -294,12 +297,6 @@ def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
         best = Variant(f'{activation}, best rate', figure1_changes(activation, RATES[0]))
         trials += make_trials(variants, base, 1, output) + make_trials([best], base, seeds, output)[1:]
     return trials
-
-
-def _forward_flops(config: ConfigDict) -> int:
-    """Returns the FLOPs of a network's forward matrix products for one image."""
-    shapes = infer_shapes(model_from_config(config.model), config.data.image_size)
-    return sum(layer.flops for layer in shapes.values())
 
 
 def _is_prepared(path: str) -> bool:
