@@ -40,7 +40,7 @@ _TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
 
 
 class Table(NamedTuple):
-    """A table."""
+    """Rows under named columns."""
 
     title: str
     columns: tuple[str, ...]
@@ -157,28 +157,23 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
     }
     name, first = next(iter(checkpoint.network.layers.items()))
     if isinstance(first, ConvSpec) and not isinstance(first, LocalSpec) and first.groups == 1:
-        data['slide'] = _slide(checkpoint, name, first)
+        black = np.zeros_like(image_NHWC[:1])
+        weights = checkpoint.params[name]
+        data['slide'] = {  # the input of the layer is byte / std + background
+            'layer': name,
+            'size': first.kernel,
+            'stride': first.stride,
+            'padding': first.padding,
+            'std': checkpoint.augmentation.pixel_std,
+            'background': _encode(_views(checkpoint, black), '<f4'),
+            'kernels': _encode(np.moveaxis(weights['kernel'], -1, 0), '<f4'),  # [O, h, w, 3]
+            'biases': _encode(weights['bias'], '<f4'),
+        }
     return data
 
 
 def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
     return augment.views(jnp.asarray(image_NHWC), checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
-
-
-def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]:
-    """Returns the first layer's weights and the terms of its input: input = byte / std + background."""
-    side, weights = checkpoint.record_size, checkpoint.params[name]
-    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each kernel contiguous
-    return {
-        'layer': name,
-        'size': layer.kernel,
-        'stride': layer.stride,
-        'padding': layer.padding,
-        'std': checkpoint.augmentation.pixel_std,
-        'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
-        'kernels': _encode(kernels, '<f4'),
-        'biases': _encode(weights['bias'], '<f4'),
-    }
 
 
 def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
@@ -198,8 +193,10 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
             parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
     probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
-    best = zip(top_k(logits, 5), probabilities, strict=True)
-    labels = [[{'label': names[i], 'probability': float(p[i])} for i in order] for order, p in best]
+    labels = [
+        [{'label': names[i], 'probability': float(p[i])} for i in order]
+        for order, p in zip(top_k(logits, 5), probabilities, strict=True)
+    ]
     return {'stages': stages, 'labels': labels}
 
 

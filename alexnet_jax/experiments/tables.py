@@ -57,16 +57,16 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
     """Returns the measured errors next to those of the paper and the authors' log, one row per variant."""
     table = []
     for variant in variants:
-        own = [row for row in rows if row['variant'] == variant.name and not row['diverged']]
+        measured = [row for row in rows if row['variant'] == variant.name and not row['diverged']]
         key = variant.measure
-        if key == 'top1_error' and all(row.get('top1_ten') is not None for row in own):
+        if key == 'top1_error' and all(row.get('top1_ten') is not None for row in measured):
             key = 'top1_ten'
         deltas = differences(rows, variant.name, variant.baseline, key) if variant.baseline else []
         measures = ('train_error', 'top1_error', 'top5_error', 'top1_ten', 'top5_ten')
-        means = [format_mean_std([row.get(name) for row in own]) for name in measures]
+        means = [format_mean_std([row.get(name) for row in measured]) for name in measures]
         claims = [format_error_pair(pair, signed=bool(variant.baseline)) for pair in (variant.paper, variant.log)]
         comparison = (format_mean_std(deltas, signed=True), *claims, sign_agreement(deltas, variant.sign))
-        table.append((variant.name, f'{len(own)}', *means, *comparison, variant.source))
+        table.append((variant.name, f'{len(measured)}', *means, *comparison, variant.source))
     columns = (
         'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
         'difference', 'paper', "authors' log", 'sign', 'source',
@@ -99,8 +99,8 @@ def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> 
     """Returns the color shares of the first-layer kernels in the more and the less colored tower (section 6.1)."""
     table = []
     for variant in variants:
-        own = [row for row in rows if row['variant'] == variant.name and 'color_0' in row]
-        pairs = [sorted((row['color_0'], row['color_1'])) for row in own]
+        measured = [row for row in rows if row['variant'] == variant.name and 'color_0' in row]
+        pairs = [sorted((row['color_0'], row['color_1'])) for row in measured]
         shares = ([more for _, more in pairs], [less for less, _ in pairs], [more - less for less, more in pairs])
         table.append((variant.name, *map(format_mean_std, shares)))
     columns = ('network', 'more colored half', 'less colored half', 'difference')
@@ -116,10 +116,10 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     """Returns the epochs that ReLU and tanh need for 25% training error, and their ratio; the paper's is 6."""
     table, epochs = [], []  # for each variant: {seed: epochs}
     for variant in variants:
-        own = [row for row in rows if row['variant'] == variant]
-        epochs.append({row['seed']: row['epochs'] for row in own if row.get('reached')})
+        measured = [row for row in rows if row['variant'] == variant]
+        epochs.append({row['seed']: row['epochs'] for row in measured if row.get('reached')})
         reached = list(epochs[-1].values())
-        table.append((variant, f'{len(reached)} of {len(own)}', format_mean_std(reached), ''))
+        table.append((variant, f'{len(reached)} of {len(measured)}', format_mean_std(reached), ''))
     relu, tanh = epochs
     ratios = [tanh[seed] / relu[seed] for seed in relu.keys() & tanh.keys()]
     table.append(('tanh / ReLU', f'{len(ratios)}', format_mean_std(ratios), '6'))
