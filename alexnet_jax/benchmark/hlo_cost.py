@@ -158,12 +158,13 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
             continue
         inside = programs.get(called[0], []) if op.kind == 'fusion' else []
         read = [_bytes_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        # The scopes of the instruction itself come before those of the instructions inside.
         paths = [path for part in (op, *inside) for path in re.findall(r'op_name="([^"]*)"', part.rest)]
-        matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own first
+        matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]
         product = any(part.kind in _PRODUCTS for part in (op, *inside)) or bool(_PRODUCT_CALL.search(op.rest))
         written = op.bytes
         if op.kind.endswith('-start') and op.kind != 'all-reduce-start' and op.shape.startswith('('):
-            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # the output repeats the inputs
+            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # repeated in the output
         yield HloOp(matches[0] if matches else OTHER, product, times * (written + sum(read)))
 
 
@@ -231,7 +232,7 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
     Ring algorithms are assumed, which need the least traffic: with n devices, an all-gather receives the shares of the
     n - 1 other devices, an all-reduce twice that and a reduce-scatter once.
 
-    compiled_text: `jit(f).lower(...).compile().as_text()`. devices: number of devices the program runs on.
+    compiled_text: as for `hlo_ops`. devices: number of devices the program runs on.
     """
     collectives: dict[str, tuple[int, float]] = {}
     for match in re.finditer(_COLLECTIVE, compiled_text):

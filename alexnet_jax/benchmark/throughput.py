@@ -100,7 +100,7 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
 
 
 def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
-    """Updates on one batch that stays on the device; with several devices also on one of them."""
+    """Returns contenders for updates on one batch kept on the device; with several devices also on one of them."""
     dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
     setup = build.build(config, dataset)
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=False)
@@ -116,7 +116,7 @@ def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> l
 
 
 def train_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
-    """Updates on new batches, and updates on one batch for comparison."""
+    """Returns contenders for updates on new batches and, for comparison, on one batch."""
     setup = _setup_with_data(config, limit=bool(options.torch_baseline))
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=True)
     alone, _ = our_updates(setup, options, stack, name=f'{OURS}, step alone', on_batches=False)
@@ -127,7 +127,7 @@ def train_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> 
 
 
 def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, raw: str | None) -> list[Contender]:
-    """Training batches from prepared data. PyTorch reads the raw images at `raw`, or the prepared records if None."""
+    """Returns contenders for reading batches. PyTorch reads raw images at `raw`, or the prepared records if None."""
     setup = _setup_with_data(config, limit=bool(options.torch_baseline) and not raw)
     stream = setup.train_batches(0)
     stack.callback(stream.close)
@@ -148,7 +148,7 @@ def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, 
 
 
 def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, raw: str) -> list[Contender]:
-    """Preparation of the images at `raw`, including the start of worker processes."""
+    """Returns the contender for preparing the images at `raw`, including the start of worker processes."""
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):

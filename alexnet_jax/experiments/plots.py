@@ -125,7 +125,8 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
     """
     color, linestyle = (VERMILLION, '--') if across else (BLACK, '-')
     style: dict[str, Any] = {'color': color, 'linestyle': linestyle, 'linewidth': 0.8}
-    y, end = np.mean(source.intervaly), np.mean(target.intervaly) - 0.12 * across  # beside the own line
+    y = np.mean(source.intervaly)
+    end = np.mean(target.intervaly) - 0.12 * across  # beside the line from the target's own tower
     if not row.kernel:
         axes.plot([source.x1, target.x0], [y, end], **style, zorder=4)
         return

@@ -96,7 +96,7 @@ function slideFilter(section, { size, stride, padding: [before, after], std, ...
 
   function draw() {
     const row = Math.floor(place / positions), column = place % positions;
-    const top = row * stride, left = column * stride; // in the padded picture
+    const top = row * stride, left = column * stride; // in the padded image
     const canvas = find('picture'), zoom = Math.max(1, Math.floor(480 / padded)), plain = document.createElement('canvas');
     paint(plain, padded, padded, (r, c) => {
       const y = r - before, x = c - before;

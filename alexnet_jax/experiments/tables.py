@@ -82,7 +82,7 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
 
 
 def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str:
-    """Returns mean and sample standard deviation: '41.20 ± 0.31'; of one value the value, of none ''."""
+    """Returns mean and sample standard deviation: '41.20 ± 0.31', '41.20' for one value, '' for none."""
     known = [value for value in values if value is not None]
     if not known:
         return ''
