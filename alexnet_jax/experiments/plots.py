@@ -23,8 +23,8 @@ except ImportError as error:
 
 # Colors of Okabe and Ito, safe for color blindness. Lines also differ in style and bars in hatching.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
-BLUE, VERMILLION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
-_LINES = ((BLUE, '-'), (VERMILLION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
+BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
+_LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
 _OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
 _PER_ROW = 16  # kernels per row of figure 3
@@ -81,7 +81,7 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
                 _connect(axes, below[source], boxes[tower], row, (source - tower) if sources else 0)
         below = boxes
     if towers > 1:
-        styles: tuple[tuple[str, str, Any], ...] = (('own tower', BLACK, '-'), ('the other tower', VERMILLION, '--'))
+        styles: tuple[tuple[str, str, Any], ...] = (('own tower', BLACK, '-'), ('the other tower', VERMILION, '--'))
         lines = [Line2D([], [], color=color, linestyle=style, label=f'reads {name}') for name, color, style in styles]
         axes.legend(handles=lines, loc='lower left', fontsize=8, frameon=False)
     return figure
@@ -123,7 +123,7 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
 
     across: 0 if both are in the same tower, 1 if the source tower is drawn below the target tower, -1 if above.
     """
-    color, linestyle = (VERMILLION, '--') if across else (BLACK, '-')
+    color, linestyle = (VERMILION, '--') if across else (BLACK, '-')
     style: dict[str, Any] = {'color': color, 'linestyle': linestyle, 'linewidth': 0.8}
     y = np.mean(source.intervaly)
     end = np.mean(target.intervaly) - 0.12 * across  # beside the line from the target's own tower

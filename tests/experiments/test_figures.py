@@ -183,7 +183,7 @@ def test_curves(tmp_path):
 
 
 def _crossing(figure):
-    return sum(line.get_color() == plots.VERMILLION for line in figure.axes[0].lines)
+    return sum(line.get_color() == plots.VERMILION for line in figure.axes[0].lines)
 
 
 def test_connections_between_towers_are_drawn():
