@@ -1,4 +1,4 @@
-"""The commands as a user meets them: one line on stderr and exit code 2, never a traceback."""
+"""The commands as a user runs them: errors are one line on stderr with exit code 2, never a traceback."""
 
 import importlib
 import inspect
@@ -28,7 +28,7 @@ MAIN = ['train', '--config=configs/quickstart.py', '--cpu_devices=1']
 
 
 def _run(*arguments, **environment):
-    """environment: what differs from this process's; None takes a variable away."""
+    """Runs a command; `environment` overrides variables of this process, and None removes one."""
     environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
         [sys.executable, '-m', 'alexnet_jax', *map(str, arguments)],
@@ -109,7 +109,7 @@ def test_user_errors(arguments, pattern, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_start_loads_what_the_first_compiled(tmp_path):
+def test_second_start_uses_compilation_cache(tmp_path):
     here = {
         'XDG_CACHE_HOME': str(tmp_path),
         'JAX_COMPILATION_CACHE_DIR': None,
@@ -126,19 +126,19 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+def test_unwritable_cache_folder_is_ignored(tmp_path):
     (tmp_path / 'file').touch()
     here = {'XDG_CACHE_HOME': str(tmp_path / 'file'), 'JAX_COMPILATION_CACHE_DIR': None}
     result = _run(*MAIN, f'--workdir={tmp_path}/a', '--config.num_steps=1', **here)
     assert (result.returncode, result.stderr) == (0, ''), result.stderr
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path):
+def test_unwritable_workdir_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
 
 
-def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
+def test_config_may_exit_with_its_own_code(tmp_path):
     (tmp_path / 'config.py').write_text('def get_config():\n    raise SystemExit(3)\n')
     assert _run('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
 
@@ -152,20 +152,20 @@ def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
         ('def get_config():\n    return {}', 'returns dict; expected an ml_collections.ConfigDict'),
     ],
 )
-def test_a_config_file_that_is_none(text, pattern, tmp_path):
+def test_invalid_config_file_is_refused(text, pattern, tmp_path):
     (tmp_path / 'c.py').write_text(text)
     _assert_user_error(_run('train', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
 
 
-def test_no_memory_is_one_line():
-    """Python's own error says nothing."""
+def test_memory_error_is_one_line():
+    """Python's MemoryError has no message."""
     script = f'{_PROGRAM}\ndef f(): raise MemoryError\nrun(f)'
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
 
 
-def test_no_device_is_one_line(tmp_path):
-    """Of a platform that JAX does not know, and of one it knows and finds no device of."""
+def test_missing_device_is_one_line(tmp_path):
+    """Covers a platform unknown to JAX, and a known platform without devices."""
     done = _run(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
     _assert_user_error(done, "JAX cannot open its devices .JAX_PLATFORMS='nothing': Unable to .*--cpu_devices=1")
     script = (
@@ -178,8 +178,8 @@ def test_no_device_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_too_large_for_the_device_is_one_line(tmp_path):
-    """2^48 floats, whatever the device."""
+def test_out_of_device_memory_is_one_line(tmp_path):
+    """Allocates 2^48 floats, too many for any device."""
     script = f'{_PROGRAM}\nimport jax.numpy as jnp\nrun(lambda: print(jnp.zeros(1 << 48).sum()))'
     result = subprocess.run(
         [sys.executable, '-c', script],
@@ -191,7 +191,7 @@ def test_too_large_for_the_device_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_train_resume_evaluate(tmp_path):
-    """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
+    """Runs the quickstart command on two devices, interrupted, resumed and extended, then evaluates."""
     run = ['train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
     first = _run(*run, '--config.num_steps=40')
     assert first.returncode == 0 and 'val    step 40/40' in first.stdout, first.stderr
@@ -210,7 +210,7 @@ def test_train_resume_evaluate(tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_learns_in_time(tmp_path):
+def test_quickstart_reaches_low_error(tmp_path):
     result = _run('train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -218,8 +218,8 @@ def test_quickstart_learns_in_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp_path):
-    """Prepare, train at full size, stop with kill -9, go on, evaluate with ten views."""
+def test_full_size_network_on_imagenet_photos(imagenet_tar, tmp_path):
+    """Prepares, trains at full size on two devices, stops with SIGKILL, resumes, evaluates with ten views."""
     data = f'{tmp_path}/photos'
     prepared = _run('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
     assert prepared.returncode == 0, prepared.stderr
@@ -230,7 +230,8 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     ]  # fmt: skip
     command = [sys.executable, '-m', 'alexnet_jax', *run]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'  # there when the step is whole, some updates later
+    # Exists once the step is complete, some updates later.
+    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'
     while child.poll() is None and not saved.exists():
         time.sleep(0.01)
     child.kill()
@@ -248,7 +249,7 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     assert json.loads(result.stdout.splitlines()[-1])['count'] == 30
 
 
-def test_the_package_lists_its_commands():
+def test_package_lists_its_commands():
     result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
     listed = re.findall(r'^alexnet_jax (\w+) ', result.stdout, re.M)
     modules = {path.stem for path in (ROOT / 'alexnet_jax' / 'commands').glob('*.py')} - {
@@ -264,14 +265,14 @@ def _package(*words):
 
 
 def _commands():
-    """Every command, and the subcommands of one that has them: (words, module or class)."""
+    """Yields (words, module or class) for every command and subcommand."""
     for name in COMMANDS:
         command = importlib.import_module(f'alexnet_jax.commands.{name}')
         yield from [([name, sub], c) for sub, c in getattr(command, 'SUBCOMMANDS', {}).items()] or [([name], command)]
 
 
 @pytest.mark.parametrize(('words', 'command'), [pytest.param(w, c, id=' '.join(w)) for w, c in _commands()])
-def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
+def test_help_has_purpose_example_and_own_flags(words, command):
     text = app.help_text(command)
     assert text.startswith(inspect.getdoc(command).splitlines()[0])
     assert re.search(rf'^ *alexnet_jax {" ".join(words)} ', text.partition('flags:')[0], re.M)
@@ -279,14 +280,14 @@ def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
 
 
 @pytest.mark.parametrize('word', ['-h', '--help'])
-def test_help_ends_with_0(word):
+def test_help_exits_with_0(word):
     done = _package('evaluate', word)
     assert (done.returncode, done.stderr) == (0, '') and '--checkpoint' in done.stdout
     done = _package('benchmark', word)
     assert (done.returncode, done.stderr) == (0, '') and '  step ' in done.stdout
 
 
-def test_env_prints_what_a_bug_report_needs():
+def test_env_prints_versions_and_devices():
     done = _package('env', '--json', '--cpu_devices=1')
     found = json.loads(done.stdout)
     assert found['versions']['jax'] == jax.__version__ and found['devices'] == ['cpu:0 cpu']
@@ -294,7 +295,7 @@ def test_env_prints_what_a_bug_report_needs():
     assert f'jax: {jax.__version__}\n' in done.stdout and 'devices: cpu:0 cpu\n' in done.stdout
 
 
-def test_the_module_of_the_readme_is_the_train_command():
+def test_main_module_is_the_train_command():
     done = [
         subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True, cwd=ROOT)
         for words in (['alexnet_jax.main', '--summary', MAIN[1]], ['alexnet_jax', 'train', '--summary', MAIN[1]])
@@ -302,7 +303,7 @@ def test_the_module_of_the_readme_is_the_train_command():
     assert done[0].stdout == done[1].stdout and 'conv5' in done[0].stdout and not done[0].returncode
 
 
-def test_the_package_runs_a_command_and_suggests_the_nearest():
+def test_unknown_command_suggests_the_nearest():
     done = _package('evalute', '--json')
     assert (done.returncode, done.stderr) == (2, "error: there is no command 'evalute'. Did you mean 'evaluate'?\n")
     done = _package('train', '--config=configs/quickstart.py', '--summary')
@@ -332,8 +333,8 @@ def test_public_names():
     ],
     ids=['package', 'prepare', 'help'],
 )
-def test_starts_without_jax(code):
-    """Importing the package, the workers of prepare, and the --help of every command."""
+def test_imports_and_help_do_not_load_jax(code):
+    """Covers the package import, the worker processes of `prepare`, and `--help` of every command."""
     heavy = '("jax", "flax", "optax", "orbax", "grain", "tensorflow", "torch")'
     code = f'{code}\nimport sys; print([name for name in {heavy} if name in sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -341,7 +342,7 @@ def test_starts_without_jax(code):
 
 
 def test_training_does_not_load_pytorch(tmp_path):
-    """Where it is installed: in every process that decodes it would take as much memory again."""
+    """If PyTorch is installed, loading it would double the memory of every decoding process."""
     (tmp_path / 'torch.py').write_text('Tensor = None\n')
     checks = 'assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
     code = f'import sys, alexnet_jax.training.train; {checks}'
@@ -349,8 +350,8 @@ def test_training_does_not_load_pytorch(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which this system has not got')
-def test_output_that_cannot_be_written_is_one_line():
-    """Also what Python would write only at its end."""
+def test_unwritable_output_is_one_line():
+    """Also covers output that Python writes only when it exits."""
     program = f"{_PROGRAM}\nrun(lambda: print('x'))"
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
     with open('/dev/full', 'w') as full:
