@@ -1,4 +1,4 @@
-"""Several networks as one, and files through the predict command. A small network with drawn weights on the digits."""
+"""Averaged networks and the predict command on files, with small untrained networks on the digits."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from tests import ROOT, helpers
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
-    """Paths of three checkpoints with weights of three seeds."""
+    """Paths of three checkpoints initialized with three seeds."""
     config, digits, paths = helpers.digits_config(), datasets.open_dataset('digits'), []
     network = model_from_config(config.model)
     meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
@@ -43,7 +43,7 @@ def _outputs(paths, views=1):
     return [predict.predict(loading.load_checkpoint(p), pixels, views=views) for p in paths], labels
 
 
-def test_average_by_hand():
+def test_weighted_average():
     p = [np.array([[0.9, 0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)]
     chex.assert_trees_all_close(ensemble.average(p, [1, 1]), np.array([[0.6, 0.4]], np.float32), rtol=1e-6)
     chex.assert_trees_all_close(ensemble.average(p, [1, 3]), np.array([[0.45, 0.55]], np.float32), rtol=1e-6)
@@ -53,7 +53,7 @@ def test_average_by_hand():
 
 
 def _top5_errors(scores, labels):
-    """By five successive arg-maxes, as the authors' tool."""
+    """As the authors' tool, by five successive arg-maxes."""
     scores, missed = scores.astype(np.float64).copy(), np.ones(len(labels), bool)
     for _ in range(5):
         best = scores.argmax(1)
@@ -62,12 +62,12 @@ def _top5_errors(scores, labels):
     return missed.sum()
 
 
-def test_tuned_weights_are_the_coordinate_searchs():
-    """Against the search of section 7 written out: 0 to 1 in steps of 0.05, from 0.5, five passes, top-5 error."""
-    rng = np.random.default_rng(6)  # of a problem that takes a second pass
+def test_tuned_weights_match_coordinate_search():
+    """The search of section 7 written out: weights 0 to 1 in steps of 0.05, from 0.5, five passes, top-5 error."""
+    rng = np.random.default_rng(6)  # a problem that needs a second pass
     labels = rng.integers(0, 20, 300)
     p = []
-    for strength in (1.0, 0.2, 0.6):  # networks of which one hardly knows anything
+    for strength in (1.0, 0.2, 0.6):  # one of the networks is almost uninformed
         logits = rng.normal(size=(300, 20))
         logits[np.arange(300), labels] += strength
         p.append((np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32))
@@ -85,7 +85,7 @@ def test_tuned_weights_are_the_coordinate_searchs():
 
 
 def test_tuned_weights_are_not_all_zero():
-    """The first network is best left out, and nothing at all would put the labels 0 and 1 among the first five."""
+    """The first network is best left out, and with all weights 0 the labels 0 and 1 would be among the top five."""
     first = np.array([[0, 0.2, 0.2, 0.2, 0.2, 0.2], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
     second = np.array([[0.1, 0.2, 0.2, 0.2, 0.25, 0.05], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
     assert ensemble.tune_weights([first, second], np.array([0, 1])) == [0, 0.5]
@@ -93,7 +93,7 @@ def test_tuned_weights_are_not_all_zero():
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)])
-def test_evaluating_an_ensemble(checkpoints, views, weights):
+def test_evaluate_ensemble(checkpoints, views, weights):
     outputs, labels = _outputs(checkpoints, views)
     loaded = [loading.load_checkpoint(path) for path in checkpoints]
     mesh = sharding.make_mesh(data=2, tower=2)
@@ -107,8 +107,8 @@ def test_evaluating_an_ensemble(checkpoints, views, weights):
     np.testing.assert_allclose(found['loss'], -np.log(mean[np.arange(360), labels]).mean(), rtol=1e-4)
 
 
-def test_images_that_cannot_be_read_count_nowhere(checkpoints):
-    """And are no reason to give up while they are no more than allowed."""
+def test_unreadable_images_are_excluded(checkpoints):
+    """Evaluation continues while there are at most max_unreadable of them."""
     loaded, mesh = [loading.load_checkpoint(path) for path in checkpoints[:2]], sharding.make_mesh(data=2, tower=1)
     records = datasets.open_dataset('digits').split('val')[:40]
     spoilt = [{**r, 'image': b'no image', 'file_name': b''} if i in (3, 30) else r for i, r in enumerate(records)]
@@ -145,7 +145,7 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views', 'weights'}
     tuned = np.array(ensemble.tune_weights(outputs, labels))
     assert found['weights'] == pytest.approx((tuned / tuned.sum()).tolist())
-    # Tested elsewhere they are still tuned on val.
+    # On another split the weights are still tuned on val.
     result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
     said, line = result.stdout.splitlines()[-2:]
     assert 'tuned for the top-5 error on val)' in said and json.loads(line)['count'] == 1437
@@ -171,7 +171,7 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_predict_command(checkpoints, photos, views):
-    """In the order of the arguments; probabilities of the squares that `prepare` would have made."""
+    """Results follow the order of the arguments, with probabilities of the squares that `prepare` would make."""
     result = _run(
         'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/gray.png', str(photos), f'--views={views}', '--top=3',
         '--json',
@@ -213,8 +213,8 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         assert message in result.stderr
 
 
-def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_path):
-    """All that can be read are answered, then comes the error; links in a circle do not hold it up."""
+def test_predict_continues_after_unreadable_file(checkpoints, photos, tmp_path):
+    """All readable files are predicted before the error is raised; cyclic links are ignored."""
     for name in ('a.jpg', 'z.jpg'):
         (tmp_path / name).write_bytes((photos / 'a.jpg').read_bytes())
     (tmp_path / 'b.jpg').write_text('no image')
@@ -227,8 +227,8 @@ def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_
     assert "b.jpg' cannot be read as an image (of no known format) (and 1 more of 4 files)." in result.stderr
 
 
-def test_a_reader_that_goes_away(checkpoints, photos):
-    """predict ... | head -1"""
+def test_closed_stdout_is_not_an_error(checkpoints, photos):
+    """As in `predict ... | head -1`."""
     command = [sys.executable, '-m', 'alexnet_jax', 'predict', f'--checkpoint={checkpoints[0]}', str(photos)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
         child.stdout.close()
@@ -236,8 +236,8 @@ def test_a_reader_that_goes_away(checkpoints, photos):
 
 
 @pytest.mark.slow
-def test_converted_weights_are_no_run(checkpoints, tmp_path):
-    """A workdir without optimizer state is told from a run."""
+def test_converted_weights_cannot_be_resumed(checkpoints, tmp_path):
+    """A workdir without optimizer state is distinguished from a run."""
 
     with pytest.raises(UserError, match='holds converted weights and no run; .*--config.init_from='):
         train.train_and_evaluate(helpers.digits_config(num_steps=1), checkpoints[0])
