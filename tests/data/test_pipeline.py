@@ -218,10 +218,10 @@ def test_workers_exit_with_their_parent(tmp_path, sig):
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
     workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2 and all(map(helpers.running, workers))
+    assert len(workers) == 2 and all(map(helpers.is_running, workers))
     parent.send_signal(sig)
     parent.wait(20)
     deadline = time.monotonic() + 20
-    while any(map(helpers.running, workers)) and time.monotonic() < deadline:
+    while any(map(helpers.is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(helpers.running, workers))
+    assert not any(map(helpers.is_running, workers))

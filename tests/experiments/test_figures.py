@@ -24,7 +24,7 @@ from tests import ROOT, helpers
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    return helpers.untrained(tmp_path_factory.mktemp('figures') / 'run')
+    return helpers.save_untrained(tmp_path_factory.mktemp('figures') / 'run')
 
 
 def _rows(name, towers, arg=None, **changes):

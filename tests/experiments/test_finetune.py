@@ -91,7 +91,7 @@ def test_prepared_output_of_other_images_is_refused(tmp_path):
 
 def test_finetune_config_combines_network_and_rates(tmp_path):
     source = loading.load_checkpoint(
-        helpers.untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5})
+        helpers.save_untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5})
     )
     config = helpers.digits_config(**{'optim.learning_rate': 0.5, 'data.image_size': 20, 'data.num_threads': 3})
     found = finetune.finetune_config(config, source, 'somewhere', 7)

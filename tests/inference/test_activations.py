@@ -23,7 +23,7 @@ from tests import ROOT, helpers
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    return helpers.untrained(tmp_path_factory.mktemp('features') / 'run')
+    return helpers.save_untrained(tmp_path_factory.mktemp('features') / 'run')
 
 
 @pytest.fixture(scope='module')

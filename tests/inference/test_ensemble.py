@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.core import sharding, train_step
-from alexnet_jax.core.config import model_from_config
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, image_io
 from alexnet_jax.inference import ensemble, evaluate, predict
 from alexnet_jax.training import train
@@ -25,16 +23,8 @@ from tests import ROOT, helpers
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
     """Paths of three checkpoints initialized with three seeds."""
-    config, digits, paths = helpers.digits_config(), datasets.open_dataset('digits'), []
-    network = model_from_config(config.model)
-    meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
-    meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
-    for seed in range(3):
-        paths.append(str(tmp_path_factory.mktemp('checkpoints') / str(seed)))
-        params = helpers.init(network, seed, 28)
-        with manager.CheckpointManager(paths[-1]) as saved:
-            saved.save(train_step.TrainState(jnp.int32(0), params, None), digits.image_stats, meta, None)
-    return paths
+    folder = tmp_path_factory.mktemp('checkpoints')
+    return [helpers.save_untrained(folder / str(seed), seed) for seed in range(3)]
 
 
 def _outputs(paths, views=1):

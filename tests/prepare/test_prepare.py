@@ -314,9 +314,9 @@ def test_workers_exit_if_the_command_is_killed(imagenet_tar, tmp_path):
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
-    while any(map(helpers.running, children)) and time.monotonic() < deadline:
+    while any(map(helpers.is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(helpers.running, children))
+    assert not any(map(helpers.is_running, children))
     assert not (tmp_path / 'out').exists()
     # Leftovers do not block a second run.
     again = subprocess.run([*command, '--size=64'], cwd=ROOT, capture_output=True, text=True)
