@@ -310,6 +310,7 @@ def test_architecture_page_lists_every_module():
         ('\n## ', '\n`core/ops.py:nothing`\n## '),
         ('\n## ', '\n`configs/papr.py`\n## '),
     ],
+    ids=['no row', 'wrong row', 'another row', 'no folder', 'unknown name', 'unknown config'],
 )
 def test_errors_in_the_module_map_are_detected(old, new):
     text = ARCHITECTURE.read_text()

@@ -279,7 +279,9 @@ def test_peer_computes_same_network():
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize('change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}])
+@pytest.mark.parametrize(
+    'change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}], ids=['grouped dense', 'spatial_norm']
+)
 def test_network_unsupported_by_peer_is_refused(change):
     pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline

@@ -290,17 +290,16 @@ def test_best_step_is_not_chosen_by_damaged_error(copy):
     assert loading.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
 
 
-def test_step_retired_during_search_is_not_best(copy, monkeypatch):
+def test_step_retired_during_search_is_not_best(copy):
     """The step is removed between the listing of the steps and its check."""
-    check = manager.CheckpointManager.check
 
-    def remove_and_check(self, step, wanted):
-        if step == 2:
-            shutil.rmtree(copy / 'checkpoints' / '2')
-        check(self, step, wanted)
+    class Retiring(manager.CheckpointManager):
+        def check(self, step, wanted):
+            if step == 2:
+                shutil.rmtree(copy / 'checkpoints' / '2')
+            super().check(step, wanted)
 
-    monkeypatch.setattr(manager.CheckpointManager, 'check', remove_and_check)
-    with manager.CheckpointManager(str(copy), read_only=True) as saved:
+    with Retiring(str(copy), read_only=True) as saved:
         assert saved.best() == 3
 
 

@@ -99,6 +99,7 @@ def test_draws_cover_2048_crops():
         augment.Augmentation(crop_area=(0.08, 1.0), mean='channel'),
         augment.Augmentation(random_crop=False, reflect=False),
     ],
+    ids=['default', 'authors', 'crop area', 'center'],
 )
 def test_draws_do_not_depend_on_the_batch(augmentation):
     found = random_crops.draw_batch(augmentation, seed=2, first=21, count=50, record_size=256)

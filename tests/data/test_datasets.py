@@ -20,6 +20,7 @@ from alexnet_jax.utils.errors import UserError
         '{"type": "antigravity.FeaturesDict", "content": {}}',
         '{"type": "tensorflow_datasets.core.features.Image", "proto_cls": "antigravity.X", "content": {}}',
     ],
+    ids=['camel case', 'snake case', 'escaped', 'type', 'proto class'],
 )
 def test_foreign_features_are_not_imported(named, tmp_path):
     """TFDS imports the module named in features.json, whatever the spelling, and calls what it finds there."""

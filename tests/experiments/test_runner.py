@@ -172,7 +172,7 @@ def test_diverged_run_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
-def test_reached(threshold, error, reached, monkeypatch, tmp_path):
+def test_measure_compares_error_with_threshold(threshold, error, reached, monkeypatch, tmp_path):
     """An error of 0 is below any threshold; without a threshold, the result is empty."""
     curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
     network = SimpleNamespace(layers={'conv1': SimpleNamespace(features=3)})

@@ -82,7 +82,7 @@ def test_tuned_weights_are_not_all_zero():
 
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)])
+@pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)], ids=['equal', 'weighted'])
 def test_evaluate_ensemble(checkpoints, views, weights):
     outputs, labels = _outputs(checkpoints, views)
     loaded = [loading.load_checkpoint(path) for path in checkpoints]

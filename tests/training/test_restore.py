@@ -178,7 +178,7 @@ def test_workdir_of_another_config_is_refused(uninterrupted, changes, message):
 
 
 @pytest.mark.parametrize('what', ['fewer', 'another order', 'another size'])
-def test_resume_with_other_data_is_refused(uninterrupted, tmp_path, monkeypatch, what):
+def test_resume_with_other_data_is_refused(uninterrupted, tmp_path, what):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')
     digits = datasets.open_dataset('digits')
@@ -188,9 +188,9 @@ def test_resume_with_other_data_is_refused(uninterrupted, tmp_path, monkeypatch,
         'another size': digits._replace(record_size=40, image_stats=image_stats.from_moments(
             image_stats.Moments.zeros(40).add(np.zeros((40, 40, 3), np.uint8)))),
     }[what]  # fmt: skip
-    monkeypatch.setattr(datasets, 'open_dataset', lambda path: other)
+    longer = helpers.run_config(optim=config.optim, num_steps=40)
     with pytest.raises(UserError, match='was trained on other data'):
-        train.train_and_evaluate(helpers.run_config(optim=config.optim, num_steps=40), str(tmp_path / 'copy'))
+        train.train_and_evaluate(longer, str(tmp_path / 'copy'), dataset=other)
 
 
 def test_checkpoint_restores_on_any_mesh(uninterrupted):
@@ -261,7 +261,7 @@ def test_checkpoint_evaluates_and_predicts(uninterrupted):
 
 
 @pytest.mark.slow
-def test_init_from_copies_parameters(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_init_from_copies_parameters(uninterrupted, tmp_path, capsys):
     _, workdir, _ = uninterrupted
     config = helpers.run_config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path / 'same'))
@@ -269,20 +269,18 @@ def test_init_from_copies_parameters(uninterrupted, tmp_path, monkeypatch, capsy
     chex.assert_trees_all_equal(loading.load_checkpoint(str(tmp_path / 'same')).params, old)
     # Another number of classes: the classifier is reinitialized, the other layers are copied.
     digits = datasets.open_dataset('digits')
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('0123456789ab')))
-        twelve = config.copy_and_resolve_references()
-        twelve.model.num_classes = 12
-        train.train_and_evaluate(twelve, str(tmp_path / 'twelve'))
+    twelve = config.copy_and_resolve_references()
+    twelve.model.num_classes = 12
+    more_classes = digits._replace(class_names=tuple('0123456789ab'))
+    train.train_and_evaluate(twelve, str(tmp_path / 'twelve'), dataset=more_classes)
     new = loading.load_checkpoint(str(tmp_path / 'twelve')).params
     assert new['fc8']['kernel'].shape[-1] == 12
     chex.assert_trees_all_equal(
         {k: v for k, v in new.items() if k != 'fc8'}, {k: v for k, v in old.items() if k != 'fc8'}
     )
     # The same number of classes with other names.
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('abcdefghij')))
-        train.train_and_evaluate(config, str(tmp_path / 'letters'))
+    letters = digits._replace(class_names=tuple('abcdefghij'))
+    train.train_and_evaluate(config, str(tmp_path / 'letters'), dataset=letters)
     assert 'fc8 starts afresh: (32, 10), as the classes of' in capsys.readouterr().out
     new = loading.load_checkpoint(str(tmp_path / 'letters')).params
     assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01

@@ -249,18 +249,21 @@ def _broken_digits(bad):
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_limited_per_epoch(tmp_path, monkeypatch, capsys):
+def test_unreadable_images_are_limited_per_epoch(tmp_path, capsys):
     """There are seven per epoch: a limit of seven holds in every epoch, a limit of six fails in the first."""
     broken = _broken_digits({1, 2, 3, 5, 7, 11, 13})
-    monkeypatch.setattr(datasets, 'open_dataset', lambda path: broken)
     config = resume_config(num_steps=50, **{'data.max_unreadable': 7})  # 2.2 epochs
-    train.train_and_evaluate(config, str(tmp_path / 'seven'))
+    train.train_and_evaluate(config, str(tmp_path / 'seven'), dataset=broken)
     assert capsys.readouterr().err.count("weight 0: the record of image '7.jpg' cannot be decoded") >= 14
     assert {line['count'] for line in untimed_metrics(tmp_path / 'seven') if line['split'] == 'val'} == {359}
     with pytest.raises(UserError, match='7 images of this pass cannot be read .* data.max_unreadable=6'):
-        train.train_and_evaluate(resume_config(num_steps=50, **{'data.max_unreadable': 6}), str(tmp_path / 'six'))
+        train.train_and_evaluate(
+            resume_config(num_steps=50, **{'data.max_unreadable': 6}), str(tmp_path / 'six'), dataset=broken
+        )
     with pytest.raises(UserError, match='1 of 360 images cannot be read'):
-        train.train_and_evaluate(resume_config(num_steps=1, **{'data.max_unreadable': 0}), str(tmp_path / 'val'))
+        train.train_and_evaluate(
+            resume_config(num_steps=1, **{'data.max_unreadable': 0}), str(tmp_path / 'val'), dataset=broken
+        )
 
 
 @pytest.mark.slow

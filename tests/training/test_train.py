@@ -98,12 +98,11 @@ def test_steps_are_compiled_once(tmp_path, monkeypatch):
         assert run.steps.after_validation._cache_size() == 1
 
 
-def test_plateau_without_val_split_warns_once(tmp_path, monkeypatch, capsys):
+def test_plateau_without_val_split_warns_once(tmp_path, capsys):
     digits = datasets.open_dataset('digits')
-    monkeypatch.setattr(
-        datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
-    )
-    result = train.train_and_evaluate(helpers.run_config(num_steps=13, **{'optim.schedule': 'plateau'}), str(tmp_path))
+    no_val = digits._replace(splits={'train': digits.splits['train']})
+    config = helpers.run_config(num_steps=13, **{'optim.schedule': 'plateau'})
+    result = train.train_and_evaluate(config, str(tmp_path), dataset=no_val)
     assert result == {}
     assert capsys.readouterr().err.count('no val split') == 1
     assert {line['split'] for line in helpers.read_metrics(tmp_path)} == {'train'}

@@ -69,6 +69,7 @@ def test_checksum_file_is_read_by_sha256sum(tmp_path):
             'a/two words: not in SHA256SUMS',
         ),
     ],
+    ids=['changed', 'missing', 'no list', 'no digests', 'cut line', 'cut list', 'empty list', 'earlier version'],
 )
 def test_damage_is_named(tmp_path, damage, problem):
     folder = _folder(tmp_path)

@@ -58,6 +58,7 @@ def test_cores_of_the_container_are_shared(beside, quota, cores, tmp_path, monke
         ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '1'}, False),
         ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '4', 'LOCAL_WORLD_SIZE': '4'}, False),  # local.sh
     ],
+    ids=['no launcher', 'slurm', 'one process', 'local'],
 )
 def test_on_several_machines(here, several, monkeypatch):
     for name in ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'LOCAL_WORLD_SIZE'):
