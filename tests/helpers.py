@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from alexnet_jax.training import build
 from alexnet_jax.training.large_batch import hooks_from_config
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UnreadableError
+from tests import ROOT
 
 INIT = 'normal(0.1)'
 # Five convolutions with the paper's groups on 35 px images: all-gathers, normalization, overlapping pooling, dropout.
@@ -181,6 +184,15 @@ def write_pictures(folder, classes, count=40):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(record['image']).resize((50, 40)).save(path)
     return folder
+
+
+def run_command(*words, **environment):
+    """Runs an `alexnet_jax` command; `environment` overrides variables of this process, and None removes one."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', *map(str, words)], capture_output=True, text=True, timeout=1800, cwd=ROOT,
+        env={key: value for key, value in environment.items() if value is not None},
+    )  # fmt: skip
 
 
 def to_float64(tree):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -212,10 +211,7 @@ def images(tmp_path_factory):
 
 
 def _benchmark(*arguments):
-    result = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'benchmark', *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300,
-    )  # fmt: skip
+    result = helpers.run_command('benchmark', *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 

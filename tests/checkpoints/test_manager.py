@@ -226,13 +226,13 @@ def _parse_half_written(half_written):
 
 
 def test_failed_background_save_is_raised_by_poll(copy, monkeypatch):
-    def full(folder):
+    def raise_disk_full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with manager.CheckpointManager(str(copy)) as saved:
         before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
         saved.poll()  # no save is in progress
-        monkeypatch.setattr(checksums, 'write', full)
+        monkeypatch.setattr(checksums, 'write', raise_disk_full)
         saved.save(train_step.TrainState(jnp.int32(4), before.params, None), before.image_stats, meta, 1.0)
         concurrent.futures.wait([saved._finalizing])
         with pytest.raises(UserError, match='step 4 cannot be saved .* No space left on device'):

@@ -1,9 +1,6 @@
 """The experiments command; each suite runs end to end at a small scale."""
 
 import csv
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +12,7 @@ from alexnet_jax.data import datasets
 from alexnet_jax.experiments import ablations, cifar10, figures, runner
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 BASE = """
 from tests import helpers
@@ -66,12 +63,8 @@ def test_prepared_folder_without_eval_split_is_named(command, tmp_path, monkeypa
         command('cifar10', data='raw')
 
 
-def _command(*words, code=0):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'experiments', *map(str, words), '--cpu_devices=1'],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+def _run(*words, code=0):
+    done = helpers.run_command('experiments', *words, '--cpu_devices=1')
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -89,7 +82,7 @@ def test_suite_end_to_end(suite, tmp_path):
         words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')
     elif suite == 'cifar10':
         words = (*words[:-2], '--seeds=1', '--scale=0.1', '--base.num_steps=2')
-    said = _command(*words)
+    said = _run(*words)
     with open(out / 'results.csv') as file:
         rows = list(csv.DictReader(file))
     page = (out / 'report.html').read_text()
@@ -105,7 +98,7 @@ def test_suite_end_to_end(suite, tmp_path):
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
     # A second run trains nothing and changes no result.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
-    again = _command(*words)
+    again = _run(*words)
     assert 'is finished' in again and before == {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
     with open(out / 'results.csv') as file:
         assert list(csv.DictReader(file)) == rows
@@ -114,7 +107,7 @@ def test_suite_end_to_end(suite, tmp_path):
 @pytest.mark.slow
 def test_csv_row_agrees_with_evaluation(tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
-    _command('views', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1')
+    _run('views', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1')
     with open(tmp_path / 'out' / 'results.csv') as file:
         (row,) = csv.DictReader(file)
     run = tmp_path / 'out' / 'runs' / 'base-0'
@@ -139,14 +132,14 @@ def test_csv_row_agrees_with_evaluation(tmp_path):
 )
 @pytest.mark.slow
 def test_user_errors_are_one_line(words, message, tmp_path):
-    said = _command('--data=digits', f'--output={tmp_path}/out', *words, code=2)
+    said = _run('--data=digits', f'--output={tmp_path}/out', *words, code=2)
     assert message in said and 'Traceback' not in said
 
 
 @pytest.mark.slow
 def test_dry_run_trains_nothing(tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
-    said = _command(
+    said = _run(
         'ablations', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1', '--dry_run'
     )
     assert '1,437 images' in said and f'{len(ablations.ablations(helpers.digits_config()))} runs' in said

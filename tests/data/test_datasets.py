@@ -96,11 +96,11 @@ def test_invalid_arrays_are_refused(image, label, message):
 
 def test_error_without_message_is_reported_by_type(tmp_path, monkeypatch):
 
-    def refuse(path):
+    def raise_without_message(path):
         raise AssertionError
 
     for name in ('dataset_info.json', 'features.json'):
         (tmp_path / name).write_text('{}')
-    monkeypatch.setattr(tfds, 'builder_from_directory', refuse)
+    monkeypatch.setattr(tfds, 'builder_from_directory', raise_without_message)
     with pytest.raises(UserError, match='cannot be opened as a prepared dataset: AssertionError'):
         datasets.open_dataset(str(tmp_path))

@@ -255,11 +255,8 @@ def test_plots_are_deterministic_and_leave_no_global_state(tmp_path):
         plots.save(figure, str(tmp_path / 'file'), 'confusion')
 
 
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'figures', '--cpu_devices=1', *arguments], capture_output=True, text=True,
-        cwd=ROOT, timeout=300,
-    )  # fmt: skip
+def _run(*words):
+    return helpers.run_command('figures', '--cpu_devices=1', *words)
 
 
 @pytest.mark.slow

@@ -2,15 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from alexnet_jax.checkpoints import loading
 from alexnet_jax.experiments import finetune
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 CONFIG = """
 from tests import helpers
@@ -20,11 +18,8 @@ def get_config():
 """
 
 
-def _run(module, *words, code=0):
-    done = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', module, *map(str, words), '--cpu_devices=1'],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
+def _run(command, *words, code=0):
+    done = helpers.run_command(command, *words, '--cpu_devices=1')
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout + done.stderr
 

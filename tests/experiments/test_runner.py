@@ -138,11 +138,11 @@ def test_suite_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
     runner.run_variants(*more)
     before = _csv(tmp_path)
 
-    def killed(config, workdir):
+    def die(config, workdir):
         if workdir.endswith('-2'):
             raise _KilledError
 
-    monkeypatch.setattr(train, 'train_and_evaluate', killed)
+    monkeypatch.setattr(train, 'train_and_evaluate', die)
     with pytest.raises(_KilledError):
         runner.run_variants(*more)
     assert sorted(_csv(tmp_path)) == sorted(before) and len(before) == 3

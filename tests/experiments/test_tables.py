@@ -98,13 +98,13 @@ def averaging(monkeypatch):
         assert split == ['of val'] and views in (1, 10) and max_unreadable == 3
         return {'top1_error': network - (views == 10), 'top5_error': network - 5.0}
 
-    def together(networks, split, mesh, views, max_unreadable):
+    def evaluated_ensemble(networks, split, mesh, views, max_unreadable):
         assert (networks, split, views, max_unreadable) == ([10.0, 14.0], ['of val'], 10, 3)
         return {'top1_error': 8.0, 'top5_error': 6.0}
 
     monkeypatch.setattr(tables, 'load_last', float)
     monkeypatch.setattr(evaluate, 'evaluate', evaluated)
-    monkeypatch.setattr(evaluate, 'evaluate_ensemble', together)
+    monkeypatch.setattr(evaluate, 'evaluate_ensemble', evaluated_ensemble)
     return datasets.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)
 
 

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import chex
 import numpy as np
@@ -18,7 +16,7 @@ from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations, predict
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 
 @pytest.fixture(scope='module')
@@ -167,17 +165,12 @@ def test_user_errors(loaded, val, tmp_path):
         activations.iter_activations(loaded, val[0], 'fc')  # raised before the first batch is requested
 
 
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'activations', *arguments], capture_output=True, text=True, cwd=ROOT,
-        timeout=300,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_command(path, loaded, tmp_path):
     fixed = [f'--checkpoint={path}', '--data=digits', '--cpu_devices=1']
-    result = _run(*fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train')
+    result = helpers.run_command(
+        'activations', *fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train'
+    )
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert 'features float32 [1437, 32], labels int32 [1437]; fc7 of' in result.stdout
     found = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
@@ -186,6 +179,6 @@ def test_command(path, loaded, tmp_path):
     images = np.stack([record['image'] for record in train[-3:]])
     expected = activations.activations(loaded, images, 'fc7')['fc7']
     np.testing.assert_allclose(found['features'][-3:], expected, rtol=1e-4, atol=1e-5)
-    wrong = _run(*fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
+    wrong = helpers.run_command('activations', *fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
     assert wrong.returncode == 2 and "no layer 'fc77'" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == ['out.safetensors']

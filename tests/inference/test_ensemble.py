@@ -116,18 +116,11 @@ def test_unreadable_images_are_excluded(checkpoints):
             call([])
 
 
-def _run(command, *arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', command, *arguments], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ}, timeout=300,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_evaluate_command_with_several_checkpoints(checkpoints):
     each = [f'--checkpoint={path}' for path in checkpoints]
     outputs, labels = _outputs(checkpoints)
-    result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--json')
+    result = helpers.run_command('evaluate', *each, '--data=digits', '--weights=tuned', '--json')
     assert result.returncode == 0, result.stderr
     said, line = result.stdout.splitlines()[-2:]
     assert 'tuned for the top-5 error on val, the images they are tested on here' in said
@@ -136,14 +129,14 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     tuned = np.array(ensemble.tune_weights(outputs, labels))
     assert found['weights'] == pytest.approx((tuned / tuned.sum()).tolist())
     # On another split the weights are still tuned on val.
-    result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
+    result = helpers.run_command('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
     said, line = result.stdout.splitlines()[-2:]
     assert 'tuned for the top-5 error on val)' in said and json.loads(line)['count'] == 1437
     assert json.loads(line)['weights'] == found['weights']
-    given = _run('evaluate', *each, '--data=digits', '--weights=1,2,1')
+    given = helpers.run_command('evaluate', *each, '--data=digits', '--weights=1,2,1')
     assert '(weights ' in given.stdout and '0.500' in given.stdout and '; given)' in given.stdout
     for weights, message in (('1,2', 'for 3 checkpoints; expected one'), ('a,b,c', 'expected numbers with commas')):
-        wrong = _run('evaluate', *each, '--data=digits', f'--weights={weights}')
+        wrong = helpers.run_command('evaluate', *each, '--data=digits', f'--weights={weights}')
         assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
@@ -162,7 +155,7 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_predict_command(checkpoints, photos, views):
     """Results follow the order of the arguments, with probabilities of the squares that `prepare` would make."""
-    result = _run(
+    result = helpers.run_command(
         'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/gray.png', str(photos), f'--views={views}', '--top=3',
         '--json',
     )  # fmt: skip
@@ -182,7 +175,7 @@ def test_predict_command(checkpoints, photos, views):
 
 @pytest.mark.slow
 def test_predict_table_and_errors(checkpoints, photos, tmp_path):
-    table = _run('predict', f'--checkpoint={checkpoints[0]}', f'{photos}/a.jpg').stdout.splitlines()
+    table = helpers.run_command('predict', f'--checkpoint={checkpoints[0]}', f'{photos}/a.jpg').stdout.splitlines()
     assert table[0] == f'{photos}/a.jpg' and len(table) == 6
     percent = [float(line.split('%')[0]) for line in table[1:]]
     assert percent == sorted(percent, reverse=True) and sum(percent) <= 100.01
@@ -198,7 +191,7 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2: expected 1'),
         (['--checkpoint=/nowhere', f'{photos}/a.jpg'], "there is no checkpoint at"),
     ):  # fmt: skip
-        result = _run('predict', *arguments)
+        result = helpers.run_command('predict', *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert message in result.stderr
 
@@ -211,7 +204,7 @@ def test_predict_continues_after_unreadable_file(checkpoints, photos, tmp_path):
     (tmp_path / 'c.png').write_bytes((photos / 'b.png').read_bytes()[:500])
     os.symlink('.', tmp_path / 'circle')
     os.symlink('itself', tmp_path / 'itself')
-    result = _run('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
+    result = helpers.run_command('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
     assert [json.loads(line)['file'] for line in result.stdout.splitlines()] == [f'{tmp_path}/{n}.jpg' for n in 'az']
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "b.jpg' cannot be read as an image (of no known format) (and 1 more of 4 files)." in result.stderr

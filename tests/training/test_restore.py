@@ -68,8 +68,8 @@ def test_metrics_and_events_of_a_run(uninterrupted):
     state, report = run.steps.train_step(run.steps.init(jax.random.key(0)), batch, run.image_stats, jax.random.key(0))
     assert float(report['loss']) / 64 == train_lines[0]['loss']
     # The norm of a layer's update is that of its parameter change; the gradient norm combines all layers.
-    shifted = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
-    for layer, parts in shifted.items():
+    changes = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
+    for layer, parts in changes.items():
         norm = np.sqrt(sum(np.sum(part**2) for part in parts.values()))
         assert train_lines[0]['update_norms'][layer] == pytest.approx(norm, rel=1e-3), layer
     by_layer = np.array(list(train_lines[0]['gradient_norms'].values()))

@@ -102,12 +102,12 @@ def test_overflowing_update_is_discarded_and_not_saved(tmp_path, monkeypatch):
 def test_divergence_error_names_last_good_checkpoint(tmp_path, monkeypatch):
     batches = pipeline.train_batches
 
-    def spoilt(*args, start_step, **kwargs):
+    def batches_with_nan(*args, start_step, **kwargs):
         for i, batch in enumerate(batches(*args, start_step=start_step, **kwargs), start_step):
             batch['color'][:] = np.nan if i == 20 else 0
             yield batch
 
-    monkeypatch.setattr(build.pipeline, 'train_batches', spoilt)
+    monkeypatch.setattr(build.pipeline, 'train_batches', batches_with_nan)
     with pytest.raises(DivergedError, match=r'step 21: .* The last good checkpoint is step 16 in '):
         train.train_and_evaluate(resume_config(), str(tmp_path))
     with pytest.raises(DivergedError, match='step 21: .* as in 0 batches before; max_nonfinite=0'):
@@ -283,21 +283,21 @@ def test_unreadable_image_does_not_affect_the_update(monkeypatch):
 _MESHES = ((1, 1), (1, 2), (2, 2), (4, 1), (1, 1))
 
 
-def _float64(monkeypatch):
+def _use_float64(monkeypatch):
     init = train_step.init_state
 
-    def wide(*args, **kwargs):
+    def init_in_float64(*args, **kwargs):
         floats = lambda x: x.astype(np.float64) if x.dtype == np.float32 else x  # noqa: E731
         return jax.tree.map(floats, init(*args, **kwargs))
 
-    monkeypatch.setattr(train_step, 'init_state', wide)
+    monkeypatch.setattr(train_step, 'init_state', init_in_float64)
 
 
 @pytest.mark.slow
 def test_resume_on_other_meshes_gives_the_same_result(tmp_path, monkeypatch):
     """float64: one device, 1x2, 2x2, 4x1 and back, with other threads, caches and workers."""
     with jax.enable_x64():
-        _float64(monkeypatch)
+        _use_float64(monkeypatch)
         config = resume_config(**{'model.dtype': 'float64'})
         train.train_and_evaluate(config, str(tmp_path / 'whole'))
         made = [0]
@@ -354,7 +354,7 @@ def test_two_processes_resume_the_run_of_one(tmp_path, monkeypatch, mesh):
     script = tmp_path / 'child.py'
     script.write_text(_CHILD)
     with jax.enable_x64():
-        _float64(monkeypatch)
+        _use_float64(monkeypatch)
         config = resume_config(**{'model.dtype': 'float64'})
         train.train_and_evaluate(config, str(tmp_path / 'whole'))
         with monkeypatch.context() as patch, pytest.raises(TerminatedError):

@@ -61,13 +61,13 @@ def test_dropout_masks_depend_on_the_step():
 def test_on_nonfinite_skip_drops_the_batch(tmp_path, monkeypatch, capsys):
     batches = pipeline.train_batches
 
-    def spoilt(*args, **kwargs):
+    def batches_with_nan(*args, **kwargs):
         for i, batch in enumerate(batches(*args, **kwargs)):
             if i == 2:
                 batch['color'][:] = np.nan
             yield batch
 
-    monkeypatch.setattr(build.pipeline, 'train_batches', spoilt)
+    monkeypatch.setattr(build.pipeline, 'train_batches', batches_with_nan)
     train.train_and_evaluate(helpers.run_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
     assert 'is not finite (learning rate 0.01); its batch is left out, number 1 of at most' in capsys.readouterr().err
     lines = [line for line in helpers.read_metrics(tmp_path) if line['split'] == 'train']
@@ -156,13 +156,13 @@ def test_sigterm_is_deferred_while_the_last_step_is_saved(tmp_path, monkeypatch)
     """The handler stays until the checksums are written; then the previous handler is restored."""
     seen, write = [], checksums.write
 
-    def slowly(folder):
+    def write_slowly(folder):
         time.sleep(1)  # until the training loop has ended
         seen.append(signal.getsignal(signal.SIGTERM))
         write(folder)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(checksums, 'write', slowly)
+    monkeypatch.setattr(checksums, 'write', write_slowly)
     train.train_and_evaluate(helpers.digits_config(num_steps=2), str(tmp_path))
     assert len(seen) == 1 and seen[0] != before
     assert signal.getsignal(signal.SIGTERM) == before
