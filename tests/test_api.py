@@ -97,7 +97,7 @@ def test_images_of_the_input_size_are_not_cropped(setup):
     ('batch', 'message'),
     [
         ({'image': np.zeros((8, 32, 32, 3)), 'label': np.zeros(8, int)}, 'images are float64 of shape'),
-        (_arrays(8, 31), r'expected uint8 of \(N, S, S, 3\), S = 32, which is cropped, or 28, which is not'),
+        (_arrays(8, 31), r'expected uint8 of shape \(N, S, S, 3\), with S=32 \(to be cropped\) or S=28'),
         ({'image': np.zeros((8, 32, 32), np.uint8), 'label': np.zeros(8, int)}, 'images are uint8 of shape'),
         (_arrays(0), 'the batch has 0 images, 0 labels and 0 weights'),
         (_arrays(8) | {'label': np.zeros(7, int)}, 'the batch has 8 images, 7 labels and 8 weights'),

@@ -105,7 +105,7 @@ def _enlarge_mean_image(step):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (_enlarge_mean_image, r'image_stats says it has 108,000,048 bytes, and holds \d'),
+        (_enlarge_mean_image, r'image_stats declares 108,000,048 bytes, but its files have \d'),
         (_enlarge_fc7, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
         (_set_meta(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
         (_set_meta('32', 'record_size'), 'cannot be read'),
@@ -118,7 +118,7 @@ def _enlarge_mean_image(step):
         (_set_meta(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
         (_set_meta(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
         (_set_meta(5, 'class_names'), 'cannot be read'),
-        (_set_meta(['0', '1'], 'class_names'), 'it names 2 classes and has 10'),
+        (_set_meta(['0', '1'], 'class_names'), '2 class names for 10 classes'),
     ],
 )
 def test_inconsistent_checkpoint_is_refused(copy, change, message):
@@ -193,11 +193,11 @@ def test_step_retired_during_read_is_not_called_damaged(copy):
     with manager.CheckpointManager(str(copy), read_only=True) as saved:
         step = saved.latest()
         shutil.rmtree(copy / 'checkpoints' / str(step))
-        with pytest.raises(UserError, match='checkpoints/3 was removed while it was read: its run'):
+        with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
         # The step may also disappear between the check of its checksums and the read.
         saved.check = lambda step, wanted: None
-        with pytest.raises(UserError, match='checkpoints/3 was removed while it was read: its run'):
+        with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
 
 
@@ -221,7 +221,7 @@ def test_damage_to_older_step_does_not_stop_training(copy, capsys, change):
 
 def _parse_half_written(half_written):
     path, _, said = half_written.partition(': ')
-    assert said == 'half written, without SHA256SUMS; it is removed'
+    assert said == 'incomplete step (no SHA256SUMS), removed'
     return pathlib.Path(path)
 
 
@@ -263,7 +263,7 @@ def test_step_saved_again_is_never_missing(copy):
 def test_steps_without_checksums_are_not_removed(copy):
     for step in ('2', '3'):  # as saved by a version that wrote no checksums
         (copy / 'checkpoints' / step / 'SHA256SUMS').unlink()
-    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*/2/SHA256SUMS: missing.* wrote no'):
+    with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*/2/SHA256SUMS: missing.* did not write'):
         manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
@@ -277,7 +277,7 @@ def _write_meta_file(workdir):
 def test_nothing_is_moved_if_every_step_is_damaged(copy):
     for step in ('2', '3'):
         _flip(copy / 'checkpoints' / step / 'meta' / 'metadata', np.random.default_rng(0))
-    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*2/meta/metadata.*; .*3/meta/metadata'):
+    with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*2/meta/metadata.*; .*3/meta/metadata'):
         manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
@@ -333,10 +333,10 @@ def test_verify(copy, tmp_path, capsys):
     folders, found = verify.verify(str(data))
     assert len(folders) == 3 and [problem.split(': ')[0] for problem in found][-1] == str(shard)
     (data / 'checkpoints').unlink()
-    for nothing, message in ((tmp_path / 'raw', 'holds nothing to verify'), (tmp_path / 'no', 'there is no directory')):
+    for nothing, message in ((tmp_path / 'raw', 'nothing to verify'), (tmp_path / 'no', 'there is no directory')):
         with pytest.raises(UserError, match=message):
             verify.verify(str(nothing))
-    with pytest.raises(UserError, match='the prepared data are damaged') as error:
+    with pytest.raises(UserError, match='the prepared data is damaged') as error:
         (data / 'label.labels.txt').write_text('another\n')
         datasets.open_dataset(str(data))
     assert 'label.labels.txt' in str(error.value)

@@ -215,13 +215,13 @@ def test_images_are_prepared_once_per_source(sources, tmp_path, monkeypatch):
         )
     assert sources == [one]
     for path in (other, str(tmp_path / 'typo')):
-        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same again'):
+        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; use the same source'):
             runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out))
     assert runner.prepare_images(
         other, _suite('views', helpers.digits_config(**{'data.image_size': 56}), 1, out)
     ) == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
-    with pytest.raises(UserError, match=f'not known what {out}/data-32 was prepared from; if that was {one}, write so'):
+    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it was prepared from {one},'):
         runner.prepare_images(one, _suite('cifar10', helpers.digits_config(), 1, out))
 
 
@@ -231,7 +231,7 @@ def test_images_are_prepared_once_per_source(sources, tmp_path, monkeypatch):
     [
         (('train',), 'views', 'raw. has no val and no test images to measure on'),
         (('test', 'val'), 'figure1', 'raw. has test and val but no training images'),
-        ((), 'figure1', 'there is no input .*raw'),
+        ((), 'figure1', 'input .*raw. does not exist'),
     ],
 )
 def test_unusable_images_are_not_prepared(dry, folders, suite, message, sources, tmp_path):

@@ -48,7 +48,7 @@ def killed_worker(scene: Scene) -> None:
     code = scene.wait_for_exit(child)
     require_running(code != 0)  # otherwise it had finished its work
     expect(code == 2 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
-    expect('has died' in scene.log(), scene.log()[-3000:])
+    expect('a decoding process died' in scene.log(), scene.log()[-3000:])
     scene.expect_clean_exit()
     scene.expect_same_result(workdir, *WORKERS)
 
@@ -232,7 +232,7 @@ def half_written_step(scene: Scene) -> None:
     else:
         step.rename(step.with_name('60.orbax-checkpoint-tmp'))
     scene.expect_same_result(workdir, written='Going on from step 56 of 60')
-    expect(re.search('checkpoints/60.*: half written', scene.log()), f'not named: {scene.log()[-2000:]}')
+    expect(re.search('checkpoints/60.*: incomplete step', scene.log()), f'not named: {scene.log()[-2000:]}')
 
 
 def bit_flipped_in_prepared_data(scene: Scene) -> None:
@@ -248,7 +248,7 @@ def bit_flipped_in_prepared_data(scene: Scene) -> None:
     code, printed = scene.run(workdir, f'--config.data.path={copy}')
     expect(code in (0, 2) and 'Traceback' not in printed, f'ends with {code}: {printed[-3000:]}')
     expect(code == 0 or str(copy) in printed or 'record' in printed, f'what is damaged is not named: {printed[-3000:]}')
-    if code == 0 and 'warning: weight 0: ' not in printed:
+    if code == 0 and 'warning: unreadable image: ' not in printed:
         whole = scene.reference(f'--config.data.path={scene.prepared()}')
         expect(
             untimed_metrics(workdir) == untimed_metrics(whole), f'other metrics, and nothing is said: {printed[-3000:]}'
@@ -267,7 +267,7 @@ def damaged_record(scene: Scene) -> None:
     shard.write_bytes(content)
     options = (f'--config.data.path={copy}', '--config.num_steps=50')  # two epochs, so that every record is read
     whole = scene.reference(*options)
-    expect('warning: weight 0: record' in scene.log(), f'no record is named: {scene.log()[-2000:]}')
+    expect('warning: unreadable image: record' in scene.log(), f'no record is named: {scene.log()[-2000:]}')
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *options)
     scene.wait_random(child, workdir)

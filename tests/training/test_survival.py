@@ -217,7 +217,7 @@ def test_unreadable_training_record_keeps_its_position(capsys):
         assert 'unreadable' not in pipeline.warn_unreadable(b)
     assert 5 <= missing <= 8  # each once per epoch, 3.2 epochs
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == missing and told[0].startswith('warning: weight 0: record ')
+    assert len(told) == missing and told[0].startswith('warning: unreadable image: record ')
 
 
 def test_unreadable_evaluation_record_keeps_its_position(capsys):
@@ -254,7 +254,7 @@ def test_unreadable_images_are_limited_per_epoch(tmp_path, capsys):
     broken = _broken_digits({1, 2, 3, 5, 7, 11, 13})
     config = resume_config(num_steps=50, **{'data.max_unreadable': 7})  # 2.2 epochs
     train.train_and_evaluate(config, str(tmp_path / 'seven'), dataset=broken)
-    assert capsys.readouterr().err.count("weight 0: the record of image '7.jpg' cannot be decoded") >= 14
+    assert capsys.readouterr().err.count("unreadable image: record '7.jpg' cannot be decoded") >= 14
     assert {line['count'] for line in untimed_metrics(tmp_path / 'seven') if line['split'] == 'val'} == {359}
     with pytest.raises(UserError, match='7 images of this pass cannot be read .* data.max_unreadable=6'):
         train.train_and_evaluate(

@@ -100,8 +100,8 @@ def test_wheel_contains_every_package_and_its_files(installed):
         (('train', '--summary', '--config=paper:init=authors', '--config.model.layers.conv4.groups=1'), '61,628,776'),
         (('train', '--summary', '--config=ablations:one_gpu'), '59,798,312'),
         (('train', '--summary', '--config=cifar10:80sec'), 'conv3'),
-        (('finetune', '--input=nothing', '--output=out'), "there is no input 'nothing'"),
-        (('experiments', 'ablations', '--data=nothing', '--output=out'), "there is no input 'nothing'"),
+        (('finetune', '--input=nothing', '--output=out'), "input 'nothing' does not exist"),
+        (('experiments', 'ablations', '--data=nothing', '--output=out'), "input 'nothing' does not exist"),
     ],
 )
 def test_wheel_finds_configs_by_name(words, expected, installed, tmp_path):
