@@ -1,4 +1,7 @@
-"""Where things are. Of the commands that tests start, those that read a config of `tests` import this, not conftest."""
+"""Paths of the repository and of the shared data.
+
+Config files in `tests`, which commands load, import this module instead of conftest.
+"""
 
 import pathlib
 

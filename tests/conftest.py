@@ -1,4 +1,4 @@
-"""Four CPU devices for every test, and the real images where they lie beside the project."""
+"""Configures JAX with four CPU devices for all tests, and provides the ImageNet photos if they are available."""
 
 import os
 import pathlib
@@ -15,19 +15,20 @@ from tests import SHARED_DATA
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Many tests build the same run: what one has compiled the others load, pytest's other worker, and the commands they
-# start. Like them the workers find the folder in their environment; it goes with the process that has made it.
+# Many tests compile the same programs. pytest's workers and the commands that tests start share one compilation
+# cache. They find its folder in the environment; it is deleted when the process that created it exits.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
-    # They compile much and run little: LLVM's costly passes are left out. Set, if only to '', it stays as it is.
+    # The tests compile much and compute little, so LLVM's costly passes are skipped. A value set by the user, even '',
+    # is kept.
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
     _CACHE = tempfile.TemporaryDirectory(prefix='alexnet_jax_tests_')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
-logs.configure()  # what a command prints
-flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it; under the commands absl has done it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
+logs.configure()  # as the commands do
+flags.FLAGS.mark_as_parsed()  # grain's worker processes require parsed flags; in the commands absl parses them
 
 
 @pytest.fixture(scope='session')

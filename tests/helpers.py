@@ -1,9 +1,11 @@
-"""What several test modules share: small instances (values of the same table, the same code), files, readers."""
+"""Helpers shared by several test modules: small networks and configs, files, readers."""
 
 import dataclasses
 import io
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,10 @@ from alexnet_jax.training import build
 from alexnet_jax.training.large_batch import hooks_from_config
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UnreadableError
+from tests import ROOT
 
 INIT = 'normal(0.1)'
-# Five convolutions with the paper's groups on 35 px: every rule is there (gathers, norm, overlap, dropout).
+# Five convolutions with the paper's groups on 35 px images: all-gathers, normalization, overlapping pooling, dropout.
 SMALL = dict(
     layers={
         'conv1': ConvSpec(features=8, kernel=5, stride=2, padding=(0, 1), init=INIT, bias=0.1, post='relu lrn pool'),
@@ -34,7 +37,7 @@ SMALL = dict(
         'fc8': DenseSpec(init=INIT),
     },
     num_classes=12,
-    lrn_alpha=1e-2,  # so that the norm is felt at this scale of activations
+    lrn_alpha=1e-2,  # large enough to matter for activations of this scale
 )
 SIZE = 35
 TIMINGS = ('images_per_second', 'data_wait')
@@ -46,7 +49,7 @@ def network(**changes) -> model.AlexNet:
 
 
 def layers(**changes) -> dict[str, LayerSpec]:
-    """The layers of `SMALL` with other fields: conv1={'groups': 2}."""
+    """Returns the layers of `SMALL` with changed fields, as in conv1={'groups': 2}."""
     return {name: dataclasses.replace(spec, **changes.get(name, {})) for name, spec in SMALL['layers'].items()}
 
 
@@ -55,7 +58,7 @@ def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
 
 
 def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
-    """The update of configs/paper.py with other values; ten updates are an epoch."""
+    """Returns the optimizer of configs/paper.py with changed values; an epoch has ten updates."""
     config = get_config('paper')
     options = {'steps_per_epoch': 10.0, 'layers': list(network.layers)}
     options |= {key: changes.pop(key) for key in options if key in changes}
@@ -64,7 +67,7 @@ def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
 
 
 def digits_config(**changes):
-    """configs/quickstart.py, smaller still; `changes` by dotted key."""
+    """Returns a smaller configs/quickstart.py; `changes` by dotted key."""
     config = get_config('quickstart')
     layers = config.model.layers
     for name in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'):
@@ -80,43 +83,48 @@ def digits_config(**changes):
 
 
 def run_config(**changes):
-    """23 updates an epoch; validation and saving at other cadences than epochs, so that batches straddle them."""
+    """23 updates per epoch; validation and checkpoint intervals that do not divide an epoch."""
     return digits_config(**{'num_steps': 30, 'eval_every_steps': 12, 'checkpoint_every_steps': 8, **changes})
+
+
+def resume_config(**changes):
+    """Log lines are means of three updates; validations and saves fall between them and between epochs."""
+    plateau = {'optim.schedule': 'plateau', 'optim.patience': 1, 'optim.min_delta': 50.0}
+    return run_config(**{'log_every_steps': 3, **plateau, 'mesh.data': 1, 'mesh.tower': 1, **changes})
 
 
 def first_batch(run):
     return next(run.train_batches(0))
 
 
-def untrained(path, **changes):
-    """Saves a small network with drawn weights, of the digits, as a checkpoint in `path`."""
+def save_untrained(path, seed=0, **changes):
+    """Saves a small network with initial weights as a checkpoint in `path`; returns its path."""
     config, digits = digits_config(**changes), datasets.open_dataset('digits')
     meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
     with manager.CheckpointManager(str(path)) as saved:
-        params = init(model_from_config(config.model), 0, 28)
+        params = init(model_from_config(config.model), seed, 28)
         saved.save(train_step.TrainState(jnp.int32(0), params, None), digits.image_stats, meta, None)
     return str(path)
 
 
-def lines(workdir):
+def read_metrics(workdir):
     with open(os.path.join(workdir, 'metrics.jsonl')) as file:
         return [json.loads(line) for line in file]
 
 
-def untimed(workdir):
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(workdir)]
+def untimed_metrics(workdir):
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(workdir)]
 
 
 def last_state(config, workdir):
-    """Everything the last checkpoint holds, as numpy."""
-    run = build.build(config)
-    with manager.CheckpointManager(str(workdir)) as saved:
-        return jax.device_get(saved.restore(saved.latest(), run.steps.state_shapes))
+    """Returns the whole state of the last checkpoint as NumPy arrays."""
+    with manager.CheckpointManager(str(workdir), read_only=True) as saved:
+        return jax.device_get(saved.restore(saved.latest(), build.build(config).steps.state_shapes))
 
 
 class Records:
-    """`count` images that tell their own number. (A class, so that worker processes can load it.)"""
+    """`count` images filled with their index. (A module-level class, so that worker processes can load it.)"""
 
     def __init__(self, count, size=6, damaged=()):
         self.count, self.size, self.damaged = count, size, damaged
@@ -131,7 +139,7 @@ class Records:
 
 
 def picture(seed, height=40, width=48):
-    """A smooth picture: JPEG keeps it within a few levels."""
+    """Returns a smooth image, which JPEG keeps within a few levels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -151,7 +159,7 @@ def write_files(root, files):
 
 
 def read_back(directory, split):
-    """{file name: (pixels, class name)} by TFDS's own decoding-free reader."""
+    """Returns {file name: (pixels, class name)}, read by TFDS."""
     import tensorflow_datasets as tfds  # slow, and few tests need it
 
     builder = tfds.builder_from_directory(directory)
@@ -167,7 +175,7 @@ def read_back(directory, split):
 
 
 def write_pictures(folder, classes, count=40):
-    """Digits as PNG, in folders named by words."""
+    """Writes digits as PNG files, in one folder per class."""
     taken = dict.fromkeys(classes, 0)
     for i, record in enumerate(datasets.open_dataset('digits').split('train')):
         if record['label'] in classes and taken[record['label']] < count:
@@ -178,12 +186,21 @@ def write_pictures(folder, classes, count=40):
     return folder
 
 
+def run_command(*words, **environment):
+    """Runs an `alexnet_jax` command; `environment` overrides variables of this process, and None removes one."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', *map(str, words)], capture_output=True, text=True, timeout=1800, cwd=ROOT,
+        env={key: value for key, value in environment.items() if value is not None},
+    )  # fmt: skip
+
+
 def to_float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-def running(pid: int) -> bool:
-    """Whether a process is alive (Linux)."""
+def is_running(pid: int) -> bool:
+    """Returns whether a process is alive (Linux)."""
     try:
         with open(f'/proc/{pid}/stat') as file:
             return file.read().rsplit(')', 1)[1].split()[0] != 'Z'

@@ -1,4 +1,4 @@
-"""The public names as a notebook uses them: a loop of one's own, images of any kind, paths of any type."""
+"""The public API as a notebook uses it: custom training loops, images of any kind, paths of any type."""
 
 import pydoc
 import re
@@ -37,9 +37,9 @@ def setup():
     return alexnet_jax.build(config, alexnet_jax.in_memory({'train': _arrays()}, NAMES))
 
 
-def test_the_walk_of_a_student(tmp_path):
+def test_example_program_of_the_python_api(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / 'tests' / 'walk.py', tmp_path],
+        [sys.executable, ROOT / 'tests' / 'api_example.py', tmp_path],
         cwd=tmp_path, env={'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'HOME': str(tmp_path)},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -55,8 +55,8 @@ def test_the_walk_of_a_student(tmp_path):
     assert {path.name for path in tmp_path.glob('*.png')} == {'kernels.png', 'maps.png'}
 
 
-def test_a_loop_of_ones_own_makes_the_updates_of_train_and_evaluate(tmp_path):
-    """Of equal images, so that the order in which the pipeline reads them does not matter."""
+def test_custom_loop_matches_train_and_evaluate(tmp_path):
+    """All images are equal, so the order in which the pipeline reads them does not matter."""
     config = helpers.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
     config.mesh.data = 1
     arrays = _arrays()
@@ -72,7 +72,7 @@ def test_a_loop_of_ones_own_makes_the_updates_of_train_and_evaluate(tmp_path):
     assert metrics['loss'].shape == () and float(metrics['learning_rate']) == pytest.approx(0.01)
 
 
-def test_loss_is_the_mean_over_images_that_count(setup):
+def test_loss_is_the_weighted_mean(setup):
     batch = {key: value[:8] for key, value in _arrays().items()}
     metrics = {}
     for name, extra in (('all', {}), ('ones', {'weight': np.ones(8)}), ('one', {'weight': np.arange(8) == 2})):
@@ -81,8 +81,8 @@ def test_loss_is_the_mean_over_images_that_count(setup):
     assert 1 < float(metrics['one']['loss']) < 5 and float(metrics['one']['top1_error']) in (0, 100)
 
 
-def test_images_of_the_inputs_size_are_not_cropped(setup):
-    """The middle of whole images, given as it is, with the draws of a run without random crops."""
+def test_images_of_the_input_size_are_not_cropped(setup):
+    """The centers of whole images give the update of a run without random crops."""
     batch = {key: value[:8] for key, value in _arrays().items()}
     config = setup.config.copy_and_resolve_references()
     config.data.random_crop = False
@@ -107,12 +107,12 @@ def test_images_of_the_inputs_size_are_not_cropped(setup):
         (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1; expected int'),
     ],
 )
-def test_what_is_no_batch(setup, batch, message):
+def test_invalid_batches_are_refused(setup, batch, message):
     with pytest.raises(UserError, match=message):
         setup.train_step(setup.init(jax.random.key(0)), batch)
 
 
-def test_dropout_by_a_key_is_dropout_by_its_masks():
+def test_dropout_rng_equals_explicit_masks():
     network = helpers.network()
     params, x = helpers.init(network), np.ones((2, helpers.SIZE, helpers.SIZE, 3), np.float32)
     key = jax.random.key(5)
@@ -126,7 +126,7 @@ def test_dropout_by_a_key_is_dropout_by_its_masks():
         apply(train=True)
 
 
-def test_one_image_or_many_of_any_kind(setup, tmp_path):
+def test_predict_accepts_any_kind_of_image(setup, tmp_path):
     config = helpers.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
     alexnet_jax.train_and_evaluate(config, tmp_path / 'run', dataset=setup.dataset)
     checkpoint = alexnet_jax.load_checkpoint(tmp_path / 'run')
@@ -148,8 +148,8 @@ def test_one_image_or_many_of_any_kind(setup, tmp_path):
 
 
 @pytest.mark.parametrize('name', [name for name in alexnet_jax.__all__ if not name.startswith('_')])
-def test_help_says_what_goes_in_and_what_comes_out(name):
-    """In its first screen, not below what Flax adds."""
+def test_help_describes_arguments_and_results(name):
+    """They are on the first screen, not below the attributes that Flax adds."""
     text = pydoc.render_doc(getattr(alexnet_jax, name), renderer=pydoc.plaintext)[:5000]
     assert 'FrozenDict' not in text and 'conv5' in text if name == 'AlexNet' else re.search(r'float32|\[N|Raises', text)
 
@@ -165,7 +165,7 @@ def test_arrays_and_records_make_the_same_dataset():
 
 
 def test_paths_may_be_pathlib(tmp_path):
-    """From raw images to a network that is exported: what each command calls takes a `pathlib.Path`."""
+    """From raw images to an exported network: each function accepts a `pathlib.Path`."""
     rng = np.random.default_rng(0)
     for i in range(16):
         folder = tmp_path / 'raw' / ('val' if i < 4 else 'train') / 'ab'[i % 2]

@@ -1,4 +1,4 @@
-"""What the documentation names exists."""
+"""Names, commands and links in the documentation exist."""
 
 import ast
 import functools
@@ -30,7 +30,7 @@ def _rows():
 
 @functools.cache
 def _names(path):
-    """What a file defines at its top, and what its classes define there: 'AlexNet', 'AlexNet.__call__'."""
+    """Returns the top-level names of a file and the members of its classes: 'AlexNet', 'AlexNet.__call__'."""
     names = set()
     for node in ast.parse((ROOT / path).read_text()).body:
         names |= _defined(node)
@@ -47,12 +47,12 @@ def _defined(node):
 
 @functools.cache
 def _config_exists(name):
-    """Whether there is such a config: configs/paper.py, configs/paper.py:init=authors, configs/large_batch.py:BATCH."""
+    """Returns whether a config exists, such as configs/paper.py:init=authors or configs/large_batch.py:BATCH."""
     path, _, variant = name.partition(':')
     path = str(ROOT / path) if path.endswith('.py') else path
     try:
         alexnet_jax.get_config(f'{path}:{variant}' if variant and not variant.isupper() else path)
-    except ValueError:  # what a config raises for a variant that it has not got
+    except ValueError:  # raised by a config for an unknown variant
         return False
     return True
 
@@ -63,7 +63,7 @@ def _paper_config():
 
 
 def _is_key(name):
-    """Whether a config has a key: 'seed', 'optim.momentum'."""
+    """Returns whether a config key exists, such as 'seed' or 'optim.momentum'."""
     *sections, key = name.split('.')
     config = _paper_config()
     for section in sections:
@@ -73,7 +73,7 @@ def _is_key(name):
 
 @functools.cache
 def _defined_flags(command, subcommand):
-    """The names of a command's flags; None where there is no such subcommand."""
+    """Returns the names of a command's flags; None if there is no such subcommand."""
     module = importlib.import_module(f'alexnet_jax.commands.{command}')
     if subcommands := getattr(module, 'SUBCOMMANDS', None):
         module = subcommands.get(subcommand)
@@ -81,7 +81,7 @@ def _defined_flags(command, subcommand):
 
 
 def _missing(words):
-    """What a command line names that there is not: a command, an option, a key of the config, a file of configs/."""
+    """Returns the parts of a command line that do not exist: command, option, config key or file of configs/."""
     if words[0] == 'python':  # python -m alexnet_jax.main, python -m alexnet_jax COMMAND
         words = ['alexnet_jax', 'train', *words[3:]] if words[2] == 'alexnet_jax.main' else words[2:]
     elif words[0].startswith('launch/'):
@@ -93,7 +93,7 @@ def _missing(words):
         return words[2:3]
     missing = []
     for word in words[2:]:
-        if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(\S*?))?\]?', word)):  # [--option]: of a synopsis
+        if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(\S*?))?\]?', word)):  # [--option] in a synopsis
             continue
         name, value = option.groups()
         known = _is_key(name.removeprefix('config.')) if name.startswith('config.') else name in defined
@@ -104,7 +104,7 @@ def _missing(words):
 
 
 def _exists(token):
-    """Whether a word in backticks names something that there is; None for a word that is none of these."""
+    """Returns whether the name in backticks exists; None if it is not a name of a checked kind."""
     if found := re.fullmatch(r'(tests/[\w/]+\.py)::(\w+)', token):
         return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
     if found := re.fullmatch(r'((?:alexnet_jax|tests)/[\w/]+\.py)(?::([\w.]+))?', token):
@@ -131,23 +131,23 @@ def _is_importable(name):
 
 
 def _tokens(text):
-    """Words in backticks, outside code blocks."""
+    """Returns the words in backticks outside code blocks."""
     return set(re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)))
 
 
-def test_everything_mentioned_exists():
+def test_names_in_the_checklist_exist():
     tokens = _tokens(CHECKLIST.read_text())
     assert len(tokens) > 80
     assert not sorted(token for token in tokens if not (_exists(token) or _is_key(token)))
 
 
 @pytest.mark.parametrize('page', EVERY_PAGE)
-def test_what_a_page_mentions_exists(page):
+def test_names_on_every_page_exist(page):
     assert not sorted(token for token in _tokens((ROOT / page).read_text()) if _exists(token) is False)
 
 
 def _commands(text):
-    """Lines of code blocks that start a command of ours, as words."""
+    """Yields the words of each line in a code block that starts a command of the package."""
     ours = r'python -m alexnet_jax\S*|(?<![\w./-])alexnet_jax(?= [a-z])|launch/(?:local|slurm)\.sh'
     for language, block in re.findall(r'^```(\w*)\n(.*?)^```', text, re.S | re.M):
         for line in block.replace('\\\n', ' ').splitlines() if language != 'python' else ():
@@ -156,24 +156,24 @@ def _commands(text):
 
 
 @pytest.mark.parametrize('page', EVERY_PAGE)
-def test_commands_name_what_there_is(page):
+def test_commands_and_options_exist(page):
     commands = list(_commands((ROOT / page).read_text()))
     assert {' '.join(words): _missing(words) for words in commands if _missing(words)} == {}
 
 
-def test_the_pages_have_commands():
+def test_pages_contain_commands():
     assert sum(len(list(_commands((ROOT / page).read_text()))) for page in EVERY_PAGE) > 60
 
 
 def _headings(path):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M)
     titles = re.findall(r'^#+ (.+)$', text, re.M)
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
 def _broken_links(path, text):
-    """Relative links of a page that lead to no file, or to no heading of a page."""
+    """Returns relative links that lead to no file or to no heading of a page."""
     broken = []
     for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)):
         file, _, anchor = link.partition('#')
@@ -195,19 +195,20 @@ def test_links_of_the_notebook_resolve():
 
 
 @pytest.mark.parametrize('link', ['nothing.md', 'img/nothing.png', 'variants.md#nothing', '#nothing', 'docs/paper.md'])
-def test_a_broken_link_is_seen(link):
+def test_broken_link_is_detected(link):
     assert _broken_links(ROOT / 'docs' / 'README.md', f'See [this]({link}).') == [link]
 
 
-def test_the_index_lists_every_page():
+def test_index_lists_every_page():
     links = set(re.findall(r'\]\((\w+\.md)\)', (ROOT / 'docs' / 'README.md').read_text()))
     assert links == {path.name for path in (ROOT / 'docs').glob('*.md')} - {'README.md'}
 
 
-def test_the_readme_is_a_first_page():
+def test_readme_is_short_and_starts_with_commands():
     text = (ROOT / 'README.md').read_text()
     assert len(text.splitlines()) <= 160
-    assert all(body.count('\n') == 1 for body in re.findall(r'^```bash\n(.*?)^```', text, re.S | re.M)[:2])  # .ci/run
+    # Required by .ci/run.
+    assert all(body.count('\n') == 1 for body in re.findall(r'^```bash\n(.*?)^```', text, re.S | re.M)[:2])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_the_readme_is_a_first_page():
         'launch/local.sh 2 --configs=configs/paper.py',
     ],
 )
-def test_commands_that_name_nothing_are_seen(line):
+def test_unknown_commands_are_detected(line):
     (words,) = _commands(f'Text.\n\n```bash\n{line}\n```\n')
     assert _missing(words)
 
@@ -243,7 +244,7 @@ def test_commands_that_name_nothing_are_seen(line):
         'launch/slurm.sh --config=configs/large_batch.py:8192',
     ],
 )
-def test_commands_that_name_what_there_is_are_not(line):
+def test_known_commands_are_accepted(line):
     (words,) = _commands(f'```\n{line}\n```\n')
     assert not _missing(words)
 
@@ -267,23 +268,23 @@ def test_commands_that_name_what_there_is_are_not(line):
         'optim.nothing',
     ],
 )
-def test_what_does_not_exist_is_seen(token):
+def test_missing_names_are_detected(token):
     assert _exists(token) is False
 
 
 @pytest.mark.parametrize('token', ['nothing', 'data.', 'nothing.seed'])
-def test_a_word_that_is_no_key_is_seen(token):
+def test_unknown_keys_are_detected(token):
     assert not _is_key(token)
 
 
 def _modules():
-    """Every module of the package by its path below it, but for the empty ones."""
+    """Returns the paths of all modules that are not empty, relative to the package."""
     paths = (ROOT / 'alexnet_jax').rglob('*.py')
     return {path.relative_to(ROOT / 'alexnet_jax').as_posix() for path in paths if path.stat().st_size}
 
 
 def _map_problems(text):
-    """What is wrong with the module map: modules that have no row, or two, and names of modules that there are not."""
+    """Returns errors of the module map: modules without exactly one row, and unknown names."""
     cells = re.findall(r'^\| (`[\w/]+\.py`(?:, `[\w/]+\.py`)*) \| .+ \|$', text, re.M)
     rows = re.findall(r'`(.+?)`', ' '.join(cells))
     problems = [f'{name}: {rows.count(name)} rows' for name in _modules() if rows.count(name) != 1]
@@ -295,7 +296,7 @@ def _map_problems(text):
     return problems
 
 
-def test_the_architecture_names_every_module_and_no_other():
+def test_architecture_page_lists_every_module():
     assert not _map_problems(ARCHITECTURE.read_text())
 
 
@@ -309,13 +310,14 @@ def test_the_architecture_names_every_module_and_no_other():
         ('\n## ', '\n`core/ops.py:nothing`\n## '),
         ('\n## ', '\n`configs/papr.py`\n## '),
     ],
+    ids=['no row', 'wrong row', 'another row', 'no folder', 'unknown name', 'unknown config'],
 )
-def test_a_wrong_map_is_seen(old, new):
+def test_errors_in_the_module_map_are_detected(old, new):
     text = ARCHITECTURE.read_text()
     assert old in text and _map_problems(text.replace(old, new, 1))
 
 
-def test_every_row_is_whole():
+def test_checklist_rows_are_complete():
     for name, cells in _rows().items():
         assert len(cells) == 5 and all(cells), name
         _, code, run, shown, state = cells
@@ -324,7 +326,7 @@ def test_every_row_is_whole():
             assert '`' in code and run != '-' and ('::' in shown or shown.startswith('as ')), name
 
 
-def test_every_statement_of_the_paper_is_there():
+def test_checklist_has_every_statement_of_the_paper():
     notes = SHARED_DATA.parent / 'reference' / 'paper.md'
     if not notes.exists():
         pytest.skip('needs the numbered statements of the paper, which this machine has not got')
@@ -333,7 +335,7 @@ def test_every_statement_of_the_paper_is_there():
 
 
 def _blocks(page):
-    """(language, lines) of every fenced block."""
+    """Returns (language, lines) of every fenced block."""
     text = (ROOT / 'docs' / page).read_text()
     return [(language, body.splitlines()) for language, body in re.findall(r'^```(\w*)\n(.*?)^```', text, re.S | re.M)]
 
@@ -345,19 +347,19 @@ PAGES = (
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_a_command_of_a_page_is_run_or_says_what_it_needs(page):
+def test_commands_are_run_or_state_requirements(page):
     blocks = _blocks(page)
     assert any(language == 'bash' for language, _ in blocks)
     for language, lines in blocks:
         if language == '' and any(
             re.match(r'python |alexnet_jax |launch/|sbatch |kubectl |docker ', line) for line in lines
         ):
-            assert lines[0].startswith('# needs ') or '[--' in lines[0], lines  # the second: a synopsis
+            assert lines[0].startswith('# needs ') or '[--' in lines[0], lines  # the second case is a synopsis
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """Where a reader stands: in a clone, with pictures, and with ImageNet's archive where this machine has one."""
+def clone(tmp_path, monkeypatch):
+    """A folder like a clone, with images, and with ImageNet's archive if this machine has it."""
     monkeypatch.chdir(tmp_path)
     for name in ('configs', 'launch'):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -372,14 +374,14 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('page', PAGES)
-def test_the_commands_of_a_page_run_as_they_stand(page, desk):
-    """Those in ```bash blocks, in their order."""
+def test_commands_of_a_page_run(page, clone):
+    """Runs the commands in ```bash blocks, in order."""
     commands = [line for language, lines in _blocks(page) if language == 'bash' for line in lines]
     here = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable}
     for command in commands:
         words = shlex.split(command)
-        if missing := [word for word in words if '.tar' in word and not (desk / word.partition('=')[2]).exists()]:
+        if missing := [word for word in words if '.tar' in word and not (clone / word.partition('=')[2]).exists()]:
             pytest.skip(f'needs the archive of {missing[0]}, which this machine has not got')
         words = [sys.executable, '-m', *words] if words[0] == 'alexnet_jax' else words
-        done = subprocess.run(words, cwd=desk, env=here, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=clone, env=here, capture_output=True, text=True)
         assert done.returncode == 0, f'{command}: {done.stderr[-2000:]}'

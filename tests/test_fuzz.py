@@ -1,6 +1,6 @@
-"""Files from anywhere: damaged ones and ones made to harm end in success or in one line that says what is wrong.
+"""Damaged and malicious files end in success or in a one-line error message.
 
-Never in another exception, in a hang, in a warning, or in memory that nobody asked for.
+They never raise another exception, hang, warn, or allocate memory that their declared sizes ask for.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from tests import helpers
 
 _NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 _VAL = 'ILSVRC2012_img_val.tar'
-_END = bytes(1024)  # of an archive
-_MOST_MEMORY, _MOST_SECONDS = 2**30, 20  # more, bytes or seconds, and something has believed a file's own word
+_END = bytes(1024)  # end of an archive
+_MOST_MEMORY, _MOST_SECONDS = 2**30, 20  # bytes, seconds; more means that sizes declared by the file were trusted
 
 
 def _examples(fast, slow):
@@ -42,25 +42,25 @@ def _examples(fast, slow):
 
 
 def _fuzz(examples, cases, check):
-    """Calls `check` with so many cases, the same ones every time."""
+    """Calls `check` with `examples` cases, the same ones every time."""
 
     @settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(cases)
-    def each(case):
+    def check_case(case):
         began = time.monotonic()
         with warnings.catch_warnings(action='error'):
             check(case)
         assert time.monotonic() - began < _MOST_SECONDS
 
     before = _peak()
-    each()
+    check_case()
     assert _peak() - before < _MOST_MEMORY
 
 
 def _peak():
-    """The most memory that this process has held since it was asked the last time, bytes; 0 but on Linux."""
+    """Returns the peak memory of this process since the last call in bytes; 0 except on Linux."""
     try:
         with open('/proc/self/status') as status, open('/proc/self/clear_refs', 'w') as forget:
             peak = next(int(line.split()[1]) for line in status if line.startswith('VmHWM'))
@@ -81,7 +81,7 @@ _LENGTHS = [0, 1, 127, 128, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**3
 
 @st.composite
 def _damaged(draw, wholes):
-    """One of the files with bits turned, bytes put in or taken out, lengths written over, the rest cut off."""
+    """Draws a file with flipped bits, inserted or removed bytes, overwritten lengths, or a truncated end."""
     content = bytearray(draw(st.sampled_from(wholes)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)) | st.integers(0, min(len(content), 64)))
@@ -106,12 +106,6 @@ def _damaged(draw, wholes):
 # Images.
 
 
-def _encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def _picture(height=24, width=32):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -123,21 +117,24 @@ def _pictures():
     sixteen = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
     palette = image.quantize(16)
     return [
-        _encode(image, 'JPEG', exif=exif),
-        _encode(image, 'JPEG', progressive=True),
-        _encode(image.convert('CMYK'), 'JPEG'),
-        _encode(image, 'MPO', save_all=True, append_images=[image]),
-        _encode(image, 'PNG', exif=exif),
-        _encode(sixteen, 'PNG'),
-        _encode(palette, 'PNG', transparency=bytes(range(16))),
-        _encode(image, 'BMP'),
-        _encode(palette, 'GIF', save_all=True, append_images=[image.quantize(8)]),
-        _encode(image, 'TIFF', exif=exif),
-        *(_encode(image, 'TIFF', compression=kind) for kind in ('tiff_lzw', 'tiff_adobe_deflate', 'jpeg', 'packbits')),
-        _encode(sixteen, 'TIFF'),
-        _encode(image, 'WEBP', exif=exif),
-        _encode(image.convert('RGBA'), 'WEBP', lossless=True),
-        _encode(image, 'PPM'),
+        helpers.encode(image, 'JPEG', exif=exif),
+        helpers.encode(image, 'JPEG', progressive=True),
+        helpers.encode(image.convert('CMYK'), 'JPEG'),
+        helpers.encode(image, 'MPO', save_all=True, append_images=[image]),
+        helpers.encode(image, 'PNG', exif=exif),
+        helpers.encode(sixteen, 'PNG'),
+        helpers.encode(palette, 'PNG', transparency=bytes(range(16))),
+        helpers.encode(image, 'BMP'),
+        helpers.encode(palette, 'GIF', save_all=True, append_images=[image.quantize(8)]),
+        helpers.encode(image, 'TIFF', exif=exif),
+        *(
+            helpers.encode(image, 'TIFF', compression=kind)
+            for kind in ('tiff_lzw', 'tiff_adobe_deflate', 'jpeg', 'packbits')
+        ),
+        helpers.encode(sixteen, 'TIFF'),
+        helpers.encode(image, 'WEBP', exif=exif),
+        helpers.encode(image.convert('RGBA'), 'WEBP', lossless=True),
+        helpers.encode(image, 'PPM'),
         b'P3 2 2 255 1 2 3 4 5 6 7 8 9 90 91 92',
     ]
 
@@ -156,7 +153,7 @@ def test_images(examples):
     wholes = list(_pictures())
     for whole in wholes:
         assert image_io.resize_center_crop(whole, 16).std() > 5
-    wholes.append(_encode(Image.fromarray(np.float32(np.arange(400).reshape(20, 20))), 'TIFF'))  # refused
+    wholes.append(helpers.encode(Image.fromarray(np.float32(np.arange(400).reshape(20, 20))), 'TIFF'))  # refused
     heads = st.sampled_from([whole[:n] for whole in wholes for n in (4, 12, 40)])
     noise = st.builds(bytes.__add__, heads | st.just(b''), st.binary(max_size=300))
     _fuzz(examples, _damaged(wholes) | _damaged(wholes) | noise, _square)
@@ -166,12 +163,12 @@ def test_images(examples):
 
 
 def _header(name, size, kind=b'0', link=b''):
-    """An archive's header with a right checksum, whatever else is wrong with it. Its fields are as in POSIX ustar."""
+    """Returns an archive header with a valid checksum, whatever else is invalid, with the fields of POSIX ustar."""
     if isinstance(size, bytes):
         number = size.ljust(12)[:12]
     elif 0 <= size < 8**11:
         number = b'%011o\0' % size
-    else:  # GNU's way
+    else:  # GNU format
         number = (b'\xff' if size < 0 else b'\x80') + (size % 256**11).to_bytes(11, 'big')
     fields = [name.encode('utf-8', 'surrogateescape')[:100].ljust(100, b'\0'), b'0000644\0' + b'0000000\0' * 2, number]
     fields += [b'00000000000\0', b' ' * 8, kind, link.ljust(100, b'\0'), b'ustar  \0'.ljust(255, b'\0')]
@@ -194,7 +191,7 @@ def _val(i):
 
 @st.composite
 def _archives(draw):
-    """Entries of all kinds with sizes of all kinds, the checksums right."""
+    """Entries of all kinds with sizes of all kinds and valid checksums."""
     image = _pictures()[0]
     parts = []
     text = st.text(st.characters(codec='utf-8'), max_size=20)
@@ -244,7 +241,7 @@ def test_archives(examples, tmp_path):
 
 
 def _tensors():
-    """Weights that configs/caffe.py and configs/torchvision.py have room for, the smallest."""
+    """Returns the smallest weights accepted by configs/caffe.py and configs/torchvision.py."""
     shapes = [(2, 3, 11, 11), (2, 2, 5, 5), *[(2, 2, 3, 3)] * 3, (4, 72), (4, 4), (3, 4)]
     return {
         f'{name}.{kind}': np.ones(shape if kind == 'weight' else shape[:1], np.float32)
@@ -265,7 +262,7 @@ def _caffemodel():
 
 @st.composite
 def _caffemodels(draw):
-    """Well-formed, but for what it says."""
+    """Well-formed files with invalid content."""
     net = _caffemodel()
     layer = net.layer[draw(st.integers(0, len(_NAMES) - 1))]
     for _ in range(draw(st.integers(1, 3))):
@@ -304,12 +301,12 @@ _JSON = st.recursive(
     max_leaves=6,
 )
 
-_DEEP = functools.reduce(lambda inner, _: [inner], range(900), [])  # as deep as JSON goes
+_DEEP = functools.reduce(lambda inner, _: [inner], range(900), [])  # the maximum depth of JSON
 
 
 @st.composite
 def _changed(draw, value):
-    """A JSON value with one thing in it, however deep, another or gone."""
+    """Returns a JSON value in which one element, at any depth, is changed or removed."""
     if not isinstance(value, list | dict) or not value or draw(st.integers(0, 5)) == 0:
         return draw(_JSON | st.sampled_from([10**400, _DEEP]))
     value = value.copy()
@@ -323,7 +320,7 @@ def _changed(draw, value):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """What a file of weights may need beside it."""
+    """A folder with the files that a weight file may need next to it."""
     folder = tmp_path_factory.mktemp('weights')
     np.save(folder / 'mean.npy', np.full(3, 120.0))
     colors = image_stats.ImageStats(np.ones((230, 230, 3), np.float32), np.zeros(3), np.eye(3))
@@ -333,7 +330,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def read(folder, monkeypatch, capsys):
-    """Does all that converting a file takes, but write."""
+    """Converts a file without writing the result."""
     monkeypatch.setattr(convert, 'atomic_directory', lambda output: contextlib.nullcontext())
     monkeypatch.setattr(manager, 'CheckpointManager', _Nowhere)
 
@@ -446,9 +443,9 @@ def test_means_and_statistics(examples, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_lies_beside_a_checkpoints_arrays(tmp_path):
-    """Its meta, with a list of digests that fits."""
-    step = os.path.join(helpers.untrained(tmp_path / 'run'), 'checkpoints', '0')
+def test_checkpoint_metadata(tmp_path):
+    """The checksums match the changed metadata."""
+    step = os.path.join(helpers.save_untrained(tmp_path / 'run'), 'checkpoints', '0')
     path = os.path.join(step, 'meta', 'metadata')
     with open(path) as file:
         whole = json.load(file)

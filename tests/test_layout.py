@@ -1,4 +1,4 @@
-"""The layout of the package: imports point downwards, and nothing is longer than one can read in one sitting."""
+"""The layout of the package: import directions, and the length of modules and functions."""
 
 import ast
 import itertools
@@ -8,7 +8,7 @@ import pytest
 from tests import ROOT
 
 PACKAGE = ROOT / 'alexnet_jax'
-# From the lowest layer up. A subpackage imports from layers below its own, never from one beside it.
+# From the lowest layer up. A subpackage imports from lower layers only, never from its own layer.
 LAYERS = (
     ('utils',),
     ('core',),
@@ -38,7 +38,7 @@ ONLY = {
 
 
 def _modules():
-    """(path below the package, its tree) of every module."""
+    """Returns (path relative to the package, syntax tree) of every module."""
     paths = sorted(PACKAGE.rglob('*.py'))
     return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths]
 
@@ -47,7 +47,7 @@ MODULES = _modules()
 
 
 def _imported(tree):
-    """Every import statement of a module, as ('alexnet_jax.core.model', level)."""
+    """Yields every import of a module, such as ('alexnet_jax.core.model', level)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, 0) for alias in node.names)
@@ -56,7 +56,7 @@ def _imported(tree):
 
 
 def import_problem(path, name, level):
-    """What is wrong with an import in a module; None if nothing is."""
+    """Returns the problem with an import in a module, or None."""
     parts = name.split('.')
     own = path.split('/')[0].removesuffix('.py')
     if level:
@@ -81,7 +81,7 @@ def test_every_subpackage_has_a_layer():
     assert folders == set(itertools.chain(*LAYERS[:-1]))
 
 
-def test_imports_point_downwards():
+def test_imports_point_to_lower_layers():
     problems = [
         f'{path}: {name}: {problem}'
         for path, tree in MODULES
@@ -106,7 +106,7 @@ def test_imports_point_downwards():
         ('inference/predict.py', 'grain', 0),
     ],
 )
-def test_an_import_that_breaks_the_rule_is_seen(path, name, level):
+def test_forbidden_imports_are_detected(path, name, level):
     assert import_problem(path, name, level)
 
 
@@ -120,7 +120,7 @@ def test_an_import_that_breaks_the_rule_is_seen(path, name, level):
         ('data/pipeline.py', 'grain'),
     ],
 )
-def test_an_import_that_keeps_the_rule_is_not(path, name):
+def test_allowed_imports_are_accepted(path, name):
     assert import_problem(path, name, 0) is None
 
 
@@ -133,13 +133,13 @@ def _defines_flags(node):
     return isinstance(node, ast.Attribute) and node.attr.startswith('DEFINE_')
 
 
-def test_flags_are_defined_in_commands_alone():
+def test_flags_are_defined_only_in_commands():
     paths = {path for path, tree in MODULES if any(map(_defines_flags, ast.walk(tree)))}
     assert paths and all(path.startswith('commands/') for path in paths)
 
 
 def _code_lines(function):
-    """Lines of a function, without its docstring."""
+    """Returns the number of lines of a function without its docstring."""
     count = function.end_lineno - function.lineno + 1
     if ast.get_docstring(function) is not None:
         count -= function.body[0].end_lineno - function.body[0].lineno + 1
@@ -161,6 +161,6 @@ def test_modules_and_functions_are_short():
     assert sum(modules.values()) <= 10_900
 
 
-def test_flags_of_a_function_are_counted():
+def test_code_lines_exclude_the_docstring():
     (function,) = ast.parse('def f():\n    """One.\n\n    Two.\n    """\n    a = 1\n    return a\n').body
     assert _code_lines(function) == 3

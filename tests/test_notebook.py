@@ -1,4 +1,4 @@
-"""The notebook, cell by cell, as a program of its own; what it prints is what it says."""
+"""Runs the cells of the notebook as a program and checks its output."""
 
 import json
 import os
@@ -18,8 +18,8 @@ def _cells():
 
 
 @pytest.mark.slow
-def test_the_tour_runs_from_its_first_cell_to_its_last(tmp_path):
-    # The last expression of a cell is what a notebook shows.
+def test_tour_runs(tmp_path):
+    # A notebook shows the value of the last expression of a cell.
     program = 'import ast\n'
     for cell in _cells():
         program += (
@@ -43,8 +43,8 @@ def test_the_tour_runs_from_its_first_cell_to_its_last(tmp_path):
     assert (tmp_path / 'alexnet_jax_tour' / 'figures' / 'kernels.png').exists()
 
 
-def test_the_notebook_is_stored_with_what_it_shows():
-    """As run from its first cell to its last, and nothing of the machine in it."""
+def test_notebook_is_stored_with_its_outputs():
+    """The outputs are from one run of all cells in order, and contain no paths of the machine."""
     cells = json.loads(PATH.read_text())['cells']
     code = [cell for cell in cells if cell['cell_type'] == 'code']
     assert [cell['execution_count'] for cell in code] == list(range(1, len(code) + 1))

@@ -1,8 +1,7 @@
-"""The benchmark command at toy size: what it counts, what it prints, that every mode runs beside PyTorch."""
+"""The benchmark command at a small scale: cost counts, report format, and every mode against PyTorch."""
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -19,21 +18,21 @@ from alexnet_jax.training import build
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
 
-# Small images of a small network; conv 1 has a stride.
+# A small network on small images; conv1 has a stride.
 TINY = [
     '--config=configs/quickstart.py', '--batch_size=8', '--steps=2', '--repeats=2', '--config.data.image_size=24',
     '--config.data.num_threads=1',
 ]  # fmt: skip
 
 
-def test_sides_take_turns_and_begin_by_turns():
+def test_contenders_alternate():
     played = []
     sides = [Contender('a', lambda: played.append('a') or 1.0), Contender('b', lambda: played.append('b') or 2.0)]
     assert throughput.measure_in_turns(sides, 3) == {'a': [1.0] * 3, 'b': [2.0] * 3}
     assert ''.join(played) == 'abbaab'
 
 
-def test_the_report_ends_with_the_ratio_of_the_medians():
+def test_report_ends_with_ratio_of_medians():
     ours, torch = (
         Contender(throughput.OURS, lambda: 0.0, {'flops': 10**9, 'bytes': 2**30}),
         Contender(throughput.TORCH, lambda: 0.0),
@@ -49,10 +48,10 @@ def test_the_report_ends_with_the_ratio_of_the_medians():
     assert table[1].split()[:5] == ['alexnet_jax', '20.0', '10.0', '30.0', '3']
     assert '20 GFLOP/s' in table[1] and '1.00 GiB' in table[1]
     alone = throughput.report([ours], {throughput.OURS: [1.0]}, {}).splitlines()
-    assert json.loads(alone[-1])  # without a peer there is no ratio
+    assert json.loads(alone[-1])  # no ratio without a peer
 
 
-def test_what_a_program_moves_is_counted_as_for_rings():
+def test_collective_bytes_follow_ring_algorithms():
     text = """
       %a = f32[8,10]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}
       %b = (bf16[100]{0}, s32[]) all-reduce(%y, %z), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%f
@@ -113,10 +112,10 @@ ENTRY %main (a: f32[100,10], b: bf16[4]) -> f32[2,3] {
 """  # noqa: E501
 
 
-def test_bytes_of_a_program_are_counted_kernel_by_kernel():
+def test_bytes_are_counted_per_kernel():
     found = hlo_cost.hlo_ops(PROGRAM, ['conv1', 'fc2', 'update'])
     assert found == [
-        ('conv1', False, 2 * 10 * 4 + 2 * 10 * 4 + 4 * 2),  # writes, reads of a what it cuts out, reads b
+        ('conv1', False, 2 * 10 * 4 + 2 * 10 * 4 + 4 * 2),  # writes the output, reads the slice of a and all of b
         ('fc2', True, 2 * 3 * 4 + 7 + 2 * 10 * 4 + 10 * 3 * 4),
         ('conv1', True, 8 * 2 + 4 * 2),
         ('update', False, 6 * (5 * 4 + 5 * 4)),
@@ -126,7 +125,7 @@ def test_bytes_of_a_program_are_counted_kernel_by_kernel():
     ]
 
 
-def test_a_step_computes_and_moves_what_its_layers_need():
+def test_step_costs_cover_the_minimum_of_each_layer():
     config = helpers.digits_config(**{'batch_size': 8, 'mesh.data': 1, 'mesh.tower': 1})
     run = build.build(config)
     key, batches = jax.random.key(0), run.train_batches(0)
@@ -137,7 +136,8 @@ def test_a_step_computes_and_moves_what_its_layers_need():
     rows = facts['layers']
     for name, cost in costs.items():
         assert rows[name]['flops'] == forward[name] * (2 if name == 'conv1' else 3)
-        least = 4 * (cost.parameters + 8 * (np.prod(cost.inputs) + np.prod(cost.linear)))  # forward, in and out once
+        # Forward pass, inputs and outputs once.
+        least = 4 * (cost.parameters + 8 * (np.prod(cost.inputs) + np.prod(cost.linear)))
         assert rows[name]['product_bytes'] + rows[name]['other_bytes'] > least, name
     assert rows['input']['other_bytes'] > 8 * 3 * config.data.image_size**2  # reads the pixels
     parameters = sum(cost.parameters for cost in costs.values())
@@ -146,15 +146,15 @@ def test_a_step_computes_and_moves_what_its_layers_need():
     assert hlo_cost.table(rows)[-1].split()[0] == 'all'
 
 
-def test_devices_to_compile_for_are_named_and_counted():
+def test_invalid_compile_for_devices_are_refused():
     for what in ('h100', 'x', '', '0xh200', '2h200', 'h200\n'):
         with pytest.raises(UserError, match=f'--compile_for={what}: expected h200'):
             hlo_cost.topology_devices(what)
 
 
 @pytest.mark.slow
-def test_a_step_compiles_for_a_gpu_that_is_not_there():
-    """There cuDNN adds the biases, and between the convolutions little is moved."""
+def test_step_compiles_for_absent_gpu():
+    """On the GPU, cuDNN adds the biases, so little memory traffic remains between the convolutions."""
     pytest.importorskip('jax_cuda12_plugin', reason="needs pip install -e '.[cuda12]'")
     command = [sys.executable, '-m', 'alexnet_jax', 'benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
     result = subprocess.run([*command, '--compile_for=2xh200'], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -162,14 +162,15 @@ def test_a_step_compiles_for_a_gpu_that_is_not_there():
     found = json.loads(result.stdout.splitlines()[-1])['compiled']
     assert (found['device'], found['devices']) == ('NVIDIA H200', 2)
     assert {name: count for name, (count, _) in found['collectives'].items()}['all-gather'] == 4
-    numbers = 256 * 55 * 55 * 96 / 2  # of conv 1, in one tower
-    # Normalization: 2 + 2 forward; backward 2 + 2 of the gradient and x, 4 + 4 of the terms; pooling and ReLU 6 more.
+    numbers = 256 * 55 * 55 * 96 / 2  # activations of conv1 in one tower
+    # Normalization moves 2 + 2 bytes per number forward; backward, 2 + 2 of the gradient and x and 4 + 4 of the terms.
+    # Pooling and ReLU move 6 more.
     assert found['layers']['conv1']['other_bytes'] < 30 * numbers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('data', 'tower'), [(1, 2), (2, 2), (2, 1)])
-def test_what_a_step_moves_follows_from_the_layers(data, tower):
+def test_collective_bytes_follow_from_layers(data, tower):
     config = helpers.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
     config.model.num_classes = 12
     config.model.layers = {name: dataclasses.asdict(spec) for name, spec in helpers.SMALL['layers'].items()}
@@ -183,14 +184,14 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
     found = hlo_cost.collective_bytes(
         run.steps.train_step.lower(state, batch, run.image_stats, key).compile().as_text(), data * tower
     )
-    # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
+    # Before conv3, fc6, fc7 and fc8 (maps of 35 px images: 17, 8, 4, 2 per side) each device receives the other half.
     halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
     if tower == 2:
         assert found['all-gather'] == (4, halves)
-        assert found['reduce-scatter'] == (4, halves)  # the same way back
+        assert found['reduce-scatter'] == (4, halves)  # the backward pass returns as much
     else:
         assert 'all-gather' not in found
-    # All gradients of a tower's parameters, once to and fro; beside them a few numbers an image.
+    # All gradients of one tower's parameters, sent and received once, plus a few numbers per image.
     parameters = sum(x.size for x in jax.tree.leaves(state.params)) // tower * 4
     gradients = parameters * 2 * (data - 1) / data
     assert gradients <= found['all-reduce'][1] < gradients + 1000
@@ -198,7 +199,7 @@ def test_what_a_step_moves_follows_from_the_layers(data, tower):
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """Folders of JPEGs of three classes, and the same prepared."""
+    """A folder with JPEGs of three classes (`raw`) and their prepared form (`prepared`)."""
     folder, rng = tmp_path_factory.mktemp('benchmark'), np.random.default_rng(0)
     for i in range(24):
         path = folder / 'raw' / 'train' / 'abc'[i % 3] / f'{i}.jpg'
@@ -210,16 +211,13 @@ def images(tmp_path_factory):
 
 
 def _benchmark(*arguments):
-    result = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'benchmark', *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300,
-    )  # fmt: skip
+    result = helpers.run_command('benchmark', *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 @pytest.mark.slow
-def test_step_on_two_devices_is_held_against_one():
+def test_step_on_two_devices_compares_with_one():
     lines = _benchmark('step', *TINY, '--cpu_devices=2', '--config.mesh.tower=2')
     found = json.loads(lines[-1])
     assert set(found['images_per_second']) == {'alexnet_jax', 'one device'}
@@ -229,7 +227,7 @@ def test_step_on_two_devices_is_held_against_one():
 
 
 @pytest.mark.slow
-def test_prepare_and_input(images):
+def test_prepare_and_input_modes(images):
     lines = _benchmark('prepare', f'--input={images}/raw', '--repeats=1')
     assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
     lines = _benchmark('input', *TINY, f'--config.data.path={images}/prepared')
@@ -237,7 +235,7 @@ def test_prepare_and_input(images):
 
 
 @pytest.mark.parametrize('mode', ['step', 'input', 'input of originals', 'train'])
-def test_every_mode_beside_pytorch(images, mode):
+def test_every_mode_against_pytorch(images, mode):
     pytest.importorskip('torch')
     mode, *of = mode.split(' of ')
     arguments = [] if mode == 'step' else [f'--config.data.path={images}/prepared']
@@ -249,8 +247,8 @@ def test_every_mode_beside_pytorch(images, mode):
 
 
 @pytest.mark.parametrize(('ours', 'theirs'), [(False, True), (True, False)])
-def test_a_peer_on_another_kind_of_device_is_none(ours, theirs, monkeypatch):
-    """JAX falls back to the CPU, or PyTorch does: a ratio of the two would mean nothing."""
+def test_peer_on_another_kind_of_device_is_refused(ours, theirs, monkeypatch):
+    """If JAX or PyTorch falls back to the CPU, a ratio of the two rates is meaningless."""
     torch = pytest.importorskip('torch')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: theirs)
     with pytest.raises(UserError, match='(JAX|PyTorch) uses a GPU here and (JAX|PyTorch) does not; install both'):
@@ -258,7 +256,7 @@ def test_a_peer_on_another_kind_of_device_is_none(ours, theirs, monkeypatch):
     throughput.check_torch(theirs)
 
 
-def test_the_peer_computes_the_same_network():
+def test_peer_computes_same_network():
     torch = pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 
@@ -268,7 +266,7 @@ def test_the_peer_computes_the_same_network():
     with torch.no_grad():
         for name, layer in zip(params, net.layers, strict=True):
             kernel = np.asarray(params[name]['kernel'])
-            if kernel.ndim == 2 and name == 'fc6':  # maps are flattened in (C, H, W) order there
+            if kernel.ndim == 2 and name == 'fc6':  # PyTorch flattens maps in (C, H, W) order
                 kernel = kernel.reshape(2, 2, 16, -1).transpose(2, 0, 1, 3).reshape(64, -1)
             layer.weight.copy_(torch.tensor(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
             layer.bias.copy_(torch.tensor(np.asarray(params[name]['bias'])))
@@ -277,8 +275,10 @@ def test_the_peer_computes_the_same_network():
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize('change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}])
-def test_a_network_that_the_peer_has_not_got_is_refused(change):
+@pytest.mark.parametrize(
+    'change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}], ids=['grouped dense', 'spatial_norm']
+)
+def test_network_unsupported_by_peer_is_refused(change):
     pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 

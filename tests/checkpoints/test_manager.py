@@ -1,4 +1,4 @@
-"""What is kept, what is taken for whole and what for damaged, and files that somebody has tampered with."""
+"""Retention, integrity checks and repair of checkpoints, including files that were tampered with."""
 
 import concurrent.futures
 import errno
@@ -37,7 +37,7 @@ SETTINGS = dict(deadline=None, derandomize=True, suppress_health_check=list(Heal
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-    """A workdir with steps 1 to 3 of a small network, errors 30, 10 and 20."""
+    """A workdir with steps 1 to 3 of a small network and the errors 30, 10 and 20."""
     path = tmp_path_factory.mktemp('run')
     config, digits = helpers.digits_config(), datasets.open_dataset('digits')
     network = model_from_config(config.model)
@@ -58,8 +58,8 @@ def copy(workdir, tmp_path):
     return shutil.copytree(workdir, tmp_path / 'copy')
 
 
-def _meta_is(value, *keys):
-    """Another value in a step's meta, under keys one below the other."""
+def _set_meta(value, *keys):
+    """Returns a function that sets a value in a step's metadata, at the nested `keys`."""
 
     def change(step):
         path = step / 'meta' / 'metadata'
@@ -71,21 +71,21 @@ def _meta_is(value, *keys):
     return change
 
 
-def _no_error(step):
+def _remove_error(step):
     (step / 'metrics' / 'metrics').unlink()
 
 
-def _no_list(step):
+def _remove_checksums(step):
     (step / 'SHA256SUMS').unlink()
 
 
-def _other_error(step):
+def _change_error(step):
     path = step / 'metrics' / 'metrics'
     path.write_text(path.read_text().replace('1', '2'))
 
 
-def _larger(step):
-    """fc 7 of 4000 x 4000, all zeros: 64 MB of memory, a few kB on disk."""
+def _enlarge_fc7(step):
+    """Replaces the kernel of fc7 with 4000 x 4000 zeros: 64 MB of memory, a few kB on disk."""
     saved = loading.load_checkpoint(str(step))
     saved.params['fc7']['kernel'] = np.zeros((4000, 4000), np.float32)
     shutil.rmtree(step / 'params')
@@ -93,36 +93,36 @@ def _larger(step):
         writer.save(step / 'params', saved.params)
 
 
-def _vast(step):
-    """A mean image of 3,000 x 3,000 zeros, and a meta that agrees: 108 MB of memory, a few kB on disk."""
+def _enlarge_mean_image(step):
+    """Stores a mean image of 3,000 x 3,000 zeros and matching metadata: 108 MB of memory, a few kB on disk."""
     shutil.rmtree(step / 'image_stats')
     zeros = ImageStats(np.zeros((3000, 3000, 3), np.float32), np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
     with ocp.StandardCheckpointer() as writer:
         writer.save(step / 'image_stats', zeros._asdict())
-    _meta_is(3000, 'record_size')(step)
+    _set_meta(3000, 'record_size')(step)
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (_vast, r'image_stats declares 108,000,048 bytes, but its files have \d'),
-        (_larger, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
-        (_meta_is(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
-        (_meta_is('32', 'record_size'), 'cannot be read'),
-        (_meta_is(-1, 'record_size'), 'cannot be read'),
+        (_enlarge_mean_image, r'image_stats declares 108,000,048 bytes, but its files have \d'),
+        (_enlarge_fc7, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
+        (_set_meta(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
+        (_set_meta('32', 'record_size'), 'cannot be read'),
+        (_set_meta(-1, 'record_size'), 'cannot be read'),
         (
-            _meta_is(2**31, 'config', 'model', 'layers', 'fc6', 'features'),
+            _set_meta(2**31, 'config', 'model', 'layers', 'fc6', 'features'),
             r'fc6/bias: \(32,\); expected \(2147483648,\)',
         ),
-        (_meta_is('nonsense', 'config', 'model', 'layers', 'conv1', 'post'), "'nonsense'"),
-        (_meta_is(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
-        (_meta_is(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
-        (_meta_is(5, 'class_names'), 'cannot be read'),
-        (_meta_is(['0', '1'], 'class_names'), '2 class names for 10 classes'),
+        (_set_meta('nonsense', 'config', 'model', 'layers', 'conv1', 'post'), "'nonsense'"),
+        (_set_meta(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
+        (_set_meta(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
+        (_set_meta(5, 'class_names'), 'cannot be read'),
+        (_set_meta(['0', '1'], 'class_names'), '2 class names for 10 classes'),
     ],
 )
-def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change, message):
-    """With digests that fit: somebody made it so. What the files declare takes no memory before it is looked at."""
+def test_inconsistent_checkpoint_is_refused(copy, change, message):
+    """The checksums are valid, as in a crafted checkpoint. Declared sizes are checked before memory is allocated."""
     step = copy / 'checkpoints' / '3'
     change(step)
     checksums.write(str(step))
@@ -131,7 +131,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change,
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_only_numbers_are_steps(tmp_path):
+def test_only_decimal_numbers_are_steps(tmp_path):
     for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
     assert repair.list_steps(str(tmp_path / 'checkpoints')) == [2, 10]
@@ -143,8 +143,8 @@ def _flip(path, rng):
     path.write_bytes(content)
 
 
-def test_one_flipped_bit_is_loaded_silently_by_orbax_and_refused_here(copy):
-    """The control: with a list written after the damage the same files load, and a weight is another."""
+def test_flipped_bit_is_refused_though_orbax_loads_it(copy):
+    """As a control, with checksums written after the damage the same files load and a weight differs."""
     rng, silent = np.random.default_rng(0), 0
     whole = loading.load_checkpoint(str(copy / 'checkpoints' / '3')).params
     step = copy / 'checkpoints' / '3'
@@ -169,41 +169,41 @@ def _leaves(params):
     return [params[layer][name] for layer in sorted(params) for name in sorted(params[layer])]
 
 
-def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
-    (copy / 'checkpoints' / '4').mkdir()  # renamed by orbax, killed before its list was written
+def test_opening_for_training_repairs_checkpoints(copy):
+    (copy / 'checkpoints' / '4').mkdir()  # renamed by orbax, killed before its checksums were written
     (copy / 'checkpoints' / '4' / '_CHECKPOINT_METADATA').write_text('{}')
     (copy / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir()
     _flip(copy / 'checkpoints' / '3' / 'meta' / 'metadata', np.random.default_rng(0))
     before = loading.load_checkpoint(str(copy / 'checkpoints' / '2'))
     with manager.CheckpointManager(str(copy), read_only=True) as saved:
-        assert saved.steps() == [2, 3]  # reading touches nothing
+        assert saved.steps() == [2, 3]  # read-only access changes nothing
         assert (copy / 'checkpoints' / '4').exists()
     with manager.CheckpointManager(str(copy)) as saved:
         assert saved.steps() == [2] and saved.latest() == saved.best() == 2
         *half_written, problem = saved.damaged
         assert 'checkpoints/3/meta/metadata: its content has changed' in problem and '3.damaged' in problem
-        assert sorted(path.name for path in map(_named, half_written)) == ['4', '5.orbax-checkpoint-tmp']
-        state = train_step.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
+        assert sorted(path.name for path in map(_parse_half_written, half_written)) == ['4', '5.orbax-checkpoint-tmp']
+        state = train_step.TrainState(jnp.int32(3), before.params, None)  # the damaged step is written again
         saved.save(state, before.image_stats, json.loads((copy / 'meta.json').read_text()), 5.0)
     assert loading.load_checkpoint(str(copy)).step == 3
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
 
 
-def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(copy):
+def test_step_retired_during_read_is_not_called_damaged(copy):
     with manager.CheckpointManager(str(copy), read_only=True) as saved:
         step = saved.latest()
         shutil.rmtree(copy / 'checkpoints' / str(step))
         with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
-        # Between the look at its digests and the reading, too.
+        # The step may also disappear between the check of its checksums and the read.
         saved.check = lambda step, wanted: None
         with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
 
 
-@pytest.mark.parametrize('change', [_no_error, _no_list, _other_error])
-def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys, change):
-    """What is saved is there, and so is that step, for the next start; the others come and go."""
+@pytest.mark.parametrize('change', [_remove_error, _remove_checksums, _change_error])
+def test_damage_to_older_step_does_not_stop_training(copy, capsys, change):
+    """New steps are saved and retired as usual; the damaged step is kept for the next start."""
     with manager.CheckpointManager(str(copy)) as saved:
         before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
         change(copy / 'checkpoints' / '2')
@@ -216,23 +216,23 @@ def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys
         assert ['checkpoints/2' in damaged for damaged in saved.damaged] == [True]
         saved.save(train_step.TrainState(jnp.int32(6), before.params, None), before.image_stats, meta, 2.0)
         saved.wait()
-        assert saved.steps() == [5, 6]  # 5 is the best, too
+        assert saved.steps() == [5, 6]  # 5 is also the best
 
 
-def _named(half_written):
+def _parse_half_written(half_written):
     path, _, said = half_written.partition(': ')
     assert said == 'incomplete step (no SHA256SUMS), removed'
     return pathlib.Path(path)
 
 
-def test_a_save_that_fails_in_the_background_is_told_before_the_next(copy, monkeypatch):
-    def full(folder):
+def test_failed_background_save_is_raised_by_poll(copy, monkeypatch):
+    def raise_disk_full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with manager.CheckpointManager(str(copy)) as saved:
         before, meta = saved.load(3), json.loads((copy / 'meta.json').read_text())
-        saved.poll()  # nothing is under way
-        monkeypatch.setattr(checksums, 'write', full)
+        saved.poll()  # no save is in progress
+        monkeypatch.setattr(checksums, 'write', raise_disk_full)
         saved.save(train_step.TrainState(jnp.int32(4), before.params, None), before.image_stats, meta, 1.0)
         concurrent.futures.wait([saved._finalizing])
         with pytest.raises(UserError, match='step 4 cannot be saved .* No space left on device'):
@@ -240,8 +240,8 @@ def test_a_save_that_fails_in_the_background_is_told_before_the_next(copy, monke
         assert saved.steps() == [2, 3]
 
 
-def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
-    """Killed before the new one is finalized: the old one comes back; after that: it is gone."""
+def test_step_saved_again_is_never_missing(copy):
+    """Killed before the new step is finalized, the old one is restored; killed afterwards, the old one is removed."""
     old, step = copy / 'checkpoints' / '3.replaced', copy / 'checkpoints' / '3'
     step.rename(old)
     shutil.copytree(old, step)
@@ -260,8 +260,8 @@ def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
         assert saved.best() == 3 and {path.name for path in step.parent.iterdir()} == {'2', '3'}
 
 
-def test_steps_without_digests_are_not_thrown_away_but_the_last(copy):
-    for step in ('2', '3'):  # as of a version that wrote none
+def test_steps_without_checksums_are_not_removed(copy):
+    for step in ('2', '3'):  # as saved by a version that wrote no checksums
         (copy / 'checkpoints' / step / 'SHA256SUMS').unlink()
     with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*/2/SHA256SUMS: missing.* did not write'):
         manager.CheckpointManager(str(copy))
@@ -269,12 +269,12 @@ def test_steps_without_digests_are_not_thrown_away_but_the_last(copy):
 
 
 @pytest.fixture(autouse=True)
-def _meta_beside(workdir):
+def _write_meta_file(workdir):
     text = (workdir / 'checkpoints' / '3' / 'meta' / 'metadata').read_text()
     (workdir / 'meta.json').write_text(text)
 
 
-def test_where_every_step_is_damaged_nothing_is_moved(copy):
+def test_nothing_is_moved_if_every_step_is_damaged(copy):
     for step in ('2', '3'):
         _flip(copy / 'checkpoints' / step / 'meta' / 'metadata', np.random.default_rng(0))
     with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*2/meta/metadata.*; .*3/meta/metadata'):
@@ -282,7 +282,7 @@ def test_where_every_step_is_damaged_nothing_is_moved(copy):
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
 
-def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
+def test_best_step_is_not_chosen_by_damaged_error(copy):
     path = copy / 'checkpoints' / '3' / 'metrics' / 'metrics'
     path.write_text(path.read_text().replace('20.0', '00.0'))
     with pytest.raises(UserError, match='is damaged: .*checkpoints/3/metrics/metrics'):
@@ -290,23 +290,22 @@ def test_the_best_step_is_not_chosen_by_a_damaged_number(copy):
     assert loading.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
 
 
-def test_a_step_that_training_retires_is_not_the_best(copy, monkeypatch):
-    """Between the listing of the steps and the look at each."""
-    check = manager.CheckpointManager.check
+def test_step_retired_during_search_is_not_best(copy):
+    """The step is removed between the listing of the steps and its check."""
 
-    def retired(self, step, wanted):
-        if step == 2:
-            shutil.rmtree(copy / 'checkpoints' / '2')
-        check(self, step, wanted)
+    class Retiring(manager.CheckpointManager):
+        def check(self, step, wanted):
+            if step == 2:
+                shutil.rmtree(copy / 'checkpoints' / '2')
+            super().check(step, wanted)
 
-    monkeypatch.setattr(manager.CheckpointManager, 'check', retired)
-    with manager.CheckpointManager(str(copy), read_only=True) as saved:
+    with Retiring(str(copy), read_only=True) as saved:
         assert saved.best() == 3
 
 
-@pytest.mark.parametrize('change', [_no_error, _no_list])
-def test_the_best_step_is_not_one_of_those_that_are_whole(copy, change):
-    """A step is never passed over in silence because something of it is missing."""
+@pytest.mark.parametrize('change', [_remove_error, _remove_checksums])
+def test_incomplete_best_step_is_not_skipped(copy, change):
+    """A step is never skipped silently because one of its files is missing."""
     change(copy / 'checkpoints' / '2')
     with pytest.raises(UserError, match=r'the checkpoint is damaged: .*checkpoints/2/.*: missing\. Other steps .*: 3'):
         loading.load_checkpoint(str(copy))
@@ -330,7 +329,7 @@ def test_verify(copy, tmp_path, capsys):
     assert result.returncode == 1
     assert f'damaged: {shard}: its content has changed' in result.stderr
     assert 'checkpoints/3/params/_METADATA: its content has changed' in result.stderr
-    (data / 'checkpoints').symlink_to(copy / 'checkpoints')  # both a workdir and its data
+    (data / 'checkpoints').symlink_to(copy / 'checkpoints')  # a workdir that contains its data
     folders, found = verify.verify(str(data))
     assert len(folders) == 3 and [problem.split(': ')[0] for problem in found][-1] == str(shard)
     (data / 'checkpoints').unlink()
@@ -348,8 +347,8 @@ def test_verify(copy, tmp_path, capsys):
 
 @settings(max_examples=25, **SETTINGS)
 @given(data=st.data())
-def test_whatever_happens_to_a_file_there_is_one_clear_error(workdir, tmp_path_factory, data):
-    """Bytes flipped, cut, put in, files removed: with the list of digests, and with a list that fits the damage."""
+def test_any_file_damage_loads_or_raises_one_line(workdir, tmp_path_factory, data):
+    """Files are flipped, truncated, extended, replaced or removed, with the old checksums and with matching ones."""
     path = tmp_path_factory.mktemp('fuzz')
     step = path / 'checkpoints' / '3'
     shutil.copytree(workdir / 'checkpoints' / '3', step)
@@ -382,7 +381,7 @@ def test_whatever_happens_to_a_file_there_is_one_clear_error(workdir, tmp_path_f
     shutil.rmtree(path)
 
 
-def test_an_early_best_is_kept(tmp_path):
+def test_early_best_step_is_kept(tmp_path):
     saved = manager.CheckpointManager(str(tmp_path))
     config = helpers.run_config()
     run = build.build(config)
@@ -401,7 +400,7 @@ def test_an_early_best_is_kept(tmp_path):
     assert loading.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
 
 
-def test_checkpoints_that_are_not_there(tmp_path):
+def test_missing_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match='there is no checkpoint at'):
         loading.load_checkpoint(str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: one line on stderr and exit code 2, never a traceback."""
+"""The commands as a user runs them: errors are one line on stderr with exit code 2, never a traceback."""
 
 import importlib
 import inspect
@@ -16,6 +16,7 @@ import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.commands import app
 from tests import ROOT
+from tests.helpers import run_command
 
 _PROGRAM = """
 from types import SimpleNamespace
@@ -25,15 +26,6 @@ def run(function):
     app.run(SimpleNamespace(**nothing, main=lambda args: function()), [])
 """
 MAIN = ['train', '--config=configs/quickstart.py', '--cpu_devices=1']
-
-
-def _run(*arguments, **environment):
-    """environment: what differs from this process's; None takes a variable away."""
-    environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
-    )  # fmt: skip
 
 
 def _assert_user_error(result, pattern):
@@ -104,21 +96,21 @@ def _assert_user_error(result, pattern):
 )  # fmt: skip
 def test_user_errors(arguments, pattern, tmp_path):
     workdir = tmp_path / 'w'
-    _assert_user_error(_run(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
+    _assert_user_error(run_command(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
     assert not workdir.exists()
 
 
 @pytest.mark.slow
-def test_a_second_start_loads_what_the_first_compiled(tmp_path):
+def test_second_start_uses_compilation_cache(tmp_path):
     here = {
         'XDG_CACHE_HOME': str(tmp_path),
         'JAX_COMPILATION_CACHE_DIR': None,
         'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler',
     }
     steps = ['--config.num_steps=1', '--config.eval_every_steps=1']
-    first = _run(*MAIN, f'--workdir={tmp_path}/a', *steps, **here)
+    first = run_command(*MAIN, f'--workdir={tmp_path}/a', *steps, **here)
     kept = sorted(path.name for path in (tmp_path / 'alexnet_jax').iterdir())
-    second = _run(*MAIN, f'--workdir={tmp_path}/b', *steps, **here)
+    second = run_command(*MAIN, f'--workdir={tmp_path}/b', *steps, **here)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert any(name.startswith('jit_train_step') for name in kept)
     assert "cache hit for 'jit_train_step'" not in first.stderr
@@ -126,21 +118,21 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+def test_unwritable_cache_folder_is_ignored(tmp_path):
     (tmp_path / 'file').touch()
     here = {'XDG_CACHE_HOME': str(tmp_path / 'file'), 'JAX_COMPILATION_CACHE_DIR': None}
-    result = _run(*MAIN, f'--workdir={tmp_path}/a', '--config.num_steps=1', **here)
+    result = run_command(*MAIN, f'--workdir={tmp_path}/a', '--config.num_steps=1', **here)
     assert (result.returncode, result.stderr) == (0, ''), result.stderr
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path):
+def test_unwritable_workdir_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
-    _assert_user_error(_run(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
+    _assert_user_error(run_command(*MAIN, f'--workdir={tmp_path}/file'), 'the workdir .* cannot be used')
 
 
-def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
+def test_config_may_exit_with_its_own_code(tmp_path):
     (tmp_path / 'config.py').write_text('def get_config():\n    raise SystemExit(3)\n')
-    assert _run('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
+    assert run_command('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/w').returncode == 3
 
 
 @pytest.mark.parametrize(
@@ -152,21 +144,21 @@ def test_a_config_that_ends_the_program_is_not_its_help(tmp_path):
         ('def get_config():\n    return {}', 'returns dict: expected an ml_collections.ConfigDict'),
     ],
 )
-def test_a_config_file_that_is_none(text, pattern, tmp_path):
+def test_invalid_config_file_is_refused(text, pattern, tmp_path):
     (tmp_path / 'c.py').write_text(text)
-    _assert_user_error(_run('train', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
+    _assert_user_error(run_command('train', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w'), pattern)
 
 
-def test_no_memory_is_one_line():
-    """Python's own error says nothing."""
+def test_memory_error_is_one_line():
+    """Python's MemoryError has no message."""
     script = f'{_PROGRAM}\ndef f(): raise MemoryError\nrun(f)'
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and 'there is not enough memory (MemoryError)' in done.stderr
 
 
-def test_no_device_is_one_line(tmp_path):
-    """Of a platform that JAX does not know, and of one it knows and finds no device of."""
-    done = _run(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
+def test_missing_device_is_one_line(tmp_path):
+    """Covers a platform unknown to JAX, and a known platform without devices."""
+    done = run_command(*MAIN[:2], f'--workdir={tmp_path}', JAX_PLATFORMS='nothing')
     _assert_user_error(done, "JAX cannot open its devices .JAX_PLATFORMS='nothing': Unable to .*--cpu_devices=1")
     script = (
         f'{_PROGRAM}\nimport jax; from jax._src import hardware_utils, xla_bridge\n'
@@ -178,8 +170,8 @@ def test_no_device_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_too_large_for_the_device_is_one_line(tmp_path):
-    """2^48 floats, whatever the device."""
+def test_out_of_device_memory_is_one_line(tmp_path):
+    """Allocates 2^48 floats, too many for any device."""
     script = f'{_PROGRAM}\nimport jax.numpy as jnp\nrun(lambda: print(jnp.zeros(1 << 48).sum()))'
     result = subprocess.run(
         [sys.executable, '-c', script],
@@ -191,17 +183,17 @@ def test_too_large_for_the_device_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_train_resume_evaluate(tmp_path):
-    """The quickstart's own command, at two devices, cut short; then the same command again; then evaluate."""
+    """Runs the quickstart command on two devices, interrupted, resumed and extended, then evaluates."""
     run = ['train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}']
-    first = _run(*run, '--config.num_steps=40')
+    first = run_command(*run, '--config.num_steps=40')
     assert first.returncode == 0 and 'val    step 40/40' in first.stdout, first.stderr
-    again = _run(*run, '--config.num_steps=40')
+    again = run_command(*run, '--config.num_steps=40')
     assert again.returncode == 0 and 'is finished: step 40 of 40' in again.stdout
-    longer = _run(*run, '--config.num_steps=50')
+    longer = run_command(*run, '--config.num_steps=50')
     assert longer.returncode == 0 and 'Going on from step 40 of 50' in longer.stdout
-    _assert_user_error(_run(*run, '--config.seed=1'), 'holds a run of another config: seed: 0 -> 1')
+    _assert_user_error(run_command(*run, '--config.seed=1'), 'holds a run of another config: seed: 0 -> 1')
     for views in (1, 10):
-        result = _run('evaluate', f'--checkpoint={tmp_path}', '--data=digits', f'--views={views}', '--json')
+        result = run_command('evaluate', f'--checkpoint={tmp_path}', '--data=digits', f'--views={views}', '--json')
         assert result.returncode == 0, result.stderr
         found = json.loads(result.stdout.splitlines()[-1])
         assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views'}
@@ -210,18 +202,18 @@ def test_train_resume_evaluate(tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_learns_in_time(tmp_path):
-    result = _run('train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
+def test_quickstart_reaches_low_error(tmp_path):
+    result = run_command('train', '--config=configs/quickstart.py', '--cpu_devices=2', f'--workdir={tmp_path}')
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
     assert last['split'] == 'val' and last['count'] == 360 and last['top1_error'] < 4
 
 
 @pytest.mark.slow
-def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp_path):
-    """Prepare, train at full size, stop with kill -9, go on, evaluate with ten views."""
+def test_full_size_network_on_imagenet_photos(imagenet_tar, tmp_path):
+    """Prepares, trains at full size on two devices, stops with SIGKILL, resumes, evaluates with ten views."""
     data = f'{tmp_path}/photos'
-    prepared = _run('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
+    prepared = run_command('prepare', f'--input={imagenet_tar}', f'--output={data}', '--val_fraction=0.03')
     assert prepared.returncode == 0, prepared.stderr
     run = [
         'train', '--config=configs/paper.py', '--cpu_devices=2', f'--workdir={tmp_path}/run',
@@ -230,25 +222,26 @@ def test_full_size_network_on_original_photos_over_two_devices(imagenet_tar, tmp
     ]  # fmt: skip
     command = [sys.executable, '-m', 'alexnet_jax', *run]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'  # there when the step is whole, some updates later
+    # Exists once the step is complete, some updates later.
+    saved = tmp_path / 'run' / 'checkpoints' / '2' / 'SHA256SUMS'
     while child.poll() is None and not saved.exists():
         time.sleep(0.01)
     child.kill()
     child.wait()
-    again = _run(*run)
+    again = run_command(*run)
     assert again.returncode == 0, again.stderr
     assert re.search('Going on from step [24] of 8', again.stdout), again.stdout
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     assert abs(lines[0]['loss'] - 6.9078) < 0.5  # ln 1000
     assert [line['step'] for line in lines if line['split'] == 'train'] == list(range(1, 9))
-    result = _run(
+    result = run_command(
         'evaluate', f'--checkpoint={tmp_path}/run', f'--data={data}', '--views=10', '--batch_size=10', '--json'
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])['count'] == 30
 
 
-def test_the_package_lists_its_commands():
+def test_package_lists_its_commands():
     result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
     listed = re.findall(r'^alexnet_jax (\w+) ', result.stdout, re.M)
     modules = {path.stem for path in (ROOT / 'alexnet_jax' / 'commands').glob('*.py')} - {
@@ -259,19 +252,15 @@ def test_the_package_lists_its_commands():
     assert set(listed) == modules and len(listed) == len(COMMANDS)
 
 
-def _package(*words):
-    return subprocess.run([sys.executable, '-m', 'alexnet_jax', *words], capture_output=True, text=True, cwd=ROOT)
-
-
 def _commands():
-    """Every command, and the subcommands of one that has them: (words, module or class)."""
+    """Yields (words, module or class) for every command and subcommand."""
     for name in COMMANDS:
         command = importlib.import_module(f'alexnet_jax.commands.{name}')
         yield from [([name, sub], c) for sub, c in getattr(command, 'SUBCOMMANDS', {}).items()] or [([name], command)]
 
 
 @pytest.mark.parametrize(('words', 'command'), [pytest.param(w, c, id=' '.join(w)) for w, c in _commands()])
-def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
+def test_help_has_purpose_example_and_own_flags(words, command):
     text = app.help_text(command)
     assert text.startswith(inspect.getdoc(command).splitlines()[0])
     assert re.search(rf'^ *alexnet_jax {" ".join(words)} ', text.partition('flags:')[0], re.M)
@@ -279,22 +268,22 @@ def test_help_has_the_purpose_an_example_and_only_its_own_flags(words, command):
 
 
 @pytest.mark.parametrize('word', ['-h', '--help'])
-def test_help_ends_with_0(word):
-    done = _package('evaluate', word)
+def test_help_exits_with_0(word):
+    done = run_command('evaluate', word)
     assert (done.returncode, done.stderr) == (0, '') and '--checkpoint' in done.stdout
-    done = _package('benchmark', word)
+    done = run_command('benchmark', word)
     assert (done.returncode, done.stderr) == (0, '') and '  step ' in done.stdout
 
 
-def test_env_prints_what_a_bug_report_needs():
-    done = _package('env', '--json', '--cpu_devices=1')
+def test_env_prints_versions_and_devices():
+    done = run_command('env', '--json', '--cpu_devices=1')
     found = json.loads(done.stdout)
     assert found['versions']['jax'] == jax.__version__ and found['devices'] == ['cpu:0 cpu']
-    done = _package('env', '--cpu_devices=1')
+    done = run_command('env', '--cpu_devices=1')
     assert f'jax: {jax.__version__}\n' in done.stdout and 'devices: cpu:0 cpu\n' in done.stdout
 
 
-def test_the_module_of_the_readme_is_the_train_command():
+def test_main_module_is_the_train_command():
     done = [
         subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True, cwd=ROOT)
         for words in (['alexnet_jax.main', '--summary', MAIN[1]], ['alexnet_jax', 'train', '--summary', MAIN[1]])
@@ -302,12 +291,12 @@ def test_the_module_of_the_readme_is_the_train_command():
     assert done[0].stdout == done[1].stdout and 'conv5' in done[0].stdout and not done[0].returncode
 
 
-def test_the_package_runs_a_command_and_suggests_the_nearest():
-    done = _package('evalute', '--json')
+def test_unknown_command_suggests_the_nearest():
+    done = run_command('evalute', '--json')
     assert (done.returncode, done.stderr) == (2, "error: there is no command 'evalute'. Did you mean 'evaluate'?\n")
-    done = _package('train', '--config=configs/quickstart.py', '--summary')
+    done = run_command('train', '--config=configs/quickstart.py', '--summary')
     assert done.returncode == 0 and 'conv5' in done.stdout and '2 towers, 28 px' in done.stdout
-    done = _package('train', '--config=configs/quickstart.py')
+    done = run_command('train', '--config=configs/quickstart.py')
     assert done.returncode == 2 and '--workdir is missing' in done.stderr
 
 
@@ -332,8 +321,8 @@ def test_public_names():
     ],
     ids=['package', 'prepare', 'help'],
 )
-def test_starts_without_jax(code):
-    """Importing the package, the workers of prepare, and the --help of every command."""
+def test_imports_and_help_do_not_load_jax(code):
+    """Covers the package import, the worker processes of `prepare`, and `--help` of every command."""
     heavy = '("jax", "flax", "optax", "orbax", "grain", "tensorflow", "torch")'
     code = f'{code}\nimport sys; print([name for name in {heavy} if name in sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -341,7 +330,7 @@ def test_starts_without_jax(code):
 
 
 def test_training_does_not_load_pytorch(tmp_path):
-    """Where it is installed: in every process that decodes it would take as much memory again."""
+    """If PyTorch is installed, loading it would double the memory of every decoding process."""
     (tmp_path / 'torch.py').write_text('Tensor = None\n')
     checks = 'assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
     code = f'import sys, alexnet_jax.training.train; {checks}'
@@ -349,8 +338,8 @@ def test_training_does_not_load_pytorch(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which this system has not got')
-def test_output_that_cannot_be_written_is_one_line():
-    """Also what Python would write only at its end."""
+def test_unwritable_output_is_one_line():
+    """Also covers output that Python writes only when it exits."""
     program = f"{_PROGRAM}\nrun(lambda: print('x'))"
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
     with open('/dev/full', 'w') as full:

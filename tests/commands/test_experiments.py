@@ -1,9 +1,6 @@
-"""The experiments command, each suite from end to end at toy size."""
+"""The experiments command; each suite runs end to end at a small scale."""
 
 import csv
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +12,7 @@ from alexnet_jax.data import datasets
 from alexnet_jax.experiments import ablations, cifar10, figures, runner
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 BASE = """
 from tests import helpers
@@ -27,7 +24,7 @@ def get_config():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """`main` in this process, every run of which diverges."""
+    """`main` in this process, with every run reported as diverged."""
     base = helpers.digits_config()
     fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
 
@@ -41,22 +38,22 @@ def command(monkeypatch, tmp_path):
     return run
 
 
-def test_a_remedy_that_the_suite_takes(command):
+def test_divergence_remedy_fits_the_suite(command):
     with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the learning rates itself'):
         command('cifar10')
     with pytest.raises(UserError, match='all networks of views diverged; use a lower --base.optim.learning_rate'):
         command('views')
 
 
-def test_an_output_that_cannot_be_made(command, tmp_path):
+def test_unusable_output_is_refused(command, tmp_path):
     (tmp_path / 'file').touch()
     for name, why in (('file', 'File exists'), ('file/below', 'Not a directory')):
         with pytest.raises(UserError, match=f"^--output='.*{name}' cannot be used: {why}. Give another directory.$"):
             command('views', output=str(tmp_path / name))
 
 
-def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkeypatch):
-    """One that figure1 has left: it took no images to measure on."""
+def test_prepared_folder_without_eval_split_is_named(command, tmp_path, monkeypatch):
+    """For example a folder prepared by figure1, which takes no images to measure on."""
     digits = datasets.open_dataset('digits')
     monkeypatch.setattr(runner, 'prepare_images', lambda *_: 'out/data-32')
     monkeypatch.setattr(
@@ -66,29 +63,26 @@ def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkey
         command('cifar10', data='raw')
 
 
-def _command(*words, code=0):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'experiments', *map(str, words), '--cpu_devices=1'],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+def _run(*words, code=0):
+    done = helpers.run_command('experiments', *words, '--cpu_devices=1')
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('suite', ['ablations', 'cifar10', 'ensemble', 'views', 'figure1'])
-def test_a_suite_from_end_to_end(suite, tmp_path):
+def test_suite_end_to_end(suite, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     out = tmp_path / 'out'
     words = (suite, '--data=digits', f'--output={out}', f'--base={tmp_path}/base.py', '--seeds=2', '--scale=0.25')
-    if suite == 'ablations':  # most of the time is compiling, network by network
+    if suite == 'ablations':  # compiling each network takes most of the time
         words = (*words[:-2], '--seeds=1', '--scale=0.1')
     elif suite == 'figure1':
-        words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')  # whatever the variants say of passes
+        # Overrides the number of epochs of the variants.
+        words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')
     elif suite == 'cifar10':
         words = (*words[:-2], '--seeds=1', '--scale=0.1', '--base.num_steps=2')
-    said = _command(*words)
+    said = _run(*words)
     with open(out / 'results.csv') as file:
         rows = list(csv.DictReader(file))
     page = (out / 'report.html').read_text()
@@ -102,18 +96,18 @@ def test_a_suite_from_end_to_end(suite, tmp_path):
     else:
         assert len(seen) == (len(cifar10.NETS) if suite == 'cifar10' else 2)
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
-    # Again: nothing is trained, nothing changes but what is said of it.
+    # A second run trains nothing and changes no result.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
-    again = _command(*words)
+    again = _run(*words)
     assert 'is finished' in again and before == {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
     with open(out / 'results.csv') as file:
         assert list(csv.DictReader(file)) == rows
 
 
 @pytest.mark.slow
-def test_a_row_is_what_evaluate_says(tmp_path):
+def test_csv_row_agrees_with_evaluation(tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
-    _command('views', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1')
+    _run('views', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1')
     with open(tmp_path / 'out' / 'results.csv') as file:
         (row,) = csv.DictReader(file)
     run = tmp_path / 'out' / 'runs' / 'base-0'
@@ -137,15 +131,15 @@ def test_a_row_is_what_evaluate_says(tmp_path):
     ],
 )
 @pytest.mark.slow
-def test_what_is_wrong_is_one_line(words, message, tmp_path):
-    said = _command('--data=digits', f'--output={tmp_path}/out', *words, code=2)
+def test_user_errors_are_one_line(words, message, tmp_path):
+    said = _run('--data=digits', f'--output={tmp_path}/out', *words, code=2)
     assert message in said and 'Traceback' not in said
 
 
 @pytest.mark.slow
-def test_a_dry_run_trains_nothing(tmp_path):
+def test_dry_run_trains_nothing(tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
-    said = _command(
+    said = _run(
         'ablations', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1', '--dry_run'
     )
     assert '1,437 images' in said and f'{len(ablations.ablations(helpers.digits_config()))} runs' in said

@@ -1,4 +1,4 @@
-"""Section 4.1 against numpy."""
+"""The augmentation of section 4.1 against NumPy."""
 
 import chex
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ def _statistics(size):
     return image_stats.from_moments(moments)
 
 
-def test_statistics_against_numpy():
+def test_statistics_match_numpy():
     images = _images(20, 6, seed=1)
-    images[..., 1] = images[..., 0] // 2 + images[..., 1] // 4  # correlated, so that the components mean something
+    # Correlated, so that the principal components are well defined.
+    images[..., 1] = images[..., 0] // 2 + images[..., 1] // 4
     moments = image_stats.Moments.zeros(6)
     other = image_stats.Moments.zeros(6)
     for image in images[:7]:
@@ -44,7 +45,7 @@ def test_statistics_against_numpy():
     chex.assert_trees_all_close(found.eigenvectors.T @ found.eigenvectors, np.eye(3), atol=1e-6)
 
 
-def test_preprocess_subtracts_the_mean_under_the_crop_and_adds_the_color():
+def test_preprocess_subtracts_mean_and_adds_color():
     stats, size = _statistics(12), 8
     augmentation = augment.Augmentation(image_size=size)
     records = _images(6, 12)
@@ -56,21 +57,21 @@ def test_preprocess_subtracts_the_mean_under_the_crop_and_adds_the_color():
     }
     found = np.asarray(augment.preprocess(batch, stats, augmentation))
     for n, (record, drawn) in enumerate(zip(records, draws, strict=True)):
-        # By hand: subtract the mean image from the whole record, then cut, then mirror.
+        # By hand: subtract the mean image from the whole record, then crop, then reflect.
         y, x = drawn.offset
         whole = record.astype(np.float64) - stats.mean_image
         expected = whole[y : y + size, x : x + size]
         if drawn.reflect:
             expected = expected[:, ::-1]
-        # [p1, p2, p3][a1 l1, a2 l2, a3 l3]^T on pixels in [0, 1], brought back to 0-255.
+        # [p1, p2, p3][a1 l1, a2 l2, a3 l3]^T on pixels in [0, 1], scaled back to 0-255.
         shift = np.zeros(3)
         for i in range(3):
             shift += stats.eigenvectors[:, i] * drawn.color[i] * (stats.eigenvalues[i] / 255**2)
         chex.assert_trees_all_close(found[n], expected + 255 * shift, atol=1e-3)
 
 
-def test_color_noise_has_the_strength_the_authors_pixels_give():
-    """With the authors' published components, the literal formula on [0, 1] moves a channel by 3.3 to 3.5 levels."""
+def test_color_noise_strength_with_authors_components():
+    """With the authors' published components, the formula on pixels in [0, 1] shifts a channel by 3.3 to 3.5 levels."""
     eigenvectors = np.array([[0.4180, -0.8170, 0.3973], [-0.7126, -0.0235, 0.7012], [-0.5635, -0.5762, -0.5920]]).T
     stats = image_stats.ImageStats(np.zeros((1, 1, 3)), np.array([19.72, 37.09, 121.78]) ** 2, eigenvectors)
     alphas = 0.1 * np.random.default_rng(0).standard_normal((100_000, 3))
@@ -80,7 +81,7 @@ def test_color_noise_has_the_strength_the_authors_pixels_give():
     assert 2 < rows.min() and rows.max() < 5
 
 
-def test_draws_cover_2048_cut_outs():
+def test_draws_cover_2048_crops():
     draws = _draws(augment.Augmentation(), 40_000, 256)
     seen = {(*d.offset.tolist(), bool(d.reflect)) for d in draws}
     assert len(seen) == 2048  # 40,000 draws miss one with a probability below 1e-5
@@ -98,8 +99,9 @@ def test_draws_cover_2048_cut_outs():
         augment.Augmentation(crop_area=(0.08, 1.0), mean='channel'),
         augment.Augmentation(random_crop=False, reflect=False),
     ],
+    ids=['default', 'authors', 'crop area', 'center'],
 )
-def test_what_is_drawn_at_a_position_does_not_depend_on_its_batch(augmentation):
+def test_draws_do_not_depend_on_the_batch(augmentation):
     found = random_crops.draw_batch(augmentation, seed=2, first=21, count=50, record_size=256)
     alone = [random_crops.draw(augmentation, seed=2, position=21 + i, record_size=256) for i in range(50)]
     for name, values in found._asdict().items():
@@ -108,8 +110,8 @@ def test_what_is_drawn_at_a_position_does_not_depend_on_its_batch(augmentation):
     assert not (other.color == found.color).any()
 
 
-def test_uniform_numbers_are_those_of_numpys_generator():
-    """The same counter, read by numpy itself, one row after the other."""
+def test_uniform_numbers_match_numpy_generator():
+    """NumPy reads the same counter, row by row."""
     theirs = np.random.Generator(np.random.Philox(key=(7, 1), counter=10 * 2)).random((3, 8))
     chex.assert_trees_all_equal(random_crops._uniform((7, 1), 10, 3, 8), theirs)
 
@@ -124,7 +126,7 @@ def test_colors_are_normal_and_independent():
     chex.assert_trees_all_close(np.corrcoef(alphas[1:, 0], alphas[:-1, 0]), np.eye(2), atol=0.01)
 
 
-def test_switching_one_draw_off_leaves_the_others():
+def test_disabling_one_draw_keeps_the_others():
     (a,) = _draws(augment.Augmentation(), 1, 256)
     (b,) = _draws(augment.Augmentation(reflect=False, color_std=0.0), 1, 256)
     chex.assert_trees_all_equal(a.offset, b.offset)
@@ -138,7 +140,7 @@ def test_ten_views_are_corners_center_and_reflections():
     chex.assert_trees_all_equal(views, five + [np.flip(v, axis=2) for v in five])
 
 
-def test_views_subtract_the_mean_of_their_own_crop():
+def test_views_subtract_the_mean_of_their_crop():
     stats, images = _statistics(12), _images(3, 12)
     whole = images.astype(np.float32) - stats.mean_image[None]
     augmentation = augment.Augmentation(image_size=8)
@@ -155,32 +157,32 @@ def test_records_smaller_than_the_crop_are_refused():
         augment.crop_positions(64, 224)
 
 
-def test_all_positions_count_the_last_one_too():
+def test_all_positions_include_the_last():
     assert augment.crop_positions(256, 224, all_positions=True) == 33
     draws = _draws(augment.Augmentation(all_positions=True), 4000, 256)
     seen = np.unique(np.stack([d.offset for d in draws]))
     chex.assert_trees_all_equal(seen, np.arange(33, dtype=np.int32))
-    # Records of the network's own size have one place.
+    # Records as large as the crop have one position.
     assert {tuple(d.offset) for d in _draws(augment.Augmentation(all_positions=True), 50, 224)} == {(0, 0)}
 
 
-def test_crops_of_a_part_of_the_area():
-    """torchvision's RandomResizedCrop: areas from 8% to 100% and aspects from 3:4 to 4:3, evenly; all inside."""
+def test_crop_area_distribution():
+    """As torchvision's RandomResizedCrop: areas from 8% to 100%, aspect ratios from 3:4 to 4:3, uniform, inside."""
     augmentation = augment.Augmentation(image_size=224, crop_area=(0.08, 1.0), mean='channel')
     draws = _draws(augmentation, 20_000, 256)
     extents, offsets = (np.stack([getattr(d, f) for d in draws]).astype(float) for f in ('extent', 'offset'))
     assert (offsets >= 0).all() and (offsets + extents <= 256).all()
     area, aspect = extents.prod(1) / 256**2, extents[:, 1] / extents[:, 0]
     assert area.min() < 0.082 and area.max() > 0.98 and 0.72 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.4
-    # Nearly all tries fit below half the area: there the area is even, and the aspect's logarithm has mean 0.
+    # Below half the area nearly all tries fit: the area is uniform, and the logarithm of the aspect ratio has mean 0.
     low = area < 0.5
     chex.assert_trees_all_close(np.quantile(area[low], [0.25, 0.5, 0.75]), np.array([0.185, 0.29, 0.395]), atol=0.01)
     assert abs(np.log(aspect[low]).mean()) < 0.01
-    # Where the corner falls is even: twice the offset is, on average, the room there is.
+    # The position is uniform: twice the mean offset is the mean free space.
     assert abs((2 * offsets - (256 - extents)).mean()) < 1.5
 
 
-def test_a_part_of_the_area_is_brought_to_size_by_pillow():
+def test_crop_area_is_resized_by_pillow():
     image = _images(1, 32)[0]
     drawn = random_crops.AugmentParams(np.array([3, 5]), np.array([12, 20]), np.bool_(True), np.zeros(3))
     found = random_crops.crop(image, drawn, 8)
@@ -190,7 +192,7 @@ def test_a_part_of_the_area_is_brought_to_size_by_pillow():
 
 @pytest.mark.parametrize('mean', ['crop', 'center', 'channel'])
 def test_mean_and_pixel_std(mean):
-    """Against numpy, in training and at test."""
+    """Compares training and test preprocessing with NumPy."""
     stats, std = _statistics(12), (50.0, 20.0, 10.0)
     augmentation = augment.Augmentation(image_size=8, mean=mean, pixel_std=std, color_std=0.0)
     (record,) = _images(1, 12)
@@ -205,7 +207,7 @@ def test_mean_and_pixel_std(mean):
     }
     expected = (record[y : y + 8, x : x + 8][:, ::-1] - under[mean]) / np.array([[std]])
     chex.assert_trees_all_close(np.asarray(augment.preprocess(batch, stats, augmentation)[0]), expected, atol=1e-4)
-    corner = augment.views(record[None], stats, augmentation, count=10)[1][0]  # rows and columns from 0
+    corner = augment.views(record[None], stats, augmentation, count=10)[1][0]  # the crop at row 0, column 0
     under['crop'] = stats.mean_image[:8, :8]
     chex.assert_trees_all_close(np.asarray(corner), (record[:8, :8] - under[mean]) / np.array([[std]]), atol=1e-4)
 
@@ -224,14 +226,14 @@ def test_mean_and_pixel_std(mean):
         ({'color_epochs': -1.0}, 'data.color_epochs=-1.0'),
     ],
 )
-def test_augmentations_that_cannot_be_are_refused(fields, message):
+def test_invalid_augmentations_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         augmentation_from_config(fields)
 
 
-def test_without_random_crops_every_draw_is_the_center():
+def test_center_crop_without_random_crops():
     fixed = augment.Augmentation(random_crop=False)
     draws = [random_crops.draw(fixed, seed=0, position=i, record_size=256) for i in range(20)]
     assert {tuple(d.offset) for d in draws} == {(16, 16)}
     moving = [random_crops.draw(augment.Augmentation(), seed=0, position=i, record_size=256) for i in range(20)]
-    assert [bool(d.reflect) for d in draws] == [bool(d.reflect) for d in moving]  # the others as they were
+    assert [bool(d.reflect) for d in draws] == [bool(d.reflect) for d in moving]  # the other draws are unchanged

@@ -1,4 +1,4 @@
-"""Errors against a sort, and the tie rule against a count of all orders."""
+"""Error rates against a sort, and the rule for ties against an enumeration of all orders."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import numpy as np
 from alexnet_jax.core import metrics
 
 
-def test_errors_and_loss_against_numpy():
+def test_errors_and_loss_match_numpy():
     rng = np.random.default_rng(0)
     logits, labels = rng.standard_normal((50, 20)).astype(np.float32), rng.integers(0, 20, 50)
     weight = (rng.random(50) < 0.7).astype(np.float32)
@@ -23,13 +23,13 @@ def test_errors_and_loss_against_numpy():
     chex.assert_trees_all_close(found, {'loss': loss, 'top1_error': 100 * top1, 'top5_error': 100 * top5}, rtol=1e-5)
 
 
-def test_a_label_of_no_class_is_no_loss_of_0():
+def test_log_likelihood_of_invalid_label_is_nan():
     found = metrics.log_likelihood(np.zeros((4, 3), np.float32), np.array([-1, 0, 2, 3]))
     chex.assert_trees_all_close(found, np.array([np.nan, -np.log(3), -np.log(3), np.nan], np.float32), rtol=1e-6)
 
 
-def test_ties_count_their_share():
-    """The error expected when tied classes are put in random order: all orders counted."""
+def test_ties_count_as_fractions():
+    """The error is its expectation when tied classes are ordered at random; all orders are enumerated."""
     scores, label, k = np.array([[3.0, 1.0, 1.0, 1.0, 0.0]]), 2, 3
     misses = 0
     orders = list(itertools.permutations(range(5)))
@@ -41,13 +41,13 @@ def test_ties_count_their_share():
     )
 
 
-def test_scores_that_are_no_numbers_are_errors():
+def test_nan_scores_count_as_errors():
     chex.assert_trees_all_equal(metrics.top_k_error(np.full((1, 10), np.nan), np.array([0]), 5), np.ones(1))
-    # A network that cannot tell any two classes apart has the error of guessing.
+    # A network with equal scores for all classes has the error of guessing.
     chex.assert_trees_all_close(metrics.top_k_error(np.zeros((1, 10)), np.array([0]), 1), np.array([0.9]), rtol=1e-6)
 
 
-def test_padding_with_nan_does_not_count():
+def test_nan_in_padding_is_ignored():
     sums = metrics.sums(
         np.array([-1.0, np.nan], np.float32), np.zeros((2, 4), np.float32), np.array([0, 0]), np.array([1.0, 0.0])
     )

@@ -1,4 +1,4 @@
-"""The network the paper describes: counts and shapes worked out by hand, connections by gradients."""
+"""The network of the paper: counts and shapes computed by hand, connections checked by gradients."""
 
 import chex
 import jax
@@ -13,9 +13,9 @@ from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
-CONV = {'fc2': {}}  # a classifier, for layers below it
+CONV = {'fc2': {}}  # a classifier above the layers under test
 
-# kernel area x inputs x kernels + biases, from section 3.5.
+# kernel area x inputs x kernels + biases, from section 3.5
 PARAMETERS = {
     'conv1': 11 * 11 * 3 * 96 + 96,
     'conv2': 5 * 5 * 48 * 256 + 256,
@@ -54,7 +54,7 @@ def test_activation_shapes_and_neurons(shapes):
     assert seen['conv5.pool'] == (6, 6, 256)
     assert seen['fc6.linear'] == seen['fc7.linear'] == (4096,)
     neurons = [int(np.prod(seen[f'conv{i}.linear'])) for i in range(1, 6)]
-    # Figure 2 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400: with it the sum is the abstract's 650,000.
+    # Figure 2 prints 253,440 for the first layer, but 55 x 55 x 96 is 290,400, which gives the 650,000 of the abstract.
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264]
     assert sum(neurons) + 4096 + 4096 + 1000 == 659_272
 
@@ -70,8 +70,8 @@ def test_initial_values():
     assert not jnp.allclose(params['conv1']['kernel'][..., :48], params['conv1']['kernel'][..., 48:])
 
 
-def test_towers_talk_only_where_the_paper_says():
-    """Gradients of one tower's unit with respect to the other tower's kernels."""
+def test_towers_connect_only_where_the_paper_says():
+    """Uses gradients of one tower's units with respect to the other tower's kernels."""
     network = helpers.network()
     params = helpers.init(network)
     x = jax.random.normal(jax.random.key(1), (2, helpers.SIZE, helpers.SIZE, 3))
@@ -98,8 +98,8 @@ def test_towers_talk_only_where_the_paper_says():
     assert influence(of='conv5', on='fc6') == (True, True)
 
 
-def test_conv1_hangs_over_the_right_and_bottom_edges():
-    """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last sees 8 of 11."""
+def test_conv1_extends_beyond_right_and_bottom_edges():
+    """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last covers 8 of 11."""
     kernel = jnp.ones((11, 11, 3, 96))
     conv1 = model.AlexNet().layers['conv1']
     seen = ops.conv(jnp.ones((1, 224, 224, 3)), kernel, stride=conv1.stride, padding=conv1.padding)[0, ..., 0]
@@ -130,8 +130,8 @@ def test_dropout_masks_are_fair_and_independent():
         assert abs(float((left == right).mean()) - 0.5) < 0.01
 
 
-def test_test_time_halves_the_hidden_outputs():
-    """Logits at test equal those of a training pass with every unit kept and the next layers' weights halved."""
+def test_dropout_halves_hidden_outputs_at_test_time():
+    """Test logits equal those of a training pass with all units kept and the weights of the next layers halved."""
     network = helpers.network()
     params = helpers.init(network)
     x = jax.random.normal(jax.random.key(1), (2, helpers.SIZE, helpers.SIZE, 3))
@@ -153,15 +153,15 @@ def test_paper_config_is_the_default_network():
         alexnet_jax.get_config('paper:init=nobody')
 
 
-def test_layers_are_in_network_order_whatever_the_order_of_names():
-    """conv, local, fc, then by number, not by letter; gaps are allowed."""
+def test_layers_are_sorted_by_kind_and_number():
+    """The order is conv, local, fc, then by number, not by letter; gaps are allowed."""
     names = ['fc10', 'local8', 'conv10', 'fc9', 'conv2']
     assert architecture.sort_layers(names) == ['conv2', 'conv10', 'local8', 'fc9', 'fc10']
     network = model.AlexNet(layers={'fc12': DenseSpec(features=3), 'fc9': DenseSpec(features=5)}, num_classes=7)
     assert [(name, layer.features) for name, layer in network.layers.items()] == [('fc9', 5), ('fc12', 7)]
 
 
-def test_a_sixth_convolution_keeps_the_names_above():
+def test_sixth_convolution_keeps_names_of_dense_layers():
     layers = alexnet_jax.get_config('sixth_conv').model.layers
     assert architecture.sort_layers(layers)[5:] == ['conv6', 'fc6', 'fc7', 'fc8']
 
@@ -178,7 +178,7 @@ def test_a_sixth_convolution_keeps_the_names_above():
         ({'conv1': {'features': 9}}, helpers.SIZE, 1, 'conv1.features=9: expected a multiple of the 2 groups of lrn'),
     ],
 )
-def test_what_is_no_network_is_refused(changes, size, towers, message):
+def test_invalid_architectures_are_refused(changes, size, towers, message):
     with pytest.raises(UserError, match=message):
         architecture.infer_shapes(helpers.network(layers=helpers.layers(**changes)), size, towers)
 
@@ -229,7 +229,7 @@ def test_normalization_across_towers_is_refused():
         ({'lrn_alpha': float('nan')}, 'model.lrn_alpha=nan: expected a number'),
     ],
 )
-def test_values_that_cannot_be_are_refused(fields, message):
+def test_invalid_model_values_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         model_from_config(fields)
 
@@ -239,8 +239,8 @@ def test_unknown_model_key_is_refused():
         model_from_config({'pool_windw': 2})
 
 
-def test_initial_values_by_fan_in():
-    """torch.nn's default: weights and biases from U(-b, b) with b = inputs^-1/2; around a bias that is not 0."""
+def test_fan_in_initialization():
+    """The default of torch.nn: weights and biases from U(-b, b) with b = inputs^-1/2, shifted by a nonzero bias."""
     layers = {
         'conv1': ConvSpec(features=96, kernel=11, stride=4, padding=(2, 2), init='fan_in', post='relu pool'),
         'conv2': ConvSpec(features=96, kernel=3, padding=(1, 1), groups=2, init='fan_in', bias=0.5, post='relu pool'),
@@ -262,8 +262,8 @@ def test_initial_values_by_fan_in():
     assert 0.8 * (3 * 3 * 48) ** -0.5 < np.abs(centered).max() <= (3 * 3 * 48) ** -0.5
 
 
-def test_logits_are_not_rounded_to_bfloat16():
-    """Of 1,000 logits so rounded the best two tie in one image of thirty, and ties count as shares of an error."""
+def test_logits_are_float32_in_bfloat16_networks():
+    """Rounded to bfloat16, the best two of 1,000 logits tie in one of thirty images; ties count as fractions."""
     network = helpers.network(dtype='bfloat16')
     params = helpers.init(network)
     x = 60 * np.random.default_rng(0).standard_normal((4, helpers.SIZE, helpers.SIZE, 3)).astype(np.float32)

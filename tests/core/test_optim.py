@@ -1,4 +1,4 @@
-"""The update against the two lines of section 5, and the plateau against a hand-worked sequence."""
+"""The update against the two equations of section 5, and the plateau schedule against a sequence computed by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ def _optimizer(**changes):
 
 
 def _run(optimizer, w, gradients):
-    """Applies the gradients of 'kernel' and 'bias' alike; returns both parameters' histories."""
+    """Applies the same gradients to 'kernel' and 'bias'; returns the history of both parameters and the last state."""
     params = {'conv1': {'kernel': jnp.asarray(w), 'bias': jnp.asarray(w)}}
     state, history = optimizer.tx.init(params), []
     update = jax.jit(optimizer.tx.update)
@@ -33,7 +33,7 @@ def _run(optimizer, w, gradients):
     return history, state
 
 
-def test_update_is_the_papers():
+def test_update_matches_the_paper():
     rng = np.random.default_rng(0)
     w, gradients = rng.standard_normal(5), rng.standard_normal((8, 5))
     with jax.enable_x64():
@@ -47,8 +47,8 @@ def test_update_is_the_papers():
             chex.assert_trees_all_close(history[i][part], by_hand, rtol=1e-12)
 
 
-def test_velocity_keeps_its_scale_across_a_drop():
-    """With the gradient gone at the drop, the paper's step goes on at 0.9 of the last; optax.sgd's is a tenth."""
+def test_velocity_is_not_rescaled_by_rate_drop():
+    """With gradient 0 at the drop, the paper's step is 0.9 of the last one; that of optax.sgd is a tenth of it."""
     history, _ = _run(
         _optimizer(stages=((0, 1, 1, ()), (0.1, 0.1, 0.1, ())), weight_decay=0.0), np.zeros(1), np.array([[1.0], [0.0]])
     )
@@ -56,17 +56,18 @@ def test_velocity_keeps_its_scale_across_a_drop():
     chex.assert_trees_all_close(second / first, np.array([0.9]), rtol=1e-6)
 
 
-def test_a_fresh_state_can_be_donated():
-    state = _optimizer().tx.init({'fc8': {'kernel': jnp.ones(3)}})  # not jitted: its scalars are what init made
+def test_initial_state_can_be_donated():
+    state = _optimizer().tx.init({'fc8': {'kernel': jnp.ones(3)}})  # not jitted: the scalars are those of init
     after = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     assert int(after.count) == int(after.plateau.drops) == int(after.plateau.count) == 1
 
 
-def test_plateau_drops_after_patience_three_times_at_most():
+def test_plateau_drops_after_patience_at_most_three_times():
     optimizer = _optimizer(schedule='plateau')
     state = optimizer.tx.init({})
     rates = []
-    # patience 2, gains of more than 0.5 count:  best 50 -> 49.6 is no gain, nor 49.5; then drop. 49 is a gain.
+    # Patience 2; only gains of more than 0.5 count. After the best error of 50, 49.6 and 49.5 are no gains, so the
+    # rate drops. 49 is a gain.
     for error in (50.0, 49.6, 49.5, 49.0, 48.8, 48.4, 49.0, 60.0, 60.0, 60.0, 60.0, 60.0, 60.0):
         state = optimizer.after_validation(state, error)
         rates.append(float(optimizer.learning_rate(state)))
@@ -75,7 +76,7 @@ def test_plateau_drops_after_patience_three_times_at_most():
     assert int(state.plateau.drops) == 3
 
 
-def test_after_validation_leaves_its_argument_and_the_velocity_alone():
+def test_after_validation_is_pure_and_keeps_velocity():
     optimizer = _optimizer(schedule='plateau')
     state = optimizer.tx.init({'fc8': {'kernel': jnp.ones(3)}})
     before = jax.device_get(state)
@@ -103,13 +104,13 @@ def test_after_validation_leaves_its_argument_and_the_velocity_alone():
         ({'layer_rates': (('fc8', -1),)}, 'expected a layer and 1 factor'),
     ],
 )
-def test_errors(changes, message):
+def test_invalid_optimizer_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         _optimizer(**changes)
 
 
-def test_rate_outside_the_velocity_is_torch_sgd():
-    """Against PyTorch's rule written out: decay of all, the rate applied to the velocity at the end."""
+def test_rate_outside_velocity_matches_torch_sgd():
+    """PyTorch's rule: decay of all parameters, and the rate applied to the velocity at the end."""
     rng = np.random.default_rng(0)
     w, gradients = rng.standard_normal(5), rng.standard_normal((8, 5))
     with jax.enable_x64():
@@ -123,8 +124,8 @@ def test_rate_outside_the_velocity_is_torch_sgd():
             chex.assert_trees_all_close(history[i][part], by_hand, rtol=1e-12)
 
 
-def _rates(optimizer, count=0, drops=0):
-    """What an update with gradient -1 and velocity 0 adds to (weights, biases) of each layer."""
+def _effective_rates(optimizer, count=0, drops=0):
+    """Returns the update of (weights, biases) per layer for gradient -1 and velocity 0."""
     params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in model.AlexNet().layers}
     state = optimizer.tx.init(params)._replace(count=jnp.int32(count))
     state = state._replace(plateau=state.plateau._replace(drops=jnp.int32(drops)))
@@ -132,26 +133,26 @@ def _rates(optimizer, count=0, drops=0):
     return {name: (float(u['kernel'][0]), float(u['bias'][0])) for name, u in updates.items()}
 
 
-def test_rates_of_layers_and_biases_multiply_those_of_the_schedule():
+def test_layer_and_bias_rates_multiply_the_schedule():
     layer_rates = (('conv1', 0.0), ('fc6', 0.5))
     plateau = _optimizer(schedule='plateau', layer_rates=layer_rates, bias_rate=2.0)
     for drops, factor in ((0, 1), (2, 0.01)):
-        rates = _rates(plateau, drops=drops)
+        rates = _effective_rates(plateau, drops=drops)
         expected = {name: (0.01 * factor, 0.02 * factor) for name in rates}
         expected |= {'conv1': (0, 0), 'fc6': (0.005 * factor, 0.01 * factor)}
         chex.assert_trees_all_close(rates, expected, rtol=1e-5)
     stages = ((0, 1, 1, ()), (1, 0.1, 0.5, (('fc6', 0.01, 0.3), ('fc8', 0, 0))))
     staged = _optimizer(stages=stages, layer_rates=layer_rates, bias_rate=2.0)
-    rates = _rates(staged, count=10)
+    rates = _effective_rates(staged, count=10)
     assert rates['conv1'] == rates['fc8'] == (0, 0)
     chex.assert_trees_all_close(rates['fc6'], (0.01 * 0.01 * 0.5, 0.01 * 0.3 * 2 * 0.5), rtol=1e-5)
     chex.assert_trees_all_close(rates['fc7'], (0.001, 0.01), rtol=1e-5)
-    chex.assert_trees_all_close(_rates(staged, count=9)['fc7'], (0.01, 0.02), rtol=1e-5)
+    chex.assert_trees_all_close(_effective_rates(staged, count=9)['fc7'], (0.01, 0.02), rtol=1e-5)
 
 
 @pytest.mark.parametrize('rate_in_velocity', [True, False])
-def test_a_frozen_layer_keeps_weights_and_velocity_and_moves_on_afterwards(rate_in_velocity):
-    """Frozen for updates 1 and 2 of 4: those leave no trace, also not by decay or momentum."""
+def test_frozen_layer_keeps_weights_and_velocity(rate_in_velocity):
+    """Frozen for updates 1 and 2 of 4: these have no effect, also not by decay or momentum."""
     stages = ((0, 1, 1, ()), (0.1, 1, 1, (('conv1', 0, 0),)), (0.3, 1, 1, ()))
     fixed = {'rate_in_velocity': rate_in_velocity, 'weight_decay': 0.1}
     gradients = np.array([[1.0], [50.0], [-70.0], [2.0]])
@@ -162,8 +163,8 @@ def test_a_frozen_layer_keeps_weights_and_velocity_and_moves_on_afterwards(rate_
     chex.assert_trees_all_close(state.velocity, expected.velocity, rtol=1e-6)
 
 
-def test_a_layers_own_decay_takes_the_place_of_that_of_all():
-    """Two updates by hand: v <- 0.9 v - decay rate w, no gradient; biases keep theirs."""
+def test_layer_decay_replaces_global_decay():
+    """Two updates by hand: v <- 0.9 v - decay rate w, without gradient; biases keep their own decay."""
     optimizer = _optimizer(layer_decays=(('conv1', 3.0),), bias_decay=0.5)
     history, _ = _run(optimizer, np.ones(1), np.zeros((2, 1)))
     for part, decay in (('kernel', 3.0), ('bias', 0.5)):
@@ -174,8 +175,8 @@ def test_a_layers_own_decay_takes_the_place_of_that_of_all():
             chex.assert_trees_all_close(history[i][part], np.array([w], np.float32), rtol=1e-6)
 
 
-def test_lars_is_its_papers():
-    """Ten updates with decay and momentum, and two drops; weights or gradients of 0 have the plain rate."""
+def test_lars_matches_its_paper():
+    """Ten updates with decay, momentum and two drops; weights or gradients of 0 use the plain rate."""
     rng = np.random.default_rng(0)
     w, gradients = rng.standard_normal(5), rng.standard_normal((10, 5))
     gradients[7] = 0
@@ -195,8 +196,8 @@ def test_lars_is_its_papers():
         chex.assert_trees_all_close(from_zero[0][part], -0.01 * gradients[0], rtol=1e-12)
 
 
-def test_warm_up_by_hand():
-    """Four updates of warm-up: a quarter, a half, three quarters and all of the rate; then on as without."""
+def test_warmup_is_linear():
+    """Four updates of warm-up use a quarter, a half, three quarters and all of the rate; later ones the full rate."""
     optimizer = _optimizer(warmup_epochs=0.4, momentum=0.0, weight_decay=0.0)
     history, state = _run(optimizer, np.zeros(1), np.ones((6, 1)))
     steps = -np.diff([0.0, *(float(h['kernel'][0]) for h in history)])
@@ -205,16 +206,16 @@ def test_warm_up_by_hand():
     assert float(optimizer.learning_rate(state)) == pytest.approx(0.01)
 
 
-def test_the_state_has_the_same_tree_whatever_is_frozen_or_decayed():
-    """A checkpoint of one can be restored with the other."""
+def test_state_tree_does_not_depend_on_frozen_layers():
+    """A checkpoint of one configuration can be restored with another."""
     params = {name: {'kernel': jnp.ones(3), 'bias': jnp.ones(3)} for name in model.AlexNet().layers}
     frozen = {'layer_rates': (('conv1', 0.0), ('conv2', 0.0)), 'stages': ((0, 1, 1, (('fc8', 0, 0),)),)}
     trees = {jax.tree.structure(_optimizer(**changes).tx.init(params)) for changes in ({}, frozen, {'bias_rate': 0.0})}
     assert len(trees) == 1
 
 
-def test_two_orders_of_the_chain_are_the_two_rules():
-    """Without drops, decay and momentum the two are one; with a drop they differ by the velocity's scale."""
+def test_rate_position_only_matters_across_drops():
+    """Without decay both rules agree until a drop; then they differ by the scale of the velocity."""
     gradients = np.ones((3, 1))
     ends = {}
     for inside in (True, False):

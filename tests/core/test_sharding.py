@@ -1,4 +1,4 @@
-"""One device, two towers, two towers twice: the same numbers, and only the paper's communication."""
+"""One device, two towers, two data shards: the same numbers, and only the communication of the paper."""
 
 import collections
 import re
@@ -20,8 +20,8 @@ from tests import helpers
 MESHES = [(1, 2), (2, 2)]
 
 
-def test_the_gpus_of_several_hosts_make_a_mesh():
-    """XLA calls each host of theirs a slice; towers are neighbors, on one host."""
+def test_gpus_of_several_hosts_form_a_mesh():
+    """XLA calls each host of GPUs a slice; the towers are neighbors on one host."""
 
     class Gpu(SimpleNamespace):
         __hash__ = object.__hash__
@@ -41,8 +41,8 @@ def test_the_gpus_of_several_hosts_make_a_mesh():
         ('cpu', None, [], ''),
     ],
 )
-def test_a_gpu_that_is_not_found_is_told(platform, wanted, plugins, told, monkeypatch, capsys):
-    """Where JAX has a plugin and sees no GPU it says nothing."""
+def test_undetected_gpu_is_reported(platform, wanted, plugins, told, monkeypatch, capsys):
+    """JAX is silent if a GPU plugin is installed but finds no GPU."""
     found = [SimpleNamespace(name=name) for name in plugins]
     monkeypatch.setattr(environment.metadata, 'entry_points', lambda group: found if group == 'jax_plugins' else [])
     monkeypatch.setattr(environment.jax, 'config', SimpleNamespace(jax_platforms=wanted))
@@ -69,12 +69,12 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
         expected = jax.jit(network.apply)({'params': params}, x, train)
         logits = forward(_place(mesh, params), x, train)
         chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
-        # Each device holds its images' logits of its tower's classes.
+        # Each device holds the logits of its images for the classes of its tower.
         assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
 
 
 def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
-    """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
+    """Runs `number` float64 updates with dropout, decay and a drop; returns the first velocity and the last state."""
     optimizer = helpers.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
     rng = np.random.default_rng(0)
     image_stats = ImageStats(
@@ -100,7 +100,7 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
         }
         state, report = step(state, sharding.to_mesh(mesh, batch), image_stats, jax.random.key(7))
         assert report['finite']
-        if i == 0:  # -rate * (gradient + decay * weights): the gradient, but for what both meshes share
+        if i == 0:  # -rate * (gradient + decay * weights): the gradient, except for terms that both meshes share
             gradient = jax.device_get(state.opt_state.velocity)
     return gradient, jax.device_get((state.params, state.opt_state.velocity))
 
@@ -112,8 +112,8 @@ SLOW = [
 
 
 @pytest.mark.parametrize(('data', 'tower', 'full_size'), [(1, 2, False), *SLOW])
-def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_size):
-    # float64: in float32 the winners of pools flip on nearly equal values, and correct programs drift apart.
+def test_updates_agree_with_one_device(data, tower, full_size):
+    # float64: in float32 the maxima of pooling flip on nearly equal values, and correct programs diverge.
     with jax.enable_x64():
         network = model.AlexNet(dtype='float64') if full_size else helpers.network(dtype='float64')
         size = 224 if full_size else helpers.SIZE
@@ -125,8 +125,8 @@ def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_siz
 
 
 @pytest.mark.parametrize(('data', 'tower'), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_a_batch_in_parts_makes_the_same_update(data, tower):
-    """With dropout, and an image that could not be read: one part has more that counts than the other."""
+def test_gradient_accumulation_makes_the_same_update(data, tower):
+    """With dropout and one unreadable image, so that the microbatches have different weights."""
     weight = (1, 0, 1, 1)
     with jax.enable_x64():
         network = helpers.network(dtype='float64')
@@ -155,15 +155,15 @@ def test_collectives_of_the_papers_network(data, tower):
         'weight': jax.ShapeDtypeStruct((4,), jnp.float32, sharding=on_data),
     }
     forward = sharding.forward(network, mesh)
-    # Before conv 3, fc 6, fc 7 and fc 8: nothing else crosses between devices.
+    # Before conv3, fc6, fc7 and fc8; nothing else crosses devices.
     assert _collectives(forward, params, x) == {'all-gather': 4}
     found = _collectives(lambda p, x, b: train_step.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
     assert found.pop('all-gather') == 4
     assert set(found) == {'all-reduce'}
 
 
-def test_gathers_follow_from_the_groups():
-    """Towers that never talk until the classifier gather once; one that always does gathers before each layer."""
+def test_all_gathers_follow_from_groups():
+    """Towers separated up to the classifier need one all-gather; always connected ones need one before each layer."""
     mesh = sharding.make_mesh(data=1, tower=2)
     names = ('conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7')
     for groups, gathers in ((2, 1), (1, 7)):
@@ -173,7 +173,7 @@ def test_gathers_follow_from_the_groups():
         assert _collectives(sharding.forward(network, mesh), _place(mesh, params), x) == {'all-gather': gathers}
 
 
-def test_two_devices_start_with_the_parameters_of_one():
+def test_initial_parameters_do_not_depend_on_the_mesh():
     network = helpers.network()
     init = lambda key: model.init_params(network, key, helpers.SIZE)  # noqa: E731
     alone = jax.jit(init)(jax.random.key(3))
@@ -183,7 +183,7 @@ def test_two_devices_start_with_the_parameters_of_one():
     assert split['conv2']['kernel'].addressable_data(0).shape == (3, 3, 4, 8)
 
 
-def test_each_tower_of_a_part_reads_the_same_images():
+def test_towers_of_a_data_shard_read_the_same_images():
     mesh = sharding.make_mesh(data=2, tower=2)
     x = sharding.to_mesh(mesh, {'image': np.arange(8, dtype=np.float32)})['image']
     rows = {shard.device: np.asarray(shard.data) for shard in x.addressable_shards}
@@ -193,7 +193,7 @@ def test_each_tower_of_a_part_reads_the_same_images():
     assert sharding.data_shard(mesh) == (0, 1)
 
 
-def test_batches_that_do_not_divide_into_parts():
+def test_indivisible_batches_are_refused():
     mesh = sharding.make_mesh(data=2, tower=1)
     sharding.check_batch(mesh, 8, 4)
     with pytest.raises(UserError, match='batch_size=8, grad_accum_steps=3: expected batch_size to be a multiple of 6'):
@@ -218,10 +218,10 @@ def test_mesh_errors(capsys):
     assert 'One device' in capsys.readouterr().out
 
 
-def test_a_batch_is_sent_before_the_one_before_it_is_used():
+def test_next_batch_is_sent_before_the_last_is_used():
     happened = []
 
-    def made():
+    def batches():
         for i in range(3):
             happened.append(f'{i} made')
             yield i
@@ -230,7 +230,7 @@ def test_a_batch_is_sent_before_the_one_before_it_is_used():
         happened.append(f'{batch} sent')
         return -batch
 
-    for sent, waited in pipeline.prefetch_to_device(made(), send):
+    for sent, waited in pipeline.prefetch_to_device(batches(), send):
         happened.append(f'{-sent} used')
         assert 0 <= waited < 1
     assert ', '.join(happened) == ('0 made, 0 sent, 1 made, 1 sent, 0 used, 2 made, 2 sent, 1 used, 2 used')
@@ -239,8 +239,8 @@ def test_a_batch_is_sent_before_the_one_before_it_is_used():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('data', 'tower'), MESHES)
-def test_an_odd_number_of_classes(data, tower):
-    """The same logits, and the same numbers after three updates, as on one device."""
+def test_odd_number_of_classes(data, tower):
+    """The logits, and all numbers after three updates, agree with one device."""
     with jax.enable_x64():
         network = helpers.network(dtype='float64', num_classes=13)
         architecture.infer_shapes(network, helpers.SIZE, towers=2)

@@ -1,4 +1,4 @@
-"""Images kept in memory or on the device, and records that are no images."""
+"""Images kept in memory or on the device, and records that cannot be decoded."""
 
 import itertools
 import multiprocessing
@@ -18,28 +18,28 @@ from alexnet_jax.utils.errors import UnreadableError, UserError
 from tests import helpers
 
 
-def test_pixels_that_are_no_bytes_are_refused():
-    """From 0 to 1 they would all be black."""
+def test_non_uint8_pixels_are_refused():
+    """Values from 0 to 1 would all be black."""
     with pytest.raises(UnreadableError, match='float32 of shape .* expected uint8'):
         cache.decode({'image': np.ones((6, 6, 3), np.float32)}, 6)
 
 
 @pytest.mark.parametrize('name', [b'n01/a.jpg', 'n01/a.jpg'])
-def test_a_record_that_is_no_image_is_named(name):
+def test_undecodable_record_is_named(name):
     with pytest.raises(UserError, match="record 'n01/a.jpg' cannot be decoded"):
         cache.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cache', ['host', 'device'])
-def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
+def test_cached_training_uses_workers_only_for_validation(cache):
     run = build.build(helpers.run_config(**{'data.cache': cache, 'data.num_workers': 2}))
     batches, val_batches = run.train_batches(0), run.val_batches()
     try:
         next(batches)
         assert not multiprocessing.active_children()
         chex.assert_trees_all_equal(next(val_batches), next(build.build(helpers.run_config()).val_batches()))
-        deadline = time.monotonic() + 30  # the first batch may be there before the second process is
+        deadline = time.monotonic() + 30  # the first batch may arrive before the second process starts
         while len(multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(multiprocessing.active_children()) == 2
@@ -50,15 +50,15 @@ def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
-def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
-    """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
+def test_cached_images_equal_uncached(mesh):
+    """Pixels and draws do not depend on the cache, and an update equals that of a batch cropped on the host."""
     changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
     runs = {
         where: build.build(helpers.run_config(**{'data.cache': where, **changes})) for where in ('', 'host', 'device')
     }
     found = {}
     for where, run in runs.items():
-        batches = run.train_batches(20)  # straddles two passes
+        batches = run.train_batches(20)  # spans two epochs
         *_, batch = (next(batches) for _ in range(4))
         batches.close()
         state, report = run.steps.train_step(
@@ -74,22 +74,22 @@ def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
         on_device = augment.crop_on_device(runs[where].to_mesh(batch), 29)
         chex.assert_trees_all_equal(np.asarray(on_device['image']), found[''][0]['image'])
         chex.assert_trees_all_close((params, loss), found[''][1], rtol=1e-4, atol=1e-6)
-    # Each device cuts what it has.
+    # Each device crops its own records.
     cut = jax.jit(lambda batch: augment.crop_on_device(batch, 29))
     text = cut.lower(runs['host'].to_mesh(found['host'][0])).compile().as_text()
     assert not re.findall('all-gather|all-reduce|all-to-all|collective-permute', text)
 
 
 @pytest.mark.slow
-def test_images_kept_in_memory_are_resized_there_where_they_have_to_be():
+def test_host_cache_resizes_random_areas():
     changes = {'data.crop_area': (0.3, 1.0), 'data.mean': 'channel'}
     runs = {where: build.build(helpers.run_config(**{'data.cache': where, **changes})) for where in ('', 'host')}
     for a, b in zip(*(itertools.islice(run.train_batches(20), 3) for run in runs.values()), strict=True):
         chex.assert_trees_all_equal(a, b)
 
 
-def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
-    """1,437 images of 32 px take 4.4 MB, and with a copy for each of four CPU devices five times as much."""
+def test_cache_larger_than_memory_is_refused(monkeypatch, tmp_path):
+    """1,437 images of 32 px take 4.4 MB; with a copy on each of four CPU devices they take five times as much."""
     container = tmp_path / 'memory.max'
     container.write_text('max\n')
     monkeypatch.setattr(processes, '_CONTAINER', tmp_path)
@@ -101,7 +101,7 @@ def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
         message = rf"data.cache='{where}': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of mem"
         with pytest.raises(UserError, match=message):
             build.build(helpers.run_config(**{'data.cache': where}))
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share it
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share the memory
         assert processes.memory() == memory // 4
         monkeypatch.delenv('LOCAL_WORLD_SIZE')
     container.write_text('5600000')

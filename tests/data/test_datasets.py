@@ -1,4 +1,4 @@
-"""Datasets by name, by folder and of arrays: what is one and what is refused."""
+"""Datasets by name, by folder and from arrays, and what is refused."""
 
 import sys
 
@@ -20,9 +20,10 @@ from alexnet_jax.utils.errors import UserError
         '{"type": "antigravity.FeaturesDict", "content": {}}',
         '{"type": "tensorflow_datasets.core.features.Image", "proto_cls": "antigravity.X", "content": {}}',
     ],
+    ids=['camel case', 'snake case', 'escaped', 'type', 'proto class'],
 )
-def test_features_of_somebody_else_are_not_imported(named, tmp_path):
-    """TFDS imports the module that features.json names, however it is spelt, and calls what it finds there."""
+def test_foreign_features_are_not_imported(named, tmp_path):
+    """TFDS imports the module named in features.json, whatever the spelling, and calls what it finds there."""
     data = tmp_path / 'data'
     data.mkdir()
     (data / 'dataset_info.json').write_text('{}')
@@ -38,7 +39,7 @@ def test_features_of_somebody_else_are_not_imported(named, tmp_path):
         datasets.open_dataset(str(data))
 
 
-def test_digits_are_real_and_apart():
+def test_digits_splits_are_disjoint():
     digits = datasets.open_dataset('digits')
     train, val = digits.split('train'), digits.split('val')
     assert (len(train), len(val), digits.record_size) == (1437, 360, 32)
@@ -50,7 +51,7 @@ def test_digits_are_real_and_apart():
         digits.split('test')
 
 
-def test_missing_data_name_the_command(tmp_path):
+def test_missing_data_error_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r'no data directory .*alexnet_jax prepare --input=IMAGES --output='):
         datasets.open_dataset(str(tmp_path / 'nowhere'))
     with pytest.raises(UserError, match='is not prepared data'):
@@ -59,14 +60,14 @@ def test_missing_data_name_the_command(tmp_path):
         datasets.open_dataset('')
 
 
-def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
+def test_subsets_are_deterministic_and_nested():
     records = [{'label': i} for i in range(1000)]
     small, large = (datasets.subset(records, fraction) for fraction in (0.1, 0.35))
     few, many = ([record['label'] for record in part] for part in (small, large))
     assert (len(few), len(many)) == (100, 350)
     assert set(few) <= set(many) and sorted(few) == few
     assert few == [record['label'] for record in datasets.subset(records, 0.1)]
-    assert 30 < sum(label < 500 for label in few) < 70  # from everywhere
+    assert 30 < sum(label < 500 for label in few) < 70  # spread over the whole split
     assert datasets.subset(records, 1.0) is records
 
 
@@ -82,7 +83,7 @@ def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
         (np.ones((8, 8, 3), np.uint8), 'cat', "has the label 'cat'; expected an integer"),
     ],
 )
-def test_arrays_that_are_no_dataset(image, label, message):
+def test_invalid_arrays_are_refused(image, label, message):
     good, other = {'image': np.ones((8, 8, 3), np.uint8), 'label': 1}, {'image': image, 'label': label}
     with pytest.raises(UserError, match=message):
         datasets.in_memory({'train': [good, other]}, ('a', 'b'))
@@ -93,13 +94,13 @@ def test_arrays_that_are_no_dataset(image, label, message):
         datasets.in_memory({'val': [good]}, ('a', 'b'))
 
 
-def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+def test_error_without_message_is_reported_by_type(tmp_path, monkeypatch):
 
-    def refuse(path):
+    def raise_without_message(path):
         raise AssertionError
 
     for name in ('dataset_info.json', 'features.json'):
         (tmp_path / name).write_text('{}')
-    monkeypatch.setattr(tfds, 'builder_from_directory', refuse)
+    monkeypatch.setattr(tfds, 'builder_from_directory', raise_without_message)
     with pytest.raises(UserError, match='cannot be opened as a prepared dataset: AssertionError'):
         datasets.open_dataset(str(tmp_path))

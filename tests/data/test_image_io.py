@@ -1,4 +1,4 @@
-"""Pixels of every kind of file."""
+"""Decoding of image files of all supported kinds."""
 
 import io
 
@@ -12,10 +12,10 @@ from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
 
-def test_square_is_the_shorter_side_resized_and_the_center_cut():
+def test_shorter_side_is_resized_and_center_cropped():
     for height, width in ((300, 431), (431, 300), (97, 64), (64, 64), (20, 31)):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-        # The paper's words literally: rescale all of it, then cut.
+        # The paper's procedure literally: rescale the whole image, then crop.
         scale = 64 / min(height, width)
         w, h = round(width * scale), round(height * scale)
         left, top = (w - 64) // 2, (h - 64) // 2
@@ -24,13 +24,13 @@ def test_square_is_the_shorter_side_resized_and_the_center_cut():
         assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
 
 
-def test_odd_files_come_out_right():
+def test_unusual_files_are_decoded_correctly():
     colors = np.asarray([[255, 0, 0], [0, 128, 0], [0, 0, 255], [200, 200, 40]], np.uint8).reshape(2, 2, 3)
     pixels = np.kron(colors, np.ones((32, 32, 1), np.uint8))
     image = Image.fromarray(pixels)
     gray = np.repeat(np.asarray(image.convert('L'))[..., None], 3, axis=2)
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    turned[0x0112] = 6  # display rotated by 90 degrees clockwise
     sixteen = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
     cases = {
         'PNG': (helpers.encode(image, 'PNG'), pixels),
@@ -46,14 +46,14 @@ def test_odd_files_come_out_right():
     for name, (content, expected) in cases.items():
         found = image_io.resize_center_crop(content, 64)
         assert found.shape == (64, 64, 3) and found.dtype == np.uint8, name
-        inner = np.r_[4:28, 36:60]  # away from the edges between colors, where JPEG smears
+        inner = np.r_[4:28, 36:60]  # away from the edges between colors, which JPEG blurs
         difference = np.abs(found.astype(int) - expected)[inner][:, inner]
         assert difference.max() <= 8, (name, difference.max())
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_every_exif_orientation(orientation):
-    """What a camera stored turned is shown upright: Pillow's own transposition is the oracle."""
+    """Images stored rotated are decoded upright; Pillow's own transposition is the reference."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.open(io.BytesIO(helpers.encode(helpers.picture(1, 40, 40), quality=95, exif=exif)))
@@ -63,18 +63,18 @@ def test_every_exif_orientation(orientation):
     )
 
 
-def test_odd_exif_does_not_spoil_an_image():
+def test_malformed_exif_is_tolerated():
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, 'maker'  # turned by 90 degrees; made by
+    exif[0x0112], exif[0x010F] = 6, 'maker'  # rotated by 90 degrees; camera maker
     content = helpers.encode(helpers.picture(1, 40, 40), quality=95, exif=exif)
     entry = content.index(b'\x01\x0f\x00\x02')
     odd = content[:entry] + b'\x01\x00' + content[entry + 2 :]  # now its width is the text 'maker'
-    with pytest.raises(Exception, match='not an integer'):  # as Pillow's own transposition finds
+    with pytest.raises(Exception, match='not an integer'):  # Pillow's own transposition fails
         ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
     chex.assert_trees_all_equal(image_io.resize_center_crop(odd, 40), image_io.resize_center_crop(content, 40))
 
 
-def test_folders_in_folders_without_end(tmp_path):
+def test_very_deep_folders_are_refused(tmp_path):
     here = tmp_path / 'train'
     for _ in range(300):
         here /= 'd'
@@ -83,14 +83,14 @@ def test_folders_in_folders_without_end(tmp_path):
         list(image_io.iter_image_files(str(tmp_path)))
 
 
-def test_arrays_that_are_no_gray_levels_are_refused():
+def test_ambiguous_gray_levels_are_refused():
     for kind in (np.float32, np.int32):
         with pytest.raises(ValueError, match=f'{kind.__name__} pixels have no defined white level'):
             image_io.resize_center_crop(np.full((16, 16, 1), 200, kind), 8)
     assert image_io.resize_center_crop(np.full((16, 16, 1), 200, np.uint8), 8).min() == 200
 
 
-def test_formats_are_those_of_photos():
+def test_unsupported_formats_are_refused():
     for kind in ('ICO', 'ICNS', 'TGA', 'PCX', 'SGI', 'JPEG2000', 'DDS', 'PDF', 'EPS'):
         with pytest.raises(ValueError, match='^unknown image format$'):
             image_io.resize_center_crop(helpers.encode(helpers.picture(0), kind), 16)

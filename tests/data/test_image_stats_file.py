@@ -1,4 +1,4 @@
-"""The file of the training images' statistics."""
+"""The file with the statistics of the training images."""
 
 import io
 import tracemalloc
@@ -11,8 +11,8 @@ from alexnet_jax.data import image_stats_file
 from alexnet_jax.utils.errors import UserError
 
 
-def test_statistics_that_would_grow(tmp_path):
-    """Before anything is read: the sizes that the archive declares, and those that an array in it does."""
+def test_statistics_declaring_huge_sizes_are_refused(tmp_path):
+    """The sizes declared by the archive and by its arrays are checked before anything is read."""
     path = tmp_path / 'image_stats.npz'
     np.savez_compressed(path, mean_image=np.zeros((2000, 2000, 3)))
     with pytest.raises(UserError, match=r'image_stats.npz is damaged \(\d+ bytes, but 96000\d+ declared\)'):

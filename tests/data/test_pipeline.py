@@ -1,4 +1,4 @@
-"""The stream: what a batch holds depends on seed and position alone."""
+"""The input pipeline: a batch depends on seed and position alone."""
 
 import collections
 import itertools
@@ -29,7 +29,7 @@ def _train(count=50, *, batch_size=8, start_step=0, take=10, damaged=(), **optio
         batches.close()
 
 
-def test_batches_hold_bytes_and_draws():
+def test_batch_contents_and_dtypes():
     (batch,) = _train(take=1)
     shapes = {name: (x.dtype.name, x.shape) for name, x in batch.items()}
     assert shapes == {
@@ -39,7 +39,7 @@ def test_batches_hold_bytes_and_draws():
 
 
 @pytest.mark.parametrize(('cores', 'workers', 'threads'), [(2, 0, 2), (64, 0, 16), (16, 4, 4), (16, 15, 1), (2, 8, 1)])
-def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypatch):
+def test_threads_are_divided_among_workers(cores, workers, threads, monkeypatch):
     monkeypatch.setattr(pipeline.processes, 'cores', lambda: cores)
     assert pipeline.default_threads(workers) == threads
 
@@ -48,22 +48,25 @@ def test_threads_are_dealt_out_to_the_workers(cores, workers, threads, monkeypat
     ('cores', 'free_mib', 'devices', 'workers'),
     [(16, 65536, 1, 15), (64, 65536, 1, 32), (64, 65536, 2, 63), (2, 65536, 1, 0), (16, 64, 1, 0), (16, 1000, 1, 4)],
 )
-def test_beside_an_accelerator_a_process_a_core_but_one(cores, free_mib, devices, workers, monkeypatch, capsys):
-    """128 images to train on and 128 to validate with: 128 * 3 * (224^2 + 256^2) bytes = 42.4 MiB, of which a process
-    may have five; a container has 64 MiB of shared memory. Of larger batches it makes 1,024 at a time."""
+def test_default_workers_leave_one_core_free(cores, free_mib, devices, workers, monkeypatch, capsys):
+    """A worker needs up to five buffers of 128 training and 128 validation images, 42.4 MiB each.
+
+    That is 128 * 3 * (224^2 + 256^2) bytes. A container has 64 MiB of shared memory. Larger batches are assembled in
+    chunks of 1,024 images.
+    """
     monkeypatch.setattr(pipeline.processes, 'cores', lambda: cores)
     monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: SimpleNamespace(free=free_mib << 20))
     row_bytes = 3 * (224**2 + 256**2)
     assert pipeline.default_workers(128, row_bytes, devices) == workers
     assert ('--ipc=host' in capsys.readouterr().err) == (free_mib < 65536)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # of launch/local.sh
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # as launch/local.sh sets it
     assert pipeline.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
     monkeypatch.delenv('LOCAL_WORLD_SIZE')
     assert pipeline.default_workers(8192, row_bytes, devices) == (min(workers, 37) if free_mib == 65536 else 0)
 
 
-def test_pieces_that_wait_for_their_batch_take_room_too(monkeypatch, capsys):
-    """Four processes were seen to have 4 * 4 + 2 + 7 pieces of a batch of eight: more than 24 in 8 GiB."""
+def test_default_workers_count_queued_chunks(monkeypatch, capsys):
+    """Four processes were seen to hold 4 * 4 + 2 + 7 chunks of a batch of eight: more than the 24 that fit in 8 GiB."""
     monkeypatch.setattr(pipeline.processes, 'cores', lambda: 16)
     monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: SimpleNamespace(free=8 << 30))
     row_bytes = 3 * (224**2 + 256**2)
@@ -72,7 +75,7 @@ def test_pieces_that_wait_for_their_batch_take_room_too(monkeypatch, capsys):
 
 
 def test_records_in_memory_are_never_printed():
-    """Grain names each step of a pipeline by its repr: minutes, for a list of a million arrays."""
+    """Grain names each step of a pipeline by its repr, which takes minutes for a list of a million arrays."""
 
     class Records(list):
         def __repr__(self):
@@ -85,24 +88,24 @@ def test_records_in_memory_are_never_printed():
     assert len(list(pipeline.eval_batches(records, batch_size=2, record_size=6))) == 2
 
 
-def test_every_pass_holds_every_image_once_in_another_order():
+def test_every_epoch_is_another_permutation():
     stream = np.concatenate(
         [b['label'] for b in _train(take=25)]
-    )  # 200 positions, 4 passes of 50; 8 does not divide 50
+    )  # 200 positions are 4 epochs of 50; 8 does not divide 50
     passes = stream.reshape(4, 50)
     for one in passes:
         assert sorted(one) == list(range(50))
     assert len({tuple(one) for one in passes}) == 4
 
 
-@pytest.mark.parametrize('start_step', [1, 6, 7])  # 7: batches 6 and 7 lie around the end of the first pass
-def test_a_restart_goes_on_at_step_times_batch(start_step):
+@pytest.mark.parametrize('start_step', [1, 6, 7])  # 7: batches 6 and 7 span the end of the first epoch
+def test_restart_resumes_at_step_times_batch(start_step):
     whole = _train(take=12)
     chex.assert_trees_all_equal(_train(take=12 - start_step, start_step=start_step), whole[start_step:])
 
 
 @pytest.mark.parametrize('label', [-1, -7])
-def test_an_image_without_a_label_is_named(label):
+def test_unlabeled_image_is_named(label):
     records = [{'image': np.zeros((6, 6, 3), np.uint8), 'label': label, 'file_name': b'a.jpg'}] * 3
     fixed = {'seed': 0, 'start_step': 0, 'augmentation': augment.Augmentation(image_size=4)}
     batches = pipeline.train_batches(cache.Records(records, 6), batch_size=2, **fixed)
@@ -116,14 +119,14 @@ def test_an_image_without_a_label_is_named(label):
     assert labels.tolist() == [pipeline.UNREADABLE_LABEL] * 3
 
 
-def test_threads_change_nothing():
+def test_batches_do_not_depend_on_threads():
     chex.assert_trees_all_equal(_train(num_threads=1), _train(num_threads=5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('num_workers', 'piece'), [(1, 8), (3, 8), (2, 3)])
-def test_worker_processes_change_nothing(num_workers, piece, monkeypatch):
-    """Nor that they make a batch of 8 in pieces of 2, 3 and 3, of which some have images that cannot be read."""
+def test_batches_do_not_depend_on_workers(num_workers, piece, monkeypatch):
+    """Also if workers assemble a batch of 8 from chunks of 2, 3 and 3, some with unreadable images."""
     monkeypatch.setattr(pipeline, '_CHUNK', piece)
     for shard in ((0, 1), (1, 2)):
         in_threads, in_processes = (
@@ -136,7 +139,7 @@ def test_worker_processes_change_nothing(num_workers, piece, monkeypatch):
 
 
 @pytest.mark.parametrize('count', [2, 4])
-def test_shards_put_together_are_the_whole_batch(count):
+def test_shards_concatenate_to_the_whole_batch(count):
     whole = _train(start_step=3)
     parts = [_train(start_step=3, shard=(i, count)) for i in range(count)]
     for k, batch in enumerate(whole):
@@ -144,8 +147,8 @@ def test_shards_put_together_are_the_whole_batch(count):
         chex.assert_trees_all_equal(joined, batch)
 
 
-def test_draws_do_not_depend_on_the_order_of_images():
-    """The same seed draws the same at a position, whatever images lie there and in whatever batches they come."""
+def test_draws_depend_on_position_not_on_images():
+    """The same seed draws the same values at a position, whatever the images and batch size."""
     a, b = _train(), _train(count=47, batch_size=4, take=20)
     assert (np.concatenate([x['label'] for x in a]) != np.concatenate([x['label'] for x in b])).any()
     for name in ('offset', 'reflect', 'color'):
@@ -174,7 +177,7 @@ def test_evaluation_counts_every_image_once(batch_size, shards):
 
 
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_evaluation_pass_after_pass_keeps_its_processes(num_workers):
+def test_repeated_evaluation_keeps_its_processes(num_workers):
     options = dict(batch_size=8, record_size=6, num_workers=num_workers)
     once = list(pipeline.eval_batches(helpers.Records(30), **options))
     batches, pids = pipeline.eval_batches(helpers.Records(30), **options, repeat=True), []
@@ -207,7 +210,7 @@ if __name__ == '__main__':
     not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
 )
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent(tmp_path, sig):
+def test_workers_exit_with_their_parent(tmp_path, sig):
     script = tmp_path / 'parent.py'
     script.write_text(_PARENT)
     parent = subprocess.Popen(
@@ -215,10 +218,10 @@ def test_workers_end_with_their_parent(tmp_path, sig):
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
     workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2 and all(map(helpers.running, workers))
+    assert len(workers) == 2 and all(map(helpers.is_running, workers))
     parent.send_signal(sig)
     parent.wait(20)
     deadline = time.monotonic() + 20
-    while any(map(helpers.running, workers)) and time.monotonic() < deadline:
+    while any(map(helpers.is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(helpers.running, workers))
+    assert not any(map(helpers.is_running, workers))

@@ -1,4 +1,4 @@
-"""The arms of the suites: what each changes."""
+"""The variants of the suites and what each changes."""
 
 import math
 
@@ -17,7 +17,7 @@ def _post_ops(config):
     return [layer.post for layer in config.model.layers.values()]
 
 
-def test_arms_change_what_they_say():
+def test_variants_change_what_they_name():
     base = _paper()
     variants = {variant.name: ablations.with_changes(base, variant.changes) for variant in ablations.ablations(base)}
     assert not any('lrn' in post for post in _post_ops(variants['no normalization']))
@@ -26,13 +26,13 @@ def test_arms_change_what_they_say():
     assert (variants['no crops or reflections'].data.random_crop, variants['no crops or reflections'].data.reflect) == (
         False,
     ) * 2
-    assert base.to_dict() == _paper().to_dict() == variants['base'].to_dict()  # the base is as it was
+    assert base.to_dict() == _paper().to_dict() == variants['base'].to_dict()  # the base is unchanged
     for name, config in variants.items():
         architecture.infer_shapes(model_from_config(config.model), 224, towers=config.mesh.tower), name
 
 
-def test_a_removed_layer_leaves_the_sizes_above_it():
-    """The paper's 55 - 27 - 13 - 13 - 13 - 6, whichever is gone; its stride and pooling go to a neighbor."""
+def test_removed_layer_keeps_sizes_of_layers_above():
+    """The sizes stay 55 - 27 - 13 - 13 - 13 - 6; the stride and pooling of the removed layer move to a neighbor."""
     base = _paper()
     last = {}
     convs = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5']
@@ -44,12 +44,12 @@ def test_a_removed_layer_leaves_the_sizes_above_it():
         last[name] = sizes[left[-1]].outputs[:2]
         strides = math.prod(config.model.layers[other].stride for other in left)
         assert (strides, sum(post.split().count('pool') for post in _post_ops(config))) == (4, 3)
-    # Without conv 1, conv 2's window of 5 px fits in 56 times, not 55: 56 - 28 - 14 - 7.
+    # Without conv1, the 5 px window of conv2 fits in 56 times, not 55: 56 - 28 - 14 - 7.
     assert last == {'conv1': (7, 7), **dict.fromkeys(convs[1:], (6, 6))}
 
 
-def test_the_layer_that_comes_to_the_pixels_gets_weights_for_pixels():
-    """Weights that suit activations of about 1 would be a hundred times too wide for values up to 255."""
+def test_new_first_layer_gets_weights_for_pixels():
+    """Weights that suit activations of about 1 are a hundred times too large for values up to 255."""
     base = helpers.digits_config()
     base.model.layers.conv2.features = 16
     changed = ablations.with_changes(base, {'model.layers': ablations.without_layer('conv1')}).model.layers
@@ -59,15 +59,15 @@ def test_the_layer_that_comes_to_the_pixels_gets_weights_for_pixels():
     assert kept.conv1.init == 'normal(0.003)'
 
 
-def test_arms_work_for_small_networks_too():
+def test_variants_work_for_small_networks():
     base = helpers.digits_config()
     for variant in ablations.ablations(base):
         config = ablations.with_changes(base, variant.changes)
         architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=config.mesh.tower)
 
 
-def test_the_cifar_arms_name_the_files_they_are_of():
-    """The names in layers/layers-cifar of the release, and section 3.3."""
+def test_cifar10_variants_name_their_sources():
+    """The sources are files in layers/layers-cifar of the release, and section 3.3."""
     variants = {variant.name: variant for variant in ablations.cifar10(_paper())}
     files = ('layers-80sec.cfg', 'layers-19pct.cfg', 'layers-18pct.cfg', 'layers-conv-local-13pct.cfg')
     for name, file in zip(('80sec', '19pct', '18pct', '13pct'), files, strict=True):

@@ -1,4 +1,4 @@
-"""The CIFAR-10 networks: parameters and shapes by hand, towers against one device, and what their configs change."""
+"""The CIFAR-10 networks: parameters and shapes by hand, towers against one device, and config changes."""
 
 import chex
 import jax
@@ -20,7 +20,7 @@ PARAMETERS = {
     '80sec': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 64 + 64) + (64 * 10 + 10),
     '19pct': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 10 + 10),
     '18pct': CONV1 + CONV2 + CONV3 + (4 * 4 * 64 * 10 + 10),
-    # Each of 6 x 6 places has kernels and biases of its own.
+    # Each of the 6 x 6 positions has its own kernels and biases.
     '13pct': WIDE1 + WIDE2 + 36 * (9 * 64 * 32 + 32) + 36 * (9 * 32 * 32 + 32) + (36 * 32 * 10 + 10),
     '11pct': WIDE1 + WIDE2 + 36 * (9 * 64 * 64 + 64) + 36 * (9 * 64 * 32 + 32) + (36 * 32 * 10 + 10),
 }
@@ -31,7 +31,7 @@ def _config(name):
 
 
 @pytest.mark.parametrize('name', cifar10.NETS)
-def test_parameters(name):
+def test_parameter_counts(name):
     config = _config(name)
     network = model_from_config(config.model)
     sizes = architecture.infer_shapes(network, config.data.image_size)
@@ -42,8 +42,8 @@ def test_parameters(name):
     }
 
 
-def test_the_authors_decays_and_falling_rates():
-    """cuda-convnet's files: 0.004 on convolutions and 3 on the classifier; a tenth after 120 epochs and 10 later."""
+def test_authors_weight_decays_and_stages():
+    """cuda-convnet's files: decay 0.004 on convolutions, 3 on the classifier; rate / 10 at epoch 120, again at 130."""
     config = _config('19pct')
     assert (config.optim.weight_decay, dict(config.optim.layer_decays)) == (0.004, {'fc4': 3.0})
     assert [row[:3] for row in config.optim.stages] == [(0, 1.0, 1.0), (120, 0.1, 0.1), (130, 0.01, 0.01)]
@@ -51,8 +51,8 @@ def test_the_authors_decays_and_falling_rates():
 
 
 @pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch'])
-def test_the_networks_are_the_same_whatever_config_they_begin_at(base):
-    """But for where the data lie, and what acts on dropout and color, which they have not got."""
+def test_networks_do_not_depend_on_the_base_config(base):
+    """Except the data path, and keys about dropout and color augmentation, which these networks do not use."""
     no_matter = {'path', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}
     for name in cifar10.NETS:
         config, expected = alexnet_jax.get_config(base), _config(name)
@@ -94,7 +94,7 @@ def test_unshared_layers_agree_over_two_towers():
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients[0]))
 
 
-def test_figure_1_differs_in_the_activation_alone():
+def test_figure1_variants_differ_only_in_activation():
     relu, tanh = (cifar10.figure1_changes(activation, 0.01) for activation in ('relu', 'tanh'))
     assert {key for key in relu if relu[key] != tanh[key]} == {'model.layers'}
     assert str(relu['model.layers']).replace('relu', 'tanh') == str(tanh['model.layers'])
@@ -103,18 +103,18 @@ def test_figure_1_differs_in_the_activation_alone():
     )
 
 
-def test_no_other_format_has_unshared_layers():
+def test_export_of_unshared_layers_is_refused():
     network = model_from_config(_config('13pct').model)
     with pytest.raises(UserError, match='local layers'):
         layout.from_params(network, 24, {})
 
 
-def test_a_name_that_is_none():
+def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match='expected one of 80sec'):
         _config('20pct')
 
 
-def test_every_key_of_the_networks_is_one_of_the_configs():
+def test_changes_use_known_config_keys():
     for changes in (*cifar10.NETS.values(), cifar10.figure1_changes('tanh', 0.1)):
         config = alexnet_jax.get_config('paper')
         config.update_from_flattened_dict(changes)

@@ -1,4 +1,4 @@
-"""The figures' data against the paper's numbers, brute force and values by hand; the pictures by what is on them."""
+"""The data of the figures against the paper, brute force and values by hand, and the content of the plots."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests import ROOT, helpers
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    return helpers.untrained(tmp_path_factory.mktemp('figures') / 'run')
+    return helpers.save_untrained(tmp_path_factory.mktemp('figures') / 'run')
 
 
 def _rows(name, towers, arg=None, **changes):
@@ -36,7 +36,7 @@ def _rows(name, towers, arg=None, **changes):
 OWN, BOTH = ((0,), (1,)), ((0, 1), (0, 1))
 
 
-def test_the_papers_architecture():
+def test_architecture_of_the_paper():
     """Section 3.5 and the caption of figure 2, whose 253,440 for the first layer is not 55 x 55 x 96."""
     rows = _rows('paper', 2)
     assert [row.name for row in rows] == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
@@ -71,7 +71,7 @@ def test_architecture_of_other_networks():
         assert figures.towers_of(model_from_config(config.model), config.data.image_size) == towers, name
 
 
-def test_kernels_are_the_checkpoints(path):
+def test_kernel_pictures_show_checkpoint_kernels(path):
     kernel = np.asarray(loading.load_checkpoint(path).params['conv1']['kernel'])
     towers = figures.kernel_pictures(kernel, 2)
     assert [tower.shape for tower in towers] == [(4, 5, 5, 3)] * 2
@@ -93,7 +93,7 @@ def test_color_share_by_hand():
     kernels[:, :, 0, 1] = [[1.0, -2.0], [3.0, 0.5]]  # red: 1 - 3 (1/3)^2
     kernels[:, :, 0, 2], kernels[:, :, 1, 2] = 1.0, -1.0  # red against green
     kernels[0, 0, :, 3] = 2.0, 1.0, 0.0  # mean 1: 1 - 3 / 5
-    kernels[:, :, :, 4] = 1e-20  # gray, and faint
+    kernels[:, :, :, 4] = 1e-20  # gray with tiny values
     found = figures.color_share(kernels)
     np.testing.assert_allclose(found, [0, 2 / 3, 1, 0.4, 0, 0], atol=1e-12)
     gaussian = np.random.default_rng(0).normal(size=(11, 11, 3, 200))
@@ -110,12 +110,12 @@ def test_predictions(path):
         assert prediction.true == str(label) and prediction.names == tuple(map(str, order))
         np.testing.assert_allclose(prediction.probabilities, p[order], rtol=1e-5)
         assert prediction.place == (order.index(label) if label in order else None)
-    assert len({prediction.place for prediction in found}) > 2  # all cases are there
+    assert len({prediction.place for prediction in found}) > 2  # all cases occur
 
 
 @pytest.mark.parametrize('batch', [1, 7, 64, 300])
-def test_nearest_is_brute_force(batch):
-    """Also where thousands are tied, in one batch and in several: the lower index comes first."""
+def test_nearest_matches_brute_force(batch):
+    """Thousands of distances are tied, within and across batches: the lower index comes first."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, (200, 5)).astype(np.float32) * 1000 + 0.1
     query = rng.integers(0, 2, (4, 5)).astype(np.float32) * 1000 + 0.1
@@ -128,8 +128,8 @@ def test_nearest_is_brute_force(batch):
     assert any(len(set(row)) < 6 for row in found)
 
 
-def test_nearest_of_far_and_few():
-    """Small differences of large vectors; fewer vectors than asked for."""
+def test_nearest_of_large_and_few_vectors():
+    """Small differences of large vectors; fewer vectors than requested."""
     query = np.full((1, 3), 1e6, np.float32)
     base = query + np.array([[2.0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
     indices, distances = figures.nearest(query, [base])
@@ -137,8 +137,8 @@ def test_nearest_of_far_and_few():
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_an_image_is_no_neighbor_of_itself(split, path, monkeypatch):
-    """The other training images by their distance in fc7, one by one; of split train the query is one of them."""
+def test_image_is_not_its_own_neighbor(split, path, monkeypatch):
+    """Compares with a search over the other training images in fc7; in split train the query is one of them."""
     loaded, digits, drawn = loading.load_checkpoint(path), datasets.open_dataset('digits'), []
     records = {name: digits.splits[name][:30] for name in ('train', 'val')}
     images = {name: np.stack([record['image'] for record in part]) for name, part in records.items()}
@@ -162,7 +162,7 @@ def test_confusion_by_hand():
     assert figures.most_confused(matrix, names) == [('owl', 'cat', 2, 0.5), ('cat', 'dog', 1, 0.5),
                                                     ('owl', 'dog', 1, 0.25)]  # fmt: skip
     assert figures.most_confused(matrix, names, count=1) == [('owl', 'cat', 2, 0.5)]
-    assert matrix[0, 0] == 1  # as it was
+    assert matrix[0, 0] == 1  # the matrix is unchanged
 
 
 def test_curves(tmp_path):
@@ -186,8 +186,8 @@ def _crossing(figure):
     return sum(line.get_color() == plots.VERMILION for line in figure.axes[0].lines)
 
 
-def test_connections_between_towers_are_drawn():
-    """Two lines for a kernel's window, one for a dense layer, in each direction."""
+def test_tower_connections_are_drawn():
+    """In each direction, a convolution draws two lines for its window and a dense layer one."""
     assert _crossing(plots.architecture(_rows('paper', 2), 224)) == 2 * (2 + 3)
     assert _crossing(plots.architecture(_rows('sixth_conv', 2), 224)) == 2 * (2 + 2 + 3)
     assert _crossing(plots.architecture(_rows('ablations:no_communication', 2), 224)) == 2
@@ -200,8 +200,8 @@ def test_connections_between_towers_are_drawn():
     assert plots.architecture(figures.architecture(softmax, 8, 1), 8).axes[0].lines
 
 
-def test_the_kernels_picture():
-    """16 a row with a pixel between, one tower above the other."""
+def test_kernels_plot():
+    """16 kernels per row with a 1 px gap, one tower above the other."""
     towers = [np.full((18, 3, 3, 3), 0.25), np.full((18, 3, 3, 3), 0.75)]
     figure = plots.kernels(towers, [0.1, 0.9])
     sheets = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
@@ -215,7 +215,7 @@ def test_the_kernels_picture():
         assert np.all(sheet[5:8, 9:] == 1)
 
 
-def test_the_bars_of_predictions():
+def test_predictions_plot():
     found = [
         figures.Prediction('owl, night bird', ('cat', 'owl, night bird'), (0.75, 0.25), 1),
         figures.Prediction('yak', ('cat', 'dog'), (0.5, 0.125), None),
@@ -241,7 +241,7 @@ def test_learning_curves():
     assert not plots.learning_curves({}).axes[0].lines
 
 
-def test_saved_twice_alike_and_nothing_global(tmp_path):
+def test_plots_are_deterministic_and_leave_no_global_state(tmp_path):
     before = matplotlib.rcParams.copy()
     for name in ('a', 'b'):
         figure = plots.confusion(np.eye(3, dtype=int) * 4, ('cat', 'dog', 'owl'))
@@ -255,11 +255,8 @@ def test_saved_twice_alike_and_nothing_global(tmp_path):
         plots.save(figure, str(tmp_path / 'file'), 'confusion')
 
 
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'figures', '--cpu_devices=1', *arguments], capture_output=True, text=True,
-        cwd=ROOT, timeout=300,
-    )  # fmt: skip
+def _run(*words):
+    return helpers.run_command('figures', '--cpu_devices=1', *words)
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
-"""Own pictures in one command: from class folders to a network, then another one tuned from it."""
+"""Fine-tuning on a folder of images in one command, from class folders and from another fine-tuned network."""
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from alexnet_jax.checkpoints import loading
 from alexnet_jax.experiments import finetune
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 CONFIG = """
 from tests import helpers
@@ -20,11 +18,8 @@ def get_config():
 """
 
 
-def _run(module, *words, code=0):
-    done = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', module, *map(str, words), '--cpu_devices=1'],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
+def _run(command, *words, code=0):
+    done = helpers.run_command(command, *words, '--cpu_devices=1')
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -41,10 +36,10 @@ def test_from_class_folders_to_predictions(tmp_path):
     assert 'of 12 val images, center crop' in said and (out / 'figures' / 'confusion.png').exists()
     first = loading.load_checkpoint(str(out / 'run'))
     assert first.class_names == ('digit 0', 'digit 1', 'digit 4')
-    assert 'is finished' in _run('finetune', *words)  # again: nothing is prepared or trained
+    assert 'is finished' in _run('finetune', *words)  # a second run prepares and trains nothing
     assert 'digit ' in _run('predict', f'--checkpoint={out}/run', pictures / 'digit 4')
 
-    # Tuned for other classes: all layers but the classifier come from there.
+    # Fine-tuned on other classes: all layers except the classifier are copied.
     others, tuned = helpers.write_pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
     words = (f'--input={others}', f'--output={tuned}', f'--config={tmp_path}/config.py', f'--init_from={out}/run')
     said = _run('finetune', *words, '--config.num_steps=1', '--config.optim.learning_rate=0.0')
@@ -62,8 +57,8 @@ def _nested(folder, pictures):
     return folder
 
 
-def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
-    """What lies there stays as it is, and it may be all there is: the pictures need not be there any more."""
+def test_prepared_output_of_other_images_is_refused(tmp_path):
+    """Existing prepared data are kept, and are enough: the source images need not exist anymore."""
     one, other = (
         helpers.write_pictures(tmp_path / name, classes, 2) for name, classes in (('one', (0, 1)), ('two', (2, 7)))
     )
@@ -89,9 +84,9 @@ def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
     assert finetune.prepare_pictures(str(one), folder, 16, 0.5, 0).class_names == first.class_names
 
 
-def test_a_tuned_config_is_the_checkpoints_network_with_the_configs_rates(tmp_path):
+def test_finetune_config_combines_network_and_rates(tmp_path):
     source = loading.load_checkpoint(
-        helpers.untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5})
+        helpers.save_untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5})
     )
     config = helpers.digits_config(**{'optim.learning_rate': 0.5, 'data.image_size': 20, 'data.num_threads': 3})
     found = finetune.finetune_config(config, source, 'somewhere', 7)
@@ -99,7 +94,7 @@ def test_a_tuned_config_is_the_checkpoints_network_with_the_configs_rates(tmp_pa
     assert (found.optim.learning_rate, found.data.num_threads) == (0.5, 3)
     assert (found.data.path, found.model.num_classes) == ('somewhere', 7)
     assert dict(found.optim.layer_rates) == {'fc8': 10.0}
-    assert config.data.image_size == 20 and config.optim.layer_rates == ()  # as it was
+    assert config.data.image_size == 20 and config.optim.layer_rates == ()  # the config is unchanged
     config.optim.layer_rates = (('conv1', 0.0),)
     assert dict(finetune.finetune_config(config, source, '', 7).optim.layer_rates) == {'conv1': 0.0}
     assert finetune.finetune_config(config, None, '', 7).data.image_size == 20

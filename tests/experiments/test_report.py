@@ -1,4 +1,4 @@
-"""The page of report.py: what is in the file, and what headless Chromium makes of it."""
+"""The page of report.py: the content of the file, and its behavior in headless Chromium."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
-RECORD = 40  # px; of which the network reads the central 35, conv 1 at stride 2 with padding (0, 1)
+RECORD = 40  # px; the network reads the central 35 px, conv1 with stride 2 and padding (0, 1)
 HOSTILE = '</script><script>alert("x")</script><!--data-->'
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason='needs chromium, chromium-browser or google-chrome')
@@ -38,7 +38,7 @@ def _checkpoint(mean='crop', **changes):
     first['bias'] = np.arange(first['bias'].size, dtype=np.float32)
     images = _images(20, seed=1)
     moments = image_stats.Moments.zeros(RECORD)
-    for image in images // np.arange(1, 4, dtype=np.uint8):  # means that differ by channel
+    for image in images // np.arange(1, 4, dtype=np.uint8):  # channels with different means
         moments = moments.add(image)
     return Checkpoint(
         step=1,
@@ -59,7 +59,7 @@ def checkpoint():
 
 @pytest.fixture(scope='module')
 def interactive(checkpoint, tmp_path_factory):
-    """A page with interactive and hostile texts."""
+    """A page with interactive parts and hostile texts."""
     wide = report.Table('Wide', tuple(f'column {i}' for i in range(20)), [tuple(range(10**6, 10**6 + 20))])
     folder = tmp_path_factory.mktemp('interactive')
     Image.new('RGB', (2025, 90)).save(folder / 'wide.png')
@@ -99,7 +99,7 @@ def test_tables(tmp_path):
     assert 'id="slide"' not in page and 'id="walk"' not in page and '#walk' not in page
 
 
-def test_figures_and_interactive_lie_in_the_file(checkpoint, tmp_path):
+def test_figures_and_scripts_are_embedded(checkpoint, tmp_path):
     svg = '<svg xmlns="http://www.w3.org/2000/svg"><a href="https://example.org"/></svg>'
     (tmp_path / 'a.svg').write_text(svg)
     Image.new('RGB', (3, 2)).save(tmp_path / 'b.PNG')
@@ -113,14 +113,14 @@ def test_figures_and_interactive_lie_in_the_file(checkpoint, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.svg', 'b.PNG', 'r.html'], 'nothing half written is left'
 
 
-def test_class_names_and_captions_stay_text(interactive):
+def test_class_names_and_captions_are_escaped(interactive):
     assert interactive.count('<script') == interactive.count('</script>') == 2 and 'alert("x")<' not in interactive
     data = _data(interactive)
     assert data['captions'] == [HOSTILE, 'image 2', 'image 3']
     assert HOSTILE in {row['label'] for rows in data['walk']['labels'] for row in rows}, 'choose another seed'
 
 
-def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
+def test_walk_shows_the_networks_activations(checkpoint, interactive):
     walk, images = _data(interactive)['walk'], _images()
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     apply = jax.jit(lambda params, x: checkpoint.network.apply({'params': params}, x, mutable='intermediates'))
@@ -144,12 +144,12 @@ def test_the_walk_shows_what_the_network_computes(checkpoint, interactive):
 
 
 def _layers(*convs):
-    """Convolutions, and the dense layers of `small`."""
+    """Returns convolutions followed by the dense layers of `helpers.SMALL`."""
     dense = {name: spec for name, spec in helpers.SMALL['layers'].items() if name.startswith('fc')}
     return {f'conv{i}': spec for i, spec in enumerate(convs, 1)} | dense
 
 
-def test_many_pictures_and_large_layers_stay_small(tmp_path):
+def test_many_images_and_large_layers_are_truncated(tmp_path):
     layers = {
         'conv1': ConvSpec(features=40, kernel=5, padding=(2, 2), init=helpers.INIT, bias=0.1, post='avg_pool'),
         'fc2': DenseSpec(features=5000, init=helpers.INIT, bias=0.5, post='tanh'),
@@ -165,19 +165,19 @@ def test_many_pictures_and_large_layers_stay_small(tmp_path):
     assert [len(rows) for rows in data['walk']['labels']] == [3] * 6
 
 
-def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
+def test_filter_demo_needs_a_convolution(tmp_path):
     page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers()), image_NHWC=_images())
     assert 'id="walk"' in page and 'id="slide"' not in page and '#slide' not in page
 
 
-def test_a_step_of_ones_own_is_shown_by_its_name():
-    """docs/variants.md: the report explains a step that has words, and gets along without."""
+def test_custom_step_is_shown_by_its_name():
+    """docs/variants.md: the report describes steps it knows and shows others by name."""
     network = helpers.network()
     assert report._describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
-def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
-    """Of 8 kernels on 8 px maps: pooled to 4, then to 2."""
+def test_repeated_step_is_shown_twice(tmp_path):
+    """8 kernels on 8 px maps are pooled to 4 px, then to 2 px."""
     row = ConvSpec(features=8, kernel=3, stride=5, padding=(1, 1), init=helpers.INIT, post='relu pool pool')
     page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers(row)), image_NHWC=_images())
     sizes = re.findall(r'"what": "max pooling".*?"shape": "(\d+) x', page)
@@ -207,13 +207,13 @@ def test_user_errors(contents, message, tmp_path):
         (np.zeros((0, RECORD, RECORD, 3), np.uint8), r'\(0, 40, 40, 3\)'),
     ],
 )
-def test_images_of_another_kind(images, message, checkpoint, tmp_path):
+def test_invalid_images_are_refused(images, message, checkpoint, tmp_path):
     with pytest.raises(UserError, match=message):
         _write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=images)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="none/r.html' cannot be written: No such file"):
         _write(tmp_path / 'none' / 'r.html')
 
@@ -233,14 +233,14 @@ addEventListener('message', (event) => {
 </script>"""
 
 
-def _play(folder, page, script):
-    """What an async script returns that is run in the page, in a window of 375 px."""
+def _run_in_page(folder, page, script):
+    """Returns the result of an async script that runs in the page, in a window of 375 px."""
     tell = f'parent.postMessage(JSON.stringify(await (async () => {{ {script} }})()), "*")'
-    played = page.replace('<head>', '<head>' + LISTEN).replace(
+    instrumented = page.replace('<head>', '<head>' + LISTEN).replace(
         '</body>', f'<script type="module">{tell}</script></body>'
     )
-    (folder / 'played.html').write_text(played)
-    (folder / 'wrap.html').write_text(WRAP % 'played.html')  # Chromium's own window has a least width of 500 px
+    (folder / 'played.html').write_text(instrumented)
+    (folder / 'wrap.html').write_text(WRAP % 'played.html')  # Chromium's own windows are at least 500 px wide
     flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile']
     flags += ['--virtual-time-budget=20000', '--dump-dom', f'file://{folder}/wrap.html']
     result = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
@@ -255,15 +255,18 @@ def _play(folder, page, script):
     ('mean', 'row'),
     [
         ('crop', {'kernel': 5, 'stride': 2, 'padding': (0, 1), 'post': 'relu'}),
-        ('channel', {'kernel': 7, 'stride': 4, 'padding': (0, 3)}),  # the paper's, smaller: the last window hangs over
+        # The paper's layout, smaller: the last window extends beyond the edge.
+        ('channel', {'kernel': 7, 'stride': 4, 'padding': (0, 3)}),
         ('center', {'kernel': 4, 'stride': 3, 'padding': (2, 0), 'post': 'relu'}),
     ],
 )
-def test_the_page_computes_the_convolution(mean, row, tmp_path):
+def test_page_computes_the_convolution(mean, row, tmp_path):
     row = ConvSpec(features=8, init=helpers.INIT, bias=0.1, **row)
     checkpoint, images = _checkpoint(mean, layers={'conv1': row, 'fc2': DenseSpec(init=helpers.INIT)}), _images()
     page = _write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=images)
-    found = _play(tmp_path, page, 'return [[0, 0], [2, 5]].map((pair) => [...window.report.featureMap(...pair)]);')
+    found = _run_in_page(
+        tmp_path, page, 'return [[0, 0], [2, 5]].map((pair) => [...window.report.featureMap(...pair)]);'
+    )
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     weights = checkpoint.params['conv1']
     expected = lax.conv_general_dilated(
@@ -276,8 +279,8 @@ def test_the_page_computes_the_convolution(mean, row, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def played(interactive, tmp_path_factory):
-    """One visit: the width of the page, then keys and buttons, and what is shown after each."""
+def visit(interactive, tmp_path_factory):
+    """One visit: the page width, then keys and buttons, and what is shown after each."""
     script = """
       const [slide, walk] = ['slide', 'walk'].map((name) => document.getElementById(name));
       const press = (node, key) => node.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
@@ -345,40 +348,40 @@ def played(interactive, tmp_path_factory):
       found.endWidth = [document.documentElement.scrollWidth, innerWidth];
       return { ...found, wrong };
     """
-    return _play(tmp_path_factory.mktemp('played'), interactive, script)
+    return _run_in_page(tmp_path_factory.mktemp('played'), interactive, script)
 
 
 @pytest.mark.slow
 @in_browser
-def test_the_page_raises_no_errors_and_fits_a_phone(played):
-    assert played['wrong'] == []
-    assert played['width'][1] == played['endWidth'][1] == 375
-    assert played['width'][0] <= 375 and played['endWidth'][0] <= 375
-    assert played['unnamed'] == played['clickable'] == 0
-    image, box, content = played['figure']
+def test_page_has_no_errors_and_fits_a_phone(visit):
+    assert visit['wrong'] == []
+    assert visit['width'][1] == visit['endWidth'][1] == 375
+    assert visit['width'][0] <= 375 and visit['endWidth'][0] <= 375
+    assert visit['unnamed'] == visit['clickable'] == 0
+    image, box, content = visit['figure']
     assert image == 66 * 16 <= content and box < 375, 'as wide as on a desk, and it scrolls'
 
 
 @pytest.mark.slow
 @in_browser
-def test_the_window_moves_by_key_and_button(played):
+def test_window_moves_by_key_and_button(visit):
     side = (helpers.SIZE + 1 - 5) // 2 + 1
-    assert played['places'] == [0, 1, 1 + side, side, 0, 0, 1, 1, 1] and played['passed'] == [True] * 4
-    assert played['frames'][0] == played['frames'][1] == played['frames'][2] > 0, 'whole, at the edge, too'
-    assert played['behind'].startswith('repeating-linear-gradient')
-    assert played['value'].startswith(f'Row 1 of {side}, column 2: 75 products and the bias 2 add up to ')
-    assert float(played['value'].split()[-1][:-1]) == pytest.approx(played['third'], rel=5e-3)
-    assert played['still'] == 1 and played['played'] > 1 and played['paused']
+    assert visit['places'] == [0, 1, 1 + side, side, 0, 0, 1, 1, 1] and visit['passed'] == [True] * 4
+    assert visit['frames'][0] == visit['frames'][1] == visit['frames'][2] > 0, 'whole, at the edge, too'
+    assert visit['behind'].startswith('repeating-linear-gradient')
+    assert visit['value'].startswith(f'Row 1 of {side}, column 2: 75 products and the bias 2 add up to ')
+    assert float(visit['value'].split()[-1][:-1]) == pytest.approx(visit['third'], rel=5e-3)
+    assert visit['still'] == 1 and visit['played'] > 1 and visit['paused']
 
 
 @pytest.mark.slow
 @in_browser
-def test_the_walk_goes_by_key_and_button(played):
+def test_walk_moves_by_key_and_button(visit):
     count = 22 + 2
-    assert played['stages'] == [
+    assert visit['stages'] == [
         f'1 of {count}, the image', f'1 of {count}, the image', f'2 of {count}, conv1: convolution',
         f'3 of {count}, conv1: ReLU', f'4 of {count}, conv1: response normalization', f'{count} of {count}, the labels',
         f'{count - 1} of {count}, fc8: fully connected',
     ]  # fmt: skip
-    assert played['ends'] == ['false', 'true']
-    assert played['maps'] == 8 and len(played['labels']) == 5
+    assert visit['ends'] == ['false', 'true']
+    assert visit['maps'] == 8 and len(visit['labels']) == 5

@@ -1,4 +1,4 @@
-"""Suites: the search, what goes on after a kill, what is measured and what is prepared."""
+"""Experiment suites: rate search, resuming after a kill, measurements and preparation of data."""
 
 import csv
 import json
@@ -25,16 +25,16 @@ def _suite(name, base, seeds, output):
 
 
 @pytest.mark.parametrize('name', ['authors_2012', 'sixth_conv:finetune', 'cifar10:11pct', 'cifar10:18pct', 'caffe'])
-def test_every_shipped_config_is_a_base(name, tmp_path):
-    """Also one that freezes a layer which a variant takes out, and one without hidden layers: all can be built."""
+def test_shipped_configs_work_as_base(name, tmp_path):
+    """Includes a config that freezes a layer removed by a variant, and one without hidden layers: all can be built."""
     base = alexnet_jax.get_config(name)
-    base.init_from = 'somewhere'  # where init_fresh is set it wants one
+    base.init_from = 'somewhere'  # required if init_fresh is set
     trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
     names = [trial.variant.name for trial in trials]
     assert 'without conv 1' in names and ('towers that do not talk' in names) == (name != 'cifar10:18pct')
 
 
-def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
+def test_invalid_variant_is_refused_before_training(tmp_path):
     base = helpers.digits_config()
     variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
     with pytest.raises(UserError, match="variant 'broken' cannot be built from this base: model.pool_stride=2"):
@@ -42,7 +42,7 @@ def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_network_without_its_first_layer_is_measured(tmp_path):
+def test_network_without_first_layer_is_measured(tmp_path):
     base = helpers.digits_config(**{'num_steps': 2, 'mesh.tower': 1, 'optim.layer_rates': (('conv1', 0.1),)})
     variants = [variant for variant in ablations.ablations(base) if variant.name == 'without conv 1']
     (trial,) = runner.make_trials(variants, base, 1, str(tmp_path))
@@ -50,10 +50,10 @@ def test_the_network_without_its_first_layer_is_measured(tmp_path):
     assert not row['diverged'] and 0 <= row['color_0'] and row['test_images'] == 360
 
 
-def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
-    """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken.
+def test_rate_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
+    """Epochs are a made-up function of the rate; a rate may use no more epochs than the best so far.
 
-    The last batch of a pass reaches a little into the next.
+    The last batch of an epoch extends a little into the next.
     """
     needs, asked = {}, []
 
@@ -66,7 +66,7 @@ def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
     needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
     best, rows = runner.search_rate('relu', _suite('figure1', alexnet_jax.get_config('paper'), 1, tmp_path), None)
     assert best == 0.01
-    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not asked for
+    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not tried
     assert [row['reached'] for row in rows] == [True, True, False]
 
     asked.clear()
@@ -76,21 +76,21 @@ def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
 
 
-class _Killed(BaseException):
+class _KilledError(BaseException):
     pass
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Training that takes no time, dies before the update that `left` counts down to, and knows what it has done."""
+    """Training without computation. It records what was trained and dies before the run that `left` counts down to."""
     state = SimpleNamespace(left=1000, trained=[], measured=[])
 
     def train_and_evaluate(config, workdir):
         if workdir in state.trained:
-            return  # is finished
+            return  # already finished
         state.left -= 1
         if not state.left:
-            raise _Killed
+            raise _KilledError
         state.trained.append(workdir)
         os.makedirs(workdir)
 
@@ -112,44 +112,44 @@ def _csv(folder):
 
 
 @pytest.mark.parametrize('suite', ['figure1', 'cifar10'])
-def test_a_suite_that_is_killed_anywhere_goes_on_where_it_was(suite, fakes, tmp_path):
-    """Also in the middle of a search: each network is trained and measured once, the rows are as those of one go."""
+def test_killed_suite_resumes_where_it_stopped(suite, fakes, tmp_path):
+    """Also during a rate search: each network is trained and measured once, and the rows equal those of one run."""
 
-    def go(folder):
+    def run_suite(folder):
         run = runner.run_figure1 if suite == 'figure1' else runner.run_variants
         return run(_suite(suite, helpers.digits_config(), 2, tmp_path / folder), None)[1]
 
-    expected, count = go('whole'), len(fakes.trained)
+    expected, count = run_suite('whole'), len(fakes.trained)
     assert len(expected) == count == len(_csv(tmp_path / 'whole')) > 6
     for kill in range(1, count + 1):
         fakes.trained.clear(), fakes.measured.clear()
         fakes.left, folder = kill, tmp_path / f'killed-{kill}'
-        with pytest.raises(_Killed):
-            go(folder)
+        with pytest.raises(_KilledError):
+            run_suite(folder)
         assert len(fakes.trained) == kill - 1 == (len(_csv(folder)) if kill > 1 else 0), 'each has its row at once'
         fakes.left = 1000
-        assert go(folder) == expected
+        assert run_suite(folder) == expected
         assert len(set(fakes.trained)) == len(fakes.trained) == count and fakes.measured == fakes.trained
         assert sorted(_csv(folder)) == sorted(_csv(tmp_path / 'whole'))
 
 
-def test_a_finished_suite_that_is_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
+def test_suite_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
     more = (_suite('views', helpers.digits_config(), 3, tmp_path), None)
     runner.run_variants(*more)
     before = _csv(tmp_path)
 
-    def killed(config, workdir):
+    def die(config, workdir):
         if workdir.endswith('-2'):
-            raise _Killed
+            raise _KilledError
 
-    monkeypatch.setattr(train, 'train_and_evaluate', killed)
-    with pytest.raises(_Killed):
+    monkeypatch.setattr(train, 'train_and_evaluate', die)
+    with pytest.raises(_KilledError):
         runner.run_variants(*more)
     assert sorted(_csv(tmp_path)) == sorted(before) and len(before) == 3
 
 
-def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys):
-    """But by another config, which can only be seen in config.json where there is no checkpoint."""
+def test_diverged_run_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys):
+    """Unless the config changed; without a checkpoint, only config.json shows that."""
     asked = []
 
     def diverges(config, workdir):
@@ -172,8 +172,8 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
-def test_reached(threshold, error, reached, monkeypatch, tmp_path):
-    """No error at all is below any threshold; where there is none, nothing is said."""
+def test_measure_compares_error_with_threshold(threshold, error, reached, monkeypatch, tmp_path):
+    """An error of 0 is below any threshold; without a threshold, the result is empty."""
     curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
     network = SimpleNamespace(layers={'conv1': SimpleNamespace(features=3)})
     monkeypatch.setattr(tables, 'load_last', lambda workdir: SimpleNamespace(network=network))
@@ -193,19 +193,19 @@ def _pictures(folder, *names):
 
 
 @pytest.fixture
-def preparing(monkeypatch):
-    """What was asked to be prepared."""
+def sources(monkeypatch):
+    """The inputs passed to `prepare`, which only creates its output folder."""
     asked = []
 
-    def prepared(source, output, **_):
+    def fake_prepare(source, output, **_):
         asked.append(source)
         os.makedirs(output)
 
-    monkeypatch.setattr(prepare, 'prepare', prepared)
+    monkeypatch.setattr(prepare, 'prepare', fake_prepare)
     return asked
 
 
-def test_images_are_prepared_once_and_those_of_another_folder_are_refused(preparing, tmp_path, monkeypatch):
+def test_images_are_prepared_once_per_source(sources, tmp_path, monkeypatch):
     one, other = (_pictures(tmp_path / name, 'train', 'val') for name in ('one', 'other'))
     out = str(tmp_path / 'out')
     os.mkdir(out)
@@ -213,7 +213,7 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
         assert runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out)) == os.path.join(
             out, 'data-32'
         )
-    assert preparing == [one]
+    assert sources == [one]
     for path in (other, str(tmp_path / 'typo')):
         with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; use the same source'):
             runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out))
@@ -234,34 +234,32 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
         ((), 'figure1', 'input .*raw. does not exist'),
     ],
 )
-def test_what_cannot_be_used_is_not_prepared(dry, folders, suite, message, preparing, tmp_path):
+def test_unusable_images_are_not_prepared(dry, folders, suite, message, sources, tmp_path):
     raw = _pictures(tmp_path / 'raw', *folders)
     with pytest.raises(UserError, match=message):
         if dry:
             runner.plan_suite(_suite(suite, helpers.digits_config(), 3, tmp_path / 'out'), raw)
         else:
             runner.prepare_images(raw, _suite(suite, helpers.digits_config(), 1, str(tmp_path / 'out')))
-    assert not preparing and not (tmp_path / 'out').exists()
+    assert not sources and not (tmp_path / 'out').exists()
 
 
-def test_figure_1_without_images_to_measure_on(preparing, tmp_path):
+def test_figure1_needs_no_evaluation_images(sources, tmp_path):
     raw = _pictures(tmp_path / 'raw', 'train')
-    assert runner.prepare_images(raw, _suite('figure1', helpers.digits_config(), 1, str(tmp_path))) and preparing == [
-        raw
-    ]
+    assert runner.prepare_images(raw, _suite('figure1', helpers.digits_config(), 1, str(tmp_path))) and sources == [raw]
 
 
 @pytest.mark.parametrize(('seeds', 'count'), [(1, 14), (3, 18)])
-def test_the_runs_that_figure_1_can_take(seeds, count):
-    """Seven rates for each of two activations with one seed; of each the best with all others."""
+def test_max_trials_of_figure1(seeds, count):
+    """One seed trains seven rates for each of two activations; further seeds train the best rate of each."""
     found = runner.max_trials(alexnet_jax.get_config('paper'), seeds, 'out')
     assert len(found) == len({trial.workdir for trial in found}) == count
     assert sum(trial.seed > 0 for trial in found) == count - 14
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
-    """Before its first checkpoint, and told again from what was written."""
+def test_immediate_divergence_is_a_result(tmp_path, capsys):
+    """The run diverges before its first checkpoint; the second time the result is read from its files."""
     base = helpers.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})
     (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
     digits = datasets.open_dataset('digits')
@@ -274,8 +272,8 @@ def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_base_for_64_pixels_learns(tmp_path):
-    """One pass over 10,000 images: guessing is ln 20 = 3.00, where the network stays when its ReLUs have died."""
+def test_tiny_imagenet_base_learns(tmp_path):
+    """One epoch of 10,000 images. Guessing has loss ln 20 = 3.00, where a network with dead ReLUs stays."""
     archive = SHARED_DATA / 'tiny_imagenet_20.tar.gz'
     if not archive.exists():
         pytest.skip(f'needs {archive.name}, which this machine has not got')

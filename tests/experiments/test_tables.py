@@ -1,4 +1,4 @@
-"""Differences and statistics by hand."""
+"""Differences and statistics computed by hand."""
 
 import csv
 
@@ -10,13 +10,13 @@ from alexnet_jax.experiments.ablations import Variant
 from alexnet_jax.inference import evaluate
 
 
-def test_spread_by_hand():
+def test_mean_and_standard_deviation():
     deviation = 7**0.5  # ((-2)^2 + (-1)^2 + 3^2) / 2
     assert tables.format_mean_std([1.0, 2.0, 6.0], signed=True) == f'+3.00 ± {deviation:.2f}' == '+3.00 ± 2.65'
     assert tables.format_mean_std([4.0]) == '4.00' and tables.format_mean_std([None]) == ''
 
 
-def test_differences_are_those_of_the_same_seed():
+def test_differences_pair_equal_seeds():
     rows = [
         {'variant': variant, 'seed': seed, 'top1_error': error}
         for variant, seed, error in (('a', 0, 10.0), ('b', 1, 13.0), ('a', 1, 12.0), ('b', 0, 14.0), ('b', 2, 50.0))
@@ -24,7 +24,7 @@ def test_differences_are_those_of_the_same_seed():
     assert sorted(tables.differences(rows, 'b', 'a', 'top1_error')) == [1.0, 4.0]
 
 
-def test_verdict():
+def test_sign_agreement():
     assert tables.sign_agreement([0.1, 2.0], 1) == 'agrees'
     assert tables.sign_agreement([-0.1, -2.0], 1) == 'disagrees'
     assert tables.sign_agreement([-0.1, 2.0, 3.0], 1) == 'undecided (2 of 3 seeds agree)'
@@ -32,7 +32,7 @@ def test_verdict():
     assert tables.sign_agreement([1.0], 0) == tables.sign_agreement([], 1) == ''
 
 
-def test_the_table_by_hand():
+def test_comparison_table():
     variants = [Variant('base', {}, paper=(40.7, 18.2)), Variant('worse', {}, 'base', (1.4, 1.2), (1.37, None), 1)]
     rows = [
         {
@@ -53,7 +53,7 @@ def test_the_table_by_hand():
     assert 'ablations' in tables.as_text(table) and '+1.40 / +1.20' in tables.as_text(table)
 
 
-def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
+def test_figure1_ratio_uses_seeds_that_reach_in_both():
     variants = ['relu 0.01', 'tanh 0.003']
     rows = [
         {'variant': variant, 'seed': seed, 'epochs': epochs, 'reached': reached}
@@ -67,10 +67,10 @@ def test_figure_1s_ratio_is_over_the_seeds_that_both_reach():
     assert table.rows[2][1:] == ('2', '5.50 ± 0.71', '6')
 
 
-def test_the_ensembles_gain_by_hand(averaging):
+def test_ensemble_gain(averaging):
     table = tables.averaged_table('ensemble', ['10', '14'], averaging, max_unreadable=3)
     one, average = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    # Ten views of each network have a point less than its center: 9 / 5 and 13 / 9, together 8 / 6.
+    # Ten views of a network have an error one point below that of its center: 9 / 5 and 13 / 9; averaged 8 / 6.
     assert (one['evaluated as'], one['networks'], one['top-1'], one['top-5']) == (
         'one network', '2', '11.00 ± 2.83', '7.00 ± 2.83',
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_the_ensembles_gain_by_hand(averaging):
     assert one['difference'] == one['sign'] == '' and 'There is only one average' in table.note
 
 
-def test_the_gain_of_ten_views_by_hand(averaging):
+def test_ten_views_gain(averaging):
     table = tables.averaged_table('views', ['10', '14'], averaging, max_unreadable=3)
     center, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (center['evaluated as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
@@ -92,23 +92,23 @@ def test_the_gain_of_ten_views_by_hand(averaging):
 
 @pytest.fixture
 def averaging(monkeypatch):
-    """Networks called by their top-1 error from the center; top-5 is 5 less, ten views a point of top-1 better."""
+    """Fake networks named by their center top-1 error; top-5 is 5 lower, and ten views lower top-1 by one point."""
 
     def evaluated(network, split, mesh, views, max_unreadable):
         assert split == ['of val'] and views in (1, 10) and max_unreadable == 3
         return {'top1_error': network - (views == 10), 'top5_error': network - 5.0}
 
-    def together(networks, split, mesh, views, max_unreadable):
+    def evaluated_ensemble(networks, split, mesh, views, max_unreadable):
         assert (networks, split, views, max_unreadable) == ([10.0, 14.0], ['of val'], 10, 3)
         return {'top1_error': 8.0, 'top5_error': 6.0}
 
     monkeypatch.setattr(tables, 'load_last', float)
     monkeypatch.setattr(evaluate, 'evaluate', evaluated)
-    monkeypatch.setattr(evaluate, 'evaluate_ensemble', together)
+    monkeypatch.setattr(evaluate, 'evaluate_ensemble', evaluated_ensemble)
     return datasets.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)
 
 
-def test_rows_stay_until_they_are_replaced(tmp_path):
+def test_csv_rows_are_kept_until_replaced(tmp_path):
     path = str(tmp_path / 'results.csv')
     a, b = ({'suite': 'views', 'variant': 'base', 'seed': seed, 'epochs': 1.0} for seed in (0, 1))
     tables.write_csv(path, [{**a, 'suite': 'ensemble'}], whole=True)
@@ -124,15 +124,15 @@ def test_rows_stay_until_they_are_replaced(tmp_path):
     assert rows() == [('ensemble', 0, 1.0), ('views', 0, 1.0)]
 
 
-def test_the_page_says_what_was_measured():
+def test_summary_describes_the_measurements():
     rows = [{'diverged': True}, {'diverged': False, 'data': 'tiny', 'train_images': 10_000}]
     environment = {'devices': ['cpu:0'], 'versions': {'jax': '1.2'}, 'commit': 'abc'}
     expected = '2 runs on 10,000 training images of 64 px (tiny), cpu:0, jax 1.2, commit abc.'
     assert tables.summary(rows, 64, environment) == expected
 
 
-def test_colors_by_hand():
-    """The more colored half is not always the first."""
+def test_color_table():
+    """The half with more color is not always the first."""
     rows = [
         {'variant': 'a', 'color_0': 0.2, 'color_1': 0.6},
         {'variant': 'a', 'color_0': 0.7, 'color_1': 0.1},

@@ -32,7 +32,7 @@ def images():
 
 
 def test_classes_with_equal_names_have_distinct_labels(tmp_path):
-    source = loading.load_checkpoint(helpers.untrained(tmp_path / 'run', **{'mesh.tower': 1}))
+    source = loading.load_checkpoint(helpers.save_untrained(tmp_path / 'run', **{'mesh.tower': 1}))
     names = ('crane', 'kite', 'crane', *source.class_names[3:])
     config = hub.hub_config(source._replace(class_names=names), 1)
     assert config['label2id']['kite'] == 1 and len(config['label2id']) == config['num_labels'] == 10
@@ -42,7 +42,7 @@ def test_classes_with_equal_names_have_distinct_labels(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 def test_export_command(views, images, tmp_path):
-    path, out = helpers.untrained(tmp_path / 'run', **{'mesh.tower': 1}), tmp_path / 'out'
+    path, out = helpers.save_untrained(tmp_path / 'run', **{'mesh.tower': 1}), tmp_path / 'out'
     said = _run('export', f'--checkpoint={path}', f'--output={out}', f'--views={views}', '--cpu_devices=1')
     assert 'in a process without this package' in said
     loaded = loading.load_checkpoint(path)
@@ -69,7 +69,7 @@ def test_export_command(views, images, tmp_path):
 
 
 def test_export_with_other_probabilities_is_rejected(tmp_path):
-    loaded = loading.load_checkpoint(helpers.untrained(tmp_path / 'run', **{'mesh.tower': 1}))
+    loaded = loading.load_checkpoint(helpers.save_untrained(tmp_path / 'run', **{'mesh.tower': 1}))
     path = tmp_path / 'model.stablehlo'
     path.write_bytes(stablehlo.stablehlo(loaded))
     assert stablehlo.check(str(path), loaded, 1) < 1e-6

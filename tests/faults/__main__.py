@@ -1,4 +1,4 @@
-"""A campaign: `python -m tests.faults --trials=60 [--seed=0] [--only=NAME]` tries faults in turn and prints a table."""
+"""Injects faults in turn and prints a table: `python -m tests.faults --trials=60 [--seed=0] [--only=NAME]`."""
 
 import argparse
 import collections
@@ -10,7 +10,7 @@ import time
 from absl import logging
 
 from tests.faults import faults
-from tests.faults.scene import NotHereError, attempt
+from tests.faults.scene import NotPossibleError, attempt
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument('--only', choices=[fault.__name__ for fault in faults.ALL])
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
     chosen = [fault for fault in faults.ALL if args.only in (None, fault.__name__)]
     counts = collections.defaultdict(collections.Counter)
     slowest, began = 0.0, time.monotonic()
@@ -31,10 +31,10 @@ def main() -> None:
                 try:
                     scene = attempt(fault, pathlib.Path(folder), pathlib.Path(shared), args.seed, trial)
                     slowest, outcome = max(slowest, scene.slowest_stop), 'survived'
-                except NotHereError as error:
+                except NotPossibleError as error:
                     outcome = 'not made'
                     print(f'trial {trial}, {fault.__name__}: {error}', flush=True)
-                except Exception as error:  # LostError, or what the trial makes of a workdir it cannot read
+                except Exception as error:  # LostError, or an error from an unreadable workdir
                     outcome = 'lost'
                     print(f'trial {trial}, {fault.__name__}: {error!r}', flush=True)
             counts[fault.__name__][outcome] += 1

@@ -1,8 +1,6 @@
-"""Children that train, what is done to them, and how one knows that nothing was lost."""
+"""Child processes that train, means to disturb them, and checks that nothing was lost."""
 
 import contextlib
-import functools
-import json
 import os
 import pathlib
 import re
@@ -16,27 +14,25 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.checkpoints import manager, verify
+from alexnet_jax.checkpoints import verify
 from alexnet_jax.data import datasets
-from alexnet_jax.training import build
-from tests import ROOT
+from tests import ROOT, helpers
 from tests.faults import config as config_file
 
-TIMINGS = ('images_per_second', 'data_wait')
-_PATIENCE = 90.0  # seconds from a signal to the end, on a busy machine and while it compiles
-_NO_OVERRIDE = '--bounding-set=-dac_override,-dac_read_search'  # root, but bound by permissions
+_PATIENCE = 90.0  # seconds from a signal to the exit, on a loaded machine and during compilation
+_NO_OVERRIDE = '--bounding-set=-dac_override,-dac_read_search'  # root without the capabilities that bypass permissions
 
 
 class LostError(AssertionError):
-    """Something that was promised did not hold."""
+    """A promise did not hold."""
 
 
-class NotHereError(Exception):
-    """This machine does not let the fault be made."""
+class NotPossibleError(Exception):
+    """This machine does not allow the fault."""
 
 
 class TooLateError(Exception):
-    """The run was over before the fault came: nothing was tried."""
+    """The run had finished before the fault: nothing was tested."""
 
 
 def expect(holds, what: str) -> None:
@@ -44,22 +40,22 @@ def expect(holds, what: str) -> None:
         raise LostError(what)
 
 
-def in_time(made) -> None:
-    """Whether the fault met a run that was under way; a trial without one must not count as survived."""
-    if not made:
+def require_running(condition) -> None:
+    """Raises TooLateError if `condition` is false: a trial of a finished run must not count as survived."""
+    if not condition:
         raise TooLateError
 
 
-def step_of(workdir) -> int:
-    """The last in metrics.jsonl: where a run was at least, and no more than a few steps ago."""
+def last_step(workdir) -> int:
+    """Returns the last step in metrics.jsonl; the run is at most a few steps further."""
     found = re.findall(r'^\{"step": (\d+),', _text(workdir / 'metrics.jsonl'), re.M)
     return int(found[-1]) if found else 0
 
 
-def noticed(code: int, before: int) -> None:
-    """An exit code that is not 0. With 0 the run must have been near its end when the fault came, at step `before`."""
+def expect_noticed(code: int, before: int) -> None:
+    """Checks that a fault at step `before` changed the exit code; 0 is accepted only near the end of the run."""
     expect(code != 0 or before > config_file.get_config().num_steps - 24, f'a fault at step {before} changed nothing')
-    in_time(code != 0)
+    require_running(code != 0)
 
 
 def _text(path: pathlib.Path) -> str:
@@ -67,7 +63,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 class Scene:
-    """A folder for one trial, its chance, and runs that nothing happened to, to compare with."""
+    """A folder and a random generator for one trial, and undisturbed reference runs."""
 
     def __init__(self, folder: pathlib.Path, rng: np.random.Generator, shared: pathlib.Path):
         self.folder, self.rng, self._shared = folder, rng, shared
@@ -75,7 +71,7 @@ class Scene:
         self.slowest_stop = 0.0
 
     def start(self, workdir, *options, command=('train',), processes=1, limited=False, **popen) -> subprocess.Popen:
-        """The command itself, not a wrapper around it (but with several processes)."""
+        """Starts the command itself, without a wrapper except for several processes."""
         words = [sys.executable, '-m', 'alexnet_jax', *command]
         if command == ('train',):
             words = [sys.executable, '-m', 'alexnet_jax.main']
@@ -86,7 +82,7 @@ class Scene:
             words = [str(ROOT / 'launch' / 'local.sh'), str(processes), *words[3:]]
         if limited and os.getuid() == 0:
             if shutil.which('setpriv') is None:
-                raise NotHereError('needs setpriv, to bind root by permissions')
+                raise NotPossibleError('needs setpriv, to bind root by permissions')
             words = ['setpriv', _NO_OVERRIDE, *words]
         environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark}
         log = open(self.folder / 'log.txt', 'a+')
@@ -95,38 +91,38 @@ class Scene:
         )
 
     def run(self, workdir, *options, **keywords) -> tuple[int, str]:
-        """(exit code, what was printed) of a command that is let be."""
-        before = self.printed()
-        code = self.end_of(self.start(workdir, *options, **keywords), 400)
-        return code, self.printed()[len(before) :]
+        """Runs a command undisturbed; returns (exit code, output)."""
+        before = self.log()
+        code = self.wait_for_exit(self.start(workdir, *options, **keywords), 400)
+        return code, self.log()[len(before) :]
 
-    def end_of(self, child, seconds: float = 120) -> int:
-        """Exit code of a child that should end by itself."""
+    def wait_for_exit(self, child, seconds: float = 120) -> int:
+        """Returns the exit code of a child that should exit by itself."""
         try:
             return child.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
-            raise LostError(f'it still runs after {seconds} s: {self.printed()[-2000:]}') from None
+            raise LostError(f'it still runs after {seconds} s: {self.log()[-2000:]}') from None
 
-    def printed(self) -> str:
+    def log(self) -> str:
         return _text(self.folder / 'log.txt')
 
     def reference(self, *options, processes=1) -> pathlib.Path:
-        """The workdir of the same run, never stopped."""
+        """Returns the workdir of the same run, never interrupted."""
         path = self._shared / ('whole ' + ' '.join((*options, str(processes)))).replace('/', '_')
         if not path.exists():
             partial = self._shared / f'partial-{self.mark}'
             code, printed = self.run(partial, *options, processes=processes)
             expect(code == 0, f'a run that nothing happened to ends with {code}: {printed[-2000:]}')
-            with contextlib.suppress(OSError):  # another one has been quicker
+            with contextlib.suppress(OSError):  # another process was faster
                 partial.rename(path)
         return path
 
-    def copy_of_reference(self, *options) -> pathlib.Path:
+    def copy_reference(self, *options) -> pathlib.Path:
         return pathlib.Path(shutil.copytree(self.reference(*options), self.folder / 'run'))
 
     def prepared(self) -> pathlib.Path:
-        """The digits as JPEG, prepared by the command; for all trials."""
+        """Returns the digits as JPEG, prepared by the command; shared by all trials."""
         path = self._shared / 'prepared'
         if not path.exists():
             raw = self.raw()
@@ -147,83 +143,84 @@ class Scene:
                     Image.fromarray(record['image']).save(folder / f'{i}.jpg')
         return raw
 
-    def await_training(self, child, workdir, *, more: int = 1) -> None:
-        """Until the child has written so many more lines, or has ended."""
+    def wait_for_training(self, child, workdir, *, more: int = 1) -> None:
+        """Waits until the child has written `more` lines, or has exited."""
         metrics = workdir / 'metrics.jsonl'
         count = lambda: metrics.read_bytes().count(b'\n') if metrics.exists() else 0  # noqa: E731
         least = count()
         while child.poll() is None:
             now = count()
-            least = min(least, now)  # a run that goes on cuts what it writes anew
+            least = min(least, now)  # a resumed run truncates the lines it writes again
             if now >= least + more:
                 return
             time.sleep(0.02)
 
-    def any_moment(self, child, workdir) -> None:
-        """Some time of a run: mostly in training, now and then while it starts."""
+    def wait_random(self, child, workdir) -> None:
+        """Waits for a random time: mostly until training, sometimes only into the start."""
         if self.rng.uniform() < 0.2:
             time.sleep(self.rng.uniform(0, 8))
         else:
-            self.await_training(child, workdir)
+            self.wait_for_training(child, workdir)
             time.sleep(self.rng.uniform(0, 2.5))
 
     def stop(self, child, number=signal.SIGTERM, *, group=False) -> int:
-        """Sends a signal and waits; nothing of the child may be left: no process, no shared memory."""
-        before = _unused_memory()
+        """Sends a signal and waits; checks that no process and no shared memory of the child is left."""
+        before = _unmapped_memory()
         began = time.monotonic()
-        in_time(child.poll() is None)
+        require_running(child.poll() is None)
         (os.killpg if group else os.kill)(child.pid, number)
         try:
             code = child.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
-            raise LostError(f'{_PATIENCE} s after signal {number} it still runs: {self.printed()[-2000:]}') from None
-        in_time(number != signal.SIGKILL or code == -number)
+            raise LostError(f'{_PATIENCE} s after signal {number} it still runs: {self.log()[-2000:]}') from None
+        require_running(number != signal.SIGKILL or code == -number)
         if number == signal.SIGTERM:
             self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
-        self.expect_nothing_left(before)
+        self.expect_clean_exit(before)
         return code
 
-    def expect_nothing_left(self, before=None) -> None:
-        """before: what lay in shared memory unused by any process already; None does not look there."""
+    def expect_clean_exit(self, before=None) -> None:
+        """`before` is the shared memory that was already unused; None skips this check."""
         deadline = time.monotonic() + 20
-        left = lambda: (self.alive(), [] if before is None else sorted(_unused_memory() - before))  # noqa: E731
+        left = lambda: (self.child_processes(), [] if before is None else sorted(_unmapped_memory() - before))  # noqa: E731
         while any(left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         expect(not any(left()), f'left behind: {left()}')
 
-    def alive(self, running: bytes = b'') -> list[int]:
-        """Processes of this trial, or those with these words in their command line."""
+    def child_processes(self, words: bytes = b'') -> list[int]:
+        """Returns the processes of this trial, or those with `words` in their command line."""
         found = []
         for pid in filter(str.isdigit, os.listdir('/proc')):
             try:
                 environment = pathlib.Path('/proc', pid, 'environ').read_bytes()
-                words = pathlib.Path('/proc', pid, 'cmdline').read_bytes()
+                command = pathlib.Path('/proc', pid, 'cmdline').read_bytes()
                 state = pathlib.Path('/proc', pid, 'stat').read_text().rsplit(')', 1)[1].split()[0]
             except OSError:
                 continue
-            if f'FAULT_MARK={self.mark}'.encode() in environment and state != 'Z' and running in words:
+            if f'FAULT_MARK={self.mark}'.encode() in environment and state != 'Z' and words in command:
                 found.append(int(pid))
         return found
 
-    def expect_same_end(self, workdir, *options, processes=1, written: str = '') -> None:
-        """The same command goes on to the same parameters, optimizer state and metrics, bit for bit."""
+    def expect_same_result(self, workdir, *options, processes=1, written: str = '') -> None:
+        """Checks that the same command resumes to the same parameters, optimizer state and metrics, bit for bit."""
         sealed = [path.parent.name for path in workdir.glob('checkpoints/*/SHA256SUMS')]
         steps = [int(found[1]) for name in sealed if (found := re.fullmatch(r'(\d+)(\.replaced)?', name))]
         code, printed = self.run(workdir, *options, processes=processes)
         expect(code == 0, f'the same command ends with {code}: {printed[-3000:]}')
-        # To begin anew ends the same, too.
+        # A run that starts from the beginning ends the same, too.
         written = written or (f'(Going on from|is finished:) step {max(steps)} of' if steps else '')
         expect(re.search(written, printed), f'{written!r} is not in what it says: {printed[-3000:]}')
         whole = self.reference(*options, processes=processes)
-        expect(lines(workdir) == lines(whole), f'the metrics differ: {lines(workdir)} and {lines(whole)}')
-        a, b = (jax.tree.leaves(final_state(path)) for path in (workdir, whole))
+        found, expected = (helpers.untimed_metrics(path) for path in (workdir, whole))
+        expect(found == expected, f'the metrics differ: {found} and {expected}')
+        a, b = (jax.tree.leaves(helpers.last_state(config_file.get_config(), path)) for path in (workdir, whole))
         expect(all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), 'the parameters or velocities differ')
         expect(not verify.verify(str(workdir))[1], f'damage at the end: {verify.verify(str(workdir))[1]}')
 
 
-def _unused_memory() -> set[str]:
-    """Shared memory as grain's workers make it that no process has mapped."""
+def _unmapped_memory() -> set[str]:
+    """Shared memory of grain's workers that no process has mapped."""
     mapped = set()
     for pid in filter(str.isdigit, os.listdir('/proc')):
         with contextlib.suppress(OSError):
@@ -231,31 +228,13 @@ def _unused_memory() -> set[str]:
     return {name for name in os.listdir('/dev/shm') if name.startswith('psm_')} - mapped
 
 
-def lines(workdir) -> list[dict]:
-    """Those of metrics.jsonl, but for what was measured with a clock."""
-    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
-
-
-@functools.cache
-def _shapes(num_classes: int):
-    config = config_file.get_config()
-    config.model.num_classes = num_classes
-    return build.build(config).steps.state_shapes
-
-
-def final_state(workdir):
-    with manager.CheckpointManager(str(workdir), read_only=True) as saved:
-        return jax.device_get(saved.restore(saved.latest(), _shapes(10)))
-
-
 @contextlib.contextmanager
 def small_disk(path: pathlib.Path, size: str):
-    """A tmpfs of a few megabytes at `path`."""
+    """Mounts a tmpfs of a few megabytes at `path`."""
     path.mkdir()
     made = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(path)], capture_output=True)
     if made.returncode:
-        raise NotHereError(f'needs the right to mount a tmpfs ({made.stderr.decode().strip()})')
+        raise NotPossibleError(f'needs the right to mount a tmpfs ({made.stderr.decode().strip()})')
     try:
         yield path
     finally:
@@ -263,8 +242,8 @@ def small_disk(path: pathlib.Path, size: str):
 
 
 @contextlib.contextmanager
-def filled(path: pathlib.Path):
-    """Takes all that is left of a disk."""
+def full_disk(path: pathlib.Path):
+    """Fills the rest of a disk."""
     filler = path / 'filler'
     with open(filler, 'wb', buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -276,11 +255,11 @@ def filled(path: pathlib.Path):
 
 
 def attempt(fault, folder: pathlib.Path, shared: pathlib.Path, *seed: int) -> Scene:
-    """Makes a fault, and once more where the run was over before it came.
+    """Injects a fault; repeats up to five times if the run had finished before it.
 
     Raises:
-      LostError: something promised did not hold.
-      NotHereError: the fault cannot be made here.
+      LostError: a promise did not hold.
+      NotPossibleError: the fault cannot be injected on this machine.
     """
     for turn in range(5):
         scene = Scene(folder / str(turn), np.random.default_rng([*seed, turn]), shared)
@@ -289,6 +268,6 @@ def attempt(fault, folder: pathlib.Path, shared: pathlib.Path, *seed: int) -> Sc
             fault(scene)
             return scene
         except TooLateError:
-            for pid in scene.alive():
+            for pid in scene.child_processes():
                 os.kill(pid, signal.SIGKILL)
-    raise NotHereError('five runs were over before it came')
+    raise NotPossibleError('five runs were over before it came')

@@ -1,11 +1,9 @@
-"""Activations against the network's own outputs, a numpy loop, and the readers of both formats."""
+"""Activations against the network's own outputs, a NumPy loop, and the readers of both file formats."""
 
 import io
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import chex
 import numpy as np
@@ -18,12 +16,12 @@ from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations, predict
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, helpers
+from tests import helpers
 
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-    return helpers.untrained(tmp_path_factory.mktemp('features') / 'run')
+    return helpers.save_untrained(tmp_path_factory.mktemp('features') / 'run')
 
 
 @pytest.fixture(scope='module')
@@ -37,8 +35,8 @@ def val():
     return records, np.stack([r['image'] for r in records]), np.array([r['label'] for r in records], np.int32)
 
 
-def test_the_last_hidden_layer_gives_the_probabilities(loaded, val):
-    """fc8 reads half of fc7 at test time (section 4.2), in batches that do not divide the images."""
+def test_probabilities_follow_from_fc7(loaded, val):
+    """fc8 reads half of fc7 at test time (section 4.2); the batch size does not divide the number of images."""
     found = activations.activations(loaded, val[1][:40], ['fc7'], batch_size=16)
     fc8 = loaded.params['fc8']
     logits = 0.5 * found['fc7'].astype(np.float64) @ fc8['kernel'] + fc8['bias']
@@ -46,8 +44,8 @@ def test_the_last_hidden_layer_gives_the_probabilities(loaded, val):
     np.testing.assert_allclose(probabilities, predict.predict(loaded, val[1][:40], views=1), rtol=1e-4)
 
 
-def test_the_first_layer_by_a_loop(loaded, val):
-    """Of the center crop, its own part of the mean image taken off, with zeros around it."""
+def test_first_layer_matches_loop(loaded, val):
+    """The input is the center crop minus its part of the mean image, padded with zeros."""
     found = activations.activations(loaded, val[1][:2], 'conv1.linear')['conv1.linear']
     assert found.shape == (2, 28, 28, 8) and found.dtype == np.float32
     pixels = val[1][1].astype(np.float64) - loaded.image_stats.mean_image
@@ -62,8 +60,8 @@ def test_the_first_layer_by_a_loop(loaded, val):
         np.testing.assert_allclose(found[1, y, x, map_], expected, rtol=1e-4)
 
 
-def test_what_a_name_stands_for(loaded, val):
-    """A layer: before its dropout, after all its other steps; a step: what `apply` gives by hand."""
+def test_layer_and_step_names(loaded, val):
+    """A layer name selects the output before dropout, after all other steps; a step name the output of that step."""
     asked = ['conv1.relu', 'conv1.pool', 'conv1', 'conv3', 'conv5', 'fc6', 'fc6.relu', 'fc6.dropout', 'fc8']
     found = activations.activations(loaded, val[1][:3], asked)
     assert list(found) == asked
@@ -79,7 +77,7 @@ def test_what_a_name_stands_for(loaded, val):
     np.testing.assert_allclose(found['fc8'], logits, rtol=1e-4, atol=1e-4)
 
 
-def test_names_of_a_table_where_dropout_is_not_last():
+def test_names_if_dropout_is_not_last():
     network = model.AlexNet(
         layers={
             'fc1': DenseSpec(features=8, post='relu dropout relu'),
@@ -110,8 +108,8 @@ def test_compiled_once_and_float32(loaded, val):
 
 @pytest.mark.parametrize('layer', ['fc7', 'conv5.pool'])
 @pytest.mark.parametrize('ending', ['safetensors', 'npz'])
-def test_files_hold_the_split_in_its_order(loaded, val, tmp_path, layer, ending):
-    """360 images in batches of 100, read back by the formats' own readers."""
+def test_files_keep_the_order_of_the_split(loaded, val, tmp_path, layer, ending):
+    """360 images in batches of 100, read by the standard readers of both formats."""
     output = str(tmp_path / f'out.{ending}')
     shape = activations.write_activations(output, loaded, val[0], layer, batch_size=100)
     found = safetensors.numpy.load_file(output) if ending == 'safetensors' else dict(np.load(output))
@@ -124,8 +122,8 @@ def test_files_hold_the_split_in_its_order(loaded, val, tmp_path, layer, ending)
 
 
 @pytest.mark.parametrize('write', [activations._write_safetensors, activations._write_npz])
-def test_rows_are_written_as_they_come(write):
-    """What is asked for next finds the batch before in the file."""
+def test_rows_are_written_incrementally(write):
+    """When a batch is requested, the previous one is already in the file."""
     file, positions = io.BytesIO(), []
 
     def parts():
@@ -141,7 +139,7 @@ def test_rows_are_written_as_they_come(write):
         assert json.loads(file.getvalue()[8 : 8 + length])['labels']['data_offsets'] == [60000, 60600]
 
 
-def test_images_that_cannot_be_read(loaded, val, tmp_path, capsys):
+def test_unreadable_images_are_refused(loaded, val, tmp_path, capsys):
     records = [*val[0][:3], {'image': b'no image', 'file_name': b'broken.jpg', 'label': 1}, *val[0][4:6]]
     with pytest.raises(UserError, match=r'1 of 6 images cannot be read \(named above\)'):
         activations.write_activations(str(tmp_path / 'out.npz'), loaded, records, 'fc7', batch_size=4)
@@ -164,20 +162,15 @@ def test_user_errors(loaded, val, tmp_path):
     with pytest.raises(UserError, match=r'images are float64 of shape .*; expected uint8 of \(N, 32, 32, 3\)'):
         activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
     with pytest.raises(UserError, match="no layer 'fc'"):
-        activations.iter_activations(loaded, val[0], 'fc')  # before the first batch is asked for
-
-
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', 'activations', *arguments], capture_output=True, text=True, cwd=ROOT,
-        timeout=300,
-    )  # fmt: skip
+        activations.iter_activations(loaded, val[0], 'fc')  # raised before the first batch is requested
 
 
 @pytest.mark.slow
 def test_command(path, loaded, tmp_path):
     fixed = [f'--checkpoint={path}', '--data=digits', '--cpu_devices=1']
-    result = _run(*fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train')
+    result = helpers.run_command(
+        'activations', *fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train'
+    )
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert 'features float32 [1437, 32], labels int32 [1437]; fc7 of' in result.stdout
     found = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
@@ -186,6 +179,6 @@ def test_command(path, loaded, tmp_path):
     images = np.stack([record['image'] for record in train[-3:]])
     expected = activations.activations(loaded, images, 'fc7')['fc7']
     np.testing.assert_allclose(found['features'][-3:], expected, rtol=1e-4, atol=1e-5)
-    wrong = _run(*fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
+    wrong = helpers.run_command('activations', *fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
     assert wrong.returncode == 2 and "no layer 'fc77'" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == ['out.safetensors']

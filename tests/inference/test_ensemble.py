@@ -1,4 +1,4 @@
-"""Several networks as one, and files through the predict command. A small network with drawn weights on the digits."""
+"""Averaged networks and the predict command on files, with small untrained networks on the digits."""
 
 import itertools
 import json
@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.core import sharding, train_step
-from alexnet_jax.core.config import model_from_config
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, image_io
 from alexnet_jax.inference import ensemble, evaluate, predict
 from alexnet_jax.training import train
@@ -24,17 +22,9 @@ from tests import ROOT, helpers
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
-    """Paths of three checkpoints with weights of three seeds."""
-    config, digits, paths = helpers.digits_config(), datasets.open_dataset('digits'), []
-    network = model_from_config(config.model)
-    meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
-    meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
-    for seed in range(3):
-        paths.append(str(tmp_path_factory.mktemp('checkpoints') / str(seed)))
-        params = helpers.init(network, seed, 28)
-        with manager.CheckpointManager(paths[-1]) as saved:
-            saved.save(train_step.TrainState(jnp.int32(0), params, None), digits.image_stats, meta, None)
-    return paths
+    """Paths of three checkpoints initialized with three seeds."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    return [helpers.save_untrained(folder / str(seed), seed) for seed in range(3)]
 
 
 def _outputs(paths, views=1):
@@ -43,7 +33,7 @@ def _outputs(paths, views=1):
     return [predict.predict(loading.load_checkpoint(p), pixels, views=views) for p in paths], labels
 
 
-def test_average_by_hand():
+def test_weighted_average():
     p = [np.array([[0.9, 0.1]], np.float32), np.array([[0.3, 0.7]], np.float32)]
     chex.assert_trees_all_close(ensemble.average(p, [1, 1]), np.array([[0.6, 0.4]], np.float32), rtol=1e-6)
     chex.assert_trees_all_close(ensemble.average(p, [1, 3]), np.array([[0.45, 0.55]], np.float32), rtol=1e-6)
@@ -53,7 +43,7 @@ def test_average_by_hand():
 
 
 def _top5_errors(scores, labels):
-    """By five successive arg-maxes, as the authors' tool."""
+    """As the authors' tool, by five successive arg-maxes."""
     scores, missed = scores.astype(np.float64).copy(), np.ones(len(labels), bool)
     for _ in range(5):
         best = scores.argmax(1)
@@ -62,12 +52,12 @@ def _top5_errors(scores, labels):
     return missed.sum()
 
 
-def test_tuned_weights_are_the_coordinate_searchs():
-    """Against the search of section 7 written out: 0 to 1 in steps of 0.05, from 0.5, five passes, top-5 error."""
-    rng = np.random.default_rng(6)  # of a problem that takes a second pass
+def test_tuned_weights_match_coordinate_search():
+    """The search of section 7 written out: weights 0 to 1 in steps of 0.05, from 0.5, five passes, top-5 error."""
+    rng = np.random.default_rng(6)  # a problem that needs a second pass
     labels = rng.integers(0, 20, 300)
     p = []
-    for strength in (1.0, 0.2, 0.6):  # networks of which one hardly knows anything
+    for strength in (1.0, 0.2, 0.6):  # one of the networks is almost uninformed
         logits = rng.normal(size=(300, 20))
         logits[np.arange(300), labels] += strength
         p.append((np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32))
@@ -85,15 +75,15 @@ def test_tuned_weights_are_the_coordinate_searchs():
 
 
 def test_tuned_weights_are_not_all_zero():
-    """The first network is best left out, and nothing at all would put the labels 0 and 1 among the first five."""
+    """The first network is best left out, and with all weights 0 the labels 0 and 1 would be among the top five."""
     first = np.array([[0, 0.2, 0.2, 0.2, 0.2, 0.2], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
     second = np.array([[0.1, 0.2, 0.2, 0.2, 0.25, 0.05], [0.2, 0, 0.2, 0.2, 0.2, 0.2]], np.float32)
     assert ensemble.tune_weights([first, second], np.array([0, 1])) == [0, 0.5]
 
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)])
-def test_evaluating_an_ensemble(checkpoints, views, weights):
+@pytest.mark.parametrize('weights', [None, (3.0, 1.0, 0.0)], ids=['equal', 'weighted'])
+def test_evaluate_ensemble(checkpoints, views, weights):
     outputs, labels = _outputs(checkpoints, views)
     loaded = [loading.load_checkpoint(path) for path in checkpoints]
     mesh = sharding.make_mesh(data=2, tower=2)
@@ -107,8 +97,8 @@ def test_evaluating_an_ensemble(checkpoints, views, weights):
     np.testing.assert_allclose(found['loss'], -np.log(mean[np.arange(360), labels]).mean(), rtol=1e-4)
 
 
-def test_images_that_cannot_be_read_count_nowhere(checkpoints):
-    """And are no reason to give up while they are no more than allowed."""
+def test_unreadable_images_are_excluded(checkpoints):
+    """Evaluation continues while there are at most max_unreadable of them."""
     loaded, mesh = [loading.load_checkpoint(path) for path in checkpoints[:2]], sharding.make_mesh(data=2, tower=1)
     records = datasets.open_dataset('digits').split('val')[:40]
     spoilt = [{**r, 'image': b'no image', 'file_name': b''} if i in (3, 30) else r for i, r in enumerate(records)]
@@ -126,18 +116,11 @@ def test_images_that_cannot_be_read_count_nowhere(checkpoints):
             call([])
 
 
-def _run(command, *arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax', command, *arguments], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ}, timeout=300,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_evaluate_command_with_several_checkpoints(checkpoints):
     each = [f'--checkpoint={path}' for path in checkpoints]
     outputs, labels = _outputs(checkpoints)
-    result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--json')
+    result = helpers.run_command('evaluate', *each, '--data=digits', '--weights=tuned', '--json')
     assert result.returncode == 0, result.stderr
     said, line = result.stdout.splitlines()[-2:]
     assert 'tuned for the top-5 error on val, the images they are tested on here' in said
@@ -145,15 +128,15 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views', 'weights'}
     tuned = np.array(ensemble.tune_weights(outputs, labels))
     assert found['weights'] == pytest.approx((tuned / tuned.sum()).tolist())
-    # Tested elsewhere they are still tuned on val.
-    result = _run('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
+    # On another split the weights are still tuned on val.
+    result = helpers.run_command('evaluate', *each, '--data=digits', '--weights=tuned', '--split=train', '--json')
     said, line = result.stdout.splitlines()[-2:]
     assert 'tuned for the top-5 error on val)' in said and json.loads(line)['count'] == 1437
     assert json.loads(line)['weights'] == found['weights']
-    given = _run('evaluate', *each, '--data=digits', '--weights=1,2,1')
+    given = helpers.run_command('evaluate', *each, '--data=digits', '--weights=1,2,1')
     assert '(weights ' in given.stdout and '0.500' in given.stdout and '; given)' in given.stdout
     for weights, message in (('1,2', 'for 3 checkpoints; expected one'), ('a,b,c', 'expected numbers with commas')):
-        wrong = _run('evaluate', *each, '--data=digits', f'--weights={weights}')
+        wrong = helpers.run_command('evaluate', *each, '--data=digits', f'--weights={weights}')
         assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
@@ -171,8 +154,8 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize('views', [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_predict_command(checkpoints, photos, views):
-    """In the order of the arguments; probabilities of the squares that `prepare` would have made."""
-    result = _run(
+    """Results follow the order of the arguments, with probabilities of the squares that `prepare` would make."""
+    result = helpers.run_command(
         'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/gray.png', str(photos), f'--views={views}', '--top=3',
         '--json',
     )  # fmt: skip
@@ -192,7 +175,7 @@ def test_predict_command(checkpoints, photos, views):
 
 @pytest.mark.slow
 def test_predict_table_and_errors(checkpoints, photos, tmp_path):
-    table = _run('predict', f'--checkpoint={checkpoints[0]}', f'{photos}/a.jpg').stdout.splitlines()
+    table = helpers.run_command('predict', f'--checkpoint={checkpoints[0]}', f'{photos}/a.jpg').stdout.splitlines()
     assert table[0] == f'{photos}/a.jpg' and len(table) == 6
     percent = [float(line.split('%')[0]) for line in table[1:]]
     assert percent == sorted(percent, reverse=True) and sum(percent) <= 100.01
@@ -208,27 +191,27 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2: expected 1'),
         (['--checkpoint=/nowhere', f'{photos}/a.jpg'], "there is no checkpoint at"),
     ):  # fmt: skip
-        result = _run('predict', *arguments)
+        result = helpers.run_command('predict', *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert message in result.stderr
 
 
-def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_path):
-    """All that can be read are answered, then comes the error; links in a circle do not hold it up."""
+def test_predict_continues_after_unreadable_file(checkpoints, photos, tmp_path):
+    """All readable files are predicted before the error is raised; cyclic links are ignored."""
     for name in ('a.jpg', 'z.jpg'):
         (tmp_path / name).write_bytes((photos / 'a.jpg').read_bytes())
     (tmp_path / 'b.jpg').write_text('no image')
     (tmp_path / 'c.png').write_bytes((photos / 'b.png').read_bytes()[:500])
     os.symlink('.', tmp_path / 'circle')
     os.symlink('itself', tmp_path / 'itself')
-    result = _run('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
+    result = helpers.run_command('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
     assert [json.loads(line)['file'] for line in result.stdout.splitlines()] == [f'{tmp_path}/{n}.jpg' for n in 'az']
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "b.jpg' cannot be read as an image (unknown image format) (and 1 more of 4 files)." in result.stderr
 
 
-def test_a_reader_that_goes_away(checkpoints, photos):
-    """predict ... | head -1"""
+def test_closed_stdout_is_not_an_error(checkpoints, photos):
+    """As in `predict ... | head -1`."""
     command = [sys.executable, '-m', 'alexnet_jax', 'predict', f'--checkpoint={checkpoints[0]}', str(photos)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
         child.stdout.close()
@@ -236,8 +219,8 @@ def test_a_reader_that_goes_away(checkpoints, photos):
 
 
 @pytest.mark.slow
-def test_converted_weights_are_no_run(checkpoints, tmp_path):
-    """A workdir without optimizer state is told from a run."""
+def test_converted_weights_cannot_be_resumed(checkpoints, tmp_path):
+    """A workdir without optimizer state is distinguished from a run."""
 
     with pytest.raises(UserError, match='holds converted weights and no run; .*--config.init_from='):
         train.train_and_evaluate(helpers.digits_config(num_steps=1), checkpoints[0])

@@ -1,4 +1,4 @@
-"""ImageNet's official archives and what they are extracted to, and archives that are damaged or made to harm."""
+"""ImageNet's official archives and their extracted forms, and damaged or malicious archives."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def _tar(path, members):
 
 @pytest.fixture
 def official(tmp_path):
-    """Small archives in the official layout: train of archives of classes, val flat."""
+    """Small archives in the official layout: train contains an archive per class, val is flat."""
     classes = imagenet_classes.wordnet_ids()
     root = tmp_path / 'official'
     root.mkdir()
@@ -39,7 +39,7 @@ def official(tmp_path):
     return root
 
 
-# First three lines of the validation ground truth as published with the data set.
+# The first three lines of the validation ground truth published with the data set.
 FIRST_VALIDATION_CLASSES = {1: 'n01751748', 2: 'n09193705', 3: 'n02105855'}
 
 
@@ -55,7 +55,7 @@ def _check_official(out, train=True):
     assert len(datasets.open_dataset(out).class_names) == 1000
 
 
-def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
+def test_official_archives_and_extracted_forms(official, tmp_path):
     out = str(tmp_path / 'both')
     prepare.prepare(str(official), out, size=16, workers=1)
     _check_official(out)
@@ -65,7 +65,7 @@ def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
         tar.extractall(extracted / 'train', filter='data')
     with tarfile.open(official / 'ILSVRC2012_img_val.tar') as tar:
         tar.extractall(extracted / 'val', filter='data')
-    out = str(tmp_path / 'once')  # train: archives of classes
+    out = str(tmp_path / 'once')  # train holds one archive per class
     prepare.prepare(str(extracted), out, size=16, workers=1)
     _check_official(out)
 
@@ -73,12 +73,12 @@ def test_official_archives_and_what_they_are_extracted_to(official, tmp_path):
         with tarfile.open(path) as tar:
             tar.extractall(extracted / 'train' / path.stem, filter='data')
         path.unlink()
-    out = str(tmp_path / 'twice')  # train: folders of classes
+    out = str(tmp_path / 'twice')  # train holds one folder per class
     prepare.prepare(str(extracted), out, size=16, workers=1)
     _check_official(out)
 
 
-def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
+def test_archive_next_to_its_extraction_is_refused(official, tmp_path):
     with tarfile.open(official / 'ILSVRC2012_img_train.tar') as tar:
         tar.extractall(tmp_path / 'twice', filter='data')
     for path in (tmp_path / 'twice').iterdir():
@@ -88,7 +88,7 @@ def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
         prepare.prepare(str(official), str(tmp_path / 'out'))
 
 
-def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
+def test_class_may_be_named_like_a_split(tmp_path, capfd):
     helpers.write_files(
         tmp_path / 'in',
         {f'{c}/{i}.png': helpers.encode(helpers.picture(i), 'PNG') for c in ('train', 'bus') for i in range(2)},
@@ -102,14 +102,14 @@ def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
     assert 'skipped folders that are not splits: extra' in said and 'skipped 1 images outside' in said
 
 
-def test_validation_alone(official, tmp_path):
+def test_validation_archive_alone(official, tmp_path):
     out = str(tmp_path / 'out')
     prepare.prepare(str(official / 'ILSVRC2012_img_val.tar'), out, size=16, workers=1)
     _check_official(out, train=False)
     assert datasets.open_dataset(out).image_stats is None
 
 
-def test_damaged_archive(official, tmp_path):
+def test_damaged_archive_is_refused(official, tmp_path):
     path = official / 'ILSVRC2012_img_train.tar'
     path.write_bytes(b'\0' * 100 + path.read_bytes()[100:3000])
     with pytest.raises(UserError, match='the archive .*ILSVRC2012_img_train.tar.* cannot be read'):
@@ -120,8 +120,8 @@ def test_damaged_archive(official, tmp_path):
         prepare.prepare(str(other), str(tmp_path / 'out'))
 
 
-def test_original_photos(imagenet_tar, tmp_path):
-    """The official train archive: 1,000 originals, one a class (here every 25th, so as to take seconds)."""
+def test_imagenet_photos(imagenet_tar, tmp_path):
+    """The official train archive: 1,000 originals, one per class; every 25th is read, to take only seconds."""
     refs = discovery.find_images(str(imagenet_tar)).splits['train']
     assert len(refs) == 1000 and [r.label for r in refs] == list(range(1000))
     classes = imagenet_classes.wordnet_ids()
@@ -131,8 +131,8 @@ def test_original_photos(imagenet_tar, tmp_path):
         assert pixels.shape == (256, 256, 3) and pixels.std() > 5
 
 
-def test_nothing_is_unpacked_from_an_archive(tmp_path):
-    """Names that lead out of the folder, links and devices: only images are read, and only from the archive."""
+def test_archives_are_never_unpacked(tmp_path):
+    """Paths outside the folder, links and devices: only images are read, and only from the archive."""
     root = tmp_path / 'in'
     root.mkdir()
     with tarfile.open(root / 'ILSVRC2012_img_val.tar', 'w') as tar:
@@ -151,8 +151,8 @@ def test_nothing_is_unpacked_from_an_archive(tmp_path):
     ]
 
 
-def test_an_archive_that_is_damaged_further_on(official):
-    """tarfile takes a header it cannot read for the end, and what came before for all."""
+def test_archive_with_late_damage_is_refused(official):
+    """tarfile treats an unreadable header as the end of the archive and the entries before it as complete."""
     path = official / 'ILSVRC2012_img_val.tar'
     whole = path.read_bytes()
     second = whole.index(b'ILSVRC2012_val_00000001')
@@ -166,7 +166,7 @@ def test_an_archive_that_is_damaged_further_on(official):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f'the archive .*ILSVRC2012_img_val.tar.* cannot be read: .*{reason}'):
             discovery.find_images(str(path))
-    # Of the archives in the archive too.
+    # The same holds for archives inside the archive.
     path = official / 'ILSVRC2012_img_train.tar'
     whole = path.read_bytes()
     second = whole.index(b'n01440764_1.JPEG')
@@ -175,11 +175,11 @@ def test_an_archive_that_is_damaged_further_on(official):
         discovery.find_images(str(path))
 
 
-def test_an_archive_that_declares_more_than_it_holds(tmp_path):
+def test_archive_declaring_more_than_it_holds_is_refused(tmp_path):
     path = tmp_path / 'ILSVRC2012_img_val.tar'
     name = 'ILSVRC2012_val_00000001.JPEG'
     for member, size, reason in (
-        (name, -512, 'declares a member of -512 bytes'),  # it would lead back to itself for ever
+        (name, -512, 'declares a member of -512 bytes'),  # would lead back to itself forever
         (name, 2**62, 'unexpected end of data'),
         ('././@LongLink', 2**40, 'declares its own size as 1099511627776 bytes'),  # a name, which is read into memory
     ):

@@ -1,4 +1,4 @@
-"""From raw files to records: every kind of input and of odd file, read back through TFDS alone."""
+"""From image files to records: every kind of input and unusual file, read back with TFDS alone."""
 
 import collections
 import io
@@ -28,8 +28,8 @@ from tests import ROOT, helpers
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tmp_path, workers):
-    """And what is back when it is asked for once more was never gone, though array_record's own reader stays so."""
+def test_missing_data_stop_a_run_but_damaged_records_do_not(folder, tmp_path, workers):
+    """Files that are back at the second attempt do not count as missing, though array_record's reader keeps failing."""
     out = tmp_path / 'out'
     prepare.prepare(folder, str(out), size=16, format='raw')
     away = tmp_path / 'away'
@@ -56,7 +56,7 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
     assert stream(records)['weight'].all()
     for record, image in zip(records, whole, strict=True):
         chex.assert_trees_all_equal(record['image'], image)
-    for shard in out.glob('*train*array_record*'):  # every byte of pixels and names is another
+    for shard in out.glob('*train*array_record*'):  # flip a bit in every byte of pixels and names
         content = bytearray(shard.read_bytes())
         content[64:-64] = bytes(byte ^ 1 for byte in content[64:-64])
         shard.write_bytes(content)
@@ -91,22 +91,22 @@ def test_folder_of_splits(folder, tmp_path, kind):
         assert class_name == name.split('/')[1]
         difference = np.abs(pixels.astype(int) - squares[name])
         assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
-    # Statistics are of the train split alone.
+    # The statistics cover the train split only.
     stats = image_stats_file.load(out)
     everything = np.stack(list(squares.values())).astype(np.float64)
     chex.assert_trees_all_close(stats.mean_image, everything.mean(0).astype(np.float32), rtol=1e-5)
     covariance = np.cov(everything.reshape(-1, 3).T, bias=True)
     rebuilt = stats.eigenvectors @ np.diag(stats.eigenvalues) @ stats.eigenvectors.T
     chex.assert_trees_all_close(rebuilt, covariance, rtol=1e-3, atol=0.5)
-    # And our own source agrees with TFDS's reader.
+    # The package's own reader agrees with that of TFDS.
     dataset = datasets.open_dataset(out)
     assert dataset.class_names == ('cat', 'dog') and dataset.record_size == 32
-    assert [r['label'] for r in dataset.split('train')].count(0) == 5  # a loop over the records ends
+    assert [r['label'] for r in dataset.split('train')].count(0) == 5  # iteration over the records ends
     assert len(dataset.split('train')) == 10
 
 
-def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
-    """Their order stays that of the folders; two cranes (a bird, a machine) stay apart."""
+def test_class_names_come_from_a_list_in_the_folder(tmp_path):
+    """The class order stays that of the folders; two classes named crane (a bird, a machine) stay apart."""
     for name in ('n04', 'n03', 'n02', 'n01'):
         helpers.write_files(tmp_path / 'raw', {f'train/{name}/a.jpg': helpers.encode(helpers.picture(0))})
     (tmp_path / 'raw' / 'words.txt').write_text(
@@ -125,19 +125,19 @@ def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
     assert names[2] == 'Egyptian cat' and all(name.isprintable() for name in names)
 
 
-def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
-    def prepared(seed, workers):
+def test_order_depends_on_the_seed_alone(folder, tmp_path):
+    def prepare_with(seed, workers):
         out = str(tmp_path / f'{seed}-{workers}')
         prepare.prepare(folder, out, size=16, seed=seed, workers=workers)
         return helpers.read_back(out, 'train'), image_stats_file.load(out)
 
-    alone, alone_statistics = prepared(0, 1)
-    both, both_statistics = prepared(0, 2)
+    alone, alone_statistics = prepare_with(0, 1)
+    both, both_statistics = prepare_with(0, 2)
     assert list(alone) != sorted(alone)
-    assert list(alone) == list(both)  # however many processes
+    assert list(alone) == list(both)  # independent of the number of processes
     chex.assert_trees_all_equal({n: p for n, (p, _) in alone.items()}, {n: p for n, (p, _) in both.items()})
     chex.assert_trees_all_equal(alone_statistics, both_statistics)
-    assert list(prepared(1, 1)[0]) != list(alone)
+    assert list(prepare_with(1, 1)[0]) != list(alone)
 
 
 def test_val_fraction_sets_training_images_aside(folder, tmp_path):
@@ -148,13 +148,13 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
     prepare.prepare(str(tmp_path / 'flat'), out, size=16, val_fraction=0.25, seed=5, workers=1)
     train, val = helpers.read_back(out, 'train'), helpers.read_back(out, 'val')
     assert (len(train), len(val)) == (15, 5) and not set(train) & set(val)
-    assert sorted(collections.Counter(name[0] for name in val).values()) == [2, 3]  # of each class its part
+    assert sorted(collections.Counter(name[0] for name in val).values()) == [2, 3]  # a share of each class
     with pytest.raises(UserError, match='needs a train split and no val split; the input has: train, val'):
         prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
 
 
-def test_classes_that_lose_all_images_to_val_are_counted(capsys):
-    """Of a photo a class, as in the official archive's first thousand, every fifth goes."""
+def test_classes_without_training_images_are_counted(capsys):
+    """With one photo per class, as in the first thousand of the official archive, every fifth goes to val."""
     refs = [image_ref.ImageRef(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
     orders = prepare._shuffle_and_split({'train': refs}, 0.2, seed=0)
     labels = sorted(ref.label for ref in orders['val'])
@@ -166,8 +166,8 @@ def test_classes_that_lose_all_images_to_val_are_counted(capsys):
         prepare._shuffle_and_split({'train': refs}, 0.02, seed=0)
 
 
-def test_what_is_left_out_is_told(tmp_path, capfd):
-    """And what was found: a folder too deep shows as one class."""
+def test_skipped_files_are_reported(tmp_path, capfd):
+    """The found classes are reported too: a folder level too many shows up as one class."""
     content = helpers.encode(helpers.picture(0))
     files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}
     helpers.write_files(tmp_path / 'in', files)
@@ -187,7 +187,7 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
     out = tmp_path / 'out'
     with pytest.raises(UserError, match=r'3 of \d+ images cannot be read .* --max_unreadable=3'):
         prepare.prepare(folder, str(out), size=16, max_unreadable=2, workers=1)
-    assert os.listdir(tmp_path) == ['in']  # nothing half-written
+    assert os.listdir(tmp_path) == ['in']  # no partial output
     prepare.prepare(folder, str(out), size=16, max_unreadable=3, workers=1)
     said = capfd.readouterr().err
     for name in ('train/cat/cut.jpg', 'train/dog/empty.jpg', 'train/dog/text.png'):
@@ -197,8 +197,8 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
     assert len(datasets.open_dataset(str(out)).split('train')) == 10
 
 
-def test_a_script_without_a_guard_prepares_once(folder, tmp_path):
-    """Its processes do not run it again."""
+def test_script_without_main_guard_runs_once(folder, tmp_path):
+    """The worker processes do not run the script again."""
     script = tmp_path / 'mine.py'
     script.write_text(
         'import sys\nfrom alexnet_jax.prepare import prepare\nprint("begun", flush=True)\n'
@@ -211,22 +211,22 @@ def test_a_script_without_a_guard_prepares_once(folder, tmp_path):
     assert len(datasets.open_dataset(str(tmp_path / 'out')).split('train')) == 10
 
 
-def test_images_that_are_gone_are_not_taken_for_bad_ones(folder, tmp_path, monkeypatch):
+def test_vanished_images_are_not_counted_as_bad(folder, tmp_path, monkeypatch):
     find, out = discovery.find_images, tmp_path / 'out'
 
-    def then_gone(path):
+    def find_then_remove(path):
         found = find(path)
         os.rename(tmp_path / 'in' / 'train' / 'cat', tmp_path / 'away')
         return found
 
-    monkeypatch.setattr(discovery, 'find_images', then_gone)
+    monkeypatch.setattr(discovery, 'find_images', find_then_remove)
     with pytest.raises(UserError, match=r"lost access to the image 'train/cat/.*': .*: No such file"):
         prepare.prepare(folder, str(out), size=16, max_unreadable=100, workers=1)
     assert not out.exists()
 
 
-def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monkeypatch):
-    """And links: an archive behind one is not an image that links to nothing."""
+def test_vanished_tfds_records_are_not_counted_as_bad(folder, tmp_path, monkeypatch):
+    """The same holds for an archive that is a dangling link: its images are not broken links."""
     prepare.prepare(folder, str(tmp_path / 'out'), size=16, workers=1)
     builder = tfds.builder_from_directory(str(tmp_path / 'out'))
     monkeypatch.setattr(tfds_input, 'open_builder', lambda path: builder)
@@ -241,7 +241,7 @@ def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monk
         record_writer._read_image(image_ref.ImageRef(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
 
 
-def test_empty_and_all_bad_folders(tmp_path):
+def test_empty_and_unreadable_folders_are_refused(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='contains no images; expected ILSVRC2012_img_train.tar'):
         prepare.prepare(str(tmp_path / 'empty'), str(tmp_path / 'out'))
@@ -253,7 +253,7 @@ def test_empty_and_all_bad_folders(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_what_exists_is_not_overwritten(folder, tmp_path):
+def test_existing_output_is_not_overwritten(folder, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'precious').write_text('data')
     with pytest.raises(UserError, match='already exists'):
@@ -271,12 +271,12 @@ def test_what_exists_is_not_overwritten(folder, tmp_path):
         ({'val_fraction': 1.0}, '--val_fraction=1.0'),
     ],
 )
-def test_bad_options(folder, tmp_path, options, message):
+def test_invalid_options_are_refused(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         prepare.prepare(folder, str(tmp_path / 'out'), **options)
 
 
-def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):
+def test_fingerprint_depends_on_order_and_format(folder, tmp_path):
     def fingerprint(name, **options):
         prepare.prepare(folder, str(tmp_path / name), size=16, workers=1, **options)
         return datasets.open_dataset(str(tmp_path / name)).fingerprint
@@ -286,7 +286,7 @@ def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):
     assert len({first, fingerprint('c', seed=1), fingerprint('d', format='raw')}) == 3
 
 
-def test_a_damaged_record_is_named(folder, tmp_path):
+def test_damaged_record_is_named(folder, tmp_path):
     out = tmp_path / 'out'
     prepare.prepare(folder, str(out), size=16, workers=1)
     (path, *_) = sorted(out.glob('images-train*'))
@@ -304,28 +304,28 @@ def test_a_damaged_record_is_named(folder, tmp_path):
 @pytest.mark.skipif(
     not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
 )
-def test_workers_end_with_a_killed_command(imagenet_tar, tmp_path):
+def test_workers_exit_if_the_command_is_killed(imagenet_tar, tmp_path):
     command = [sys.executable, '-m', 'alexnet_jax', 'prepare', f'--input={imagenet_tar}', f'--output={tmp_path}/out']
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while '/1000 images' not in parent.stdout.readline():  # until the workers are at work
+    while '/1000 images' not in parent.stdout.readline():  # until the workers have started
         assert parent.poll() is None
     children = [int(p) for p in open(f'/proc/{parent.pid}/task/{parent.pid}/children').read().split()]
     assert len(children) >= 2
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
-    while any(map(helpers.running, children)) and time.monotonic() < deadline:
+    while any(map(helpers.is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(helpers.running, children))
+    assert not any(map(helpers.is_running, children))
     assert not (tmp_path / 'out').exists()
-    # What it left does not stand in the way.
+    # Leftovers do not block a second run.
     again = subprocess.run([*command, '--size=64'], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert os.listdir(tmp_path) == ['out']
 
 
-def test_a_generated_tfds_dataset(tmp_path):
-    """`tfds:cifar10` as TFDS lays it out once generated (here of nine small pictures)."""
+def test_generated_tfds_dataset(tmp_path):
+    """`tfds:cifar10` in the layout that TFDS generates, here with nine small labeled images."""
     folder = tmp_path / 'cifar10' / '3.0.2'
     folder.mkdir(parents=True)
     features = tfds.builder('cifar10', data_dir=str(tmp_path)).info.features
@@ -348,7 +348,7 @@ def test_a_generated_tfds_dataset(tmp_path):
         data_dir=folder, features=features, split_infos=infos, check_data=False, version='3.0.2',
         filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
     )  # fmt: skip
-    # TFDS reads the variable when it is imported: a process of its own.
+    # TFDS reads the variable at import, so this needs its own process.
     out = str(tmp_path / 'out')
     command = [sys.executable, '-m', 'alexnet_jax', 'prepare', '--input=tfds:cifar10', f'--output={out}']
     environment = {**os.environ, 'TFDS_DATA_DIR': str(tmp_path)}
@@ -356,7 +356,7 @@ def test_a_generated_tfds_dataset(tmp_path):
     found = {**helpers.read_back(out, 'train'), **helpers.read_back(out, 'test')}
     chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
     assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
-    assert set(datasets.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
+    assert set(datasets.open_dataset(out).splits) == {'train', 'test'}  # the split without labels is left out
     with pytest.raises(UserError, match='tfds:mnist does not exist in the array_record format .* install TensorFlow'):
         prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
     with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
@@ -373,7 +373,7 @@ def test_damaged_statistics_are_named(folder, tmp_path):
         match=r'data is damaged: .*image_stats.npz: its content has changed \(SHA-256 mismatch\); prep',
     ):
         datasets.open_dataset(str(out))
-    for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote
+    for name in ('SHA256SUMS', 'metadata.json'):  # as in a dataset written by other software
         (out / name).unlink()
     with pytest.raises(UserError, match='image_stats.npz is damaged'):
         datasets.open_dataset(str(out))
@@ -383,15 +383,15 @@ def test_damaged_statistics_are_named(folder, tmp_path):
 
 
 def _png(width, height, data):
-    """A PNG of its bare parts, the checksums right."""
+    """Returns a minimal PNG with correct checksums."""
     parts = (b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', data), (b'IEND', b'')
     chunks = (struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in parts)
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
 
 @pytest.mark.parametrize('name', ['  ', ' cat', 'cat ', 'a cat\nand a dog', 'cat\r', 'cat\x85dog'])
-def test_class_names_that_tfds_would_read_otherwise_are_refused(name, tmp_path):
-    """Its file of names has one a line, without blanks around them or empty ones: labels would name other classes."""
+def test_class_names_that_tfds_would_change_are_refused(name, tmp_path):
+    """TFDS stores one stripped, nonempty name per line; with other names the labels would name other classes."""
     folders = {'dog': helpers.encode(helpers.picture(0)), name: helpers.encode(helpers.picture(1))}
     helpers.write_files(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
     with pytest.raises(UserError, match='class name .* expected one line without outer blanks; rename its folder'):
@@ -399,8 +399,8 @@ def test_class_names_that_tfds_would_read_otherwise_are_refused(name, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
-    """Each is named with its reason, nothing else is said of it, and the good ones that Pillow would warn of are in."""
+def test_invalid_and_oversized_images_are_named(tmp_path, capfd):
+    """Each is named once with its reason, and valid files that Pillow warns about are included."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 48), np.uint8)
     rows = zlib.compress(np.pad(pixels, ((0, 0), (1, 0))).tobytes())
     flipped = bytearray(rows)
@@ -420,7 +420,7 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
         'cut.jpg': (helpers.encode(helpers.picture(3))[:700], 'damaged: image file is truncated'),
         'empty.jpg': (b'', 'the file is empty'),
         'text.jpg': (b'hello', 'unknown image format'),
-        # 0 to 1, or to 255: as 16-bit numbers all of it would be black.
+        # Values from 0 to 1 or 0 to 255: read as 16-bit numbers, all would be black.
         'float.tif': (
             helpers.encode(Image.fromarray(np.ones((20, 20), np.float32)), 'TIFF'),
             '32-bit pixels have no defined white level',
@@ -438,7 +438,7 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
     assert image_io.resize_center_crop(_png(16, 16, rows), 16).std() > 5
     files = good | {name: content for name, (content, _) in bad.items() if content is not None}
     helpers.write_files(tmp_path / 'in' / 'cat', files)
-    os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # without taking room
+    os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # a sparse file that takes no space
     os.mkfifo(tmp_path / 'in' / 'cat' / 'pipe.jpg')
     os.symlink('nowhere', tmp_path / 'in' / 'cat' / 'gone.jpg')
     for name, (_, reason) in bad.items():

@@ -1,4 +1,4 @@
-"""What a config makes of a run: its steps, its epochs, its worker processes."""
+"""The run built from a config: its steps, epochs and worker processes."""
 
 import sys
 from types import SimpleNamespace
@@ -27,17 +27,17 @@ def _mesh(platform):
         ('gpu', {'data.num_workers': 0}, 0),
     ],
 )  # fmt: skip
-def test_images_are_decoded_in_processes_where_the_step_leaves_the_cores_alone(platform, changes, workers, monkeypatch):
+def test_workers_decode_if_the_step_uses_an_accelerator(platform, changes, workers, monkeypatch):
     monkeypatch.setattr(pipeline, 'default_workers', lambda rows, row_bytes, devices: 15)
     config, digits = helpers.run_config(), datasets.open_dataset('digits')
     config.update_from_flattened_dict(changes)
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
     assert build._num_workers(config, prepared, _mesh(platform), 64) == workers
     if 'data.num_workers' not in changes:
-        assert build._num_workers(config, digits, _mesh(platform), 64) == 0  # nothing there has to be decoded
+        assert build._num_workers(config, digits, _mesh(platform), 64) == 0  # raw images need no decoding
 
 
-def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monkeypatch):
+def test_scripts_without_main_guard_get_no_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, 'default_workers', lambda rows, row_bytes, devices: 15)
     config, digits = helpers.run_config(), datasets.open_dataset('digits')
     prepared = digits._replace(splits={name: tuple(records) for name, records in digits.splits.items()})
@@ -55,15 +55,15 @@ def test_a_script_that_worker_processes_would_run_again_gets_none(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_the_steps_of_a_run_follow_its_config():
-    """What `data` says of color reaches the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
+def test_steps_follow_the_config():
+    """The color settings of `data` reach the jitted step: off after an epoch of 1,437 / 64 = 22.45 updates."""
     on = build.build(helpers.run_config(**{'data.color_std': 5.0, 'data.color_scale': 'std', 'data.color_epochs': 1.0}))
     off = build.build(helpers.run_config(**{'data.color_std': 0.0}))
     batch, key = helpers.first_batch(on), jax.random.key(0)
     quiet = {**batch, 'color': np.zeros_like(batch['color'])}
 
     def loss(run, batch, updates):
-        """After so many updates, and two batches that were left out."""
+        """The loss after `updates` updates and two skipped batches."""
         state = run.steps.init(key)
         step, count = jax.device_put((jnp.int32(updates + 2), jnp.int32(updates)), sharding.replicated(run.mesh))
         state = state._replace(step=step, opt_state=state.opt_state._replace(count=count))
@@ -71,12 +71,13 @@ def test_the_steps_of_a_run_follow_its_config():
 
     assert loss(on, batch, 22) == loss(off, quiet, 22)
     assert abs(loss(on, batch, 21) - loss(off, quiet, 21)) > 0.1
-    never = build.build(helpers.run_config(**{'data.color_std': 5.0, 'data.color_epochs': 0.01}))  # less than an update
+    # Less than one update.
+    never = build.build(helpers.run_config(**{'data.color_std': 5.0, 'data.color_epochs': 0.01}))
     assert loss(never, batch, 0) == loss(off, quiet, 0)
 
 
 def test_deterministic_reaches_the_compiler(monkeypatch):
-    """Of each program of a run: a validation, too, decides on rates and on which checkpoint is the best."""
+    """It applies to every program of a run: validation also decides on rates and on the best checkpoint."""
     options, jit = [], jax.jit
     monkeypatch.setattr(jax, 'jit', lambda *a, **k: options.append(k.get('compiler_options')) or jit(*a, **k))
     for deterministic in (False, True):
@@ -85,10 +86,10 @@ def test_deterministic_reaches_the_compiler(monkeypatch):
         assert len(options) >= 3
         assert all(given.get('xla_gpu_deterministic_ops', False) is deterministic for given in options)
     state, batch = run.steps.init(jax.random.key(0)), run.to_mesh(helpers.first_batch(run))
-    run.steps.train_step(state, batch, run.image_stats, jax.random.key(0))  # the CPU's compiler takes it too
+    run.steps.train_step(state, batch, run.image_stats, jax.random.key(0))  # the CPU compiler accepts the option, too
 
 
-def test_a_fraction_of_the_images_is_what_an_epoch_has():
+def test_fraction_determines_the_epoch_length():
     config = helpers.digits_config(**{'data.fraction': 0.25})
     run = build.build(config)
     assert run.num_examples == round(0.25 * 1437) == 359

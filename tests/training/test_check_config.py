@@ -1,4 +1,4 @@
-"""Configs that do not fit, refused before anything is written."""
+"""Invalid configs are refused before anything is written."""
 
 import pytest
 
@@ -43,7 +43,7 @@ from tests import helpers
         ({'data.cache': 'device', 'data.crop_area': (0.1, 1.0), 'data.mean': 'channel'}, 'cannot resize'),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, changes, message):
+def test_invalid_values_are_refused_before_writing(tmp_path, changes, message):
     config = helpers.run_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
     assert not (tmp_path / 'run').exists()
 
 
-def test_config_keys_that_mean_nothing_or_are_missing(tmp_path):
+def test_unknown_and_missing_keys_are_refused(tmp_path):
     config = helpers.run_config()
     with config.unlocked():
         config.optim.pateince = 3

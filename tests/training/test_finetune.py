@@ -1,4 +1,4 @@
-"""From one checkpoint to the next: what is copied, drawn anew, slowed and frozen. Small networks on the digits."""
+"""Training from a checkpoint: copied, reinitialized, slowed and frozen layers. Small networks on the digits."""
 
 import chex
 import jax
@@ -12,8 +12,8 @@ from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
 
-def _shrunk(name, arg=None, **changes):
-    """A config of configs/ with small numbers, on the digits: steps, groups, rates and what is copied are its own."""
+def _small(name, arg=None, **changes):
+    """Returns a small version of a config for the digits, with its steps, groups, rates and copied layers unchanged."""
     config = get_config(f'{name}:{arg}' if arg else name)
     for name, layer in config.model.layers.items():
         layer.init = 'normal(0.1)'
@@ -27,14 +27,14 @@ def _shrunk(name, arg=None, **changes):
     return config
 
 
-def _same(a, b):
+def _equal_layers(a, b):
     return {name for name in a.keys() & b.keys() if a[name]['kernel'].shape == b[name]['kernel'].shape
             and all(np.array_equal(a[name][part], b[name][part]) for part in a[name])}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_authors_chain(tmp_path):
-    """Table of section 7: each link with a rate of 0 holds what it was begun with."""
+def test_authors_chain_of_initializations(tmp_path):
+    """The table of section 7: with rate 0, each run of the chain keeps the copied parameters."""
     lower = {'conv1', 'conv2', 'conv3', 'conv4', 'conv5'}
     links = (
         ('authors_2012', None, set()),
@@ -44,23 +44,24 @@ def test_the_authors_chain(tmp_path):
     )
     before = None
     for i, (name, arg, copied) in enumerate(links):
-        config = _shrunk(name, arg, **{'seed': i, 'optim.learning_rate': 0.0})
+        config = _small(name, arg, **{'seed': i, 'optim.learning_rate': 0.0})
         if before is not None:
             config.init_from = str(tmp_path / str(i - 1))
         train.train_and_evaluate(config, str(tmp_path / str(i)))
         params = loading.load_checkpoint(str(tmp_path / str(i))).params
         if before is not None:
-            assert _same(before, params) == copied, arg
+            assert _equal_layers(before, params) == copied, arg
         before = params
 
 
 def _first_update(config, tmp_path):
-    """(parameters before, after, velocity) of the first update."""
+    """Returns the first update for gradient -1; checks that the velocity starts at 0."""
     run = build.build(config)
     with manager.CheckpointManager(str(tmp_path / 'nothing')) as saved:
         state, _ = restore.restore_or_init(saved, run, jax.random.key(0), {}, str(tmp_path))
     before = jax.device_get(state.params)
-    chex.assert_trees_all_equal(jax.device_get(state.opt_state.velocity), jax.tree.map(np.zeros_like, before))  # fresh
+    # Starts at 0.
+    chex.assert_trees_all_equal(jax.device_get(state.opt_state.velocity), jax.tree.map(np.zeros_like, before))
     gradient = jax.tree.map(lambda p: np.full_like(p, -1.0), before)
     updates, _ = run.steps.optimizer.tx.update(gradient, state.opt_state._replace(count=state.step), state.params)
     return jax.device_get(updates)
@@ -76,8 +77,8 @@ def _first_update(config, tmp_path):
         ('finetune', {'conv1': 0.1}, 0.001),
     ],
 )
-def test_which_layers_are_slowed(tmp_path, arg, slow, rate):
-    config = _shrunk('sixth_conv', arg, **{'optim.weight_decay': 0.0})
+def test_layer_rates_of_finetuning_configs(tmp_path, arg, slow, rate):
+    config = _small('sixth_conv', arg, **{'optim.weight_decay': 0.0})
     config.init_fresh = ()
     updates = _first_update(config, tmp_path)
     for name, update in updates.items():
@@ -85,7 +86,7 @@ def test_which_layers_are_slowed(tmp_path, arg, slow, rate):
 
 
 @pytest.mark.slow
-def test_frozen_and_slowed_layers_under_training(tmp_path):
+def test_frozen_and_slowed_layers(tmp_path):
     base = helpers.digits_config(num_steps=3)
     train.train_and_evaluate(base, str(tmp_path / 'old'))
     rates = (('conv1', 0.0), ('conv2', 0.0), ('conv3', 0.01))
@@ -94,16 +95,16 @@ def test_frozen_and_slowed_layers_under_training(tmp_path):
     )
     train.train_and_evaluate(config, str(tmp_path / 'new'))
     old, new = (loading.load_checkpoint(str(tmp_path / name)).params for name in ('old', 'new'))
-    assert _same(old, new) == {'conv1', 'conv2'}
+    assert _equal_layers(old, new) == {'conv1', 'conv2'}
     moved = {name: np.abs(new[name]['kernel'] - old[name]['kernel']).mean() for name in ('conv3', 'conv4')}
     assert 0 < moved['conv3'] < 0.1 * moved['conv4']
-    # Drawn anew, not copied: nothing of the old weights is left in them.
+    # Reinitialized: uncorrelated with the old weights.
     correlation = np.corrcoef(old['fc7']['kernel'].ravel(), new['fc7']['kernel'].ravel())[0, 1]
     assert abs(correlation) < 0.2
 
 
 @pytest.mark.slow
-def test_what_cannot_be_taken_over(tmp_path, capsys):
+def test_incompatible_checkpoints(tmp_path, capsys):
     train.train_and_evaluate(helpers.digits_config(num_steps=1), str(tmp_path / 'old'))
     begin = {'init_from': str(tmp_path / 'old'), 'num_steps': 1}
     with pytest.raises(UserError, match="init_fresh names a layer 'fc9'. Did you mean 'fc"):
@@ -123,7 +124,7 @@ def test_what_cannot_be_taken_over(tmp_path, capsys):
     warned = capsys.readouterr().err
     assert 'was trained with data.mean crop, this config has channel' in warned
     assert 'was trained with data.pixel_std (1.0, 1.0, 1.0)' in warned and len(warned.splitlines()) == 2
-    # The same shapes, but not the same function of them.
+    # The same shapes, but another function.
     other = helpers.digits_config(**begin, **{'model.lrn_k': 1.0, 'model.dropout_rate': 0.1, 'init_fresh': ('fc7',)})
     other.model.layers.conv5.post = 'pool relu'
     other.model.layers.fc7.post = 'relu'

@@ -1,11 +1,11 @@
-"""metrics.jsonl taken up again."""
+"""Resuming metrics.jsonl."""
 
 import json
 
 from alexnet_jax.training import metric_writer
 
 
-def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path, capsys):
+def test_damaged_line_is_dropped_and_others_kept(tmp_path, capsys):
     def line(step, split='train'):
         return json.dumps({'step': step, 'split': split}) + '\n'
 

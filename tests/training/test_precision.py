@@ -19,7 +19,7 @@ def _quickstart(**changes):
 
 
 @pytest.mark.slow
-def test_gradients_in_bfloat16_point_where_those_in_float32_do():
+def test_bfloat16_gradients_agree_with_float32():
     found = {}
     for dtype in ('float32', 'bfloat16'):
         run = _quickstart(**{'model.dtype': dtype})
@@ -35,11 +35,11 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
         a, b = np.ravel(a).astype(float), np.ravel(b).astype(float)
         assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
         assert abs(np.linalg.norm(b) / np.linalg.norm(a) - 1) < 0.05
-        assert (a != b).any()  # it was another precision
+        assert (a != b).any()  # the precisions do differ
 
 
-def test_bfloat16_over_two_towers_of_a_cpu_is_refused():
-    """XLA's compiler would end the process."""
+def test_bfloat16_over_two_cpu_towers_is_refused():
+    """XLA's compiler would abort the process."""
     changes = {'model.dtype': 'bfloat16', 'mesh.data': 1}
     with pytest.raises(UserError, match=r"'bfloat16' over two towers; use --config.mesh.tower=1 or"):
         build.build(helpers.run_config(**changes, **{'mesh.tower': 2}))
@@ -48,7 +48,7 @@ def test_bfloat16_over_two_towers_of_a_cpu_is_refused():
 
 @pytest.mark.slow
 def test_training_in_bfloat16_tracks_float32():
-    """60 updates of the quickstart: from 2.3 (guessing) to about 1.2 in both, within what two seeds differ by."""
+    """60 updates of the quickstart: from 2.3 (guessing) to about 1.2 in both; two seeds differ by as much."""
     means = {}
     for dtype in ('float32', 'bfloat16'):
         run = _quickstart(**{'model.dtype': dtype})

@@ -1,4 +1,4 @@
-"""One run that was never stopped: what it writes and keeps, what goes on from it or refuses to, what is read of it."""
+"""An uninterrupted run: its files, runs that resume from it or are refused, and evaluation of its checkpoints."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests import ROOT, helpers
 
 
 def _events(workdir):
-    """(step, tag) of every scalar in the workdir's TensorBoard files, in the order written."""
+    """Returns (step, tag) of every scalar in the workdir's TensorBoard files, in the order written."""
     found = []
     for name in sorted(os.listdir(workdir)):
         if not name.startswith('events.'):
@@ -44,9 +44,9 @@ def uninterrupted(tmp_path_factory):
     return config, workdir, result
 
 
-def test_a_run_tells_its_story(uninterrupted):
+def test_metrics_and_events_of_a_run(uninterrupted):
     config, workdir, result = uninterrupted
-    lines = helpers.lines(workdir)
+    lines = helpers.read_metrics(workdir)
     train_lines = [line for line in lines if line['split'] == 'train']
     assert [line['step'] for line in train_lines] == list(range(1, 31))
     assert [line['step'] for line in lines if line['split'] == 'val'] == [12, 24, 30]
@@ -58,18 +58,18 @@ def test_a_run_tells_its_story(uninterrupted):
     losses = [line['loss'] for line in lines if line['split'] == 'val']
     assert losses == sorted(losses, reverse=True)
     assert result['count'] == 360 and result['top1_error'] == lines[-1]['top1_error']
-    # The first validation is a gain, the next two (a gain takes 50 points) each drop the rate.
+    # The first validation is a gain; the next two are not (a gain takes 50 points), and each drops the rate.
     rates = {line['step']: line['learning_rate'] for line in train_lines}
     chex.assert_trees_all_close([rates[s] for s in (12, 24, 25, 30)], [0.01, 0.01, 0.001, 0.001], rtol=1e-6)
-    # The first update is of the stream's first batch, from the seed's parameters.
+    # The first update uses the first batch of the stream and the initial parameters of the seed.
     run = build.build(config)
     batch = helpers.first_batch(run)
     before = jax.device_get(run.steps.init(jax.random.key(0)).params)
     state, report = run.steps.train_step(run.steps.init(jax.random.key(0)), batch, run.image_stats, jax.random.key(0))
     assert float(report['loss']) / 64 == train_lines[0]['loss']
-    # A layer's update is by how much its weights have changed; the gradient's norm is that of all layers' together.
-    moved = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
-    for layer, parts in moved.items():
+    # The norm of a layer's update is that of its parameter change; the gradient norm combines all layers.
+    changes = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(state.params), before)
+    for layer, parts in changes.items():
         norm = np.sqrt(sum(np.sum(part**2) for part in parts.values()))
         assert train_lines[0]['update_norms'][layer] == pytest.approx(norm, rel=1e-3), layer
     by_layer = np.array(list(train_lines[0]['gradient_norms'].values()))
@@ -84,32 +84,32 @@ def test_a_run_tells_its_story(uninterrupted):
     assert {step for step, tag in events if tag == 'val/top1_error'} == {12, 24, 30}
 
 
-def test_the_last_two_and_the_best_are_kept(uninterrupted):
+def test_last_two_and_best_steps_are_kept(uninterrupted):
     _, workdir, _ = uninterrupted
-    errors = {line['step']: line['top1_error'] for line in helpers.lines(workdir) if line['split'] == 'val'}
+    errors = {line['step']: line['top1_error'] for line in helpers.read_metrics(workdir) if line['split'] == 'val'}
     saved_with_error = {s: e for s, e in errors.items() if s in (24, 30)}  # saved at 8, 16, 24, 30
-    best = min(saved_with_error, key=lambda step: (saved_with_error[step], -step))  # of equals the later
+    best = min(saved_with_error, key=lambda step: (saved_with_error[step], -step))  # of equal errors, the later step
     kept = {int(name) for name in os.listdir(workdir / 'checkpoints')}
     assert kept == {24, 30, best}
     assert loading.load_checkpoint(str(workdir)).step == best
 
 
-@pytest.mark.parametrize('stops_at', [5, 27])  # before any save; after one that followed a rate decision
-def test_a_run_taken_up_again_ends_as_one_that_never_stopped(uninterrupted, tmp_path, monkeypatch, stops_at):
-    """Stopped by an exception after some updates beyond the last save, torn lines and all."""
+@pytest.mark.parametrize('stops_at', [5, 27])  # before any save; after a save that followed a rate drop
+def test_resume_is_bit_exact(uninterrupted, tmp_path, monkeypatch, stops_at):
+    """Training is interrupted some updates after the last save, and metrics.jsonl ends in a partial line."""
     config, workdir, _ = uninterrupted
     _stop_at(config, tmp_path, monkeypatch, stops_at)
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 23, "spl')
     train.train_and_evaluate(config, str(tmp_path))
     chex.assert_trees_all_equal(helpers.last_state(config, tmp_path), helpers.last_state(config, workdir))
-    assert helpers.untimed(tmp_path) == helpers.untimed(workdir)
+    assert helpers.untimed_metrics(tmp_path) == helpers.untimed_metrics(workdir)
     assert sorted(_events(tmp_path)) == sorted(_events(workdir))  # no step twice
-    assert json.dumps(helpers.untimed(tmp_path)) == json.dumps(helpers.untimed(workdir))
+    assert json.dumps(helpers.untimed_metrics(tmp_path)) == json.dumps(helpers.untimed_metrics(workdir))
 
 
 def _stop_at(config, workdir, monkeypatch, step):
-    """Trains until an exception after update number `step`."""
+    """Trains until an exception after update `step`."""
     add = train.train_log.TrainLog.add
 
     def stop(self, now, *args, **kwargs):
@@ -123,22 +123,22 @@ def _stop_at(config, workdir, monkeypatch, step):
 
 
 @pytest.mark.parametrize('off', [0, 1])
-def test_the_stream_must_begin_at_step_times_batch(uninterrupted, tmp_path, monkeypatch, off):
-    """Resuming one batch off ends with other parameters; as it is (off = 0) with the same."""
+def test_resume_starts_at_step_times_batch(uninterrupted, tmp_path, monkeypatch, off):
+    """With the stream shifted by one batch (off = 1) the parameters differ at the end; with off = 0 they are equal."""
     config, workdir, _ = uninterrupted
     _stop_at(config, tmp_path, monkeypatch, 27)
     batches = pipeline.train_batches
 
-    def moved(*args, start_step, **kwargs):
+    def shifted(*args, start_step, **kwargs):
         return batches(*args, start_step=start_step + off, **kwargs)
 
-    monkeypatch.setattr(build.pipeline, 'train_batches', moved)
+    monkeypatch.setattr(build.pipeline, 'train_batches', shifted)
     train.train_and_evaluate(config, str(tmp_path))
     a, b = (jax.tree.leaves(helpers.last_state(config, d).params) for d in (tmp_path, workdir))
     assert any((x != y).any() for x, y in zip(a, b, strict=True)) == bool(off)
 
 
-def test_a_finished_run_says_so(uninterrupted, capsys):
+def test_finished_run_is_reported(uninterrupted, capsys):
     config, workdir, _ = uninterrupted
     before = (workdir / 'metrics.jsonl').read_bytes()
     assert train.train_and_evaluate(config, str(workdir)) == {}
@@ -146,14 +146,16 @@ def test_a_finished_run_says_so(uninterrupted, capsys):
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
-def test_longer_training_elsewhere_and_on_another_mesh_goes_on(uninterrupted, tmp_path):
+def test_resume_with_more_steps_on_another_mesh(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')
     longer = helpers.run_config(
         optim=config.optim, num_steps=34, **{'mesh.data': 1, 'mesh.tower': 1, 'data.num_threads': 1}
     )
     train.train_and_evaluate(longer, str(tmp_path / 'copy'))
-    assert [line['step'] for line in helpers.lines(tmp_path / 'copy') if line['split'] == 'train'] == list(range(1, 35))
+    assert [line['step'] for line in helpers.read_metrics(tmp_path / 'copy') if line['split'] == 'train'] == list(
+        range(1, 35)
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_longer_training_elsewhere_and_on_another_mesh_goes_on(uninterrupted, tm
         ({'model.lrn_n': 3, 'seed': 1}, 'model.lrn_n: 5 -> 3; seed: 0 -> 1'),
     ],
 )
-def test_a_workdir_of_another_config_is_refused(uninterrupted, changes, message):
+def test_workdir_of_another_config_is_refused(uninterrupted, changes, message):
     config, workdir, _ = uninterrupted
     before = {name: (workdir / name).read_bytes() for name in ('config.json', 'metrics.jsonl')}
     changed = config.copy_and_resolve_references()
@@ -176,7 +178,7 @@ def test_a_workdir_of_another_config_is_refused(uninterrupted, changes, message)
 
 
 @pytest.mark.parametrize('what', ['fewer', 'another order', 'another size'])
-def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch, what):
+def test_resume_with_other_data_is_refused(uninterrupted, tmp_path, what):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')
     digits = datasets.open_dataset('digits')
@@ -186,12 +188,12 @@ def test_other_data_are_refused(uninterrupted, tmp_path, monkeypatch, what):
         'another size': digits._replace(record_size=40, image_stats=image_stats.from_moments(
             image_stats.Moments.zeros(40).add(np.zeros((40, 40, 3), np.uint8)))),
     }[what]  # fmt: skip
-    monkeypatch.setattr(datasets, 'open_dataset', lambda path: other)
+    longer = helpers.run_config(optim=config.optim, num_steps=40)
     with pytest.raises(UserError, match='was trained on other data'):
-        train.train_and_evaluate(helpers.run_config(optim=config.optim, num_steps=40), str(tmp_path / 'copy'))
+        train.train_and_evaluate(longer, str(tmp_path / 'copy'), dataset=other)
 
 
-def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
+def test_checkpoint_restores_on_any_mesh(uninterrupted):
     config, workdir, _ = uninterrupted
     states = []
     for data_axis, tower in ((1, 1), (1, 2), (2, 2), (4, 1)):
@@ -209,7 +211,7 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
 
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/python_api.md'])
-def test_the_python_of_a_page_runs_as_it_stands(page, uninterrupted):
+def test_python_code_of_a_page_runs(page, uninterrupted):
     _, workdir, _ = uninterrupted
     code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.S))
     assert 'runs/quickstart' in code
@@ -224,7 +226,7 @@ def test_the_python_of_a_page_runs_as_it_stands(page, uninterrupted):
     )
 
 
-def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
+def test_checkpoint_evaluates_and_predicts(uninterrupted):
     _, workdir, result = uninterrupted
     found = loading.load_checkpoint(str(workdir / 'checkpoints' / '30'))
     val = datasets.open_dataset('digits').split('val')
@@ -242,7 +244,7 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
     chex.assert_trees_all_close(predict.predict(found, images[:7], batch_size=3, mesh=both), p[:7], rtol=1e-5)
     chex.assert_shape(predict.predict(found, images[:0], views=1), (0, 10))
     assert abs(100 * (p.argmax(1) != labels).mean() - again['top1_error']) < 1e-3
-    # Ten views: the mean of the softmax outputs of ten crops made here by hand.
+    # Ten views: the mean of the softmax outputs of ten crops computed by hand.
     ten = np.zeros((4, 10))
     for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)):
         for step in (1, -1):
@@ -259,28 +261,26 @@ def test_a_checkpoint_alone_evaluates_and_predicts(uninterrupted):
 
 
 @pytest.mark.slow
-def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_init_from_copies_parameters(uninterrupted, tmp_path, capsys):
     _, workdir, _ = uninterrupted
     config = helpers.run_config(init_from=str(workdir), num_steps=1, **{'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path / 'same'))
     old = loading.load_checkpoint(str(workdir)).params
     chex.assert_trees_all_equal(loading.load_checkpoint(str(tmp_path / 'same')).params, old)
-    # Other classes: the classifier starts afresh, the rest is taken over.
+    # Another number of classes: the classifier is reinitialized, the other layers are copied.
     digits = datasets.open_dataset('digits')
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('0123456789ab')))
-        twelve = config.copy_and_resolve_references()
-        twelve.model.num_classes = 12
-        train.train_and_evaluate(twelve, str(tmp_path / 'twelve'))
+    twelve = config.copy_and_resolve_references()
+    twelve.model.num_classes = 12
+    more_classes = digits._replace(class_names=tuple('0123456789ab'))
+    train.train_and_evaluate(twelve, str(tmp_path / 'twelve'), dataset=more_classes)
     new = loading.load_checkpoint(str(tmp_path / 'twelve')).params
     assert new['fc8']['kernel'].shape[-1] == 12
     chex.assert_trees_all_equal(
         {k: v for k, v in new.items() if k != 'fc8'}, {k: v for k, v in old.items() if k != 'fc8'}
     )
-    # As many classes, but others.
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple('abcdefghij')))
-        train.train_and_evaluate(config, str(tmp_path / 'letters'))
+    # The same number of classes with other names.
+    letters = digits._replace(class_names=tuple('abcdefghij'))
+    train.train_and_evaluate(config, str(tmp_path / 'letters'), dataset=letters)
     assert 'fc8 starts afresh: (32, 10), as the classes of' in capsys.readouterr().out
     new = loading.load_checkpoint(str(tmp_path / 'letters')).params
     assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01
@@ -291,19 +291,19 @@ def test_init_from_takes_parameters_over(uninterrupted, tmp_path, monkeypatch, c
         train.train_and_evaluate(other, str(tmp_path / 'other'))
 
 
-def test_a_run_made_longer_ends_as_one_planned_so(uninterrupted, tmp_path):
-    """The validation at the first end, off the cadence, decides nothing."""
+def test_extended_run_equals_one_planned_longer(uninterrupted, tmp_path):
+    """The validation at the first end, outside the interval, does not affect the rate."""
     config, workdir, _ = uninterrupted
     shorter = config.copy_and_resolve_references()
     shorter.num_steps = 20
     train.train_and_evaluate(shorter, str(tmp_path))
-    assert [line['step'] for line in helpers.lines(tmp_path) if line['split'] == 'val'] == [12, 20]
+    assert [line['step'] for line in helpers.read_metrics(tmp_path) if line['split'] == 'val'] == [12, 20]
     train.train_and_evaluate(config, str(tmp_path))
     chex.assert_trees_all_equal(helpers.last_state(config, tmp_path), helpers.last_state(config, workdir))
 
 
-def test_reading_a_checkpoint_leaves_a_save_under_way_alone(uninterrupted, tmp_path):
-    """Evaluating in the middle of somebody's training must not remove what orbax is writing there."""
+def test_reading_a_checkpoint_keeps_a_save_in_progress(uninterrupted, tmp_path):
+    """Evaluation during somebody's training must not remove the folder that orbax is writing."""
     _, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
     under_way = tmp_path / 'checkpoints' / '31.orbax-checkpoint-tmp'
@@ -321,7 +321,7 @@ def _edit_meta(workdir, edit):
     checksums.write(str(path.parent.parent))
 
 
-def test_a_run_of_another_version_is_refused(uninterrupted, tmp_path):
+def test_run_of_another_version_is_refused(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     _edit_meta(tmp_path, lambda config: config['model'].update(tanh=True))
@@ -335,8 +335,8 @@ def test_a_run_of_another_version_is_refused(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize('number', [None, 2, 4])
-def test_a_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_path):
-    """None: before formats had a number."""
+def test_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_path):
+    """None stands for checkpoints from before formats were numbered."""
     config, workdir, _ = uninterrupted
     step = shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     path = step / 'meta' / 'metadata'
@@ -369,8 +369,8 @@ def test_a_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_pa
         ({'examples': 10}, 'was trained on other data'),
     ],
 )
-def test_a_workdir_that_somebody_else_made_is_one_line(change, message, uninterrupted, tmp_path):
-    """With digests that fit."""
+def test_invalid_checkpoint_metadata_is_refused(change, message, uninterrupted, tmp_path):
+    """The checksums are valid."""
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     path = tmp_path / 'checkpoints' / '30' / 'meta' / 'metadata'
@@ -380,7 +380,7 @@ def test_a_workdir_that_somebody_else_made_is_one_line(change, message, uninterr
         train.train_and_evaluate(config, str(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     shutil.rmtree(tmp_path / 'checkpoints' / '30' / 'params')
@@ -389,10 +389,10 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
             loading.load_checkpoint(str(path))
     with pytest.raises(UserError, match=r'all checkpoints in .* are damaged: .*/30/params/_METADATA: missing'):
         train.train_and_evaluate(config, str(tmp_path))
-    assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
+    assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is removed
 
 
-def test_a_folder_that_has_another_steps_name_is_not_gone_on_with(uninterrupted, tmp_path):
+def test_renamed_step_folder_is_refused(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '100')
     with pytest.raises(UserError, match='checkpoints/100 holds the state of step 30'):

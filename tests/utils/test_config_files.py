@@ -1,4 +1,4 @@
-"""Loading configs by name or path, from any folder, in a source tree and in an installed wheel."""
+"""Configs by name from any folder, in a source tree and in a wheel; precedence of names and paths."""
 
 import os
 import shutil
@@ -19,11 +19,11 @@ def get_config(arg=None):
 """
 
 
-def test_names_are_the_files_in_configs():
+def test_config_names_are_the_files_of_configs():
     assert set(config_files.config_names()) == {path.stem for path in (ROOT / 'configs').glob('*.py')}
 
 
-def test_name_argument_and_path_from_another_folder(tmp_path, monkeypatch):
+def test_configs_by_name_argument_and_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert alexnet_jax.get_config('paper').model.layers.conv3.init == 'normal(0.01)'
     assert alexnet_jax.get_config('paper:init=authors').model.layers.conv3.init == 'normal(0.03)'
@@ -32,7 +32,7 @@ def test_name_argument_and_path_from_another_folder(tmp_path, monkeypatch):
     assert alexnet_jax.get_config(f'{tmp_path}/mine.py:other').seed == 'other'
 
 
-def test_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch, caplog):
+def test_existing_path_wins_and_is_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'paper').write_text(CONFIG)
     with caplog.at_level('INFO'):
@@ -40,7 +40,7 @@ def test_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch, caplo
     assert 'Using the file paper in this folder' in caplog.text
 
 
-def test_path_with_a_colon_and_a_frozen_config(tmp_path):
+def test_colons_frozen_configs_and_errors_in_a_config(tmp_path):
     (tmp_path / 'a:b').mkdir()
     (tmp_path / 'a:b' / 'mine.py').write_text(CONFIG.replace('ConfigDict(', 'FrozenConfigDict(').replace(
         'import ConfigDict', 'import FrozenConfigDict'))  # fmt: skip
@@ -63,7 +63,7 @@ def test_error_inside_a_config_names_its_file(tmp_path):
         ('cifar10:x', "no variant 'x'; expected one of 80sec"),
     ],
 )
-def test_unknown_config_or_variant_is_rejected(name, message, tmp_path, monkeypatch):
+def test_unknown_configs_are_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         alexnet_jax.get_config(name)
@@ -71,7 +71,7 @@ def test_unknown_config_or_variant_is_rejected(name, message, tmp_path, monkeypa
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-    """Returns a folder with the package installed from a wheel."""
+    """A folder with the package as installed from a wheel."""
     folder = tmp_path_factory.mktemp('wheel')
     tree, site = folder / 'tree', folder / 'site'
     tree.mkdir()
@@ -86,7 +86,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_installed_wheel_has_all_packages_and_files(installed):
+def test_wheel_contains_every_package_and_its_files(installed):
     def files(folder):
         kinds = ('.py', '.tsv', '.html', '.js', '.typed')
         return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.suffix in kinds}
@@ -107,7 +107,7 @@ def test_installed_wheel_has_all_packages_and_files(installed):
         (('experiments', 'ablations', '--data=nothing', '--output=out'), "input 'nothing' does not exist"),
     ],
 )
-def test_installed_wheel_finds_configs_by_name(words, expected, installed, tmp_path):
+def test_wheel_finds_configs_by_name(words, expected, installed, tmp_path):
     code = (
         'import os, sys, alexnet_jax; assert alexnet_jax.__file__.startswith(os.environ["PYTHONPATH"]); '
         'from alexnet_jax.__main__ import main; main()'

@@ -1,4 +1,4 @@
-"""SIGTERM waits."""
+"""SIGTERM is deferred."""
 
 import os
 import threading
@@ -6,18 +6,18 @@ import threading
 from alexnet_jax.utils import distributed
 
 
-def test_a_signal_waits_for_the_loop(monkeypatch):
+def test_sigterm_is_deferred(monkeypatch):
     with distributed.defer_sigterm() as asked:
         assert not asked()
         os.kill(os.getpid(), 15)
         assert asked()
     found = []
-    thread = threading.Thread(target=lambda: found.append(_asked_elsewhere()))
+    thread = threading.Thread(target=lambda: found.append(_requested_in_thread()))
     thread.start()
     thread.join()
     assert found == [False]
 
 
-def _asked_elsewhere():
+def _requested_in_thread():
     with distributed.defer_sigterm() as asked:
         return asked()

@@ -1,4 +1,4 @@
-"""What is known of the software and the machine."""
+"""The description of the software and the machine."""
 
 import shutil
 import subprocess
@@ -11,9 +11,9 @@ from alexnet_jax.utils.environment import describe_environment, warn_of_changes
 from tests import ROOT
 
 
-def test_other_software_or_cores_than_before_are_told(tmp_path, capsys):
+def test_changed_software_or_cores_are_reported(tmp_path, capsys):
     now = describe_environment()
-    warn_of_changes(str(tmp_path), now)  # of an earlier start nothing is known
+    warn_of_changes(str(tmp_path), now)  # nothing is known of an earlier start
     metric_writer.write_json(str(tmp_path), {'environment': now})
     warn_of_changes(str(tmp_path), {**now, 'commit': 'another', 'command': []})
     assert not capsys.readouterr().err
@@ -21,7 +21,7 @@ def test_other_software_or_cores_than_before_are_told(tmp_path, capsys):
     assert f'cores {now["cores"]} -> 77; jax {jax.__version__} -> 9.9: the run continues' in capsys.readouterr().err
 
 
-def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path):
+def test_commit_is_not_of_an_enclosing_repository(tmp_path):
     package = tmp_path / 'venv' / 'lib' / 'alexnet_jax'
     shutil.copytree(ROOT / 'alexnet_jax', package)
     script = "from alexnet_jax.utils.environment import describe_environment as d; print(d()['commit'])"

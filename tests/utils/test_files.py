@@ -1,4 +1,4 @@
-"""Locks, and folders that are written whole."""
+"""Locks, and folders that are written atomically."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import atomic_directory, file_lock
 
 
-def test_only_one_at_a_time(tmp_path):
+def test_lock_is_exclusive(tmp_path):
     lock = str(tmp_path / 'lock')
     with file_lock(lock, 'training'):
         with pytest.raises(UserError, match='another process is training'):
@@ -20,7 +20,7 @@ def test_only_one_at_a_time(tmp_path):
         pass
 
 
-def test_a_directory_is_written_whole_and_by_one(tmp_path):
+def test_directory_is_written_atomically_and_by_one(tmp_path):
     output = tmp_path / 'deep' / 'out'
     with atomic_directory(str(output)) as folder:
         (pathlib.Path(folder) / 'file').write_text('first')

@@ -1,4 +1,4 @@
-"""Cores, machines, and processes that are started and left."""
+"""Cores, hosts, and processes that are started and left behind."""
 
 import os
 import pathlib
@@ -18,8 +18,8 @@ def _blocked(pid):
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks processes up in /proc')
-def test_a_process_started_while_signals_are_held_never_sees_them():
-    """In a fresh interpreter: its first process starts multiprocessing's tracker too, which lets signals through."""
+def test_signals_stay_blocked_in_child_processes():
+    """In a fresh interpreter: the first process also starts multiprocessing's tracker, which unblocks signals."""
     script = """
 import multiprocessing, signal, time
 from alexnet_jax.utils import processes
@@ -42,7 +42,7 @@ if __name__ == '__main__':
     ('beside', 'quota', 'cores'),
     [('', 'max 100000', 8), ('2', 'max 100000', 4), ('', '250000 100000', 3), ('2', '100000 100000', 1)],
 )
-def test_cores_are_those_of_the_container_dealt_out(beside, quota, cores, tmp_path, monkeypatch):
+def test_cores_of_the_container_are_shared(beside, quota, cores, tmp_path, monkeypatch):
     (tmp_path / 'cpu.max').write_text(quota)
     monkeypatch.setattr(processes, '_CONTAINER', tmp_path)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)))
@@ -58,8 +58,9 @@ def test_cores_are_those_of_the_container_dealt_out(beside, quota, cores, tmp_pa
         ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '1'}, False),
         ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '4', 'LOCAL_WORLD_SIZE': '4'}, False),  # local.sh
     ],
+    ids=['no launcher', 'slurm', 'one process', 'local'],
 )
-def test_processes_may_be_on_several_machines(here, several, monkeypatch):
+def test_on_several_machines(here, several, monkeypatch):
     for name in ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'LOCAL_WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
     for name, value in here.items():
@@ -67,7 +68,7 @@ def test_processes_may_be_on_several_machines(here, several, monkeypatch):
     assert processes.on_several_machines() == several
 
 
-def test_what_workers_leave_in_shared_memory_is_removed_without_a_word():
+def test_leftover_shared_memory_is_removed_silently():
     code = (
         'from alexnet_jax.utils import processes\nfrom multiprocessing import shared_memory\n'
         'with processes.signals_blocked():\n    print(shared_memory.SharedMemory(create=True, size=9).name)'
@@ -76,6 +77,6 @@ def test_what_workers_leave_in_shared_memory_is_removed_without_a_word():
     assert ended.returncode == 0 and ended.stderr == ''
     left = pathlib.Path('/dev/shm', ended.stdout.strip())
     deadline = time.monotonic() + 10
-    while left.exists() and time.monotonic() < deadline:  # the tracker outlives the program by a moment
+    while left.exists() and time.monotonic() < deadline:  # the tracker outlives the program briefly
         time.sleep(0.05)
     assert not left.exists()

@@ -1,4 +1,4 @@
-"""What a student does in a first hour, with arrays of their own: no flags, no files but the pictures at the end."""
+"""An example of the Python API with in-memory data: no flags, and no files except a checkpoint and two plots."""
 
 import sys
 
@@ -10,7 +10,7 @@ from alexnet_jax.experiments import figures, plots
 
 
 def main(folder: str) -> None:
-    # A variant: tanh after conv 2.
+    # A variant: tanh after conv2.
     config = alexnet_jax.get_config('quickstart')
     config.model.layers.conv2.post = 'tanh pool'
 
@@ -30,14 +30,14 @@ def main(folder: str) -> None:
     dropped = setup.network.apply({'params': params}, x, train=True, rng=jax.random.key(1))
     print('logits', logits.shape, dropped.shape)
 
-    # A loop of one's own.
+    # A custom training loop.
     state = setup.init(jax.random.key(0))
     for step in range(50):
         rows = np.arange(64 * step, 64 * (step + 1)) % 128
         state, metrics = setup.train_step(state, {'image': images[rows], 'label': labels[rows]})
     print('loss', float(metrics['loss']), 'top-1 error', float(metrics['top1_error']))
 
-    # A run that is saved; then probabilities and activations of it, and kernels and maps as pictures.
+    # A saved run; its probabilities and activations, and plots of kernels and feature maps.
     config.num_steps, config.log_every_steps = 4, 0
     alexnet_jax.train_and_evaluate(config, f'{folder}/run', dataset=data)
     checkpoint = alexnet_jax.load_checkpoint(f'{folder}/run')
