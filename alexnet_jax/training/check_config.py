@@ -1,4 +1,4 @@
-"""The check of a whole config: every key is known, none is missing, and the values make sense together."""
+"""Validates a whole config: unknown keys, missing keys, ranges and combinations of values."""
 
 from ml_collections import ConfigDict
 
@@ -34,7 +34,7 @@ def _keys(checks: tuple) -> list[str]:
     return [key for keys, _, _ in checks for key in keys.split()]
 
 
-_KEYS = {  # of every config; the values are explained in configs/paper.py
+_KEYS = {  # keys of every config; configs/paper.py explains the values
     '': (
         *_keys(_RUN_CHECKS), 'grad_accum_steps', 'num_epochs', 'init_from', 'init_fresh', 'debug', 'deterministic',
         'data', 'model', 'mesh', 'optim',
@@ -47,7 +47,10 @@ _KEYS = {  # of every config; the values are explained in configs/paper.py
 
 
 def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]:
-    """A config's network and augmentation, without looking at data or devices. Raises UserError."""
+    """Validates a config and returns its network and augmentation. Needs no data and no devices.
+
+    Raises UserError if a key is unknown or missing, or a value is out of range or contradicts another one.
+    """
     _check_keys(config)
     check_values(_RUN_CHECKS, config, '{}={!r}')
     check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')
@@ -68,7 +71,7 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
 
 
 def _check_keys(config: ConfigDict) -> None:
-    """Raises UserError for an unknown or a missing key. A layer's fields that are not given have their defaults."""
+    """Raises UserError for an unknown or missing key. Fields of layers are not checked: they have defaults."""
     for prefix, known in _KEYS.items():
         section = config[prefix[:-1]] if prefix else config
         if not isinstance(section, ConfigDict):
