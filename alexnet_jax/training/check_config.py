@@ -71,7 +71,7 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
 
 
 def _check_keys(config: ConfigDict) -> None:
-    """Raises UserError for an unknown or missing key. Fields of layers are not checked: they have defaults."""
+    """Raises UserError for an unknown or missing key. Fields of layers are not checked here: some have defaults."""
     for prefix, known in _KEYS.items():
         section = config[prefix[:-1]] if prefix else config
         if not isinstance(section, ConfigDict):

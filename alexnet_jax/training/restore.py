@@ -1,4 +1,4 @@
-"""Where a run begins: at its last checkpoint, if that is of this config and these data, else with fresh weights."""
+"""Restores a run from its last checkpoint, or initializes it with new or pretrained weights."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
-# What may differ when a run is taken up again: where and how it computes, how often it reports, how long it goes on.
+# Config keys that may change when a run is resumed: hardware, reporting intervals and length of the run.
 _MAY_DIFFER = {
     'log_every_steps', 'eval_every_steps', 'checkpoint_every_steps', 'num_epochs', 'num_steps', 'stop_at_error',
     'grad_accum_steps', 'debug', 'deterministic', 'on_nonfinite', 'max_nonfinite', 'mesh', 'data.path',
@@ -26,22 +26,24 @@ _META = {'config': dict, 'class_names': list, 'record_size': int, 'examples': in
 def restore_or_init(
     checkpoints: manager.CheckpointManager, setup: TrainingSetup, key, meta: dict, workdir: str
 ) -> tuple[train_step.TrainState, dict[str, Any]]:
-    """The last checkpoint's state and meta, after making sure that it is of this config and these data.
+    """Restores the last checkpoint, after checking that it has the same config and data, or initializes a new state.
 
     Args:
-      checkpoints: of the workdir, open for training.
-      setup: of this run's config.
-      key: of the fresh state that is drawn where there is no checkpoint.
-      meta: of this run, as its checkpoints will hold it.
+      checkpoints: checkpoint manager of the workdir, opened for training.
+      setup: built from this run's config.
+      key: random key for a new state.
+      meta: metadata of this run, as its checkpoints will store it.
       workdir: for messages.
 
     Returns:
-      (state, meta); without a checkpoint a fresh state, with the parameters of `config.init_from`, and nothing.
+      (state, meta) of the checkpoint. Without a checkpoint: a new state, with the parameters of `config.init_from` if
+      it is set, and {}.
 
     Raises:
-      UserError: the checkpoint is of another config, of other data or of no run; or `init_from` does not fit.
+      UserError: the checkpoint belongs to another config or other data or was not written by training, or the
+        parameters of `init_from` do not fit the network.
     """
-    # One for all: on a shared disk the others may not see yet what the first has written or moved away.
+    # Process 0 decides for all: on a shared disk the others may not yet see files that it has written or moved.
     step = distributed.broadcast_from_process_0(checkpoints.latest)
     if step is not None:
         old, image_stats = checkpoints.read_meta(step)
@@ -68,7 +70,7 @@ def restore_or_init(
 
 
 def _check_is_this_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, workdir: str, step: int) -> None:
-    """Raises UserError where a checkpoint, by its meta and image statistics, is not of this config and these data."""
+    """Raises UserError if a checkpoint's metadata or image statistics do not match this run's config and data."""
     whole = all(isinstance(old.get(name), kind) for name, kind in _META.items())
     if not whole or not train_log.is_valid_state(old.get('log')):
         raise UserError(f'{workdir}: step {step} was not written by alexnet_jax train; use another --workdir.')
@@ -92,7 +94,7 @@ def _check_is_this_run(old: dict, image_stats, meta: dict, setup: TrainingSetup,
 
 
 def _inference_settings(source: TrainingSetup | manager.Checkpoint) -> dict[str, Any]:
-    """Settings that change what the same weights compute: preprocessing, norms and pools, what each layer does."""
+    """Returns the settings that change the outputs for given weights: preprocessing, norms, pooling and layer ops."""
     settings = {f'data.{name}': getattr(source.augmentation, name) for name in ('image_size', 'mean', 'pixel_std')}
     for name in MODEL_FIELDS:
         if name.startswith(('lrn_', 'norm_', 'spatial_', 'pool_', 'dropout_inverted')):
@@ -104,9 +106,10 @@ def _inference_settings(source: TrainingSetup | manager.Checkpoint) -> dict[str,
 
 
 def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
-    """The source's parameters on the mesh of `params`; `fresh` ones, and a classifier of other classes, stay as drawn.
+    """Returns `params` with the parameters of `source` copied in, on the same mesh.
 
-    All start with velocity zero, as in the authors' `layer.py`.
+    The layers in `init_fresh` keep their new values, and so does the classifier if the classes differ. The velocity of
+    all layers starts at zero, as in the authors' `layer.py`.
     """
     classifier, fresh = list(setup.network.layers)[-1], setup.config.init_fresh
     same_classes = source.class_names == tuple(setup.dataset.class_names)
@@ -133,7 +136,7 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
 
 
 def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:
-    """'key: old -> new' for each key in which two configs differ and a run taken up again may not."""
+    """Returns 'key: old -> new' for each differing config key, except the keys that may change on resuming."""
     differences = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = prefix + key, old.get(key), new.get(key)

@@ -1,4 +1,4 @@
-"""train_and_evaluate(config, workdir): the loop - update, evaluate, decide the rate, save."""
+"""The training loop: update, evaluate, adjust the learning rate, save."""
 
 import contextlib
 import dataclasses
@@ -29,23 +29,29 @@ from alexnet_jax.utils.files import absolute_local_path, file_lock
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, *, dataset: datasets.Dataset | None = None, profile: int = 0
 ) -> dict[str, float]:
-    """Trains to the end, from the beginning or from the workdir's last checkpoint.
+    """Trains a network to the end of the config's schedule, starting from the workdir's last checkpoint if it has one.
 
-    At a step: update, evaluate, decide the rate, save; so what was decided is what is saved. A run that is stopped and
-    started again with the same config ends as one that never stopped.
+    Each step runs in this order: update, evaluate, adjust the learning rate, save. A checkpoint therefore includes
+    the adjusted rate. A run that is stopped and resumed with the same config ends in the same state as a run that was
+    never stopped.
 
     Args:
-      config: see configs/paper.py; it is not changed.
-      workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
-      dataset: from `datasets.in_memory`, say; None opens what `config.data.path` names.
-      profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
+      config: from `alexnet_jax.get_config`. configs/paper.py explains every key. It is not modified.
+      workdir: folder of the run. It receives config.json, environment.json, metrics.jsonl, TensorBoard events and
+        checkpoints/.
+      dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
+      profile: number of updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up
+        updates; 0 traces nothing.
 
-    Returns the last validation's numbers (see `evaluate.evaluate_batches`); {} without a val split, or if all was done.
+    Returns:
+      The metrics of the last validation: 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images),
+      'images_per_second' and 'data_wait' (0 to 1). {} if there is no val split or the run was already finished.
 
     Raises:
-      UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
-      DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
-      TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
+      UserError: config, data and workdir do not fit together, or a file cannot be read or written.
+      DivergedError: loss, gradient or update is not finite. The message names the step, the learning rate and the last
+        checkpoint.
+      TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
     workdir = os.fspath(workdir)
     setup = build.build(config, dataset)
@@ -57,7 +63,7 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _describe_setup(setup)
-        should_stop = stack.enter_context(distributed.defer_sigterm())  # to the end of the last save
+        should_stop = stack.enter_context(distributed.defer_sigterm())  # until the last save is complete
         checkpoints = stack.enter_context(CheckpointManager(workdir))
         stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))  # type: ignore[attr-defined]
         for problem in checkpoints.damaged:
@@ -77,15 +83,15 @@ def train_and_evaluate(
         limits = {'on_nonfinite': config.on_nonfinite, 'max_nonfinite': config.max_nonfinite}
         limits['max_unreadable'] = config.data.max_unreadable
         log = train_log.TrainLog(writer, **counts, **limits, num_classes=len(data.class_names), saved=saved.get('log'))
-        # Kept from one validation to the next: worker processes take seconds to start.
+        # One iterator serves all validations, because worker processes take seconds to start.
         val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
         batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
         profiler = stack.enter_context(_Profiler(os.path.join(workdir, 'profile'), start, profile, setup.total_steps))
         hooks = StepHooks(setup, meta, writer, log, checkpoints, val_batches, should_stop)
         try:
-            if unfinished:  # SIGTERM came between this step's update and what belongs to it
+            if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
-            wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # a run may have been made shorter
+            wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # num_epochs may have been lowered
             prefetched = () if hooks.done else pipeline.prefetch_to_device(wanted, setup.to_mesh)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
@@ -112,17 +118,17 @@ def _say_where_it_is(workdir: str, data: str) -> None:
 
 
 class StepActions(NamedTuple):
-    """What is due at a step, besides its update."""
+    """Actions that follow the update of a step."""
 
-    log: bool  # a line of metrics.jsonl
-    validate: bool  # a validation, and what follows of it for the rate
+    log: bool  # write a line to metrics.jsonl
+    validate: bool  # evaluate the val split and adjust the learning rate
     save: bool
-    last: bool  # the run ends here, with a validation
+    last: bool  # end the run, with a validation
 
 
 @dataclasses.dataclass
 class StepHooks:
-    """What follows the update of a step: validates, decides the rate, saves."""
+    """Validates, adjusts the learning rate and saves after the update of a step."""
 
     setup: TrainingSetup
     meta: dict[str, Any]  # saved with every checkpoint
@@ -135,7 +141,7 @@ class StepHooks:
     result: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation; empty before the first
 
     def due(self, step: int) -> StepActions:
-        """What is due at a step by the cadences of the config."""
+        """Returns the actions due at a step according to the config's `*_every_steps`."""
         size, examples = self.setup.config.batch_size, self.setup.num_examples
         ends_epoch, now = step * size // examples > (step - 1) * size // examples, {}
         for name in ('log', 'eval', 'checkpoint'):
@@ -144,14 +150,14 @@ class StepHooks:
         last = step >= self.setup.total_steps
         save = now['checkpoint'] or last
         validate = 'val' in self.setup.dataset.splits and now['eval']
-        # A line before each save, so that no mean reaches back over a restart.
+        # Each save is preceded by a log line, so no logged mean spans a restart.
         return StepActions(now['log'] or save, validate, save, last)
 
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
-        """Does what is due; returns the state with the rate decided.
+        """Runs the due actions and returns the state with the adjusted learning rate.
 
-        resumed: the checkpoint was saved as unfinished: of this step only the update is done. Raises TerminatedError
-        where SIGTERM has come: the update is saved; the rest of it will be done first the next time.
+        resumed: the step was restored from a checkpoint marked as unfinished, after its update but before its actions.
+        Raises TerminatedError if SIGTERM was received: the update is saved, and its actions run first on resume.
         """
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
@@ -167,12 +173,12 @@ class StepHooks:
                 if due.validate or (due.last and 'val' in self.setup.dataset.splits):
                     result = self.result = self.validate(state, step)
             except TerminatedError:
-                if not resumed:  # otherwise it is saved that way already
+                if not resumed:  # otherwise an unfinished checkpoint of this step exists
                     self.save(state, None, unfinished=True)
                     self.checkpoints.wait()
                 saved = f'step {step} of {self.setup.total_steps} is saved'
                 raise TerminatedError(f'SIGTERM: {saved}; the same command goes on from there.') from None
-            if due.validate:  # not at an end in between: the run may be made longer, and should not show it
+            if due.validate:  # an extra validation at the end must not change a run that is later extended
                 decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
                 state = state._replace(opt_state=decided)
             if due.save:
@@ -181,7 +187,7 @@ class StepHooks:
         return state
 
     def save(self, state: TrainState, top1_error: float | None, *, unfinished: bool = False) -> None:
-        """Starts saving the state with what a run needs to go on from it."""
+        """Starts saving the state and the metadata that resuming needs."""
         self.writer.flush()
         meta = {**self.meta, 'log': self.log.state(), 'unfinished': unfinished}
         image_stats = self.setup.dataset.image_stats
@@ -189,7 +195,7 @@ class StepHooks:
         self.checkpoints.save(state, image_stats, meta, top1_error)
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""
+        """Evaluates the val split and writes the metrics. Raises DivergedError if the loss is not finite."""
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
         batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
@@ -210,7 +216,7 @@ class StepHooks:
 
 
 class _Profiler(contextlib.ExitStack):
-    """Traces `count` updates, after two that warm up, into a folder; none with a count of 0."""
+    """Traces `count` updates into a folder, after two warm-up updates; a count of 0 traces nothing."""
 
     def __init__(self, folder: str, start: int, count: int, total_steps: int):
         super().__init__()
@@ -230,7 +236,7 @@ class _Profiler(contextlib.ExitStack):
 
 
 def _describe_setup(setup: TrainingSetup) -> None:
-    """Logs what it will run on, and warns of what a config probably does not mean."""
+    """Logs devices and mesh, and warns about probable mistakes in the config."""
     devices = setup.mesh.devices
     where = (
         f'{devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, mesh.tower={devices.shape[1]}'
@@ -245,7 +251,7 @@ def _describe_setup(setup: TrainingSetup) -> None:
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:
-    """Whether nothing is left to do, which is logged with how to go on all the same."""
+    """Returns whether the run is finished; if so, logs which config key extends it."""
     reached = train_log.LogState(**(log or {})).reached(setup.config.stop_at_error)
     if not reached and step < setup.total_steps:
         return False
@@ -256,7 +262,10 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock."""
+    """Creates the workdir and locks it against a second run. Among several processes, process 0 holds the lock.
+
+    Raises UserError if the workdir cannot be used.
+    """
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):
