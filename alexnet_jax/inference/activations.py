@@ -1,4 +1,4 @@
-"""The activations of any layer, in memory or for a whole split in a file."""
+"""Computes the activations of any layer, for images in memory or for a whole split."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
-    """What can be asked for: {name: (the network's intermediate, which of those with that name)}."""
+    """Returns the activations that a network offers: {name: (key of the Flax intermediate, index within that key)}."""
     names: dict[str, tuple[str, int]] = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
@@ -39,21 +39,21 @@ def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
 def activations(
     checkpoint: Checkpoint, images: Images, layers: Sequence[str] | str, *, batch_size: int = 128
 ) -> dict[str, np.ndarray]:
-    """Outputs of some layers for the center crops of images, dropout off.
+    """Returns the outputs of layers for the center crops of images. Dropout is off.
 
     Args:
-      checkpoint: from `load_checkpoint`.
-      images: as `predict` takes them.
-      layers: one name or several. 'conv3' is the layer's output after its last operation before dropout; 'conv3.linear'
-        is its weighted sums and biases, before all that follows (torchvision's `features.6`); 'conv3.relu',
-        'conv1.lrn', 'conv1.pool', ... are the outputs of the operations. `activation_names` lists them.
-      batch_size: images at a time; changes nothing in the results.
+      checkpoint: from `alexnet_jax.load_checkpoint`.
+      images: as for `alexnet_jax.predict`.
+      layers: one name or several. 'conv3' is the output of the layer after its last operation before dropout.
+        'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
+        'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
+      batch_size: images per batch; it does not change the results.
 
     Returns:
-      {name: float32 [N, H, W, C] of maps, or [N, F] of units}.
+      {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
 
     Raises:
-      UserError: an unknown layer, or images that cannot be read.
+      UserError: a layer is unknown or an image cannot be read.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
@@ -70,10 +70,10 @@ def activations(
 def iter_activations(
     checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128
 ) -> Generator[Part, None, None]:
-    """The activations of one of `activation_names` for all records of a split, in their order, a batch at a time.
+    """Yields the activations of one layer for all records of a split, in order, one batch at a time.
 
-    Yields (float32 [n, ...], int32 labels [n]); batch_size changes nothing in them. Raises UserError for an unknown
-    layer and, at the end, if records could not be read: warnings have named all of them.
+    Yields (float32 [n, ...], int32 labels [n]). layer: one of `activation_names`. Raises UserError for an unknown
+    layer and, at the end, if records could not be read; warnings have named each of them.
     """
     function = _layer_outputs(checkpoint, [layer])
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
@@ -81,7 +81,10 @@ def iter_activations(
 
 
 def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
-    """Jitted: (params, uint8 [N, S, S, 3], image_stats) -> a list of float32 [N, ...]; reused between calls."""
+    """Returns a jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...], one per name.
+
+    The function is cached between calls. Raises UserError for an unknown name.
+    """
     known = activation_names(checkpoint.network)
     for name in names:
         if name not in known:
@@ -96,11 +99,11 @@ def _jit(network: AlexNet, augmentation: Augmentation, wanted: tuple[tuple[str, 
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
         return [state['intermediates'][key][which].astype(jnp.float32) for key, which in wanted]
 
-    return jax.jit(outputs)  # XLA leaves out the layers above
+    return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
 
 
 def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
-    """Of one image's activations."""
+    """Returns the shapes of the activations of one image."""
     side = checkpoint.record_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
     return [x.shape[1:] for x in jax.eval_shape(function, checkpoint.params, image, checkpoint.image_stats)]
@@ -109,10 +112,20 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 def write_activations(
     output: str, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
 ) -> tuple[int, ...]:
-    """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
+    """Writes the activations of one layer to a new file and returns the shape of its `features`.
 
-    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole. Raises UserError as
-    `check_output` and `iter_activations`, and where the file cannot be written; nothing half-written stays.
+    Holds one batch in memory at a time. Writes OUTPUT.tmp and renames it when it is complete, so no partial file
+    remains after an error.
+
+    Args:
+      output: path that ends in .safetensors or .npz.
+      checkpoint: from `load_checkpoint`.
+      records: records of a split.
+      layer: one of `activation_names`.
+      batch_size: images per batch; it does not change the results.
+
+    Raises:
+      UserError: as `check_output` and `iter_activations`, or the file cannot be written.
     """
     check_output(output)
     parts = iter_activations(checkpoint, records, layer, batch_size)
@@ -124,14 +137,14 @@ def write_activations(
 
 
 def check_output(output: str) -> None:
-    """Raises UserError where `output` has another ending, or is there already."""
+    """Raises UserError if `output` has another ending or exists already."""
     if not output.endswith(ENDINGS):
         raise UserError(f'--output={output!r}; expected a name ending in {" or ".join(ENDINGS)}.')
     check_new(output)
 
 
 def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
-    """The format: length of the header (8 bytes), the header as JSON, the arrays one after the other."""
+    """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
     middle = 4 * math.prod(shape)
     header = json.dumps({
         'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, middle]},
@@ -153,7 +166,7 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
 
 
 def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
-    """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
+    """Appends the features and logs progress every ten seconds. Returns the labels, little-endian int32 [total]."""
     labels: list[int] = []
     progress = Progress(total, seconds=10)
     for features, part_labels in parts:
