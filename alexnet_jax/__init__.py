@@ -21,7 +21,7 @@ __all__ = ['__version__', *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads on first use: the processes of `alexnet_jax prepare` should not each load JAX."""
+    """Imports public names on first use, so that the processes of `alexnet_jax prepare` do not load JAX."""
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(_MODULES[name]), name)

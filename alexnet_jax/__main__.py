@@ -1,4 +1,4 @@
-"""`alexnet_jax COMMAND ...`, also as `python -m alexnet_jax COMMAND ...`; without a command, a list of them."""
+"""Entry point of `alexnet_jax COMMAND ...` and `python -m alexnet_jax COMMAND ...`. Without a command, lists all."""
 
 import ast
 import importlib
@@ -15,13 +15,13 @@ COMMANDS = (
 
 
 def purpose(command: str) -> str:
-    """The first line of a command's docstring."""
+    """Returns the first line of a command's docstring."""
     source = pathlib.Path(__file__).parent.joinpath('commands', f'{command}.py').read_text(encoding='utf-8')
     return str(ast.get_docstring(ast.parse(source))).splitlines()[0]
 
 
 def main() -> None:
-    """Runs the command that the command line begins with, or lists them all."""
+    """Runs the command named by the first word of the command line. Without one, lists all commands."""
     name, words = (sys.argv[1:2] or [''])[0], sys.argv[2:]
     if name in ('', '-h', '--help', 'help'):
         lines = [f'alexnet_jax {command:12} {purpose(command)}' for command in COMMANDS]

@@ -1,10 +1,10 @@
-"""Images a second of a step, the input, both together or the preparation - beside PyTorch in the same call.
+"""Measures images per second of the update step, the input pipeline, training or preparation, also against PyTorch.
 
     alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
 
-The contenders take turns; each is waited for once, at the end of its turn, and a turn is one measurement. Printed are a
-table of medians, what the compiled step computes and moves by layer and between devices, a line of JSON and, with
---against=torch, `ratio: X`.
+The contenders alternate. Each turn is one measurement and is synchronized once, at its end. The output is a table of
+medians, the FLOPs and bytes of the compiled step by layer and between devices, one line of JSON, and with
+--against=torch a line `ratio: X`.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ SHARED = (
 
 
 class Step:
-    """Updates on one batch that stays on the device; on several devices also on one of them.
+    """Measures updates on one batch that stays on the device. With several devices, also measures one of them alone.
 
         alexnet_jax benchmark step [--against=torch] [--precision=bfloat16] [--batch_size=128] [--repeats=5]
         alexnet_jax benchmark step --compile_for=h200
 
-    With --compile_for a step is compiled for a GPU that need not be there, and not run.
+    --compile_for only compiles the step, for a GPU that need not be present.
     """
 
     COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
@@ -64,7 +64,7 @@ class Step:
 
 
 class Train:
-    """Updates on batches of prepared data, beside the step alone.
+    """Measures updates on batches of prepared data, and the step alone for comparison.
 
     alexnet_jax benchmark train --config.data.path=DIR [--against=torch] [--batch_size=128] [--repeats=5]
     """
@@ -77,7 +77,9 @@ class Train:
 
 
 class Input:
-    """Training batches from prepared data; PyTorch reads the same squares as JPEG files, or the originals at --input.
+    """Measures reading training batches from prepared data. PyTorch reads the same images as JPEG files.
+
+    With --input, PyTorch reads the original images instead.
 
     alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
     """
@@ -96,7 +98,7 @@ class Input:
 
 
 class Prepare:
-    """The preparation of --input into records.
+    """Measures the preparation of the images at --input.
 
     alexnet_jax benchmark prepare --input=RAW [--repeats=5]
     """
@@ -112,7 +114,7 @@ SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
 
 
 def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **options: str | None) -> None:
-    """Makes the contenders of a mode, with `options` of that function, measures them and prints the report."""
+    """Creates the contenders with `make_contenders(config, settings, stack, **options)`, measures and reports them."""
     against = 'against' in args and bool(args.against)
     if against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
@@ -125,7 +127,7 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
         torch_baseline = importlib.import_module('alexnet_jax.benchmark.torch_baseline')
 
         if gpu:
-            config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch has
+            config.mesh.update({'data': 1, 'tower': 1})  # PyTorch uses one GPU
     precision = _set_precision(args, gpu)
     settings = {'mode': mode, 'precision': precision, **describe_environment()}
     how = throughput.Options(torch_baseline, args.steps, precision)
@@ -141,9 +143,9 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
 
 
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
-    """The precision of --precision or, without it, that in which `train` computes on such a device; sets it."""
+    """Sets and returns the precision: --precision, or by default the precision that `train` uses on this device."""
     config = args.config
-    jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
+    jax.config.update('jax_enable_compilation_cache', False)  # compile times are measured
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
     jax.config.update('jax_default_matmul_precision', throughput.PRECISIONS[precision])
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'

@@ -1,10 +1,11 @@
-"""Turns weights of Caffe, PyTorch or safetensors into a checkpoint, and a checkpoint into safetensors.
+"""Converts Caffe, PyTorch or safetensors weights to a checkpoint, or a checkpoint to safetensors.
 
     alexnet_jax convert --input=FILE [--mean=FILE] --output=DIR [--config=FILE] [--classes=FILE]
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
-A file of weights gives features, groups and classes. What it does not say (strides, paddings, what follows a layer,
-preprocessing) is taken from a config: 'caffe' for a .caffemodel, 'torchvision' for the others.
+The file of weights determines features, groups and number of classes. Strides, paddings, the operations after each
+layer and the preprocessing come from a config. The default config is 'caffe' for a .caffemodel and 'torchvision'
+otherwise.
 """
 
 import jax
@@ -24,5 +25,5 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
-    jax.config.update('jax_platforms', 'cpu')  # there is nothing to compute
+    jax.config.update('jax_platforms', 'cpu')  # conversion needs no accelerator
     convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)

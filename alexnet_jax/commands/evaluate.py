@@ -2,8 +2,8 @@
 
     alexnet_jax evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
 
---checkpoint given several times averages their softmax outputs (section 6); --weights=2,1,1 weighs them, and
---weights=tuned looks for the weights with the lowest top-5 error on the val split.
+Give --checkpoint several times to average the softmax outputs of several networks (section 6). --weights=2,1,1 sets the
+weights of the average. --weights=tuned searches for the weights with the lowest top-5 error on the val split.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(args: flags.FlagValues) -> None:
         keys.append('weights')
         name = _describe_ensemble(args, result)
     crops = 'center crop' if args.views == 1 else 'ten views'
-    few = len(dataset.class_names) <= 10  # the right label is among five of ten by chance
+    few = len(dataset.class_names) <= 10  # for ten classes the top-5 error is 50% by chance: not informative
     top5 = '' if few else f'top-5 error {result["top5_error"]:.2f}%, '
     print(
         f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '
@@ -67,7 +67,7 @@ def main(args: flags.FlagValues) -> None:
 
 
 def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
-    """'2 networks (weights A 0.500, B 0.500; equal)'."""
+    """Returns for example '2 networks (weights A 0.500, B 0.500; equal)'."""
     weights = ', '.join(f'{path} {w:.3f}' for path, w in zip(args.checkpoint, result['weights'], strict=True))
     how = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
     if args.weights == 'tuned' and args.split == 'val':
@@ -76,7 +76,7 @@ def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
 
 
 def _parse_weights(text: str, count: int) -> list[float] | None:
-    """--weights as numbers; None where they are equal or to be tuned."""
+    """Parses --weights into numbers. Returns None for equal or tuned weights."""
     if count == 1 and text:
         raise UserError(f'--weights={text} for one checkpoint; give --checkpoint several times.')
     if text in ('', 'tuned'):

@@ -1,11 +1,11 @@
-"""The paper's experiments: networks that differ in one thing, trained, and a table beside the paper's numbers.
+"""Runs the paper's experiments: trains networks that differ in one setting and compares them with the paper's numbers.
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
 SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). PATH is a prepared directory, or
-images as `alexnet_jax prepare` takes them. Every run is one of `alexnet_jax train`; a suite that was stopped goes on
-where it was. DIR gets results.csv, report.html and runs/. --scale=0.2 trains on a fifth of the images, always the same;
---dry_run shows the runs and how long they may take.
+images as `alexnet_jax prepare` takes them. Every run is a run of `alexnet_jax train`. The same command resumes a stopped
+suite. DIR receives results.csv, report.html and runs/. --scale=0.2 trains on a fixed fifth of the images. --dry_run
+prints the runs and their estimated hours.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
     seeds = args.seeds or (5 if name == 'ensemble' else 3)
     if not 0 < args.scale <= 1:
         raise UserError(f'--scale={args.scale}; expected a number above 0, at most 1.')
-    from alexnet_jax.experiments import plots  # noqa: F401  (says now, not after days, that matplotlib is missing)
+    from alexnet_jax.experiments import plots  # noqa: F401  (fails here, not after days, if matplotlib is missing)
 
     suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
     if args.dry_run:

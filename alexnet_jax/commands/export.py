@@ -1,10 +1,10 @@
-"""Writes a checkpoint as files that others load without this package: StableHLO, safetensors, a model card.
+"""Exports a checkpoint to files that load without this package: StableHLO, safetensors, a model card.
 
     alexnet_jax export --checkpoint=runs/paper --output=exported [--views=10]
 
-`model.stablehlo` takes uint8 images [N, S, S, 3], N free, and gives probabilities [N, K]; the mean, the crops and the
-softmax are inside. `model.safetensors`, `config.json` and `README.md` lie as on the Hugging Face hub. What was written
-is loaded in a process of its own, which knows nothing of this package, and compared.
+`model.stablehlo` maps uint8 images [N, S, S, 3], for any N, to probabilities [N, K]. It includes mean subtraction, crops
+and softmax. `model.safetensors`, `config.json` and `README.md` follow the layout of the Hugging Face hub. A separate
+process that does not import this package loads the exported model and compares its outputs.
 """
 
 from absl import flags

@@ -1,10 +1,10 @@
-"""The paper's figures from a run or a checkpoint, as PNG and SVG.
+"""Draws the paper's figures from a run or a checkpoint, as PNG and SVG.
 
     alexnet_jax figures --run=WORKDIR --output=DIR [--data=DIR] [--split=val] [--seed=0]
     alexnet_jax figures --checkpoint=PATH --output=DIR [--data=DIR]
 
-The network (figure 2) and its first kernels (figure 3); with --run its curves (as figure 1); with --data predictions
-and nearest training images (figure 4), and the confusion matrix.
+Draws the network (figure 2) and the kernels of its first layer (figure 3). With --run, also draws the training curves
+(as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix.
 """
 
 from absl import flags
@@ -30,7 +30,7 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     if bool(args.run) == bool(args.checkpoint):
         raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
-    from alexnet_jax.experiments import plots  # says in one line that matplotlib is missing
+    from alexnet_jax.experiments import plots  # raises UserError if matplotlib is missing
 
     path = args.run or args.checkpoint
     dataset = datasets.open_dataset(args.data) if args.data else None

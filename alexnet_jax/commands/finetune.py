@@ -1,10 +1,11 @@
-"""Trains a classifier of your own pictures: from a folder of class folders to a network, its errors and confusions.
+"""Trains a classifier on your own images, from class folders to a network, its errors and its confusion matrix.
 
-    alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
+    alexnet_jax finetune --input=IMAGES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
 
-PICTURES is what `alexnet_jax prepare` takes: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; without val a
-tenth is set aside. With --init_from a trained network is tuned: its layers and preprocessing are taken over with all
-layers but the classifier. DIR gets data/, run/ and figures/; started again the command goes on where it was.
+IMAGES is an input of `alexnet_jax prepare`: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg. Without a val
+folder, a tenth of the images is set aside for validation. With --init_from, the network and its preprocessing come from
+that checkpoint, and all layers except the classifier start from its weights. DIR receives data/, run/ and figures/.
+The same command resumes a stopped run.
 """
 
 from absl import flags

@@ -1,9 +1,9 @@
-"""Labels and probabilities for image files of any size.
+"""Predicts labels and probabilities for image files of any size.
 
     alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--lines | --json]
 
-Each image becomes the central square that `alexnet_jax prepare` would have made of it (but no JPEG in between); of a
-folder all images are taken, those in folders below too, in the order of their names.
+Each image is cropped to its central square and resized as `alexnet_jax prepare` does, but not re-encoded as JPEG.
+Folders are searched recursively, and their images are taken in the order of their names.
 """
 
 import json
@@ -46,6 +46,6 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
 
 
 def _name(label: str) -> str:
-    """A class's name; of a WordNet id of ImageNet what it means, too."""
+    """Returns the name of a class. For a WordNet ID of ImageNet, includes its meaning."""
     name = imagenet_classes.names().get(label)
     return f'{name}, {label}' if name else label

@@ -1,10 +1,10 @@
-"""Turns raw images into what training reads: squares of one size, their mean image and their color statistics.
+"""Converts raw images to a dataset for training: square images of one size, their mean image and color statistics.
 
     alexnet_jax prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
 
-The shorter side becomes `size` pixels, the central square is kept (section 2). The output is a TFDS dataset that
-`tfds.builder_from_directory(DIR)` opens, with image_stats.npz beside it where there are training images, and
-SHA256SUMS.
+Each image is resized so that its shorter side has `size` pixels, and cropped to its central square (section 2). The
+output is a TFDS dataset that `tfds.builder_from_directory(DIR)` opens. The same folder holds SHA256SUMS and, if there
+are training images, image_stats.npz.
 """
 
 from typing import Any

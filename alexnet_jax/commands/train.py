@@ -1,11 +1,11 @@
-"""Trains the network a config describes, or goes on with a run that was stopped.
+"""Trains the network of a config, or resumes a stopped run.
 
     alexnet_jax train --config=paper --workdir=runs/paper [--config.KEY=VALUE ...]
     alexnet_jax train --config=paper --summary
 
-Every key of a config is a flag, too: --config.optim.learning_rate=0.005. configs/paper.py explains them.
+Every key of a config is also a flag: --config.optim.learning_rate=0.005. configs/paper.py explains the keys.
 Layers are keys by name: --config.model.layers.conv2.post='tanh pool'.
-(`python -m alexnet_jax.main` is the same command.)
+`python -m alexnet_jax.main` is the same command.
 """
 
 from absl import flags

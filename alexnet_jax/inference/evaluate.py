@@ -46,7 +46,8 @@ def evaluate_batches(
       should_stop: called before every batch; if it returns True, TerminatedError is raised.
 
     Returns:
-      'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second', 'data_wait' (0 to 1).
+      'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait', the
+      fraction of time spent waiting for data.
 
     Raises:
       UserError: more than `max_unreadable` records are unreadable.
