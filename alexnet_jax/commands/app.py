@@ -107,9 +107,9 @@ def set_up_jax(cpu_devices: int) -> None:
         jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
         if number:
             logs.only_warnings()
-    # JAX_COMPILATION_CACHE_DIR overrides the default folder. On several machines there is no default: only the first
-    # process writes the cache, so machines with separate home folders would compile programs that it finds in its cache,
-    # and would wait for its share of the autotuning.
+    # JAX_COMPILATION_CACHE_DIR overrides the default folder. There is no default on several machines: only the first
+    # process writes the cache. Machines with separate home folders would compile the programs that it finds in its
+    # cache, and would wait for its share of the autotuning.
     cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache_dir is None and not processes.on_several_machines():
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')

@@ -56,7 +56,7 @@ def main(args: flags.FlagValues) -> None:
         keys.append('weights')
         name = _describe_ensemble(args, result)
     crops = 'center crop' if args.views == 1 else 'ten views'
-    few = len(dataset.class_names) <= 10  # for ten classes the top-5 error is 50% by chance: not informative
+    few = len(dataset.class_names) <= 10  # with ten classes, guessing already gives 50% top-5 error
     top5 = '' if few else f'top-5 error {result["top5_error"]:.2f}%, '
     print(
         f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '

@@ -3,7 +3,7 @@
     alexnet_jax verify DIR...
 
 DIR is a prepared directory, a workdir (all its steps) or the folder of one step. If a file is damaged, missing or
-incomplete, the command names it and ends with exit code 1. The last step of a run is incomplete while it is being saved.
+incomplete, the command names it and ends with exit code 1. A step is incomplete while it is being saved.
 """
 
 import sys
