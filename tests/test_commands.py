@@ -322,10 +322,20 @@ def test_public_names():
         alexnet_jax.nothing  # noqa: B018
 
 
-def test_preparing_does_not_load_jax():
-    heavy = '("jax", "flax", "tensorflow", "torch")'
-    modules = 'alexnet_jax.prepare.prepare, alexnet_jax.prepare.record_writer, alexnet_jax.commands.prepare'
-    code = f'import sys, {modules}; print([m for m in {heavy} if m in sys.modules])'
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import alexnet_jax',
+        'import alexnet_jax.prepare.prepare, alexnet_jax.prepare.record_writer',
+        'import importlib; from alexnet_jax import __main__; from alexnet_jax.commands import app; '
+        '[app.help_text(importlib.import_module(f"alexnet_jax.commands.{name}")) for name in __main__.COMMANDS]',
+    ],
+    ids=['package', 'prepare', 'help'],
+)
+def test_starts_without_jax(code):
+    """Importing the package, the workers of prepare, and the --help of every command."""
+    heavy = '("jax", "flax", "optax", "orbax", "grain", "tensorflow", "torch")'
+    code = f'{code}\nimport sys; print([name for name in {heavy} if name in sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == '[]'
 
@@ -334,7 +344,7 @@ def test_training_does_not_load_pytorch(tmp_path):
     """Where it is installed: in every process that decodes it would take as much memory again."""
     (tmp_path / 'torch.py').write_text('Tensor = None\n')
     checks = 'assert "torch" not in sys.modules; import torch; assert torch.Tensor is None'
-    code = f'import sys, alexnet_jax.commands.train; {checks}'
+    code = f'import sys, alexnet_jax.training.train; {checks}'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, check=True)
 
 

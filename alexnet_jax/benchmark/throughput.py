@@ -24,7 +24,6 @@ from alexnet_jax.prepare import prepare
 from alexnet_jax.training import build, train_log
 from alexnet_jax.utils.errors import UserError
 
-PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
 OURS, TORCH = 'alexnet_jax', 'torch'
 _MIN_SECONDS = 2.0  # of a measurement
 _MAX_TORCH_IMAGES = 20_000  # that PyTorch gets copies of
@@ -43,7 +42,7 @@ class Options(NamedTuple):
 
     torch_baseline: ModuleType | None  # `benchmark.torch_baseline`, where PyTorch takes turns with us
     steps: int  # batches in a measurement; 0: enough
-    precision: str  # of products: one of `PRECISIONS`
+    precision: str  # of products: 'float32', 'tf32' or 'bfloat16'
 
 
 def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
@@ -155,6 +154,14 @@ def prepare_contenders(config: ConfigDict, options: Options, stack: ExitStack, *
             return sum(map(len, datasets.open_dataset(output).splits.values())) / seconds
 
     return [Contender(OURS, measure)]
+
+
+CONTENDERS: dict[str, Callable[..., list[Contender]]] = {
+    'step': step_contenders,
+    'train': train_contenders,
+    'input': input_contenders,
+    'prepare': prepare_contenders,
+}
 
 
 def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:

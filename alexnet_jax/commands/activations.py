@@ -9,10 +9,7 @@ single operations. The file holds `features` float32 [N, ...] and `labels` int32
 
 from absl import flags
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
-from alexnet_jax.data import datasets
-from alexnet_jax.inference import activations, evaluate
 
 FLAGS = (
     CHECKPOINT,
@@ -20,7 +17,7 @@ FLAGS = (
     Flag(
         'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1.pool.', True
     ),
-    Flag('output', None, f'The file to write, ending in {" or ".join(activations.ENDINGS)}; must not exist.', True),
+    Flag('output', None, 'The file to write, ending in .safetensors or .npz; must not exist.', True),
     Flag('split', 'val', 'The split to go through.'),
     Flag('batch_size', 128, 'Images at a time.', at_least=1),
     CPU_DEVICES,
@@ -28,6 +25,10 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.data import datasets
+    from alexnet_jax.inference import activations, evaluate
+
     activations.check_output(args.output)
     dataset = datasets.open_dataset(args.data)
     records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)

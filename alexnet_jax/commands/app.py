@@ -4,6 +4,8 @@ A command is a module with a docstring (purpose and example, shown by --help), `
 takes positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
 --cpu_devices, JAX is set up before `main`. A command with subcommands has only a docstring and `SUBCOMMANDS`, a dict
 {name: class with the same attributes}.
+
+A command imports the modules it computes with inside `main`, so that --help and flag errors do not wait for JAX.
 """
 
 import contextlib

@@ -12,26 +12,26 @@ import importlib
 import json
 import os
 import resource
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import flags
 
-from alexnet_jax.benchmark import hlo_cost, throughput
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
-from alexnet_jax.data import datasets
-from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.errors import UserError
 
-PRECISIONS = tuple(throughput.PRECISIONS)
+PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
 AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
 SHARED = (
     ConfigFlag('config', 'paper', 'Name or file of a config: the network and its update.'),
     Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
     Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),
-    Flag('precision', None, 'Of products, also those of PyTorch; of the model too if bfloat16.', choices=PRECISIONS),
+    Flag(
+        'precision',
+        None,
+        'Of products, PyTorch included; of the model too if bfloat16.',
+        choices=tuple(PRECISIONS),
+    ),
     CPU_DEVICES,
 )
 
@@ -51,9 +51,15 @@ class Step:
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         if args.compile_for is None:
-            return _measure(args, 'step', throughput.step_contenders)
+            return _measure(args, 'step')
         if args.against:
             raise UserError('--compile_for compiles, and runs nothing: omit --against.')
+        import jax
+
+        from alexnet_jax.benchmark import hlo_cost, throughput
+        from alexnet_jax.data import datasets
+        from alexnet_jax.utils.environment import describe_environment
+
         jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
         precision, config = _set_precision(args, gpu=True), args.config
         dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
@@ -73,13 +79,11 @@ class Train:
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
-        _measure(args, 'train', throughput.train_contenders)
+        _measure(args, 'train')
 
 
 class Input:
-    """Measures reading training batches from prepared data. PyTorch reads the same images as JPEG files.
-
-    With --input, PyTorch reads the original images instead.
+    """Measures reading prepared data as training batches; PyTorch reads the same JPEG files or the originals at --input.
 
     alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
     """
@@ -94,7 +98,7 @@ class Input:
             raise UserError(
                 "input --against=torch would compare PyTorch's cutting with our copying; use --config.data.cache=''."
             )
-        _measure(args, 'input', throughput.input_contenders, raw=args.input)
+        _measure(args, 'input', raw=args.input)
 
 
 class Prepare:
@@ -107,14 +111,19 @@ class Prepare:
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
-        _measure(args, 'prepare', throughput.prepare_contenders, raw=args.input)
+        _measure(args, 'prepare', raw=args.input)
 
 
 SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
 
 
-def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **options: str | None) -> None:
-    """Creates the contenders with `make_contenders(config, settings, stack, **options)`, measures and reports them."""
+def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
+    """Creates the contenders of a mode, with `options` of that function, measures them and prints the report."""
+    import jax
+
+    from alexnet_jax.benchmark import throughput
+    from alexnet_jax.utils.environment import describe_environment
+
     against = 'against' in args and bool(args.against)
     if against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
@@ -132,7 +141,7 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
     settings = {'mode': mode, 'precision': precision, **describe_environment()}
     how = throughput.Options(torch_baseline, args.steps, precision)
     with contextlib.ExitStack() as stack:
-        contenders = make_contenders(config, how, stack, **options)
+        contenders = throughput.CONTENDERS[mode](config, how, stack, **options)
         rates = throughput.measure_in_turns(contenders, args.repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
@@ -144,10 +153,12 @@ def _measure(args: flags.FlagValues, mode: str, make_contenders: Callable, **opt
 
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
     """Sets and returns the precision: --precision, or by default the precision that `train` uses on this device."""
+    import jax
+
     config = args.config
     jax.config.update('jax_enable_compilation_cache', False)  # compile times are measured
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
-    jax.config.update('jax_default_matmul_precision', throughput.PRECISIONS[precision])
+    jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
     if args.batch_size:
         config.batch_size = args.batch_size

@@ -8,11 +8,9 @@ layer and the preprocessing come from a config. The default config is 'caffe' fo
 otherwise.
 """
 
-import jax
 from absl import flags
 
 from alexnet_jax.commands.flag import ConfigFlag, Flag
-from alexnet_jax.convert import convert
 
 FLAGS = (
     Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
@@ -25,5 +23,9 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    import jax
+
+    from alexnet_jax.convert import convert
+
     jax.config.update('jax_platforms', 'cpu')  # conversion needs no accelerator
     convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)

@@ -8,12 +8,13 @@ import json
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, Flag
-from alexnet_jax.utils.environment import describe_environment
 
 FLAGS = (Flag('json', False, 'Print one JSON object.'), CPU_DEVICES)
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.utils.environment import describe_environment
+
     environment = describe_environment()
     if args.json:
         print(json.dumps(environment))

@@ -10,14 +10,9 @@ import json
 import math
 from typing import Any
 
-import jax
 from absl import flags, logging
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
-from alexnet_jax.core import architecture, sharding
-from alexnet_jax.data import datasets
-from alexnet_jax.inference import evaluate
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -35,6 +30,13 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    import jax
+
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.core import architecture, sharding
+    from alexnet_jax.data import datasets
+    from alexnet_jax.inference import evaluate
+
     weights = _parse_weights(args.weights, len(args.checkpoint))
     dataset = datasets.open_dataset(args.data)
     records = dataset.split(args.split)

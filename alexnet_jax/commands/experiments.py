@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
-from alexnet_jax.experiments import runner
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 FLAGS = (
@@ -25,10 +24,12 @@ FLAGS = (
     Flag('dry_run', False, 'Only show the runs, their images and predicted hours.'),
     CPU_DEVICES,
 )
-ARGUMENTS = f'one SUITE ({", ".join(runner.SUITES)})'
+ARGUMENTS = 'one SUITE (figure1, ablations, cifar10, ensemble, views)'
 
 
 def main(args: flags.FlagValues, words: Sequence[str]) -> None:
+    from alexnet_jax.experiments import runner
+
     name, *rest = words
     if rest or name not in runner.SUITES:
         raise UserError(f'{" ".join(words)!r} is no suite.{did_you_mean(words[-1], runner.SUITES)}')

@@ -9,15 +9,16 @@ separate process that does not import this package loads the exported model and 
 
 from absl import flags
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
-from alexnet_jax.export import hub, stablehlo
 from alexnet_jax.utils.files import check_new
 
 FLAGS = (CHECKPOINT, Flag('output', None, 'Directory to write; must not exist.', required=True), VIEWS, CPU_DEVICES)
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.export import hub, stablehlo
+
     check_new(args.output)
     checkpoint = load_checkpoint(args.checkpoint)
     size, difference = hub.export(checkpoint, args.output, args.views)

@@ -9,11 +9,7 @@ Draws the network (figure 2) and the kernels of its first layer (figure 3). With
 
 from absl import flags
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CPU_DEVICES, Flag
-from alexnet_jax.data import datasets
-from alexnet_jax.experiments import figures
-from alexnet_jax.inference import evaluate
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -28,6 +24,11 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.data import datasets
+    from alexnet_jax.experiments import figures
+    from alexnet_jax.inference import evaluate
+
     if bool(args.run) == bool(args.checkpoint):
         raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
     from alexnet_jax.experiments import plots  # raises UserError if matplotlib is missing

@@ -11,7 +11,6 @@ The same command resumes a stopped run.
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
-from alexnet_jax.experiments import figures, finetune
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -26,6 +25,8 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.experiments import figures, finetune
+
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
     options = {'val_fraction': args.val_fraction, 'max_unreadable': args.max_unreadable}

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.data import imagenet_classes
-from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8
 
@@ -30,6 +28,9 @@ ARGUMENTS = 'one IMAGE_OR_FOLDER or more'
 
 
 def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.inference import predict
+
     files = predict.list_image_files(paths)
     checkpoint = load_checkpoint(args.checkpoint)
     classes = len(checkpoint.class_names)

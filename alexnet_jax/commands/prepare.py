@@ -12,7 +12,6 @@ from typing import Any
 from absl import flags
 
 from alexnet_jax.commands.flag import Flag
-from alexnet_jax.prepare import prepare
 
 FLAGS = (
     Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
@@ -26,6 +25,8 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.prepare import prepare
+
     names = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
     options: dict[str, Any] = {name: args[name].value for name in names}
     prepare.prepare(args.input, args.output, **options)

@@ -11,9 +11,6 @@ Layers are keys by name: --config.model.layers.conv2.post='tanh pool'.
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
-from alexnet_jax.core import architecture
-from alexnet_jax.training import train
-from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -26,6 +23,10 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    from alexnet_jax.core import architecture
+    from alexnet_jax.training import train
+    from alexnet_jax.training.check_config import network_and_augmentation
+
     if args.summary:
         network, augmentation = network_and_augmentation(args.config)
         print(architecture.summary(network, augmentation.image_size, args.config.mesh.tower))

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from alexnet_jax.checkpoints.verify import verify
-
 FLAGS = ()
 ARGUMENTS = 'one directory or more'
 
 
 def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
+    from alexnet_jax.checkpoints.verify import verify
+
     damaged = False
     for path in paths:
         folders, mismatches = verify(path)
