@@ -25,11 +25,11 @@ def main() -> None:
     name, words = (sys.argv[1:2] or [''])[0], sys.argv[2:]
     if name in ('', '-h', '--help', 'help'):
         lines = [f'alexnet_jax {command:12} {purpose(command)}' for command in COMMANDS]
-        print('\n'.join([*lines, 'Each tells more with --help.']))
+        print('\n'.join([*lines, 'For details, add --help to a command.']))
     elif name in COMMANDS:
         app.run(importlib.import_module(f'alexnet_jax.commands.{name}'), words)
     else:
-        print(f'error: there is no command {name!r}.{did_you_mean(name, COMMANDS)}', file=sys.stderr)
+        print(f'error: unknown command {name!r}.{did_you_mean(name, COMMANDS)}', file=sys.stderr)
         sys.exit(2)
 
 

@@ -95,7 +95,7 @@ def test_images_of_the_inputs_size_are_not_cropped(setup):
         (_arrays(0), 'the batch has 0 images, 0 labels and 0 weights'),
         (_arrays(8) | {'label': np.zeros(7, int)}, 'the batch has 8 images, 7 labels and 8 weights'),
         (_arrays(8) | {'weight': np.ones(9)}, 'the batch has 8 images, 8 labels and 9 weights'),
-        (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64, 10 to 10; expected int, 0 to 9'),
+        (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64 from 10 to 10: expected integers from 0 to 9'),
         (_arrays(8) | {'label': np.full(8, 0.5)}, 'the labels are float64'),
         (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1; expected int'),
     ],

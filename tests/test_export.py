@@ -45,7 +45,7 @@ def test_classes_of_one_name_keep_their_labels_apart(tmp_path):
 def test_the_command(views, images, tmp_path):
     path, out = untrained(tmp_path / 'run', **{'mesh.tower': 1}), tmp_path / 'out'
     said = _run('export', f'--checkpoint={path}', f'--output={out}', f'--views={views}', '--cpu_devices=1')
-    assert 'in a process without this package' in said
+    assert 'Without this package it reproduces' in said
     loaded = loading.load_checkpoint(path)
     model = jax_export.deserialize((out / 'model.stablehlo').read_bytes())
     assert {'cpu', 'cuda', 'tpu'} <= set(model.platforms)

@@ -174,7 +174,7 @@ def test_user_errors(loaded, val, tmp_path):
             activations.write_activations(str(tmp_path / name), loaded, val[0], layer)
         assert message in str(error.value)
     assert os.listdir(tmp_path) == ['there.npz'] and (tmp_path / 'there.npz').read_text() == 'mine'
-    with pytest.raises(UserError, match=r'images are float64 of shape .*; expected uint8 of \(N, 32, 32, 3\)'):
+    with pytest.raises(UserError, match=r'images are float64 of shape .*: expected uint8 of shape \(N, 32, 32, 3\)'):
         activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
     with pytest.raises(UserError, match="no layer 'fc'"):
         activations.iter_activations(loaded, val[0], 'fc')  # before the first batch is asked for

@@ -14,12 +14,10 @@ from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
 FLAGS = (
     CHECKPOINT,
     Flag('data', None, "A prepared directory, or 'digits'.", required=True),
-    Flag(
-        'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1.pool.', True
-    ),
-    Flag('output', None, 'The file to write, ending in .safetensors or .npz; must not exist.', True),
-    Flag('split', 'val', 'The split to go through.'),
-    Flag('batch_size', 128, 'Images at a time.', at_least=1),
+    Flag('layer', None, "A layer, such as 'fc7', or one of its operations, such as 'conv1.pool'.", required=True),
+    Flag('output', None, 'New file, ending in .safetensors or .npz.', required=True),
+    Flag('split', 'val', 'Split to read.'),
+    Flag('batch_size', 128, 'Images per batch.', at_least=1),
     CPU_DEVICES,
 )
 

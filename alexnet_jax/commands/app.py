@@ -41,7 +41,7 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
         if words and words[0] in subcommands:
             command, words = subcommands[words[0]], words[1:]
         elif not any(map(_asks_for_help, words)):
-            _fail(f'{" ".join(words[:1])!r}; expected one of {", ".join(subcommands)}.', 2)
+            _fail(f'subcommand {" ".join(words[:1])!r}: expected one of {", ".join(subcommands)}.', 2)
     if any(map(_asks_for_help, words)):
         _guard(lambda: print(help_text(command)))
         sys.exit(0)
@@ -61,7 +61,7 @@ def help_text(command: Any) -> str:
     """Returns a command's docstring with its flags or its subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         lines = [f'  {name:8} {str(inspect.getdoc(sub)).splitlines()[0]}' for name, sub in subcommands.items()]
-        return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'Each tells more with --help.'])
+        return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'For details, add --help to a subcommand.'])
     values = flags.FlagValues()
     for flag in command.FLAGS:
         flag.define(values)
@@ -102,7 +102,7 @@ def set_up_jax(cpu_devices: int) -> None:
             number, count = (int(os.environ[name]) for name in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'))
         except (KeyError, ValueError) as error:
             raise UserError(
-                f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
+                f'JAX_COORDINATOR_ADDRESS is set: expected numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID ({error}).'
             ) from error
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
         # JAX's detection of Slurm would give each process one GPU, but here a process uses all GPUs of its node.
@@ -127,14 +127,14 @@ def _call(command: Any, words: Sequence[str]) -> None:
     words = parse(command, words, values)
     arguments = getattr(command, 'ARGUMENTS', None)
     if words and arguments is None:
-        raise UserError(f'unexpected argument {words[0]!r}; options start with --.')
+        raise UserError(f'unexpected argument {words[0]!r}; flags start with --.')
     for word in sys.argv[1:]:
         absolute_local_path(word.partition('=')[2] or word)
     for flag in command.FLAGS:
         if flag.required and not values[flag.name].value:
             raise UserError(f'--{flag.name} is missing; see --help.')
     if arguments and not words:
-        raise UserError(f'nothing to work on: give {arguments}.')
+        raise UserError(f'missing argument: give {arguments}.')
     if 'cpu_devices' in values:
         set_up_jax(values.cpu_devices)
     command.main(values, *([words] if arguments else []))
@@ -170,19 +170,19 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in _DISK:
         if not error.filename:
             _drop_output()
-        return f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2
+        return f'{error.filename or "the output"} cannot be read or written: {error.strerror}.', 2
     full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
     if full and 'os_error_code' not in text:  # from XLA or numpy; with os_error_code tensorstore reports a full disk
         return (
-            f'there is not enough memory ({reason}); lower the batch size, or in training '
-            '--config.grad_accum_steps=N, which computes a batch in N parts with the same result.'
+            f'out of memory ({reason}); lower the batch size, or in training use --config.grad_accum_steps=N, which '
+            'computes each batch in N parts with the same result.'
         ), 2
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     if 'Unable to initialize backend' in text or (isinstance(error, AssertionError) and last.endswith('xla_bridge.py')):
         platforms = f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}{": " + reason if text else ""}'
-        return f'JAX cannot open its devices ({platforms}); --cpu_devices=1 computes on the CPU.', 2
+        return f'JAX cannot initialize its devices ({platforms}); use --cpu_devices=1 to run on the CPU.', 2
     if 'JAX_COORDINATOR_ADDRESS' in os.environ and re.search('Gloo|NCCL|[Cc]oordination|heartbeat', text):
-        return f'another process of this run has ended, and says why ({reason}).', 1
+        return f'another process of this run has failed; see its error message ({reason}).', 1
     return None
 
 
@@ -193,7 +193,8 @@ def _drop_output():
 
 def _report_thread(failure) -> None:
     """Prints the error that ended a thread as one line. The caller that waits for the thread raises it as well."""
-    print(f'error in the background: {" ".join(str(failure.exc_value).split())[:300]}', file=sys.stderr, flush=True)
+    message = ' '.join(str(failure.exc_value).split())[:300]
+    print(f'error in a background thread: {message}', file=sys.stderr, flush=True)
 
 
 def _report_unraisable(failure) -> None:

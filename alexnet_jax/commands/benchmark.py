@@ -20,16 +20,16 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
-AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
+AGAINST = Flag('against', None, 'torch: also measures PyTorch, alternating.', choices=('torch',))
 SHARED = (
-    ConfigFlag('config', 'paper', 'Name or file of a config: the network and its update.'),
-    Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
+    ConfigFlag('config', 'paper', 'Name or file of a config, for the network and its update.'),
+    Flag('batch_size', 0, "Images per batch; 0: the config's batch_size.", at_least=0),
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
-    Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),
+    Flag('steps', 0, 'Batches per measurement; 0: two seconds, at least twice the buffered batches.', at_least=0),
     Flag(
         'precision',
         None,
-        'Of products, PyTorch included; of the model too if bfloat16.',
+        'Precision of matrix products, also in PyTorch; bfloat16 also sets the dtype of the model.',
         choices=tuple(PRECISIONS),
     ),
     CPU_DEVICES,
@@ -45,7 +45,7 @@ class Step:
     --compile_for only compiles the step, for a GPU that need not be present.
     """
 
-    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
+    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be present: 'h200', '2xh200'.")
     FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
@@ -53,7 +53,7 @@ class Step:
         if args.compile_for is None:
             return _measure(args, 'step')
         if args.against:
-            raise UserError('--compile_for compiles, and runs nothing: omit --against.')
+            raise UserError('--compile_for only compiles; remove --against.')
         import jax
 
         from alexnet_jax.benchmark import hlo_cost, throughput
@@ -83,20 +83,21 @@ class Train:
 
 
 class Input:
-    """Measures reading prepared data as training batches; PyTorch reads the same JPEG files or the originals at --input.
+    """Measures reading prepared data; PyTorch reads the same images as JPEG files, or the originals at --input.
 
     alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
     """
 
-    FLAGS = (*SHARED, AGAINST, Flag('input', None, 'Originals, as for alexnet_jax prepare.'))
+    FLAGS = (*SHARED, AGAINST, Flag('input', None, 'Original images, as for alexnet_jax prepare.'))
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         if args.input and (args.input.startswith('tfds:') or not args.against):
-            raise UserError('--input is what --against=torch reads: archives or folders of files.')
+            raise UserError(f'--input={args.input}: expected archives or folders, together with --against=torch.')
         if args.against and args.config.data.cache:
             raise UserError(
-                "input --against=torch would compare PyTorch's cutting with our copying; use --config.data.cache=''."
+                f'data.cache={args.config.data.cache!r} with --against=torch would compare copying cached images with '
+                "cropping in PyTorch; use --config.data.cache=''."
             )
         _measure(args, 'input', raw=args.input)
 
@@ -107,7 +108,7 @@ class Prepare:
     alexnet_jax benchmark prepare --input=RAW [--repeats=5]
     """
 
-    FLAGS = (*SHARED, Flag('input', None, 'Originals, as for alexnet_jax prepare.', required=True))
+    FLAGS = (*SHARED, Flag('input', None, 'Original images, as for alexnet_jax prepare.', required=True))
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:

@@ -14,11 +14,11 @@ from alexnet_jax.commands.flag import ConfigFlag, Flag
 
 FLAGS = (
     Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
-    Flag('output', None, 'Directory to write; must not exist.', required=True),
+    Flag('output', None, 'New directory to write.', required=True),
     Flag('to', 'checkpoint', 'checkpoint or safetensors.'),
     Flag('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.'),
-    Flag('classes', None, 'Text file of class names, one a line, in the order of the outputs.'),
-    ConfigFlag('config', None, 'The config whose network and preprocessing the weights are of.'),
+    Flag('classes', None, 'Text file with one class name per line, in the order of the outputs.'),
+    ConfigFlag('config', None, 'Config with the network and preprocessing of the weights.'),
 )
 
 

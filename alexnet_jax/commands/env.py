@@ -1,6 +1,6 @@
 """Prints versions, devices, commit, cores and settings for a bug report.
 
-    alexnet_jax env [--json]
+alexnet_jax env [--json]
 """
 
 import json

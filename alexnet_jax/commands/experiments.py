@@ -18,10 +18,10 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 FLAGS = (
     Flag('data', None, 'A prepared directory, or images as alexnet_jax prepare takes them.', required=True),
     Flag('output', None, 'Directory for runs/, results.csv and report.html.', required=True),
-    ConfigFlag('base', 'paper', 'The config that the networks differ from.'),
-    Flag('seeds', 0, 'Networks of each kind; 0: 3, and 5 for ensemble.', at_least=0),
-    Flag('scale', 1.0, 'Part of the training images to train on, always the same.'),
-    Flag('dry_run', False, 'Only show the runs, their images and predicted hours.'),
+    ConfigFlag('base', 'paper', 'Config that all runs start from.'),
+    Flag('seeds', 0, 'Runs of each network with different seeds; 0: 3, or 5 for ensemble.', at_least=0),
+    Flag('scale', 1.0, 'Fraction of the training images to train on; always the same images.'),
+    Flag('dry_run', False, 'Only print the runs, their images and estimated hours.'),
     CPU_DEVICES,
 )
 ARGUMENTS = 'one SUITE (figure1, ablations, cifar10, ensemble, views)'
@@ -32,10 +32,10 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
 
     name, *rest = words
     if rest or name not in runner.SUITES:
-        raise UserError(f'{" ".join(words)!r} is no suite.{did_you_mean(words[-1], runner.SUITES)}')
+        raise UserError(f'unknown suite {" ".join(words)!r}.{did_you_mean(words[-1], runner.SUITES)}')
     seeds = args.seeds or (5 if name == 'ensemble' else 3)
     if not 0 < args.scale <= 1:
-        raise UserError(f'--scale={args.scale}; expected a number above 0, at most 1.')
+        raise UserError(f'--scale={args.scale}: expected a number above 0 and at most 1.')
     from alexnet_jax.experiments import plots  # noqa: F401  (fails here, not after days, if matplotlib is missing)
 
     suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
@@ -43,4 +43,4 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
         print(runner.plan_suite(suite, args.data))
         return
     print('\n\n'.join(runner.run_suite(suite, args.data)))
-    print(f'{args.output}/results.csv and {args.output}/report.html are written.')
+    print(f'Wrote {args.output}/results.csv and {args.output}/report.html.')

@@ -12,7 +12,7 @@ from absl import flags
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.utils.files import check_new
 
-FLAGS = (CHECKPOINT, Flag('output', None, 'Directory to write; must not exist.', required=True), VIEWS, CPU_DEVICES)
+FLAGS = (CHECKPOINT, Flag('output', None, 'New directory to write.', required=True), VIEWS, CPU_DEVICES)
 
 
 def main(args: flags.FlagValues) -> None:
@@ -23,6 +23,6 @@ def main(args: flags.FlagValues) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     size, difference = hub.export(checkpoint, args.output, args.views)
     print(
-        f'{args.output}/{stablehlo.FILE_NAME} ({size / 2**20:.0f} MiB) gives the probabilities of {args.checkpoint} '
-        f'(step {checkpoint.step}) in a process without this package, to {difference:.1g}.'
+        f'Wrote {args.output}/{stablehlo.FILE_NAME} ({size / 2**20:.0f} MiB). Without this package it reproduces the '
+        f'probabilities of {args.checkpoint} (step {checkpoint.step}) to {difference:.1g}.'
     )

@@ -13,12 +13,12 @@ from alexnet_jax.commands.flag import CPU_DEVICES, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    Flag('run', None, 'The workdir of a run: its best step, else its latest, and its curves.'),
-    Flag('checkpoint', None, 'Instead: a checkpoint, without curves.'),
-    Flag('data', None, "A prepared directory, or 'digits': for the figures that show images."),
-    Flag('output', None, 'The folder to write into; made if it is not there.', required=True),
-    Flag('split', 'val', 'The split whose images are classified.'),
-    Flag('seed', 0, 'Draws the images that are shown.', at_least=0),
+    Flag('run', None, 'A workdir: draws its training curves and its best step, else its latest.'),
+    Flag('checkpoint', None, 'A checkpoint, instead of --run: draws no curves.'),
+    Flag('data', None, "A prepared directory, or 'digits', for the figures that show images."),
+    Flag('output', None, 'Folder to write; created if missing.', required=True),
+    Flag('split', 'val', 'Split to classify.'),
+    Flag('seed', 0, 'Random seed for the choice of the images shown.', at_least=0),
     CPU_DEVICES,
 )
 

@@ -63,14 +63,14 @@ class ConfigFlag(NamedTuple):
         spec = self.default if given is None else given
         if spec is None:
             if keys:
-                raise UserError(f'--{self.name}.{keys[0]} is given without --{self.name}=NAME.')
+                raise UserError(f'--{self.name}.{keys[0]} requires --{self.name}=NAME.')
             flags.DEFINE_string(self.name, None, self.help, flag_values=values)
             return rest
         config = get_config(spec)
         known = list(_flat_keys(config))
         for key in keys:
             if key not in known:
-                raise UserError(f'the config has no key {key!r}.{did_you_mean(key, known)}')
+                raise UserError(f'unknown config key {key!r}.{did_you_mean(key, known)}')
         config_flags.DEFINE_config_dict(self.name, config, self.help, flag_values=values, sys_argv=rest)
         return rest
 
@@ -92,6 +92,6 @@ def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
         yield from _flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
 
 
-CHECKPOINT = Flag('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.", required=True)
-CPU_DEVICES = Flag('cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', at_least=0)
-VIEWS = Flag('views', 1, '1: center crop; 10: the ten views of section 4.1, softmax averaged.', choices=(1, 10))
+CHECKPOINT = Flag('checkpoint', None, 'A workdir (best step, else latest) or the folder of one step.', required=True)
+CPU_DEVICES = Flag('cpu_devices', 0, 'Number of CPU devices to run on; 0: the devices that JAX finds.', at_least=0)
+VIEWS = Flag('views', 1, '1: center crop; 10: mean softmax output of the ten views (section 4.1).', choices=(1, 10))

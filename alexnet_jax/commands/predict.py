@@ -19,9 +19,9 @@ from alexnet_jax.utils.files import as_utf8
 FLAGS = (
     CHECKPOINT,
     VIEWS,
-    Flag('top', 5, 'Labels an image; all, where there are fewer classes.'),
-    Flag('lines', False, 'Print one line for each file: its name, the best label and its probability.'),
-    Flag('json', False, 'Print one JSON object for each file.'),
+    Flag('top', 5, 'Labels per image; by default at most the number of classes.'),
+    Flag('lines', False, 'Print one line per file: its name, the best label and its probability.'),
+    Flag('json', False, 'Print one JSON object per file.'),
     CPU_DEVICES,
 )
 ARGUMENTS = 'one IMAGE_OR_FOLDER or more'
@@ -36,7 +36,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
     classes = len(checkpoint.class_names)
     top = min(args.top, classes) if args['top'].using_default_value else args.top
     if not 1 <= top <= classes:
-        raise UserError(f'--top={top}; expected 1 to {classes}, the number of classes.')
+        raise UserError(f'--top={top}: expected 1 to {classes}, the number of classes.')
     for line in predict.predict_files(checkpoint, files, views=args.views, top=top):
         if args.json:
             print(json.dumps(line), flush=True)

@@ -15,12 +15,12 @@ from alexnet_jax.commands.flag import Flag
 
 FLAGS = (
     Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
-    Flag('output', None, 'Directory to write; must not exist.', required=True),
-    Flag('size', 256, 'Side of the prepared squares, pixels.'),
-    Flag('format', 'jpeg', 'jpeg: small; raw: no decoding in training.'),
-    Flag('val_fraction', 0.0, 'Part of the training images to set aside as the val split.'),
-    Flag('seed', 0, 'Of the order of the images and of the choice for val.'),
-    Flag('max_unreadable', 0, 'Unreadable images to leave out before giving up.'),
+    Flag('output', None, 'New directory to write.', required=True),
+    Flag('size', 256, 'Side of the prepared images, pixels.'),
+    Flag('format', 'jpeg', 'jpeg: small files; raw: no decoding during training.'),
+    Flag('val_fraction', 0.0, 'Fraction of the training images to set aside as the val split.'),
+    Flag('seed', 0, 'Random seed for the order of the images and the choice of the val split.'),
+    Flag('max_unreadable', 0, 'Allowed number of unreadable images.'),
 )
 
 

@@ -14,10 +14,10 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    ConfigFlag('config', None, "Name or file of a config, and its variant: 'paper:init=authors'.", required=True),
-    Flag('workdir', None, 'Directory of the run: checkpoints, metrics, config.'),
-    Flag('summary', False, 'Only print layers, shapes, parameters and what crosses the towers.'),
-    Flag('profile', 0, 'Write a trace of so many updates, after two, to WORKDIR/profile.', at_least=0),
+    ConfigFlag('config', None, "Name or file of a config, with a variant: 'paper:init=authors'.", required=True),
+    Flag('workdir', None, 'Directory for checkpoints, metrics and config.'),
+    Flag('summary', False, 'Only print layers, shapes, parameters and communication between towers.'),
+    Flag('profile', 0, 'Trace this many updates, after two warm-up updates, to WORKDIR/profile.', at_least=0),
     CPU_DEVICES,
 )
 

@@ -25,7 +25,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
             print(f'damaged: {mismatch}', file=sys.stderr, flush=True)
         if not mismatches:
             noun = 'folder' if len(folders) == 1 else 'folders'
-            print(f'{path}: all as written ({len(folders)} {noun}).', flush=True)
+            print(f'{path}: all digests match ({len(folders)} {noun}).', flush=True)
         damaged |= bool(mismatches)
     if damaged:
         sys.exit(1)

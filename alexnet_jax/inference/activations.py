@@ -88,7 +88,7 @@ def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
     known = activation_names(checkpoint.network)
     for name in names:
         if name not in known:
-            raise UserError(f'there is no layer {name!r} in this network.{did_you_mean(name, known)}')
+            raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
     return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
 
 
@@ -139,7 +139,7 @@ def write_activations(
 def check_output(output: str) -> None:
     """Raises UserError if `output` has another ending or exists already."""
     if not output.endswith(ENDINGS):
-        raise UserError(f'--output={output!r}; expected a name ending in {" or ".join(ENDINGS)}.')
+        raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(ENDINGS)}.')
     check_new(output)
 
 

@@ -17,8 +17,8 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np
     """
     if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(
-            f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '
-            'each, and not all 0.'
+            f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks: expected one weight per '
+            'network, none negative and not all 0.'
         )
     total = float(sum(weights))
     return np.asarray(sum(np.float32(w / total) * p for w, p in zip(weights, probabilities, strict=True)))

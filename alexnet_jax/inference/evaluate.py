@@ -80,8 +80,8 @@ def _to_floats(sums: metrics.Sums) -> dict[str, float]:
 def _check_count(count: int, expected: int, max_unreadable: int) -> None:
     if expected - count > max_unreadable or not count:
         raise UserError(
-            f'{expected - count} of {expected} images cannot be read (named above), max_unreadable={max_unreadable}; '
-            'prepare the data again.'
+            f'{expected - count} of {expected} images cannot be read (named above): expected at most '
+            f'max_unreadable={max_unreadable}; prepare the data again.'
         )
 
 
@@ -170,7 +170,7 @@ class Evaluator:
 
     def _batches(self, records: Sequence) -> Generator[Batch, None, None]:
         if not len(records):
-            raise UserError('there are no images to evaluate on.')
+            raise UserError('there are no images to evaluate.')
         options: dict[str, Any] = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
         return pipeline.eval_batches(records, batch_size=self._fitting_batch_size(len(records)), **options)
 
@@ -260,7 +260,7 @@ def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
     image_NHWC, side = np.asarray(image_NHWC), checkpoint.record_size
     if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
         found = f'{image_NHWC.dtype} of shape {image_NHWC.shape}'
-        raise UserError(f'images are {found}; expected uint8 of (N, {side}, {side}, 3).')
+        raise UserError(f'images are {found}: expected uint8 of shape (N, {side}, {side}, 3).')
     return image_NHWC
 
 
@@ -268,9 +268,9 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
     """Raises UserError if the data's classes or record size differ from the checkpoint's. path: for the message."""
     if len(dataset.class_names) != len(checkpoint.class_names):
         raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
-    if dataset.class_names != checkpoint.class_names:
-        pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
-        raise UserError(f'the data call a class {pair[0]!r} where {path} has {pair[1]!r}; labels would not match.')
+    for ours, theirs in zip(dataset.class_names, checkpoint.class_names, strict=True):
+        if ours != theirs:
+            raise UserError(f'the data have a class {ours!r} where {path} has {theirs!r}; the labels do not match.')
     check_record_size(checkpoint, dataset, path)
 
 
@@ -278,6 +278,6 @@ def check_record_size(checkpoint: Checkpoint, dataset: Dataset, path: str) -> No
     """Raises UserError if the data's record size differs from the checkpoint's. path: for the message."""
     if dataset.record_size != checkpoint.record_size:
         raise UserError(
-            f'the data are prepared at {dataset.record_size} px, those of {path} at {checkpoint.record_size}; '
-            f'prepare them with --size={checkpoint.record_size}.'
+            f'the data are prepared at {dataset.record_size} px, but {path} was trained on images of '
+            f'{checkpoint.record_size} px; prepare the data with --size={checkpoint.record_size}.'
         )

@@ -62,7 +62,7 @@ def _to_square(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -
         return _read_square(os.fspath(image), size)
     array = np.asarray(image_io.rgb(image) if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise UserError(f'an image is {array.dtype} of shape {array.shape}; expected uint8 of (height, width, 3).')
+        raise UserError(f'an image is {array.dtype} of shape {array.shape}: expected uint8 of shape (H, W, 3).')
     return image_io.resize_center_crop(array, size)
 
 
@@ -79,10 +79,10 @@ def list_image_files(paths: Sequence[str]) -> list[str]:
     files = []
     for path in paths:
         if not os.path.exists(path):
-            raise UserError(f'there is no image or folder {path!r}.')
+            raise UserError(f'{path!r} does not exist; give an image file or a folder.')
         found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
         if not found:
-            raise UserError(f'there are no images in {path!r}.')
+            raise UserError(f'{path!r} contains no images.')
         files += found
     return files
 

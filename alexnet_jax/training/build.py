@@ -104,12 +104,11 @@ class TrainingSetup:
         weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
         if not 0 < len(images) == len(labels) == len(weight):
             found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
-            raise UserError(f'the batch has {found}; expected as many of each.')
+            raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
         classes = self.network.num_classes
         if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(
-                f'the labels are {labels.dtype}, {labels.min()} to {labels.max()}; expected int, 0 to {classes - 1}.'
-            )
+            found = f'{labels.dtype} from {labels.min()} to {labels.max()}'
+            raise UserError(f'the labels are {found}: expected integers from 0 to {classes - 1}.')
         sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
         arrays = random_crops.augment_arrays(images, self.augmentation, **options)
@@ -192,8 +191,8 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
         raise UserError(  # XLA's AllReducePromotion pass would crash the process
-            "XLA's CPU compiler crashes on model.dtype='bfloat16' over two towers; use --config.mesh.tower=1 "
-            'or --config.model.dtype=float32.'
+            "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
+            '--config.mesh.tower=1 or --config.model.dtype=float32.'
         )
     # Checks the split into the config's towers, even if a single device holds both towers.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
@@ -262,8 +261,8 @@ def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> No
         raise UserError(f'{path!r} has {missing}; prepare training images with alexnet_jax prepare.')
     if len(dataset.class_names) != network.num_classes:
         raise UserError(
-            f'the data have {len(dataset.class_names)} classes, the model {network.num_classes}; '
-            f'use --config.model.num_classes={len(dataset.class_names)}.'
+            f'model.num_classes={network.num_classes}: the data have {len(dataset.class_names)} classes; use '
+            f'--config.model.num_classes={len(dataset.class_names)}.'
         )
 
 
@@ -272,8 +271,8 @@ def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows
     script = processes.script_without_guard()
     if config.data.num_workers > 0 and script:
         raise UserError(
-            f'data.num_workers={config.data.num_workers}: each of these processes would run {script!r} once more; put '
-            "what it does under if __name__ == '__main__':, or decode in threads (0)."
+            f'data.num_workers={config.data.num_workers}: each worker process would run {script!r} again; move its '
+            "code under if __name__ == '__main__':, or use --config.data.num_workers=0 (threads)."
         )
     if config.data.num_workers >= 0:
         return config.data.num_workers
@@ -307,6 +306,6 @@ def _check_memory(cache: str, count: int, record_size: int, mesh: Mesh) -> None:
     for needed, memory in ((host, processes.memory()), (device, limit)):
         if memory and needed > 0.8 * memory:
             raise UserError(
-                f'data.cache={cache!r}: the {count} training images take {needed / 2**30:.1f} GiB, more than 80% '
+                f'data.cache={cache!r}: the {count} training images need {needed / 2**30:.1f} GiB, more than 80% '
                 f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
             )

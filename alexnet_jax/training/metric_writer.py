@@ -83,7 +83,7 @@ class MetricWriter:
 
 
 def _as_user_error(workdir: str):
-    remedy = 'Checkpoints are as they were; put it right and give the same command again.'
+    remedy = 'The checkpoints are intact. Fix the problem and run the same command again.'
     return as_user_error(f'{workdir!r} cannot be written', remedy)
 
 
@@ -106,7 +106,7 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
     with atomic_file(path) as file:
         for number, (line, entry) in enumerate(_read_lines(path), 1):
             if torn:  # a kill can truncate only the last line
-                logging.warning(f'{path}: line {torn} cannot be read, and is left out.')
+                logging.warning(f'{path}: line {torn} cannot be read and is removed.')
             torn = None if entry else number
             if entry and not _beyond(*entry, step, validated):
                 file.write(line if line.endswith('\n') else line + '\n')

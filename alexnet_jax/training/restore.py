@@ -51,11 +51,12 @@ def restore_or_init(
         state = checkpoints.restore(step, setup.steps.state_shapes)
         if int(state.step) != step:
             raise UserError(
-                f'{checkpoints.folder}/{step} holds the state of step {int(state.step)}; give that folder its own name.'
+                f'{checkpoints.folder}/{step} contains the state of step {int(state.step)}; rename the folder to '
+                f'{int(state.step)}.'
             )
         return state, old
-    if made := metric_writer.last_step(workdir):
-        distributed.warn(f'{workdir} has no checkpoint; the {made} steps of its metrics.jsonl are made again.')
+    if last := metric_writer.last_step(workdir):
+        distributed.warn(f'{workdir} has no checkpoint; the {last} steps in its metrics.jsonl are run again.')
     state, config = setup.steps.init(key), setup.config
     if config.init_from:
         source = loading.load_checkpoint(config.init_from)
@@ -63,7 +64,7 @@ def restore_or_init(
         for name in sorted(theirs.keys() & ours.keys() - set(config.init_fresh)):
             if theirs[name] != ours[name]:
                 distributed.warn(
-                    f'{config.init_from} was trained with {name} {theirs[name]}, this config has {ours[name]}.'
+                    f'{config.init_from} was trained with {name}={theirs[name]}; this config has {ours[name]}.'
                 )
         state = state._replace(params=_load_pretrained(source, state.params, setup))
     return state, {}
@@ -76,20 +77,20 @@ def _check_is_this_run(old: dict, image_stats, meta: dict, setup: TrainingSetup,
         raise UserError(f'{workdir}: step {step} was not written by alexnet_jax train; use another --workdir.')
     if not old['examples']:
         raise UserError(
-            f'{workdir} holds converted weights and no run; to train from them give another --workdir and '
+            f'{workdir} contains converted weights, not a run; to start from them, use another --workdir and '
             f'--config.init_from={workdir}.'
         )
     if differences := _differences(old['config'], meta['config']):
         raise UserError(
-            f'{workdir} holds a run of another config: {"; ".join(differences)}. '
-            'Give the same config, or another directory.'
+            f'{workdir} contains a run with another config ({"; ".join(differences)}); use the same config or another '
+            '--workdir.'
         )
     same = all(old[name] == meta[name] for name in _META.keys() - {'config'})
     own = setup.dataset.image_stats
     if own is None or not same or not all(np.array_equal(a, b) for a, b in zip(image_stats, own, strict=True)):
         raise UserError(
-            f'{workdir} was trained on other data than {setup.config.data.path!r} (other images, or prepared '
-            'otherwise); give the same data, or another directory.'
+            f'{workdir} was trained on other data than {setup.config.data.path!r} (other images or another '
+            'preparation); use the same data or another --workdir.'
         )
 
 
@@ -115,22 +116,22 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
     same_classes = source.class_names == tuple(setup.dataset.class_names)
     for name in fresh:
         if name not in params:
-            raise UserError(f'init_fresh names a layer {name!r}.{did_you_mean(name, params)}')
+            raise UserError(f'init_fresh: unknown layer {name!r}.{did_you_mean(name, params)}')
     taken = {}
     for name, drawn in params.items():
         old = source.params.get(name)
         fits = old is not None and all(old[part].shape == drawn[part].shape for part in drawn)
         if name in fresh or (name == classifier and not (fits and same_classes)):
-            why = '' if name in fresh or not fits else f', as the classes of {setup.config.init_from} are others'
-            logging.info('%s starts afresh: %s%s.', name, drawn['kernel'].shape, why)
+            reason = '' if name in fresh or not fits else f', because {setup.config.init_from} has other classes'
+            logging.info('%s starts with new weights of shape %s%s.', name, drawn['kernel'].shape, reason)
             taken[name] = drawn
         elif fits:
             taken[name] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), old, drawn)
         else:
-            given = 'nothing' if old is None else f'a kernel of shape {old["kernel"].shape}'
+            found = 'no such layer' if old is None else f'shape {old["kernel"].shape}'
             raise UserError(
-                f'init_from: {name} needs a kernel of shape {drawn["kernel"].shape}; found {given}. To let it start '
-                f'afresh, name it: --config.init_fresh="(\'{name}\',)".'
+                f'init_from={setup.config.init_from!r}: expected a kernel of shape {drawn["kernel"].shape} for {name}, '
+                f'found {found}; use --config.init_fresh="(\'{name}\',)" to initialize this layer.'
             )
     return taken
 

@@ -67,14 +67,14 @@ def train_and_evaluate(
         checkpoints = stack.enter_context(CheckpointManager(workdir))
         stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))  # type: ignore[attr-defined]
         for problem in checkpoints.damaged:
-            distributed.warn(f'a checkpoint is not used: {problem}.')
+            distributed.warn(f'ignoring a checkpoint: {problem}.')
         state, saved = restore.restore_or_init(checkpoints, setup, key, meta, workdir)
         start, unfinished = int(state.step), saved.get('unfinished', False)
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
             return {}
         environment = describe_environment()
         if start:
-            logging.info('Going on from step %d of %d in %s.', start, setup.total_steps, workdir)
+            logging.info('Resuming from step %d of %d in %s.', start, setup.total_steps, workdir)
             warn_of_changes(workdir, environment)
         metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
         writer = metric_writer.MetricWriter(workdir, start, validated=not unfinished)
@@ -177,7 +177,7 @@ class StepHooks:
                     self.save(state, None, unfinished=True)
                     self.checkpoints.wait()
                 saved = f'step {step} of {self.setup.total_steps} is saved'
-                raise TerminatedError(f'SIGTERM: {saved}; the same command goes on from there.') from None
+                raise TerminatedError(f'SIGTERM: {saved}; run the same command to resume.') from None
             if due.validate:  # an extra validation at the end must not change a run that is later extended
                 decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
                 state = state._replace(opt_state=decided)
@@ -204,8 +204,8 @@ class StepHooks:
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
             raise DivergedError(
-                f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
-                'optim.learning_rate (in another directory, if this has a checkpoint).'
+                f'step {step}: the validation loss is {result["loss"]}, although all updates were finite. '
+                f'{train_log.LOWER_RATE}'
             )
         epoch = step * config.batch_size / setup.num_examples
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
@@ -223,7 +223,7 @@ class _Profiler(contextlib.ExitStack):
         self._folder, self._traced = folder, range(start + 3, min(start + 3 + count, total_steps + 1))
         if count and not self._traced:
             left = total_steps - start
-            distributed.warn(f'--profile leaves two updates out, and there are {left} to come: nothing is traced.')
+            distributed.warn(f'--profile skips two warm-up updates, and only {left} remain: nothing is traced.')
 
     def before_update(self, step: int) -> None:
         if self._traced and step == self._traced[0]:
@@ -244,10 +244,10 @@ def _describe_setup(setup: TrainingSetup) -> None:
     logging.info('Training on %s. Compiling the first update takes a while.', where)
     if 'val' not in setup.dataset.splits:
         distributed.warn(
-            'no val split: nothing is evaluated, and the learning rate does not follow the validation error.'
+            'the data have no val split: nothing is evaluated, and the learning rate does not follow the error.'
         )
     if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
-        distributed.warn("optim.stages are for optim.schedule='epochs'; 'plateau' does not follow them.")
+        distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:
@@ -256,7 +256,7 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
     if not reached and step < setup.total_steps:
         return False
     how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
-    logging.info('%s is finished: step %d of %d. %s to go on.', workdir, step, setup.total_steps, how)
+    logging.info('%s is finished: step %d of %d. %s to continue.', workdir, step, setup.total_steps, how)
     return True
 
 

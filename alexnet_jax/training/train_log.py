@@ -18,6 +18,9 @@ from alexnet_jax.utils.errors import DivergedError, UserError
 from alexnet_jax.utils.logs import format_duration
 
 
+LOWER_RATE = 'Lower optim.learning_rate, and use another --workdir if this one has a checkpoint.'
+
+
 @dataclasses.dataclass
 class LogState:
     """Log state that a resumed run needs. Stored as JSON in the checkpoint."""
@@ -133,10 +136,10 @@ class TrainLog:
             state.norms = jax.tree.map(float, norms)
             if self._monitor.add(float(report['loss']), float(report['weight'])):
                 distributed.warn(
-                    f'step {step}: over the last {self._monitor.length} updates the loss was at chance level, '
-                    f'ln(classes) = {math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial '
-                    'weights (as --config=paper:init=authors), a third of optim.learning_rate or three '
-                    'times as much, a look at the labels.'
+                    f'step {step}: the loss of the last {self._monitor.length} updates is at chance level, '
+                    f'ln(num_classes) = {math.log(self.num_classes):.2f}. Nothing is learned yet. Try wider initial '
+                    'weights (as in --config=paper:init=authors) or a learning rate three times lower or higher, and '
+                    'check the labels.'
                 )
         else:
             self._count_nonfinite(step, rate)
@@ -146,13 +149,12 @@ class TrainLog:
     def _count_nonfinite(self, step: int, rate: float) -> None:
         self._state.nonfinite += 1
         count, most = self._state.nonfinite, self.max_nonfinite
-        what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
-        remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
+        problem = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
         if self.on_nonfinite == 'stop':
-            raise DivergedError(f'{what}; this update was discarded, and no later state is saved. {remedy}')
+            raise DivergedError(f'{problem}; this update is discarded and no later state is saved. {LOWER_RATE}')
         if count > most:
-            raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
-        distributed.warn(f'{what}; its batch is left out, number {count} of at most max_nonfinite={most}.')
+            raise DivergedError(f'{problem}, as in {count - 1} batches before; max_nonfinite={most}. {LOWER_RATE}')
+        distributed.warn(f'{problem}; skipping the batch ({count} of at most max_nonfinite={most}).')
 
     def _count_unreadable(self, step: int, count: int) -> None:
         """Counts the unreadable images of each pass through the data.
@@ -170,8 +172,8 @@ class TrainLog:
             state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - most)
         if count and state.unreadable > most:
             raise UserError(
-                f'step {step}: {state.unreadable} images of this pass cannot be read (named above); '
-                f'data.max_unreadable={most}. Prepare the data again, or raise --config.data.max_unreadable.'
+                f'step {step}: {state.unreadable} images of this pass cannot be read (named above): expected at most '
+                f'data.max_unreadable={most}; prepare the data again or raise --config.data.max_unreadable.'
             )
 
     def _write_line(self, step: int, rate: float) -> None:

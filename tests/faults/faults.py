@@ -75,7 +75,7 @@ def killed_one_process_of_two(scene: Scene) -> None:
 
 def expect_saved(scene: Scene, workdir) -> None:
     """The step that it says it has saved lies there."""
-    said = re.search(r'SIGTERM: step (\d+) of \d+ is saved; the same command goes on', scene.printed())
+    said = re.search(r'SIGTERM: step (\d+) of \d+ is saved; run the same command to resume', scene.printed())
     expect(said, scene.printed()[-2000:])
     expect((workdir / 'checkpoints' / said[1] / checksums.FILE_NAME).exists(), f'step {said[1]} is not there')
 
@@ -203,8 +203,8 @@ def _damaged_checkpoint(scene: Scene, damage) -> None:
     error = lines(workdir)[-1]['top1_error']
     right = code == 0 and 'training' in path.parts and f'top-1 error {error:.2f}%' in printed
     expect(right or (code == 2 and 'damaged' in printed), f'evaluate ends with {code}: {printed}')
-    scene.expect_same_end(workdir, written='a checkpoint is not used')
-    expect('Going on from step 56 of 60' in scene.printed(), scene.printed())
+    scene.expect_same_end(workdir, written='ignoring a checkpoint')
+    expect('Resuming from step 56 of 60' in scene.printed(), scene.printed())
 
 
 def bit_flipped_in_a_checkpoint(scene: Scene) -> None:
@@ -230,7 +230,7 @@ def half_written_step(scene: Scene) -> None:
         (step / checksums.FILE_NAME).unlink()
     else:
         step.rename(step.with_name('60.orbax-checkpoint-tmp'))
-    scene.expect_same_end(workdir, written='Going on from step 56 of 60')
+    scene.expect_same_end(workdir, written='Resuming from step 56 of 60')
     expect(re.search('checkpoints/60.*: half written', scene.printed()), f'not named: {scene.printed()[-2000:]}')
 
 

@@ -213,7 +213,7 @@ class Scene:
         code, printed = self.run(workdir, *options, processes=processes)
         expect(code == 0, f'the same command ends with {code}: {printed[-3000:]}')
         # To begin anew ends the same, too.
-        written = written or (f'(Going on from|is finished:) step {max(steps)} of' if steps else '')
+        written = written or (f'(Resuming from|is finished:) step {max(steps)} of' if steps else '')
         expect(re.search(written, printed), f'{written!r} is not in what it says: {printed[-3000:]}')
         whole = self.reference(*options, processes=processes)
         expect(lines(workdir) == lines(whole), f'the metrics differ: {lines(workdir)} and {lines(whole)}')

@@ -46,7 +46,7 @@ def test_a_fault_that_changes_nothing_is_a_loss(tmp_path):
         noticed(0, 57)
 
 
-@pytest.mark.parametrize('printed', ['train  step 60/60', 'Going on from step 8 of 60 in run.'])
+@pytest.mark.parametrize('printed', ['train  step 60/60', 'Resuming from step 8 of 60 in run.'])
 def test_to_begin_anew_is_a_loss(printed, tmp_path, monkeypatch):
     """Also where that ends the same."""
     for name in ('8', '16', '24.damaged', '24.orbax-checkpoint-tmp'):
