@@ -97,7 +97,7 @@ def test_images_of_the_inputs_size_are_not_cropped(setup):
         (_arrays(8) | {'weight': np.ones(9)}, 'the batch has 8 images, 8 labels and 9 weights'),
         (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64 from 10 to 10: expected integers from 0 to 9'),
         (_arrays(8) | {'label': np.full(8, 0.5)}, 'the labels are float64'),
-        (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1; expected int'),
+        (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1: expected int'),
     ],
 )
 def test_what_is_no_batch(setup, batch, message):

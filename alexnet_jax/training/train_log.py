@@ -17,7 +17,6 @@ from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import DivergedError, UserError
 from alexnet_jax.utils.logs import format_duration
 
-
 LOWER_RATE = 'Lower optim.learning_rate, and use another --workdir if this one has a checkpoint.'
 
 
