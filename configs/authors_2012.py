@@ -12,7 +12,7 @@ Arguments: the rates, as their training diaries tell them (the diary's "epoch N"
                  ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
 Here: forward pass, update, augmentation and ten-view test agree with numpy written from the released code's formulas
-(tests/test_authors.py); it was not trained.
+(tests/configs/test_authors.py); it was not trained.
 
 Deviation: the images are shuffled anew on every pass, where theirs came in one order; a batch goes on into the next
 pass, where theirs ended with a short one; biases' rates in the 2010 run are those of the one plan that is written out

@@ -11,7 +11,7 @@ in it, crops of 227 without padding, biases of 0.1 ("1 gave flat loss"), smaller
 dropout scaled in training.
 
 The source reports, ILSVRC-2012 validation set, center crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
-error). Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py); it was not trained.
+error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py); it was not trained.
 
 Deviation: images are prepared as the paper's (shorter side to 256, central square); Caffe's script squeezes them to
 256x256 whatever their shape.

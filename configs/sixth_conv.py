@@ -23,7 +23,7 @@ On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Ever
 
 The paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. The authors' log: 38.99% and
 16.62%. Here: parameters, shapes, products and collectives are counted, and the chain was run on a small instance
-(tests/test_finetune.py); no part of it was trained at this size.
+(tests/training/test_finetune.py); no part of it was trained at this size.
 
 Deviation: the paper says nothing of the rates of `finetune`; those of authors=2012's weights are taken, for biases too.
 In the chain the biases' rates are inferred: twice the weights' at first, then 0.002 (conv 1 as its weights).

@@ -14,7 +14,7 @@ biases too.
 
 The source reports, ILSVRC-2012 validation set, center crop: 56.52% top-1 and 79.07% top-5 accuracy (43.48% and 20.93%
 error).
-Here: logits, gradients and ten updates agree with PyTorch (tests/test_oracle.py); it was not trained.
+Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py); it was not trained.
 
 Deviation: crops are taken from the prepared squares of 256 px, theirs from the whole image; the mean color is that
 of the training data (theirs is fixed: 123.7, 116.3, 103.5)."""

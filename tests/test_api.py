@@ -12,9 +12,16 @@ import pytest
 from PIL import Image
 
 import alexnet_jax
+from alexnet_jax.checkpoints import verify
+from alexnet_jax.convert import convert
 from alexnet_jax.core import model
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import figures, finetune, plots
+from alexnet_jax.export import hub
+from alexnet_jax.inference import activations, predict
+from alexnet_jax.prepare import prepare
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT, small
+from tests import ROOT, helpers
 
 NAMES = [str(i) for i in range(10)]
 
@@ -26,7 +33,7 @@ def _arrays(count=32, side=32):
 
 @pytest.fixture(scope='module')
 def setup():
-    config = small.digits_config(**{'batch_size': 8, 'mesh.tower': 1, 'mesh.data': 1, 'data.reflect': True})
+    config = helpers.digits_config(**{'batch_size': 8, 'mesh.tower': 1, 'mesh.data': 1, 'data.reflect': True})
     return alexnet_jax.build(config, alexnet_jax.in_memory({'train': _arrays()}, NAMES))
 
 
@@ -50,7 +57,7 @@ def test_the_walk_of_a_student(tmp_path):
 
 def test_a_loop_of_ones_own_makes_the_updates_of_train_and_evaluate(tmp_path):
     """Of equal images, so that the order in which the pipeline reads them does not matter."""
-    config = small.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
+    config = helpers.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})
     config.mesh.data = 1
     arrays = _arrays()
     arrays['image'][:], arrays['label'][:] = arrays['image'][0], 3
@@ -106,21 +113,21 @@ def test_what_is_no_batch(setup, batch, message):
 
 
 def test_dropout_by_a_key_is_dropout_by_its_masks():
-    network = small.network()
-    params, x = small.init(network), np.ones((2, small.SIZE, small.SIZE, 3), np.float32)
+    network = helpers.network()
+    params, x = helpers.init(network), np.ones((2, helpers.SIZE, helpers.SIZE, 3), np.float32)
     key = jax.random.key(5)
 
     def apply(*masks, **options):
         return network.apply({'params': params}, x, *masks, **options)
 
-    chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, small.SIZE)))
+    chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, helpers.SIZE)))
     assert not np.allclose(apply(train=True, rng=key), apply())
     with pytest.raises(UserError, match='train=True draws dropout masks; give rng'):
         apply(train=True)
 
 
 def test_one_image_or_many_of_any_kind(setup, tmp_path):
-    config = small.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
+    config = helpers.digits_config(**{'num_steps': 1, 'mesh.tower': 1, 'mesh.data': 1, 'batch_size': 8})
     alexnet_jax.train_and_evaluate(config, tmp_path / 'run', dataset=setup.dataset)
     checkpoint = alexnet_jax.load_checkpoint(tmp_path / 'run')
     array = np.random.default_rng(1).integers(0, 256, (48, 60, 3), np.uint8)
@@ -155,3 +162,39 @@ def test_arrays_and_records_make_the_same_dataset():
     assert a.class_names == b.class_names == tuple(str(i) for i in range(1 + arrays['label'].max()))
     with pytest.raises(UserError, match='6 images and 5 labels'):
         alexnet_jax.in_memory({'train': {**arrays, 'label': arrays['label'][:5]}})
+
+
+def test_paths_may_be_pathlib(tmp_path):
+    """From raw images to a network that is exported: what each command calls takes a `pathlib.Path`."""
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        folder = tmp_path / 'raw' / ('val' if i < 4 else 'train') / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f'{i}.png')
+    data, run = tmp_path / 'data', tmp_path / 'run'
+    prepare.prepare(tmp_path / 'raw', data, size=32, format='raw', workers=1)
+    prepare.prepare_if_needed(tmp_path / 'raw', tmp_path / 'again', size=32, format='raw', workers=1)
+    (tmp_path / 'own.py').write_text(
+        'from alexnet_jax import get_config as get\n\n\ndef get_config():\n    return get("quickstart")'
+    )
+    config = alexnet_jax.get_config(tmp_path / 'own.py')
+    changes = {'data.path': str(data), 'model.num_classes': 2, 'num_steps': 1, 'batch_size': 4, 'mesh.tower': 1}
+    config.update(helpers.digits_config(**{'data.image_size': 28, **changes}))
+    dataset = datasets.open_dataset(data)
+    alexnet_jax.train_and_evaluate(config, run)
+    checkpoint = alexnet_jax.load_checkpoint(run / 'checkpoints' / '1')
+    convert.convert(run, tmp_path / 'weights', to='safetensors')
+    convert.convert(tmp_path / 'weights' / 'model.safetensors', tmp_path / 'converted', config=config)
+    assert len(alexnet_jax.load_checkpoint(tmp_path / 'converted').network.layers) == 8
+    assert verify.verify(run)[1] == verify.verify(data)[1] == []
+    hub.export(checkpoint, tmp_path / 'exported', 1)
+    activations.write_activations(tmp_path / 'fc7.npz', checkpoint, dataset.split('val'), 'fc7')
+    files = predict.list_image_files([tmp_path / 'raw' / 'val'])
+    assert len(list(predict.predict_files(checkpoint, [tmp_path / files[0]], views=1, top=1))) == 1
+    name, figure, _ = next(figures.draw(checkpoint, run=run))
+    plots.save(figure, tmp_path / 'figures', name)
+    assert (tmp_path / 'figures' / f'{name}.png').exists()
+    result = finetune.finetune(
+        config, tmp_path / 'raw', tmp_path / 'tuned', init_from=run, val_fraction=0.1, max_unreadable=0
+    )
+    assert result.confusion.sum() == 4

@@ -14,8 +14,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
-from tests import ROOT, SHARED_DATA
-from tests.test_tune import write_pictures
+from tests import ROOT, SHARED_DATA, helpers
 
 CHECKLIST = ROOT / 'docs' / 'paper.md'
 ARCHITECTURE = ROOT / 'docs' / 'architecture.md'
@@ -105,7 +104,7 @@ def _missing(words):
 
 def _exists(token):
     """Whether a word in backticks names something that there is; None for a word that is none of these."""
-    if found := re.fullmatch(r'(tests/\w+\.py)::(\w+)', token):
+    if found := re.fullmatch(r'(tests/[\w/]+\.py)::(\w+)', token):
         return (ROOT / found[1]).is_file() and found[2] in _names(found[1])
     if found := re.fullmatch(r'((?:alexnet_jax|tests)/[\w/]+\.py)(?::([\w.]+))?', token):
         return (ROOT / found[1]).is_file() and (not found[2] or found[2] in _names(found[1]))
@@ -310,8 +309,8 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('configs', 'launch'):
         (tmp_path / name).symlink_to(ROOT / name)
-    write_pictures(tmp_path / 'pictures', (3, 8), count=80)
-    write_pictures(tmp_path / 'more', (3,), count=2)
+    helpers.write_pictures(tmp_path / 'pictures', (3, 8), count=80)
+    helpers.write_pictures(tmp_path / 'more', (3,), count=2)
     (tmp_path / 'photo.png').write_bytes(next((tmp_path / 'pictures').rglob('*.png')).read_bytes())
     archive = SHARED_DATA / 'ILSVRC2012_img_train.tar'
     if archive.exists():

@@ -29,7 +29,7 @@ from alexnet_jax.prepare import discovery
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
-from tests.test_features import untrained
+from tests import helpers
 
 _NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 _VAL = 'ILSVRC2012_img_val.tar'
@@ -448,7 +448,7 @@ def test_means_and_statistics(examples, folder, tmp_path):
 @pytest.mark.slow
 def test_what_lies_beside_a_checkpoints_arrays(tmp_path):
     """Its meta, with a list of digests that fits."""
-    step = os.path.join(untrained(tmp_path / 'run'), 'checkpoints', '0')
+    step = os.path.join(helpers.untrained(tmp_path / 'run'), 'checkpoints', '0')
     path = os.path.join(step, 'meta', 'metadata')
     with open(path) as file:
         whole = json.load(file)

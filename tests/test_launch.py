@@ -135,7 +135,7 @@ def test_slurm_trains_on_two_processes_as_one_would(tmp_path):
     two, one = ([json.loads(line) for line in open(tmp_path / name / 'metrics.jsonl')] for name in ('two', 'one'))
     assert [line['step'] for line in two] == [line['step'] for line in one]
     # Float32's last bits, in an order of their own, grow fast in so small a network; to the end, to 1e-9 in float64:
-    # tests/test_survival.py.
+    # tests/training/test_survival.py.
     for a, b in zip(two[:2], one[:2], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 

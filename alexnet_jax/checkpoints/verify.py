@@ -8,7 +8,7 @@ from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UserError
 
 
-def verify(path: str) -> tuple[list[str], list[str]]:
+def verify(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """(folders looked through, what is wrong in them as 'FILE: what'). Raises UserError where nothing has digests."""
     path = os.path.abspath(path)
     if not os.path.isdir(path):

@@ -37,13 +37,13 @@ _PAPER = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # fe
 
 
 def convert(
-    source: str,
-    output: str,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
     *,
     to: str = 'checkpoint',
-    mean: str | None = None,
+    mean: str | os.PathLike | None = None,
     config: ConfigDict | None = None,
-    classes: str | None = None,
+    classes: str | os.PathLike | None = None,
 ) -> None:
     """Writes the new directory `output`; logs what the network was taken for.
 
@@ -61,6 +61,9 @@ def convert(
     Raises:
       UserError: a file that is not what it should be, an option out of its range, no space. Nothing is written then.
     """
+    source, output = os.fspath(source), os.fspath(output)
+    mean = None if mean is None else os.fspath(mean)
+    classes = None if classes is None else os.fspath(classes)
     if to not in ('checkpoint', 'safetensors'):
         raise UserError(f'--to={to!r}; expected checkpoint or safetensors.')
     check_new(output)

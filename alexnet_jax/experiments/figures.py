@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -181,7 +182,12 @@ def towers_of(network: AlexNet, image_size: int) -> int:
 
 
 def draw(
-    checkpoint: Checkpoint, *, run: str | None = None, dataset: Dataset | None = None, split: str = 'val', seed: int = 0
+    checkpoint: Checkpoint,
+    *,
+    run: str | os.PathLike | None = None,
+    dataset: Dataset | None = None,
+    split: str = 'val',
+    seed: int = 0,
 ) -> Iterator[Drawn]:
     """Every figure there is of a network, one after the other: (name, matplotlib's Figure, what to print with it).
 
@@ -190,7 +196,7 @@ def draw(
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     if run:
-        shown = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
+        shown = {part: curve for part, curve in curves(os.fspath(run)).items() if len(curve.epoch)}
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
             drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
             yield name, plots.learning_curves(drawn, y_label=label), []

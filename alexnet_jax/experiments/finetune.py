@@ -36,7 +36,13 @@ class FinetuneResult(NamedTuple):
 
 
 def finetune(
-    config: ConfigDict, pictures: str, output: str, *, init_from: str, val_fraction: float, max_unreadable: int
+    config: ConfigDict,
+    pictures: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    init_from: str | os.PathLike,
+    val_fraction: float,
+    max_unreadable: int,
 ) -> FinetuneResult:
     """Trains a classifier of pictures in class folders, or goes on where it was stopped.
 
@@ -51,6 +57,7 @@ def finetune(
     Raises:
       UserError: the pictures do not suit; or see `train.train_and_evaluate`.
     """
+    pictures, output, init_from = (os.fspath(path) for path in (pictures, output, init_from))
     source = load_checkpoint(init_from) if init_from else None
     size = source.record_size if source else default_record_size(config.data.image_size)
     data, workdir = (os.path.join(output, name) for name in ('data', 'run'))

@@ -31,11 +31,12 @@ _COLUMN, _ROW = 1.5, 2.2  # inches of figure 2
 _PER_ROW = 16  # kernels of figure 3
 
 
-def save(figure: Figure, folder: str, name: str) -> list[str]:
+def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
     """Writes NAME.png and NAME.svg into a folder, made if need be; the same figure gives the same bytes.
 
     Returns the paths. Raises UserError where they cannot be written.
     """
+    folder = os.fspath(folder)
     paths = [os.path.join(folder, f'{name}.{kind}') for kind in ('png', 'svg')]
     with as_user_error(f'{folder!r} cannot be written'), matplotlib.rc_context({'svg.hashsalt': 'alexnet_jax'}):
         os.makedirs(folder, exist_ok=True)

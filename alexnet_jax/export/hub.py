@@ -13,7 +13,7 @@ from alexnet_jax.export import stablehlo
 from alexnet_jax.utils.files import atomic_directory
 
 
-def export(checkpoint: Checkpoint, output: str, views: int) -> tuple[int, float]:
+def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tuple[int, float]:
     """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
     What was written is loaded in a process of its own and compared. Returns (bytes of the StableHLO file, the largest

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Generator, Iterable, Sequence
@@ -110,7 +111,7 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 
 
 def write_activations(
-    output: str, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
+    output: str | os.PathLike, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
 ) -> tuple[int, ...]:
     """Writes the activations of one layer to a new file and returns the shape of its `features`.
 
@@ -127,6 +128,7 @@ def write_activations(
     Raises:
       UserError: as `check_output` and `iter_activations`, or the file cannot be written.
     """
+    output = os.fspath(output)
     check_output(output)
     parts = iter_activations(checkpoint, records, layer, batch_size)
     shape = (len(records), *_shapes(checkpoint, _layer_outputs(checkpoint, [layer]))[0])

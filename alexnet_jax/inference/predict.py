@@ -71,13 +71,13 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
     return np.argsort(-np.asarray(probabilities_NK), axis=-1, kind='stable')[:, :k]
 
 
-def list_image_files(paths: Sequence[str]) -> list[str]:
+def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     """Returns the image files at the given paths, in the order of their names within a folder.
 
     Folders are searched recursively. Raises UserError for a path that does not exist or has no images.
     """
-    files = []
-    for path in paths:
+    files: list[str] = []
+    for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
             raise UserError(f'{path!r} does not exist; give an image file or a folder.')
         found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
@@ -87,7 +87,9 @@ def list_image_files(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, top: int) -> Iterator[dict]:
+def predict_files(
+    checkpoint: Checkpoint, files: Sequence[str | os.PathLike], *, views: int, top: int
+) -> Iterator[dict]:
     """Yields {'file', 'top': [{'label', 'index', 'probability'}, ...]} for each file, most probable class first.
 
     Raises UserError at the end if files could not be read as images.
@@ -95,7 +97,7 @@ def predict_files(checkpoint: Checkpoint, files: Sequence[str], *, views: int, t
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
     for start in range(0, len(files), _BATCH):
-        readable, squares, paths = [], [], files[start : start + _BATCH]
+        readable, squares, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
         with ThreadPoolExecutor(processes.cores()) as pool:
             reading = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
         for path, square in zip(paths, reading, strict=True):

@@ -29,8 +29,8 @@ _MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where t
 
 
 def prepare(
-    source: str,
-    output: str,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
     *,
     size: int = 256,
     format: str = 'jpeg',
@@ -65,7 +65,7 @@ def prepare(
         raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
     if seed < 0 or max_unreadable < 0:
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}; expected 0 or more.')
-    output = absolute_local_path(output)
+    source, output = os.fspath(source), absolute_local_path(output)
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
     class_names = _class_names(source, folders)
@@ -80,13 +80,20 @@ def prepare(
 
 
 def prepare_if_needed(
-    source: str, output: str, *, size: int, val_fraction: float = 0.0, listing: Listing | None = None, **options
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    size: int,
+    val_fraction: float = 0.0,
+    listing: Listing | None = None,
+    **options,
 ) -> None:
     """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
 
     For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
     Raises UserError where `output` was prepared from something else; or see `prepare`.
     """
+    source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
     made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')

@@ -21,12 +21,13 @@ def config_names() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(folders[0].glob('*.py'))} if folders else {}
 
 
-def get_config(name: str) -> ConfigDict:
+def get_config(name: str | os.PathLike) -> ConfigDict:
     """A config: 'paper', 'paper:init=authors', or the path of a file with `get_config()`, also with an argument.
 
     Raises:
       UserError: there is no such config or variant, or the file cannot be loaded.
     """
+    name = os.fspath(name)
     file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
     path, own = pathlib.Path(file), config_names()
     if file in own and path.is_file():

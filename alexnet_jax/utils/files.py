@@ -71,7 +71,7 @@ def file_lock(path: str, doing: str):
 
 
 @contextlib.contextmanager
-def atomic_directory(output: str) -> Iterator[str]:
+def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
     """A sibling of `output` for one process to write into; renamed to it at the end, removed where that is not reached.
 
     Raises UserError where it cannot be written, or another process is at it.

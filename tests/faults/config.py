@@ -1,10 +1,10 @@
 """A network so small that a fault costs seconds; 23 updates an epoch, and cadences that do not fall on its end."""
 
-from tests import small
+from tests import helpers
 
 
 def get_config():
-    return small.digits_config(
+    return helpers.digits_config(
         **{
             'num_steps': 60,
             'eval_every_steps': 12,

@@ -1,0 +1,286 @@
+"""The benchmark command at toy size: what it counts, what it prints, that every mode runs beside PyTorch."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax.benchmark import hlo_cost, throughput
+from alexnet_jax.benchmark.throughput import Contender
+from alexnet_jax.core import architecture, sharding
+from alexnet_jax.data import datasets
+from alexnet_jax.training import build
+from alexnet_jax.utils.errors import UserError
+from tests import ROOT, helpers
+
+# Small images of a small network; conv 1 has a stride.
+TINY = [
+    '--config=configs/quickstart.py', '--batch_size=8', '--steps=2', '--repeats=2', '--config.data.image_size=24',
+    '--config.data.num_threads=1',
+]  # fmt: skip
+
+
+def test_sides_take_turns_and_begin_by_turns():
+    played = []
+    sides = [Contender('a', lambda: played.append('a') or 1.0), Contender('b', lambda: played.append('b') or 2.0)]
+    assert throughput.measure_in_turns(sides, 3) == {'a': [1.0] * 3, 'b': [2.0] * 3}
+    assert ''.join(played) == 'abbaab'
+
+
+def test_the_report_ends_with_the_ratio_of_the_medians():
+    ours, torch = (
+        Contender(throughput.OURS, lambda: 0.0, {'flops': 10**9, 'bytes': 2**30}),
+        Contender(throughput.TORCH, lambda: 0.0),
+    )
+    rates = {throughput.OURS: [30.0, 10.0, 20.0], throughput.TORCH: [5.0, 8.0, 90.0]}
+    *table, record, ratio = throughput.report([ours, torch], rates, {'n': 3}).splitlines()
+    assert ratio == 'ratio: 2.500'
+    found = json.loads(record)
+    assert found['n'] == 3 and found['images_per_second'][throughput.TORCH] == {
+        'median': 8.0,
+        'measurements': [5.0, 8.0, 90.0],
+    }
+    assert table[1].split()[:5] == ['alexnet_jax', '20.0', '10.0', '30.0', '3']
+    assert '20 GFLOP/s' in table[1] and '1.00 GiB' in table[1]
+    alone = throughput.report([ours], {throughput.OURS: [1.0]}, {}).splitlines()
+    assert json.loads(alone[-1])  # without a peer there is no ratio
+
+
+def test_what_a_program_moves_is_counted_as_for_rings():
+    text = """
+      %a = f32[8,10]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}
+      %b = (bf16[100]{0}, s32[]) all-reduce(%y, %z), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%f
+      %c = f32[6]{0} reduce-scatter(%u), replica_groups=[2,3]<=[6], dimensions={0}
+      %d = f32[5]{0} all-reduce(%v), replica_groups={}, to_apply=%f
+      %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%w), replica_groups={{0,1}}, dimensions={0}
+      %h = f32[8]{0} all-gather-done(%g)
+      %p = (s8[8]{0}, s8[8]{0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}
+      %e = f32[5]{0} add(%all-gather.1, %all-reduce.2)
+    """
+    found = hlo_cost.collective_bytes(text, devices=8)
+    assert found == {
+        'all-gather': (2, 320 * 1 / 2 + 32 * 1 / 2),
+        'all-reduce': (2, 204 * 2 * 3 / 4 + 20 * 2 * 7 / 8),
+        'reduce-scatter': (1, 24 * 2),
+        'collective-permute': (1, 8),
+    }
+
+
+PROGRAM = """
+HloModule jit_f, is_scheduled=true
+
+%cutting (param_0: f32[100,10], param_1: bf16[4]) -> f32[2,10] {
+  %param_0 = f32[100,10]{1,0} parameter(0)
+  %bitcast.1 = f32[10,100]{1,0} bitcast(%param_0)
+  %slice.1 = f32[2,10]{1,0} slice(%bitcast.1), slice={[0:2], [0:10]}
+  %param_1 = bf16[4]{0} parameter(1)
+  ROOT %add.1 = f32[2,10]{1,0} add(%slice.1, %slice.1), metadata={op_name="jit(f)/jvp(Net)/conv1/lrn/add"}
+}
+
+%product (param_0.1: f32[2,10], param_1.1: f32[10,3]) -> (f32[2,3], pred[7]) {
+  %param_0.1 = f32[2,10]{1,0} parameter(0)
+  %param_1.1 = f32[10,3]{1,0} parameter(1)
+  ROOT %dot.1 = f32[2,3]{1,0} dot(%param_0.1, %param_1.1), metadata={op_name="jit(f)/transpose(jvp(Net))/fc2/dot"}
+}
+
+%body (t: (f32[5])) -> (f32[5]) {
+  %t = (f32[5]{0}) parameter(0)
+  %gte.1 = f32[5]{0} get-tuple-element(%t), index=0
+  %negate.1 = f32[5]{0} negate(%gte.1), metadata={op_name="jit(f)/while/body/update/neg"}
+  ROOT %tuple.1 = (f32[5]{0}) tuple(%negate.1)
+}
+
+ENTRY %main (a: f32[100,10], b: bf16[4]) -> f32[2,3] {
+  %a = f32[100,10]{1,0} parameter(0), metadata={op_name="a"}
+  %b = bf16[4]{0} parameter(1)
+  %c = f32[10,3]{1,0} constant({...})
+  %cut = f32[2,10]{1,0} fusion(%a, %b), kind=kLoop, calls=%cutting
+  %both = (f32[2,3]{1,0}, pred[7]{0}) fusion(%cut, /*index=1*/%c), kind=kCustom, calls=%product
+  %y = f32[2,3]{1,0} get-tuple-element(%both), index=0
+  %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%b), custom_call_target="__cudnn$convForward", metadata={op_name="jit(f)/conv1/conv"}
+  %w = (f32[5]{0}) while(%start), condition=%never, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %gather = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%b), replica_groups={{0,1}}, dimensions={0}
+  %gathered = bf16[8]{0} all-gather-done(%gather)
+  %convert.1 = f32[4]{0} convert(%b)
+  ROOT %copy.1 = f32[2,3]{1,0} copy(%y)
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_a_program_are_counted_kernel_by_kernel():
+    found = hlo_cost.hlo_ops(PROGRAM, ['conv1', 'fc2', 'update'])
+    assert found == [
+        ('conv1', False, 2 * 10 * 4 + 2 * 10 * 4 + 4 * 2),  # writes, reads of a what it cuts out, reads b
+        ('fc2', True, 2 * 3 * 4 + 7 + 2 * 10 * 4 + 10 * 3 * 4),
+        ('conv1', True, 8 * 2 + 4 * 2),
+        ('update', False, 6 * (5 * 4 + 5 * 4)),
+        ('other', False, 8 * 2 + 4 * 2),
+        ('other', False, 4 * 4 + 4 * 2),
+        ('other', False, 2 * (2 * 3 * 4)),
+    ]
+
+
+def test_a_step_computes_and_moves_what_its_layers_need():
+    config = helpers.digits_config(**{'batch_size': 8, 'mesh.data': 1, 'mesh.tower': 1})
+    run = build.build(config)
+    key, batches = jax.random.key(0), run.train_batches(0)
+    _, facts = hlo_cost.compile_step(run, 'float32', (run.steps.init(key), next(batches), run.image_stats, key))
+    batches.close()
+    costs = architecture.infer_shapes(run.network, config.data.image_size)
+    forward = {name: 8 * cost.flops for name, cost in costs.items()}
+    rows = facts['layers']
+    for name, cost in costs.items():
+        assert rows[name]['flops'] == forward[name] * (2 if name == 'conv1' else 3)
+        least = 4 * (cost.parameters + 8 * (np.prod(cost.inputs) + np.prod(cost.linear)))  # forward, in and out once
+        assert rows[name]['product_bytes'] + rows[name]['other_bytes'] > least, name
+    assert rows['input']['other_bytes'] > 8 * 3 * config.data.image_size**2  # reads the pixels
+    parameters = sum(cost.parameters for cost in costs.values())
+    assert rows['update']['other_bytes'] > 4 * 5 * parameters  # reads weights, velocity, gradient; writes the first two
+    assert rows['all']['flops'] == pytest.approx(sum(rows[name]['flops'] for name in costs))
+    assert hlo_cost.table(rows)[-1].split()[0] == 'all'
+
+
+def test_devices_to_compile_for_are_named_and_counted():
+    for what in ('h100', 'x', '', '0xh200', '2h200', 'h200\n'):
+        with pytest.raises(UserError, match=f'--compile_for={what}; expected h200'):
+            hlo_cost.topology_devices(what)
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_gpu_that_is_not_there():
+    """There cuDNN adds the biases, and between the convolutions little is moved."""
+    pytest.importorskip('jax_cuda12_plugin', reason="needs pip install -e '.[cuda12]'")
+    command = [sys.executable, '-m', 'alexnet_jax', 'benchmark', 'step', '--precision=bfloat16', '--batch_size=256']
+    result = subprocess.run([*command, '--compile_for=2xh200'], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])['compiled']
+    assert (found['device'], found['devices']) == ('NVIDIA H200', 2)
+    assert {name: count for name, (count, _) in found['collectives'].items()}['all-gather'] == 4
+    numbers = 256 * 55 * 55 * 96 / 2  # of conv 1, in one tower
+    # Normalization: 2 + 2 forward; backward 2 + 2 of the gradient and x, 4 + 4 of the terms; pooling and ReLU 6 more.
+    assert found['layers']['conv1']['other_bytes'] < 30 * numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower'), [(1, 2), (2, 2), (2, 1)])
+def test_what_a_step_moves_follows_from_the_layers(data, tower):
+    config = helpers.digits_config(**{'batch_size': 8, 'mesh.data': data, 'mesh.tower': tower})
+    config.model.num_classes = 12
+    config.model.layers = {name: dataclasses.asdict(spec) for name, spec in helpers.SMALL['layers'].items()}
+    del config.model.layers.fc8.features
+    config.data.image_size = helpers.SIZE
+    run = build.build(config, datasets.synthetic(config.data.image_size, config.model.num_classes))
+    key = jax.device_put(jax.random.key(0), sharding.replicated(run.mesh))
+    batches = run.train_batches(0)
+    batch, state = run.to_mesh(next(batches)), run.steps.init(key)
+    batches.close()
+    found = hlo_cost.collective_bytes(
+        run.steps.train_step.lower(state, batch, run.image_stats, key).compile().as_text(), data * tower
+    )
+    # Before conv 3, fc 6, 7 and 8 (35 px: 17, 8, 4, 2 to a side) the other tower's half is received.
+    halves = (4 * 4 * 16 + 2 * 2 * 16 + 32 + 32) * (8 // data) // 2 * 4
+    if tower == 2:
+        assert found['all-gather'] == (4, halves)
+        assert found['reduce-scatter'] == (4, halves)  # the same way back
+    else:
+        assert 'all-gather' not in found
+    # All gradients of a tower's parameters, once to and fro; beside them a few numbers an image.
+    parameters = sum(x.size for x in jax.tree.leaves(state.params)) // tower * 4
+    gradients = parameters * 2 * (data - 1) / data
+    assert gradients <= found['all-reduce'][1] < gradients + 1000
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Folders of JPEGs of three classes, and the same prepared."""
+    folder, rng = tmp_path_factory.mktemp('benchmark'), np.random.default_rng(0)
+    for i in range(24):
+        path = folder / 'raw' / 'train' / 'abc'[i % 3] / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    command = ['prepare', f'--input={folder}/raw', f'--output={folder}/prepared', '--size=32']
+    subprocess.run([sys.executable, '-m', 'alexnet_jax', *command], cwd=ROOT, check=True)
+    return folder
+
+
+def _benchmark(*arguments):
+    result = subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', 'benchmark', *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_step_on_two_devices_is_held_against_one():
+    lines = _benchmark('step', *TINY, '--cpu_devices=2', '--config.mesh.tower=2')
+    found = json.loads(lines[-1])
+    assert set(found['images_per_second']) == {'alexnet_jax', 'one device'}
+    assert len(found['images_per_second']['one device']['measurements']) == 2
+    assert any(line.startswith('moved by 4 all-gather') for line in lines)
+    assert found['config']['batch_size'] == 8 and found['versions']['jax'] == jax.__version__
+
+
+@pytest.mark.slow
+def test_prepare_and_input(images):
+    lines = _benchmark('prepare', f'--input={images}/raw', '--repeats=1')
+    assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
+    lines = _benchmark('input', *TINY, f'--config.data.path={images}/prepared')
+    assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
+
+
+@pytest.mark.parametrize('mode', ['step', 'input', 'input of originals', 'train'])
+def test_every_mode_beside_pytorch(images, mode):
+    pytest.importorskip('torch')
+    mode, *of = mode.split(' of ')
+    arguments = [] if mode == 'step' else [f'--config.data.path={images}/prepared']
+    arguments += [f'--input={images}/raw'] if of else []
+    *_, record, ratio = _benchmark(mode, '--against=torch', *TINY, *arguments)
+    found = json.loads(record)
+    ours, theirs = (found['images_per_second'][name]['median'] for name in ('alexnet_jax', 'torch'))
+    assert ratio == f'ratio: {ours / theirs:.3f}' and found['torch']
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), [(False, True), (True, False)])
+def test_a_peer_on_another_kind_of_device_is_none(ours, theirs, monkeypatch):
+    """JAX falls back to the CPU, or PyTorch does: a ratio of the two would mean nothing."""
+    torch = pytest.importorskip('torch')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: theirs)
+    with pytest.raises(UserError, match=r'JAX has (no|a) GPU here and PyTorch (one|none); install both'):
+        throughput.check_torch(ours)
+    throughput.check_torch(theirs)
+
+
+def test_the_peer_computes_the_same_network():
+    torch = pytest.importorskip('torch')
+    from alexnet_jax.benchmark import torch_baseline
+
+    network = helpers.network(dropout_rate=0.0)
+    params, x = helpers.init(network), 60 * np.random.default_rng(0).standard_normal((2, helpers.SIZE, helpers.SIZE, 3))
+    net = torch_baseline.Net(network, helpers.SIZE).eval()
+    with torch.no_grad():
+        for name, layer in zip(params, net.layers, strict=True):
+            kernel = np.asarray(params[name]['kernel'])
+            if kernel.ndim == 2 and name == 'fc6':  # maps are flattened in (C, H, W) order there
+                kernel = kernel.reshape(2, 2, 16, -1).transpose(2, 0, 1, 3).reshape(64, -1)
+            layer.weight.copy_(torch.tensor(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
+            layer.bias.copy_(torch.tensor(np.asarray(params[name]['bias'])))
+        theirs = net(torch.tensor(np.float32(x.transpose(0, 3, 1, 2)))).numpy()
+    ours = np.asarray(network.apply({'params': params}, np.float32(x)))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize('change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}])
+def test_a_network_that_the_peer_has_not_got_is_refused(change):
+    pytest.importorskip('torch')
+    from alexnet_jax.benchmark import torch_baseline
+
+    with pytest.raises(UserError, match='PyTorch has nothing like (fc6|conv1)'):
+        torch_baseline.Net(helpers.network(layers=helpers.layers(**change)), helpers.SIZE)

@@ -1,0 +1,156 @@
+"""The experiments command, each suite from end to end at toy size."""
+
+import csv
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.commands import experiments
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import ablations, cifar10, figures, runner
+from alexnet_jax.inference import predict
+from alexnet_jax.utils.errors import UserError
+from tests import ROOT, helpers
+
+BASE = """
+from tests import helpers
+
+def get_config():
+    return helpers.digits_config(**{'num_epochs': 1.0, 'mesh.tower': 1, 'mesh.data': 1, 'log_every_steps': 0})
+"""
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`main` in this process, every run of which diverges."""
+    base = helpers.digits_config()
+    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
+
+    def run(suite, **changes):
+        experiments.main(SimpleNamespace(**{**fixed, **changes}), [suite])
+
+    def diverged(trial, suite, dataset):
+        return {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, 'diverged': True}
+
+    monkeypatch.setattr(runner, 'run_trial', diverged)
+    return run
+
+
+def test_a_remedy_that_the_suite_takes(command):
+    with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the rates itself: look at the im'):
+        command('cifar10')
+    with pytest.raises(UserError, match='all networks of views diverged; lower --base.optim.learning_rate, in another'):
+        command('views')
+
+
+def test_an_output_that_cannot_be_made(command, tmp_path):
+    (tmp_path / 'file').touch()
+    for name, why in (('file', 'File exists'), ('file/below', 'Not a directory')):
+        with pytest.raises(UserError, match=f"^--output='.*{name}' cannot be used: {why}. Give another directory.$"):
+            command('views', output=str(tmp_path / name))
+
+
+def test_a_prepared_folder_that_does_not_suit_is_named(command, tmp_path, monkeypatch):
+    """One that figure1 has left: it took no images to measure on."""
+    digits = datasets.open_dataset('digits')
+    monkeypatch.setattr(runner, 'prepare_images', lambda *_: 'out/data-32')
+    monkeypatch.setattr(
+        datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
+    )
+    with pytest.raises(UserError, match="'out/data-32' .remove it if 'raw' has changed. has no val and no test images"):
+        command('cifar10', data='raw')
+
+
+def _command(*words, code=0):
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', 'experiments', *map(str, words), '--cpu_devices=1'],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('suite', ['ablations', 'cifar10', 'ensemble', 'views', 'figure1'])
+def test_a_suite_from_end_to_end(suite, tmp_path):
+    (tmp_path / 'base.py').write_text(BASE)
+    out = tmp_path / 'out'
+    words = (suite, '--data=digits', f'--output={out}', f'--base={tmp_path}/base.py', '--seeds=2', '--scale=0.25')
+    if suite == 'ablations':  # most of the time is compiling, network by network
+        words = (*words[:-2], '--seeds=1', '--scale=0.1')
+    elif suite == 'figure1':
+        words = (*words[:-2], '--seeds=1', '--scale=0.25', '--base.num_steps=6')  # whatever the variants say of passes
+    elif suite == 'cifar10':
+        words = (*words[:-2], '--seeds=1', '--scale=0.1', '--base.num_steps=2')
+    said = _command(*words)
+    with open(out / 'results.csv') as file:
+        rows = list(csv.DictReader(file))
+    page = (out / 'report.html').read_text()
+    assert '<html' in page and suite in page
+    seen = {(row['variant'], row['seed']) for row in rows}
+    if suite == 'ablations':
+        assert len(seen) == len(ablations.ablations(helpers.digits_config()))
+        assert '+1.40 / +1.20' in said and 'no normalization' in page
+    elif suite == 'figure1':
+        assert {row['variant'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
+    else:
+        assert len(seen) == (len(cifar10.NETS) if suite == 'cifar10' else 2)
+    assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
+    # Again: nothing is trained, nothing changes but what is said of it.
+    before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
+    again = _command(*words)
+    assert 'is finished' in again and before == {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
+    with open(out / 'results.csv') as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+@pytest.mark.slow
+def test_a_row_is_what_evaluate_says(tmp_path):
+    (tmp_path / 'base.py').write_text(BASE)
+    _command('views', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1')
+    with open(tmp_path / 'out' / 'results.csv') as file:
+        (row,) = csv.DictReader(file)
+    run = tmp_path / 'out' / 'runs' / 'base-0'
+    last = figures.curves(str(run))['val'].top1_error[-1]
+    assert float(row['top1_error']) == pytest.approx(last, abs=1e-9)
+    trained = loading.load_checkpoint(str(run))
+    records = datasets.open_dataset('digits').split('val')
+    labels = np.array([record['label'] for record in records])
+    found = predict.predict(trained, np.stack([record['image'] for record in records]), views=10)
+    assert float(row['top1_ten']) == pytest.approx(100 * np.mean(found.argmax(1) != labels), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (('ablation',), "Did you mean 'ablations'?"),
+        (('views', '--scale=2'), '--scale=2.0'),
+        (('views', '--base=configs/papr.py'), "there is no config file 'configs/papr.py'"),
+        (('views', '--output=README.md/out'), "--output='README.md/out' cannot be used: Not a directory"),
+        ((), 'give one SUITE (figure1, ablations, cifar10, ensemble, views)'),
+    ],
+)
+@pytest.mark.slow
+def test_what_is_wrong_is_one_line(words, message, tmp_path):
+    said = _command('--data=digits', f'--output={tmp_path}/out', *words, code=2)
+    assert message in said and 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_a_dry_run_trains_nothing(tmp_path):
+    (tmp_path / 'base.py').write_text(BASE)
+    said = _command(
+        'ablations', '--data=digits', f'--output={tmp_path}/out', f'--base={tmp_path}/base.py', '--seeds=1', '--dry_run'
+    )
+    assert '1,437 images' in said and f'{len(ablations.ablations(helpers.digits_config()))} runs' in said
+    assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_help_names_every_suite():
+    assert f'({", ".join(runner.SUITES)})' in experiments.ARGUMENTS

@@ -1,0 +1,294 @@
+"""Every network of configs/ at full size: parameters, shapes and products by hand; what crosses between two devices."""
+
+import ast
+import collections
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import alexnet_jax
+from alexnet_jax.benchmark import hlo_cost
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.core import architecture, model, sharding
+from alexnet_jax.core.config import augmentation_from_config, model_from_config, optimizer_from_config
+from alexnet_jax.core.post_ops import POST_OPS, PostOp
+from alexnet_jax.training import train
+from alexnet_jax.utils.errors import UserError
+from tests import ROOT, helpers
+
+# Weights as kernel area x inputs of one kernel x kernels, biases, and places at which each kernel is applied.
+CONV1, CONV3 = (11 * 11 * 3 * 96, 96, 55 * 55), (3 * 3 * 256 * 384, 384, 13 * 13)
+CONV2 = (5 * 5 * 48 * 256, 256, 27 * 27)
+CONV4, CONV5 = (3 * 3 * 192 * 384, 384, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13)
+FC6, FC7, FC8 = (9216 * 4096, 4096, 1), (4096 * 4096, 4096, 1), (4096 * 1000, 1000, 1)
+PAPER = [CONV1, CONV2, CONV3, CONV4, CONV5, FC6, FC7, FC8]
+SIX = [*PAPER[:5], (3 * 3 * 256 * 256, 256, 6 * 6)]
+VARIANTS = {
+    'paper': (60_965_224, PAPER),
+    'paper:init=authors': (60_965_224, PAPER),
+    'authors_2012': (60_965_224, PAPER),
+    'finetune': (60_965_224, PAPER),
+    'finetune:scratch': (60_965_224, PAPER),
+    'large_batch': (60_965_224, PAPER),
+    'large_batch:16384': (60_965_224, PAPER),
+    'authors_2012:schedule=2012': (60_965_224, PAPER),
+    'authors_2012:schedule=170': (60_965_224, PAPER),
+    'ablations:no_normalization': (60_965_224, PAPER),
+    'ablations:non_overlapping': (  # 55 -> 28 -> 26 -> 13 -> 11 -> 6
+        60_965_224,
+        [CONV1, (*CONV2[:2], 26 * 26), CONV3, CONV4, (*CONV5[:2], 11 * 11), FC6, FC7, FC8],
+    ),
+    'ablations:one_gpu': (
+        59_798_312,
+        [
+            (11 * 11 * 3 * 48, 48, 55 * 55), (5 * 5 * 48 * 128, 128, 27 * 27), (3 * 3 * 128 * 192, 192, 13 * 13),
+            (3 * 3 * 192 * 192, 192, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13), FC6, FC7, FC8,
+        ],
+    ),
+    'ablations:no_communication': (
+        60_714_408,
+        [
+            CONV1, (5 * 5 * 48 * 320, 320, 27 * 27), (3 * 3 * 160 * 384, 384, 13 * 13), CONV4, CONV5,
+            (4608 * 8192, 8192, 1), (4096 * 4096, 4096, 1), FC8,
+        ],
+    ),
+    'sixth_conv': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:finetune': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:authors=2012': (61_555_304, [*SIX, FC6, FC7, FC8]),
+    'sixth_conv:pretrain': (None, [*SIX, FC6, FC7, (4096 * 21_843, 21_843, 1)]),
+    'sixth_conv:authors=2009': (None, [*SIX, FC6, FC7, (4096 * 10_184, 10_184, 1)]),
+    'sixth_conv:authors=2011': (None, [*SIX, FC6, FC7, (4096 * 2048, 2048, 1), (2048 * 21_843, 21_843, 1)]),
+    'caffe': (60_965_224, PAPER),
+    'torchvision': (
+        61_100_840,
+        [
+            (11 * 11 * 3 * 64, 64, 55 * 55), (5 * 5 * 64 * 192, 192, 27 * 27), (3 * 3 * 192 * 384, 384, 13 * 13),
+            (3 * 3 * 384 * 256, 256, 13 * 13), (3 * 3 * 256 * 256, 256, 13 * 13), FC6, FC7, FC8,
+        ],
+    ),
+}  # fmt: skip
+
+
+def load(variant):
+    return alexnet_jax.get_config(variant)
+
+
+def test_every_config_is_here():
+    names = {path.stem for path in (ROOT / 'configs').glob('*.py')}  # cifar10: tests/experiments/test_cifar10.py
+    assert names - {'quickstart', 'cifar10', 'tiny_imagenet'} == {variant.partition(':')[0] for variant in VARIANTS}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_parameters_shapes_and_products(variant):
+    total, rows = VARIANTS[variant]
+    config = load(variant)
+    network, size = model_from_config(config.model), config.data.image_size
+    sizes = architecture.infer_shapes(network, size, towers=config.mesh.tower)
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, size), jax.random.key(0))
+    assert list(sizes) == list(network.layers) and set(sizes) == set(shapes)
+    for (name, found), (weights, biases, places) in zip(sizes.items(), rows, strict=True):
+        kernel, bias = shapes[name]['kernel'], shapes[name]['bias']
+        assert (kernel.size, bias.size) == (weights, biases), name
+        assert found.parameters == weights + biases, name
+        assert found.flops == 2 * weights * places, name
+    assert total in (None, sum(s.parameters for s in sizes.values()))
+    # The shapes that `sizes` works out are those that come out of the network.
+    run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
+    logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    for name, found in sizes.items():
+        seen = {key: v[0].shape[1:] for key, v in extra['intermediates'].items() if key.startswith(f'{name}.')}
+        last = ([*network.layers[name].post.split()] or ['linear'])[-1]
+        assert (seen[f'{name}.linear'], seen[f'{name}.{last}']) == (found.linear, found.outputs)
+    assert logits.shape == (1, config.model.num_classes)
+    assert sizes['conv5'].outputs == (6, 6, 256)
+    augmentation_from_config(config.data)
+    optimizer_from_config(config.optim, steps_per_epoch=100.0, layers=list(network.layers))
+
+
+def test_products_are_those_the_compiler_counts():
+    """XLA leaves out products with padding zeros: of a side's taps, the share that falls on the map."""
+    network = model.AlexNet()
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    counted = jax.jit(network.apply).lower({'params': shapes}, x).compile().cost_analysis()['flops']
+    taps = {'conv1': (55 * 11 - 3, 55 * 11), 'conv2': (27 * 5 - 6, 27 * 5)}
+    taps |= {name: (13 * 3 - 2, 13 * 3) for name in ('conv3', 'conv4', 'conv5')}
+    products = 0
+    for name, sizes in architecture.infer_shapes(network, 224).items():
+        on, all_of_them = taps.get(name, (1, 1))
+        products += sizes.flops * (on / all_of_them) ** 2
+    assert products < counted < 1.01 * products  # and then norms, pools and biases
+
+
+@pytest.mark.parametrize(
+    ('variant', 'gathers'),
+    [
+        ('authors_2012', 4),
+        ('ablations:no_normalization', 4),
+        ('ablations:non_overlapping', 4),
+        ('sixth_conv', 5),
+        ('ablations:no_communication', 1),
+    ],
+)
+def test_collectives(variant, gathers):
+    """The paper's four are in test_sharding.py; each layer that reads both towers adds one."""
+    config = load(variant)
+    network, mesh = model_from_config(config.model), sharding.make_mesh(data=1, tower=2)
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
+    x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    text = jax.jit(sharding.forward(network, mesh)).lower(params, x).compile().as_text()
+    assert collections.Counter(re.findall(helpers.COLLECTIVES, text)) == {'all-gather': gathers}
+    # What the summary says crosses is what the program moves: two images of float32.
+    crossing = architecture.gathered_elements(network, 224, 2)
+    assert len(crossing) == gathers
+    assert hlo_cost.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
+
+
+@pytest.mark.parametrize(
+    ('variant', 'message'),
+    [
+        ('caffe', 'conv1: lrn works in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('torchvision', 'No layer has groups=2; set mesh.tower=1'),
+        ('ablations:one_gpu', 'No layer has groups=2; set mesh.tower=1'),
+    ],
+)
+def test_one_tower_networks_refuse_two(variant, message):
+    config = load(variant)
+    assert config.mesh.tower == 1
+    with pytest.raises(UserError, match=message):
+        architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=2)
+
+
+def _rate(config, count, steps_per_epoch):
+    """(of weights, of biases) at an update, measured: with decay off, gradient -1 and velocity 0."""
+    optimizer = optimizer_from_config(
+        {**config.optim, 'weight_decay': 0.0, 'bias_decay': 0.0}, steps_per_epoch=steps_per_epoch, layers=['conv1']
+    )
+    params = {'conv1': {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)}}
+    state = optimizer.tx.init(params)._replace(count=jnp.int32(count))
+    updates, _ = optimizer.tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
+    return updates['conv1']['kernel'][0], updates['conv1']['bias'][0]
+
+
+def test_caffes_recipe():
+    """`bvlc_alexnet/solver.prototxt` (base_lr, gamma, stepsize, max_iter, decay) and `train_val.prototxt`."""
+    config = load('caffe')
+    layers = config.model.layers
+    biases = {'conv1': 0, 'conv2': 0.1, 'conv3': 0, 'conv4': 0.1, 'conv5': 0.1, 'fc6': 0.1, 'fc7': 0.1, 'fc8': 0}
+    assert {name: layer.bias for name, layer in layers.items()} == biases
+    narrow = {name for name, layer in layers.items() if layer.init == 'normal(0.005)'}
+    assert narrow == {'fc6', 'fc7'} and {layer.init for layer in layers.values()} == {'normal(0.005)', 'normal(0.01)'}
+    assert (config.optim.momentum, config.optim.weight_decay, config.optim.bias_decay) == (0.9, 0.0005, 0)
+    assert (config.batch_size, config.data.image_size, config.data.reflect, config.data.color_std) == (
+        256,
+        227,
+        True,
+        0,
+    )
+    assert config.data.all_positions and config.data.mean == 'crop'
+    per_epoch = 1_281_167 / 256
+    assert math.ceil(config.num_epochs * per_epoch) == 450_000
+    for count, rate in [(0, 0.01), (99_999, 0.01), (100_000, 1e-3), (250_000, 1e-4), (399_999, 1e-5), (400_000, 1e-6)]:
+        assert _rate(config, count, per_epoch) == pytest.approx((rate, 2 * rate)), count
+
+
+def test_torchvisions_recipe():
+    """`references/classification`: train.py --lr 1e-2, presets.py, and nn.Conv2d's and nn.Linear's initial values."""
+    config = load('torchvision')
+    optimizer, data = config.optim, config.data
+    assert {(layer.init, layer.bias) for layer in config.model.layers.values()} == {('fan_in', 0.0)}
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.bias_decay) == (0.9, 1e-4, 1e-4)
+    assert not optimizer.rate_in_velocity and (config.batch_size, config.num_epochs) == (32 * 8, 90)
+    assert (data.image_size, data.crop_area, data.reflect, data.color_std) == (224, (0.08, 1.0), True, 0)
+    assert data.mean == 'channel' and np.allclose(np.array(data.pixel_std) / 255, [0.229, 0.224, 0.225])
+    for count, rate in [(0, 0.01), (299, 0.01), (300, 1e-3), (599, 1e-3), (600, 1e-4), (899, 1e-4)]:
+        assert _rate(config, count, 10) == pytest.approx((rate, rate)), count
+
+
+def _flat(config, prefix=''):
+    """{'optim.momentum': 0.9, ...}"""
+    values = {}
+    for key, value in config.items():
+        values |= _flat(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
+    return values
+
+
+def test_variants_differ_from_the_paper_only_where_they_say():
+    """A diff of `paper.py` must not carry anything else along."""
+    paper = _flat(load('paper'))
+    changed = {
+        'ablations:no_normalization': {f'model.layers.{name}.post' for name in ('conv1', 'conv2')},
+        'ablations:non_overlapping': {'model.pool_window', *(f'model.layers.{n}.padding' for n in ('conv2', 'conv5'))},
+        'ablations:no_communication': {
+            'model.layers.conv2.features', 'model.layers.fc6.features',
+            *(f'model.layers.{name}.groups' for name in ('conv3', 'fc6', 'fc7')),
+        },
+        'ablations:one_gpu': {
+            'model.norm_groups', 'mesh.tower', *(f'model.layers.{n}.groups' for n in ('conv2', 'conv4', 'conv5')),
+            *(f'model.layers.conv{i}.features' for i in (1, 2, 3, 4)),
+        },
+        'sixth_conv': {
+            f'model.layers.conv6.{field}'
+            for field in ('features', 'kernel', 'stride', 'padding', 'groups', 'init', 'bias', 'post')
+        },
+    }  # fmt: skip
+    for variant, keys in changed.items():
+        flat = _flat(load(variant))
+        found = {key for key, value in flat.items() if value != paper.get(key)}
+        assert found == keys, variant
+
+
+def test_configs_say_where_they_come_from():
+    """Source, command, what the source reports and what was measured here open each file."""
+    for path in (ROOT / 'configs').glob('*.py'):
+        doc = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
+        assert f'alexnet_jax train --config={path.stem}' in doc, path.name
+        if path.stem != 'quickstart':
+            assert re.search(r'Here:|Here it was', doc), path.name
+            assert re.search(r'top-1', doc) and re.search(r'center crop|ten views', doc), path.name
+
+
+def test_the_papers_summary():
+    """Of one image each tower gets: half of 13x13x256 before conv 3, of 6x6x256, 4096 and 4096 before fc 6, 7 and 8."""
+    crossing = architecture.gathered_elements(model.AlexNet(), 224, 2)
+    assert crossing == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
+    assert architecture.gathered_elements(model.AlexNet(), 224, 1) == {}
+    text = architecture.summary(model.AlexNet(), 224, 2)
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert '60,965,224' in rows['all'] and '30,336' in rows['all']
+    assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
+
+
+def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch, tmp_path):
+    """One function and one line of the table; it mixes the channels of a pair, so it names its groups."""
+
+    def pair_mean(x, context):
+        assert x.shape[-1] % (2 * context.groups) == 0
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        return jnp.broadcast_to(pairs.mean(-1, keepdims=True), pairs.shape).reshape(x.shape)
+
+    monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 2))
+    monkeypatch.setitem(POST_OPS, 'halve', PostOp(lambda x, context: x[:, ::2, ::2] / 2, maps_only=True))
+    seen = {}
+    for tower in (1, 2):
+        config = helpers.digits_config(**{'num_steps': 3, 'mesh.tower': tower, 'mesh.data': 1})
+        config.model.layers.conv1.post = 'relu pair_mean halve'
+        config.model.layers.fc6.post = 'relu pair_mean dropout'
+        train.train_and_evaluate(config, str(tmp_path / str(tower)))
+        seen[tower] = loading.load_checkpoint(str(tmp_path / str(tower))).params
+    chex.assert_trees_all_close(seen[1], seen[2], rtol=1e-4, atol=1e-6)
+    sizes = architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
+    assert sizes['conv1'].outputs == (14, 14, 8)
+    monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 1))
+    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 features'):
+        architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
+    config.model.layers.fc6.post = 'halve'
+    with pytest.raises(UserError, match="fc6 is followed by 'halve'; expected some of: dropout, pair_mean, relu, tanh"):
+        architecture.infer_shapes(model_from_config(config.model), 28)

@@ -1,0 +1,273 @@
+"""The network the paper describes: counts and shapes worked out by hand, connections by gradients."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import alexnet_jax
+from alexnet_jax.core import architecture, model, ops
+from alexnet_jax.core.architecture import ConvSpec, DenseSpec
+from alexnet_jax.core.config import model_from_config
+from alexnet_jax.utils.errors import UserError
+from tests import helpers
+
+CONV = {'fc2': {}}  # a classifier, for layers below it
+
+# kernel area x inputs x kernels + biases, from section 3.5.
+PARAMETERS = {
+    'conv1': 11 * 11 * 3 * 96 + 96,
+    'conv2': 5 * 5 * 48 * 256 + 256,
+    'conv3': 3 * 3 * 256 * 384 + 384,
+    'conv4': 3 * 3 * 192 * 384 + 384,
+    'conv5': 3 * 3 * 192 * 256 + 256,
+    'fc6': 6 * 6 * 256 * 4096 + 4096,
+    'fc7': 4096 * 4096 + 4096,
+    'fc8': 4096 * 1000 + 1000,
+}
+
+
+@pytest.fixture(scope='module')
+def shapes():
+    return jax.eval_shape(lambda key: model.init_params(model.AlexNet(), key, 224), jax.random.key(0))
+
+
+def test_parameter_count(shapes):
+    counts = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in shapes.items()}
+    assert counts == PARAMETERS
+    assert sum(counts.values()) == 60_965_224
+
+
+def test_activation_shapes_and_neurons(shapes):
+    network = model.AlexNet()
+    run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
+    logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    seen = {name: value[0].shape[1:] for name, value in extra['intermediates'].items()}
+    assert logits.shape == (1, 1000)
+    assert seen['conv1.linear'] == (55, 55, 96)
+    assert seen['conv1.pool'] == (27, 27, 96)
+    assert seen['conv2.linear'] == (27, 27, 256)
+    assert seen['conv2.pool'] == (*seen['conv3.linear'][:2], 256)
+    assert seen['conv3.linear'] == seen['conv4.linear'] == (13, 13, 384)
+    assert seen['conv5.linear'] == (13, 13, 256)
+    assert seen['conv5.pool'] == (6, 6, 256)
+    assert seen['fc6.linear'] == seen['fc7.linear'] == (4096,)
+    neurons = [int(np.prod(seen[f'conv{i}.linear'])) for i in range(1, 6)]
+    # Figure 2 prints 253,440 for the first layer; 55 x 55 x 96 is 290,400: with it the sum is the abstract's 650,000.
+    assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264]
+    assert sum(neurons) + 4096 + 4096 + 1000 == 659_272
+
+
+def test_initial_values():
+    params = helpers.init(model.AlexNet(), 1, 224)
+    for name, layer in params.items():
+        assert abs(float(layer['kernel'].std()) - 0.01) < 5e-4, name
+        assert abs(float(layer['kernel'].mean())) < 5e-4, name
+        expected = 1 if name in ('conv2', 'conv4', 'conv5', 'fc6', 'fc7') else 0  # section 5
+        chex.assert_trees_all_equal(layer['bias'], jnp.full_like(layer['bias'], expected))
+    # The two towers start with different weights.
+    assert not jnp.allclose(params['conv1']['kernel'][..., :48], params['conv1']['kernel'][..., 48:])
+
+
+def test_towers_talk_only_where_the_paper_says():
+    """Gradients of one tower's unit with respect to the other tower's kernels."""
+    network = helpers.network()
+    params = helpers.init(network)
+    x = jax.random.normal(jax.random.key(1), (2, helpers.SIZE, helpers.SIZE, 3))
+
+    @jax.jit
+    def first_tower(params):
+        _, extra = network.apply({'params': params}, x, mutable='intermediates')
+        outs = {
+            name: extra['intermediates'][f'{name}.linear'][0] for name in ('conv2', 'conv3', 'conv4', 'conv5', 'fc6')
+        }
+        return {name: out[..., : out.shape[-1] // 2].sum() for name, out in outs.items()}
+
+    gradients = jax.jit(jax.jacrev(first_tower))(params)
+
+    def influence(of, on):
+        grad = np.abs(gradients[on][of]['kernel'])
+        half = grad.shape[-1] // 2
+        return grad[..., :half].max() > 0, grad[..., half:].max() > 0
+
+    assert influence(of='conv1', on='conv2') == (True, False)
+    assert influence(of='conv2', on='conv3') == (True, True)
+    assert influence(of='conv3', on='conv4') == (True, False)
+    assert influence(of='conv4', on='conv5') == (True, False)
+    assert influence(of='conv5', on='fc6') == (True, True)
+
+
+def test_conv1_hangs_over_the_right_and_bottom_edges():
+    """55 windows of 11 px at stride 4 end at pixel 226 of 224: the first begins at pixel 0, the last sees 8 of 11."""
+    kernel = jnp.ones((11, 11, 3, 96))
+    conv1 = model.AlexNet().layers['conv1']
+    seen = ops.conv(jnp.ones((1, 224, 224, 3)), kernel, stride=conv1.stride, padding=conv1.padding)[0, ..., 0]
+    chex.assert_shape(seen, (55, 55))
+    assert seen[0, 0] == 3 * 11 * 11 and seen[53, 53] == 3 * 11 * 11
+    assert seen[54, 0] == seen[0, 54] == 3 * 8 * 11 and seen[54, 54] == 3 * 8 * 8
+
+
+def test_dropout_masks_are_the_same_in_float64():
+    network = model.AlexNet()
+
+    def draw():
+        return jax.device_get(model.dropout_masks(network, jax.random.key(3), 8, 224))
+
+    masks = draw()
+    with jax.enable_x64():
+        chex.assert_trees_all_equal(draw(), masks)
+
+
+def test_dropout_masks_are_fair_and_independent():
+    masks = model.dropout_masks(model.AlexNet(), jax.random.key(0), 64, 224)
+    assert set(masks) == {'fc6', 'fc7'}
+    for mask in masks.values():
+        chex.assert_shape(mask, (64, 4096))
+        assert abs(float(mask.mean()) - 0.5) < 0.005  # 4.5 standard deviations of 262,144 fair coins
+    a, b = masks['fc6'], masks['fc7']
+    for left, right in ((a, b), (a[:, :2048], a[:, 2048:]), (a[:32], a[32:])):  # layers, towers, images
+        assert abs(float((left == right).mean()) - 0.5) < 0.01
+
+
+def test_test_time_halves_the_hidden_outputs():
+    """Logits at test equal those of a training pass with every unit kept and the next layers' weights halved."""
+    network = helpers.network()
+    params = helpers.init(network)
+    x = jax.random.normal(jax.random.key(1), (2, helpers.SIZE, helpers.SIZE, 3))
+    kept = {name: jnp.ones((2, 32), bool) for name in ('fc6', 'fc7')}
+    halved = {**params, **{n: {**params[n], 'kernel': params[n]['kernel'] / 2} for n in ('fc7', 'fc8')}}
+    chex.assert_trees_all_close(
+        network.apply({'params': params}, x), network.apply({'params': halved}, x, kept), rtol=1e-5
+    )
+
+
+def test_paper_config_is_the_default_network():
+    assert model_from_config(alexnet_jax.get_config('paper').model) == model.AlexNet()
+    remedy = model_from_config(alexnet_jax.get_config('paper:init=authors').model)
+    changed = {name: layer for name, layer in remedy.layers.items() if layer != model.AlexNet().layers[name]}
+    assert {name: layer.init for name, layer in changed.items()} == dict.fromkeys(
+        ('conv3', 'conv4', 'conv5'), 'normal(0.03)'
+    )
+    with pytest.raises(ValueError, match='init=authors'):
+        alexnet_jax.get_config('paper:init=nobody')
+
+
+def test_layers_are_in_network_order_whatever_the_order_of_names():
+    """conv, local, fc, then by number, not by letter; gaps are allowed."""
+    names = ['fc10', 'local8', 'conv10', 'fc9', 'conv2']
+    assert architecture.sort_layers(names) == ['conv2', 'conv10', 'local8', 'fc9', 'fc10']
+    network = model.AlexNet(layers={'fc12': DenseSpec(features=3), 'fc9': DenseSpec(features=5)}, num_classes=7)
+    assert [(name, layer.features) for name, layer in network.layers.items()] == [('fc9', 5), ('fc12', 7)]
+
+
+def test_a_sixth_convolution_keeps_the_names_above():
+    layers = alexnet_jax.get_config('sixth_conv').model.layers
+    assert architecture.sort_layers(layers)[5:] == ['conv6', 'fc6', 'fc7', 'fc8']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'size', 'towers', 'message'),
+    [
+        ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
+        ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
+        ({'fc6': {'features': 33}}, helpers.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
+        ({'conv1': {'post': 'relu prelu'}}, helpers.SIZE, 1, "conv1 is followed by 'prelu'"),
+        ({'conv1': {'groups': 2}}, helpers.SIZE, 1, 'conv1 has 3 inputs'),
+        ({'fc6': {'post': 'dropout relu dropout'}}, helpers.SIZE, 1, 'fc6 is followed by dropout twice'),
+        ({'conv1': {'features': 9}}, helpers.SIZE, 1, 'conv1: lrn works in 2 groups; 9 features do not divide so'),
+    ],
+)
+def test_what_is_no_network_is_refused(changes, size, towers, message):
+    with pytest.raises(UserError, match=message):
+        architecture.infer_shapes(helpers.network(layers=helpers.layers(**changes)), size, towers)
+
+
+def test_normalization_across_towers_is_refused():
+    with pytest.raises(UserError, match='conv1: lrn works in 1 group.* of the 8 features, which cannot be split'):
+        architecture.infer_shapes(helpers.network(norm_groups=1), helpers.SIZE, 2)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'layers': 5}, 'model.layers is 5; expected layers by name'),
+        ({'layers': {}}, 'model.layers is {}; expected layers by name'),
+        ({'layers': {'fc1': 5}}, "model.layers is {'fc1': 5}; expected layers by name"),
+        ({'layers': {'cnv1': {}}}, "model.layers has 'cnv1'; expected conv, local, fc and a number"),
+        ({'layers': {'conv01': {}}}, "model.layers has 'conv01'"),
+        ({'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}}, 'layers.conv1.pad is unknown. Did you'),
+        ({'layers': CONV | {'conv1': {'kernel': 3}}}, 'model.layers.conv1 has no features'),
+        ({'layers': CONV | {'conv1': {'features': 8}}}, 'model.layers.conv1 has no kernel'),
+        ({'layers': {'conv1': {'kernel': 3}}}, 'conv1, the last layer, is the classifier; expected a fully-connected'),
+        ({'layers': {'fc1': {'features': 8}}}, 'layers.fc1.features is unknown. Its width is model.num_classes'),
+        (
+            {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'padding': 0}}},
+            'conv1.padding is 0; expected a pair',
+        ),
+        (
+            {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'stride': 0}}},
+            'conv1.stride is 0; expected a whole',
+        ),
+        ({'layers': CONV | {'conv1': {'features': 'a', 'kernel': 3}}}, "model.layers.conv1.features is 'a'"),
+        ({'layers': {'fc1': {'init': 'he'}}}, r"layers.fc1.init is 'he'; expected 'normal\(STD\)'"),
+        ({'layers': {'fc1': {'init': 'normal(-0.1)'}}}, r"init is 'normal\(-0.1\)'; expected"),
+        ({'layers': {'fc1': {'init': 'normal(nan)'}}}, r"init is 'normal\(nan\)'; expected"),
+        ({'layers': {'fc1': {'init': 0.1}}}, 'model.layers.fc1.init is 0.1; expected .normal'),
+        ({'layers': {'fc1': {'bias': 'fan_in'}}}, "model.layers.fc1.bias is 'fan_in'; expected a number"),
+        ({'pool_stride': 0}, 'model.pool_stride is 0'),
+        ({'pool_stride': 4}, 'leaves gaps'),
+        ({'lrn_n': 0}, 'model.lrn_n is 0'),
+        ({'dropout_rate': 2.0}, 'model.dropout_rate is 2.0'),
+        ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
+        ({'dtype': 'float64'}, 'takes jax.enable_x64'),
+        ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n is 1; expected True or False'),
+        ({'lrn_k': 0.0}, 'model.lrn_k is 0.0; expected a number above 0'),
+        ({'lrn_alpha': float('nan')}, 'model.lrn_alpha is nan; expected a number'),
+    ],
+)
+def test_values_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        model_from_config(fields)
+
+
+def test_unknown_model_key_is_refused():
+    with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
+        model_from_config({'pool_windw': 2})
+
+
+def test_initial_values_by_fan_in():
+    """torch.nn's default: weights and biases from U(-b, b) with b = inputs^-1/2; around a bias that is not 0."""
+    layers = {
+        'conv1': ConvSpec(features=96, kernel=11, stride=4, padding=(2, 2), init='fan_in', post='relu pool'),
+        'conv2': ConvSpec(features=96, kernel=3, padding=(1, 1), groups=2, init='fan_in', bias=0.5, post='relu pool'),
+        'fc3': DenseSpec(init='fan_in'),
+    }
+    network = model.AlexNet(layers=layers, num_classes=2000)
+    params = helpers.init(network, 0, 95)
+    for name, part, bound in (
+        ('conv1', 'kernel', (11 * 11 * 3) ** -0.5),
+        ('conv1', 'bias', (11 * 11 * 3) ** -0.5),
+        ('conv2', 'kernel', (3 * 3 * 48) ** -0.5),
+        ('fc3', 'kernel', (5 * 5 * 96) ** -0.5),
+        ('fc3', 'bias', (5 * 5 * 96) ** -0.5),
+    ):
+        values = np.asarray(params[name][part])
+        assert 0.9 * bound < np.abs(values).max() <= bound, name
+        assert abs(values.std() / (bound / 3**0.5) - 1) < (0.2 if name == 'conv1' and part == 'bias' else 0.05), name
+    centered = np.asarray(params['conv2']['bias']) - 0.5
+    assert 0.8 * (3 * 3 * 48) ** -0.5 < np.abs(centered).max() <= (3 * 3 * 48) ** -0.5
+
+
+def test_logits_are_not_rounded_to_bfloat16():
+    """Of 1,000 logits so rounded the best two tie in one image of thirty, and ties count as shares of an error."""
+    network = helpers.network(dtype='bfloat16')
+    params = helpers.init(network)
+    x = 60 * np.random.default_rng(0).standard_normal((4, helpers.SIZE, helpers.SIZE, 3)).astype(np.float32)
+    logits, seen = jax.jit(lambda x: network.apply({'params': params}, x, mutable='intermediates'))(x)
+    (hidden,) = seen['intermediates']['fc7.dropout']
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    kernel, bias = (np.asarray(params['fc8'][name]) for name in ('kernel', 'bias'))
+    expected = np.asarray(hidden, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64) + bias
+    chex.assert_trees_all_close(np.asarray(logits, np.float64), expected, rtol=1e-5, atol=1e-5)
+    assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9

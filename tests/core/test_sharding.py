@@ -1,0 +1,258 @@
+"""One device, two towers, two towers twice: the same numbers, and only the paper's communication."""
+
+import collections
+import re
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.core import architecture, augment, model, sharding, train_step
+from alexnet_jax.core.image_stats import ImageStats
+from alexnet_jax.data import pipeline
+from alexnet_jax.utils import environment
+from alexnet_jax.utils.errors import UserError
+from tests import helpers
+
+MESHES = [(1, 2), (2, 2)]
+
+
+def test_the_gpus_of_several_hosts_make_a_mesh():
+    """XLA calls each host of theirs a slice; towers are neighbors, on one host."""
+
+    class Gpu(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    devices = [Gpu(id=i, slice_index=i // 4, process_index=i // 4, platform='gpu', device_kind='') for i in range(8)]
+    mesh = sharding.make_mesh(data=0, tower=2, devices=devices)
+    assert dict(mesh.shape) == {'data': 4, 'tower': 2}
+    assert [[device.id for device in row] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ('platform', 'wanted', 'plugins', 'told'),
+    [
+        ('cpu', None, ['xla_cuda12'], 'no device for xla_cuda12'),
+        ('cpu', 'cpu', ['xla_cuda12'], ''),
+        ('gpu', None, ['xla_cuda12'], ''),
+        ('cpu', None, [], ''),
+    ],
+)
+def test_a_gpu_that_is_not_found_is_told(platform, wanted, plugins, told, monkeypatch, capsys):
+    """Where JAX has a plugin and sees no GPU it says nothing."""
+    found = [SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(environment.metadata, 'entry_points', lambda group: found if group == 'jax_plugins' else [])
+    monkeypatch.setattr(environment.jax, 'config', SimpleNamespace(jax_platforms=wanted))
+    monkeypatch.setattr(environment.os.path, 'exists', lambda path: False)
+    environment.warn_if_no_accelerator.__wrapped__(platform)
+    said = capsys.readouterr().err
+    assert told in said and bool(said) == bool(told)
+
+
+def _place(mesh, tree):
+    return jax.device_put(tree, sharding.state_sharding(mesh, tree))
+
+
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+@pytest.mark.parametrize('full_size', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_forward_agrees_with_one_device(data, tower, full_size):
+    network, size = (model.AlexNet(), 224) if full_size else (helpers.network(), helpers.SIZE)
+    params = helpers.init(network, 0, size)
+    x = 60 * jax.random.normal(jax.random.key(1), (4, size, size, 3))
+    masks = model.dropout_masks(network, jax.random.key(2), 4, size)
+    mesh = sharding.make_mesh(data=data, tower=tower)
+    forward = jax.jit(sharding.forward(network, mesh))
+    for train in (None, masks):
+        expected = jax.jit(network.apply)({'params': params}, x, train)
+        logits = forward(_place(mesh, params), x, train)
+        chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+        # Each device holds its images' logits of its tower's classes.
+        assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
+
+
+def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
+    """`number` updates in float64 with dropout, decay and a drop; returns first velocity and final state."""
+    optimizer = helpers.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
+    rng = np.random.default_rng(0)
+    image_stats = ImageStats(
+        rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
+    )
+    params = helpers.to_float64(helpers.init(network, 0, size))
+    state = _place(mesh, train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
+    forward = sharding.forward(network, mesh)
+    fixed = dict(
+        network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_parts=mesh.shape['data']
+    )
+    fixed['augmentation'] = augment.Augmentation(image_size=size)
+    step = jax.jit(lambda *args: train_step.train_step(*args, **fixed))
+    gradient = None
+    for i in range(number):
+        batch = {
+            'image': rng.integers(0, 256, (4, size, size, 3), np.uint8),
+            'offset': rng.integers(0, 5, (4, 2), np.int32),
+            'reflect': rng.random(4) < 0.5,
+            'color': rng.normal(0, 0.1, (4, 3)),
+            'label': rng.integers(0, 12, 4, np.int32),
+            'weight': np.array(weight, np.float32),
+        }
+        state, report = step(state, sharding.to_mesh(mesh, batch), image_stats, jax.random.key(7))
+        assert report['finite']
+        if i == 0:  # -rate * (gradient + decay * weights): the gradient, but for what both meshes share
+            gradient = jax.device_get(state.opt_state.velocity)
+    return gradient, jax.device_get((state.params, state.opt_state.velocity))
+
+
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in ((2, 2, False), (4, 1, False), *((*mesh, True) for mesh in MESHES))
+]
+
+
+@pytest.mark.parametrize(('data', 'tower', 'full_size'), [(1, 2, False), *SLOW])
+def test_gradients_and_three_updates_agree_with_one_device(data, tower, full_size):
+    # float64: in float32 the winners of pools flip on nearly equal values, and correct programs drift apart.
+    with jax.enable_x64():
+        network = model.AlexNet(dtype='float64') if full_size else helpers.network(dtype='float64')
+        size = 224 if full_size else helpers.SIZE
+        expected = _train(network, sharding.make_mesh(data=1, tower=1), 3, size)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 3, size)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float64
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(('data', 'tower'), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_batch_in_parts_makes_the_same_update(data, tower):
+    """With dropout, and an image that could not be read: one part has more that counts than the other."""
+    weight = (1, 0, 1, 1)
+    with jax.enable_x64():
+        network = helpers.network(dtype='float64')
+        whole = _train(network, sharding.make_mesh(data=1, tower=1), 2, helpers.SIZE, weight=weight)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 2, helpers.SIZE, parts=2, weight=weight)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+def _collectives(function, *args):
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return collections.Counter(re.findall(helpers.COLLECTIVES, text))
+
+
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+def test_collectives_of_the_papers_network(data, tower):
+    network = model.AlexNet()
+    mesh = sharding.make_mesh(data=data, tower=tower)
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(put, shapes, sharding.state_sharding(mesh, shapes))
+    on_data = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((4, 224, 224, 3), jnp.float32, sharding=on_data)
+    batch = {
+        'label': jax.ShapeDtypeStruct((4,), jnp.int32, sharding=on_data),
+        'weight': jax.ShapeDtypeStruct((4,), jnp.float32, sharding=on_data),
+    }
+    forward = sharding.forward(network, mesh)
+    # Before conv 3, fc 6, fc 7 and fc 8: nothing else crosses between devices.
+    assert _collectives(forward, params, x) == {'all-gather': 4}
+    found = _collectives(lambda p, x, b: train_step.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
+    assert found.pop('all-gather') == 4
+    assert set(found) == {'all-reduce'}
+
+
+def test_gathers_follow_from_the_groups():
+    """Towers that never talk until the classifier gather once; one that always does gathers before each layer."""
+    mesh = sharding.make_mesh(data=1, tower=2)
+    names = ('conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7')
+    for groups, gathers in ((2, 1), (1, 7)):
+        network = helpers.network(layers=helpers.layers(**{name: {'groups': groups} for name in names}))
+        params = helpers.init(network)
+        x = jnp.zeros((2, helpers.SIZE, helpers.SIZE, 3))
+        assert _collectives(sharding.forward(network, mesh), _place(mesh, params), x) == {'all-gather': gathers}
+
+
+def test_two_devices_start_with_the_parameters_of_one():
+    network = helpers.network()
+    init = lambda key: model.init_params(network, key, helpers.SIZE)  # noqa: E731
+    alone = jax.jit(init)(jax.random.key(3))
+    mesh = sharding.make_mesh(data=2, tower=2)
+    split = jax.jit(init, out_shardings=sharding.state_sharding(mesh, alone))(jax.random.key(3))
+    chex.assert_trees_all_equal(jax.device_get(split), jax.device_get(alone))
+    assert split['conv2']['kernel'].addressable_data(0).shape == (3, 3, 4, 8)
+
+
+def test_each_tower_of_a_part_reads_the_same_images():
+    mesh = sharding.make_mesh(data=2, tower=2)
+    x = sharding.to_mesh(mesh, {'image': np.arange(8, dtype=np.float32)})['image']
+    rows = {shard.device: np.asarray(shard.data) for shard in x.addressable_shards}
+    for i in range(2):
+        for device in mesh.devices[i]:
+            chex.assert_trees_all_equal(rows[device], np.arange(4, dtype=np.float32) + 4 * i)
+    assert sharding.data_shard(mesh) == (0, 1)
+
+
+def test_batches_that_do_not_divide_into_parts():
+    mesh = sharding.make_mesh(data=2, tower=1)
+    sharding.check_batch(mesh, 8, 4)
+    with pytest.raises(
+        UserError, match='batch_size=8 does not divide into grad_accum_steps=3 times 2 parts.*multiple of 6'
+    ):
+        sharding.check_batch(mesh, 8, 3)
+    with pytest.raises(UserError, match='grad_accum_steps=0'):
+        sharding.check_batch(mesh, 8, 0)
+
+
+def test_mesh_errors(capsys):
+    devices = jax.devices()
+    with pytest.raises(UserError, match=r'3 devices do not pair up into two towers; set mesh.data=1'):
+        sharding.make_mesh(data=0, tower=2, devices=devices[:3])
+    with pytest.raises(UserError, match='needs 6 devices; there are 4'):
+        sharding.make_mesh(data=3, tower=2)
+    with pytest.raises(UserError, match='mesh.tower=3'):
+        sharding.make_mesh(data=0, tower=3)
+    with pytest.raises(UserError, match='batch_size=10 does not divide into the 4 parts'):
+        sharding.check_batch(sharding.make_mesh(data=4, tower=1), 10)
+    assert sharding.make_mesh(data=1, tower=2, devices=devices[:3]).shape == {'data': 1, 'tower': 2}
+    assert not capsys.readouterr().out
+    assert sharding.make_mesh(data=0, tower=2, devices=devices[:1]).shape == {'data': 1, 'tower': 1}
+    assert 'One device' in capsys.readouterr().out
+
+
+def test_a_batch_is_sent_before_the_one_before_it_is_used():
+    happened = []
+
+    def made():
+        for i in range(3):
+            happened.append(f'{i} made')
+            yield i
+
+    def send(batch):
+        happened.append(f'{batch} sent')
+        return -batch
+
+    for sent, waited in pipeline.prefetch_to_device(made(), send):
+        happened.append(f'{-sent} used')
+        assert 0 <= waited < 1
+    assert ', '.join(happened) == ('0 made, 0 sent, 1 made, 1 sent, 0 used, 2 made, 2 sent, 1 used, 2 used')
+    assert list(pipeline.prefetch_to_device(iter([]), send)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower'), MESHES)
+def test_an_odd_number_of_classes(data, tower):
+    """The same logits, and the same numbers after three updates, as on one device."""
+    with jax.enable_x64():
+        network = helpers.network(dtype='float64', num_classes=13)
+        architecture.infer_shapes(network, helpers.SIZE, towers=2)
+        mesh = sharding.make_mesh(data=data, tower=tower)
+        params = helpers.to_float64(helpers.init(network))
+        x = 60 * jax.random.normal(jax.random.key(1), (4, helpers.SIZE, helpers.SIZE, 3))
+        expected = network.apply({'params': params}, x)
+        logits = jax.jit(sharding.forward(network, mesh))(_place(mesh, params), x)
+        chex.assert_trees_all_close(logits, expected, rtol=1e-9)
+        alone = _train(network, sharding.make_mesh(data=1, tower=1), 3, helpers.SIZE)
+        found = _train(network, mesh, 3, helpers.SIZE)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()

@@ -1,0 +1,108 @@
+"""Images kept in memory or on the device, and records that are no images."""
+
+import itertools
+import multiprocessing
+import re
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax.core import augment
+from alexnet_jax.data import cache
+from alexnet_jax.training import build
+from alexnet_jax.utils import processes
+from alexnet_jax.utils.errors import UnreadableError, UserError
+from tests import helpers
+
+
+def test_pixels_that_are_no_bytes_are_refused():
+    """From 0 to 1 they would all be black."""
+    with pytest.raises(UnreadableError, match='float32 of shape .* expected uint8'):
+        cache.decode({'image': np.ones((6, 6, 3), np.float32)}, 6)
+
+
+@pytest.mark.parametrize('name', [b'n01/a.jpg', 'n01/a.jpg'])
+def test_a_record_that_is_no_image_is_named(name):
+    with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
+        cache.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['host', 'device'])
+def test_with_a_cache_worker_processes_decode_what_is_validated_alone(cache):
+    run = build.build(helpers.run_config(**{'data.cache': cache, 'data.num_workers': 2}))
+    batches, val_batches = run.train_batches(0), run.val_batches()
+    try:
+        next(batches)
+        assert not multiprocessing.active_children()
+        chex.assert_trees_all_equal(next(val_batches), next(build.build(helpers.run_config()).val_batches()))
+        deadline = time.monotonic() + 30  # the first batch may be there before the second process is
+        while len(multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(multiprocessing.active_children()) == 2
+    finally:
+        batches.close()
+        val_batches.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
+def test_images_kept_in_memory_or_on_the_device_are_the_same(mesh):
+    """The same pixels and the same draws, wherever the records lie; the update is that of the batch cut on the host."""
+    changes = {'data.image_size': 29, 'data.reflect': True, **{f'mesh.{name}': n for name, n in mesh.items()}}
+    runs = {
+        where: build.build(helpers.run_config(**{'data.cache': where, **changes})) for where in ('', 'host', 'device')
+    }
+    found = {}
+    for where, run in runs.items():
+        batches = run.train_batches(20)  # straddles two passes
+        *_, batch = (next(batches) for _ in range(4))
+        batches.close()
+        state, report = run.steps.train_step(
+            run.steps.init(jax.random.key(0)), run.to_mesh(batch), run.image_stats, jax.random.key(1)
+        )
+        found[where] = batch, jax.device_get((state.params, report['loss']))
+    assert found[''][0]['reflect'].any() and len(np.unique(found[''][0]['offset'])) == 3
+    for where in ('host', 'device'):
+        batch, (params, loss) = found[where]
+        assert 'image' not in batch
+        for key, value in found[''][0].items():
+            assert key == 'image' or (batch[key] == value).all()
+        on_device = augment.crop_on_device(runs[where].to_mesh(batch), 29)
+        chex.assert_trees_all_equal(np.asarray(on_device['image']), found[''][0]['image'])
+        chex.assert_trees_all_close((params, loss), found[''][1], rtol=1e-4, atol=1e-6)
+    # Each device cuts what it has.
+    cut = jax.jit(lambda batch: augment.crop_on_device(batch, 29))
+    text = cut.lower(runs['host'].to_mesh(found['host'][0])).compile().as_text()
+    assert not re.findall('all-gather|all-reduce|all-to-all|collective-permute', text)
+
+
+@pytest.mark.slow
+def test_images_kept_in_memory_are_resized_there_where_they_have_to_be():
+    changes = {'data.crop_area': (0.3, 1.0), 'data.mean': 'channel'}
+    runs = {where: build.build(helpers.run_config(**{'data.cache': where, **changes})) for where in ('', 'host')}
+    for a, b in zip(*(itertools.islice(run.train_batches(20), 3) for run in runs.values()), strict=True):
+        chex.assert_trees_all_equal(a, b)
+
+
+def test_what_cannot_be_kept_in_memory_is_refused(monkeypatch, tmp_path):
+    """1,437 images of 32 px take 4.4 MB, and with a copy for each of four CPU devices five times as much."""
+    container = tmp_path / 'memory.max'
+    container.write_text('max\n')
+    monkeypatch.setattr(processes, '_CONTAINER', tmp_path)
+    machine = processes.memory()
+    assert machine > 2**30
+    for where, memory in (('host', 5.4e6), ('device', 27e6)):
+        container.write_text(f'{memory:.0f}\n')
+        assert processes.memory() == memory < machine
+        message = rf"data.cache='{where}': the 1437 training images need 0.0 GiB, more than 80% of the 0.0 GiB of mem"
+        with pytest.raises(UserError, match=message):
+            build.build(helpers.run_config(**{'data.cache': where}))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share it
+        assert processes.memory() == memory // 4
+        monkeypatch.delenv('LOCAL_WORLD_SIZE')
+    container.write_text('5600000')
+    build.build(helpers.run_config(**{'data.cache': 'host'}))

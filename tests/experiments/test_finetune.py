@@ -1,0 +1,105 @@
+"""Own pictures in one command: from class folders to a network, then another one tuned from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.experiments import finetune
+from alexnet_jax.utils.errors import UserError
+from tests import ROOT, helpers
+
+CONFIG = """
+from tests import helpers
+
+def get_config():
+    return helpers.digits_config(**{'num_epochs': 6.0, 'batch_size': 16, 'mesh.tower': 1, 'log_every_steps': 0})
+"""
+
+
+def _run(module, *words, code=0):
+    done = subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax', module, *map(str, words), '--cpu_devices=1'],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_from_class_folders_to_predictions(tmp_path):
+    (tmp_path / 'config.py').write_text(CONFIG)
+    pictures, out = helpers.write_pictures(tmp_path / 'pictures', (0, 1, 4)), tmp_path / 'out'
+    words = (f'--input={pictures}', f'--output={out}', f'--config={tmp_path}/config.py')
+    (pictures / 'digit 0' / 'bad.png').write_bytes(b'no picture')
+    assert 'bad.png' in _run('finetune', *words, code=2)
+    words = (*words, '--max_unreadable=1')
+    said = _run('finetune', *words)
+    assert 'of 12 val images, center crop' in said and (out / 'figures' / 'confusion.png').exists()
+    first = loading.load_checkpoint(str(out / 'run'))
+    assert first.class_names == ('digit 0', 'digit 1', 'digit 4')
+    assert 'is finished' in _run('finetune', *words)  # again: nothing is prepared or trained
+    assert 'digit ' in _run('predict', f'--checkpoint={out}/run', pictures / 'digit 4')
+
+    # Tuned for other classes: all layers but the classifier come from there.
+    others, tuned = helpers.write_pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
+    words = (f'--input={others}', f'--output={tuned}', f'--config={tmp_path}/config.py', f'--init_from={out}/run')
+    said = _run('finetune', *words, '--config.num_steps=1', '--config.optim.learning_rate=0.0')
+    assert 'fc8 starts with new weights' in said
+    second = loading.load_checkpoint(str(tuned / 'run'))
+    assert second.class_names == ('digit 2', 'digit 7') and second.record_size == first.record_size
+    assert all(
+        (second.params[name]['kernel'] == first.params[name]['kernel']).all() for name in ('conv1', 'conv5', 'fc7')
+    )
+    assert 'there is no checkpoint' in _run('finetune', *words[:-1], '--init_from=nowhere', code=2)
+
+
+def _nested(folder, pictures):
+    shutil.copytree(pictures, folder / 'one')
+    return folder
+
+
+def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
+    """What lies there stays as it is, and it may be all there is: the pictures need not be there any more."""
+    one, other = (
+        helpers.write_pictures(tmp_path / name, classes, 2) for name, classes in (('one', (0, 1)), ('two', (2, 7)))
+    )
+    folder = str(tmp_path / 'data')
+    first = finetune.prepare_pictures(str(one), folder, 16, 0.5, 0)
+    assert first.class_names == ('digit 0', 'digit 1') and len(first.splits['val']) == 2
+    with pytest.raises(UserError, match=f'data was prepared from {one} with --val_fraction=0.5, not from {other} with'):
+        finetune.prepare_pictures(str(other), folder, 16, 0.5, 0)
+    with pytest.raises(UserError, match=f'not from {one} with --val_fraction=0.25; give the same again, or another'):
+        finetune.prepare_pictures(str(one), folder, 16, 0.25, 0)
+    with pytest.raises(UserError, match='was prepared at 16 px, this network takes 24'):
+        finetune.prepare_pictures(str(one), folder, 24, 0.5, 0)
+    with pytest.raises(UserError, match=f"has one class only, 'one'; .* and remove {tmp_path}/nested."):
+        finetune.prepare_pictures(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
+    os.rename(tmp_path / 'data.source', tmp_path / 'kept')
+    with pytest.raises(UserError, match=f'not known what {folder} was prepared from; if that was {one}'):
+        finetune.prepare_pictures(str(one), folder, 16, 0.5, 0)
+    os.rename(tmp_path / 'kept', tmp_path / 'data.source')
+    odd = helpers.write_pictures(tmp_path / os.fsdecode(b'odd\xff'), (0, 1), 2)
+    for _ in range(2):
+        assert len(finetune.prepare_pictures(str(odd), str(tmp_path / 'odd'), 16, 0.5, 0).splits['val']) == 2
+    shutil.rmtree(one)
+    assert finetune.prepare_pictures(str(one), folder, 16, 0.5, 0).class_names == first.class_names
+
+
+def test_a_tuned_config_is_the_checkpoints_network_with_the_configs_rates(tmp_path):
+    source = loading.load_checkpoint(
+        helpers.untrained(tmp_path / 'run', **{'data.mean': 'channel', 'model.lrn_k': 1.5})
+    )
+    config = helpers.digits_config(**{'optim.learning_rate': 0.5, 'data.image_size': 20, 'data.num_threads': 3})
+    found = finetune.finetune_config(config, source, 'somewhere', 7)
+    assert (found.model.lrn_k, found.data.mean, found.data.image_size) == (1.5, 'channel', 28)
+    assert (found.optim.learning_rate, found.data.num_threads) == (0.5, 3)
+    assert (found.data.path, found.model.num_classes) == ('somewhere', 7)
+    assert dict(found.optim.layer_rates) == {'fc8': 10.0}
+    assert config.data.image_size == 20 and config.optim.layer_rates == ()  # as it was
+    config.optim.layer_rates = (('conv1', 0.0),)
+    assert dict(finetune.finetune_config(config, source, '', 7).optim.layer_rates) == {'conv1': 0.0}
+    assert finetune.finetune_config(config, None, '', 7).data.image_size == 20

@@ -1,0 +1,289 @@
+"""Suites: the search, what goes on after a kill, what is measured and what is prepared."""
+
+import csv
+import json
+import os
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import alexnet_jax
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.data import datasets
+from alexnet_jax.experiments import ablations, figures, runner, tables
+from alexnet_jax.experiments.ablations import Variant
+from alexnet_jax.prepare import prepare
+from alexnet_jax.training import train
+from alexnet_jax.utils.errors import DivergedError, UserError
+from tests import SHARED_DATA, helpers
+
+
+def _suite(name, base, seeds, output):
+    return runner.Suite(name, base, seeds, str(output), 1.0)
+
+
+@pytest.mark.parametrize('name', ['authors_2012', 'sixth_conv:finetune', 'cifar10:11pct', 'cifar10:18pct', 'caffe'])
+def test_every_shipped_config_is_a_base(name, tmp_path):
+    """Also one that freezes a layer which a variant takes out, and one without hidden layers: all can be built."""
+    base = alexnet_jax.get_config(name)
+    base.init_from = 'somewhere'  # where init_fresh is set it wants one
+    trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
+    names = [trial.variant.name for trial in trials]
+    assert 'without conv 1' in names and ('towers that do not talk' in names) == (name != 'cifar10:18pct')
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
+    base = helpers.digits_config()
+    variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
+    with pytest.raises(UserError, match="the variant 'broken' of this base cannot be built: model.pool_stride=2"):
+        runner.make_trials(variants, base, 1, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_network_without_its_first_layer_is_measured(tmp_path):
+    base = helpers.digits_config(**{'num_steps': 2, 'mesh.tower': 1, 'optim.layer_rates': (('conv1', 0.1),)})
+    variants = [variant for variant in ablations.ablations(base) if variant.name == 'without conv 1']
+    (trial,) = runner.make_trials(variants, base, 1, str(tmp_path))
+    row = runner.run_trial(trial, 'ablations', datasets.open_dataset('digits'))
+    assert not row['diverged'] and 0 <= row['color_0'] and row['test_images'] == 360
+
+
+def test_the_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
+    """Passes as a made-up function of the rate; a rate gets no more of them than the best so far has taken.
+
+    The last batch of a pass reaches a little into the next.
+    """
+    needs, asked = {}, []
+
+    def run(trial, suite, dataset):
+        rate, limit = trial.config.optim.learning_rate, trial.config.num_epochs
+        asked.append((rate, limit))
+        return {'learning_rate': rate, 'epochs': min(needs[rate], limit) + 0.0016, 'reached': needs[rate] <= limit}
+
+    monkeypatch.setattr(runner, 'run_trial', run)
+    needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
+    best, rows = runner.search_rate('relu', _suite('figure1', alexnet_jax.get_config('paper'), 1, tmp_path), None)
+    assert best == 0.01
+    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not asked for
+    assert [row['reached'] for row in rows] == [True, True, False]
+
+    asked.clear()
+    needs.update({0.0001: 9, 0.0003: 8, 0.001: 11, 0.01: 12})
+    best, _ = runner.search_rate('relu', _suite('figure1', alexnet_jax.get_config('paper'), 1, tmp_path), None)
+    assert best == 0.0003
+    assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Training that takes no time, dies before the update that `left` counts down to, and knows what it has done."""
+    state = SimpleNamespace(left=1000, trained=[], measured=[])
+
+    def train_and_evaluate(config, workdir):
+        if workdir in state.trained:
+            return  # is finished
+        state.left -= 1
+        if not state.left:
+            raise _Killed
+        state.trained.append(workdir)
+        os.makedirs(workdir)
+
+    def measure(trial, dataset):
+        state.measured.append(trial.workdir)
+        needs = {0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11}.get(trial.config.optim.learning_rate, 100)
+        epochs = min(needs, trial.config.num_epochs) + 0.0016
+        return {'epochs': epochs, 'learning_rate': trial.config.optim.learning_rate, 'reached': needs < epochs}
+
+    monkeypatch.setattr(train, 'train_and_evaluate', train_and_evaluate)
+    monkeypatch.setattr(runner, 'measure', measure)
+    monkeypatch.setattr(runner, '_latest_step', lambda trial: 7)
+    return state
+
+
+def _csv(folder):
+    with open(folder / 'results.csv') as file:
+        return [(row['variant'], int(row['seed']), row['epochs'], row['reached']) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('suite', ['figure1', 'cifar10'])
+def test_a_suite_that_is_killed_anywhere_goes_on_where_it_was(suite, fakes, tmp_path):
+    """Also in the middle of a search: each network is trained and measured once, the rows are as those of one go."""
+
+    def go(folder):
+        run = runner.run_figure1 if suite == 'figure1' else runner.run_variants
+        return run(_suite(suite, helpers.digits_config(), 2, tmp_path / folder), None)[1]
+
+    expected, count = go('whole'), len(fakes.trained)
+    assert len(expected) == count == len(_csv(tmp_path / 'whole')) > 6
+    for kill in range(1, count + 1):
+        fakes.trained.clear(), fakes.measured.clear()
+        fakes.left, folder = kill, tmp_path / f'killed-{kill}'
+        with pytest.raises(_Killed):
+            go(folder)
+        assert len(fakes.trained) == kill - 1 == (len(_csv(folder)) if kill > 1 else 0), 'each has its row at once'
+        fakes.left = 1000
+        assert go(folder) == expected
+        assert len(set(fakes.trained)) == len(fakes.trained) == count and fakes.measured == fakes.trained
+        assert sorted(_csv(folder)) == sorted(_csv(tmp_path / 'whole'))
+
+
+def test_a_finished_suite_that_is_killed_again_keeps_its_rows(fakes, tmp_path, monkeypatch):
+    more = (_suite('views', helpers.digits_config(), 3, tmp_path), None)
+    runner.run_variants(*more)
+    before = _csv(tmp_path)
+
+    def killed(config, workdir):
+        if workdir.endswith('-2'):
+            raise _Killed
+
+    monkeypatch.setattr(train, 'train_and_evaluate', killed)
+    with pytest.raises(_Killed):
+        runner.run_variants(*more)
+    assert sorted(_csv(tmp_path)) == sorted(before) and len(before) == 3
+
+
+def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys):
+    """But by another config, which can only be seen in config.json where there is no checkpoint."""
+    asked = []
+
+    def diverges(config, workdir):
+        os.makedirs(workdir, exist_ok=True)
+        with open(os.path.join(workdir, 'config.json'), 'w') as file:
+            json.dump(manager.config_to_json(config), file)
+        asked.append(config.optim.learning_rate)
+        raise DivergedError('step 1: not finite.')
+
+    monkeypatch.setattr(train, 'train_and_evaluate', diverges)
+    monkeypatch.setattr(runner, '_latest_step', lambda trial: None)
+    for rate in (9.0, 9.0, 8.0):
+        base = helpers.digits_config(**{'optim.learning_rate': rate})
+        (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+        assert runner.run_trial(trial, 'ablations', None)['diverged']
+    assert asked == [9.0, 8.0]
+    first, again, other = capsys.readouterr().out.splitlines()
+    assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
+    assert again == f'wild, seed {base.seed}: diverged before.'
+
+
+@pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
+def test_reached(threshold, error, reached, monkeypatch, tmp_path):
+    """No error at all is below any threshold; where there is none, nothing is said."""
+    curve = figures.Curve(*np.array([[1.0], [error], [0.1]]))
+    network = SimpleNamespace(layers={'conv1': SimpleNamespace(features=3)})
+    monkeypatch.setattr(tables, 'load_last', lambda workdir: SimpleNamespace(network=network))
+    monkeypatch.setattr(figures, 'curves', lambda workdir: {'train': curve})
+    (trial,) = runner.make_trials(
+        [Variant('a', {'stop_at_error': threshold})], helpers.digits_config(), 1, str(tmp_path)
+    )
+    found = runner.measure(trial, datasets.Dataset({'train': [0] * 4}, ('a',), 32, None))
+    assert found.get('reached') is reached and found['train_error'] == error and found['train_images'] == 4
+
+
+def _pictures(folder, *names):
+    for name in names:
+        (folder / name / 'cat').mkdir(parents=True)
+        (folder / name / 'cat' / '1.png').touch()  # listed, never opened
+    return str(folder)
+
+
+@pytest.fixture
+def preparing(monkeypatch):
+    """What was asked to be prepared."""
+    asked = []
+
+    def prepared(source, output, **_):
+        asked.append(source)
+        os.makedirs(output)
+
+    monkeypatch.setattr(prepare, 'prepare', prepared)
+    return asked
+
+
+def test_images_are_prepared_once_and_those_of_another_folder_are_refused(preparing, tmp_path, monkeypatch):
+    one, other = (_pictures(tmp_path / name, 'train', 'val') for name in ('one', 'other'))
+    out = str(tmp_path / 'out')
+    os.mkdir(out)
+    for path in (one, f'{one}/', os.path.relpath(one)):
+        assert runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out)) == os.path.join(
+            out, 'data-32'
+        )
+    assert preparing == [one]
+    for path in (other, str(tmp_path / 'typo')):
+        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same again'):
+            runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out))
+    assert runner.prepare_images(
+        other, _suite('views', helpers.digits_config(**{'data.image_size': 56}), 1, out)
+    ) == os.path.join(out, 'data-64')
+    os.remove(os.path.join(out, 'data-32.source'))
+    with pytest.raises(UserError, match=f'not known what {out}/data-32 was prepared from; if that was {one}, write so'):
+        runner.prepare_images(one, _suite('cifar10', helpers.digits_config(), 1, out))
+
+
+@pytest.mark.parametrize('dry', [False, True])
+@pytest.mark.parametrize(
+    ('folders', 'suite', 'message'),
+    [
+        (('train',), 'views', 'raw. has no val and no test images to measure on'),
+        (('test', 'val'), 'figure1', 'raw. has test and val but no training images'),
+        ((), 'figure1', 'there is no input .*raw'),
+    ],
+)
+def test_what_cannot_be_used_is_not_prepared(dry, folders, suite, message, preparing, tmp_path):
+    raw = _pictures(tmp_path / 'raw', *folders)
+    with pytest.raises(UserError, match=message):
+        if dry:
+            runner.plan_suite(_suite(suite, helpers.digits_config(), 3, tmp_path / 'out'), raw)
+        else:
+            runner.prepare_images(raw, _suite(suite, helpers.digits_config(), 1, str(tmp_path / 'out')))
+    assert not preparing and not (tmp_path / 'out').exists()
+
+
+def test_figure_1_without_images_to_measure_on(preparing, tmp_path):
+    raw = _pictures(tmp_path / 'raw', 'train')
+    assert runner.prepare_images(raw, _suite('figure1', helpers.digits_config(), 1, str(tmp_path))) and preparing == [
+        raw
+    ]
+
+
+@pytest.mark.parametrize(('seeds', 'count'), [(1, 14), (3, 18)])
+def test_the_runs_that_figure_1_can_take(seeds, count):
+    """Seven rates for each of two activations with one seed; of each the best with all others."""
+    found = runner.max_trials(alexnet_jax.get_config('paper'), seeds, 'out')
+    assert len(found) == len({trial.workdir for trial in found}) == count
+    assert sum(trial.seed > 0 for trial in found) == count - 14
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_at_once_is_a_result(tmp_path, capsys):
+    """Before its first checkpoint, and told again from what was written."""
+    base = helpers.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})
+    (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+    digits = datasets.open_dataset('digits')
+    for _ in range(2):
+        row = runner.run_trial(trial, 'ablations', digits)
+        assert row['diverged'] and 'top1_error' not in row
+    assert 'not finite' in capsys.readouterr().out
+    table = tables.comparison_table('ablations', [row], [trial.variant])
+    assert table.rows[0][:4] == ('wild', '0', '', '')
+
+
+@pytest.mark.slow
+def test_the_base_for_64_pixels_learns(tmp_path):
+    """One pass over 10,000 images: guessing is ln 20 = 3.00, where the network stays when its ReLUs have died."""
+    archive = SHARED_DATA / 'tiny_imagenet_20.tar.gz'
+    if not archive.exists():
+        pytest.skip(f'needs {archive.name}, which this machine has not got')
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter='data')
+    prepare.prepare(str(tmp_path / 'tiny_imagenet_20'), str(tmp_path / 'data'), size=64, format='raw')
+    config = alexnet_jax.get_config('tiny_imagenet')
+    config.data.path, config.num_epochs, config.mesh.tower = str(tmp_path / 'data'), 1.0, 1
+    train.train_and_evaluate(config, str(tmp_path / 'run'))
+    last = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert last['split'] == 'val' and last['count'] == 1000 and last['loss'] < 2.9

@@ -1,0 +1,451 @@
+"""From raw files to records: every kind of input and of odd file, read back through TFDS alone."""
+
+import collections
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import chex
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from PIL import Image
+
+from alexnet_jax.core import augment
+from alexnet_jax.data import cache, datasets, image_io, image_stats_file, pipeline
+from alexnet_jax.inference import predict
+from alexnet_jax.prepare import discovery, image_ref, prepare, record_writer
+from alexnet_jax.prepare import tfds as tfds_input
+from alexnet_jax.utils.errors import UnreadableError, UserError
+from tests import ROOT, helpers
+
+
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tmp_path, workers):
+    """And what is back when it is asked for once more was never gone, though array_record's own reader stays so."""
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, format='raw')
+    away = tmp_path / 'away'
+    whole = [record['image'] for record in datasets.open_dataset(str(out)).splits['train']]
+
+    def stream(records):
+        batches = pipeline.train_batches(
+            cache.Records(records, 16), batch_size=5, seed=0, start_step=0, num_workers=workers, num_threads=1,
+            augmentation=augment.Augmentation(image_size=16, reflect=False),
+        )  # fmt: skip
+        try:
+            return next(batches)
+        finally:
+            batches.close()
+
+    records = datasets.open_dataset(str(out)).splits['train']
+    out.rename(away)
+    with pytest.raises(UserError, match='data files disappeared while they were read') as error:
+        stream(records)
+    assert not isinstance(error.value, UnreadableError)
+    with pytest.raises(UserError, match='data files disappeared while they were read.*No such file'):
+        records[3]
+    away.rename(out)
+    assert stream(records)['weight'].all()
+    for record, image in zip(records, whole, strict=True):
+        chex.assert_trees_all_equal(record['image'], image)
+    for shard in out.glob('*train*array_record*'):  # every byte of pixels and names is another
+        content = bytearray(shard.read_bytes())
+        content[64:-64] = bytes(byte ^ 1 for byte in content[64:-64])
+        shard.write_bytes(content)
+    records = datasets.open_dataset(str(out)).splits['train']
+    with pytest.raises(UnreadableError, match='record 3 in train of .* cannot be read'):
+        records[3]
+    assert not stream(records)['weight'].any()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {f'train/cat/{i}.jpg': helpers.encode(helpers.picture(i)) for i in range(5)}
+    files |= {f'train/dog/deeper/{i}.PNG': helpers.encode(helpers.picture(10 + i), 'PNG') for i in range(5)}
+    files |= {f'val/{c}/v{i}.jpeg': helpers.encode(helpers.picture(20 + i)) for i, c in enumerate(('cat', 'dog'))}
+    files |= {'train/cat/notes.txt': b'no image', 'train/.hidden/x.jpg': b'', 'val/.DS_Store': b''}
+    return helpers.write_files(tmp_path / 'in', files)
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'raw'])
+def test_folder_of_splits(folder, tmp_path, kind):
+    out = str(tmp_path / 'out')
+    prepare.prepare(folder, out, size=32, format=kind, workers=1)
+    train, val = helpers.read_back(out, 'train'), helpers.read_back(out, 'val')
+    assert sorted(train) == sorted(
+        [f'train/cat/{i}.jpg' for i in range(5)] + [f'train/dog/deeper/{i}.PNG' for i in range(5)]
+    )
+    assert {name: c for name, (_, c) in val.items()} == {'val/cat/v0.jpeg': 'cat', 'val/dog/v1.jpeg': 'dog'}
+    squares = {}
+    for name, (pixels, class_name) in train.items():
+        with open(os.path.join(folder, name), 'rb') as file:
+            squares[name] = image_io.resize_center_crop(file.read(), 32)
+        assert class_name == name.split('/')[1]
+        difference = np.abs(pixels.astype(int) - squares[name])
+        assert difference.max() == 0 if kind == 'raw' else difference.mean() < 3
+    # Statistics are of the train split alone.
+    stats = image_stats_file.load(out)
+    everything = np.stack(list(squares.values())).astype(np.float64)
+    chex.assert_trees_all_close(stats.mean_image, everything.mean(0).astype(np.float32), rtol=1e-5)
+    covariance = np.cov(everything.reshape(-1, 3).T, bias=True)
+    rebuilt = stats.eigenvectors @ np.diag(stats.eigenvalues) @ stats.eigenvectors.T
+    chex.assert_trees_all_close(rebuilt, covariance, rtol=1e-3, atol=0.5)
+    # And our own source agrees with TFDS's reader.
+    dataset = datasets.open_dataset(out)
+    assert dataset.class_names == ('cat', 'dog') and dataset.record_size == 32
+    assert [r['label'] for r in dataset.split('train')].count(0) == 5  # a loop over the records ends
+    assert len(dataset.split('train')) == 10
+
+
+def test_classes_are_called_what_a_list_in_the_folder_says(tmp_path):
+    """Their order stays that of the folders; two cranes (a bird, a machine) stay apart."""
+    for name in ('n04', 'n03', 'n02', 'n01'):
+        helpers.write_files(tmp_path / 'raw', {f'train/{name}/a.jpg': helpers.encode(helpers.picture(0))})
+    (tmp_path / 'raw' / 'words.txt').write_text(
+        '\ufeffn01\tcrane\r\nn00\tentity\nn02\tcrane\nn03\tEgyptian cat, Felis catus\n'
+    )
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), size=16, workers=1)
+    assert datasets.open_dataset(str(tmp_path / 'out')).class_names == (
+        'crane (n01)',
+        'crane (n02)',
+        'Egyptian cat',
+        'n04',
+    )
+    (tmp_path / 'raw' / 'classes.tsv').write_bytes(b'n04\t\xff\n\n\t\t\nn01\n')
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'again'), size=16, workers=1)
+    names = datasets.open_dataset(str(tmp_path / 'again')).class_names
+    assert names[2] == 'Egyptian cat' and all(name.isprintable() for name in names)
+
+
+def test_the_order_is_shuffled_by_the_seed_alone(folder, tmp_path):
+    def prepared(seed, workers):
+        out = str(tmp_path / f'{seed}-{workers}')
+        prepare.prepare(folder, out, size=16, seed=seed, workers=workers)
+        return helpers.read_back(out, 'train'), image_stats_file.load(out)
+
+    alone, alone_statistics = prepared(0, 1)
+    both, both_statistics = prepared(0, 2)
+    assert list(alone) != sorted(alone)
+    assert list(alone) == list(both)  # however many processes
+    chex.assert_trees_all_equal({n: p for n, (p, _) in alone.items()}, {n: p for n, (p, _) in both.items()})
+    chex.assert_trees_all_equal(alone_statistics, both_statistics)
+    assert list(prepared(1, 1)[0]) != list(alone)
+
+
+def test_val_fraction_sets_training_images_aside(folder, tmp_path):
+    helpers.write_files(
+        tmp_path / 'flat', {f'{c}/{i}.png': helpers.encode(helpers.picture(i), 'PNG') for c in 'ab' for i in range(10)}
+    )
+    out = str(tmp_path / 'out')
+    prepare.prepare(str(tmp_path / 'flat'), out, size=16, val_fraction=0.25, seed=5, workers=1)
+    train, val = helpers.read_back(out, 'train'), helpers.read_back(out, 'val')
+    assert (len(train), len(val)) == (15, 5) and not set(train) & set(val)
+    assert sorted(collections.Counter(name[0] for name in val).values()) == [2, 3]  # of each class its part
+    with pytest.raises(UserError, match='needs a train split and no val split; there are: train, val'):
+        prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
+
+
+def test_classes_that_lose_all_images_to_val_are_counted(capsys):
+    """Of a photo a class, as in the official archive's first thousand, every fifth goes."""
+    refs = [image_ref.ImageRef(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
+    orders = prepare._orders({'train': refs}, 0.2, seed=0)
+    labels = sorted(ref.label for ref in orders['val'])
+    assert len(labels) == 4 and set(np.diff(labels)) == {5} and set(orders['train']) | set(orders['val']) == set(refs)
+    assert 'leaves no training image of 4 classes' in capsys.readouterr().err
+    prepare._orders({'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}, 0.2, seed=0)
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match='sets 0 of 20 images aside'):
+        prepare._orders({'train': refs}, 0.02, seed=0)
+
+
+def test_what_is_left_out_is_told(tmp_path, capfd):
+    """And what was found: a folder too deep shows as one class."""
+    content = helpers.encode(helpers.picture(0))
+    files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}
+    helpers.write_files(tmp_path / 'in', files)
+    prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, workers=1)
+    said, errors = capfd.readouterr()
+    assert 'train: 2 images  classes: 2 (a, b)' in said
+    assert f'in no class folder, and so left out: 1 images in {tmp_path}/in' in errors
+    assert errors.count('left out') == 2 and 'without images (.jpeg' in errors and 'and so left out: c\n' in errors
+
+
+def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
+    good = helpers.encode(helpers.picture(0))
+    helpers.write_files(
+        tmp_path / 'in',
+        {'train/cat/cut.jpg': good[: len(good) // 2], 'train/dog/empty.jpg': b'', 'train/dog/text.png': b'hello'},
+    )
+    out = tmp_path / 'out'
+    with pytest.raises(UserError, match=r'3 of \d+ images cannot be read .* --max_unreadable=3'):
+        prepare.prepare(folder, str(out), size=16, max_unreadable=2, workers=1)
+    assert os.listdir(tmp_path) == ['in']  # nothing half-written
+    prepare.prepare(folder, str(out), size=16, max_unreadable=3, workers=1)
+    said = capfd.readouterr().err
+    for name in ('train/cat/cut.jpg', 'train/dog/empty.jpg', 'train/dog/text.png'):
+        assert f'unreadable: {name}: ' in said
+    assert '3 unreadable images were left out' in said
+    assert len(helpers.read_back(str(out), 'train')) == 10
+    assert len(datasets.open_dataset(str(out)).split('train')) == 10
+
+
+def test_a_script_without_a_guard_prepares_once(folder, tmp_path):
+    """Its processes do not run it again."""
+    script = tmp_path / 'mine.py'
+    script.write_text(
+        'import sys\nfrom alexnet_jax.prepare import prepare\nprint("begun", flush=True)\n'
+        'prepare.prepare(sys.argv[1], sys.argv[2], size=16, workers=2)\nprint(__file__, __spec__)\n'
+    )
+    words = [sys.executable, str(script), folder, str(tmp_path / 'out')]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0 and done.stdout.count('begun') == 1, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f'{script} None'
+    assert len(datasets.open_dataset(str(tmp_path / 'out')).split('train')) == 10
+
+
+def test_images_that_are_gone_are_not_taken_for_bad_ones(folder, tmp_path, monkeypatch):
+    find, out = discovery.find_images, tmp_path / 'out'
+
+    def then_gone(path):
+        found = find(path)
+        os.rename(tmp_path / 'in' / 'train' / 'cat', tmp_path / 'away')
+        return found
+
+    monkeypatch.setattr(discovery, 'find_images', then_gone)
+    with pytest.raises(UserError, match=r"the image 'train/cat/.*' cannot be read any more: .*: No such file"):
+        prepare.prepare(folder, str(out), size=16, max_unreadable=100, workers=1)
+    assert not out.exists()
+
+
+def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monkeypatch):
+    """And links: an archive behind one is not an image that links to nothing."""
+    prepare.prepare(folder, str(tmp_path / 'out'), size=16, workers=1)
+    builder = tfds.builder_from_directory(str(tmp_path / 'out'))
+    monkeypatch.setattr(tfds_input, 'open_builder', lambda path: builder)
+    monkeypatch.setattr(tfds_input, 'open_source', lambda path, split: builder.as_data_source(split))
+    ref = image_ref.ImageRef('tfds:ours', 3, -1, 'train/3', -1, 'train')
+    assert record_writer._read(ref)[0].shape == (16, 16, 3)
+    (tmp_path / 'out').rename(tmp_path / 'away')
+    with pytest.raises(UserError, match="'train/3' cannot be read any more: .*array_record.*: No such file"):
+        record_writer._read(ref)
+    os.symlink('nowhere.tar', tmp_path / 'train.tar')
+    with pytest.raises(UserError, match="'a.jpg' cannot be read any more: .*train.tar: No such file"):
+        record_writer._read(image_ref.ImageRef(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
+
+
+def test_empty_and_all_bad_folders(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no images; expected ILSVRC2012_img_train.tar'):
+        prepare.prepare(str(tmp_path / 'empty'), str(tmp_path / 'out'))
+    helpers.write_files(tmp_path / 'bad', {'cat/a.jpg': b'x', 'dog/b.jpg': b'y'})
+    with pytest.raises(UserError, match='none of the 2 images of the train split can be read'):
+        prepare.prepare(str(tmp_path / 'bad'), str(tmp_path / 'out'), max_unreadable=9, workers=1)
+    with pytest.raises(UserError, match='there is no input'):
+        prepare.prepare(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_what_exists_is_not_overwritten(folder, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'precious').write_text('data')
+    with pytest.raises(UserError, match='exists already'):
+        prepare.prepare(folder, str(tmp_path / 'out'))
+    assert os.listdir(tmp_path / 'out') == ['precious']
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'size': 4}, '--size=4'),
+        ({'size': 100_000}, '--size=100000; expected 8 to 4096'),
+        ({'seed': -1}, '--seed=-1'),
+        ({'format': 'webp'}, "--format='webp'; expected jpeg or raw"),
+        ({'val_fraction': 1.0}, '--val_fraction=1.0'),
+    ],
+)
+def test_bad_options(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(folder, str(tmp_path / 'out'), **options)
+
+
+def test_the_fingerprint_tells_orders_and_formats_apart(folder, tmp_path):
+    def fingerprint(name, **options):
+        prepare.prepare(folder, str(tmp_path / name), size=16, workers=1, **options)
+        return datasets.open_dataset(str(tmp_path / name)).fingerprint
+
+    first = fingerprint('a')
+    assert first and first == fingerprint('b')
+    assert len({first, fingerprint('c', seed=1), fingerprint('d', format='raw')}) == 3
+
+
+def test_a_damaged_record_is_named(folder, tmp_path):
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, workers=1)
+    (path, *_) = sorted(out.glob('images-train*'))
+    content = bytearray(path.read_bytes())
+    content[100:4000] = bytes(len(content[100:4000]))
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='record 0 in train of .* cannot be read'):
+        datasets.open_dataset(str(out)).split('train')[0]
+    path.unlink()
+    with pytest.raises(UserError, match=f'prepared data are damaged: .*{path.name}: missing'):
+        datasets.open_dataset(str(out))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
+)
+def test_workers_end_with_a_killed_command(imagenet_tar, tmp_path):
+    command = [sys.executable, '-m', 'alexnet_jax', 'prepare', f'--input={imagenet_tar}', f'--output={tmp_path}/out']
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while '/1000 images' not in parent.stdout.readline():  # until the workers are at work
+        assert parent.poll() is None
+    children = [int(p) for p in open(f'/proc/{parent.pid}/task/{parent.pid}/children').read().split()]
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(helpers.running, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(helpers.running, children))
+    assert not (tmp_path / 'out').exists()
+    # What it left does not stand in the way.
+    again = subprocess.run([*command, '--size=64'], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert os.listdir(tmp_path) == ['out']
+
+
+def test_a_generated_tfds_dataset(tmp_path):
+    """`tfds:cifar10` as TFDS lays it out once generated (here of nine small pictures)."""
+    folder = tmp_path / 'cifar10' / '3.0.2'
+    folder.mkdir(parents=True)
+    features = tfds.builder('cifar10', data_dir=str(tmp_path)).info.features
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name='cifar10', filetype_suffix='array_record')
+    infos, pictures = [], {}
+    for split, count in (('train', 6), ('test', 3), ('validation', 2)):
+        files = template.replace(split=split)
+        path = files.sharded_filepath(shard_index=0, num_shards=1)
+        writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
+        for i in range(count):
+            pixels = helpers.picture(len(pictures), 32, 32)
+            if split != 'validation':
+                pictures[f'{split}/{i}'] = pixels, features['label'].names[i]
+            encoded = io.BytesIO(helpers.encode(pixels, 'PNG'))
+            label = -1 if split == 'validation' else i
+            writer.write(features.serialize_example({'id': str(i), 'image': encoded, 'label': label}))
+        writer.close()
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=files))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=infos, check_data=False, version='3.0.2',
+        filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    )  # fmt: skip
+    # TFDS reads the variable when it is imported: a process of its own.
+    out = str(tmp_path / 'out')
+    command = [sys.executable, '-m', 'alexnet_jax', 'prepare', '--input=tfds:cifar10', f'--output={out}']
+    environment = {**os.environ, 'TFDS_DATA_DIR': str(tmp_path)}
+    subprocess.run([*command, '--size=32', '--format=raw'], env=environment, cwd=ROOT, check=True)
+    found = {**helpers.read_back(out, 'train'), **helpers.read_back(out, 'test')}
+    chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
+    assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
+    assert set(datasets.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
+    with pytest.raises(UserError, match='tfds:mnist is not there in the array_record format .* takes TensorFlow'):
+        prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
+    with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
+        prepare.prepare('tfds:no_such_thing', str(tmp_path / 'other'))
+
+
+def test_damaged_statistics_are_named(folder, tmp_path):
+    out = tmp_path / 'out'
+    prepare.prepare(folder, str(out), size=16, workers=1)
+    content = (out / 'image_stats.npz').read_bytes()
+    (out / 'image_stats.npz').write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        UserError, match=r'data are damaged: .*image_stats.npz: its bytes have changed \(SHA-256\); prep'
+    ):
+        datasets.open_dataset(str(out))
+    for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote
+        (out / name).unlink()
+    with pytest.raises(UserError, match='image_stats.npz is damaged'):
+        datasets.open_dataset(str(out))
+    (out / 'dataset_info.json').write_text(json.dumps({'name': 'images'}))
+    with pytest.raises(UserError, match='cannot be opened as a prepared dataset'):
+        datasets.open_dataset(str(out))
+
+
+def _png(width, height, data):
+    """A PNG of its bare parts, the checksums right."""
+    parts = (b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', data), (b'IEND', b'')
+    chunks = (struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in parts)
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
+@pytest.mark.parametrize('name', ['  ', ' cat', 'cat ', 'a cat\nand a dog', 'cat\r', 'cat\x85dog'])
+def test_class_names_that_tfds_would_read_otherwise_are_refused(name, tmp_path):
+    """Its file of names has one a line, without blanks around them or empty ones: labels would name other classes."""
+    folders = {'dog': helpers.encode(helpers.picture(0)), name: helpers.encode(helpers.picture(1))}
+    helpers.write_files(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
+    with pytest.raises(UserError, match='class name .* has blanks around it or more than a line; rename its folder'):
+        prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
+    """Each is named with its reason, nothing else is said of it, and the good ones that Pillow would warn of are in."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 48), np.uint8)
+    rows = zlib.compress(np.pad(pixels, ((0, 0), (1, 0))).tobytes())
+    flipped = bytearray(rows)
+    flipped[len(rows) // 2] ^= 255
+    palette = Image.fromarray(helpers.picture(0)).quantize(16)
+    good = {
+        'palette.png': helpers.encode(palette, 'PNG', transparency=bytes(range(16))),
+        'sixteen.tif': helpers.encode(Image.fromarray(np.full((20, 20), 40_000, np.uint16)), 'TIFF'),
+        'two.jpg': helpers.encode(
+            helpers.picture(1), 'MPO', save_all=True, append_images=[Image.fromarray(helpers.picture(2))]
+        ),
+    }
+    bad = {
+        'bomb.png': (_png(10_000, 9000, rows), '10000 x 9000 pixels, more than the 89,478,485 that an image may have'),
+        'larger.png': (_png(20_000, 20_000, rows), '400000000 pixels.*, more than the 89,478,485'),
+        'bits.png': (_png(16, 16, bytes(flipped)), 'damaged: broken data stream'),
+        'cut.jpg': (helpers.encode(helpers.picture(3))[:700], 'damaged: image file is truncated'),
+        'empty.jpg': (b'', 'the file is empty'),
+        'text.jpg': (b'hello', 'of no known format'),
+        # 0 to 1, or to 255: as 16-bit numbers all of it would be black.
+        'float.tif': (
+            helpers.encode(Image.fromarray(np.ones((20, 20), np.float32)), 'TIFF'),
+            'its pixels are 32-bit numbers',
+        ),
+        'int.tif': (
+            helpers.encode(Image.fromarray(np.full((20, 20), 255, np.int32)), 'TIFF'),
+            'its pixels are 32-bit numbers',
+        ),
+        # Pillow would start Ghostscript.
+        'figure.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n', 'of no known format'),
+        'huge.jpg': (b'', '268,435,457 bytes, more than the 268,435,456 that an image may have'),
+        'pipe.jpg': (None, 'not a regular file'),
+        'gone.jpg': (None, 'No such file'),
+    }
+    assert image_io.resize_center_crop(_png(16, 16, rows), 16).std() > 5
+    files = good | {name: content for name, (content, _) in bad.items() if content is not None}
+    helpers.write_files(tmp_path / 'in' / 'cat', files)
+    os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # without taking room
+    os.mkfifo(tmp_path / 'in' / 'cat' / 'pipe.jpg')
+    os.symlink('nowhere', tmp_path / 'in' / 'cat' / 'gone.jpg')
+    for name, (_, reason) in bad.items():
+        with pytest.raises(UserError, match=f'{name}. cannot be read as an image .*{reason}'):
+            predict._read_square(str(tmp_path / 'in' / 'cat' / name), 16)
+    prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, max_unreadable=len(bad), workers=1)
+    said = capfd.readouterr().err
+    for name, (_, reason) in bad.items():
+        assert re.search(f'^warning: unreadable: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
+    assert len(said.splitlines()) == len(bad) + 1, said
+    assert {os.path.basename(name) for name in helpers.read_back(str(tmp_path / 'out'), 'train')} == set(good)

@@ -1,0 +1,180 @@
+"""The loop: what stops it, what it leaves out, and what it says. Small networks on the embedded digits."""
+
+import os
+import signal
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.checkpoints import loading
+from alexnet_jax.core import train_step
+from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.training import build, train
+from alexnet_jax.utils import checksums
+from alexnet_jax.utils.errors import DivergedError
+from tests import helpers
+
+
+@pytest.mark.slow
+def test_training_that_is_not_finite_stops_and_keeps_nothing_of_it(tmp_path, capsys):
+    with pytest.raises(
+        DivergedError, match=r'step \d+: loss, gradient or update is not finite \(learning rate 1e\+30\)'
+    ):
+        train.train_and_evaluate(
+            helpers.run_config(**{'optim.learning_rate': 1e30, 'optim.schedule': 'plateau'}), str(tmp_path)
+        )
+    assert not os.listdir(tmp_path / 'checkpoints')
+    # Nothing was saved, so the remedy may be tried in the same place. Somebody else may miss what was: it is said.
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 7, "split": "train"}\n{"step": 8, "sp')
+    train.train_and_evaluate(helpers.run_config(num_steps=2), str(tmp_path))
+    assert f'{tmp_path} has no checkpoint; the 7 steps in its metrics.jsonl are run again' in capsys.readouterr().err
+    assert [line['step'] for line in helpers.lines(tmp_path) if line['split'] == 'train'] == [1, 2]
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    run = build.build(helpers.run_config())
+    state = run.steps.init(jax.random.key(0))
+    before = jax.device_get(state)
+    batch = helpers.first_batch(run)
+    batch['color'][3] = np.nan
+    after, report = run.steps.train_step(state, batch, run.image_stats, jax.random.key(1))
+    after = jax.device_get(after)
+    assert not report['finite'] and int(after.step) == 1
+    chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
+
+
+def test_dropout_is_drawn_anew_at_every_step():
+    """The same batch and parameters (the rate is 0) have another loss at the next step, and the same when repeated."""
+    run = build.build(helpers.run_config(**{'optim.learning_rate': 0.0}))
+    batch = helpers.first_batch(run)
+    losses = []
+    for step in (0, 1, 1):
+        state = run.steps.init(jax.random.key(0))._replace(step=jnp.int32(step))
+        losses.append(float(run.steps.train_step(state, batch, run.image_stats, jax.random.key(1))[1]['loss']))
+    assert losses[0] != losses[1] == losses[2]
+
+
+def test_skipping_leaves_the_batch_out_and_goes_on(tmp_path, monkeypatch, capsys):
+    batches = pipeline.train_batches
+
+    def spoilt(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == 2:
+                batch['color'][:] = np.nan
+            yield batch
+
+    monkeypatch.setattr(build.pipeline, 'train_batches', spoilt)
+    train.train_and_evaluate(helpers.run_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
+    assert 'is not finite (learning rate 0.01); skipping the batch (1 of at most' in capsys.readouterr().err
+    lines = [line for line in helpers.lines(tmp_path) if line['split'] == 'train']
+    assert [line['step'] for line in lines] == [1, 2, 4, 5] and all(np.isfinite(line['loss']) for line in lines)
+
+
+def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
+    """Through validation, rate decisions, saving and resuming, each step is traced once a run."""
+    config = helpers.run_config(**{'optim.schedule': 'plateau', 'optim.patience': 1})
+    traced = {
+        'train': chex.assert_max_traces(train_step.train_step, n=1),
+        'eval': chex.assert_max_traces(train_step.eval_step, n=1),
+    }
+    monkeypatch.setattr(build.train_step, 'train_step', traced['train'])
+    monkeypatch.setattr(build.train_step, 'eval_step', traced['eval'])
+    seen = []
+    original = build.build
+    monkeypatch.setattr(build, 'build', lambda c, dataset: seen.append(original(c, dataset)) or seen[-1])
+    train.train_and_evaluate(config, str(tmp_path))
+    chex.clear_trace_counter()
+    longer = config.copy_and_resolve_references()
+    longer.num_steps = 40
+    train.train_and_evaluate(longer, str(tmp_path))
+    assert len(seen) == 2
+    for run in seen:
+        assert run.steps.train_step._cache_size() == 1
+        assert run.steps.eval_step._cache_size() == 1
+        assert run.steps.after_validation._cache_size() == 1
+
+
+def test_without_val_the_rate_stays_and_one_warning_says_so(tmp_path, monkeypatch, capsys):
+    digits = datasets.open_dataset('digits')
+    monkeypatch.setattr(
+        datasets, 'open_dataset', lambda path: digits._replace(splits={'train': digits.splits['train']})
+    )
+    result = train.train_and_evaluate(helpers.run_config(num_steps=13, **{'optim.schedule': 'plateau'}), str(tmp_path))
+    assert result == {}
+    assert capsys.readouterr().err.count('no val split') == 1
+    assert {line['split'] for line in helpers.lines(tmp_path)} == {'train'}
+    assert len({line['learning_rate'] for line in helpers.lines(tmp_path)}) == 1
+    assert loading.load_checkpoint(str(tmp_path)).step == 13  # the latest where there is no best
+
+
+@pytest.mark.slow
+def test_a_run_ends_at_the_error_it_is_to_reach(tmp_path, capsys):
+    """At the first line that is there; a lower one lets it go on, as one that was never stopped."""
+    changes = {'num_steps': 60, 'log_every_steps': 5, 'eval_every_steps': 30, 'checkpoint_every_steps': 30}
+    whole = helpers.digits_config(**changes)
+    train.train_and_evaluate(whole, str(tmp_path / 'whole'))
+    errors = [line['top1_error'] for line in helpers.lines(tmp_path / 'whole') if line['split'] == 'train']
+    first = next(i for i, error in enumerate(errors) if 0 < i < 10 and error == min(errors[: i + 1]))
+    config = helpers.digits_config(**changes, stop_at_error=errors[first])
+    result = train.train_and_evaluate(config, str(tmp_path / 'run'))
+    lines = [line for line in helpers.lines(tmp_path / 'run') if line['split'] == 'train']
+    assert [line['step'] for line in lines] == [5 * (i + 1) for i in range(first + 1)]
+    assert 'top1_error' in result
+    train.train_and_evaluate(config, str(tmp_path / 'run'))
+    assert 'Lower stop_at_error to continue' in capsys.readouterr().out
+    train.train_and_evaluate(whole, str(tmp_path / 'run'))
+    assert [line for line in helpers.untimed(tmp_path / 'run') if line['split'] == 'train'] == [
+        line for line in helpers.untimed(tmp_path / 'whole') if line['split'] == 'train'
+    ]
+    chex.assert_trees_all_equal(
+        helpers.last_state(whole, tmp_path / 'run').params, helpers.last_state(whole, tmp_path / 'whole').params
+    )
+
+
+def test_a_line_written_for_a_save_ends_a_run_like_any_other(tmp_path, capsys):
+    """Lines are due every 10 steps; a save at 4 writes one. A run that goes on from there must not know better."""
+    cadences = {'num_steps': 10, 'log_every_steps': 10, 'eval_every_steps': 10, 'checkpoint_every_steps': 4}
+    whole = helpers.digits_config(**cadences)
+    train.train_and_evaluate(whole, str(tmp_path / 'whole'))
+    first = next(line for line in helpers.lines(tmp_path / 'whole') if line['split'] == 'train')
+    assert first['step'] == 4
+    config = helpers.digits_config(**cadences, stop_at_error=first['top1_error'] + 0.01)
+    result = train.train_and_evaluate(config, str(tmp_path / 'run'))
+    assert [(line['step'], line['split']) for line in helpers.lines(tmp_path / 'run')] == [(4, 'train'), (4, 'val')]
+    assert result['top1_error'] == helpers.lines(tmp_path / 'run')[-1]['top1_error']
+    assert train.train_and_evaluate(config, str(tmp_path / 'run')) == {}
+    assert 'is finished: step 4 of 10. Lower stop_at_error' in capsys.readouterr().out
+
+
+def test_sigterm_does_not_end_the_program_while_the_last_step_is_saved(tmp_path, monkeypatch):
+    """The handler is there until the digests are written; after that the program's own is back."""
+    seen, write = [], checksums.write
+
+    def slowly(folder):
+        time.sleep(1)  # the loop is over by then
+        seen.append(signal.getsignal(signal.SIGTERM))
+        write(folder)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(checksums, 'write', slowly)
+    train.train_and_evaluate(helpers.digits_config(num_steps=2), str(tmp_path))
+    assert len(seen) == 1 and seen[0] != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_the_updates_asked_for(tmp_path, capsys):
+    config = helpers.digits_config(num_steps=6, eval_every_steps=6)
+    train.train_and_evaluate(config, str(tmp_path), profile=2)
+    (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
+    assert b'train_step' in trace.read_bytes()
+    train.train_and_evaluate(
+        helpers.digits_config(num_steps=4), str(tmp_path / 'again'), profile=9
+    )  # shorter than that
+    assert list((tmp_path / 'again' / 'profile').rglob('*.xplane.pb'))
+    train.train_and_evaluate(helpers.digits_config(num_steps=2), str(tmp_path / 'short'), profile=1)
+    assert 'only 2 remain: nothing is traced' in capsys.readouterr().err
