@@ -143,7 +143,7 @@ def test_one_image_or_many_of_any_kind(setup, tmp_path):
     assert alexnet_jax.activations(checkpoint, array, 'conv3')['conv3'].shape == (1, 7, 7, 8)
     with pytest.raises(UserError, match='cannot be read as an image'):
         alexnet_jax.predict(checkpoint, tmp_path / 'none.png')
-    with pytest.raises(UserError, match=r'an image is float64 of shape \(48, 60, 3\); expected uint8'):
+    with pytest.raises(UserError, match=r'an image is float64 of shape \(48, 60, 3\): expected uint8'):
         alexnet_jax.predict(checkpoint, array / 255)
 
 
