@@ -43,14 +43,14 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
         elif not any(map(_asks_for_help, words)):
             _fail(f'subcommand {" ".join(words[:1])!r}: expected one of {", ".join(subcommands)}.', 2)
     if any(map(_asks_for_help, words)):
-        _guard(lambda: print(help_text(command)))
+        _report_errors(lambda: print(help_text(command)))
         sys.exit(0)
 
     def parser(_):
         flags.FLAGS.mark_as_parsed()  # absl's global flags; commands define their own FlagValues
         return sys.argv[:1]
 
-    app.run(lambda _: _guard(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
+    app.run(lambda _: _report_errors(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
 
 
 def _asks_for_help(word: str) -> bool:
@@ -140,26 +140,26 @@ def _call(command: Any, words: Sequence[str]) -> None:
     command.main(values, *([words] if arguments else []))
 
 
-def _guard(function: Callable[[], None]) -> None:
-    """Calls a function. Ends the program with a one-line message for every error that `_ending` recognizes."""
+def _report_errors(function: Callable[[], None]) -> None:
+    """Calls a function. Ends the program with a one-line message for every error that `_describe_error` recognizes."""
     try:
         function()
         sys.stdout.flush()  # here a write error can still be reported
     except SystemExit:
         raise
     except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
-        _drop_output()
+        _discard_output()
         sys.exit(141)
     except BaseException as error:
-        if ending := _ending(error):
-            _fail(*ending)
+        if message_and_code := _describe_error(error):
+            _fail(*message_and_code)
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ or not isinstance(error, Exception):
             raise
         traceback.print_exc()
         _fail('Internal error (a bug): stopping all processes.', 1)
 
 
-def _ending(error: BaseException) -> tuple[str, int] | None:
+def _describe_error(error: BaseException) -> tuple[str, int] | None:
     """Returns (message, exit code) for an expected error, None for a bug."""
     text, reason = str(error), first_line(error)[:200]
     for kind, code in ((UserError, 2), (DivergedError, 1), (TerminatedError, 143)):
@@ -169,10 +169,10 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return 'interrupted.', 130
     if isinstance(error, OSError) and error.errno in _DISK:
         if not error.filename:
-            _drop_output()
+            _discard_output()
         return f'{error.filename or "the output"} cannot be read or written: {error.strerror}.', 2
-    full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
-    if full and 'os_error_code' not in text:  # from XLA or numpy; with os_error_code tensorstore reports a full disk
+    out_of_memory = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
+    if out_of_memory and 'os_error_code' not in text:  # with it, tensorstore reports a full disk
         return (
             f'out of memory ({reason}); lower the batch size, or in training use --config.grad_accum_steps=N, which '
             'computes each batch in N parts with the same result.'
@@ -186,7 +186,7 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _drop_output():
+def _discard_output():
     """Discards buffered output: the flush at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

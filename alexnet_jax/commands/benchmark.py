@@ -1,4 +1,4 @@
-"""Measures images per second of the update step, the input pipeline, training or preparation, also against PyTorch.
+"""Measures images per second of update, input pipeline, training or preparation, also of PyTorch.
 
     alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
 
@@ -29,7 +29,7 @@ SHARED = (
     Flag(
         'precision',
         None,
-        'Precision of matrix products, also in PyTorch; bfloat16 also sets the dtype of the model.',
+        'Precision of products, also in PyTorch; bfloat16 sets model.dtype too.',
         choices=tuple(PRECISIONS),
     ),
     CPU_DEVICES,

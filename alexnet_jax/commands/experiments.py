@@ -1,11 +1,11 @@
-"""Runs the paper's experiments: trains networks that differ in one setting and compares them with the paper's numbers.
+"""Runs the paper's experiments and compares their results with the paper's numbers.
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
-SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). PATH is a prepared directory, or
-images as `alexnet_jax prepare` takes them. Every run is a run of `alexnet_jax train`. The same command resumes a
-stopped suite. DIR receives results.csv, report.html and runs/. --scale=0.2 trains on a fixed fifth of the images.
---dry_run prints the runs and their estimated hours.
+SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). It trains networks that differ
+in one setting. PATH is a prepared directory, or images as `alexnet_jax prepare` takes them. Every run is a run of
+`alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
+--scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their estimated hours.
 """
 
 from collections.abc import Sequence

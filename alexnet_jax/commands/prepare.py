@@ -1,4 +1,4 @@
-"""Converts raw images to a dataset for training: square images of one size, their mean image and color statistics.
+"""Prepares raw images for training: squares of one size, their mean image and color statistics.
 
     alexnet_jax prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
 

@@ -22,8 +22,8 @@ from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
-ENDINGS = ('.safetensors', '.npz')
-Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
+SUFFIXES = ('.safetensors', '.npz')
+FeatureBatch = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
@@ -70,7 +70,7 @@ def activations(
 
 def iter_activations(
     checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128
-) -> Generator[Part, None, None]:
+) -> Generator[FeatureBatch, None, None]:
     """Yields the activations of one layer for all records of a split, in order, one batch at a time.
 
     Yields (float32 [n, ...], int32 labels [n]). layer: one of `activation_names`. Raises UserError for an unknown
@@ -82,10 +82,7 @@ def iter_activations(
 
 
 def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
-    """Returns a jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...], one per name.
-
-    The function is cached between calls. Raises UserError for an unknown name.
-    """
+    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
     known = activation_names(checkpoint.network)
     for name in names:
         if name not in known:
@@ -94,11 +91,11 @@ def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
 
 
 @functools.lru_cache(maxsize=8)
-def _jit(network: AlexNet, augmentation: Augmentation, wanted: tuple[tuple[str, int], ...]):
+def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, int], ...]):
     def outputs(params, image_NHWC, image_stats):
         (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
-        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in wanted]
+        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in keys]
 
     return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
 
@@ -113,20 +110,10 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 def write_activations(
     output: str | os.PathLike, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
 ) -> tuple[int, ...]:
-    """Writes the activations of one layer to a new file and returns the shape of its `features`.
+    """Writes `iter_activations` to a new file, one batch at a time, and returns the shape of its `features`.
 
-    Holds one batch in memory at a time. Writes OUTPUT.tmp and renames it when it is complete, so no partial file
-    remains after an error.
-
-    Args:
-      output: path that ends in .safetensors or .npz.
-      checkpoint: from `load_checkpoint`.
-      records: records of a split.
-      layer: one of `activation_names`.
-      batch_size: images per batch; it does not change the results.
-
-    Raises:
-      UserError: as `check_output` and `iter_activations`, or the file cannot be written.
+    output: path that ends in .safetensors or .npz. It is written as OUTPUT.tmp and renamed when it is complete, so no
+    partial file remains. Raises UserError as `check_output` and `iter_activations`, or if the file cannot be written.
     """
     output = os.fspath(output)
     check_output(output)
@@ -140,12 +127,12 @@ def write_activations(
 
 def check_output(output: str) -> None:
     """Raises UserError if `output` has another ending or exists already."""
-    if not output.endswith(ENDINGS):
-        raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(ENDINGS)}.')
+    if not output.endswith(SUFFIXES):
+        raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(SUFFIXES)}.')
     check_new(output)
 
 
-def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
+def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
     """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
     middle = 4 * math.prod(shape)
     header = json.dumps({
@@ -157,7 +144,7 @@ def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> N
     file.write(_write_rows(file, shape[0], parts).tobytes())
 
 
-def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
+def _write_npz(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
     with zipfile.ZipFile(file, 'w') as archive:
         with archive.open('features.npy', 'w', force_zip64=True) as member:
             header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
@@ -167,7 +154,7 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
             np.save(member, labels)
 
 
-def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
+def _write_rows(file, total: int, parts: Iterable[FeatureBatch]) -> np.ndarray:
     """Appends the features and logs progress every ten seconds. Returns the labels, little-endian int32 [total]."""
     labels: list[int] = []
     progress = Progress(total, seconds=10)

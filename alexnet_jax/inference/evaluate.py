@@ -36,9 +36,7 @@ def evaluate_batches(
     """Computes loss and errors over a split. Every record counts once.
 
     Args:
-      eval_step: the jitted `train_step.eval_step`.
-      params: its parameters, on the mesh.
-      image_stats: its image statistics, on the mesh.
+      eval_step, params, image_stats: the jitted `train_step.eval_step` and its arguments on the mesh.
       batches: one pass of `pipeline.eval_batches`. The batch size does not change the result.
       mesh: device mesh.
       examples: number of records in the pass.
@@ -114,10 +112,7 @@ class Evaluator:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
 
     def probabilities(self, records: Sequence, *, max_unreadable: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (softmax outputs float32 [N, K], labels int [N]) for records.
-
-        Leaves out unreadable records. Raises UserError if there are more than max_unreadable.
-        """
+        """Returns (softmax outputs float32 [N, K], labels int [N]) of the records, without unreadable ones."""
         function = functools.partial(self._jitted(_outputs), self._params, image_stats=self._image_stats)
         with contextlib.closing(self._batches(records)) as batches:
             parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
@@ -135,10 +130,9 @@ class Evaluator:
         return np.concatenate(parts) if parts else np.zeros((0, len(self.checkpoint.class_names)), np.float32)
 
     def map_images(self, function: Callable, image_NHWC) -> Iterator[Any]:
-        """Applies a jitted function to images in memory.
+        """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats) -> tree of [n, ...] to images in memory.
 
-        function: (params, uint8 [n, S, S, 3], image_stats) -> tree of arrays [n, ...]. Yields its results in order, one
-        batch at a time, as numpy arrays. Raises UserError as `check_images` does.
+        Yields its results in order, one batch at a time, as numpy arrays. Raises UserError as `check_images` does.
         """
         image_NHWC = check_images(self.checkpoint, image_NHWC)
         batch_size = self._fitting_batch_size(len(image_NHWC))
@@ -232,7 +226,7 @@ def evaluate_ensemble(
       'loss', 'top1_error', 'top5_error' and 'count' as `evaluate_batches`, and 'weights', which sum to 1.
 
     Raises:
-      UserError: invalid weights, or too many unreadable records.
+      UserError: the weights are invalid, or too many records are unreadable.
     """
 
     def outputs(records):

@@ -40,7 +40,7 @@ def predict(
       UserError: an image cannot be read or has the wrong type or shape, or views is neither 1 nor 10.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
-    return outputs[0] if _is_one(images) else outputs
+    return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
@@ -48,16 +48,16 @@ def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         return check_images(checkpoint, images)
-    several: Any = [images] if _is_one(images) else images
-    squares = [_to_square(image, size) for image in several]
-    return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+    images_list: Any = [images] if _is_single(images) else images
+    records = [_to_record(image, size) for image in images_list]
+    return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
 
 
-def _is_one(images: Images) -> bool:
+def _is_single(images: Images) -> bool:
     return isinstance(images, str | os.PathLike | Image.Image) or getattr(images, 'ndim', 0) == 3
 
 
-def _to_square(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
+def _to_record(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return _read_square(os.fspath(image), size)
     array = np.asarray(image_io.rgb(image) if isinstance(image, Image.Image) else image)
@@ -97,18 +97,18 @@ def predict_files(
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
     for start in range(0, len(files), _BATCH):
-        readable, squares, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
+        readable, records, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
         with ThreadPoolExecutor(processes.cores()) as pool:
             reading = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
         for path, square in zip(paths, reading, strict=True):
             try:
-                squares.append(square.result())
+                records.append(square.result())
                 readable.append(path)
             except UserError as error:
                 problems.append(str(error))
         if not readable:
             continue
-        outputs = evaluator.predict(np.stack(squares))
+        outputs = evaluator.predict(np.stack(records))
         for path, probabilities, order in zip(readable, outputs, top_k(outputs, top), strict=True):
             best = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
             yield {'file': path, 'top': [{'label': name, 'index': i, 'probability': p} for name, i, p in best]}

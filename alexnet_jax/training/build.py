@@ -47,19 +47,11 @@ class TrainingSteps:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSetup:
-    """Objects built from a config, for the training loop or for your own loop in a notebook.
+    """Objects built from a config, for `train_and_evaluate` or for your own loop.
 
-    Attributes:
-      config: the config that `build` received.
-      dataset: splits, class names and image statistics.
-      network: the Flax module.
-      augmentation: crop, reflection, color and normalization settings.
-      mesh: device mesh with the axes 'data' and 'tower'.
-      image_stats: image statistics of the dataset, replicated on the mesh.
-      storage: the training records: the train split, or the part of it selected by `data.fraction`.
-      num_workers: decoding processes; 0 decodes in threads.
-      steps: the jitted functions.
-      total_steps: updates in a complete run.
+    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the part of it
+    selected by `data.fraction`. `num_workers` decoding processes read them (0: threads). `total_steps` is the number of
+    updates in a complete run.
     """
 
     config: ConfigDict
@@ -74,28 +66,24 @@ class TrainingSetup:
     total_steps: int
 
     def init(self, key: jax.Array) -> TrainState:
-        """Returns a newly initialized state on the mesh, with `.step`, `.params` and `.opt_state`.
-
-        key: a random key, for example `jax.random.key(0)`.
-        """
+        """Returns a new state on the mesh (`.step`, `.params`, `.opt_state`). key: for example `jax.random.key(0)`."""
         return self.steps.init(key)
 
     def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """Runs one update on a batch of arrays. Use it to write your own loop in a single process.
+        """Runs one update on a batch of arrays, for your own loop in a single process.
 
         Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`), exactly as
         `train_and_evaluate` draws them for that step. Reading `state.step` blocks until the previous update is done.
 
         Args:
-          state: from `init` or from the previous update. It is donated: use the returned state afterwards.
-          batch: dict of arrays. 'image' is uint8 [N, S, S, 3] (RGB). S is the record size of the dataset, or the input
-            size of the network; in the second case nothing is cropped. 'label' is int [N]. 'weight' [N] is optional:
-            0 excludes an image, 1 includes it.
+          state: from `init` or the previous update. It is donated: use the returned state afterwards.
+          batch: arrays 'image' uint8 [N, S, S, 3], 'label' int [N] and, optionally, 'weight' [N] (0 excludes an image,
+            1 includes it). S is the record size of the dataset, or the input size of the network: then nothing is
+            cropped.
 
         Returns:
           (state, metrics). The metrics are scalars on the device: 'loss' (mean, nats), 'top1_error' and 'top5_error'
-          (percent), 'gradient_norm', 'learning_rate' (of the next update), and 'finite' (False: the batch was skipped
-          because loss, gradient or update was not finite).
+          (percent), 'gradient_norm', 'learning_rate' (of the next update) and 'finite' (False: the update was skipped).
 
         Raises:
           UserError: a shape or type is wrong, N does not divide over the mesh, or a label is not a class index.
@@ -199,16 +187,16 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
     num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
     records = datasets.subset(dataset.splits['train'], config.data.fraction)
-    storage = _store(config.data, records, dataset.record_size, mesh, num_workers)
+    storage = _make_storage(config.data, records, dataset.record_size, mesh, num_workers)
     steps_per_epoch = len(storage.records) / config.batch_size
-    place = jax.device_put if devices is None else sharding.shape_structs
+    put = jax.device_put if devices is None else sharding.shape_structs
     return TrainingSetup(
         config=config,
         dataset=dataset,
         network=network,
         augmentation=augmentation,
         mesh=mesh,
-        image_stats=place(dataset.image_stats, sharding.replicated(mesh)),
+        image_stats=put(dataset.image_stats, sharding.replicated(mesh)),
         storage=storage,
         num_workers=num_workers,
         steps=make_steps(config, network, augmentation, mesh, steps_per_epoch),
@@ -227,8 +215,7 @@ def make_steps(
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, everywhere = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
-    # Both options are needed. With the first alone, XLA (JAX 0.11) emits matrix products for Triton, then disallows
-    # Triton, and finds no other implementation for some of them.
+    # With the first option alone, XLA (JAX 0.11) emits products for Triton, disallows it, and finds no alternative.
     options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     update = functools.partial(
@@ -282,7 +269,7 @@ def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows
     return pipeline.default_workers(rows, row_bytes, len(mesh.local_devices))
 
 
-def _store(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, num_workers: int) -> Storage:
+def _make_storage(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, num_workers: int) -> Storage:
     """Stores the training images as `data.cache` selects. Raises UserError if they need too much memory."""
     if not config.cache:
         return Records(records, record_size)

@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 from alexnet_jax.utils.errors import as_user_error
 from alexnet_jax.utils.files import atomic_file
 
-# tensorboardX imports PyTorch if it is installed, for record types that are not used here. The import would take
-# seconds and 450 MB in this process and in each decoding process, so hide PyTorch from it.
+# Hide PyTorch from tensorboardX, which imports it for record types that are not used here. The import takes seconds and
+# 450 MB in this process and in each decoding process.
 _without_torch = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
@@ -31,9 +31,9 @@ _METRICS = 'metrics.jsonl'
 class MetricWriter:
     """Appends metrics to metrics.jsonl and to TensorBoard events. Only process 0 writes.
 
-    The constructor removes the lines and events after `step`: a killed run may have written beyond its last checkpoint,
-    and the resumed run writes these steps again. validated: whether to keep a validation line of `step` itself.
-    The constructor, `write` and `flush` raise UserError if the files cannot be written, for example on a full disk.
+    The constructor removes everything after `step`: a killed run may have written beyond its last checkpoint, and the
+    resumed run repeats these steps. validated: whether to keep a validation line of `step` itself. The constructor,
+    `write` and `flush` raise UserError if the files cannot be written, for example on a full disk.
     """
 
     def __init__(self, workdir: str, step: int, *, validated: bool = True):
@@ -102,21 +102,18 @@ def write_json(workdir: str, files: dict[str, dict]) -> None:
 
 def _cut_metrics(path: str, step: int, validated: bool) -> None:
     """Keeps the complete lines up to and including `step`."""
-    torn = None
+    incomplete = None
     with atomic_file(path) as file:
         for number, (line, entry) in enumerate(_read_lines(path), 1):
-            if torn:  # a kill can truncate only the last line
-                logging.warning(f'{path}: line {torn} cannot be read and is removed.')
-            torn = None if entry else number
-            if entry and not _beyond(*entry, step, validated):
+            if incomplete:  # a kill can truncate only the last line
+                logging.warning(f'{path}: line {incomplete} cannot be read and is removed.')
+            incomplete = None if entry else number
+            if entry and not _is_after(*entry, step, validated):
                 file.write(line if line.endswith('\n') else line + '\n')
 
 
 def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
-    """Yields (line, (step, split)) for each line of a metrics.jsonl, (line, None) for an incomplete one.
-
-    Yields nothing if there is no file.
-    """
+    """Yields (line, (step, split)) for each line of a metrics.jsonl, if it exists; (line, None) if it is incomplete."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
@@ -127,7 +124,7 @@ def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
             yield line, entry
 
 
-def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
+def _is_after(line_step: int, split: str, step: int, validated: bool) -> bool:
     return line_step > step or (line_step == step and split == 'val' and not validated)
 
 
@@ -146,7 +143,7 @@ def _cut_events(path: str, step: int, validated: bool) -> None:
             except DecodeError:
                 break
             split = event.summary.value[0].tag.split('/')[0] if event.summary.value else ''
-            if len(record) < length + 4 or _beyond(event.step, split, step, validated):
+            if len(record) < length + 4 or _is_after(event.step, split, step, validated):
                 break
             end = file.tell()
     os.truncate(path, end)

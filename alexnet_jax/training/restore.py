@@ -36,13 +36,13 @@ def restore_or_init(
       workdir: for messages.
 
     Returns:
-      (state, meta) of the checkpoint. Without a checkpoint: a new state, with the parameters of `config.init_from` if
-      it is set, and {}.
+      (state, meta) of the checkpoint; without one a new state (parameters from `config.init_from`, if set) and {}.
 
     Raises:
-      UserError: the checkpoint belongs to another config or other data or was not written by training, or the
-        parameters of `init_from` do not fit the network.
+      UserError: the checkpoint is of another config, of other data or of no run, or `init_from` does not fit.
     """
+    for problem in checkpoints.damaged:
+        distributed.warn(f'ignoring a checkpoint: {problem}.')
     # Process 0 decides for all: on a shared disk the others may not yet see files that it has written or moved.
     step = distributed.broadcast_from_process_0(checkpoints.latest)
     if step is not None:
@@ -117,23 +117,23 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
     for name in fresh:
         if name not in params:
             raise UserError(f'init_fresh: unknown layer {name!r}.{did_you_mean(name, params)}')
-    taken = {}
-    for name, drawn in params.items():
+    loaded = {}
+    for name, new in params.items():
         old = source.params.get(name)
-        fits = old is not None and all(old[part].shape == drawn[part].shape for part in drawn)
+        fits = old is not None and all(old[part].shape == new[part].shape for part in new)
         if name in fresh or (name == classifier and not (fits and same_classes)):
             reason = '' if name in fresh or not fits else f', because {setup.config.init_from} has other classes'
-            logging.info('%s starts with new weights of shape %s%s.', name, drawn['kernel'].shape, reason)
-            taken[name] = drawn
+            logging.info('%s starts with new weights of shape %s%s.', name, new['kernel'].shape, reason)
+            loaded[name] = new
         elif fits:
-            taken[name] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), old, drawn)
+            loaded[name] = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), old, new)
         else:
             found = 'no such layer' if old is None else f'shape {old["kernel"].shape}'
             raise UserError(
-                f'init_from={setup.config.init_from!r}: expected a kernel of shape {drawn["kernel"].shape} for {name}, '
+                f'init_from={setup.config.init_from!r}: expected a kernel of shape {new["kernel"].shape} for {name}, '
                 f'found {found}; use --config.init_fresh="(\'{name}\',)" to initialize this layer.'
             )
-    return taken
+    return loaded
 
 
 def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:

@@ -31,17 +31,14 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains a network to the end of the config's schedule, starting from the workdir's last checkpoint if it has one.
 
-    Each step runs in this order: update, evaluate, adjust the learning rate, save. A checkpoint therefore includes
-    the adjusted rate. A run that is stopped and resumed with the same config ends in the same state as a run that was
-    never stopped.
+    Each step runs in this order: update, evaluate, adjust the learning rate, save. A run that is stopped and resumed
+    with the same config ends in the same state as a run that was never stopped.
 
     Args:
       config: from `alexnet_jax.get_config`. configs/paper.py explains every key. It is not modified.
-      workdir: folder of the run. It receives config.json, environment.json, metrics.jsonl, TensorBoard events and
-        checkpoints/.
+      workdir: folder for config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
       dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
-      profile: number of updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up
-        updates; 0 traces nothing.
+      profile: updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up updates.
 
     Returns:
       The metrics of the last validation: 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images),
@@ -49,8 +46,7 @@ def train_and_evaluate(
 
     Raises:
       UserError: config, data and workdir do not fit together, or a file cannot be read or written.
-      DivergedError: loss, gradient or update is not finite. The message names the step, the learning rate and the last
-        checkpoint.
+      DivergedError: loss, gradient or update is not finite. Names the step, learning rate and last checkpoint.
       TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
     workdir = os.fspath(workdir)
@@ -66,8 +62,6 @@ def train_and_evaluate(
         should_stop = stack.enter_context(distributed.defer_sigterm())  # until the last save is complete
         checkpoints = stack.enter_context(CheckpointManager(workdir))
         stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))  # type: ignore[attr-defined]
-        for problem in checkpoints.damaged:
-            distributed.warn(f'ignoring a checkpoint: {problem}.')
         state, saved = restore.restore_or_init(checkpoints, setup, key, meta, workdir)
         start, unfinished = int(state.step), saved.get('unfinished', False)
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
@@ -108,13 +102,9 @@ def train_and_evaluate(
             good = checkpoints.latest()
             kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
             raise DivergedError(f'{error} {kept} in {workdir}.') from None
-    _say_where_it_is(workdir, config.data.path)
+    command = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
+    logging.info('The run is in %s. Evaluate it: %s', workdir, command)
     return hooks.result
-
-
-def _say_where_it_is(workdir: str, data: str) -> None:
-    evaluate_it = f'alexnet_jax evaluate --checkpoint={workdir} --data={data or "DIR"}'
-    logging.info('The run is in %s. Evaluate it: %s', workdir, evaluate_it)
 
 
 class StepActions(NamedTuple):
@@ -238,10 +228,10 @@ class _Profiler(contextlib.ExitStack):
 def _describe_setup(setup: TrainingSetup) -> None:
     """Logs devices and mesh, and warns about probable mistakes in the config."""
     devices = setup.mesh.devices
-    where = (
-        f'{devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, mesh.tower={devices.shape[1]}'
+    logging.info(
+        f'Training on {devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, '
+        f'mesh.tower={devices.shape[1]}. Compiling the first update takes a while.'
     )
-    logging.info('Training on %s. Compiling the first update takes a while.', where)
     if 'val' not in setup.dataset.splits:
         distributed.warn(
             'the data have no val split: nothing is evaluated, and the learning rate does not follow the error.'
@@ -255,17 +245,14 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
     reached = train_log.LogState(**(log or {})).reached(setup.config.stop_at_error)
     if not reached and step < setup.total_steps:
         return False
-    how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
-    logging.info('%s is finished: step %d of %d. %s to continue.', workdir, step, setup.total_steps, how)
+    remedy = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
+    logging.info('%s is finished: step %d of %d. %s to continue.', workdir, step, setup.total_steps, remedy)
     return True
 
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run. Among several processes, process 0 holds the lock.
-
-    Raises UserError if the workdir cannot be used.
-    """
+    """Creates the workdir and locks it against a second run; process 0 holds the lock. Raises UserError."""
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):

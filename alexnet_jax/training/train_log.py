@@ -39,7 +39,7 @@ class LogState:
 
 
 @jax.jit
-def _packed(report: dict) -> jax.Array:
+def _pack(report: dict) -> jax.Array:
     """Stacks a report's numbers into one array: fetching them one by one takes about as long as a fast step."""
     return jnp.stack(jax.tree.leaves(report))
 
@@ -50,33 +50,20 @@ class TrainLog:
 
     Reports are fetched two steps late, so the device never waits for the host. A line holds the means over all steps
     since the previous line. Speed and data wait cover the same steps but at least the last eight, because steps are
-    dispatched to the device at uneven intervals.
-
-    Each failure is logged as a warning. A run with more failures than allowed ends: DivergedError for values that are
-    not finite, UserError for unreadable images.
-
-    Attributes:
-      writer: None writes nothing.
-      batch_size: images per update, over all devices.
-      examples: images in one pass through the data.
-      total_steps: updates in a complete run.
-      num_classes: number of classes, for the chance level of the loss.
-      on_nonfinite: 'stop' or 'skip'.
-      max_nonfinite: allowed number of skipped batches.
-      max_unreadable: allowed number of unreadable images in one pass.
-      saved: `state()` of the run to resume; None starts a new log.
+    dispatched to the device at uneven intervals. Each failure is logged as a warning. More failures than allowed raise
+    DivergedError (values that are not finite) or UserError (unreadable images).
     """
 
-    writer: metric_writer.MetricWriter | None
+    writer: metric_writer.MetricWriter | None  # None: no output
     _: dataclasses.KW_ONLY
     batch_size: int
-    examples: int
+    examples: int  # images in one pass through the data
     total_steps: int
     num_classes: int
-    on_nonfinite: str
-    max_nonfinite: int
-    max_unreadable: int
-    saved: dataclasses.InitVar[dict | None] = None
+    on_nonfinite: str  # 'stop' or 'skip'
+    max_nonfinite: int  # allowed number of skipped batches
+    max_unreadable: int  # allowed number of unreadable images in one pass
+    saved: dataclasses.InitVar[dict | None] = None  # `state()` of the run to resume
 
     def __post_init__(self, saved: dict | None):
         self._state = LogState(**(saved or {}))
@@ -88,39 +75,34 @@ class TrainLog:
         self._monitor = ChanceLevelMonitor(self.num_classes, window, self._state.window)
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
-        """Adds a step's report from `train_step.train_step`, still on the device.
-
-        waited: seconds waited for the batch. log: whether to write a line.
-        """
+        """Adds a report of `train_step.train_step`. waited: seconds waited for the batch. log: write a line."""
         sent = time.perf_counter() - self._paused
-        self._pending.append((step, jax.tree.structure(report), _packed(report), waited, sent, log))
-        self._take_all(but=2)
+        self._pending.append((step, jax.tree.structure(report), _pack(report), waited, sent, log))
+        self._fetch_all(keep=2)
 
     @contextlib.contextmanager
     def pause(self):
-        """Context for validation and saving; its time does not count in images/s.
-
-        Fetches all reports first, so the state on the device is known to be finite.
-        """
-        self._take_all()
+        """Context for validation and saving: its time does not count in images/s. First fetches all reports, so the
+        state on the device is known to be finite."""
+        self._fetch_all()
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def reached(self, error: float) -> bool:
         """Returns whether the last line's training error is at most `error` percent. Fetches all reports first."""
-        self._take_all()
+        self._fetch_all()
         return self._state.reached(error)
 
     def state(self) -> dict:
         """Returns the state that a resumed run needs to continue this log, as JSON. Call it within `pause`."""
         return dataclasses.asdict(dataclasses.replace(self._state, window=self._monitor.window))
 
-    def _take_all(self, but: int = 0) -> None:
-        while len(self._pending) > but:
-            self._take()
+    def _fetch_all(self, keep: int = 0) -> None:
+        while len(self._pending) > keep:
+            self._fetch_next()
 
-    def _take(self) -> None:
+    def _fetch_next(self) -> None:
         step, structure, numbers, waited, sent, log = self._pending.popleft()
         report = jax.tree.unflatten(structure, np.asarray(numbers))
         rate = float(report.pop('learning_rate'))
@@ -156,11 +138,7 @@ class TrainLog:
         distributed.warn(f'{problem}; skipping the batch ({count} of at most max_nonfinite={most}).')
 
     def _count_unreadable(self, step: int, count: int) -> None:
-        """Counts the unreadable images of each pass through the data.
-
-        count: images of weight 0 in the batch of this step, over all processes. The process that read them has named
-        them in warnings.
-        """
+        """Counts unreadable images per pass. count: images of weight 0 in this batch; warnings have named them."""
         state, most = self._state, self.max_unreadable
         first, last = ((step * self.batch_size - back) // self.examples for back in (self.batch_size, 1))
         if first > state.epoch:

@@ -151,8 +151,8 @@ def test_images_that_cannot_be_read(loaded, val, tmp_path, capsys):
 def test_user_errors(loaded, val, tmp_path):
     (tmp_path / 'there.npz').write_text('mine')
     for name, layer, message in (
-        ('out.npz', 'fc9', "no layer 'fc9' in this network. Did you mean 'fc8'?"),
-        ('out.npz', 'conv1.norm', "no layer 'conv1.norm' in this network. Did you mean 'conv1"),
+        ('out.npz', 'fc9', "unknown layer 'fc9'. Did you mean 'fc8'?"),
+        ('out.npz', 'conv1.norm', "unknown layer 'conv1.norm'. Did you mean 'conv1"),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
         ('there.npz', 'fc7', 'exists already; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
