@@ -3,9 +3,8 @@
 A command is a module with a docstring (purpose and example, shown by --help), `FLAGS` and `main(args)`. A command that
 takes positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
 --cpu_devices, JAX is set up before `main`. A command with subcommands has only a docstring and `SUBCOMMANDS`, a dict
-{name: class with the same attributes}.
-
-A command imports the modules it computes with inside `main`, so that --help and flag errors do not wait for JAX.
+{name: class with the same attributes}. A command imports the modules it computes with inside `main`, so that --help and
+flag errors do not wait for JAX.
 """
 
 import contextlib
@@ -32,8 +31,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 def run(command: Any, words: Sequence[str] | None = None) -> None:
     """Parses a command's flags from `words` (default: the command line) and calls its `main`. Does not return.
 
-    Exit codes: 0 success; 1 diverged training or an internal error (with a traceback); 2 user error; 130 SIGINT;
-    143 SIGTERM.
+    Exit codes: 0 success, 1 diverged training or a bug (with a traceback), 2 user error, 130 SIGINT, 143 SIGTERM.
     """
     threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
     words = sys.argv[1:] if words is None else list(words)
@@ -193,8 +191,7 @@ def _discard_output():
 
 def _report_thread(failure) -> None:
     """Prints the error that ended a thread as one line. The caller that waits for the thread raises it as well."""
-    message = ' '.join(str(failure.exc_value).split())[:300]
-    print(f'error in a background thread: {message}', file=sys.stderr, flush=True)
+    print('error in a background thread:', ' '.join(str(failure.exc_value).split())[:300], file=sys.stderr, flush=True)
 
 
 def _report_unraisable(failure) -> None:

@@ -29,7 +29,7 @@ SHARED = (
     Flag(
         'precision',
         None,
-        'Precision of products, also in PyTorch; bfloat16 sets model.dtype too.',
+        'Precision of products, in PyTorch too; bfloat16 sets model.dtype.',
         choices=tuple(PRECISIONS),
     ),
     CPU_DEVICES,
@@ -135,14 +135,13 @@ def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
     if against:
         throughput.check_torch(gpu)
         torch_baseline = importlib.import_module('alexnet_jax.benchmark.torch_baseline')
-
         if gpu:
             config.mesh.update({'data': 1, 'tower': 1})  # PyTorch uses one GPU
     precision = _set_precision(args, gpu)
     settings = {'mode': mode, 'precision': precision, **describe_environment()}
-    how = throughput.Options(torch_baseline, args.steps, precision)
+    measurement = throughput.Options(torch_baseline, args.steps, precision)
     with contextlib.ExitStack() as stack:
-        contenders = throughput.CONTENDERS[mode](config, how, stack, **options)
+        contenders = throughput.CONTENDERS[mode](config, measurement, stack, **options)
         rates = throughput.measure_in_turns(contenders, args.repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}

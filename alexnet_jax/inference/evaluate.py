@@ -43,12 +43,8 @@ def evaluate_batches(
       max_unreadable: allowed number of unreadable records. Warnings name them; 'count' excludes them.
       should_stop: called before every batch; if it returns True, TerminatedError is raised.
 
-    Returns:
-      'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait', the
-      fraction of time spent waiting for data.
-
-    Raises:
-      UserError: more than `max_unreadable` records are unreadable.
+    Returns 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
+    (fraction of the time, 0 to 1). Raises UserError if more than `max_unreadable` records are unreadable.
     """
     total: Any = None
     previous: Any = None
@@ -84,16 +80,13 @@ def _check_count(count: int, expected: int, max_unreadable: int) -> None:
 
 
 class Evaluator:
-    """Runs a checkpoint's network on images, on one device or on a mesh.
+    """Runs a checkpoint's network on images. Raises UserError if it cannot be split over the mesh's towers.
 
     Args:
       checkpoint: from `load_checkpoint`.
       mesh: from `sharding.make_mesh`; None uses one device.
       views: 1 for the center crop, or 10 to average the softmax outputs of the paper's ten views (section 4.1).
       batch_size: maximum number of images per batch; it does not change the results.
-
-    Raises:
-      UserError: the network cannot be split over the mesh's towers.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
@@ -222,11 +215,8 @@ def evaluate_ensemble(
       weights: one per checkpoint; None weights all equally.
       tune_on: records on which to search for the weights instead. See `ensemble.tune_weights`.
 
-    Returns:
-      'loss', 'top1_error', 'top5_error' and 'count' as `evaluate_batches`, and 'weights', which sum to 1.
-
-    Raises:
-      UserError: the weights are invalid, or too many records are unreadable.
+    Returns 'loss', 'top1_error', 'top5_error' and 'count' as `evaluate_batches`, and 'weights', which sum to 1. Raises
+    UserError if the weights are invalid or too many records are unreadable.
     """
 
     def outputs(records):
@@ -243,8 +233,9 @@ def evaluate_ensemble(
     scores = np.log(np.maximum(averaged, np.finfo(np.float32).tiny))
     total: Any = None
     for start in range(0, len(labels), 4096):  # in chunks, because the metrics allocate arrays of the scores' size
-        part, own = scores[start : start + 4096], labels[start : start + 4096]
-        sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))
+        score_NK, label_N = scores[start : start + 4096], labels[start : start + 4096]
+        weight_N = np.ones(len(label_N), np.float32)
+        sums = metrics.sums(metrics.take_label(score_NK, label_N), score_NK, label_N, weight_N)
         total = metrics.merge(total, _to_floats(sums))
     return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 

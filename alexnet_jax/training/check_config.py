@@ -47,10 +47,7 @@ _KEYS = {  # keys of every config; configs/paper.py explains the values
 
 
 def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]:
-    """Validates a config and returns its network and augmentation. Needs no data and no devices.
-
-    Raises UserError if a key is unknown or missing, or a value is out of range or contradicts another one.
-    """
+    """Validates a config, without data or devices. Returns its network and augmentation. Raises UserError."""
     _check_keys(config)
     check_values(_RUN_CHECKS, config, '{}={!r}')
     check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')

@@ -26,7 +26,10 @@ _META = {'config': dict, 'class_names': list, 'record_size': int, 'examples': in
 def restore_or_init(
     checkpoints: manager.CheckpointManager, setup: TrainingSetup, key, meta: dict, workdir: str
 ) -> tuple[train_step.TrainState, dict[str, Any]]:
-    """Restores the last checkpoint, after checking that it has the same config and data, or initializes a new state.
+    """Returns (state, meta) of the last checkpoint; without one, a new state and {}.
+
+    A new state has the parameters of `config.init_from`, if set. Raises UserError if the checkpoint has another config
+    or other data or is not of a run, or if `init_from` does not fit.
 
     Args:
       checkpoints: checkpoint manager of the workdir, opened for training.
@@ -34,12 +37,6 @@ def restore_or_init(
       key: random key for a new state.
       meta: metadata of this run, as its checkpoints will store it.
       workdir: for messages.
-
-    Returns:
-      (state, meta) of the checkpoint; without one a new state (parameters from `config.init_from`, if set) and {}.
-
-    Raises:
-      UserError: the checkpoint is of another config, of other data or of no run, or `init_from` does not fit.
     """
     for problem in checkpoints.damaged:
         distributed.warn(f'ignoring a checkpoint: {problem}.')
@@ -47,7 +44,7 @@ def restore_or_init(
     step = distributed.broadcast_from_process_0(checkpoints.latest)
     if step is not None:
         old, image_stats = checkpoints.read_meta(step)
-        _check_is_this_run(old, image_stats, meta, setup, workdir, step)
+        _check_same_run(old, image_stats, meta, setup, workdir, step)
         state = checkpoints.restore(step, setup.steps.state_shapes)
         if int(state.step) != step:
             raise UserError(
@@ -70,10 +67,10 @@ def restore_or_init(
     return state, {}
 
 
-def _check_is_this_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, workdir: str, step: int) -> None:
+def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, workdir: str, step: int) -> None:
     """Raises UserError if a checkpoint's metadata or image statistics do not match this run's config and data."""
-    whole = all(isinstance(old.get(name), kind) for name, kind in _META.items())
-    if not whole or not train_log.is_valid_state(old.get('log')):
+    written_by_train = all(isinstance(old.get(name), kind) for name, kind in _META.items())
+    if not written_by_train or not train_log.is_valid_state(old.get('log')):
         raise UserError(f'{workdir}: step {step} was not written by alexnet_jax train; use another --workdir.')
     if not old['examples']:
         raise UserError(

@@ -193,10 +193,8 @@ class StepHooks:
         options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
-            raise DivergedError(
-                f'step {step}: the validation loss is {result["loss"]}, although all updates were finite. '
-                f'{train_log.LOWER_RATE}'
-            )
+            problem = f'step {step}: the validation loss is {result["loss"]}, although all updates were finite'
+            raise DivergedError(f'{problem}. {train_log.LOWER_RATE}')
         epoch = step * config.batch_size / setup.num_examples
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
         line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}
@@ -233,9 +231,7 @@ def _describe_setup(setup: TrainingSetup) -> None:
         f'mesh.tower={devices.shape[1]}. Compiling the first update takes a while.'
     )
     if 'val' not in setup.dataset.splits:
-        distributed.warn(
-            'the data have no val split: nothing is evaluated, and the learning rate does not follow the error.'
-        )
+        distributed.warn('no val split: nothing is evaluated, and the learning rate does not follow the error.')
     if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
         distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
 
