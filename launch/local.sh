@@ -9,9 +9,9 @@ shift
 python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count LOCAL_WORLD_SIZE=$count
-signalled=
-trap 'signalled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
-trap 'signalled=1; kill -INT $(jobs -rp) 2>/dev/null' INT
+signaled=
+trap 'signaled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
+trap 'signaled=1; kill -INT $(jobs -rp) 2>/dev/null' INT
 pids=()
 for ((i = 0; i < count; i++)); do
   # A script's background jobs ignore Ctrl-C, unless they are told not to.
@@ -20,10 +20,10 @@ for ((i = 0; i < count; i++)); do
 done
 code=0 killer=
 while [[ $(jobs -rp) ]]; do
-  signalled=
+  signaled=
   wait -n
   status=$?
-  [[ $signalled ]] && continue # a signal ends `wait` too
+  [[ $signaled ]] && continue # a signal ends `wait` too
   ((status == 0 || status == 127 || code != 0)) && continue
   code=$status
   # After SIGTERM all save and end by themselves; after any other end the rest would wait for the one that is gone.

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -157,8 +158,56 @@ def _commands(text):
 @pytest.mark.parametrize('page', EVERY_PAGE)
 def test_commands_name_what_there_is(page):
     commands = list(_commands((ROOT / page).read_text()))
-    assert len(commands) > 20 or page != 'README.md'
     assert {' '.join(words): _missing(words) for words in commands if _missing(words)} == {}
+
+
+def test_the_pages_have_commands():
+    assert sum(len(list(_commands((ROOT / page).read_text()))) for page in EVERY_PAGE) > 60
+
+
+def _headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M)
+    titles = re.findall(r'^#+ (.+)$', text, re.M)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+def _broken_links(path, text):
+    """Relative links of a page that lead to no file, or to no heading of a page."""
+    broken = []
+    for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)):
+        file, _, anchor = link.partition('#')
+        target = path.parent / file if file else path
+        if '://' not in link and not (target.exists() and (not anchor or anchor in _headings(target))):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize('page', EVERY_PAGE)
+def test_links_resolve(page):
+    assert not _broken_links(ROOT / page, (ROOT / page).read_text())
+
+
+def test_links_of_the_notebook_resolve():
+    path = ROOT / 'notebooks' / 'tour.ipynb'
+    cells = [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'markdown']
+    assert not _broken_links(path, '\n'.join(''.join(cell['source']) for cell in cells))
+
+
+@pytest.mark.parametrize('link', ['nothing.md', 'img/nothing.png', 'variants.md#nothing', '#nothing', 'docs/paper.md'])
+def test_a_broken_link_is_seen(link):
+    assert _broken_links(ROOT / 'docs' / 'README.md', f'See [this]({link}).') == [link]
+
+
+def test_the_index_lists_every_page():
+    links = set(re.findall(r'\]\((\w+\.md)\)', (ROOT / 'docs' / 'README.md').read_text()))
+    assert links == {path.name for path in (ROOT / 'docs').glob('*.md')} - {'README.md'}
+
+
+def test_the_readme_is_a_first_page():
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 160
+    assert all(body.count('\n') == 1 for body in re.findall(r'^```bash\n(.*?)^```', text, re.S | re.M)[:2])  # .ci/run
 
 
 @pytest.mark.parametrize(
@@ -289,7 +338,10 @@ def _blocks(page):
     return [(language, body.splitlines()) for language, body in re.findall(r'^```(\w*)\n(.*?)^```', text, re.S | re.M)]
 
 
-PAGES = ('imagenet.md', 'two_gpus.md', 'own_pictures.md', 'experiments.md', 'variants.md', 'trouble.md')
+PAGES = (
+    'imagenet.md', 'two_gpus.md', 'own_pictures.md', 'experiments.md', 'variants.md', 'trouble.md', 'weights.md',
+    'configuration.md',
+)  # fmt: skip
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -208,9 +208,10 @@ def test_a_checkpoint_restores_on_one_device_and_on_two(uninterrupted):
         chex.assert_trees_all_equal(other, states[0])
 
 
-def test_the_readmes_python_runs_as_it_stands(uninterrupted):
+@pytest.mark.parametrize('page', ['README.md', 'docs/python_api.md'])
+def test_the_python_of_a_page_runs_as_it_stands(page, uninterrupted):
     _, workdir, _ = uninterrupted
-    code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S))
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.S))
     assert 'runs/quickstart' in code
     exec(code.replace('runs/quickstart', str(workdir)), found := {})
     assert found['probabilities'].shape == (2, 10)
