@@ -27,10 +27,7 @@ SHARED = (
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
     Flag('steps', 0, 'Batches per measurement; 0: two seconds, at least twice the buffered batches.', at_least=0),
     Flag(
-        'precision',
-        None,
-        'Precision of products, in PyTorch too; bfloat16 sets model.dtype.',
-        choices=tuple(PRECISIONS),
+        'precision', None, 'Precision of products, PyTorch too; bfloat16 sets model.dtype.', choices=tuple(PRECISIONS)
     ),
     CPU_DEVICES,
 )

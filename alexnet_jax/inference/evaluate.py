@@ -43,8 +43,8 @@ def evaluate_batches(
       max_unreadable: allowed number of unreadable records. Warnings name them; 'count' excludes them.
       should_stop: called before every batch; if it returns True, TerminatedError is raised.
 
-    Returns 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
-    (fraction of the time, 0 to 1). Raises UserError if more than `max_unreadable` records are unreadable.
+    Returns 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and
+    'data_wait' (0 to 1). Raises UserError if more than `max_unreadable` records are unreadable.
     """
     total: Any = None
     previous: Any = None

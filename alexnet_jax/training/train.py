@@ -193,8 +193,10 @@ class StepHooks:
         options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
-            problem = f'step {step}: the validation loss is {result["loss"]}, although all updates were finite'
-            raise DivergedError(f'{problem}. {train_log.LOWER_RATE}')
+            raise DivergedError(
+                f'step {step}: the validation loss is {result["loss"]}, although all updates were finite. '
+                f'{train_log.LOWER_RATE}'
+            )
         epoch = step * config.batch_size / setup.num_examples
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
         line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}

@@ -120,7 +120,9 @@ def test_images_that_cannot_be_read_count_nowhere(checkpoints):
         expected, found = call(whole), call(spoilt, max_unreadable=2)
         for name in ('loss', 'top1_error', 'top5_error', 'count'):
             assert found[name] == pytest.approx(expected[name], rel=1e-6)
-        with pytest.raises(UserError, match=r'2 of 40 images cannot be read \(named above\): expected at most max_unreadable=1'):
+        with pytest.raises(
+            UserError, match=r'2 of 40 images cannot be read \(named above\): expected at most max_unreadable=1'
+        ):
             call(spoilt, max_unreadable=1)
         with pytest.raises(UserError, match='there are no images'):
             call([])
