@@ -71,10 +71,10 @@ def main(args: flags.FlagValues) -> None:
 def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
     """Returns for example '2 networks (weights A 0.500, B 0.500; equal)'."""
     weights = ', '.join(f'{path} {w:.3f}' for path, w in zip(args.checkpoint, result['weights'], strict=True))
-    how = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
+    method = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
     if args.weights == 'tuned' and args.split == 'val':
-        how += ', which is also the split evaluated here'
-    return f'{len(args.checkpoint)} networks (weights {weights}; {how})'
+        method += ', which is also the split evaluated here'
+    return f'{len(args.checkpoint)} networks (weights {weights}; {method})'
 
 
 def _parse_weights(text: str, count: int) -> list[float] | None:

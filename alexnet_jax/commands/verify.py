@@ -24,8 +24,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
         for mismatch in mismatches:
             print(f'damaged: {mismatch}', file=sys.stderr, flush=True)
         if not mismatches:
-            noun = 'folder' if len(folders) == 1 else 'folders'
-            print(f'{path}: all digests match ({len(folders)} {noun}).', flush=True)
+            print(f'{path}: all digests match (folders: {len(folders)}).', flush=True)
         damaged |= bool(mismatches)
     if damaged:
         sys.exit(1)

@@ -85,8 +85,8 @@ def train_and_evaluate(
         try:
             if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
-            wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # num_epochs may have been lowered
-            prefetched = () if hooks.done else pipeline.prefetch_to_device(wanted, setup.to_mesh)
+            remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # num_epochs may have been lowered
+            prefetched = () if hooks.done else pipeline.prefetch_to_device(remaining, setup.to_mesh)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
                 state, report = setup.steps.train_step(state, batch, setup.image_stats, key)
@@ -99,9 +99,9 @@ def train_and_evaluate(
                     break
         except DivergedError as error:
             checkpoints.wait()
-            good = checkpoints.latest()
-            kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
-            raise DivergedError(f'{error} {kept} in {workdir}.') from None
+            latest = checkpoints.latest()
+            location = 'There is no checkpoint' if latest is None else f'The last good checkpoint is step {latest}'
+            raise DivergedError(f'{error} {location} in {workdir}.') from None
     command = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
     logging.info('The run is in %s. Evaluate it: %s', workdir, command)
     return hooks.result
@@ -133,15 +133,16 @@ class StepHooks:
     def due(self, step: int) -> StepActions:
         """Returns the actions due at a step according to the config's `*_every_steps`."""
         size, examples = self.setup.config.batch_size, self.setup.num_examples
-        ends_epoch, now = step * size // examples > (step - 1) * size // examples, {}
+        ends_epoch = step * size // examples > (step - 1) * size // examples
+        due = {}
         for name in ('log', 'eval', 'checkpoint'):
-            every = self.setup.config[f'{name}_every_steps']  # 0: once an epoch
-            now[name] = step % every == 0 if every else ends_epoch
+            every = self.setup.config[f'{name}_every_steps']  # 0: once per epoch
+            due[name] = step % every == 0 if every else ends_epoch
         last = step >= self.setup.total_steps
-        save = now['checkpoint'] or last
-        validate = 'val' in self.setup.dataset.splits and now['eval']
+        save = due['checkpoint'] or last
+        validate = 'val' in self.setup.dataset.splits and due['eval']
         # Each save is preceded by a log line, so no logged mean spans a restart.
-        return StepActions(now['log'] or save, validate, save, last)
+        return StepActions(due['log'] or save, validate, save, last)
 
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
         """Runs the due actions and returns the state with the adjusted learning rate.
@@ -152,13 +153,13 @@ class StepHooks:
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
             due = due._replace(save=True, last=True)
-        stops = self.should_stop()
-        if not (due.validate or due.save or stops):
+        terminated = self.should_stop()
+        if not (due.validate or due.save or terminated):
             return state
         with self.log.pause():
             result = {}
             try:
-                if stops:
+                if terminated:
                     raise TerminatedError
                 if due.validate or (due.last and 'val' in self.setup.dataset.splits):
                     result = self.result = self.validate(state, step)
@@ -169,8 +170,8 @@ class StepHooks:
                 saved = f'step {step} of {self.setup.total_steps} is saved'
                 raise TerminatedError(f'SIGTERM: {saved}; run the same command to resume.') from None
             if due.validate:  # an extra validation at the end must not change a run that is later extended
-                decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
-                state = state._replace(opt_state=decided)
+                opt_state = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
+                state = state._replace(opt_state=opt_state)
             if due.save:
                 self.save(state, result.get('top1_error'))
         self.done = due.last
@@ -250,7 +251,7 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run; process 0 holds the lock. Raises UserError."""
+    """Creates the workdir, and locks it in process 0 against a second run. Raises UserError if either fails."""
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):

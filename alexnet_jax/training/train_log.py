@@ -82,8 +82,7 @@ class TrainLog:
 
     @contextlib.contextmanager
     def pause(self):
-        """Context for validation and saving: its time does not count in images/s. First fetches all reports, so the
-        state on the device is known to be finite."""
+        """Excludes validation and saving from images/s. First fetches all reports, which proves the state finite."""
         self._fetch_all()
         began = time.perf_counter()
         yield
@@ -129,28 +128,28 @@ class TrainLog:
 
     def _count_nonfinite(self, step: int, rate: float) -> None:
         self._state.nonfinite += 1
-        count, most = self._state.nonfinite, self.max_nonfinite
+        count, limit = self._state.nonfinite, self.max_nonfinite
         problem = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
         if self.on_nonfinite == 'stop':
             raise DivergedError(f'{problem}; this update is discarded and no later state is saved. {LOWER_RATE}')
-        if count > most:
-            raise DivergedError(f'{problem}, as in {count - 1} batches before; max_nonfinite={most}. {LOWER_RATE}')
-        distributed.warn(f'{problem}; skipping the batch ({count} of at most max_nonfinite={most}).')
+        if count > limit:
+            raise DivergedError(f'{problem}, as in {count - 1} batches before; max_nonfinite={limit}. {LOWER_RATE}')
+        distributed.warn(f'{problem}; skipping the batch ({count} of at most max_nonfinite={limit}).')
 
     def _count_unreadable(self, step: int, count: int) -> None:
         """Counts unreadable images per pass. count: images of weight 0 in this batch; warnings have named them."""
-        state, most = self._state, self.max_unreadable
+        state, limit = self._state, self.max_unreadable
         first, last = ((step * self.batch_size - back) // self.examples for back in (self.batch_size, 1))
         if first > state.epoch:
             state.epoch, state.unreadable = first, 0
         state.unreadable += count
         # If the batch spans two passes, count as many as allowed in the first pass and the rest in the second.
         while state.epoch < last:
-            state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - most)
-        if count and state.unreadable > most:
+            state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - limit)
+        if count and state.unreadable > limit:
             raise UserError(
                 f'step {step}: {state.unreadable} images of this pass cannot be read (named above): expected at most '
-                f'data.max_unreadable={most}; prepare the data again or raise --config.data.max_unreadable.'
+                f'data.max_unreadable={limit}; prepare the data again or raise --config.data.max_unreadable.'
             )
 
     def _write_line(self, step: int, rate: float) -> None:
