@@ -27,7 +27,7 @@ SHARED = (
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
     Flag('steps', 0, 'Batches per measurement; 0: two seconds, at least twice the buffered batches.', at_least=0),
     Flag(
-        'precision', None, 'Precision of products, PyTorch too; bfloat16 sets model.dtype.', choices=tuple(PRECISIONS)
+        'precision', None, 'float32, tf32 or bfloat16, PyTorch too; bfloat16 sets model.dtype.', choices=(*PRECISIONS,)
     ),
     CPU_DEVICES,
 )
