@@ -99,10 +99,10 @@ def predict_files(
     for start in range(0, len(files), _BATCH):
         readable, records, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
         with ThreadPoolExecutor(processes.cores()) as pool:
-            reading = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
-        for path, square in zip(paths, reading, strict=True):
+            futures = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
+        for path, future in zip(paths, futures, strict=True):
             try:
-                records.append(square.result())
+                records.append(future.result())
                 readable.append(path)
             except UserError as error:
                 problems.append(str(error))

@@ -82,7 +82,7 @@ class TrainLog:
 
     @contextlib.contextmanager
     def pause(self):
-        """Excludes validation and saving from images/s. First fetches all reports, which proves the state finite."""
+        """Excludes its body from images/s. First fetches all reports, to check that the state is finite."""
         self._fetch_all()
         began = time.perf_counter()
         yield
