@@ -1,25 +1,25 @@
-"""The paper's network with one thing changed, as the paper or the authors' release compares it.
+"""The paper's network with one change, as compared in the paper or in the authors' release.
 
     alexnet_jax train --config=ablations:one_gpu --workdir=runs/one_gpu --config.data.path=DIR
 
-The argument is one of these; after a comma `init=authors` may follow, as for paper.py: `one_gpu,init=authors`.
+The argument is one of the following variants. `,init=authors` may follow (see paper.py): `one_gpu,init=authors`.
 
-no_normalization: no response normalization. Section 3.3; `layers-148.cfg` of the authors' release, which drops both of
-  net 145's normalizations. The paper: 1.4 points of top-1 and 1.2 of top-5 error worse. The authors' log: 42.03% top-1
-  and 19.36% top-5 error against 40.66% and 18.21%.
-non_overlapping: pooling windows of 2x2, stride 2. Section 3.4; `layers-147.cfg`, which takes a pixel of padding from
-  conv 2 and conv 5 so that the maps stay 13x13 and 6x6, and the number of parameters what it was. The paper: 0.4 and
-  0.3 points worse. The authors' log: 41.06% and 18.51% against 40.66% and 18.21%.
-one_gpu: half the kernels in each convolutional layer but the last, and nothing to split. Section 3.2 and its footnote
-  2; `layers-145-half.cfg`; 59,798,312 parameters. The paper: 1.7 and 1.2 points worse. The authors' log (ILSVRC-2010
+no_normalization: no response normalization. Source: section 3.3; `layers-148.cfg` of the authors' release, which
+  removes both normalizations of net 145. Paper: top-1 error 1.4 and top-5 error 1.2 percentage points higher.
+  Authors' log: 42.03% top-1 and 19.36% top-5 error against 40.66% and 18.21%.
+non_overlapping: 2x2 pooling windows with stride 2. Source: section 3.4; `layers-147.cfg`, which removes one pixel of
+  padding from conv 2 and conv 5, so that the maps stay 13x13 and 6x6 and the number of parameters does not change.
+  Paper: 0.4 and 0.3 points higher. Authors' log: 41.06% and 18.51% against 40.66% and 18.21%.
+one_gpu: half the kernels in each convolutional layer except the last; no towers. Source: section 3.2 and its
+  footnote 2; `layers-145-half.cfg`. 59,798,312 parameters. Paper: 1.7 and 1.2 points higher. Authors' log (ILSVRC-2010
   test set): 39.17% and 18.23% against 37.47% and 17.00%.
-no_communication: two towers that do not talk before the classifier; over two devices the forward pass communicates
-  once. Not in the paper, which calls the pattern a choice (section 3.2). Net 150: conv 2 widened to 160 maps a tower,
-  fc 6 to 4096 units a tower, fc 7 2048; 60,714,408 parameters. The authors' log: 41.83% and 19.33% against 40.66% and
-  18.21%.
+no_communication: two towers that do not communicate before the classifier; on two devices the forward pass
+  communicates once. Source: net 150; the paper does not report it and calls the connection pattern a choice
+  (section 3.2). Conv 2 has 160 maps per tower, fc 6 4096 units per tower, and fc 7 2048 units; 60,714,408 parameters.
+  Authors' log: 41.83% and 19.33% against 40.66% and 18.21%.
 
-The logs are of ten views on the ILSVRC-2012 validation set, where nothing else is said, and against net 145.
-Here: parameters, shapes, products and collectives are counted; none was trained at this size.
+Unless stated otherwise, the logs give errors over ten views on the ILSVRC-2012 validation set, compared with net 145.
+Here: parameters, shapes, FLOPs and collectives are verified; no variant was trained at this size.
 """
 
 import ml_collections

@@ -1,33 +1,35 @@
-"""The authors' released code as it ran: net 145, `layers-145.cfg` and `layer-params-145*.cfg`.
+"""The authors' released code as they ran it: net 145, `layers-145.cfg` and `layer-params-145*.cfg`.
 
 Source: the Computer History Museum's release (github.com/computerhistory/AlexNet-Source-Code).
 
     alexnet_jax train --config=authors_2012 --workdir=runs/authors --config.data.path=DIR
 
-Arguments: the rates, as their training diaries tell them (the diary's "epoch N" is read as after N - 1 passes):
-  schedule=2010  (the default) ILSVRC-2010, 93 epochs. Their log: test set, ten views 37.47% top-1, 17.00% top-5 error;
+The argument selects the learning rates of one training diary ("epoch N" of a diary is read as after N - 1 passes):
+  schedule=2010  (default) ILSVRC-2010, 93 epochs. Their log: test set, ten views, 37.47% top-1 and 17.00% top-5 error;
                  center crop 39.02% and 18.30%.
   schedule=2012  ILSVRC-2012, 91 epochs. Their log: validation set, ten views, 40.66% and 18.21%.
-  schedule=170   net 170 of January 2013, which nobody had to watch: 95 epochs, ILSVRC-2012. Their log: validation set,
-                 ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
+  schedule=170   net 170 of January 2013, which ran without manual changes: ILSVRC-2012, 95 epochs. Their log:
+                 validation set, ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
-Here: forward pass, update, augmentation and ten-view test agree with numpy written from the released code's formulas
-(tests/configs/test_authors.py); it was not trained.
+Here: forward pass, update, augmentation and ten-view test agree with a NumPy version of the released code's formulas
+(tests/configs/test_authors.py). It was not trained.
 
-Deviation: the images are shuffled anew on every pass, where theirs came in one order; a batch goes on into the next
-pass, where theirs ended with a short one; biases' rates in the 2010 run are those of the one plan that is written out
-(`run4.sh`), since the run's own are lost, and in the 2012 run their last value, all that is known; where values tie
-under a pooling window the gradient is shared among them, theirs went to each.
+Deviations:
+- Images are shuffled anew in every epoch; the authors used one fixed order.
+- A batch may span two epochs; theirs ended each epoch with a short batch.
+- The bias rates of the 2010 run are lost. Those of `run4.sh`, the only plan that is written out, are used. For the 2012
+  run only the last bias rate is known; it is used throughout.
+- If values tie in a pooling window, the gradient is shared among them; theirs went to each.
 """
 
 import ml_collections
 
 import alexnet_jax
 
-_SLOW = ('conv1', 0.001, 0.1)  # layer, factors of the rates of its weights and biases
+_SLOW = ('conv1', 0.001, 0.1)  # (layer, factor of its weight rate, factor of its bias rate)
 _FROZEN = ('conv1', 0.0, 0.0)
 
-# num_epochs, epochs with color, rows of `optim.stages`: from epoch, factors of weights' and of biases' rates, layers.
+# (num_epochs, color_epochs, optim.stages); a stage is (first epoch, factor of weight rates, of bias rates, layers).
 _SCHEDULES = {
     'schedule=2010': (
         93.0,
@@ -41,7 +43,7 @@ _SCHEDULES = {
             (77, 0.001, 0.1, (_FROZEN,)),
         ),
     ),
-    'schedule=2012': (  # the last value of its biases' rates is the first one
+    'schedule=2012': (  # the only known bias rate is the last one, which equals the initial one
         91.0,
         66.0,
         (
@@ -53,7 +55,7 @@ _SCHEDULES = {
             (78, 0.001, 1.0, (_FROZEN,)),
         ),
     ),
-    'schedule=170': (  # four equal stages of 250^(-i/3); "about" 61 to 68, and 74
+    'schedule=170': (  # four equal stages, 250^(-i/3); color ends at "about" 61 to 68, conv 1 freezes at "about" 74
         95.0,
         64.0,
         (
@@ -68,26 +70,26 @@ _SCHEDULES = {
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: None, 'schedule=2010' (the same), 'schedule=2012' or 'schedule=170'."""
+    """Returns the config. arg: 'schedule=2010' (default), 'schedule=2012' or 'schedule=170'."""
     arg = arg or 'schedule=2010'
     if arg not in _SCHEDULES:
         raise ValueError(f'configs/authors_2012.py has no variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
     config = alexnet_jax.get_config('paper:init=authors')
     config.num_epochs, config.data.color_epochs, stages = _SCHEDULES[arg]
 
-    config.data.all_positions = True  # 33 x 33 x 2
+    config.data.all_positions = True  # 33 x 33 positions x 2 reflections
     config.data.draw_every = 32  # crop_chunk in convdata_jpeg.py
     config.data.mean = 'center'
     config.data.color_scale = 'std'
     config.data.color_divide = True
 
     layers = config.model.layers
-    layers.conv1.post = 'lrn pool relu'  # normalized before the ReLU
+    layers.conv1.post = 'lrn pool relu'  # normalization comes before the ReLU
     layers.conv2.post = 'relu lrn spatial_norm pool'
     layers.conv5.post = 'pool relu'
-    config.model.lrn_alpha_over_n = True  # 2e-5 on the sum
+    config.model.lrn_alpha_over_n = True  # the sum is multiplied by 2e-5
 
-    config.optim.bias_rate = 2.0  # epsB 0.02 beside epsW 0.01
+    config.optim.bias_rate = 2.0  # epsB=0.02, epsW=0.01
     config.optim.schedule = 'epochs'
     config.optim.stages = stages
     return config

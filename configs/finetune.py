@@ -1,16 +1,16 @@
-"""A few thousand pictures of one's own: the paper's network, tuned from a checkpoint or, with `:scratch`, from scratch.
+"""Fine-tunes the paper's network on a few thousand images, from a checkpoint or, with `:scratch`, from scratch.
 
     alexnet_jax finetune --input=PICTURES --output=runs/mine --init_from=runs/torchvision
 
-It is a config like any other:
+It also works with `train`:
 
     alexnet_jax train --config=finetune --workdir=runs/mine --config.data.path=DIR
 
-Defaults that suit small sets, of nobody's paper: 30 passes in batches of 64, the rate a tenth of training's (from
-scratch all of it, and 60 passes) and falling twice; `finetune` lets the new classifier learn ten times as fast.
-Weights of conv 3-5 as in the authors' code. Nobody reports an error for it.
-Here: a narrow network was tuned on 500 small pictures (docs/own_pictures.md has its top-1 error over ten views); the
-paper's network was not.
+The defaults suit small data sets and come from no paper: batches of 64, 30 epochs, a tenth of the paper's learning
+rate, and two drops. From scratch: 60 epochs at the full learning rate. The `finetune` command trains the new classifier
+with ten times that rate. Initial weights of conv 3-5 are those of the authors' code.
+No source reports an error for it. Here: a narrow network was fine-tuned on 500 small images (top-1 error over ten views
+in docs/own_pictures.md); the paper's network was not.
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ import alexnet_jax
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: None, or 'scratch'."""
+    """Returns the config. arg: None, or 'scratch'."""
     if arg not in (None, 'scratch'):
         raise ValueError(f"configs/finetune.py has no variant {arg!r}; expected 'scratch' or none.")
     config = alexnet_jax.get_config('paper:init=authors')

@@ -1,24 +1,26 @@
-"""The paper's network in large batches, with LARS.
+"""The paper's network with large batches and LARS.
 
-Sources: You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" 2017 (LARS); the rates, their
-fall and the number of epochs are those of its third author's files for Caffe (`borisgin/nvcaffe`,
+Sources: You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" 2017 (LARS). Learning rates, decay
+and number of epochs are those of the third author's Caffe files (`borisgin/nvcaffe`,
 `models/bvlc_alexnet/solver*.prototxt`).
 
     alexnet_jax train --config=large_batch:4096 --workdir=runs/large --config.data.path=DIR
 
-The argument is the batch: 1024, 4096, 8192 or 16384. --config.grad_accum_steps=8 computes it in eight parts where
-memory is short, with the same update. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
-Deviation (from these files): the rate rises evenly over five epochs, there with the square of the step over four or
-five; it then falls once an epoch, there at every update. Those for 8,192 and 16,384 clip LARS's rates; ours do not.
-Reported elsewhere (top-1, center crop): LARS's paper claims batches of 8,192 without loss of accuracy for AlexNet.
-Here: update, warm-up and parts are held against numpy and against the whole batch; it was not trained.
+The argument is the batch size: 1024, 4096, 8192 or 16384. If memory is short, --config.grad_accum_steps=8 computes the
+same update in eight microbatches. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
+
+Deviations from these files: the learning rate rises linearly over five epochs and then falls once per epoch; theirs
+rises with the square of the step over four or five epochs and falls at every update. Their files for 8,192 and 16,384
+clip the LARS rates; this config does not.
+Reported elsewhere (top-1, center crop): the LARS paper claims batches of 8,192 without loss of accuracy for AlexNet.
+Here: update, warmup and microbatches agree with NumPy and with the whole batch. It was not trained.
 """
 
 import ml_collections
 
 import alexnet_jax
 
-_RATES = {'1024': 2.0, '4096': 10.0, '8192': 10.0, '16384': 16.0}  # times trust * |w| / |gradient|
+_RATES = {'1024': 2.0, '4096': 10.0, '8192': 10.0, '16384': 16.0}  # multiplied by trust_coefficient * |w| / |gradient|
 _EPOCHS = 100
 
 

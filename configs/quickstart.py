@@ -1,9 +1,9 @@
-"""A small instance of the same network on embedded real data: 1,797 handwritten digits, enlarged from 8 to 32 px.
+"""A small AlexNet for the 1,797 handwritten digits of scikit-learn, enlarged from 8 to 32 px.
 
     alexnet_jax train --config=quickstart --workdir=runs/quickstart --cpu_devices=2
 
-Two towers where there are two devices. 1,437 images for training, 360 for validation; no reflections (a mirrored digit
-is no digit).
+The network has two towers if there are two devices. 1,437 images are for training and 360 for validation. There are no
+reflections, because a mirrored digit is not a digit.
 """
 
 import math
@@ -14,9 +14,9 @@ import alexnet_jax
 
 
 def he(inputs: int) -> float:
-    """Standard deviation that keeps the scale of activations through ReLU layers (He et al. 2015).
+    """Returns the standard deviation that preserves the scale of activations through ReLU layers (He et al. 2015).
 
-    The paper's 0.01 suits its width; these layers are an order of magnitude narrower.
+    The paper's 0.01 suits its wide layers; these layers are an order of magnitude narrower.
     """
     return math.sqrt(2 / inputs)
 
@@ -40,7 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
         ('fc7', 256, 256),
     ):
         layers[name].update(features=features, init=f'normal({he(inputs)})', bias=0.0)
-    layers.conv1.update(kernel=5, stride=1, padding=(2, 2), init=f'normal({he(5 * 5 * 3) / 64})')  # pixels: about 64
+    # Pixel values are about 64.
+    layers.conv1.update(kernel=5, stride=1, padding=(2, 2), init=f'normal({he(5 * 5 * 3) / 64})')
     layers.fc8.init = 'normal(0.05)'
     config.model.num_classes = 10
     config.optim.schedule = 'epochs'

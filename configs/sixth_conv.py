@@ -1,4 +1,4 @@
-"""A sixth convolutional layer over the last pooling layer, pre-trained on a larger ImageNet: the paper's "1 CNN*".
+"""A sixth convolutional layer after the last pooling layer, pre-trained on a larger ImageNet: the paper's "1 CNN*".
 
 Source: section 6 and table 2; net 146 of the authors' release (`layers-146*.cfg`, `layer-params-146*.cfg`). Conv 6
 has 256 kernels of 3x3 that read both towers; 61,555,304 parameters with 1,000 classes. The fully-connected layers are
@@ -6,28 +6,30 @@ fc6, fc7 and the classifier fc8.
 
     alexnet_jax train --config=sixth_conv --workdir=runs/six --config.data.path=DIR
 
-The words, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", are two commands:
+The paper's description, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", takes two commands:
 
     ... --config=sixth_conv:pretrain --workdir=runs/fall --config.data.path=FALL2011
     ... --config=sixth_conv:finetune --workdir=runs/tuned --config.data.path=DIR --config.init_from=runs/fall
 
-What was done is a chain of four; A is net 145 (configs/authors_2012.py), a backup of it at about epoch 25 to 36, then
-each with --config.init_from=the one before:
+The authors trained a chain of four networks. The first, A, is net 145 (configs/authors_2012.py), saved at about epoch
+25 to 36. Each of the others starts with --config.init_from=PREVIOUS:
 
-  argument      data                       copied              drawn anew           slowed
-  authors=2009  Fall 2009, 10,184 classes  conv1-5 (of A)      conv6, dense layers  conv1-5 at a tenth
-  authors=2011  Fall 2011, 21,843 classes  conv1-6             dense layers         conv1-6 at a tenth
-  authors=2012  ILSVRC-2012                all but classifier  classifier           all at a tenth; conv1 less, then 0
+  argument      data                       copied              reinitialized        reduced learning rate
+  authors=2009  Fall 2009, 10,184 classes  conv1-5 (of A)      conv6, dense layers  conv1-5: a tenth
+  authors=2011  Fall 2011, 21,843 classes  conv1-6             dense layers         conv1-6: a tenth
+  authors=2012  ILSVRC-2012                all but classifier  classifier           all: a tenth; conv1: less, then 0
 
-On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Every copy starts with velocity zero.
+On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Every copy starts with zero velocity.
 
-The paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. The authors' log: 38.99% and
-16.62%. Here: parameters, shapes, products and collectives are counted, and the chain was run on a small instance
-(tests/training/test_finetune.py); no part of it was trained at this size.
+Reported by the paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. Authors' log: 38.99%
+and 16.62%. Here: parameters, shapes, FLOPs and collectives are verified, and a small instance of the chain was run
+(tests/training/test_finetune.py). Nothing was trained at this size.
 
-Deviation: the paper says nothing of the rates of `finetune`; those of authors=2012's weights are taken, for biases too.
-In the chain the biases' rates are inferred: twice the weights' at first, then 0.002 (conv 1 as its weights).
-Parts of passes are taken from the diary's count of files of 1,024 images."""
+Deviations:
+- The paper does not state the learning rates of `finetune`; the weight rates of authors=2012 are used, also for biases.
+- The bias rates of the chain are inferred: twice the weight rates at first, then 0.002 (conv 1: as its weights).
+- Fractions of epochs are computed from the diary's count of files of 1,024 images.
+"""
 
 import ml_collections
 
@@ -43,7 +45,7 @@ def _tenth(names: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: None, 'init=authors' (as for paper.py), 'pretrain', 'finetune', or a link of the chain: see above."""
+    """Returns the config. arg: None, 'init=authors' (see paper.py), or one of the stages described above."""
     if arg not in _VARIANTS:
         raise ValueError(f'configs/sixth_conv.py has no variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
     authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
@@ -83,7 +85,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
         if authors:
             config.data.color_epochs = 37.0
-        else:  # biases as weights
+        else:  # biases have the rates of weights
             stages = tuple((epoch, weights, weights, layers) for epoch, weights, _, layers in stages)
         config.optim.stages = stages
     return config

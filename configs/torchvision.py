@@ -2,22 +2,23 @@
 
     alexnet_jax train --config=torchvision --workdir=runs/torchvision --config.data.path=DIR
 
-Weights that PyTorch trained come in with
+To convert weights trained with PyTorch:
 
     alexnet_jax convert --input=alexnet.pth --output=runs/torchvision
 
-It is the one-tower network of "One weird trick" (Krizhevsky 2014) with other widths: 61,100,840 parameters, no
-groups, no normalization, two pixels of padding in conv 1, dropout before the two hidden layers rather than behind
-them and scaled in training, initial values from U(-b, b) with b = inputs^-1/2, pixels divided by their standard
-deviation, crops of 8 to 100% of the area, and torch.optim.SGD, which has the rate outside the velocity and decays
-biases too.
+This is the one-tower network of "One weird trick" (Krizhevsky 2014) with other widths: 61,100,840 parameters, no
+groups, no normalization. Other differences from the paper: two pixels of padding in conv 1; dropout before the two
+hidden dense layers instead of after them, scaled in training; initial values from U(-b, b) with b = inputs^-1/2; pixels
+divided by their standard deviation; crops of 8 to 100% of the area; torch.optim.SGD, which applies the learning rate
+outside the velocity and decays biases too.
 
-The source reports, ILSVRC-2012 validation set, center crop: 56.52% top-1 and 79.07% top-5 accuracy (43.48% and 20.93%
-error).
-Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py); it was not trained.
+Reported by the source, ILSVRC-2012 validation set, center crop: 56.52% top-1 and 79.07% top-5 accuracy (43.48% and
+20.93% error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not
+trained.
 
-Deviation: crops are taken from the prepared squares of 256 px, theirs from the whole image; the mean color is that
-of the training data (theirs is fixed: 123.7, 116.3, 103.5)."""
+Deviations: crops are taken from the prepared squares of 256 px, theirs from the whole image. The mean color is that of
+the training data; theirs is fixed: 123.7, 116.3, 103.5.
+"""
 
 import ml_collections
 
@@ -26,12 +27,12 @@ import alexnet_jax
 
 def get_config() -> ml_collections.ConfigDict:
     config = alexnet_jax.get_config('paper')
-    config.batch_size = 256  # 8 devices of 32
+    config.batch_size = 256  # 8 devices with 32 each
     config.num_epochs = 90.0
 
     config.data.crop_area = (0.08, 1.0)
     config.data.mean = 'channel'
-    config.data.pixel_std = (58.395, 57.12, 57.375)  # 255 times 0.229, 0.224, 0.225
+    config.data.pixel_std = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
     config.data.color_std = 0.0
 
     layers = config.model.layers

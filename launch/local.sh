@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on N processes of this machine: launch/local.sh N --config=... --workdir=... [--cpu_devices=1]
-# Process i has GPU i. (One process alone drives all GPUs, which is simpler: alexnet_jax train.)
-# SIGTERM and Ctrl-C reach every process. When one fails, the others are ended; its exit code is that of the script.
+# Trains with N processes on this machine: launch/local.sh N --config=... --workdir=... [--cpu_devices=1]
+# Process i uses GPU i. (`alexnet_jax train` is simpler: a single process uses all GPUs.)
+# SIGTERM and Ctrl-C are forwarded to all processes. If one fails, the script stops the others and exits with its code.
 set -u
 count=${1:-}
 [[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: N is '$count'; usage: $0 N ARGS... (N processes of alexnet_jax train)" >&2; exit 2; }
@@ -14,7 +14,7 @@ trap 'signaled=1; kill -TERM $(jobs -rp) 2>/dev/null' TERM
 trap 'signaled=1; kill -INT $(jobs -rp) 2>/dev/null' INT
 pids=()
 for ((i = 0; i < count; i++)); do
-  # A script's background jobs ignore Ctrl-C, unless they are told not to.
+  # Background jobs of a script ignore Ctrl-C by default.
   (trap - INT; JAX_PROCESS_ID=$i JAX_LOCAL_DEVICE_IDS=$i exec "$python" -m alexnet_jax.main "$@") &
   pids+=($!)
 done
@@ -23,20 +23,20 @@ while [[ $(jobs -rp) ]]; do
   signaled=
   wait -n
   status=$?
-  [[ $signaled ]] && continue # a signal ends `wait` too
+  [[ $signaled ]] && continue # `wait` also returns on a signal
   ((status == 0 || status == 127 || code != 0)) && continue
   code=$status
-  # After SIGTERM all save and end by themselves; after any other end the rest would wait for the one that is gone.
+  # After SIGTERM (143) all processes save and exit by themselves. After a failure the others would wait forever.
   ((code == 143)) && grace=60 || grace=2
   left=$(jobs -rp)
   if [[ $left ]]; then
-    # shellcheck disable=SC2086 # several processes
+    # shellcheck disable=SC2086 # $left is a list of process ids
     (trap 'kill $!; exit' TERM; sleep "$grace" & wait $!; kill -KILL $left) >/dev/null 2>&1 &
     killer=$!
     disown "$killer"
   fi
 done
-for pid in "${pids[@]}"; do # those that ended between two looks
+for pid in "${pids[@]}"; do # processes that exited between two calls of `wait -n`
   wait "$pid" 2>/dev/null
   status=$?
   ((status == 127 || code != 0)) || code=$status

@@ -97,7 +97,7 @@ def test_images_of_the_inputs_size_are_not_cropped(setup):
     ('batch', 'message'),
     [
         ({'image': np.zeros((8, 32, 32, 3)), 'label': np.zeros(8, int)}, 'images are float64 of shape'),
-        (_arrays(8, 31), r'expected uint8 of \(N, S, S, 3\), S = 32, which is cropped, or 28, which is not'),
+        (_arrays(8, 31), r'expected uint8 of shape \(N, S, S, 3\), with S=32 \(to be cropped\) or S=28'),
         ({'image': np.zeros((8, 32, 32), np.uint8), 'label': np.zeros(8, int)}, 'images are uint8 of shape'),
         (_arrays(0), 'the batch has 0 images, 0 labels and 0 weights'),
         (_arrays(8) | {'label': np.zeros(7, int)}, 'the batch has 8 images, 7 labels and 8 weights'),
@@ -122,7 +122,7 @@ def test_dropout_by_a_key_is_dropout_by_its_masks():
 
     chex.assert_trees_all_equal(apply(train=True, rng=key), apply(model.dropout_masks(network, key, 2, helpers.SIZE)))
     assert not np.allclose(apply(train=True, rng=key), apply())
-    with pytest.raises(UserError, match='train=True draws dropout masks; give rng'):
+    with pytest.raises(UserError, match='train=True needs a random key for dropout; pass rng'):
         apply(train=True)
 
 

@@ -376,7 +376,7 @@ def test_safetensors(examples, read):
     config = manager.config_to_json(get_config('torchvision'))
     config = fit.fit_config(
         {key: config[key] for key in ('model', 'data')},
-        weight_file.WeightFile('', weight_file.pair_tensors('', _tensors())),
+        weight_file.WeightFile('', weight_file.pair_tensors(_tensors())),
     )
     own = {'config': config, 'class_names': ['a', 'b', 'c'], 'record_size': 230}
 

@@ -1,4 +1,4 @@
-"""The launchers: Slurm's script with stand-ins for its commands, the other files as far as they can be read."""
+"""Launch scripts: slurm.sh with fake Slurm commands, local.sh, and static checks of the other files."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from alexnet_jax.utils.config_files import get_config
 from tests import ROOT
 
 LAUNCH = ROOT / 'launch'
-# What the script uses of Slurm: tasks with a number each, the exit code of the worst, a list of hosts, the queue.
-# srun gives each task one core unless it is told the number again.
+# Fakes of the Slurm commands that the script uses. srun numbers the tasks, returns their highest exit code, and gives
+# each task one core unless --cpus-per-task is repeated. scontrol lists hosts and requeues the job.
 SRUN = """#!/usr/bin/env python3
 import os, subprocess, sys
 words = [word for word in sys.argv[1:] if not word.startswith(('--kill', '--wait', '--cpus'))]
@@ -54,7 +54,7 @@ def _slurm(tmp_path, *words, task=None, **here):
 
 
 def _task(tmp_path, end: str):
-    """In place of Python: says what it was given, and ends."""
+    """Writes a script that replaces Python: it prints its settings and arguments, then runs `end`."""
     path = tmp_path / 'task'
     path.write_text(
         '#!/bin/sh\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $@"\n' + end + '\n'
@@ -63,17 +63,17 @@ def _task(tmp_path, end: str):
     return str(path)
 
 
-def test_slurm_gives_each_task_its_number_and_its_arguments_whole(tmp_path):
+def test_slurm_passes_task_numbers_and_arguments(tmp_path):
     done = _slurm(tmp_path, '--config=a b', '--workdir=$HOME', task=_task(tmp_path, 'exit 0'))
     assert done.returncode == 0 and not (tmp_path / 'queue').exists()
-    said = sorted(done.stdout.splitlines())
+    lines = sorted(done.stdout.splitlines())
     port = 20000 + os.getpid() % 20000
     expected = '{} of 2 at 127.0.0.1:' + str(port) + ': -m alexnet_jax.main --config=a b --workdir=$HOME'
-    assert said == [expected.format(0), expected.format(1)]
+    assert lines == [expected.format(0), expected.format(1)]
 
 
 @pytest.mark.parametrize(('code', 'requeued'), [(143, True), (2, False), (1, False)])
-def test_slurm_puts_back_what_was_told_to_stop(tmp_path, code, requeued):
+def test_slurm_requeues_a_job_stopped_by_sigterm(tmp_path, code, requeued):
     done = _slurm(tmp_path, task=_task(tmp_path, f'[ "$JAX_PROCESS_ID" = 0 ] || exit {code}'))
     assert done.returncode == code
     assert (tmp_path / 'queue').exists() == requeued
@@ -86,13 +86,13 @@ import sys
 import jax
 from alexnet_jax.commands import app
 app.set_up_jax(cpu_devices=1)
-sys.stdout.write('GPUs: ' + jax.config.values['jax_cuda_visible_devices'] + '\\n')  # in one go: two tasks share it
+sys.stdout.write('GPUs: ' + jax.config.values['jax_cuda_visible_devices'] + '\\n')  # one write: two tasks share it
 """
 
 
 @pytest.mark.slow
-def test_under_slurm_a_task_has_all_gpus_of_its_node(tmp_path):
-    """JAX, left to itself, would take SLURM_LOCALID for the number of the only one."""
+def test_slurm_task_uses_all_gpus_of_its_node(tmp_path):
+    """By default JAX would use only the GPU with the number SLURM_LOCALID."""
     task = tmp_path / 'task'
     task.write_text(_DEVICES.format(python=sys.executable))
     task.chmod(0o755)
@@ -101,10 +101,10 @@ def test_under_slurm_a_task_has_all_gpus_of_its_node(tmp_path):
     assert done.stdout.splitlines() == ['GPUs: all'] * 2
 
 
-def _said_by_two(tmp_path, what):
-    """Printed by two processes of launch/local.sh which do that instead of training."""
+def _output_of_two(tmp_path, command):
+    """Returns the output of launch/local.sh with two processes that run a shell command instead of training."""
     task = tmp_path / 'task'
-    task.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n{what}\n')
+    task.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n{command}\n')
     task.chmod(0o755)
     here = {**os.environ, 'PYTHON': str(task)}
     done = subprocess.run([str(LAUNCH / 'local.sh'), '2'], env=here, capture_output=True, text=True)
@@ -112,65 +112,65 @@ def _said_by_two(tmp_path, what):
     return done.stdout
 
 
-def test_of_several_processes_on_one_machine_each_has_a_gpu_and_knows_their_number(tmp_path):
-    said = _said_by_two(tmp_path, 'echo "GPU $JAX_LOCAL_DEVICE_IDS, one of $LOCAL_WORLD_SIZE"')
-    assert sorted(said.splitlines()) == [f'GPU {i}, one of 2' for i in (0, 1)]
+def test_local_processes_have_one_gpu_each_and_know_their_count(tmp_path):
+    output = _output_of_two(tmp_path, 'echo "GPU $JAX_LOCAL_DEVICE_IDS, one of $LOCAL_WORLD_SIZE"')
+    assert sorted(output.splitlines()) == [f'GPU {i}, one of 2' for i in (0, 1)]
 
 
-def test_ctrl_c_reaches_the_processes_of_a_machine_from_their_beginning(tmp_path):
-    asked = "import os, signal; os.write(1, b'%r ' % (signal.getsignal(signal.SIGINT) == signal.default_int_handler))"
-    assert _said_by_two(tmp_path, f'exec {sys.executable} -c "{asked}"').split() == ['True', 'True']
+def test_local_processes_handle_ctrl_c_from_their_start(tmp_path):
+    code = "import os, signal; os.write(1, b'%r ' % (signal.getsignal(signal.SIGINT) == signal.default_int_handler))"
+    assert _output_of_two(tmp_path, f'exec {sys.executable} -c "{code}"').split() == ['True', 'True']
 
 
 @pytest.mark.slow
-def test_slurm_trains_on_two_processes_as_one_would(tmp_path):
+def test_slurm_with_two_processes_trains_as_one_process(tmp_path):
     options = ('--config=tests/faults/config.py', '--config.num_steps=12', '--cpu_devices=1')
     home = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_COMPILATION_CACHE_DIR': None}
     done = _slurm(tmp_path, *options, f'--workdir={tmp_path}/two', '--config.mesh.data=2', **home)
     assert done.returncode == 0, done.stderr[-3000:]
-    # One machine would wait for programs that another has in a home of its own.
+    # A compilation cache in the home folder may not be shared; one machine would wait for programs of another.
     assert not os.path.exists(home['XDG_CACHE_HOME'])
     one = [sys.executable, '-m', 'alexnet_jax.main', *options, f'--workdir={tmp_path}/one']
     subprocess.run(one, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, capture_output=True)
     two, one = ([json.loads(line) for line in open(tmp_path / name / 'metrics.jsonl')] for name in ('two', 'one'))
     assert [line['step'] for line in two] == [line['step'] for line in one]
-    # Float32's last bits, in an order of their own, grow fast in so small a network; to the end, to 1e-9 in float64:
-    # tests/training/test_survival.py.
+    # Float32 rounding differences grow fast in so small a network. tests/training/test_survival.py compares all steps
+    # to 1e-9 in float64.
     for a, b in zip(two[:2], one[:2], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 
 
-def _looked_at_by(tool, *words):
-    """By a tool that may not be installed: `pip install -e '.[lint]'`."""
-    found = shutil.which(tool, path=os.pathsep.join((os.path.dirname(sys.executable), os.environ['PATH'])))
-    if found is None:
+def _check_with(tool, *words):
+    """Runs a linter; skips the test if it is not installed (`pip install -e '.[lint]'`)."""
+    path = shutil.which(tool, path=os.pathsep.join((os.path.dirname(sys.executable), os.environ['PATH'])))
+    if path is None:
         pytest.skip(f'needs {tool}, which is not installed')
-    done = subprocess.run([found, *words], capture_output=True, text=True)
+    done = subprocess.run([path, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize('name', ['local.sh', 'slurm.sh'])
-def test_scripts_are_shells(name):
+def test_shell_scripts_pass_shellcheck(name):
     subprocess.run(['bash', '-n', str(LAUNCH / name)], check=True)
-    _looked_at_by('shellcheck', str(LAUNCH / name))
+    _check_with('shellcheck', str(LAUNCH / name))
 
 
-def test_the_dockerfile_is_one():
-    _looked_at_by('hadolint', str(LAUNCH / 'Dockerfile'))
+def test_dockerfile_passes_hadolint():
+    _check_with('hadolint', str(LAUNCH / 'Dockerfile'))
 
 
-def test_kubernetes_takes_the_job_in_the_jobset(tmp_path):
-    """JobSet's own fields have no schema here; the Job in it has Kubernetes'."""
+def test_job_in_the_jobset_is_valid_kubernetes(tmp_path):
+    """JobSet has no schema here, so only its Job is validated, against that of Kubernetes."""
     (job,) = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())['spec']['replicatedJobs']
     whole = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': job['name']}, **job['template']}
     (tmp_path / 'job.yaml').write_text(yaml.safe_dump(whole))
-    _looked_at_by('kubernetes-validate', '--strict', str(tmp_path / 'job.yaml'))
+    _check_with('kubernetes-validate', '--strict', str(tmp_path / 'job.yaml'))
 
 
-def test_the_jobset_agrees_with_itself_and_with_the_command():
-    found = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
-    name = found['metadata']['name']
-    (job,) = found['spec']['replicatedJobs']
+def test_jobset_is_consistent():
+    jobset = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
+    name = jobset['metadata']['name']
+    (job,) = jobset['spec']['replicatedJobs']
     spec = job['template']['spec']
     pod = spec['template']['spec']
     (container,) = pod['containers']
@@ -178,13 +178,13 @@ def test_the_jobset_agrees_with_itself_and_with_the_command():
     assert set(environment) == {'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'}
     assert spec['parallelism'] == spec['completions'] == int(environment['JAX_NUM_PROCESSES']['value'])
     assert spec['completionMode'] == 'Indexed'
-    # JobSet calls its pods JOBSET-JOB-REPLICA-INDEX, in a domain of the JobSet's name.
+    # JobSet names its pods JOBSET-JOB-REPLICA-INDEX, in a domain with the JobSet's name.
     assert environment['JAX_COORDINATOR_ADDRESS']['value'].split(':')[0] == f'{name}-{job["name"]}-0-0.{name}'
     assert {mount['name'] for mount in container['volumeMounts']} == {volume['name'] for volume in pod['volumes']}
     assert container['args'][0] == 'train' and get_config(container['args'][1].removeprefix('--config='))
 
 
-def test_the_image_has_what_the_package_is_built_from():
+def test_dockerfile_copies_the_sources_of_the_package():
     text = (LAUNCH / 'Dockerfile').read_text()
     copied = {word for line in re.findall(r'^COPY (.*) \S+$', text, re.M) for word in line.split()}
     assert {'pyproject.toml', 'README.md', 'LICENSE', 'alexnet_jax', 'configs'} == copied

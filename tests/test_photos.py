@@ -1,4 +1,4 @@
-"""Weights that PyTorch made, through our commands on original ImageNet photos: PyTorch's probabilities."""
+"""The commands, with weights converted from PyTorch, agree with PyTorch on original ImageNet photos."""
 
 import io
 import json
@@ -21,7 +21,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 def _net():
-    """torchvision's AlexNet, with a classifier that is sure of something."""
+    """Builds torchvision's AlexNet with a scaled classifier, so that probabilities are not uniform."""
     torch.manual_seed(0)
     net = nn.Module()
     net.features = nn.Sequential(
@@ -39,15 +39,15 @@ def _net():
 
 
 def _probabilities(net, images_NHWC):
-    """Of uint8 images of 224 px: ToTensor, Normalize, softmax."""
+    """Applies ToTensor, Normalize, the network and softmax to uint8 images of 224 px."""
     x = (np.asarray(images_NHWC) / 255 - MEAN) / STD
     with torch.no_grad():
         x = torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2)
         return torch.softmax(net.classifier(net.features(x).flatten(1)), 1).double().numpy()
 
 
-def _ten(image):
-    """Corners and center, then their mirror images, as torchvision's TenCrop."""
+def _ten_crops(image):
+    """Returns the corners and the center, then their reflections, as torchvision's TenCrop."""
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     five = [image[y : y + 224, x : x + 224] for y, x in corners]
     return five + [view[:, ::-1] for view in five]
@@ -69,7 +69,7 @@ def converted(tmp_path_factory):
     return net, f'{folder}/alexnet'
 
 
-def test_predict(converted, imagenet_tar, tmp_path):
+def test_predict_agrees_with_pytorch(converted, imagenet_tar, tmp_path):
     net, checkpoint = converted
     with tarfile.open(imagenet_tar) as archive:
         for member in archive.getmembers()[:200:40]:
@@ -86,19 +86,19 @@ def test_predict(converted, imagenet_tar, tmp_path):
         squares.append(np.asarray(image.crop((left, top, left + 256, top + 256))))
     for views in (1, 10):
         lines = _run('predict', f'--checkpoint={checkpoint}', str(tmp_path), f'--views={views}', '--top=1000', '--json')
-        cuts = [[square[16:240, 16:240]] if views == 1 else _ten(square) for square in squares]
-        expected = [_probabilities(net, cut).mean(0) for cut in cuts]
+        crops = [[square[16:240, 16:240]] if views == 1 else _ten_crops(square) for square in squares]
+        expected = [_probabilities(net, crop).mean(0) for crop in crops]
         assert [json.loads(line)['file'] for line in lines] == [str(path) for path in files]
         for line, p in zip(map(json.loads, lines), expected, strict=True):
             found = {row['index']: row['probability'] for row in line['top']}
             found = np.array([found[i] for i in range(1000)])
             assert p.max() > 0.01  # not the uniform distribution
-            # A level of gray more or less here and there: Pillow rounds between its two passes.
+            # Pixels may differ by one level, because Pillow rounds between its two passes.
             np.testing.assert_allclose(found, p, rtol=0.02)
 
 
 @pytest.mark.parametrize('views', [1, 10])
-def test_evaluate(converted, imagenet_tar, tmp_path, views):
+def test_evaluate_agrees_with_pytorch(converted, imagenet_tar, tmp_path, views):
     net, checkpoint = converted
     prepared = f'{tmp_path}/photos'
     _run('prepare', f'--input={imagenet_tar}', f'--output={prepared}', '--val_fraction=0.06')
@@ -109,8 +109,8 @@ def test_evaluate(converted, imagenet_tar, tmp_path, views):
         [cache.decode(record, 256) for record in records],
         np.array([record['label'] for record in records]),
     )
-    cuts = [[image[16:240, 16:240]] if views == 1 else _ten(image) for image in images]
-    p = np.stack([_probabilities(net, cut).mean(0) for cut in cuts])
+    crops = [[image[16:240, 16:240]] if views == 1 else _ten_crops(image) for image in images]
+    p = np.stack([_probabilities(net, crop).mean(0) for crop in crops])
     rank = (p > p[np.arange(len(p)), labels][:, None]).sum(1)
     assert found['count'] == len(records) == 60
     np.testing.assert_allclose(found['loss'], -np.log(p[np.arange(60), labels]).mean(), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What a compiled step reads and writes, layer by layer, and how fast it can be; for GPUs that are not at hand, too."""
+"""Computes FLOPs, memory traffic and roofline time of a compiled step per layer, also for GPUs that are not present."""
 
 import math
 import re
@@ -13,11 +13,10 @@ from alexnet_jax.core import architecture, sharding
 from alexnet_jax.training import build
 from alexnet_jax.utils.errors import UserError
 
-OTHER = 'other'  # operations that belong to no layer
-# What a device can do a second, by JAX's name for it: operations of products by precision, and bytes. From the data
-# sheet, without sparsity.
+OTHER = 'other'  # scope of operations that belong to no layer
+# Peak FLOP/s of matrix products by precision, and memory bytes/s, by JAX's device name; data sheet, without sparsity.
 PEAKS = {'NVIDIA H200': {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12, 'bytes': 4.8e12}}
-# What XLA asks of a device to compile for it; from the data sheet and CUDA's programming guide (compute capability 9).
+# Device descriptions for XLA; from the data sheet and the CUDA programming guide (compute capability 9).
 _DESCRIPTIONS = {
     'h200': """
         gpu_device_info {
@@ -34,58 +33,59 @@ _DESCRIPTIONS = {
 }
 
 
-def topology_devices(what: str) -> list:
-    """Devices of one host to compile for, which need not be there: nothing can be put on them.
+def topology_devices(target: str) -> list:
+    """Returns devices of one host for compilation only. They need not exist; no array can be put on them.
 
-    Where none are there set `jax_platforms` to 'cpu' first: else JAX looks for them, and gives its compiler up.
+    If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX searches for GPUs and drops the CUDA compiler.
 
-    what: 'h200', or several: '2xh200'. Raises UserError for another device, or where the compiler for it, a part of
-    the extras `cuda12` and `cuda13`, is not installed.
+    target: a device, 'h200', or a count and a device, '2xh200'. Raises UserError if the device is unknown or if its
+    compiler, part of the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
 
-    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', what)
+    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', target)
     if not match or match[2] not in _DESCRIPTIONS:
-        raise UserError(f'--compile_for={what}; expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
-    count, name = match.groups(default='1')
+        raise UserError(f'--compile_for={target}: expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
+    options = {'topology': f'1x1x{match[1] or 1}', 'target_config': _DESCRIPTIONS[match[2]]}
     try:
-        shape, description = f'1x1x{count}', _DESCRIPTIONS[name]
-        return list(topologies.get_topology_desc(platform='cuda', target_config=description, topology=shape).devices)
+        return list(topologies.get_topology_desc(platform='cuda', **options).devices)
     except (NotImplementedError, RuntimeError) as error:
-        needed = "JAX's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda12]'"
-        raise UserError(f'--compile_for={what} needs {needed} ({error}).') from error
+        raise UserError(
+            f"--compile_for={target} needs JAX's compiler for NVIDIA GPUs: pip install -e '.[cuda12]' ({error})."
+        ) from error
 
 
 def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
-    """Compiles the training step of `setup`, from `build.build`; returns it, and what is known of it before it runs.
+    """Compiles the training step of `setup`, from `build.build`, without running it. Returns (compiled step, facts).
 
-    That is 'compile_seconds', 'flops' (of the products for an image), 'bytes' (planned on a device: arguments and what
-    lies in between), 'collectives' (see `collective_bytes`) and 'layers' (see `by_layer`).
+    The facts are 'compile_seconds', 'flops' (matrix products, per image), 'bytes' (device memory planned for arguments
+    and temporaries), 'collectives' (see `collective_bytes`) and 'layers' (see `by_layer`).
 
-    precision: of the products: 'float32', 'tf32' or 'bfloat16'. arguments: of the step, or their shapes.
+    precision: of matrix products: 'float32', 'tf32' or 'bfloat16'. arguments: arguments of the step, or their shapes.
     """
     began = time.perf_counter()
     compiled = setup.steps.train_step.lower(*arguments).compile()
-    took, text, planned = time.perf_counter() - began, compiled.as_text(), compiled.memory_analysis()
-    rows = by_layer(setup, text, precision)
+    seconds = time.perf_counter() - began
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    layers = by_layer(setup, text, precision)
     return compiled, {
-        'compile_seconds': round(took, 1),
-        'flops': rows['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # an image's
-        'bytes': planned.argument_size_in_bytes + planned.temp_size_in_bytes if planned else None,
+        'compile_seconds': round(seconds, 1),
+        'flops': layers['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # per image
+        'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
         'collectives': collective_bytes(text, setup.mesh.size) if setup.mesh.size > 1 else {},
-        'layers': rows,
+        'layers': layers,
     }
 
 
-def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, Any]:
-    """What is known of a training step that is compiled for devices which need not be there.
+def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, Any]:
+    """Returns the facts of `compile_step` for devices that need not exist, and 'device' (kind) and 'devices' (count).
 
-    config, dataset: as for `build.build`. what: as for `topology_devices`. Raises UserError as they do, and where the
-    config keeps its images on a device.
+    config, dataset: as for `build.build`. target: as for `topology_devices`. Raises UserError as they do, and if the
+    config caches images on a device.
     """
     if config.data.cache == 'device':
-        raise UserError("--compile_for has no device to keep images on; use --config.data.cache=''.")
-    devices = topology_devices(what)
+        raise UserError("--config.data.cache=device is not possible with --compile_for; use --config.data.cache=''.")
+    devices = topology_devices(target)
     setup = build.build(config, dataset, devices=devices)
     batches = setup.train_batches(0)
     batch = sharding.shape_structs(next(batches), sharding.batch_sharding(setup.mesh))
@@ -96,42 +96,43 @@ def compile_step_for(config, dataset, precision: str, what: str) -> dict[str, An
 
 
 class HloOp(NamedTuple):
-    """A step of a compiled program that runs by itself: a fusion, a library's call, an operation left alone."""
+    """An operation that a compiled program runs as one unit: a fusion, a library call or a single instruction."""
 
-    scope: str  # of `jax.named_scope`, the outermost of those asked for
-    product: bool  # a convolution or a product of matrices
+    scope: str  # outermost requested `jax.named_scope`, or `OTHER`
+    product: bool  # whether it is a convolution or a matrix product
     bytes: float  # read and written
 
 
 def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
-    """What a program runs, with the bytes that pass between it and memory, if nothing stays in a cache.
+    """Returns the operations of a program with their memory traffic, assuming that nothing stays in a cache.
 
-    An array that is only cut into counts with what is cut out, one that is changed in place in full. Loops count as
-    often as they run, where XLA knows; branches are not looked into.
+    A slice of an array counts with the size of the slice, an in-place update with the size of the whole array. Loop
+    bodies count once per iteration if XLA knows the trip count. Branches are not analyzed.
 
-    compiled_text: `jit(f).lower(...).compile().as_text()`. scopes: names of `jax.named_scope` to tell apart.
+    compiled_text: `jit(f).lower(...).compile().as_text()`. scopes: names of `jax.named_scope` to distinguish.
     """
-    return list(_hlo_ops(*_programs(compiled_text), scopes, 1))
+    return list(_hlo_ops(*_parse_computations(compiled_text), scopes, 1))
 
 
 class _Instruction(NamedTuple):
     name: str
     shape: str
-    bytes: int  # of what it writes
+    bytes: int  # written
     kind: str
     operands: list[str]
-    rest: str  # of the line
+    rest: str  # of the line: attributes and metadata
 
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
+# Instructions without memory traffic.
 _FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
-_CUTS = {'slice', 'dynamic-slice', 'gather'}
+_SLICES = {'slice', 'dynamic-slice', 'gather'}
 _PRODUCTS = {'convolution', 'dot'}
 _PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
 
 
-def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Every computation's instructions, by name; and the name of the one that is run."""
+def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Returns the instructions of every computation by name, and the name of the entry computation."""
     programs: dict[str, list[_Instruction]] = {}
     current, entry = None, ''
     for line in text.splitlines():
@@ -140,7 +141,7 @@ def _programs(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif current is not None and (parts := _INSTRUCTION.match(line)):
             name, shape, kind, operands, rest = parts.groups()
-            names = re.findall(r'%([\w.\-]+)', operands) or [operands]  # a parameter has its number there
+            names = re.findall(r'%([\w.\-]+)', operands) or [operands]  # a parameter has its number as operand
             current.append(_Instruction(name, shape, sum(array_bytes(shape)), kind, names, rest))
     return programs, entry
 
@@ -156,25 +157,27 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
             yield from _hlo_ops(programs, called[0], scopes, times * int(trip_count[1] if trip_count else 1))
             continue
         inside = programs.get(called[0], []) if op.kind == 'fusion' else []
-        read = [_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        read = [_bytes_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        # The scopes of the instruction itself come before those of the instructions inside.
         paths = [path for part in (op, *inside) for path in re.findall(r'op_name="([^"]*)"', part.rest)]
-        matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]  # its own come first
+        matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]
         product = any(part.kind in _PRODUCTS for part in (op, *inside)) or bool(_PRODUCT_CALL.search(op.rest))
         written = op.bytes
         if op.kind.endswith('-start') and op.kind != 'all-reduce-start' and op.shape.startswith('('):
-            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # listed with what comes out
+            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # repeated in the output
         yield HloOp(matches[0] if matches else OTHER, product, times * (written + sum(read)))
 
 
-def _read(size: int, number: int, inside: list[_Instruction]) -> int:
-    """Bytes a fusion reads of its operand of that number: less than its size, if it only cuts into it."""
-    aliases, cut = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}, 0
+def _bytes_read(size: int, number: int, inside: list[_Instruction]) -> int:
+    """Returns the bytes that a fusion reads of operand `number`: less than its size if the fusion only slices it."""
+    aliases = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}
+    cut = 0
     for op in inside:
         if not aliases & set(op.operands):
             continue
         if op.kind == 'bitcast':
             aliases.add(op.name)
-        elif op.kind in _CUTS and op.operands[0] in aliases:
+        elif op.kind in _SLICES and op.operands[0] in aliases:
             cut += op.bytes
         else:
             return size
@@ -182,13 +185,13 @@ def _read(size: int, number: int, inside: list[_Instruction]) -> int:
 
 
 def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, float]]:
-    """What each layer of a compiled training step computes and moves, input and update beside them, and all together.
+    """Returns cost per device of each layer, of 'masks', 'input' and 'update', and of 'all' together.
 
-    The numbers are per device. 'roofline_us', where the device's peaks are known, is the time for its products (their
-    operations or their bytes, whichever take longer) and for the bytes of all else.
+    If the peaks of the device are known, each row has 'roofline_us': the time for the products (limited by compute or
+    by memory) plus the time for all other memory traffic.
     """
     costs = architecture.infer_shapes(setup.network, setup.augmentation.image_size)
-    first = next(iter(costs))  # no gradient reaches the pixels
+    first = next(iter(costs))  # the first layer needs no gradient of its input
     images = setup.config.batch_size / setup.mesh.size
     flops = {name: (2 if name == first else 3) * cost.flops * images for name, cost in costs.items()}
     products: defaultdict[str, float] = defaultdict(float)
@@ -206,13 +209,13 @@ def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, f
 
 
 _COLUMNS = (  # key of a row, title, unit
-    ('flops', 'GFLOP', 1e9), ('product_bytes', 'MB, products', 1e6), ('other_bytes', 'MB, the rest', 1e6),
+    ('flops', 'GFLOP', 1e9), ('product_bytes', 'MB, products', 1e6), ('other_bytes', 'MB, other', 1e6),
     ('roofline_us', 'roofline us', 1),
 )  # fmt: skip
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Lines that show what `by_layer` found."""
+    """Formats the rows of `by_layer` as lines of text."""
     columns = [column for column in _COLUMNS if column[0] in rows['all']]
     lines = [f'{"":8}' + ''.join(f'{title:>14}' for _, title, _ in columns)]
     for name, row in rows.items():
@@ -224,21 +227,21 @@ _COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collect
 
 
 def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
-    """What a compiled program sends between devices: {operation: (how often, bytes that a device receives)}.
+    """Returns the communication of a compiled program: {operation: (count, bytes received per device)}.
 
-    Counted as for rings, the least there is: of what n devices gather each receives the share of n - 1 others; a sum
-    that all get costs that twice, one that is sharded once.
+    Ring algorithms are assumed, which need the least traffic: with n devices, an all-gather receives the shares of the
+    n - 1 other devices, an all-reduce twice that and a reduce-scatter once.
 
-    compiled_text: `jit(f).lower(...).compile().as_text()`. devices: how many the program runs on.
+    compiled_text: as for `hlo_ops`. devices: number of devices the program runs on.
     """
     collectives: dict[str, tuple[int, float]] = {}
     for match in re.finditer(_COLLECTIVE, compiled_text):
         shapes, name, asynchronous, rest = match.groups()
         arrays = array_bytes(shapes)
         if asynchronous and name == 'collective-permute':
-            arrays = arrays[1:2]  # (what goes in, what comes out, two counters)
+            arrays = arrays[1:2]  # (input, output, two counters)
         elif asynchronous and name != 'all-reduce':
-            arrays = arrays[len(arrays) // 2 :]  # (what goes in, what comes out)
+            arrays = arrays[len(arrays) // 2 :]  # (inputs, outputs)
         group = _group_size(rest, devices)
         share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
         count, total = collectives.get(name, (0, 0.0))
@@ -247,7 +250,7 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Bytes of each array in an HLO shape: 'f32[2,3]{1,0}', or a tuple of such. A token has none."""
+    """Returns the bytes of each array in an HLO shape such as 'f32[2,3]{1,0}' or a tuple. A token has none."""
     return [
         (1 if kind == 'pred' else int(bits or 0) // 8) * math.prod(map(int, re.findall(r'\d+', sides)))
         for kind, bits, sides in re.findall(r'\b([a-z]+)(\d*)\[([\d,]*)\]', shape)

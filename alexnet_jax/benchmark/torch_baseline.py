@@ -1,4 +1,4 @@
-"""PyTorch in the benchmark: the same network, update and input, as its users write them. Needs the extra `oracle`."""
+"""PyTorch baseline: the same network, update and input in idiomatic PyTorch. Requires the extra `oracle`."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ _DEVICE = torch.device('cuda' if _GPU else 'cpu')
 
 
 class Net(nn.Sequential):
-    """The table of a network in NCHW: grouped convolutions, normalization within its groups, pooling, dropout."""
+    """An `AlexNet` in PyTorch (NCHW)."""
 
     def __init__(self, network: AlexNet, image_size: int):
         operations = {
@@ -43,19 +43,21 @@ class Net(nn.Sequential):
             'dropout': lambda: nn.Dropout(network.dropout_rate),
         }
         modules, shapes = [], architecture.infer_shapes(network, image_size)
-        for name, row in network.layers.items():
-            grouped = isinstance(row, DenseSpec) and row.groups > 1
-            if grouped or isinstance(row, LocalSpec) or set(row.ops) - operations.keys():
-                raise UserError(f'--against=torch: PyTorch has nothing like {name}, {row}; use another --config.')
+        for name, spec in network.layers.items():
+            grouped = isinstance(spec, DenseSpec) and spec.groups > 1
+            if grouped or isinstance(spec, LocalSpec) or set(spec.ops) - operations.keys():
+                raise UserError(f'--against=torch: no PyTorch equivalent of {name}, {spec}; use another --config.')
             inputs = shapes[name].inputs
-            if isinstance(row, ConvSpec):
-                before, after = row.padding
+            if isinstance(spec, ConvSpec):
+                before, after = spec.padding
                 padding = before if before == after else 0
                 modules += [] if before == after else [nn.ZeroPad2d((before, after, before, after))]
-                modules.append(nn.Conv2d(inputs[-1], row.features, row.kernel, row.stride, padding, groups=row.groups))
+                modules.append(
+                    nn.Conv2d(inputs[-1], spec.features, spec.kernel, spec.stride, padding, groups=spec.groups)
+                )
             else:
-                modules += [nn.Flatten(), nn.Linear(math.prod(inputs), row.features)]
-            modules += [operations[operation]() for operation in row.ops]
+                modules += [nn.Flatten(), nn.Linear(math.prod(inputs), spec.features)]
+            modules += [operations[operation]() for operation in spec.ops]
         super().__init__(*modules)
         self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
 
@@ -65,7 +67,7 @@ class _GroupedNorm(nn.Module):
 
     def __init__(self, network: AlexNet):
         super().__init__()
-        alpha = network.lrn_alpha * (1 if network.lrn_alpha_over_n else network.lrn_n)  # PyTorch divides it by n
+        alpha = network.lrn_alpha * (1 if network.lrn_alpha_over_n else network.lrn_n)  # PyTorch divides alpha by n
         self.groups = network.norm_groups
         self.norm = nn.LocalResponseNorm(network.lrn_n, alpha, network.lrn_beta, network.lrn_k)
 
@@ -74,11 +76,11 @@ class _GroupedNorm(nn.Module):
 
 
 class ImageDataset(Dataset):
-    """Images cropped and mirrored as `random_crops.draw` says: uint8 [s, s, 3], a color shift and a label."""
+    """Images cropped and reflected by `random_crops`: (uint8 [s, s, 3], color shift float32 [3], label)."""
 
     def __init__(self, images: Sequence[ImageRef], augmentation: augment.Augmentation, record_size: int):
         self.images, self.augmentation, self.record_size = images, augmentation, record_size
-        # At once, as ours draws a batch: one by one they would be a handicap.
+        # Drawn in one call, as our pipeline draws a batch; one call per image would slow PyTorch down.
         self.draws = random_crops.draw_batch(augmentation, seed=0, first=0, count=len(images), record_size=record_size)
 
     def __len__(self) -> int:
@@ -99,39 +101,42 @@ class ImageDataset(Dataset):
 
 
 def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator:
-    """Endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n].
+    """Returns endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n].
 
-    Of the originals at `raw` (see `discovery.find_images`), or of the training records as JPEG files, which `stack`
-    removes when it closes. Raises UserError where there is no train split, or where the records are not JPEGs.
+    They are read from the raw images at `raw` (see `discovery.find_images`), or from the training records written as
+    JPEG files, which `stack` removes when it closes. Raises UserError if there is no train split or if the records are
+    not JPEGs.
     """
     config = setup.config
     if raw:
         splits, _ = discovery.find_images(raw)
         if 'train' not in splits:
-            raise UserError(f'--input={raw} has no train split; it has: {", ".join(splits)}.')
+            raise UserError(f'--input={raw}: expected a train split, got only {", ".join(splits)}.')
         images = splits['train']
     else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         images = []
         for i, record in enumerate(datasets.subset(setup.dataset.splits['train'], config.data.fraction)):
             if not isinstance(record['image'], bytes):
-                raise UserError('--against=torch reads JPEG squares: prepare with --format=jpeg, or give --input=RAW.')
+                raise UserError('--against=torch needs JPEG records: prepare with --format=jpeg, or use --input=RAW.')
             path = pathlib.Path(folder, f'{i}.jpg')
             path.write_bytes(record['image'])
             images.append(ImageRef(str(path), 0, -1, path.name, record['label']))
     dataset = ImageDataset(images, setup.augmentation, setup.dataset.record_size)
-    # Many passes in one: a DataLoader begins and ends slowly.
+    # One very long epoch, because a DataLoader starts and ends epochs slowly.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
-    how = {'num_workers': config.data.num_workers or processes.cores(), 'persistent_workers': True}
-    loader = DataLoader(dataset, config.batch_size, sampler=sampler, pin_memory=_GPU, **how)
+    workers = config.data.num_workers or processes.cores()
+    loader = DataLoader(
+        dataset, config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=True, pin_memory=_GPU
+    )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
-    """Returns (update, wait): `update(batch)` begins one update, `wait()` returns when all are done.
+    """Returns (update, wait): `update(batch)` starts one update, `wait()` blocks until all updates are done.
 
-    On a GPU channels-last, `torch.compile` from the pixels to the loss, autocast and a fused update, as PyTorch's own
-    guide advises; on the CPU none of them. Weight decay is of weights alone, the mean that of each color.
+    On a GPU it uses channels-last, `torch.compile` from pixels to loss, autocast and a fused optimizer, as PyTorch's
+    tuning guide recommends; on the CPU none of these. Only weights decay. The mean is one value per color.
     """
     torch.set_num_threads(processes.cores())
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
@@ -165,7 +170,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
 
 
 def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = None) -> Contender:
-    """PyTorch's updates, on one batch that stays on the device or on those of its loader."""
+    """Returns the contender: updates on one batch that stays on the device, or on `batches`."""
     config = setup.config
     buffered = num_buffered(config) if batches else 0
     update, wait = training(setup, options.precision)
@@ -177,7 +182,7 @@ def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = N
         batches = itertools.repeat([part.to(_DEVICE) for part in (images, torch.zeros(count, 3), labels)])
     for _ in range(2):
         if _GPU:
-            torch.cuda.reset_peak_memory_stats()  # of what is compiled and chosen
+            torch.cuda.reset_peak_memory_stats()  # exclude compilation and autotuning
         update(next(batches))
         wait()
     seconds = round(time.perf_counter() - began, 1)
@@ -191,7 +196,7 @@ def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = N
 
 
 def facts() -> dict[str, str]:
-    """Version and device, for the record."""
+    """Returns versions and device names for the JSON record."""
     return {
         'torch': torch.__version__,
         'torch_cuda': f'{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}',

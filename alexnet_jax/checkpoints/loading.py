@@ -1,4 +1,4 @@
-"""Loads a network by what a user may call its checkpoint."""
+"""Loads the network of a checkpoint for inference or fine-tuning."""
 
 import os
 import re
@@ -12,11 +12,11 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
     Args:
-      path: a workdir or its `checkpoints` folder (the best step, else the latest), or one step's folder in there.
+      path: a workdir or its `checkpoints` folder (loads the best step, else the latest), or a step's folder in it.
 
     Returns:
-      a `Checkpoint`: `.network`, `.params` (numpy), `.step`, `.class_names`, `.record_size` and `.image_size` (sides of
-      the images and of the network's input, pixels), `.image_stats`, `.config`. Its repr names the step.
+      A `Checkpoint`, with `.network`, `.params` (numpy), `.step`, `.class_names`, `.record_size` and `.image_size`
+      (sides of the images and of the network's input, pixels), `.image_stats` and `.config`. Its repr names the step.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
@@ -28,12 +28,12 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
             for choose in (checkpoints.best, checkpoints.latest):
                 step = choose() if step is None else step
             if step is None:
-                raise UserError(f'there is no checkpoint in {path!r} yet; train first with alexnet_jax train.')
+                raise UserError(f'there is no checkpoint in {path!r} yet; train first: alexnet_jax train.')
             return checkpoints.load(step)
 
 
 def _find(path: str) -> tuple[str, int | None]:
-    """(workdir, step) of what a user may call a checkpoint."""
+    """Returns (workdir, step) of a checkpoint's path; the step is None unless the path names one."""
     path = absolute_local_path(path)
     parent, name = os.path.split(path)
     if name == FOLDER and os.path.isdir(path):
@@ -43,10 +43,7 @@ def _find(path: str) -> tuple[str, int | None]:
     if os.path.isdir(os.path.join(path, FOLDER)):
         return path, None
     if os.path.isfile(path):
-        raise UserError(f'there is no checkpoint at {path!r}, a file; of weights alexnet_jax convert makes one.')
+        raise UserError(f'{path!r} is a file, not a checkpoint; use alexnet_jax convert to convert a file of weights.')
     if os.path.isdir(os.path.join(path, 'run', FOLDER)):
         raise UserError(f'there is no checkpoint at {path!r}. Did you mean {os.path.join(path, "run")!r}?')
-    raise UserError(
-        f'there is no checkpoint at {path!r}; expected a workdir of alexnet_jax train or one of its '
-        f'{FOLDER}/STEP folders.'
-    )
+    raise UserError(f'there is no checkpoint at {path!r}; expected a workdir or one of its {FOLDER}/STEP folders.')

@@ -1,8 +1,8 @@
-"""Checkpoints through orbax: the last two and the best are kept, and each alone can evaluate and predict.
+"""Orbax checkpoints: keeps the last two steps and the best one. Each is complete for evaluation and prediction.
 
 A step's folder holds `params`, `training` (step and optimizer state), `image_stats` (mean image, color components),
-`meta` (config, class names, sizes) and the digests of all its files, without which it does not count. Parameters are
-stored in the global layout and restore on any mesh.
+`meta` (config, class names, sizes) and the digests of all its files. A step without digests is incomplete and ignored.
+Parameters are stored in the global layout and restore on any mesh.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ from alexnet_jax.utils.errors import TerminatedError, UserError, as_user_error, 
 from alexnet_jax.utils.files import absolute_local_path
 
 FOLDER = 'checkpoints'
-FORMAT = 3  # of a step's folder; versions before the first that says so had 1
-_METRICS = 'metrics'  # an item, and the file in it
-_LAST = 2  # steps kept, besides the best
+FORMAT = 3  # version of a step's folder; folders without a version have 1
+_METRICS = 'metrics'  # name of an item and of its file
+_NUM_LAST = 2  # number of last steps to keep, besides the best
 
 
 class Checkpoint(NamedTuple):
-    """A trained network with all it takes to use it."""
+    """A trained network with everything needed to use it."""
 
     step: int
     params: Any  # numpy, in the global layout
     network: model.AlexNet
-    augmentation: Augmentation  # with it the size of the network's input, and what is subtracted from pixels
-    record_size: int  # side of the images its crops are taken from, pixels
+    augmentation: Augmentation  # has the network's input size and the mean subtraction
+    record_size: int  # side of the images that crops are taken from, pixels
     class_names: tuple[str, ...]
     image_stats: ImageStats
     config: dict[str, Any]
@@ -61,13 +61,12 @@ class Checkpoint(NamedTuple):
 class CheckpointManager(contextlib.AbstractContextManager):
     """The steps saved in a workdir: the last two, and the one with the lowest val error.
 
-    A state is written in the background and then finalized: the digests of all its files are put beside them. A step
-    without digests does not count. Opened for training, it removes such steps, moves damaged ones aside (to
-    `STEP.damaged`) and names both in `damaged`, so that `latest()` is always good. Use it as a context; the end waits
-    for what is being saved.
+    Saves in the background, then finalizes the step by writing the digests of all its files. Opening for training
+    removes steps without digests, moves damaged steps to `STEP.damaged` and lists both in `damaged`, so that `latest()`
+    is always intact. Use it as a context manager; its exit waits for the save in progress.
 
-    read_only: for all but the training process; it touches nothing, also not a save under way in another process.
-    Raises UserError where every step is damaged, or the folder cannot be used.
+    read_only: use True outside the training process. Then nothing is changed, not even an incomplete step, which
+    another process may be saving. Raises UserError if every step is damaged or the folder cannot be used.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -76,62 +75,62 @@ class CheckpointManager(contextlib.AbstractContextManager):
         with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
             if not read_only:
                 self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
-        # Not orbax's CheckpointManager: it reads all steps when it opens, also those that are damaged; and when a save
-        # fails in one of several processes, it waits for the others before it says so, and they for it.
+        # Not orbax's CheckpointManager: it reads all steps when it opens, including damaged ones; and if a save fails
+        # in one of several processes, that process and the others wait for each other forever.
         arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
         texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
         handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
-        # Synchronously: where that fails in the background, whoever waits for the folder never learns of it.
+        # Synchronous: an error while creating directories in the background would never reach the waiting threads.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._finalizer = ThreadPoolExecutor(1)
         self._finalizing: Future | None = None
 
     def __exit__(self, kind, *_) -> None:
-        # After an error in one of several processes the others are elsewhere: closing would wait for them for ever.
+        # After an error in one of several processes, closing would wait for the others forever.
         if kind in (None, TerminatedError) or jax.process_count() == 1:
             self.close()
 
     def close(self) -> None:
-        """Waits for what is being saved. Raises UserError if it cannot be."""
+        """Waits for the save in progress and closes. Raises UserError if the save failed."""
         try:
             self.wait()
         finally:
             self._finalizer.shutdown()
-            with contextlib.suppress(Exception):  # it tells again what `wait` has told
+            with contextlib.suppress(Exception):  # raises the error of `wait` again
                 self._orbax.close()
 
     def wait(self) -> None:
-        """Waits until the save under way is complete and finalized. Raises UserError if it cannot be."""
+        """Waits until the save in progress is finalized. Raises UserError if it failed."""
         if self._finalizing is not None:
             finalizing, self._finalizing = self._finalizing, None
             finalizing.result()
 
     def poll(self) -> None:
-        """Raises UserError if the state that was being saved could not be: now, not at the next save. Never waits."""
+        """Raises UserError if the save in progress has failed, before the next save would. Does not wait."""
         if self._finalizing is not None and self._finalizing.done():
             self.wait()
 
     def steps(self) -> list[int]:
-        """The steps that count, in ascending order."""
+        """Returns the complete steps in ascending order."""
         return [step for step in repair.list_steps(self.folder) if checksums.present(self._path(step))]
 
     def latest(self) -> int | None:
-        """The last step that counts; None where there is none."""
+        """Returns the last complete step, or None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest val error; None where none was validated. Raises UserError where one is damaged."""
+        """Returns the step with the lowest val error, None if none has one. Raises UserError if a step is damaged."""
         errors = self._val_errors()
         for step, error in errors.items():
-            if isinstance(error, UserError) and os.path.isdir(self._path(step)):  # else its run has removed it
+            if isinstance(error, UserError) and os.path.isdir(self._path(step)):  # else the run has removed the step
                 raise error
         return _lowest(errors)
 
     def _val_errors(self) -> dict[int, float | UserError | None]:
-        """Val error in percent by step; None without a validation, a UserError where it cannot be read.
+        """Returns the val error by step, in percent; None for steps without validation, a UserError if unreadable.
 
-        Of steps that count, and earlier ones without digests: they are damaged; only the last can be half written.
+        Includes earlier steps without digests: they are damaged, because only the last step can be incomplete.
         """
         steps = repair.list_steps(self.folder)
         errors: dict[int, float | UserError | None] = {}
@@ -143,34 +142,33 @@ class CheckpointManager(contextlib.AbstractContextManager):
             try:
                 self.check(step, lambda name: name.startswith(f'{_METRICS}/'))
                 errors[step] = None
-                if os.path.exists(path):  # else, as the digests are right, it was saved without a validation
-                    with self._readable(step), open(path, encoding='utf-8') as file:
+                if os.path.exists(path):  # a step with correct digests and without this file was not validated
+                    with self._read_errors(step), open(path, encoding='utf-8') as file:
                         errors[step] = float(json.load(file)['top1_error'])
             except UserError as error:
                 errors[step] = error
         return errors
 
     def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Raises UserError unless a step's files are as they were written; wanted: see `checksums.find_mismatches`."""
+        """Raises UserError if a step's files have changed; wanted: see `checksums.find_mismatches`."""
         if mismatches := checksums.find_mismatches(self._path(step), wanted):
-            self._check_is_there(step)
+            self._check_exists(step)
             others = ', '.join(str(s) for s in self.steps() if s != step)
             remedy = f'Other steps in {self.folder!r}: {others}.' if others else 'There is no other step.'
             raise UserError(f'the checkpoint is damaged: {mismatches[0]}. {remedy}')
 
-    def _check_is_there(self, step: int) -> None:
+    def _check_exists(self, step: int) -> None:
         if not os.path.isdir(path := self._path(step)):
-            remedy = 'its run has saved newer steps; give the command again'
-            raise UserError(f'{path} was removed while it was read: {remedy}.')
+            raise UserError(f'{path} was removed during reading, because its run saved newer steps; try again.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
-        """Starts saving a state under its step, in place of what lies there; waits first for a save still under way.
+        """Starts saving a state as its step, replacing an existing one. Waits first for the save in progress.
 
-        state: without optimizer state (None) the checkpoint can be used, but no run goes on from it.
-        meta: JSON, with 'config', 'class_names', 'record_size', 'examples' (of train; 0: no run) and 'fingerprint'.
-        top1_error: of the validation just made, percent; None where there was none.
+        state: if its optimizer state is None, no run can resume from the checkpoint.
+        meta: JSON with 'config', 'class_names', 'record_size', 'examples' (in train; 0: no run) and 'fingerprint'.
+        top1_error: the val error at this step, percent; None without validation.
 
-        Raises UserError where this state or the one before it cannot be written; steps saved earlier are as they were.
+        Raises UserError if this state or the previous one cannot be written. Steps saved earlier stay unchanged.
         """
         items = {
             'params': ocp.args.StandardSave(state.params),
@@ -183,64 +181,61 @@ class CheckpointManager(contextlib.AbstractContextManager):
             items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
         self.wait()
         step = int(state.step)
-        with self._saving(step):
+        with self._save_errors(step):
             path = self._path(step)
             distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
         self._finalizing = self._finalizer.submit(self._finalize, step)
 
     def _finalize(self, step: int) -> None:
-        with self._saving(step):
+        with self._save_errors(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 checksums.write(self._path(step))
                 removed = os.path.join(self.folder, repair.REMOVED)
                 os.makedirs(removed, exist_ok=True)
-                for old in self._retired():
+                for old in self._steps_to_remove():
                     os.rename(self._path(old), os.path.join(removed, str(old)))
                 for path in (self._path(step) + repair.REPLACED, removed):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _retired(self) -> list[int]:
-        """Steps to remove: not the last, the best, nor one whose error cannot be read, which need not end a run."""
+    def _steps_to_remove(self) -> list[int]:
+        """Returns the steps to remove: all but the last, the best and unreadable ones, of which it warns."""
         errors = self._val_errors()
         unreadable = [step for step, error in errors.items() if isinstance(error, UserError)]
         for step in unreadable:
             logging.warning(str(errors[step]))
-        kept = {*list(errors)[-_LAST:], *unreadable, _lowest(errors)}
+        kept = {*list(errors)[-_NUM_LAST:], *unreadable, _lowest(errors)}
         return [step for step in errors if step not in kept]
 
-    def _saving(self, step: int):
-        remedy = 'Steps saved earlier are as they were; put it right and give the same command again.'
+    def _save_errors(self, step: int):
+        remedy = 'Steps saved earlier are unchanged; fix the problem and run the same command again.'
         return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores a training state; `like` has ShapeDtypeStructs with the shardings wanted. Raises UserError."""
+        """Restores a training state with the shapes and shardings of the ShapeDtypeStructs `like`. Raises UserError."""
         params = ocp.args.StandardRestore(like.params)
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
-        with self._readable(step):
+        with self._read_errors(step):
             items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
         return TrainState(items.training['step'], items.params, items.training['opt_state'])
 
     def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
-        """What lies beside a step's arrays: (meta, image_stats). Raises UserError."""
-        with self._readable(step):
+        """Returns (meta, image_stats) of a step. Raises UserError if they cannot be read."""
+        with self._read_errors(step):
             meta = self._orbax.restore(self._path(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             if (number := meta.get('format', 1)) != FORMAT:
-                raise UserError(
-                    f'its format is {number}, and this version of alexnet_jax reads {FORMAT}; use the version that '
-                    'wrote it.'
-                )
-            shapes = ((meta['record_size'],) * 2 + (3,), (3,), (3, 3))
-            arrays = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
-            like = dict(zip(ImageStats._fields, arrays, strict=True))
-            return meta, ImageStats(**self._arrays(step, 'image_stats', like))
+                raise UserError(f'its format is {number}, expected {FORMAT}; use the version that wrote it.')
+            size = meta['record_size']
+            shapes = {'mean_image': (size, size, 3), 'eigenvalues': (3,), 'eigenvectors': (3, 3)}
+            like = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+            return meta, ImageStats(**self._load_arrays(step, 'image_stats', like))
 
     def load(self, step: int) -> Checkpoint:
-        """All it takes to use a step's network, after checking its files. Raises UserError."""
-        self.check(step, lambda name: not name.startswith('training/'))  # two thirds of the bytes, and not used
+        """Checks the files of a step and loads its network. Raises UserError if it cannot be read."""
+        self.check(step, lambda name: not name.startswith('training/'))  # unused, and two thirds of the bytes
         meta, image_stats = self.read_meta(step)
-        with self._readable(step):
+        with self._read_errors(step):
             config, record_size = meta['config'], meta['record_size']
             network = model_from_config(config['model'])
             augmentation = augmentation_from_config(config['data'])
@@ -248,13 +243,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
             architecture.infer_shapes(network, augmentation.image_size)
             class_names = tuple(map(str, meta['class_names']))
             if len(class_names) != network.num_classes:
-                raise ValueError(f'it names {len(class_names)} classes and has {network.num_classes}')
+                raise ValueError(f'{len(class_names)} class names for {network.num_classes} classes')
             init = functools.partial(model.init_params, network, image_size=augmentation.image_size)
-            params = self._arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
+            params = self._load_arrays(step, 'params', jax.eval_shape(init, jax.random.key(0)))
         return Checkpoint(step, params, network, augmentation, record_size, class_names, image_stats, config)
 
-    def _arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
-        """A step's arrays in numpy, of the shapes of `like`: orbax would take memory for whatever the files declare."""
+    def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
+        """Returns numpy arrays of a step. Checks them against `like`: orbax would allocate any declared shape."""
         declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
         named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
         stored, wanted = ({named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (declared, like))
@@ -262,24 +257,24 @@ class CheckpointManager(contextlib.AbstractContextManager):
             if stored.get(name) != wanted.get(name):
                 found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
                 raise ValueError(f'{item}/{name}: {found}; expected {expected}')
-        there = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
-        if (taken := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * there:  # little is compressed
-            raise ValueError(f'{item} says it has {taken:,} bytes, and holds {there:,}')
+        size = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
+        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # hardly compressible
+            raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     @contextlib.contextmanager
-    def _readable(self, step: int):
-        """Turns what orbax and tensorstore raise for missing and damaged files, of many kinds, into one UserError."""
+    def _read_errors(self, step: int):
+        """Converts the many exceptions of orbax and tensorstore for missing and damaged files to a UserError."""
         try:
             yield
         except UserError as error:
-            raise UserError(f'the checkpoint {self._path(step)} is of another version: {error}') from error
+            raise UserError(f'the checkpoint {self._path(step)} is from another version: {error}') from error
         except Exception as error:
-            self._check_is_there(step)
+            self._check_exists(step)
             raise UserError(
                 f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
-                'the one before it.'
+                'the previous step.'
             ) from error
 
     def _path(self, step: int) -> str:
@@ -287,13 +282,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
 
 def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
-    """The step with the lowest error, the last one of equals; None where no step has an error."""
+    """Returns the step with the lowest error, the latest if several are equal; None if no step has an error."""
     known = {step: error for step, error in errors.items() if isinstance(error, float)}
     return min(known, key=lambda step: (known[step], -step), default=None)
 
 
 def config_to_json(config) -> dict[str, Any]:
-    """A ConfigDict as plain JSON values (tuples become lists)."""
+    """Converts a ConfigDict to plain JSON values (tuples become lists)."""
     return json.loads(config.to_json())
 
 

@@ -7,29 +7,30 @@ import shutil
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UserError
 
-REPLACED = '.replaced'  # a step that is saved again, until the new one is finalized
-REMOVED = 'removed'  # where a step goes before it is deleted: file by file a kill would leave half of it
+REPLACED = '.replaced'  # suffix of a step that is saved again, until the new one is finalized
+REMOVED = 'removed'  # folder that steps are moved to before they are deleted: a crash may delete a step only in part
 
 
 def list_steps(folder: str) -> list[int]:
-    """Steps that have a folder in `checkpoints/`, finished or not, in order."""
+    """Returns the sorted steps that have a folder in `checkpoints/`, complete or not."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
 
 
 def repair(folder: str) -> list[str]:
-    """Removes what a kill has left half done, and moves damaged steps aside, to `STEP.damaged`.
+    """Removes incomplete steps, which a crash leaves, and moves damaged steps to `STEP.damaged`.
 
-    Returns a line for each thing wrong. Raises UserError if no step is whole, OSError if the folder cannot be used.
+    Returns one line per problem. Raises UserError if all steps are damaged, OSError if the folder cannot be used.
     """
     os.makedirs(folder, exist_ok=True)
-    half_written = []
+    incomplete = []
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name == REMOVED or '.orbax-checkpoint-tmp' in name:
+        if name == REMOVED:
             shutil.rmtree(path)
-            half_written += [path] * (name != REMOVED)
-        elif name.endswith(REPLACED):  # the step that was to take its place counts only with its digests
+        elif '.orbax-checkpoint-tmp' in name:
+            incomplete.append(path)
+        elif name.endswith(REPLACED):  # superseded only if the new step is complete
             step = path.removesuffix(REPLACED)
             if checksums.present(step):
                 shutil.rmtree(path)
@@ -37,21 +38,19 @@ def repair(folder: str) -> list[str]:
                 shutil.rmtree(step, ignore_errors=True)
                 os.rename(path, step)
     paths = [os.path.join(folder, str(step)) for step in list_steps(folder)]
-    # A kill can leave no other unfinished: each save waits for the one before.
-    unfinished = [path for path in paths[-1:] if not checksums.present(path)]
-    mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in unfinished}
+    # Only the last step can be incomplete: each save waits for the one before.
+    incomplete += [path for path in paths[-1:] if not checksums.present(path)]
+    mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in incomplete}
     damaged = {path: found[0] for path, found in mismatches.items() if found}
     if damaged and len(damaged) == len(mismatches):
         raise UserError(
-            f'no checkpoint in {folder!r} is whole: {"; ".join(damaged.values())}. Put the files back, or begin anew '
-            f'in another --workdir. (Versions of alexnet_jax before this one wrote no {checksums.FILE_NAME}.)'
+            f'all checkpoints in {folder!r} are damaged: {"; ".join(damaged.values())}. Restore the files, or start '
+            f'again in another --workdir. (Earlier versions of alexnet_jax did not write {checksums.FILE_NAME}.)'
         )
-    for path in unfinished:
+    for path in incomplete:
         shutil.rmtree(path)
-    half_written += unfinished
     for path in damaged:
-        aside = f'{path}.damaged'
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-    removed = [f'{path}: half written, without {checksums.FILE_NAME}; it is removed' for path in half_written]
-    return removed + [f'{problem}; it is now in {path}.damaged' for path, problem in damaged.items()]
+        shutil.rmtree(f'{path}.damaged', ignore_errors=True)
+        os.rename(path, f'{path}.damaged')
+    removed = [f'{path}: incomplete step (no {checksums.FILE_NAME}), removed' for path in incomplete]
+    return removed + [f'{problem}; moved to {path}.damaged' for path, problem in damaged.items()]

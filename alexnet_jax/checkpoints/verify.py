@@ -1,4 +1,4 @@
-"""Compares checkpoints and prepared data with the digests that were written with them."""
+"""Compares checkpoints and prepared data with their digests."""
 
 import os
 import re
@@ -9,21 +9,18 @@ from alexnet_jax.utils.errors import UserError
 
 
 def verify(path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """(folders looked through, what is wrong in them as 'FILE: what'). Raises UserError where nothing has digests."""
+    """Returns (folders checked, problems as 'FILE: PROBLEM'). Raises UserError if there is nothing to check."""
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         raise UserError(f'there is no directory {path!r}; expected prepared data, a workdir or a checkpoint.')
-    below = (os.path.join(path, manager.FOLDER), path)
-    folders = [os.path.join(folder, str(step)) for folder in below for step in repair.list_steps(folder)]
+    parents = (os.path.join(path, manager.FOLDER), path)
+    folders = [os.path.join(parent, str(step)) for parent in parents for step in repair.list_steps(parent)]
     prepared = os.path.exists(os.path.join(path, 'dataset_info.json'))
     step = re.fullmatch('[0-9]+', os.path.basename(path)) and not folders
-    if checksums.present(path) or prepared or step:  # it may be both, a workdir in its data
+    if checksums.present(path) or prepared or step:  # a folder may be both prepared data and a workdir
         folders.append(path)
     if not folders:
-        raise UserError(
-            f'{path!r} holds nothing to verify; expected prepared data, a workdir with checkpoints, or one of its '
-            'steps.'
-        )
+        raise UserError(f'{path!r} contains nothing to verify; expected prepared data, a workdir or a checkpoint.')
     mismatches = {folder: checksums.find_mismatches(folder) for folder in folders}
-    there = [folder for folder in folders if os.path.isdir(folder)]  # a run removes its old steps
-    return there, [mismatch for folder in there for mismatch in mismatches[folder]]
+    existing = [folder for folder in folders if os.path.isdir(folder)]  # a run may have removed its old steps
+    return existing, [mismatch for folder in existing for mismatch in mismatches[folder]]

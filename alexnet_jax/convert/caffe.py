@@ -1,4 +1,4 @@
-"""Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
+"""Reads Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
 
 import functools
 import math
@@ -7,12 +7,12 @@ import pathlib
 
 import numpy as np
 
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, printable, unreadable
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, printable, reading
 from alexnet_jax.utils.errors import UserError
 
-_LARGEST_PROTOBUF = 2**31 - 1  # bytes; its own limit
-_MOST_AXES = 32  # Caffe's own limit
-# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: field, number, type, whether repeated.
+_MAX_BYTES = 2**31 - 1  # bytes; protobuf's own limit
+_MAX_AXES = 32  # Caffe's own limit
+# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: (field name, number, type, repeated).
 _MESSAGES = {
     'BlobShape': [('dim', 1, 'INT64', True)],
     'BlobProto': [
@@ -43,48 +43,52 @@ def _caffe_message(name: str):
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f'caffe.{name}'))
 
 
-def parse_message(path: str, name: str):
-    """A file's message of a type that `_MESSAGES` names. Raises UserError where it is none."""
-    from google.protobuf.message import DecodeError
-
-    if (size := os.path.getsize(path)) > _LARGEST_PROTOBUF:
-        raise UserError(f"{path!r}: expected Caffe's {name}, at most {_LARGEST_PROTOBUF} bytes, found {size}.")
+def _parse(path: str, name: str):
+    """Parses a file as the message type `name`, a key of `_MESSAGES`."""
+    if (size := os.path.getsize(path)) > _MAX_BYTES:
+        raise UserError(f"expected Caffe's {name} of at most {_MAX_BYTES} bytes, found {size}.")
     message = _caffe_message(name)()
-    try:
-        message.ParseFromString(pathlib.Path(path).read_bytes())
-    except DecodeError as error:
-        raise unreadable(path, f"Caffe's {name} in binary", error) from error
+    message.ParseFromString(pathlib.Path(path).read_bytes())
     return message
 
 
-def blob_array(path: str, name: str, blob) -> np.ndarray:
-    """A BlobProto as float32. Raises UserError where its shape is not that of its numbers."""
-    with np.errstate(over='ignore'):  # infinity is refused later, with the name of the layer
+def _blob_array(name: str, blob) -> np.ndarray:
+    """Returns a BlobProto as a float32 array. Raises UserError if its shape does not match its number of values."""
+    with np.errstate(over='ignore'):  # callers reject infinity and name the layer
         data = np.array(blob.data or blob.double_data, np.float32)
     shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
-    if len(shape) > _MOST_AXES or min(shape) < 0:
-        declared = printable(str(shape))
-        raise UserError(f'{path!r}, {name}: expected at most {_MOST_AXES} sides, none below 0, found {declared}.')
+    if len(shape) > _MAX_AXES or min(shape) < 0:
+        raise UserError(f'{name}: expected at most {_MAX_AXES} sizes of 0 or more, found {printable(str(shape))}.')
     if math.prod(shape) != data.size or not data.size:
-        raise UserError(f'{path!r}, {name}: expected {math.prod(shape)} numbers for {shape}, found {data.size}.')
+        raise UserError(f'{name}: expected {math.prod(shape)} numbers for shape {shape}, found {data.size}.')
     return data.reshape(shape)
 
 
+def read_array(path: str) -> np.ndarray:
+    """Reads a .binaryproto, such as a mean image, as a float32 array. Raises UserError if it is damaged."""
+    with reading(path, "Caffe's BlobProto in binary"):
+        return _blob_array('blob', _parse(path, 'BlobProto'))
+
+
 def read(path: str) -> WeightFile:
-    """Reads a .caffemodel. Raises UserError where it is damaged or holds other layers."""
-    net = parse_message(path, 'NetParameter')
+    """Reads a .caffemodel. Raises UserError if it is damaged or has weights of unsupported layers."""
+    with reading(path, "Caffe's NetParameter in binary"):
+        return WeightFile(path, _read_layers(_parse(path, 'NetParameter')), bgr=True)
+
+
+def _read_layers(net) -> list[LayerWeights]:
     layers: list[LayerWeights] = []
     for layer in (*net.layers, *net.layer):
         if not layer.blobs:
             if layers and layer.type in _OPS:
                 layers[-1] = layers[-1]._replace(post=f'{layers[-1].post} {_OPS[layer.type]}'.strip())
             continue
-        name = printable(str(layer.name))  # bytes, where they are no text
-        weight, *others = (blob_array(path, name, blob) for blob in layer.blobs)
-        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # a linear layer as it was written before 2014
+        name = printable(str(layer.name))  # protobuf returns bytes for invalid UTF-8
+        weight, *others = (_blob_array(name, blob) for blob in layer.blobs)
+        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # linear layers were 4-D before 2014
             weight = weight.reshape(weight.shape[2:])
         if weight.ndim not in (2, 4) or len(others) != 1:
             shapes = ', '.join(str(array.shape) for array in (weight, *others))
-            raise UserError(f'{path!r}, {name}: expected weights (4 or 2 axes) and biases, found {shapes}.')
+            raise UserError(f'{name}: expected weights (4 or 2 axes) and biases, found {shapes}.')
         layers.append(LayerWeights(name, weight, others[0].reshape(-1)))
-    return WeightFile(path, layers, bgr=True)
+    return layers

@@ -10,42 +10,36 @@ from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
 
 
-class _MismatchError(Exception):
-    """The weights of a layer do not fit; the message says what was expected and found."""
-
-
 def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
-    """A config (plain values) with the features, groups and classes that a file's weights have.
+    """Returns a copy of a plain config with features, groups and number of classes taken from the weights.
 
-    Groups follow from the shapes: inputs of the layer below over inputs of the weight. Where a Caffe file names the
-    operations after a layer, theirs is the order (CaffeNet pools before it normalizes).
+    The number of groups is the number of input channels divided by the input channels of the weight. If a Caffe file
+    lists the operations after a layer, their order is used (CaffeNet pools before it normalizes).
 
-    Raises:
-      UserError: the weights are not of such a network; says what was expected and found, layer by layer.
+    Raises UserError if the weights do not fit the network; the message lists expected and found shapes by layer.
     """
     network = model_from_config(config['model'])
     shapes = infer_shapes(network, config['data']['image_size'])
     unread = {ConvSpec: weights.of_rank(4), LocalSpec: [], DenseSpec: weights.of_rank(2)}
-    specs, report, channels, names = {}, [], 3, list(shapes)
+    specs: dict[str, LayerSpec] = {}
+    report, channels, names = [], 3, list(shapes)
     for name, spec in network.layers.items():
         layer = unread[type(spec)].pop(0) if unread[type(spec)] else None
-        groups = (1,) if name in (names[0], names[-1]) else (1, 2) if isinstance(spec, DenseSpec) else None
+        allowed_groups = (1,) if name in (names[0], names[-1]) else (1, 2) if isinstance(spec, DenseSpec) else None
         try:
-            specs[name] = _fit_layer(spec, layer, channels, shapes[name].inputs, groups)
+            specs[name] = _fit_layer(spec, layer, channels, shapes[name].inputs, allowed_groups)
             report.append(f'{name} ok')
-        except _MismatchError as error:
+        except UserError as error:
             report.append(f'{name} {error}')
         channels = spec.features if layer is None else layer.weight.shape[0]
-    spare = [*unread[ConvSpec], *unread[DenseSpec]]
-    report += [f'expected no further layer, found {layer.weight.shape} in {layer.name!r}' for layer in spare]
-    if spare or len(specs) < len(shapes):
-        raise UserError(
-            f'the weights are not of the network expected: {"; ".join(report)}. Give --config=FILE of their network.'
-        )
+    extra = [*unread[ConvSpec], *unread[DenseSpec]]
+    report += [f'expected no further layer, found {layer.weight.shape} in {layer.name!r}' for layer in extra]
+    if extra or len(specs) < len(shapes):
+        raise UserError(f'The weights do not fit the config: {"; ".join(report)}. Use --config=NAME of their network.')
     layers = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
     fields = {'layers': layers, 'num_classes': layers[names[-1]].pop('features')}
     config = {**config, 'model': {**config['model'], **fields}}
-    infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises where it cannot be built
+    infer_shapes(model_from_config(config['model']), config['data']['image_size'])  # raises if the network is invalid
     return config
 
 
@@ -54,45 +48,39 @@ def _fit_layer(
     layer: LayerWeights | None,
     channels: int,
     inputs: tuple[int, ...],
-    allowed: tuple[int, ...] | None,
+    allowed_groups: tuple[int, ...] | None,
 ) -> LayerSpec:
-    """A layer with the features and groups of a file's weights.
+    """Returns the layer spec with the features and groups of the file's weights.
 
     Args:
-      spec: of the config.
-      layer: of the file; None where it has no more.
-      channels: of the maps or units below.
-      inputs: shape of what the config's layer reads, (H, W, C) or (F,).
-      allowed: numbers of groups; None: any that divides (a convolution cannot be read otherwise).
+      spec: layer of the config.
+      layer: weights of the file; None if the file has no more layers of this kind.
+      channels: number of channels or units of the layer below.
+      inputs: input shape of the layer in the config, (H, W, C) or (F,).
+      allowed_groups: permitted numbers of groups; None: any divisor (convolutions, whose shapes are unambiguous).
 
     Raises:
-      _MismatchError: they do not fit.
+      UserError: the weights do not fit; the message gives the expected and the found shape.
     """
-    if isinstance(spec, ConvSpec):
-        window: tuple[int, ...] = (spec.kernel, spec.kernel)
-        ungrouped = channels
-    else:
-        window, ungrouped = (), channels * math.prod(inputs[:-1])
-    counts = f'{ungrouped} / groups' if allowed is None else ' or '.join(str(ungrouped // n) for n in allowed)
-    expected = f'expected ({", ".join(["N", counts, *map(str, window)])})'
+    window: tuple[int, ...] = (spec.kernel, spec.kernel) if isinstance(spec, ConvSpec) else ()
+    fan_in = channels if window else channels * math.prod(inputs[:-1])
+    sizes = [f'{fan_in} / groups'] if allowed_groups is None else [str(fan_in // n) for n in allowed_groups]
+    expected = f'expected ({", ".join(["N", " or ".join(sizes), *map(str, window)])})'
     if layer is None:
-        raise _MismatchError(f'{expected}, found nothing')
-    features, part, *sides = layer.weight.shape
-    groups = ungrouped // part if part and ungrouped % part == 0 else 0
-    if not (groups and features and tuple(sides) == window and (allowed is None or groups in allowed)):
-        raise _MismatchError(f'{expected}, found {layer.weight.shape} in {layer.name!r}')
+        raise UserError(f'{expected}, found nothing')
+    features, group_fan_in, *layer_window = layer.weight.shape
+    groups = fan_in // group_fan_in if group_fan_in and fan_in % group_fan_in == 0 else 0
+    allowed = groups > 0 and (allowed_groups is None or groups in allowed_groups)
+    if not allowed or not features or tuple(layer_window) != window:
+        raise UserError(f'{expected}, found {layer.weight.shape} in {layer.name!r}')
     if channels % groups or features % groups:
-        raise _MismatchError(
-            f'expected {channels} inputs and {features} features to divide into {groups} groups, found a remainder'
-        )
+        raise UserError(f'expected {channels} inputs and {features} features to be divisible by {groups} groups')
     if layer.bias.shape != (features,):
-        raise _MismatchError(f'expected ({features},) biases, found {layer.bias.shape} in {layer.name!r}')
-    ours = [op for op in spec.ops if op in ('relu', 'lrn', 'pool')]
-    theirs = layer.post.split() or ours
-    if sorted(ours) != sorted(theirs):
-        raise _MismatchError(
-            f"expected to be followed by '{' '.join(ours)}', found {layer.post!r} after {layer.name!r}"
-        )
-    if ours != theirs:
-        spec = dataclasses.replace(spec, post=' '.join(theirs + [op for op in spec.ops if op not in ours]))
+        raise UserError(f'expected ({features},) biases, found {layer.bias.shape} in {layer.name!r}')
+    config_ops = [op for op in spec.ops if op in ('relu', 'lrn', 'pool')]
+    file_ops = layer.post.split() or config_ops
+    if sorted(config_ops) != sorted(file_ops):
+        raise UserError(f"expected operations '{' '.join(config_ops)}', found {layer.post!r} after {layer.name!r}")
+    if config_ops != file_ops:
+        spec = dataclasses.replace(spec, post=' '.join(file_ops + [op for op in spec.ops if op not in config_ops]))
     return dataclasses.replace(spec, features=features, groups=groups)

@@ -1,4 +1,4 @@
-"""Between our layout of parameters and the one that Caffe and PyTorch share."""
+"""Converts parameters between the layout of this package and the one shared by Caffe and PyTorch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +17,19 @@ _TORCHVISION = ('features.0', 'features.3', 'features.6', 'features.8', 'feature
 def to_params(
     network: AlexNet, image_size: int, layers: Sequence[LayerWeights], *, bgr: bool = False
 ) -> dict[str, Any]:
-    """Parameters in our layout: kernels HWIO or [inputs, outputs], maps flattened in (H, W, C) order, float32.
+    """Returns float32 parameters of this package: kernels HWIO or [inputs, outputs], maps flattened as (H, W, C).
 
     Args:
-      network: whose layers have the shapes of `layers`, see `fit.fit_config`.
-      image_size: side of its input, pixels.
-      layers: in the order of the network.
-      bgr: whether the first layer reads blue first, as Caffe's do.
+      network: network whose layers have the shapes of `layers`, see `fit.fit_config`.
+      image_size: side of the network's input, pixels.
+      layers: weights in the order of the network's layers.
+      bgr: whether the first layer expects BGR, as Caffe's networks do.
     """
     params: dict[str, Any] = {}
     for (name, sizes), layer in zip(infer_shapes(network, image_size).items(), layers, strict=True):
         weight = layer.weight[:, ::-1] if bgr and not params else layer.weight
         if weight.ndim == 2:
-            weight = weight.reshape(len(weight), -1, *sizes.inputs[:-1])  # [O, C / groups, H, W] where it reads maps
+            weight = weight.reshape(len(weight), -1, *sizes.inputs[:-1])  # [O, C / groups, H, W] for maps
         kernel = np.moveaxis(weight, (1, 0), (-2, -1))
         if layer.weight.ndim == 2:
             kernel = kernel.reshape(-1, kernel.shape[-1])
@@ -38,20 +38,23 @@ def to_params(
 
 
 def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> list[LayerWeights]:
-    """The inverse of `to_params`, RGB; named as torchvision does where it has such a network, else conv1 ... fc8."""
+    """Inverts `to_params`, with RGB input. Raises UserError for local layers.
+
+    Names are torchvision's if torchvision could build such a network, else this package's (conv1 ... fc8).
+    """
     specs = network.layers.values()
     if any(isinstance(spec, LocalSpec) for spec in specs):
-        raise UserError('local layers: no other format has layers with kernels of their own at every place.')
-    plain = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
+        raise UserError('Local layers cannot be converted: no other format has separate kernels at every position.')
+    torchvision_ops = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
     convs = sum(isinstance(spec, ConvSpec) for spec in specs)
     layers = []
     for i, (name, sizes) in enumerate(infer_shapes(network, image_size).items()):
         kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
         if dense := kernel.ndim == 2:
-            kernel = kernel.reshape(*sizes.inputs[:-1], -1, kernel.shape[-1])  # [H, W, C / groups, O] likewise
+            kernel = kernel.reshape(*sizes.inputs[:-1], -1, kernel.shape[-1])  # [H, W, C / groups, O] for maps
         weight = np.moveaxis(kernel, (-2, -1), (1, 0))
         if dense:
             weight = weight.reshape(len(weight), -1)
-        own_name = _TORCHVISION[i] if plain and (convs, len(specs)) == (5, 8) else name
-        layers.append(LayerWeights(own_name, np.ascontiguousarray(weight), bias))
+        file_name = _TORCHVISION[i] if torchvision_ops and (convs, len(specs)) == (5, 8) else name
+        layers.append(LayerWeights(file_name, np.ascontiguousarray(weight), bias))
     return layers

@@ -1,4 +1,4 @@
-"""safetensors files, as others write them and as `alexnet_jax convert` does."""
+"""Reads safetensors files, and writes checkpoints as safetensors with this package's metadata."""
 
 import json
 import operator
@@ -7,39 +7,38 @@ import re
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import layout
-from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading_metadata, unreadable
+from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading
 from alexnet_jax.data import image_stats_file
 
 FILE_NAME = 'model.safetensors'
-METADATA_KEY = 'alexnet_jax'  # of the safetensors files that alexnet_jax convert writes
+METADATA_KEY = 'alexnet_jax'  # metadata key in the files that alexnet_jax convert writes
+METADATA_FORMAT = 'the metadata that alexnet_jax convert writes'  # for error messages
 
 
 def read(path: str) -> WeightFile:
-    """Reads the tensors by name, numbers in it as numbers (features.3 before features.10): the format keeps no order.
+    """Reads the tensors in natural order of their names (features.3 before features.10); the format keeps no order.
 
-    Raises UserError where the file is damaged, or its metadata are not what `write` wrote.
+    Raises UserError if the file is damaged, or its metadata under `METADATA_KEY` is not as `write` writes it.
     """
     import safetensors
 
-    try:
-        with safetensors.safe_open(path, 'numpy') as file:
-            names = sorted(file.keys(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', n)])
-            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:  # SafetensorError, OSError, AttributeError for types numpy has not got
-        raise unreadable(path, 'a safetensors file', error) from error
-    own = None
-    if METADATA_KEY in metadata:
-        with reading_metadata(path):
-            own = json.loads(metadata[METADATA_KEY])
-            own['config']['model'], own['config']['data']['image_size'], own['config']['data']['mean']
-            operator.index(own['record_size'])  # raises TypeError
-            if not all(isinstance(name, str) for name in own['class_names']):
-                raise TypeError('class names that are no text')
-    return WeightFile(path, pair_tensors(path, tensors), metadata=own)
+    with reading(path, 'a safetensors file'), safetensors.safe_open(path, 'numpy') as file:
+        names = sorted(file.keys(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', n)])
+        layers = pair_tensors({name: file.get_tensor(name) for name in names})
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return WeightFile(path, layers)
+    with reading(path, METADATA_FORMAT):
+        metadata = json.loads(text)
+        metadata['config']['model'], metadata['config']['data']['image_size'], metadata['config']['data']['mean']
+        operator.index(metadata['record_size'])  # raises TypeError
+        if not all(isinstance(name, str) for name in metadata['class_names']):
+            raise TypeError('class names must be strings')
+    return WeightFile(path, layers, metadata=metadata)
 
 
 def write(folder: str, checkpoint: Checkpoint) -> None:
-    """Writes `FILE_NAME`, as PyTorch lays weights out, and the image statistics beside it, into a folder."""
+    """Writes the weights in PyTorch's layout (`FILE_NAME`) and the image statistics to a folder."""
     import safetensors.numpy
 
     tensors = {}

@@ -1,4 +1,4 @@
-"""What a file of weights holds, whoever wrote it."""
+"""Contents of a weight file, independent of its format, and errors for unreadable files."""
 
 import contextlib
 import dataclasses
@@ -13,66 +13,65 @@ from alexnet_jax.utils.errors import UserError
 
 
 class LayerWeights(NamedTuple):
-    """A layer's weights as Caffe and PyTorch hold them: images are NCHW, maps flatten in (C, H, W) order."""
+    """Weights of a layer in the layout of Caffe and PyTorch: NCHW images, maps flattened in (C, H, W) order."""
 
     name: str  # in the file
-    weight: np.ndarray  # [O, I / groups, h, w] of a convolution, [O, I] of a linear layer
+    weight: np.ndarray  # [O, I / groups, h, w] for a convolution, [O, I] for a linear layer
     bias: np.ndarray  # [O]
-    post: str = ''  # which of 'relu', 'lrn', 'pool' follow in a Caffe file that says so
+    post: str = ''  # operations after the layer ('relu', 'lrn', 'pool'), if a Caffe file lists them
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """The layers of a file."""
+    """Layers and metadata of a weight file."""
 
     path: str
     layers: list[LayerWeights]
-    bgr: bool = False  # whether the first layer reads blue first, as Caffe's do
-    metadata: dict[str, Any] | None = None  # of a file that `alexnet_jax convert` wrote: config, class names, sizes
+    bgr: bool = False  # whether the first layer expects BGR, as Caffe's networks do
+    metadata: dict[str, Any] | None = None  # config, class names, record size; only in alexnet_jax files
 
     def of_rank(self, rank: int) -> list[LayerWeights]:
-        """The convolutions (4 axes) or the linear layers (2 axes), in the order of the file."""
+        """Returns the convolutions (rank 4) or the linear layers (rank 2), in the order of the file."""
         return [layer for layer in self.layers if layer.weight.ndim == rank]
 
 
-def unreadable(path: str, expected: str, error: Exception) -> UserError:
-    """The error to raise for a file that is not what was expected; it shows how the file begins."""
-    with open(path, 'rb') as file:
-        head = file.read(8)
-    reason = printable(re.split(r'[\n.]', str(error))[0])
-    return UserError(
-        f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes that begin with {head!r} '
-        f'({type(error).__name__}{": " if reason else ""}{reason}); it is cut short, damaged or of another kind.'
-    )
-
-
-def printable(text: str, longest: int = 100) -> str:
-    """Text out of a file as one short, printable line."""
-    return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
-
-
 @contextlib.contextmanager
-def reading_metadata(path: str) -> Iterator[None]:
-    """Turns any error inside it into a UserError: a file's metadata may be anything."""
+def reading(path: str, expected: str) -> Iterator[None]:
+    """Converts any exception in the context to a one-line UserError that names the file.
+
+    A damaged file can raise any type. Except for a UserError, the message states the expected format and the first
+    8 bytes of the file.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
     except Exception as error:
-        raise unreadable(path, 'the metadata that alexnet_jax convert writes', error) from error
+        with open(path, 'rb') as file:
+            head = file.read(8)
+        reason = printable(re.split(r'[\n.]', str(error))[0])
+        raise UserError(
+            f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes starting with {head!r} '
+            f'({type(error).__name__}{": " if reason else ""}{reason}); it is truncated, damaged or of another format.'
+        ) from error
 
 
-def pair_tensors(path: str, tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
-    """Weights with their biases, in the order of the weights. Raises UserError where tensors are left over."""
-    layers, rest = [], dict(tensors)
+def printable(text: str, longest: int = 100) -> str:
+    """Returns text from a file as one short printable line."""
+    return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
+
+
+def pair_tensors(tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
+    """Pairs weights with their biases, in the order of the weights. Raises UserError if tensors are left over."""
+    layers, unused = [], dict(tensors)
     for name, weight in tensors.items():
         prefix, dot, last = name.rpartition('.')
-        if last == 'weight' and weight.ndim in (2, 4) and f'{prefix}{dot}bias' in rest:
-            layers.append(LayerWeights(printable(prefix), rest.pop(name), rest.pop(f'{prefix}{dot}bias')))
-    if rest:
-        names = ', '.join(f'{printable(name)} {rest[name].shape}' for name in list(rest)[:6])
+        if last == 'weight' and weight.ndim in (2, 4) and f'{prefix}{dot}bias' in unused:
+            layers.append(LayerWeights(printable(prefix), unused.pop(name), unused.pop(f'{prefix}{dot}bias')))
+    if unused:
+        names = ', '.join(f'{printable(name)} {unused[name].shape}' for name in list(unused)[:6])
         raise UserError(
-            f'{path!r} holds what the network has no place for: {names}{" ..." if len(rest) > 6 else ""}; expected '
-            'X.weight with X.bias of convolutions (4 axes) and linear layers (2 axes) only.'
+            f'unsupported tensors {names}{" ..." if len(unused) > 6 else ""}; expected only X.weight and X.bias of '
+            'convolutions (4 axes) and linear layers (2 axes).'
         )
     return layers

@@ -1,4 +1,4 @@
-"""Layer specs: what a layer may be, and the shapes, parameters and FLOPs that follow."""
+"""Layer specifications, and the shapes, parameter counts and FLOPs derived from them."""
 
 import dataclasses
 import math
@@ -15,86 +15,81 @@ from alexnet_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What every kind of layer has."""
+    """Fields shared by all kinds of layers."""
 
-    features: int = 0  # outputs, all towers together; the last layer's are `AlexNet.num_classes`
-    groups: int = 1  # 1: reads everything below; 2: each half reads its own tower's half, and the towers do not talk
+    features: int = 0  # output channels, summed over towers; `AlexNet.num_classes` replaces it in the last layer
+    groups: int = 1  # 1: reads all input channels; 2: each half reads only the half of its own tower
     init: str = 'normal(0.01)'  # weights from N(0, 0.01); 'fan_in': weights from U(-b, b), b = inputs^-1/2 (PyTorch)
     bias: float = 0.0  # initial value of every bias; 'fan_in' adds a draw from U(-b, b) to it
-    post: str = ''  # operations that follow, in order: words of `POST_OPS`
+    post: str = ''  # operations applied to the output, in order: names from `POST_OPS`
 
     @property
     def ops(self) -> list[str]:
-        """The operations that follow, in order."""
+        """The names in `post`, in order."""
         return self.post.split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvSpec(LayerSpec):
-    """A convolutional layer: conv1."""
+    """A convolutional layer, such as conv1."""
 
     kernel: int  # side of the square window, pixels
     stride: int = 1
-    padding: tuple[int, int] = (0, 0)  # zeros before and after, rows and columns alike
+    padding: tuple[int, int] = (0, 0)  # zeros (before, after), the same for rows and columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalSpec(ConvSpec):
-    """A convolutional layer with kernels, and biases, of its own at every position: local3."""
+    """A locally connected layer, such as local3: a convolution with separate weights and biases at every position."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSpec(LayerSpec):
-    """A fully-connected layer: fc6."""
+    """A fully connected layer, such as fc6."""
 
 
-Shape = tuple[int, ...]  # of one image's maps (H, W, C) or units (F,)
+Shape = tuple[int, ...]  # without the batch axis: maps (H, W, C) or units (F,)
 INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
-KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # by the prefix of a layer's name, in network order
+KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # layer name prefix -> spec, in network order
 
 
 def parse_name(name: str) -> tuple[str, int]:
-    """A layer's kind, a key of `KINDS`, and number. Raises UserError where a name is something else."""
+    """Splits a layer name into its kind (a key of `KINDS`) and its number. Raises UserError for any other name."""
     match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', name)
     if not match:
-        raise UserError(f'model.layers has {name!r}; expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
+        raise UserError(f'model.layers has {name!r}: expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
     return match[1], int(match[2])
 
 
 def sort_layers(names: Iterable[str]) -> list[str]:
-    """Layer names in network order: conv, local, fc, then by number; gaps are allowed."""
+    """Sorts layer names in network order: by kind (conv, local, fc), then by number. Gaps are allowed."""
     order = list(KINDS)
     return sorted(names, key=lambda name: (order.index(parse_name(name)[0]), parse_name(name)[1]))
 
 
 def init_std(init: str) -> float | None:
-    """The standard deviation of 'normal(STD)'; None for 'fan_in'. Raises UserError for anything else."""
+    """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other text."""
     if not (match := INIT.fullmatch(init)):
-        raise UserError(f"init={init!r}; expected 'normal(STD)' with a number of 0 or more, or 'fan_in'.")
+        raise UserError(f"init={init!r}: expected 'normal(STD)' with STD >= 0, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
 
 class LayerShapes(NamedTuple):
-    """What passes through a layer for one image, and what it costs."""
+    """Shapes and costs of one layer for one image."""
 
     inputs: Shape
-    linear: Shape  # before what follows
-    outputs: Shape  # after it
-    dropped: Shape | None  # where dropout acts; None if it does not
+    linear: Shape  # before the post ops
+    outputs: Shape  # after the post ops
+    dropped: Shape | None  # shape of the dropout mask; None without dropout
     parameters: int
-    flops: int  # of the products: two for a multiplication and its addition
+    flops: int  # of the matrix products only; a multiply-add counts as two
 
 
 def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, LayerShapes]:
-    """Shapes, parameters and products of every layer.
+    """Returns the shapes, parameter count and FLOPs of every layer, by layer name.
 
-    Args:
-      model: an AlexNet, or whatever has its attributes.
-      image_size: side of the network's input, pixels.
-      towers: devices the network is to be split over.
-
-    Raises:
-      UserError: the layers do not fit together, this image size, or this number of towers.
+    `model` is an AlexNet, or any object with its attributes. `towers` is the number of devices that share the channels.
+    Raises UserError if the layers do not fit each other, the image size (in pixels), or the number of towers.
     """
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]
@@ -104,7 +99,10 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
     shape: Shape = (image_size, image_size, 3)
     for name, layer in model.layers.items():
         _check_groups(model, name, shape[-1], towers)
-        inputs, op_shapes = shape, list(_op_shapes(model, name, shape, image_size))
+        try:
+            inputs, op_shapes = shape, list(_op_shapes(model, name, shape))
+        except UserError as error:
+            raise UserError(f'data.image_size={image_size}: {name}: {error}; use a larger size.') from error
         linear, shape = op_shapes[0][1], op_shapes[-1][1]
         weights = _fan_in(layer, inputs) * layer.features
         positions = linear[0] * linear[1] if isinstance(layer, ConvSpec) else 1
@@ -115,50 +113,54 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
 
 
 def _mixing_groups(model: Any, op: str) -> int:
-    """Parts of the channels within which an operation mixes them; 0 if it mixes none, or is unknown."""
+    """Number of channel groups within which a post op mixes channels; 0 if it mixes none or is unknown."""
     entry = POST_OPS.get(op)
     return entry.groups(model) if entry and entry.groups else 0
 
 
 def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
-    """Raises UserError where a layer's operations are unknown, or its channels do not divide."""
+    """Raises UserError if a layer has an unknown post op or if its channels are not divisible as required."""
     layer, last = model.layers[name], name == list(model.layers)[-1]
     allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
     if unknown := [op for op in layer.ops if op not in allowed]:
         known = ', '.join(sorted(allowed))
-        raise UserError(f'{name} is followed by {unknown[0]!r}; expected some of: {known}; add your own to POST_OPS.')
+        raise UserError(f'{name}.post={layer.post!r}: unknown op {unknown[0]!r}; use {known}, or add it to POST_OPS.')
     if layer.ops.count('dropout') > 1:
-        raise UserError(f'{name} is followed by dropout twice; expected once at most.')
+        raise UserError(f'{name}.post={layer.post!r}: expected dropout at most once.')
     for what, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
-            raise UserError(f'{name} has {count} {what}, which do not divide into {layer.groups} groups.')
-    problem = f'which cannot be split over {towers} towers; use mesh.tower=1.'
-    # The classifier may have an odd number of classes: `sharding.forward` pads it.
+            raise UserError(f'{name} has {count} {what}: expected a multiple of groups={layer.groups}.')
+    # An odd number of classes is allowed: `sharding.forward` pads the classifier.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
-        raise UserError(f'{name} has {layer.features} features in {layer.groups} group(s), {problem}')
+        raise UserError(
+            f'{name} has {layer.features} features in {layer.groups} group(s), which cannot be split over {towers} '
+            'towers; use mesh.tower=1.'
+        )
     for op in layer.ops:
         groups = _mixing_groups(model, op)
         if groups and layer.features % groups:
-            raise UserError(f'{name}: {op} works in {groups} groups; {layer.features} features do not divide so.')
+            raise UserError(f'{name}.features={layer.features}: expected a multiple of the {groups} groups of {op}.')
         if groups % towers:
-            raise UserError(f'{name}: {op} works in {groups} group(s) of the {layer.features} features, {problem}')
+            raise UserError(
+                f'{name}: {op} has {groups} group(s), which cannot be split over {towers} towers; use mesh.tower=1.'
+            )
 
 
 def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
-    """Elements of one image that a tower receives from the other: {layer: count}, of the layers that gather.
+    """Returns, for each layer that gathers, the number of elements per image that a tower receives from the other.
 
-    A layer with one group whose input is split needs all of it, and has half of it already (see `model.AlexNet`).
+    A layer with one group reads all channels. If its input is split, each tower already holds half of them.
     """
     shapes, layers = infer_shapes(model, image_size, towers), list(model.layers.items())
     if towers == 1:
         return {}
-    return {  # the first layer reads the image, which is whole on every tower
+    return {  # not the first layer: every tower holds the whole image
         name: math.prod(shapes[name].inputs) * (towers - 1) // towers for name, layer in layers[1:] if layer.groups == 1
     }
 
 
 def summary(model: Any, image_size: int, towers: int) -> str:
-    """A table of layers for people: shapes, parameters, products, and what crosses between towers."""
+    """Formats a table of the layers: shapes, parameters, FLOPs, and elements received from the other tower."""
     shapes, gathered = infer_shapes(model, image_size, towers), gathered_elements(model, image_size, towers)
     rows = [tuple('layer,input,window,groups,output,post,parameters,Mflops,from the other tower'.split(','))]
     for name, layer in model.layers.items():
@@ -170,40 +172,34 @@ def summary(model: Any, image_size: int, towers: int) -> str:
     parameters, flops = (sum(getattr(shape, key) for shape in shapes.values()) for key in ('parameters', 'flops'))
     rows.append(('all', *[''] * 5, f'{parameters:,}', f'{flops / 1e6:,.1f}', f'{sum(gathered.values()):,}'))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Text to the left, numbers to the right.
     line = '  '.join(f'{{:{side}{width}}}' for side, width in zip('<<<<<<>>>', widths, strict=True))
     text = [line.format(*row).rstrip() for row in rows]
     text.append(
-        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, one image forward: two flops a multiplication; '
-        'numbers that each tower receives (the gradient sends as many back).'
+        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, forward pass of one image. A multiply-add is two '
+        'FLOPs. The last column counts the elements that each tower receives; the backward pass sends as many back.'
     )
     return '\n'.join(text)
 
 
 def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
-    """Numbers that one output is the weighted sum of."""
+    """Number of inputs that each output is a weighted sum of."""
     if isinstance(layer, ConvSpec):
         return layer.kernel**2 * inputs[-1] // layer.groups
     return math.prod(inputs) // layer.groups
 
 
-def _op_shapes(model: Any, name: str, inputs: Shape, image_size: int) -> Iterator[tuple[str, Shape]]:
-    """('linear', shape), then (op, shape) for each operation that follows."""
+def _op_shapes(model: Any, name: str, inputs: Shape) -> Iterator[tuple[str, Shape]]:
+    """Yields ('linear', shape), then (op, shape) for each post op. Raises UserError if the maps are too small."""
     layer: LayerSpec = model.layers[name]
     shape: Shape = (layer.features,)
-    too_small = f'an image of {image_size} px does not fit the network: {name}'
-    remedy = 'use a larger data.image_size.'
     if isinstance(layer, ConvSpec):
         size = inputs[0] + sum(layer.padding)
         if size < layer.kernel:
-            raise UserError(f'{too_small} looks through {layer.kernel} px windows at maps of {inputs[0]} px; {remedy}')
+            raise UserError(f'a window of {layer.kernel} px does not fit padded maps of {size} px')
         shape = ((size - layer.kernel) // layer.stride + 1,) * 2 + shape
     yield 'linear', shape
     for op in layer.ops:
         context = Context(model, groups=max(1, _mixing_groups(model, op)), mask=None)
         x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        try:
-            shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
-        except UserError as error:
-            raise UserError(f'{too_small} {error}; {remedy}') from error
+        shape = jax.eval_shape(lambda x, op=op, context=context: POST_OPS[op].function(x, context), x).shape[1:]
         yield op, shape

@@ -1,7 +1,7 @@
-"""The paper's data augmentation (section 4.1): its settings, and the arithmetic on the device.
+"""Data augmentation (section 4.1): its settings, and the part that runs on the device.
 
-`data/random_crops.py` draws and crops in the input pipeline, on uint8; `preprocess` and `views` run inside the jitted
-step, so that bytes and not floats cross to the device.
+`data/random_crops.py` draws and crops uint8 images in the input pipeline. `preprocess` and `views` run inside the
+jitted step, so that uint8 images are sent to the device, not floats.
 """
 
 import functools
@@ -22,64 +22,60 @@ DType = jax.typing.DTypeLike
 
 
 class Augmentation(NamedTuple):
-    """What a config's `data` says of crops, reflections, color and mean. The defaults are the paper's.
+    """Crop, reflection, color and mean settings: part of a config's `data`. The defaults are the paper's.
 
     Sources: section 4.1; `convdata_jpeg.py` of the authors' release; Caffe's data layer; torchvision's training script.
     """
 
-    image_size: int = 224  # side of what the network reads, pixels; Caffe's 227
-    crop_area: tuple[float, float] | tuple[()] = ()  # (): windows of image_size; torchvision's (0.08, 1): of the area
-    random_crop: bool = True  # False: always the center
-    all_positions: bool = False  # 32 x 32 windows of 256 px, section 4.1's factor of 2048; True: all 33 x 33 (authors)
-    draw_every: int = 1  # successive images that share crop and reflection: 1 by the words, 32 in the authors' code
+    image_size: int = 224  # side of the network's input, pixels; 227 in Caffe
+    crop_area: tuple[float, float] | tuple[()] = ()  # (): fixed-size crops; (0.08, 1): area range as in torchvision
+    random_crop: bool = True  # False: always the center crop
+    all_positions: bool = False  # False: 32 x 32 crops of 256 px (section 4.1's factor 2048); True: 33 x 33 (authors)
+    draw_every: int = 1  # consecutive images that share crop and reflection: 1 in the paper, 32 in the authors' code
     reflect: bool = True
-    mean: str = 'crop'  # subtract the mean image 'crop' by crop, its 'center' always (authors), or its mean a 'channel'
-    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of R, G, B; what mean-subtracted pixels are divided by
-    color_std: float = 0.1  # of the components' alphas; 0: off
-    color_scale: str = 'eigenvalue'  # what the alphas are times: 'eigenvalue' (on [0, 1]) or 'std', its root (authors)
-    color_divide: bool = False  # divide the image by 1 + color_std while color is on (authors)
-    color_epochs: float = 0.0  # color goes off after so many epochs, 0: never; 67 in the authors' net 145 (2010)
+    mean: str = 'crop'  # subtract the mean image at the 'crop', at the 'center' (authors), or averaged per 'channel'
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # R, G, B divisors of the mean-subtracted pixels
+    color_std: float = 0.1  # standard deviation of the alphas; 0: no color augmentation
+    color_scale: str = 'eigenvalue'  # scales the alphas: 'eigenvalue' (pixels in [0, 1]) or 'std', its root (authors)
+    color_divide: bool = False  # divide the image by 1 + color_std while color augmentation is on (authors)
+    color_epochs: float = 0.0  # color augmentation ends after this epoch; 0: never; 67 in the authors' net 145 (2010)
 
 
 def crop_on_device(batch: Batch, size: int) -> Batch:
-    """What `crop` does, for a batch of whole records, or one that has their numbers and all records.
+    """Crops and reflects on the device, for batches that hold whole records, or indices into all records.
 
-    Args:
-      batch: 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]; 'offset' and 'reflect'.
-      size: of the crops, pixels.
-
-    Returns:
-      the batch with 'image' uint8 [n, size, size, 3] instead of these.
+    `batch` has 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]. The result has
+    'image' uint8 [n, size, size, 3] in their place. The draws 'offset' int32 [n, 2] and 'reflect' bool [n] remain.
     """
 
-    def from_all(index: Array, offset: Array, reflect: Array) -> Array:
+    def crop_record(index: Array, offset: Array, reflect: Array) -> Array:
         start = (index, *offset, jnp.zeros_like(index))
         part = lax.dynamic_slice(batch['records'], start, (1, size, size, 3))[0]
         return jnp.where(reflect, part[:, ::-1], part)
 
-    from_one = functools.partial(_crop, size=size)
-    cut_out, which = (from_one, 'whole') if 'whole' in batch else (from_all, 'index')
-    rest = {key: value for key, value in batch.items() if key not in (which, 'records')}
-    return {**rest, 'image': jax.vmap(cut_out)(batch[which], batch['offset'], batch['reflect'])}
+    crop_image = functools.partial(_crop, size=size)
+    crop, source = (crop_image, 'whole') if 'whole' in batch else (crop_record, 'index')
+    rest = {key: value for key, value in batch.items() if key not in (source, 'records')}
+    return {**rest, 'image': jax.vmap(crop)(batch[source], batch['offset'], batch['reflect'])}
 
 
 def _crop(image_HWC: Array | np.ndarray, offset: Array, reflect: Array, size: int) -> Array:
-    """The size x size part at an offset, mirrored where `reflect` is true."""
-    start = (offset[0], offset[1], jnp.zeros_like(offset[0]))  # of one type, in float64 too
+    """Returns the size x size crop at an offset, mirrored if `reflect` is true."""
+    start = (offset[0], offset[1], jnp.zeros_like(offset[0]))  # the indices need one dtype, also with enable_x64
     part = lax.dynamic_slice(image_HWC, start, (size, size, 3))
     return jnp.where(reflect, part[:, ::-1], part)
 
 
 def default_record_size(image_size: int) -> int:
-    """Side of the records that crops of a size are taken from, in the paper's proportion: 256 for 224."""
+    """Returns the side of the records for crops of a given size, in the paper's proportion: 256 for 224."""
     return -(-image_size * 8 // 7)
 
 
 def crop_positions(record_size: int, image_size: int, all_positions: bool = False) -> int:
-    """Places at which a crop may begin, in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
+    """Returns the number of crop offsets in each direction: 32 for 224 out of 256 (section 4.1's factor of 2048).
 
-    all_positions: counts the last one too, as the authors' code does: 33. Raises UserError where the records are
-    smaller than what the network reads.
+    With `all_positions` the last offset counts too, as in the authors' code: 33. Raises UserError if the records are
+    smaller than the network's input.
     """
     if image_size > record_size:
         raise UserError(
@@ -90,18 +86,15 @@ def crop_positions(record_size: int, image_size: int, all_positions: bool = Fals
 
 
 def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenvalue') -> Array:
-    """[p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in gray levels.  Section 4.1.
+    """Returns [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in gray levels (section 4.1).
 
-    Deviation: the formula gives no scale. It is read on pixels in [0, 1], the one reading with sensible results (about
-    3.4 levels of 255; eigenvalues of 0-255 pixels would shift by hundreds): l / 255^2 there, times 255 back here.
+    Deviation: the paper does not give the pixel scale. Pixels in [0, 1] are assumed: eigenvalues of 0-255 pixels would
+    shift colors by hundreds of levels, these shift them by about 3.4 of 255. On [0, 1] the eigenvalue is l / 255^2, and
+    the shift is multiplied by 255 to get gray levels.
 
-    Args:
-      alphas_N3: float [N, 3].
-      image_stats: components of the RGB values.
-      scale: 'eigenvalue', or 'std': the authors' code has the standard deviation sqrt(l), about 7.4 levels.
-
-    Returns:
-      float [N, 3], to be added to every pixel.
+    `alphas_N3`, float [N, 3], are the random factors a. `image_stats` has the eigenvectors p and eigenvalues l. `scale`
+    is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code, about 7.4 levels. The result, float [N, 3], is added
+    to every pixel.
     """
     lengths = jnp.sqrt(image_stats.eigenvalues) if scale == 'std' else image_stats.eigenvalues / 255.0
     return (alphas_N3 * lengths[None]) @ image_stats.eigenvectors.T
@@ -110,19 +103,19 @@ def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenva
 def preprocess(
     batch: Batch, image_stats: ImageStats, augmentation: Augmentation, *, color: Any = True, dtype: DType = jnp.float32
 ) -> Array:
-    """Turns a training batch's bytes into the network's input: minus the mean, plus the color shift.
+    """Converts a uint8 training batch to the network's input: subtracts the mean and adds the color shift.
 
     Args:
-      batch: 'image' uint8 [N, s, s, 3], cropped, mirrored; 'offset' int32 [N, 2], 'reflect' bool [N], 'color' float32
-        [N, 3] as drawn for each.
-      image_stats: of the training set.
-      augmentation: with mean='crop' the mean image is cropped and mirrored like its image (section 2: the mean activity
-        of each pixel); with 'center' its central part stays as it is, whatever the crop.
-      color: bool scalar, whether color is (still) on.
-      dtype: of the result.
+      batch: 'image' uint8 [N, s, s, 3], cropped and mirrored; the draws 'offset' int32 [N, 2], 'reflect' bool [N] and
+        'color' float32 [N, 3].
+      image_stats: statistics of the training set.
+      augmentation: with mean='crop' the mean image is cropped and mirrored like the image (section 2: the mean activity
+        of each pixel); with 'center' its center crop is subtracted from every crop.
+      color: bool scalar, whether color augmentation is on in this step.
+      dtype: dtype of the result.
 
     Returns:
-      float [N, s, s, 3], mean-subtracted, 0-255 scale (divided by `pixel_std`).
+      float [N, s, s, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`).
     """
     chex.assert_rank(batch['image'], 4)
     size = batch['image'].shape[1]
@@ -140,21 +133,21 @@ def preprocess(
 
 
 def _fixed_mean(image_stats: ImageStats, augmentation: Augmentation, size: int) -> Array:
-    """[1, size, size, 3] or [1, 1, 1, 3], the same for every crop."""
+    """Returns the mean subtracted from every crop, [1, size, size, 3] or [1, 1, 1, 3]."""
     mean = jnp.asarray(image_stats.mean_image)[None]
     return center_crop(mean, size) if augmentation.mean == 'center' else mean.mean((1, 2), keepdims=True)
 
 
 def center_crop(image_NHWC: Images, size: int) -> Images:
-    """The central size x size part of images [N, S, S, 3]."""
+    """Returns the central size x size part of images [N, S, S, 3]."""
     y, x = ((side - size) // 2 for side in image_NHWC.shape[1:3])
     return image_NHWC[:, y : y + size, x : x + size]
 
 
 def ten_views(image_NHWC: Images, size: int) -> list[Images]:
-    """Four corners, the center, and their reflections: ten arrays [N, size, size, 3].  Section 4.1.
+    """Returns the ten test views of section 4.1, arrays [N, size, size, 3]: center, four corners, their reflections.
 
-    image_NHWC: [N, S, S, 3] of any type. The center comes first, the five reflections last.
+    `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the same order.
     """
     _, height, width, _ = image_NHWC.shape
     corners = [(y, x) for y in (0, height - size) for x in (0, width - size)]
@@ -165,27 +158,20 @@ def ten_views(image_NHWC: Images, size: int) -> list[Images]:
 def views(
     image_NHWC: Array, image_stats: ImageStats, augmentation: Augmentation, *, count: int, dtype: DType = jnp.float32
 ) -> list[Array]:
-    """The network's inputs for a test: the center alone (count=1), or ten views (count=10). No color.
+    """Returns the network's inputs at test time: center crop (count=1) or ten views (count=10), without color shift.
 
-    Args:
-      image_NHWC: uint8 [N, S, S, 3], whole records of the mean image's size.
-      image_stats: of the training set.
-      augmentation: its `mean` says whether that of the same crop is subtracted (the paper), or one fixed (authors).
-
-    Returns:
-      `count` arrays, float [N, size, size, 3], mean-subtracted, 0-255 scale (divided by `pixel_std`).
-
-    Raises:
-      UserError: another count.
+    `image_NHWC` is uint8 [N, S, S, 3], whole records of the size of the mean image. `augmentation.mean` selects the
+    mean of the same crop (paper) or one mean for all views (authors). The results are `count` arrays, `dtype`
+    [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`). Raises UserError for other counts.
     """
     if count not in (1, 10):
-        raise UserError(f'views={count}; expected 1 (center) or 10 (corners and center, with reflections).')
+        raise UserError(f'views={count}: expected 1 (center) or 10 (corners and center, with reflections).')
     chex.assert_equal_shape([image_NHWC[0], image_stats.mean_image])
     size, image = augmentation.image_size, image_NHWC.astype(dtype)
-    fixed: Array | int = 0
+    mean: Array | int = 0
     if augmentation.mean == 'crop':
         image = image - jnp.asarray(image_stats.mean_image, dtype)[None]
     else:
-        fixed = _fixed_mean(image_stats, augmentation, size).astype(dtype)
-    cuts = ten_views(image, size) if count == 10 else [center_crop(image, size)]
-    return [(part - fixed) / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None] for part in cuts]
+        mean = _fixed_mean(image_stats, augmentation, size).astype(dtype)
+    crops = ten_views(image, size) if count == 10 else [center_crop(image, size)]
+    return [(part - mean) / jnp.asarray(augmentation.pixel_std, dtype)[None, None, None] for part in crops]

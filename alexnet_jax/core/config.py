@@ -1,4 +1,4 @@
-"""From the parts of a config (see configs/paper.py) to the objects of the core, with a check of every value."""
+"""Builds the objects of core/ from the sections of a config (see configs/paper.py) and checks every value."""
 
 import dataclasses
 import functools
@@ -15,16 +15,16 @@ from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-Check = tuple[str, Callable[[Any], bool], str]  # keys, what their values must satisfy, the same in words
+Check = tuple[str, Callable[[Any], bool], str]  # keys, predicate their values must satisfy, its description
 
 
 def _is_number(value: Any, least: float = -1e300, most: float = 1e300, kind: Any = int | float) -> bool:
-    """Whether a value is a finite number within bounds, of a kind: `int` for whole ones."""
+    """Whether a value is a finite number (with kind=int: an integer) within bounds."""
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Whether there are `count` values, each a number within bounds."""
+    """Whether `values` is a tuple or list of `count` numbers within bounds."""
     is_row = isinstance(values, tuple | list) and len(values) == count
     return is_row and all(_is_number(value, **bounds) for value in values)
 
@@ -33,35 +33,30 @@ from_0 = functools.partial(_is_number, least=0)
 is_count = functools.partial(_is_number, least=1, kind=int)
 
 
-def _is_init(value: Any) -> bool:
-    return isinstance(value, str) and INIT.fullmatch(value) is not None
-
-
 def _is_crop_area(value: Any) -> bool:
     return value == () or (_are_numbers(value, 2, most=1) and 0 < value[0] <= value[1])
 
 
 _LAYER_CHECKS = (
-    ('features kernel stride groups', is_count, 'a whole number above 0'),
-    ('padding', lambda value: _are_numbers(value, 2, least=0, kind=int), 'a pair of pixels (before, after)'),
+    ('features kernel stride groups', is_count, 'a positive integer'),
+    ('padding', lambda value: _are_numbers(value, 2, least=0, kind=int), 'a pair of integers (before, after)'),
     ('bias', _is_number, 'a number'),
-    ('init', _is_init, "'normal(STD)' with a number of 0 or more, or 'fan_in'"),
+    ('init', lambda value: INIT.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
     ('post', lambda value: isinstance(value, str), "words such as 'relu lrn pool'"),
 )
 _MODEL_CHECKS = (
-    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_count, 'a whole number above 0'),
-    ('lrn_k spatial_k', lambda value: _is_number(value) and value > 0, 'a number above 0'),
+    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_count, 'a positive integer'),
+    ('lrn_k spatial_k', lambda value: _is_number(value) and value > 0, 'a positive number'),
     ('lrn_alpha lrn_beta spatial_alpha spatial_beta', _is_number, 'a number'),
-    ('dropout_rate', lambda value: from_0(value) and value < 1, 'a number from 0 up to, not including, 1'),
+    ('dropout_rate', lambda value: from_0(value) and value < 1, 'a number of at least 0 and below 1'),
     ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
 )
 _AUGMENTATION_CHECKS = (
-    ('image_size', is_count, 'a whole number of pixels above 0'),
-    ('draw_every', is_count, 'a whole number of images above 0'),
-    ('crop_area', _is_crop_area, '() or (least, most), 0 to 1'),
+    ('image_size draw_every', is_count, 'a positive integer'),
+    ('crop_area', _is_crop_area, '() or (min, max), with 0 < min <= max <= 1'),
     ('mean', ('crop', 'center', 'channel').__contains__, "'crop', 'center' or 'channel'"),
-    ('pixel_std', lambda value: _are_numbers(value, 3) and min(value) > 0, 'three numbers above 0'),
+    ('pixel_std', lambda value: _are_numbers(value, 3) and min(value) > 0, 'three positive numbers'),
     ('color_std color_epochs', from_0, 'a number of 0 or more'),
     ('color_scale', ('eigenvalue', 'std').__contains__, "'eigenvalue' or 'std'"),
 )
@@ -69,82 +64,83 @@ OPTIM_CHECKS = (
     ('schedule', ('plateau', 'epochs').__contains__, "'plateau' or 'epochs'"),
     ('learning_rate bias_rate weight_decay bias_decay', from_0, 'a number of 0 or more'),
     ('trust_coefficient warmup_epochs max_drops min_delta', from_0, 'a number of 0 or more'),
-    ('momentum', lambda value: from_0(value) and value < 1, 'a number from 0 up to, not including, 1'),
-    ('drop_factor', lambda value: _is_number(value, most=1) and value > 0, 'a number above 0, at most 1'),
-    ('patience', is_count, '1 or more'),
+    ('momentum', lambda value: from_0(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('drop_factor', lambda value: _is_number(value, most=1) and value > 0, 'a number above 0 and at most 1'),
+    ('patience', is_count, 'a positive integer'),
 )
 
 
 def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) -> None:
-    """Raises UserError for the first value that fails its check; text: of a key and its value, '{}={!r}'."""
+    """Raises UserError for the first value that fails its check; `text` formats key and value: 'optim.{}={!r}'."""
     for keys, is_right, expected in checks:
         for key in keys.split():
             if key in values and not is_right(values[key]):
-                raise UserError(f'{text.format(key, values[key])}; expected {expected}.')
+                raise UserError(f'{text.format(key, values[key])}: expected {expected}.')
 
 
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
-    """The network a config's `model` describes, also when JSON has turned its tuples into lists.
+    """Returns the network described by a config's `model`; tuples may be lists, as after JSON.
 
-    Raises UserError for a key that is no attribute of the network, or a value that cannot be one.
+    Raises UserError for a key that is not an attribute of `AlexNet`, or for an invalid value.
     """
     for key in fields:
         if key not in MODEL_FIELDS:
-            raise UserError(f'model.{key} is unknown.{did_you_mean(key, MODEL_FIELDS)}')
-    check_values(_MODEL_CHECKS, fields, 'model.{} is {!r}')
+            raise UserError(f"unknown config key 'model.{key}'.{did_you_mean(key, MODEL_FIELDS)}")
+    check_values(_MODEL_CHECKS, fields, 'model.{}={!r}')
     fields = dict(fields)
     if 'layers' in fields:
         fields['layers'] = _layers_from_config(fields['layers'])
     network = AlexNet(**fields)
     if network.pool_stride > network.pool_window:
         raise UserError(
-            f'model.pool_stride={network.pool_stride} leaves gaps between windows of {network.pool_window} px.'
+            f'model.pool_stride={network.pool_stride}: expected at most model.pool_window={network.pool_window}; a '
+            'larger stride leaves gaps between windows.'
         )
     if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set as jax runs
-        raise UserError("model.dtype='float64' takes jax.enable_x64; expected float32 or bfloat16.")
+        raise UserError("model.dtype='float64': needs jax.enable_x64; set it, or use float32 or bfloat16.")
     return network
 
 
 def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) -> dict[str, LayerSpec]:
     layers = layers.to_dict() if isinstance(layers, ConfigDict) else layers
     if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise UserError(f'model.layers is {layers!r}; expected layers by name, see configs/paper.py.')
+        raise UserError(f'model.layers={layers!r}: expected a dict of layers by name, see configs/paper.py.')
     specs, names = {}, sort_layers(layers)
     for name in names:
         if name == names[-1] and parse_name(name)[0] != 'fc':
-            raise UserError(f'{name}, the last layer, is the classifier; expected a fully-connected one, such as fc8.')
+            raise UserError(f'model.layers ends with {name}: expected a fully connected classifier, such as fc8.')
         kind, given = KINDS[parse_name(name)[0]], layers[name]
         known = {field.name: field for field in dataclasses.fields(kind)}
         if name == names[-1]:
-            del known['features']  # it is `num_classes`
+            del known['features']  # `num_classes` is used instead
         for key in given.keys() - known.keys():
-            hint = ' Its width is model.num_classes.' if key == 'features' else did_you_mean(key, known)
-            raise UserError(f'model.layers.{name}.{key} is unknown.{hint}')
+            hint = ' Use model.num_classes.' if key == 'features' else did_you_mean(key, known)
+            raise UserError(f"unknown config key 'model.layers.{name}.{key}'.{hint}")
         for key in {'features', 'kernel'} & known.keys() - given.keys():
             raise UserError(f'model.layers.{name} has no {key}.')
-        check_values(_LAYER_CHECKS, given, f'model.layers.{name}.{{}} is {{!r}}')
+        check_values(_LAYER_CHECKS, given, f'model.layers.{name}.{{}}={{!r}}')
         specs[name] = kind(**{key: to_tuples(value) for key, value in given.items()})
     return specs
 
 
 def to_tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, as the tuples that they were."""
+    """Converts lists to tuples, recursively: JSON stores tuples as lists."""
     if isinstance(value, dict):
         return {key: to_tuples(part) for key, part in value.items()}
     return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """The augmentation in a config's `data`, or its JSON; other keys are ignored. Raises UserError for a bad value."""
+    """Returns the augmentation described by a config's `data`; ignores other keys. Raises UserError for a bad value."""
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
     if area and not augmentation.random_crop:
-        raise UserError(f'data.crop_area={area} draws crops; use data.crop_area=() with data.random_crop=False.')
+        raise UserError(f'data.crop_area={area}: expected () because of data.random_crop=False.')
     if area and augmentation.mean != 'channel':
         raise UserError(
-            f'data.mean={augmentation.mean!r}, but data.crop_area changes the scale, where no pixel has a mean of its '
-            "own; use data.mean='channel'."
+            f"data.mean={augmentation.mean!r}: expected 'channel' with data.crop_area, because rescaled crops do not "
+            'match the pixels of the mean image.'
         )
     return augmentation
 
@@ -157,17 +153,14 @@ def optimizer_from_config(
     decay: Callable[[optim.DecayTable], Any] = optim.add_decays,
     warmup: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optim.Optimizer:
-    """The update that a config's `optim` describes.
+    """Returns the optimizer described by a config's `optim`. Raises UserError for an invalid value.
 
     Args:
-      fields: see configs/paper.py; keys that are not of this update are left to the caller.
-      steps_per_epoch: updates a pass takes; need not be whole.
+      fields: see configs/paper.py; keys that this function does not read are ignored.
+      steps_per_epoch: updates per epoch; may be fractional.
       layers: names of the network's layers.
-      decay: makes what comes before the rate, see `optim.make_optimizer`.
-      warmup: count of updates -> what multiplies every rate; None: 1.
-
-    Raises:
-      UserError: an unknown schedule or layer, or a value outside its range.
+      decay: makes the transformation that precedes the learning rate, see `optim.make_optimizer`.
+      warmup: maps the number of updates to a factor of every rate; None: no warmup.
     """
     check_values(OPTIM_CHECKS, fields, 'optim.{}={!r}')
     for key in ('layer_rates', 'layer_decays'):
@@ -188,30 +181,31 @@ def optimizer_from_config(
         warmup=warmup,
     )
     decays = optim.DecayTable(fields['weight_decay'], fields['bias_decay'], dict(fields['layer_decays']))
-    shape = {key: fields[key] for key in ('momentum', 'rate_in_velocity')}
-    return optim.make_optimizer(rates, decay(decays), **shape)
+    return optim.make_optimizer(
+        rates, decay(decays), momentum=fields['momentum'], rate_in_velocity=fields['rate_in_velocity']
+    )
 
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
     for row in stages if isinstance(stages, tuple | list) else [stages]:
         if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, least=0):
             raise UserError(
-                f'optim.stages has the row {row!r}; expected (first epoch, factor for weights, factor for biases, '
-                'layers with factors of their own).'
+                f'optim.stages has the row {row!r}: expected (first epoch, factor for weights, factor for biases, '
+                'overrides by layer).'
             )
         _check_rows('stages', row[3], 3, layers)
     starts = [row[0] for row in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-        raise UserError(f'optim.stages begins at the epochs {starts}; expected rising ones from 0.')
+        raise UserError(f'optim.stages starts at epochs {starts}: expected increasing epochs, the first of them 0.')
     return [optim.Stage(*row) for row in stages]
 
 
 def _check_rows(key: str, rows: Any, length: int, layers: Sequence[str]) -> None:
     for row in rows if isinstance(rows, tuple | list) else [rows]:
         if not isinstance(row, tuple | list) or not _are_numbers(row[1:], length - 1, least=0):
-            raise UserError(f'optim.{key} has {row!r}; expected a layer and {length - 1} factor(s) of 0 or more.')
+            raise UserError(f'optim.{key} has {row!r}: expected a layer and {length - 1} factor(s) of 0 or more.')
         if row[0] not in layers:
-            raise UserError(f'optim.{key} names a layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')
+            raise UserError(f'optim.{key} has an unknown layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')
     names = [row[0] for row in rows]
     if len(set(names)) < len(names):
-        raise UserError(f'optim.{key} names a layer twice: {", ".join(names)}.')
+        raise UserError(f'optim.{key} has a layer twice: {", ".join(names)}.')

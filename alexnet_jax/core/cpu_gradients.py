@@ -1,31 +1,33 @@
-"""The gradient of a convolution's weights, faster than XLA's own on the CPU backend.  Not needed to read on."""
+"""Weight gradient of a convolution for the CPU backend, where it is faster than XLA's own."""
 
 import math
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-_PATCH_BYTES = 12 << 20  # of patches at once: two images of conv 1
+_PATCH_BYTES = 12 << 20  # memory for the patches of one chunk: two images in conv1
 
 
 def weight_gradient(
     stride: int, padding: tuple[int, int], kernel_HWIO: Array, x_NHWC: Array, gradient_NHWO: Array
 ) -> Array:
-    """The gradient of a convolution's weights: patches times gradient, as many images as a cache holds at once.
+    """Returns the gradient of a convolution's weights: a matrix product of input patches and output gradient.
 
-    Squares of stride x stride pixels become channels first, so that a patch is a few long runs of memory.
+    Images are processed in chunks that fit the cache. Blocks of stride x stride pixels are first moved into the
+    channels (space to depth), so that a patch consists of a few long contiguous pieces of memory. Only shape and dtype
+    of `kernel_HWIO` are used; `gradient_NHWO` is the gradient of the output. See `ops.conv` for `stride` and `padding`.
     """
     size, _, channels, features = kernel_HWIO.shape
     count, height, width, _ = gradient_NHWO.shape
     blocks, depth = -(-size // stride), stride * stride * channels
-    wide = jnp.promote_types(x_NHWC.dtype, jnp.float32)
+    sum_dtype = jnp.promote_types(x_NHWC.dtype, jnp.float32)
 
     def patches(x_nHWC: Array) -> Array:
         ends = [
             (n - 1 + blocks) * stride - padding[0] - side
             for n, side in zip((height, width), x_nHWC.shape[1:3], strict=True)
         ]
-        edges = [(0, 0, 0), *((padding[0], end, 0) for end in ends), (0, 0, 0)]  # an end may be cut off
+        edges = [(0, 0, 0), *((padding[0], end, 0) for end in ends), (0, 0, 0)]  # a negative end crops
         x = lax.pad(x_nHWC, jnp.zeros((), x_nHWC.dtype), edges)
         x = x.reshape(len(x), height - 1 + blocks, stride, width - 1 + blocks, stride * channels)
         x = x.swapaxes(2, 3).reshape(len(x), height - 1 + blocks, width - 1 + blocks, depth)
@@ -33,16 +35,16 @@ def weight_gradient(
         x = jnp.concatenate([x[:, i : i + height] for i in range(blocks)], axis=-1)
         return x.reshape(-1, blocks * blocks * depth)
 
-    def product(part: list[Array]) -> Array:
-        x, gradient = part
-        return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=wide)
+    def product(chunk: list[Array]) -> Array:
+        x, gradient = chunk
+        return jnp.matmul(patches(x).T, gradient.reshape(-1, features), preferred_element_type=sum_dtype)
 
-    fits = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
-    together = math.gcd(count, 1 << max(fits, 1).bit_length() - 1)
-    parts = [a.reshape(-1, together, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
-    total, _ = lax.scan(  # from the first: inside `shard_map` the sum must vary over the mesh as its parts do
-        lambda total, part: (total + product(part), None), product([a[0] for a in parts]), [a[1:] for a in parts]
+    max_images = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
+    chunk_size = math.gcd(count, 1 << max(max_images, 1).bit_length() - 1)
+    chunks = [a.reshape(-1, chunk_size, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
+    total, _ = lax.scan(  # starts from the first chunk: in `shard_map` the carry must vary over the mesh as the sums do
+        lambda total, chunk: (total + product(chunk), None), product([a[0] for a in chunks]), [a[1:] for a in chunks]
     )
     total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)
-    whole = total.reshape(blocks * stride, blocks * stride, channels, features)
-    return whole[:size, :size].astype(kernel_HWIO.dtype)
+    kernel = total.reshape(blocks * stride, blocks * stride, channels, features)
+    return kernel[:size, :size].astype(kernel_HWIO.dtype)

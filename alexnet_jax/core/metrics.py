@@ -1,4 +1,4 @@
-"""Loss and errors as sums over images; divide once, at the end."""
+"""Loss and error rates, accumulated as sums over images and divided once at the end."""
 
 import operator
 from typing import Any
@@ -9,32 +9,32 @@ import numpy as np
 
 NAMES = ('loss', 'top1', 'top5', 'weight')
 AnyArray = jax.Array | np.ndarray
-Sums = dict[str, Any]  # of each of these names, summed over images: arrays on the device, or floats
+Sums = dict[str, Any]  # a sum over images for each of NAMES: arrays on the device, or floats
 
 
 def log_likelihood(logits_NK: AnyArray, label_N: AnyArray) -> jax.Array:
-    """Log-probability of the right class, float [N].  Paper, section 3.5 (softmax, multinomial log-likelihood).
+    """Returns the log-probability of the true class, float [N] (section 3.5: softmax, multinomial log-likelihood).
 
-    logits_NK: float [N, K]; label_N: int [N]. Written without a gather along K: where the classes are split over
-    devices, XLA adds all-reduces and nothing else.
+    `logits_NK` is float [N, K], `label_N` int [N]. There is no gather along K: if the classes are split over devices,
+    XLA only adds all-reduces.
     """
     return take_label(jax.nn.log_softmax(logits_NK), label_N)
 
 
 def take_label(x_NK: AnyArray, label_N: AnyArray) -> jax.Array:
-    """Each row's entry at its label, float [N]; NaN where the label is none of the K classes."""
+    """Returns each row's entry at its label, float [N]; NaN if the label is not one of the K classes."""
     count = x_NK.shape[-1]
     entry = jnp.sum(jnp.where(jnp.arange(count)[None] == label_N[:, None], x_NK, 0), axis=-1)
     return jnp.where((label_N >= 0) & (label_N < count), entry, jnp.nan)
 
 
 def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
-    """Error of the k best classes, float [N], 0 to 1, by counting the scores above the right one's.
+    """Returns the top-k error of each image, float [N], 0 to 1, by counting the scores above that of the true class.
 
-    A tie is decided by lot, so it counts its share: with `above` scores above and `tied` equal (the right one among
-    them), the label is among the first k with probability (k - above) / tied (`LogregCostLayer` in the authors'
-    src/layer.cu does the same). Scores that are not numbers count as errors.
-    Deviation: the paper's "not among the five" says nothing of ties.
+    A tie counts with the expected error of a random order: with `above` scores above and `tied` equal (including the
+    true class), the true class is among the first k with probability (k - above) / tied, as in `LogregCostLayer` of the
+    authors' src/layer.cu. NaN scores count as errors.
+    Deviation: the paper's "not among the five" does not define ties.
     """
     score_N1 = take_label(score_NK, label_N)[:, None]
     above = jnp.sum(score_NK > score_N1, axis=-1)
@@ -44,13 +44,10 @@ def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
 
 
 def sums(log_likelihood_N: AnyArray, score_NK: AnyArray, label_N: AnyArray, weight_N: AnyArray) -> Sums:
-    """Weighted sums over a batch, each a scalar. Images of weight 0 (padding) count nowhere.
+    """Returns the sums over a batch, each a scalar. Images of weight 0 (padding) do not count.
 
-    Args:
-      log_likelihood_N: float [N], of the right class.
-      score_NK: float [N, K], logits or probabilities; only their order matters.
-      label_N: int [N].
-      weight_N: float [N], 0 or 1.
+    `log_likelihood_N` is float [N], the log-probability of the true class; `score_NK` is float [N, K], logits or
+    probabilities, of which only the order matters; `label_N` is int [N]; `weight_N` is float [N], 0 or 1.
     """
     weight = weight_N.astype(log_likelihood_N.dtype)
 
@@ -66,12 +63,12 @@ def sums(log_likelihood_N: AnyArray, score_NK: AnyArray, label_N: AnyArray, weig
 
 
 def merge(a: Sums | None, b: Sums) -> Sums:
-    """Adds two sets of sums; None stands for no images yet."""
+    """Adds two sets of sums; None means no images."""
     return b if a is None else jax.tree.map(operator.add, a, b)
 
 
 def means(total: Sums) -> dict[str, float]:
-    """Means over all images: loss in nats, errors in percent (0 to 100) as in the paper."""
+    """Returns means over all images: loss in nats, errors in percent (0 to 100) as in the paper."""
     count = float(total['weight'])
     return {
         'loss': float(total['loss']) / count,

@@ -1,6 +1,6 @@
-"""AlexNet as named layers: one Flax module for one device and for one tower of two.
+"""AlexNet as one Flax module, for one device or for one of two towers.
 
-The defaults are the paper's network (section 3.5, figure 2). A variant has other layers, never another class.
+The defaults are the paper's network (section 3.5, figure 2). Variants change `layers`, not the class.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalS
 from alexnet_jax.core.post_ops import POST_OPS, Context
 from alexnet_jax.utils.errors import UserError
 
-Masks = dict[str, Array]  # of dropout, by layer: bool, True keeps the unit
+Masks = dict[str, Array]  # dropout masks by layer: bool, True keeps the unit
 _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
     conv1=ConvSpec(features=96, kernel=11, stride=4, padding=(0, 3), post='relu lrn pool'),
     conv2=ConvSpec(features=256, kernel=5, padding=(2, 2), groups=2, bias=1.0, post='relu lrn pool'),
@@ -34,15 +34,12 @@ _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
 
 
 class Weights(nn.Module):
-    """Owns one layer's `kernel` and `bias`.
+    """Parameters `kernel` and `bias` of one layer."""
 
-    shape: of a kernel. positions: sides of the maps, where each position has a kernel and a bias of its own.
-    """
-
-    shape: tuple[int, ...]
-    init_std: float | None  # None: as torch.nn draws both by default, kaiming_uniform(a=sqrt(5))
+    shape: tuple[int, ...]  # of one kernel
+    init_std: float | None  # None: kernel and bias as in torch.nn by default, kaiming_uniform(a=sqrt(5))
     bias: float
-    positions: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()  # height and width of the output, if each position has its own kernel and bias
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
@@ -63,30 +60,30 @@ class AlexNet(nn.Module):
     """The network of section 3: 60,965,224 parameters with the defaults.
 
     `network.apply({'params': params}, x_NHWC)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to float32
-    logits [N, num_classes]; `params` are from `init_params`. With `train=True, rng=key` dropout is on, with masks drawn
-    from the key; `masks` takes those of `dropout_masks` instead. With `mutable='intermediates'` the output of every
-    operation is returned too: `conv1.linear`, `conv1.relu`, ...
+    logits [N, num_classes]; `params` come from `init_params`. `train=True, rng=key` turns dropout on, with masks drawn
+    from the key; `masks=dropout_masks(...)` uses the given masks. `mutable='intermediates'` also returns the output of
+    every operation: `conv1.linear`, `conv1.relu`, ...
 
-    Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers: the module then sees its
-    tower's part of every parameter and map, and gathers before a layer with one group whose input is split.
+    Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers. The module then holds its
+    tower's part of every parameter and feature map, and gathers before a layer with one group whose input is split.
 
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
-      layers: specs by name, kept in network order: conv1 ... fc8. A name is a kind (`architecture.KINDS`) and a number.
+      layers: layer specs by name, kept in network order. A name is a kind (`architecture.KINDS`) and a number.
         None: the paper's conv1 to conv5, fc6, fc7 and fc8.
-      num_classes: width of the last layer, the classifier, whatever its spec says.
-      pool_window, pool_stride: 3 and 2 overlap (section 3.4).
-      lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the response normalization (section 3.3). Caffe's k is 1.
-      lrn_alpha_over_n: whether alpha is divided by n, as in the authors' code (`layer.py`) and Caffe; not in the paper.
-      norm_groups: parts of the channels that a normalization window does not cross: 2, one for each GPU of the paper;
-        1 in Caffe: across.
-      spatial_n, spatial_k, spatial_alpha, spatial_beta: of 'spatial_norm' (`type=rnorm` of the authors' code, behind
-        the second normalization); alpha is divided by n^2.
-      dropout_rate: probability that a hidden unit is silenced (section 4.2).
-      dropout_inverted: scale in training (Caffe, torchvision) and not at test (section 4.2).
-      dtype: of the computation: 'float32', 'bfloat16', 'float64'. Parameters are float32, or float64
-        where jax.enable_x64 is on.
-      tower_axis: None on one device.
+      num_classes: width of the last layer, the classifier; replaces `features` of its spec.
+      pool_window, pool_stride: 3 and 2 give overlapping windows (section 3.4).
+      lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the local response normalization (section 3.3). k is 1 in Caffe.
+      lrn_alpha_over_n: divide alpha by n, as in the authors' code (`layer.py`) and Caffe, but not in the paper.
+      norm_groups: channel groups that a normalization window does not cross: 2 in the paper, one for each GPU; 1 in
+        Caffe, where it covers all channels.
+      spatial_n, spatial_k, spatial_alpha, spatial_beta: constants of 'spatial_norm' (`type=rnorm` of the authors' code,
+        after the second normalization); alpha is divided by n^2.
+      dropout_rate: probability of setting a hidden unit to zero (section 4.2).
+      dropout_inverted: scale in training (Caffe, torchvision) instead of at test time (section 4.2).
+      dtype: dtype of the computation: 'float32', 'bfloat16' or 'float64'. Parameters are float32, or float64 with
+        jax.enable_x64.
+      tower_axis: mesh axis of the towers; None on one device.
     """
 
     layers: Mapping[str, LayerSpec] = cast(Any, None)  # a FrozenDict after __post_init__
@@ -122,11 +119,11 @@ class AlexNet(nn.Module):
     ) -> Array:
         if train and masks is None:
             if rng is None and any('dropout' in layer.ops for layer in self.layers.values()):
-                raise UserError('train=True draws dropout masks; give rng, such as jax.random.key(0).')
+                raise UserError('train=True needs a random key for dropout; pass rng, such as jax.random.key(0).')
             masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
-        parts = [x_NHWC.astype(self.dtype)]  # the maps, in one array or in one for each group (see `ops.regroup`)
-        split = False  # whether they are only this tower's
+        parts = [x_NHWC.astype(self.dtype)]  # feature maps: one array, or one for each group (see `ops.regroup`)
+        split = False  # whether they hold only this tower's channels
         for name, layer in self.layers.items():
             with jax.named_scope(name):
                 if split and layer.groups == 1:
@@ -142,7 +139,7 @@ class AlexNet(nn.Module):
         return parts[0]
 
     def _linear(self, name: str, layer: LayerSpec, parts: list[Array], towers: int) -> list[Array]:
-        """A layer's weighted sums and biases: each group's of its own part."""
+        """Computes a layer's weighted sums plus biases, separately for each group."""
         features, inputs = layer.features // towers, parts[0].shape[-1]
         positions: tuple[int, ...] = ()
         if isinstance(layer, LocalSpec):
@@ -154,7 +151,7 @@ class AlexNet(nn.Module):
             op = functools.partial(ops.conv, stride=layer.stride, padding=layer.padding)
         else:
             shape = (math.prod(parts[0].shape[1:]), features)
-            # The logits are never rounded to bfloat16: of 1,000, the best two would often tie.
+            # The logits are never rounded to bfloat16: among 1,000 classes the best two would often tie.
             logits = name == list(self.layers)[-1]
             op = functools.partial(ops.dense, dtype=jnp.promote_types(self.dtype, jnp.float32) if logits else None)
         kernel, bias = Weights(shape, architecture.init_std(layer.init), layer.bias, positions, name=name)()
@@ -166,33 +163,32 @@ class AlexNet(nn.Module):
             self.sow('intermediates', name, *ops.regroup(parts, 1))
 
     def _apply_op(self, name: str, parts: list[Array], mask: Array | None, towers: int) -> list[Array]:
-        """An operation that follows a layer, on each part of its outputs."""
+        """Applies a post op to each part of a layer's output."""
         op, groups = POST_OPS[name], 1
         if op.groups:
-            within = max(1, op.groups(self) // towers)
-            if within % len(parts):  # it mixes channels of one part with those of the next
+            groups_here = max(1, op.groups(self) // towers)
+            if groups_here % len(parts):  # it mixes channels of different parts
                 parts = ops.regroup(parts, 1)
-            groups = within // len(parts)
-        kept = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
-        return [op.function(x, Context(self, groups, part)) for x, part in zip(parts, kept, strict=True)]
+            groups = groups_here // len(parts)
+        masks = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
+        return [op.function(x, Context(self, groups, m)) for x, m in zip(parts, masks, strict=True)]
 
 
 def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
-    """Draws parameters in the one global layout, whatever mesh they will live on: {'conv1': {'kernel', 'bias'}, ...}.
+    """Draws initial parameters {'conv1': {'kernel', 'bias'}, ...} in the global layout, which is the same for any mesh.
 
-    image_size: side of the network's input, pixels. Kernels are float32 HWIO (of convolutions: I counts the inputs of
-    one group) or [inputs, outputs].
+    `image_size` is the side of the network's input in pixels. Kernels are float32, HWIO for convolutions (I is the
+    number of inputs of one group) and [inputs, outputs] for dense layers.
     """
-    whole = model.clone(tower_axis=None)
-    return whole.init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
+    return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 
 def dropout_masks(model: AlexNet, key: Array, batch_size: int, image_size: int) -> Masks:
-    """Bool [batch_size, ...] for each layer followed by dropout: True keeps the unit (section 4.2).
+    """Draws a mask, bool [batch_size, ...], for each layer with dropout; True keeps the unit (section 4.2).
 
-    Drawn in global shape, so that every mesh sees the same masks and no two towers share one.
+    Masks are drawn in the global shape, so that they do not depend on the mesh and differ between towers.
     """
-    keep = jnp.float32(1 - model.dropout_rate)  # a Python float would draw other masks under jax.enable_x64
+    keep = jnp.float32(1 - model.dropout_rate)  # a Python float would change the masks under jax.enable_x64
     return {
         name: jax.random.bernoulli(jax.random.fold_in(key, i), keep, (batch_size, *sizes.dropped))
         for i, (name, sizes) in enumerate(architecture.infer_shapes(model, image_size).items())

@@ -1,4 +1,4 @@
-"""Overlapping pooling (section 3.4) as pure functions of NHWC arrays; the last window may be cut by the edge."""
+"""Overlapping pooling (section 3.4) as pure functions of NHWC arrays; the edge may truncate the last window."""
 
 import functools
 import itertools
@@ -12,22 +12,16 @@ from jax import Array, lax
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
-    """Pooling windows along a side of `size` pixels: the last may be cut by the edge, as in the authors' kernels."""
+    """Returns the number of windows along a side of `size` pixels; the last may be truncated (authors' code)."""
     return 1 + -(-(size - window) // stride)
 
 
 def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
-    """Overlapping max pooling where window > stride.  Paper, section 3.4.
+    """Max pooling of float [N, H, W, C] to float [N, pooled_size(H), pooled_size(W), C] (section 3.4).
 
-    Where several places of a window hold its maximum they share its gradient. Deviation: the authors' kernels give each
-    of them all of it, PyTorch's give the first of them all; the paper does not say.
-
-    Args:
-      x_NHWC: float [N, H, W, C].
-      window, stride: the paper's 3 and 2.
-
-    Returns:
-      float [N, pooled_size(H), pooled_size(W), C].
+    Windows overlap if window > stride; the paper's values are 3 and 2.
+    Deviation: positions that tie for the maximum of a window share its gradient. The paper does not define ties: the
+    authors' kernels give the whole gradient to each of these positions, PyTorch gives it to the first.
     """
     chex.assert_rank(x_NHWC, 4)
     return _max_pool(window, stride, x_NHWC)
@@ -35,9 +29,9 @@ def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _max_pool(window: int, stride: int, x: Array) -> Array:
-    """The gradient asks every place which of the few windows over it had their maximum there.
+    """Max pooling whose gradient checks, for each position, which of the windows over it have their maximum there.
 
-    That is one pass, which writes the result once, and nothing is scattered, as it is in `reduce_window`'s own.
+    This writes the result in one pass, without the scatter of `reduce_window`'s gradient.
     """
     ends = [(0, max(0, _span(size, window, stride) + window - 1 - size)) for size in x.shape[1:3]]
     windows, strides = (1, window, window, 1), (1, stride, stride, 1)
@@ -45,29 +39,29 @@ def _max_pool(window: int, stride: int, x: Array) -> Array:
 
 
 def _span(size: int, window: int, stride: int) -> int:
-    """Places from the first of the first window to the first of the last."""
+    """Returns the number of positions from the start of the first window to the start of the last, both included."""
     return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
-def _taken(x: Array, window: int, stride: int, axis: int) -> list[Array]:
-    """What the first, second, ... place of each window along an axis holds; -inf beyond the edge."""
+def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -> list[Array]:
+    """Returns the values at the first, second, ... position of each window along an axis; `fill` beyond the edge."""
     span = _span(x.shape[axis], window, stride)
-    if (missing := span + window - 1 - x.shape[axis]) > 0:
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=-jnp.inf)
+    if (padding := span + window - 1 - x.shape[axis]) > 0:
+        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
     return [lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)]
 
 
 def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Counts, too, how many values of a window are its maximum: x is at hand here, and is read once for both.
+    """Also counts how many values of each window equal its maximum, so that x is read once for both.
 
-    From slices, which XLA fuses with the count; where nothing is counted it would fuse them with what x comes from, and
-    compute that again for each window over a value.
+    The maximum is taken over slices, which XLA fuses with the count. Without the count (`_max_pool`) XLA would fuse the
+    slices with the producer of x and recompute it for every window over a value.
     """
-    count = np.min_scalar_type(window**2)
-    values = [value for row in _taken(x, window, stride, 1) for value in _taken(row, window, stride, 2)]
+    rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
+    values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]
     y = functools.reduce(jnp.maximum, values)
-    ties = sum((value == y).astype(count) for value in values)
-    y, ties = lax.optimization_barrier((y, ties))  # else XLA counts later, from x again
+    ties = sum((value == y).astype(np.min_scalar_type(window**2)) for value in values)
+    y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
     return y, (x, y, ties)
 
 
@@ -75,19 +69,19 @@ def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], grad
     x, y, ties = arrays
     wide = jnp.promote_types(x.dtype, jnp.float32)
     share = gradient.astype(wide) / ties.astype(wide)
-    # A place p is the one p % stride + m * stride of the window p // stride - m, if that is within the window.
+    # Position p is at offset p % stride + m * stride of window p // stride - m, if that offset is within the window.
     back = range(-(-window // stride))
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
     total: Any = 0
     for m, n in itertools.product(back, back):
-        over = functools.partial(_over_places, back=(m, n), stride=stride, shape=x.shape)
-        mine = (x == over(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
-        total += jnp.where(mine, over(share), 0)
+        upsample = functools.partial(_upsample, back=(m, n), stride=stride, shape=x.shape)
+        is_max = (x == upsample(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
+        total += jnp.where(is_max, upsample(share), 0)
     return (total.astype(x.dtype),)
 
 
-def _over_places(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
-    """For each place (i, j) of a shape what y holds at (i // stride - back[0], j // stride - back[1]); 0 beyond."""
+def _upsample(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
+    """Returns y[i // stride - back[0], j // stride - back[1]] at each position (i, j) of a shape; 0 outside y."""
     for axis, m in zip((1, 2), back, strict=True):
         count = -(-shape[axis] // stride)
         widths = [(m, max(0, count - m - y.shape[axis])) if i == axis else (0, 0) for i in range(4)]
@@ -100,20 +94,16 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def avg_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
-    """Overlapping mean pooling, as the CIFAR-10 networks of the authors have it; not in the paper.
+    """Mean pooling of float [N, H, W, C] to float [N, pooled_size(H), pooled_size(W), C].
 
-    A window that is cut by the edge is the mean of what it holds, as in the authors' kernels.
-
-    x_NHWC: float [N, H, W, C]. Returns float [N, pooled_size(H), pooled_size(W), C].
+    Used by the authors' CIFAR-10 networks, not in the paper. A truncated window gives the mean of the values inside the
+    image, as in the authors' kernels.
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC
     for axis in (1, 2):
         size = x.shape[axis]
-        span = _span(size, window, stride)
-        inside = [min(window, size - start) for start in range(0, span, stride)]
-        missing = max(0, span + window - 1 - size)
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(4)])
-        x = cast(Array, sum(lax.slice_in_dim(x, j, j + span, stride, axis) for j in range(window)))
-        x = x / jnp.asarray(inside, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
+        counts = [min(window, size - start) for start in range(0, _span(size, window, stride), stride)]
+        x = cast(Array, sum(_window_slices(x, window, stride, axis, fill=0)))
+        x = x / jnp.asarray(counts, x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x

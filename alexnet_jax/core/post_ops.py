@@ -1,6 +1,6 @@
-"""The operations that may follow a layer, by the words that a layer's `post` is made of.
+"""Post ops: the operations that a layer's `post` may name.
 
-A new operation is one function and one line of `POST_OPS`, which other modules may add to:
+A new operation is one function and one entry of `POST_OPS`. Other modules may add entries:
 
     POST_OPS['swish'] = PostOp(lambda x, context: jax.nn.swish(x))
 """
@@ -16,23 +16,23 @@ from alexnet_jax.utils.errors import UserError
 
 
 class Context(NamedTuple):
-    """What an operation may depend on besides its input."""
+    """Arguments of an operation besides its input."""
 
     network: Any  # the `AlexNet`, for its constants
-    groups: int  # equal parts of the input's channels that `PostOp.groups` keeps apart; 1 without it
-    mask: jax.Array | None  # dropout's, bool, of the input's shape; None at test
+    groups: int  # number of channel groups of this input, from `PostOp.groups`; 1 without it
+    mask: jax.Array | None  # dropout mask, bool, the shape of the input; None at test time
 
 
 class PostOp(NamedTuple):
-    """An operation on the outputs of a layer.
+    """An operation on the output of a layer.
 
-    `function(x, context)` maps float [N, H, W, C] to [N, H', W', C], and [N, F] to [N, F]. It sees the channels of one
-    tower, or of one group of the layer. It raises UserError where the maps are too small for it.
+    `function(x, context)` maps float [N, H, W, C] to [N, H', W', C], and [N, F] to [N, F]. It gets the channels of one
+    tower or of one group of the layer. It raises UserError if the maps are too small.
     """
 
     function: Callable[[jax.Array, Context], jax.Array]
-    maps_only: bool = False  # whether it takes maps alone, and cannot follow a fully-connected layer
-    groups: Callable[[Any], int] | None = None  # network -> parts of the channels it mixes within; None: mixes none
+    maps_only: bool = False  # True: cannot follow a fully connected layer
+    groups: Callable[[Any], int] | None = None  # network -> groups within which it mixes channels; None: mixes none
 
 
 def _dropout(x: jax.Array, context: Context) -> jax.Array:
@@ -57,7 +57,7 @@ def _pool_with(pool: Callable[..., jax.Array]) -> Callable[[jax.Array, Context],
     def function(x: jax.Array, context: Context) -> jax.Array:
         window, stride = context.network.pool_window, context.network.pool_stride
         if x.shape[1] < window:
-            raise UserError(f'pools {x.shape[1]} px maps through {window} px windows')
+            raise UserError(f'a pooling window of {window} px does not fit maps of {x.shape[1]} px')
         return pool(x, window=window, stride=stride)
 
     return function

@@ -1,4 +1,4 @@
-"""Training state, one update and one evaluation batch: pure functions, no I/O, no config."""
+"""Training state, training step and evaluation step, as pure functions without I/O or config."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,22 +13,19 @@ from alexnet_jax.core.augment import Augmentation, Batch
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.optim import Optimizer
 
-Forward = Callable[..., Array]  # of `sharding.forward`
+Forward = Callable[..., Array]  # result of `sharding.forward`
 
 
 class TrainState(NamedTuple):
-    """All that an update changes, and a checkpoint keeps."""
+    """Everything that an update changes and a checkpoint saves."""
 
-    step: Array  # int32: batches taken from the stream; the next is number `step`
+    step: Array  # int32: batches taken from the stream so far, which is the index of the next batch
     params: Any
     opt_state: Any
 
 
 def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_size: int) -> TrainState:
-    """A fresh state; jit it with `out_shardings` to lay it out on a mesh.
-
-    key: of the draws. image_size: side of the network's input, pixels.
-    """
+    """Returns an initial state with parameters drawn from `key`. Jit it with `out_shardings` to place it on a mesh."""
     params = model.init_params(network, key, image_size)
     return TrainState(jnp.int32(0), params, optimizer.tx.init(params))
 
@@ -36,10 +33,10 @@ def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_s
 def loss_and_sums(
     params: Any, x_NHWC: Array, batch: Batch, masks: model.Masks | None, *, forward: Forward, total: Array | None = None
 ) -> tuple[Array, metrics.Sums]:
-    """Mean negative log-likelihood over the batch (section 3.5), and its metric sums.
+    """Returns the mean negative log-likelihood over the batch (section 3.5), and the metric sums.
 
-    x_NHWC: float [N, s, s, 3] from `augment.preprocess`; batch: 'label' and 'weight', [N]. total: what the sum is
-    divided by, where this is a part of a batch.
+    `x_NHWC` is float [N, s, s, 3] from `augment.preprocess`; `batch` has 'label' and 'weight', [N]. For a microbatch,
+    `total` is the weight of the whole batch, by which the loss is divided.
     """
     logits = forward(params, x_NHWC, masks)
     likelihood = metrics.log_likelihood(logits, batch['label'])
@@ -48,7 +45,7 @@ def loss_and_sums(
 
 
 def _split_microbatches(x_N: Array, parts: int, shards: int) -> Array:
-    """[parts, N / parts, ...]: each microbatch takes the same number of rows from every shard, so no data moves."""
+    """Splits x into [parts, N / parts, ...], with the same number of rows from every shard so that no data moves."""
     rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
     return rows.reshape(parts, -1, *x_N.shape[1:])
 
@@ -67,28 +64,28 @@ def train_step(
     grad_accum_steps: int = 1,
     data_parts: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Takes one batch: forward, backward, update.
+    """Trains on one batch: forward pass, backward pass, update.
 
-    Where the loss, the gradient's norm or the update's is not finite, parameters and optimizer state stay as they were;
-    `step`, the position in the data, moves on.
+    If the loss, the gradient norm or the update norm is not finite, parameters and optimizer state are unchanged.
+    `step`, the position in the data, still increases.
 
     Args:
       state: on the mesh; donate it.
-      batch: from `pipeline.train_batches`, on the mesh; where it has 'index' instead of 'image', it has all 'records',
-        too (see `DeviceCache`).
-      image_stats: of the training set.
-      key: of the run; what is drawn here depends on it and on the step alone.
-      network: for the shape of its dropout masks.
-      forward: `sharding.forward(network, mesh)`. The gradient is taken outside of it.
+      batch: from `pipeline.train_batches`, on the mesh. Instead of 'image' it may have 'whole', or 'index' and all
+        'records', see `augment.crop_on_device`.
+      image_stats: statistics of the training set.
+      key: random key of the run. The dropout masks depend only on this key and the step.
+      network: gives the shapes of the dropout masks.
+      forward: `sharding.forward(network, mesh)`; the gradient is taken outside of it.
       optimizer: from `optim.make_optimizer`.
-      augmentation: how bytes become inputs.
-      color_steps: color is on for so many updates, counted as `optim.stages` counts them, then off; None: always on.
-      grad_accum_steps: the batch is computed in so many parts, one after the other, and their gradients are added: the
-        same update, in one part's memory.
+      augmentation: settings of `augment.preprocess`.
+      color_steps: number of updates with color augmentation, counted like `optim.stages`; None: always on.
+      grad_accum_steps: number of microbatches, computed one after the other. Their gradients are added: the update is
+        the same, in the memory of one microbatch.
       data_parts: size of the mesh's data axis.
 
     Returns:
-      the new state, and sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
+      The new state, and the sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
       'learning_rate' and 'finite'.
     """
     count, image_size = len(batch['label']), augmentation.image_size
@@ -106,16 +103,15 @@ def train_step(
             x = augment.preprocess(batch, image_stats, augmentation, color=color, dtype=dtype)
         return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
 
-    def add(so_far: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, so_far, gradient(*part)), None
+    def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(*microbatch)), None
 
     if grad_accum_steps == 1:
         grads, sums = gradient(batch, masks)
     else:
-        parts = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
-        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(jnp.zeros_like, shapes)
-        (grads, sums), _ = lax.scan(add, zero, parts)
+        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
+        shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], microbatches))
+        (grads, sums), _ = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, shapes), microbatches)
     with jax.named_scope('update'):
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
@@ -136,20 +132,22 @@ def train_step(
 def log_probabilities(
     params: Any, image_NHWC: Array, image_stats: ImageStats, *, forward: Forward, augmentation: Augmentation, views: int
 ) -> Array:
-    """Log of the softmax outputs averaged over the views (section 4.1), float32 [N, K]; dropout off.
+    """Returns the log of the softmax outputs averaged over views (section 4.1), float32 [N, K], without dropout.
 
-    image_NHWC: uint8 [N, S, S, 3], whole records. views: 1 is the center, 10 the paper's ten; a UserError else.
+    `image_NHWC` is uint8 [N, S, S, 3], whole records. `views` is 1 (center crop) or 10 (the paper's ten views);
+    UserError otherwise.
     """
     dtype = jax.tree.leaves(params)[0].dtype
     inputs = augment.views(image_NHWC, image_stats, augmentation, count=views, dtype=dtype)
-    each = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
-    return jax.nn.logsumexp(each, axis=0) - jnp.log(views)
+    log_softmax_VNK = jnp.stack([jax.nn.log_softmax(forward(params, x)) for x in inputs])
+    return jax.nn.logsumexp(log_softmax_VNK, axis=0) - jnp.log(views)
 
 
 def eval_step(
     params: Any, batch: Batch, image_stats: ImageStats, *, forward: Forward, augmentation: Augmentation, views: int
 ) -> metrics.Sums:
-    """Metric sums of one batch from `pipeline.eval_batches`; the rest as for `log_probabilities`."""
-    test: dict[str, Any] = {'forward': forward, 'augmentation': augmentation, 'views': views}
-    scores = log_probabilities(params, batch['image'], image_stats, **test)
+    """Returns the metric sums of one batch from `pipeline.eval_batches`; other arguments as for `log_probabilities`."""
+    scores = log_probabilities(
+        params, batch['image'], image_stats, forward=forward, augmentation=augmentation, views=views
+    )
     return metrics.sums(metrics.take_label(scores, batch['label']), scores, batch['label'], batch['weight'])

@@ -1,6 +1,6 @@
-"""Where records come from: prepared directories and the embedded digits. Random access, nothing decoded.
+"""Opens datasets: prepared directories, the embedded digits, and images in memory.
 
-A source is any sequence of {'image': bytes or uint8 [S, S, 3], 'label': int}; a notebook may pass a list.
+A split is a random-access sequence of {'image': encoded bytes or uint8 [S, S, 3], 'label': int}, for example a list.
 """
 
 import contextlib
@@ -19,51 +19,47 @@ from alexnet_jax.data import image_stats_file
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
 
-DIGITS = 'digits'  # data.path of the embedded data
-_MOST = 1 << 24  # characters of a features.json
+DIGITS = 'digits'  # value of data.path for the embedded digits
+_MAX_FEATURES_CHARS = 1 << 24  # of a features.json
 
 
 class Dataset(NamedTuple):
-    """Splits of one set of images with what belongs to all of them."""
+    """The splits of a dataset and their common metadata."""
 
-    splits: dict[str, Sequence[dict[str, Any]]]  # 'train', 'val', 'test': those there are
+    splits: dict[str, Sequence[dict[str, Any]]]  # a subset of 'train', 'val' and 'test'
     class_names: tuple[str, ...]
     record_size: int  # side of the square images, pixels
-    image_stats: image_stats.ImageStats | None  # None where there is no train split
-    fingerprint: str = ''  # of all records in their order, as `prepare` found it; '' where somebody else wrote them
+    image_stats: image_stats.ImageStats | None  # None without a train split
+    fingerprint: str = ''  # hash of all records in order, computed by `prepare`; '' for data not written by `prepare`
 
     def split(self, name: str) -> Sequence[dict[str, Any]]:
-        """The records of a split. Raises UserError where there is no such split."""
+        """Returns the records of a split. Raises UserError if the split does not exist."""
         if name not in self.splits:
-            raise UserError(f'there is no split {name!r} in this data; it has: {", ".join(sorted(self.splits))}.')
+            raise UserError(f'no split {name!r} in this dataset; choose from: {", ".join(sorted(self.splits))}.')
         return self.splits[name]
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
-    """Opens what `alexnet_jax prepare` wrote, or the embedded digits for 'digits'. Raises UserError for all else."""
+    """Opens a directory written by `alexnet_jax prepare`, or 'digits'. Raises UserError if that is not possible."""
     path = os.fspath(path)
     if path == DIGITS:
         return _digits()
     if not path:
-        raise UserError(
-            'no data given; pass --config.data.path=DIR, a directory that alexnet_jax prepare wrote, or '
-            f'--config.data.path={DIGITS}.'
-        )
-    remedy = f'prepare one: alexnet_jax prepare --input=IMAGES --output={path}'
+        raise UserError(f'no dataset given; use --config.data.path=DIR (prepared data) or --config.data.path={DIGITS}.')
     if not os.path.isdir(path):
-        raise UserError(f'there is no data directory {path!r}; {remedy}')
+        raise UserError(f'there is no data directory {path!r}; run alexnet_jax prepare --input=IMAGES --output={path}')
     with as_user_error(f'the data directory {path!r} cannot be used'):
         names = os.listdir(path)
     if 'dataset_info.json' not in names:
         raise UserError(
-            f'{path!r} holds no prepared data (no dataset_info.json); if it holds images, prepare them: '
+            f'{path!r} is not prepared data (no dataset_info.json); if it contains images, prepare them: '
             f'alexnet_jax prepare --input={path} --output=DIR'
         )
     return _prepared(path)
 
 
 class _Subset(Sequence):
-    """Some of a split's records, in their order."""
+    """The records at given indices of a split."""
 
     def __init__(self, records: Sequence, indices: np.ndarray):
         self._records, self._indices = records, indices
@@ -76,7 +72,7 @@ class _Subset(Sequence):
 
 
 def subset(records: Sequence, fraction: float) -> Sequence:
-    """A random subset of a split, always the same; a smaller one is contained in every larger one."""
+    """Returns a fixed random subset of a split, in the split's order. Smaller subsets are contained in larger ones."""
     if fraction == 1:
         return records
     count = max(1, round(fraction * len(records)))
@@ -86,9 +82,9 @@ def subset(records: Sequence, fraction: float) -> Sequence:
 def _prepared(path: str) -> Dataset:
     import tensorflow_datasets as tfds
 
-    if checksums.present(path):  # records have checksums of their own; all else would be believed
+    if checksums.present(path):  # array_record files have their own checksums; all other files do not
         if mismatches := checksums.find_mismatches(path, lambda name: 'array_record' not in name):
-            raise UserError(f'the prepared data are damaged: {mismatches[0]}; prepare them again.')
+            raise UserError(f'the prepared data is damaged: {mismatches[0]}; prepare it again.')
     _check_features(path)
     try:
         builder = tfds.builder_from_directory(path)
@@ -102,80 +98,75 @@ def _prepared(path: str) -> Dataset:
         }
         class_names, (side, width, channels) = tuple(label.names), image.shape
         fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
-    except Exception as error:  # whatever TFDS and array_record make of damaged files
+    except Exception as error:  # TFDS and array_record raise many types for damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
-    if fingerprint and not checksums.present(path):  # `prepare` wrote them together
-        raise UserError(
-            f'the prepared data are damaged: {checksums.FILE_NAME} is missing in {path!r}; prepare them again.'
-        )
+    if fingerprint and not checksums.present(path):  # `prepare` writes both
+        raise UserError(f'the prepared data is damaged: {path}/{checksums.FILE_NAME} is missing; prepare it again.')
     if side is None or (side, channels) != (width, 3):
-        raise UserError(f'{path!r} holds images of shape {image.shape}; expected squares of one size with 3 channels.')
+        raise UserError(f'{path!r} has images of shape {image.shape}; expected squares of one size with 3 channels.')
     return Dataset(splits, class_names, side, image_stats_file.load(path), fingerprint)
 
 
 def _check_features(path: str) -> None:
-    """TFDS imports and calls what features.json names: nothing but its own features may be named there."""
+    """Raises UserError if features.json names a class outside TFDS: TFDS would import and call it."""
     classes: list[str] = []
 
     def collect(node: dict[str, Any]) -> None:
-        """Notes every class named in an object, in TFDS's two spellings and in its old format ("type")."""
+        """Collects the class names in a JSON object: TFDS has two key spellings, and "type" in its old format."""
         keys = ('pythonClassName', 'python_class_name', 'type', 'proto_cls')
         classes.extend(name for key, name in node.items() if key in keys and isinstance(name, str))
 
     try:
         with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
-            text = file.read(_MOST)
-        if len(text) == _MOST:
-            raise ValueError(f'features.json has {_MOST} characters or more')
+            text = file.read(_MAX_FEATURES_CHARS)
+        if len(text) == _MAX_FEATURES_CHARS:
+            raise ValueError(f'features.json has {_MAX_FEATURES_CHARS} characters or more')
         json.loads(text, object_hook=collect)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
     for name in classes:
         if not name.startswith('tensorflow_datasets.core.features.'):
-            raise UserError(f'{path!r}: features.json names {name!r}, which is no feature of TFDS; not opened.')
+            raise UserError(f'{path!r}: features.json names the class {name!r}; expected only TFDS features.')
 
 
 class _Records(Sequence):
-    """A TFDS data source whose errors name the record, or the file that cannot be opened any more."""
+    """A TFDS data source with errors that name the unreadable record or the missing file."""
 
     def __init__(self, source, name: str, files: Sequence[os.PathLike]):
         self._name, self._files, self._count = name, [os.fspath(file) for file in files], len(source)
-        self._source, self._closed = source, pickle.dumps(source)
+        self._source, self._pickled_source = source, pickle.dumps(source)
 
     def __len__(self) -> int:
         return self._count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_source': None}  # a worker process makes its own when it reads
+        return {**self.__dict__, '_source': None}  # a worker process opens its own source on its first read
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):  # what ends a loop over the records
+        if not 0 <= index < len(self):  # IndexError ends a loop over the records
             raise IndexError(f'record {index} of {len(self)} in {self._name}')
-        with contextlib.suppress(Exception):  # array_record and TFDS: RuntimeError, DecodeError and others
+        with contextlib.suppress(Exception):  # array_record and TFDS raise RuntimeError, DecodeError and others
             return self._source[index]
-        try:  # once more, with readers of its own: one that could not open its file never will
-            source = pickle.loads(self._closed)
+        try:  # retry with a new source: a reader that failed to open its file never recovers
+            source = pickle.loads(self._pickled_source)
             record = source[index]
         except Exception as error:
-            what = f'data files disappeared while they were read, {self._name}'
-            with as_user_error(what, 'Put them back and go on.'):
+            with as_user_error(f'lost access to the data files of {self._name}', 'Restore them and try again.'):
                 for file in self._files:
                     open(file, 'rb').close()
             raise UnreadableError(
-                f'record {index} in {self._name} cannot be read ({first_line(error)[:200]}); prepare it again.'
+                f'record {index} in {self._name} cannot be read ({first_line(error)[:200]}); prepare the data again.'
             ) from error
         self._source = source
         return record
 
 
 def _digits() -> Dataset:
-    """1,797 handwritten digits that come with scikit-learn (8 x 8), enlarged to 32 px; 360 of them for validation."""
+    """Returns scikit-learn's 1,797 handwritten digits (8 x 8), enlarged to 32 px; 360 of them are the val split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(
-            "the embedded digits come with scikit-learn, which is not installed: pip install 'alexnet_jax[quickstart]'"
-        ) from error
+        raise UserError(f"the {DIGITS} need scikit-learn; use: pip install 'alexnet_jax[quickstart]'") from error
     digits = load_digits()
     records = []
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -187,7 +178,7 @@ def _digits() -> Dataset:
 
 
 def synthetic(image_size: int, num_classes: int) -> Dataset:
-    """A few random squares, 256 px for 224, to train on where only the speed counts: it does not depend on pixels."""
+    """Returns 16 random images (256 px for image_size 224) for benchmarks: speed does not depend on pixel values."""
     size = augment.default_record_size(image_size)
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     names = tuple(str(i) for i in range(num_classes))
@@ -195,12 +186,12 @@ def synthetic(image_size: int, num_classes: int) -> Dataset:
 
 
 def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> Sequence[dict[str, Any]]:
-    """Arrays as records; records stay as they are."""
+    """Converts a split given as arrays to a list of records; returns records unchanged."""
     if not isinstance(split, Mapping):
         return split
     images, labels = split['image'], split['label']
     if len(images) != len(labels):
-        raise UserError(f'there are {len(images)} images and {len(labels)} labels; expected one for each.')
+        raise UserError(f'{len(images)} images and {len(labels)} labels; expected one label per image.')
     return [{'image': image, 'label': int(label)} for image, label in zip(images, labels, strict=True)]
 
 
@@ -209,20 +200,20 @@ def in_memory(
     class_names: Sequence[str] | None = None,
     fingerprint: str = '',
 ) -> Dataset:
-    """A dataset of images in memory, with the mean image and color components of its train split.
+    """Returns a dataset of images in memory, with the mean image and color components of its train split.
 
     Args:
-      splits: 'train', and 'val' or 'test' where there are such: {'image': uint8 [N, S, S, 3], 'label': int [N]}, or a
-        list of {'image': uint8 [S, S, 3], 'label': int}. Empty ones are left out.
-      class_names: one for each label, from 0; by default '0', '1', ... to the highest label.
-      fingerprint: tells these images from others when a run goes on.
+      splits: 'train' and optionally 'val' and 'test', each {'image': uint8 [N, S, S, 3], 'label': int [N]} or a list
+        of {'image': uint8 [S, S, 3], 'label': int}. Empty splits are dropped.
+      class_names: the name of each label, from 0; by default '0', '1', ... up to the highest label.
+      fingerprint: identifies the images, so that a resumed run detects other data.
 
     Raises:
-      UserError: no training images, images of another kind or of several sizes, or a label that has no name.
+      UserError: there are no training images, an image has another type or size, or a label has no name.
     """
     given = {name: _to_records(split) for name, split in splits.items()}
     if not given.get('train'):
-        raise UserError(f"there are no images in a split 'train'; there are: {', '.join(given) or 'no splits'}.")
+        raise UserError(f"splits={list(given)}: expected a split 'train' with images.")
     given = {name: records for name, records in given.items() if records}
     everything = list(itertools.chain(*given.values()))
     if class_names is None:
@@ -233,10 +224,10 @@ def in_memory(
         if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
             raise UserError(
                 f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
-                f'uint8 of ({size}, {size}, 3), as all others.'
+                f'uint8 of shape ({size}, {size}, 3), like the first training image.'
             )
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
-            raise UserError(f'an image has the label {label!r}; expected an integer, 0 to {len(class_names) - 1}.')
+            raise UserError(f'an image has the label {label!r}; expected an integer from 0 to {len(class_names) - 1}.')
     moments = image_stats.Moments.zeros(size)
     for record in given['train']:
         moments = moments.add(record['image'])

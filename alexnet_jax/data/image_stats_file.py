@@ -1,4 +1,4 @@
-"""The file image_stats.npz, in which the statistics of the training images lie beside a prepared dataset."""
+"""Reads and writes image_stats.npz, the training image statistics of a prepared dataset."""
 
 import io
 import os
@@ -14,7 +14,7 @@ FILE_NAME = 'image_stats.npz'
 
 
 def save(directory: str, image_stats: ImageStats) -> None:
-    """Writes FILE_NAME into a directory."""
+    """Writes image_stats.npz into a directory."""
     buffer = io.BytesIO()
     np.savez(buffer, **image_stats._asdict())
     with open(os.path.join(directory, FILE_NAME), 'wb') as file:
@@ -22,31 +22,27 @@ def save(directory: str, image_stats: ImageStats) -> None:
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Not `numpy.load`, which allocates what the header declares before it looks how much there is."""
+    """Reads one array. `numpy.load` would allocate the declared size before checking the size of the file."""
     with archive.open(f'{name}.npy') as file:
         np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        content = np.frombuffer(file.read(), dtype)  # refuses Python objects
+        content = np.frombuffer(file.read(), dtype)  # raises for Python objects
     return content.reshape(shape, order='F' if fortran_order else 'C').astype(np.float32)
 
 
 def load(directory: str) -> ImageStats | None:
-    """Statistics that lie beside a prepared dataset; None where it was prepared without a train split.
-
-    Raises:
-      UserError: the file is damaged.
-    """
+    """Returns a prepared dataset's image statistics, None without a train split. Raises UserError if damaged."""
     path = os.path.join(directory, FILE_NAME)
     if not os.path.exists(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # `save` does not compress
+            check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # saved uncompressed
             image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
         side = image_stats.mean_image.shape[0]
         shapes = [(side, side, 3), (3,), (3, 3)]
         if [array.shape for array in image_stats] != shapes or not all(np.isfinite(a).all() for a in image_stats):
-            raise ValueError(f'shapes {[array.shape for array in image_stats]}, or values that are not finite')
-    except Exception as error:  # zipfile, zlib, numpy and KeyError: each its own kind
+            raise ValueError(f'wrong shapes {[array.shape for array in image_stats]}, or values are not finite')
+    except Exception as error:  # zipfile, zlib and numpy raise different types
         raise UserError(f'{path} is damaged ({error}); run alexnet_jax prepare again.') from error
     return image_stats

@@ -1,7 +1,7 @@
-"""The input pipeline (grain): shuffle -> read -> draw -> crop -> batch, rebuilt from any step.
+"""The grain input pipeline: shuffle -> read -> draw random parameters -> crop -> batch. It can start at any step.
 
-The position of the data is the step: batch k holds positions kB to (k+1)B - 1 of an endless stream, reshuffled on
-every pass. What is random depends on (seed, position) alone; threads, processes and mesh do not change it.
+The step alone determines the batch: batch k holds positions kB to (k+1)B - 1 of an endless stream, which is reshuffled
+every epoch. Random values depend only on (seed, position), not on threads, processes or mesh.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from alexnet_jax.data.cache import Batch, Records, Storage, decode
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
-UNREADABLE_LABEL = -2  # of an image that `decode_all` could not read; TFDS has -1 for no label
+UNREADABLE_LABEL = -2  # label of images that `decode_all` could not read; TFDS uses -1 for a missing label
 _MIN_WORKERS = 3  # fewer processes are not faster than threads
-_CHUNK = 1024  # images that a worker process prepares at a time, at most: it holds a few chunks in shared memory
+_CHUNK = 1024  # most images that a worker prepares at a time: it holds several chunks in shared memory
 _SHARED_MEMORY = '/dev/shm'
 
 
@@ -38,32 +38,32 @@ def train_batches(
     num_workers: int = 0,
     num_threads: int = 0,
 ) -> Generator[Batch, None, None]:
-    """Endless training batches from `start_step` on; they may straddle passes through the data.
+    """Yields training batches without end, from `start_step` on. A batch may span two epochs.
 
     Args:
-      storage: of the train split.
-      batch_size: of all processes together.
-      seed: of order and draws.
-      shard: (index, count): this process's rows of each batch, from `sharding.data_shard`.
-      num_workers: 0 decodes in threads; else in so many processes, and a script needs its `if __name__ == '__main__':`.
-      num_threads: threads, in each process; 0 takes `default_threads`.
+      storage: the images of the train split.
+      batch_size: the global batch size, over all processes.
+      seed: seed of the order and of the random parameters.
+      shard: (index, count) of this process's rows in each batch, from `sharding.data_shard`.
+      num_workers: number of decoding processes; 0 decodes in threads. Processes need a `__main__` guard in scripts.
+      num_threads: threads per process; 0 uses `default_threads`.
 
     Yields:
-      'image' uint8 [n, s, s, 3], or what `augment.crop_on_device` makes it of: 'whole' uint8 [n, S, S, 3] from a
-      `HostCache`, 'index' int32 [n] from a `DeviceCache`;
-      'offset' and 'extent' int32 [n, 2], 'reflect' bool [n], 'color' float32 [n, 3],
-      'label' int32 [n], 'weight' float32 [n] (1: counts in the loss), with n = batch_size / shard count. An image that
-      cannot be read keeps its place, with weight 0; 'unreadable' (list[str], only then) says why: `warn_unreadable`.
+      Batches of n = batch_size / shard count rows: 'image' uint8 [n, s, s, 3], 'label' int32 [n], 'weight' float32 [n]
+      (1: counts in the loss), 'offset' and 'extent' int32 [n, 2], 'reflect' bool [n] and 'color' float32 [n, 3].
+      A `HostCache` yields 'whole' uint8 [n, S, S, 3] instead of 'image', a `DeviceCache` 'index' int32 [n];
+      `augment.crop_on_device` crops them to 'image'. An unreadable image keeps its row, with weight 0. A batch with
+      unreadable images has the reasons in 'unreadable' (list[str]); see `warn_unreadable`.
     """
     record_size, image_size = storage.record_size, augmentation.image_size
-    crop_positions(record_size, image_size)  # raises before a worker would
+    crop_positions(record_size, image_size)  # raises its error here rather than in a worker
 
-    def build(rows):  # no partial: grain names a step by its repr, which would print every record of a list
+    def build(rows):  # not a partial: grain logs the repr of a transformation, which would print every record
         first, indices = rows[0][0], [int(index) for _, index in rows]
         params = random_crops.draw_batch(augmentation, seed=seed, first=first, count=len(rows), record_size=record_size)
         return {**params._asdict(), **storage.read(indices, params, image_size)}
 
-    # Numbered before the batches are divided between processes: the position is that in the whole stream.
+    # Numbered before the stream is divided between processes, so positions are global.
     order = grain.MapDataset.range(len(storage.records)).seed(seed).shuffle().repeat()
     stream = order.map_with_index(lambda position, index: (position, index))
     return _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads)
@@ -79,18 +79,18 @@ def eval_batches(
     num_threads: int = 0,
     repeat: bool = False,
 ) -> Generator[Batch, None, None]:
-    """One pass over a split in order, every record once; the last batch is filled up with weight 0.
+    """Yields the records of a split once, in order. The last batch is padded with rows of weight 0.
 
-    record_size: side of a record, pixels; repeat: go over the split again and again, with the same worker processes.
-    The others are as for `train_batches`.
+    record_size: side of a record's image, pixels. repeat: repeats the split without end, keeping its worker processes.
+    The other arguments are those of `train_batches`.
 
-    Yields 'image' uint8 [n, S, S, 3] (whole records), 'label' int32 [n], 'weight' float32 [n]; 'unreadable' as from
-    `train_batches`. All processes get the same number of batches: ceil(records / batch_size) in a pass.
+    Yields 'image' uint8 [n, S, S, 3] (whole images), 'label' int32 [n], 'weight' float32 [n], and 'unreadable' as in
+    `train_batches`. Every process gets the same number of batches, ceil(records / batch_size) per pass.
     """
     count = -(-len(records) // batch_size)
     workers = min(num_workers, count * math.ceil(batch_size // shard[1] / _CHUNK))
     source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
-    # Processes take seconds to start. Threads do not, and would hold the next pass's batches till then.
+    # Processes take seconds to start. Threads start at once, and would hold batches of the next pass in memory.
     if repeat and workers:
         stream = stream.repeat()
 
@@ -101,7 +101,7 @@ def eval_batches(
 
 
 def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """All records, decoded: (uint8 [N, size, size, 3], int32 labels [N]). Warnings name what is `UNREADABLE_LABEL`."""
+    """Returns all images and labels: (uint8 [N, size, size, 3], int32 [N]). Warns of images with UNREADABLE_LABEL."""
     images, labels = np.empty((len(records), size, size, 3), np.uint8), np.empty(len(records), np.int32)
     rows = min(64, len(records))
     batches = eval_batches(records, batch_size=rows, record_size=size, num_workers=num_workers)
@@ -113,54 +113,54 @@ def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.n
 
 
 def decode_some(records: Sequence, indices: Iterable[int], size: int) -> tuple[np.ndarray, list[int]]:
-    """(uint8 [N, size, size, 3], labels) of some records. Raises UserError where one cannot be read."""
+    """Returns images uint8 [N, size, size, 3] and labels of some records. Raises UserError if one is unreadable."""
     some = [records[int(index)] for index in indices]
     return np.stack([decode(record, size) for record in some]), [int(record['label']) for record in some]
 
 
 def warn_unreadable(batch: Batch) -> Batch:
-    """Removes from a batch the reasons why images cannot be read, and warns of them; returns the batch."""
+    """Removes 'unreadable' from a batch, logs the reasons (at most three of them) and returns the batch."""
     reasons: list[str] = batch.pop('unreadable', [])
     for reason in reasons[:3]:
-        logging.warning('weight 0: %s', reason)
+        logging.warning('unreadable image: %s', reason)
     if len(reasons) > 3:
-        logging.warning('and %d more in this batch', len(reasons) - 3)
+        logging.warning('%d more images of this batch are unreadable.', len(reasons) - 3)
     return batch
 
 
 def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
-    """One batch of several chunks."""
+    """Concatenates chunks to one batch."""
     batch = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != 'unreadable'}
     unreadable = [reason for chunk in chunks for reason in chunk.get('unreadable', ())]
     return {**batch, 'unreadable': unreadable} if unreadable else batch
 
 
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
-    """Decoding processes beside accelerators: one for each core but one, fewer where shared memory is short.
+    """Returns the number of decoding processes to use with accelerators; 0 means decoding in threads.
 
-    0, for threads, where fewer than `_MIN_WORKERS` are left: they would not be faster. rows: of this process in a
-    batch; row_bytes: of an image for training and one for validation; devices: of this process.
+    One process for each core but one, at most 32 per device, fewer if shared memory is short; 0 instead of less than
+    _MIN_WORKERS. rows: of this process in a batch. row_bytes: of one training image and one validation image.
+    devices: of this process.
     """
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _MIN_WORKERS:
         return 0
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
-    # Of each kind of batch w processes were seen to have 4 w + 2 chunks in shared memory, and those besides that wait
-    # for the last of their batch.
+    # Measured for each kind of batch: w processes hold 4 w + 2 chunks in shared memory, plus the chunks that wait for
+    # the last chunk of their batch.
     chunks = free // (min(rows, _CHUNK) * row_bytes)
     if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
-        how = f'{workers} processes' if workers else 'threads'
         logging.warning(
-            f'{_SHARED_MEMORY} has {free >> 20} MiB, enough for the batches of {fitting} processes: images are decoded '
-            f'in {how}. A container gets more with --ipc=host or --shm-size=16g.'
+            f'{_SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in '
+            f'{f"{workers} processes" if workers else "threads"}. In a container, use --ipc=host or --shm-size=16g.'
         )
     return workers
 
 
 def default_threads(num_workers: int) -> int:
-    """Threads per worker: min(cores, 16) / workers. Each thread holds one batch."""
+    """Returns the threads per worker: min(cores, 16) / workers. Each thread holds one batch."""
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
 
 
@@ -169,21 +169,21 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
-    def entries(number):
-        """The entries of the stream that make chunk `number` of this process."""
+    def read_chunk(number):
+        """Returns the stream's elements for chunk `number` of this process."""
         batch, chunk = divmod(number, chunks)
-        first = (start_step + batch) * batch_size + index * rows  # a process's rows lie together in the global batch
+        first = (start_step + batch) * batch_size + index * rows  # a process's rows are contiguous in the global batch
         return [stream[first + row] for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks)]
 
-    parts = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(entries).map(build)
-    # A thread fills a whole chunk: so many are under way, and two more wait. (Grain's default holds 500 batches.)
-    dataset = parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
+    dataset = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(read_chunk).map(build)
+    # Each thread builds a whole chunk, and two more chunks are buffered. Grain's default buffers 500 batches.
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # in a notebook or a script; grain reads a flag of its own
+        if not flags.FLAGS.is_parsed():  # in notebooks and scripts; grain reads one of its own flags
             flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more: no faster
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more is not faster
         dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
-        # Images go through shared memory; labels and draws are smaller than what that takes.
+        # Only images go through shared memory: its overhead is larger than the labels and random parameters.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     if chunks > 1:
@@ -192,9 +192,9 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
 
 
 def _closing(dataset, starting) -> Generator[Batch, None, None]:
-    """Yields the batches and stops the workers when the consumer stops, by `close()` or by an exception.
+    """Yields the batches, and stops the workers when the consumer calls `close()` or raises an exception.
 
-    starting: context in which the workers are started, which they are when the first batch is here.
+    starting: context entered until the first batch arrives, when all workers have started.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -208,26 +208,25 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             if 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
-                f'a process that decodes images has died ({str(error).split(". ")[0]}); out of memory, or of '
-                f'{_SHARED_MEMORY}? The same command goes on from the last checkpoint; --config.data.num_workers=0 '
-                'decodes in threads.'
+                f'a decoding process died ({str(error).split(". ")[0]}), maybe for lack of memory or {_SHARED_MEMORY}. '
+                'Run the same command to resume, or add --config.data.num_workers=0 to decode in threads.'
             ) from error
 
 
 def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
-    """Batches on the devices, each sent before the one before it is used; and the seconds that it was waited for.
+    """Yields (batch on the devices, seconds waited for it). Each batch is sent before the previous one is yielded.
 
-    A GPU writes into new memory only when all that was launched before is done, so a batch sent behind a step is copied
-    behind it. Sent before that step, it is copied while the step before computes.
+    A GPU writes to newly allocated memory only after all previously launched work. A batch sent after a step's launch
+    is copied after that step; a batch sent before the launch is copied while the previous step computes.
 
-    send: `sharding.to_mesh`, and what goes with it.
+    send: puts a batch on the devices, such as `sharding.to_mesh`.
     """
-    ahead, began = None, time.perf_counter()
+    pending, start = None, time.perf_counter()
     for batch in batches:
-        waited = time.perf_counter() - began
+        waited = time.perf_counter() - start
         sent = send(batch), waited
-        if ahead is not None:
-            yield ahead
-        ahead, began = sent, time.perf_counter()
-    if ahead is not None:
-        yield ahead
+        if pending is not None:
+            yield pending
+        pending, start = sent, time.perf_counter()
+    if pending is not None:
+        yield pending

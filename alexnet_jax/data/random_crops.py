@@ -1,4 +1,4 @@
-"""What is random about an image: crop, reflection and color, drawn on the host; and the crop itself.  Section 4.1."""
+"""Draws the random crop, reflection and color of training images on the host, and crops images.  Section 4.1."""
 
 from typing import Any, NamedTuple
 
@@ -10,48 +10,48 @@ from alexnet_jax.utils.errors import UserError
 
 
 class AugmentParams(NamedTuple):
-    """What is random about one image in one use."""
+    """Random augmentation parameters of one image, or of several with a leading axis."""
 
     offset: np.ndarray  # int32 [2]: row and column of the crop's first pixel
-    extent: np.ndarray  # int32 [2]: its height and width, before it is brought to image_size
+    extent: np.ndarray  # int32 [2]: height and width of the crop, before it is resized to image_size
     reflect: Any  # bool: mirror left to right
-    color: np.ndarray  # float32 [3]: the paper's alphas, one for each principal component
+    color: np.ndarray  # float32 [3]: the paper's alphas, one per principal component
 
 
 def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> AugmentParams:
-    """Draws crop, reflection (2048 = 32 x 32 x 2 in the paper) and color for one image, by seed and position alone."""
+    """Draws crop, reflection (2048 = 32 x 32 x 2 in the paper) and color of one image from (seed, position) alone."""
     drawn = draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
     return AugmentParams(*(values[0] for values in drawn))
 
 
 def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int, record_size: int) -> AugmentParams:
-    """What `draw` draws for `count` positions from `first` on, with an axis for them in front of every field.
+    """Draws the parameters of `count` positions from `first` on, stacked along a leading axis.
 
-    All numbers are drawn whatever the switches say, so that switching one off leaves the others as they were.
+    Always draws all random numbers, so that disabling one augmentation does not change the others.
     """
-    every, size = augmentation.draw_every, augmentation.image_size
-    groups = np.arange(first, first + count) // every
-    shared = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
-    mirror, place, areas = shared[:, 0] < 0.5, shared[:, 1:3], shared[:, 4:].reshape(count, 10, 2)
-    extent = np.full((count, 2), size)
+    size = augmentation.image_size
+    groups = np.arange(first, first + count) // augmentation.draw_every
+    uniform = _uniform((seed, 0), groups[0], groups[-1] - groups[0] + 1, 24)[groups - groups[0]]
+    reflect = (uniform[:, 0] < 0.5) & augmentation.reflect
     if augmentation.crop_area:
-        extent = _areas_to_extents(areas, record_size, augmentation.crop_area)
-        positions: Any = record_size - extent + 1
+        extent = _areas_to_extents(uniform[:, 4:].reshape(count, 10, 2), record_size, augmentation.crop_area)
+        num_positions: Any = record_size - extent + 1
     else:
-        positions = crop_positions(record_size, size, augmentation.all_positions)
-    offset = np.floor(place * positions)
+        extent = np.full((count, 2), size)
+        num_positions = crop_positions(record_size, size, augmentation.all_positions)
+    offset = np.floor(uniform[:, 1:3] * num_positions)
     if not augmentation.random_crop:
         offset[:] = (record_size - size) // 2
     alphas = _normal(_uniform((seed, 1), first, count, 4))[:, :3]
     color = (alphas * augmentation.color_std).astype(np.float32)
-    return AugmentParams(offset.astype(np.int32), extent.astype(np.int32), mirror & augmentation.reflect, color)
+    return AugmentParams(offset.astype(np.int32), extent.astype(np.int32), reflect, color)
 
 
 def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:
-    """Float64 [count, words] in [0, 1): row i depends on (key, first + i) alone. words: a multiple of 4.
+    """Returns uniform float64 [count, words] in [0, 1). Row i depends only on (key, first + i).
 
-    Philox counts instead of remembering, four numbers a count: what belongs to a position is found without drawing all
-    before it, and a batch takes one call (a generator for every image took 40 us each).
+    words: a multiple of 4. Philox is counter-based, with four numbers per count: the numbers of a position need no
+    earlier draws, and a batch takes one call (one generator per image took 40 us each).
     """
     counter = int(first) * (words // 4)
     raw = np.random.Philox(key=key, counter=counter).random_raw(int(count) * words)
@@ -59,16 +59,17 @@ def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.nda
 
 
 def _normal(uniform: np.ndarray) -> np.ndarray:
-    """As many independent normal numbers as uniform ones (Box and Muller)."""
+    """Converts uniform numbers to as many independent normal numbers (Box-Muller transform)."""
     radius, angle = np.split(uniform, 2, axis=-1)
     radius = np.sqrt(-2 * np.log(1 - radius))
     return np.concatenate([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)], axis=-1)
 
 
 def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float]) -> np.ndarray:
-    """Height and width [N, 2] of parts of a square's area with sides of 3:4 to 4:3, as torchvision's RandomResizedCrop.
+    """Returns heights and widths [N, 2] of crops of a square, as torchvision's RandomResizedCrop.
 
-    uniform: [N, tries, 2]; the first try that fits into the square counts, else it is the square.
+    area: range of the crop's share of the square's area; the aspect ratio is between 3:4 and 4:3. uniform: [N, tries,
+    2]. The first try that fits into the square is used, or the whole square if none fits.
     """
     share = area[0] + (area[1] - area[0]) * uniform[..., 0]
     aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * uniform[..., 1])
@@ -81,40 +82,38 @@ def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float])
 def augment_arrays(
     image_NHWC: np.ndarray, augmentation: Augmentation, *, seed: int, step: int, record_size: int
 ) -> dict[str, np.ndarray]:
-    """Draws for batch number `step` what the pipeline would draw for it, and crops.
+    """Augments arrays with the random parameters that the pipeline draws for batch number `step`.
 
-    image_NHWC: uint8 [N, S, S, 3]; S is the record size, or the network's input size: then nothing is cropped.
+    image_NHWC: uint8 [N, S, S, 3]. S is record_size, or image_size for images that are not to be cropped.
 
-    Returns 'image' uint8 [N, image_size, image_size, 3], and 'offset', 'extent', 'reflect' and 'color' as
-    `AugmentParams`. Raises UserError for images of another shape or type.
+    Returns 'image' uint8 [N, image_size, image_size, 3] and the fields of `AugmentParams`. Raises UserError for images
+    of another shape or type.
     """
     size, count = augmentation.image_size, len(image_NHWC)
     side = image_NHWC.shape[1] if image_NHWC.ndim == 4 else 0
     if image_NHWC.dtype != np.uint8 or side not in (size, record_size) or image_NHWC.shape[1:] != (side, side, 3):
-        sides = f'{record_size}, which is cropped, or {size}, which is not'
         raise UserError(
-            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of (N, S, S, 3), S = {sides}.'
+            f'images are {image_NHWC.dtype} of shape {image_NHWC.shape}; expected uint8 of shape (N, S, S, 3), with '
+            f'S={record_size} (to be cropped) or S={size} (already cropped).'
         )
-    whole = side == size
-    if whole:  # the mean image is taken from its middle
+    if side == size:  # not cropped; the center offset selects the center of the mean image
         augmentation = augmentation._replace(random_crop=False, crop_area=())
     drawn = draw_batch(augmentation, seed=seed, first=step * count, count=count, record_size=record_size)
-    each = [AugmentParams(*values) for values in zip(*tuple(drawn), strict=True)]
-    if whole:
-        each = [one._replace(offset=np.zeros(2, np.int32)) for one in each]
-    images = np.stack([crop(image, one, size) for image, one in zip(image_NHWC, each, strict=True)])
+    offsets = np.zeros_like(drawn.offset) if side == size else drawn.offset
+    params = [AugmentParams(*values) for values in zip(*drawn._replace(offset=offsets), strict=True)]
+    images = np.stack([crop(image, p, size) for image, p in zip(image_NHWC, params, strict=True)])
     return {'image': images, **drawn._asdict()}
 
 
-def crop(image_HWC: np.ndarray, drawn: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """The drawn part of a uint8 image as [size, size, 3], mirrored if drawn so; in `out`, if that is given."""
-    (y, x), (height, width) = drawn.offset, drawn.extent
+def crop(image_HWC: np.ndarray, params: AugmentParams, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Crops, resizes and reflects a uint8 image. Returns uint8 [size, size, 3], in `out` if given."""
+    (y, x), (height, width) = params.offset, params.extent
     part = image_HWC[y : y + height, x : x + width]
     if (height, width) != (size, size):
         part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
-    if drawn.reflect:
-        for channel in range(3):  # a fifth of the time of numpy's copy of part[:, ::-1]
+    if params.reflect:
+        for channel in range(3):  # takes a fifth of the time of copying part[:, ::-1] at once
             out[:, :, channel] = part[:, ::-1, channel]
     else:
         out[...] = part

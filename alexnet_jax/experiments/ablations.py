@@ -1,9 +1,9 @@
-"""The paper's comparisons as plain lists of config differences.
+"""Suites of network variants: each variant is a list of differences from a base config.
 
-Add your own: a list of variants, and its name in `SUITES`. A variant's `changes` are {config key: value}; where a value
-is a function, it is called with the base config. Numbers of the paper and of the authors' log are points of (top-1,
-top-5) error by which the variant is worse than its baseline; None: not stated. `sign` is what the paper or the log
-says: +1, the variant is worse.
+To add a suite, write a function that returns its variants and add it to `SUITES`. `Variant.changes` maps config keys to
+values; a callable value is called with the base config. The numbers from the paper and from the authors' training logs
+are differences in (top-1, top-5) error against the baseline, in percentage points; None means not stated. `sign` is the
+claimed direction: +1 means that the variant has the larger error.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,20 @@ Points = tuple[float | None, float | None]
 
 
 class Variant(NamedTuple):
-    """One network, trained with several seeds."""
+    """One network of a suite. It is trained with several seeds."""
 
     name: str
     changes: dict[str, Any]
-    baseline: str = ''  # the variant it is compared with
-    paper: Points = (None, None)  # differences, or where `baseline` is empty: the error itself
-    log: Points = (None, None)  # the same of the authors' training diaries
-    sign: int = 0  # of the difference, where one is claimed
-    measure: str = 'top1_error'  # what the sign is about
+    baseline: str = ''  # name of the variant it is compared with; '': none
+    paper: Points = (None, None)  # difference from the baseline; without a baseline, the error itself
+    log: Points = (None, None)  # the same, from the authors' training logs
+    sign: int = 0  # of the claimed difference; 0: no claim
+    measure: str = 'top1_error'  # the measurement that `sign` refers to
     source: str = ''
 
 
 def with_changes(base: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """A copy of a config with a variant's changes."""
+    """Returns a copy of the base config with the changes of a variant applied."""
     config = ConfigDict(base.to_dict())
     values = {key: value(base) if callable(value) else value for key, value in changes.items()}
     config.update_from_flattened_dict(values)
@@ -40,29 +40,29 @@ def with_changes(base: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def _layers(base: ConfigDict) -> tuple[Layers, list[str]]:
-    """A copy of a config's layers, and the names of its convolutions in order."""
+    """Returns a copy of the config's layers and the names of its convolutions in order."""
     layers = base.model.layers.to_dict()
     return layers, [name for name in sort_layers(layers) if parse_name(name)[0] == 'conv']
 
 
 def _without_ops(base: ConfigDict, *ops: str) -> Layers:
-    """The layers with some of the operations that follow them removed."""
+    """Returns the layers with the named operations removed from every `post`."""
     layers, _ = _layers(base)
     for layer in layers.values():
         layer['post'] = ' '.join(op for op in layer['post'].split() if op not in ops)
     return layers
 
 
-def _halved(base: ConfigDict) -> Layers:
-    """Footnote 2: half the kernels in each convolution but the last, and no groups."""
+def _half_kernels(base: ConfigDict) -> Layers:
+    """Footnote 2 of the paper: half of the kernels in every convolution except the last, and no groups."""
     layers, convs = _layers(base)
     for name in convs:
         layers[name] |= {'groups': 1, 'features': layers[name]['features'] // (1 if name == convs[-1] else 2)}
     return layers
 
 
-def _closer(base: ConfigDict) -> Layers:
-    """`layers-147.cfg`: later layers that pool lose a pixel of padding, so that the maps keep their sizes."""
+def _less_padding(base: ConfigDict) -> Layers:
+    """`layers-147.cfg`: one pixel less padding in later convolutions with pooling, so that map sizes do not change."""
     layers, convs = _layers(base)
     for name in convs[1:]:
         if 'pool' in layers[name]['post'].split():
@@ -70,8 +70,8 @@ def _closer(base: ConfigDict) -> Layers:
     return layers
 
 
-def _apart(base: ConfigDict) -> Layers:
-    """Net 150: two groups in all but conv 1 and the classifier; conv 2 a quarter wider, fc 6 twice as wide."""
+def _separate_towers(base: ConfigDict) -> Layers:
+    """Net 150: two groups in all layers but conv1 and the classifier; conv2 1.25 times and fc6 twice as wide."""
     layers, convs = _layers(base)
     hidden = sort_layers(layers)[len(convs) : -1]
     layers[convs[1]]['features'] = layers[convs[1]]['features'] * 5 // 4
@@ -81,114 +81,108 @@ def _apart(base: ConfigDict) -> Layers:
     return layers
 
 
-def _six(base: ConfigDict) -> Layers:
-    """A further convolution of 3x3 over the last pooling, as wide as the last; it reads both towers."""
+def _sixth_conv(base: ConfigDict) -> Layers:
+    """Adds a 3x3 convolution after the last pooling. It is as wide as the last convolution and reads both towers."""
     layers, convs = _layers(base)
-    own = {'kernel': 3, 'stride': 1, 'padding': (1, 1), 'groups': 1, 'post': 'relu'}
-    layers[f'conv{parse_name(convs[-1])[1] + 1}'] = {**layers[convs[-1]], **own}
+    changes = {'kernel': 3, 'stride': 1, 'padding': (1, 1), 'groups': 1, 'post': 'relu'}
+    layers[f'conv{parse_name(convs[-1])[1] + 1}'] = {**layers[convs[-1]], **changes}
     return layers
 
 
-def without_layer(gone: str) -> Callable[[ConfigDict], Layers]:
-    """The layers without one convolution. Its stride goes to the layer after it, its pooling to the one before it.
+def without_layer(name: str) -> Callable[[ConfigDict], Layers]:
+    """Returns a change that removes one convolution.
 
-    So maps keep their sizes above; of the first layer both go to the second, and the spread of the weights that suits
-    pixels. Without the third layer no convolution reads both towers. The paper does not say how it was done.
+    Its stride moves to the next convolution and its pooling to the previous one, so that the map sizes of later layers
+    do not change. If the first convolution is removed, the second one gets both, and also the initial weight scale that
+    suits pixels. Without conv3, no convolution reads both towers. The paper does not say how layers were removed.
     """
 
     def change(base):
         layers, convs = _layers(base)
-        index, removed = convs.index(gone), layers.pop(gone)
-        convs.remove(gone)
-        first, heir = layers[convs[0]], layers[convs[max(index - 1, 0)]]
+        index, removed = convs.index(name), layers.pop(name)
+        convs.remove(name)
+        first, previous = layers[convs[0]], layers[convs[max(index - 1, 0)]]
         if index < len(convs):
             layers[convs[index]]['stride'] *= removed['stride']
-        first['groups'] = 1  # the image is not in two groups
+        first['groups'] = 1  # the image channels are not grouped
         if index == 0:
             first['init'] = removed['init']
-        heir['post'] = ' '.join([heir['post'], *['pool'] * removed['post'].split().count('pool')])
+        previous['post'] += ' pool' * removed['post'].split().count('pool')
         return layers
 
     return change
 
 
-def _without_rates(gone: str) -> dict[str, Callable[[ConfigDict], tuple]]:
-    """Changes that take a layer out of the rates and decays that name it."""
+def _without_rates(name: str) -> dict[str, Callable[[ConfigDict], tuple]]:
+    """Returns changes that remove a layer from the learning rates and weight decays given per layer."""
 
-    def rows(key: str) -> Callable[[ConfigDict], tuple]:
-        return lambda base: tuple(row for row in base.optim[key] if row[0] != gone)
-
-    def stages(base):
-        return tuple((*row[:3], tuple(own for own in row[3] if own[0] != gone)) for row in base.optim.stages)
+    def drop(rows):
+        return tuple(row for row in rows if row[0] != name)
 
     return {
-        'optim.layer_rates': rows('layer_rates'),
-        'optim.layer_decays': rows('layer_decays'),
-        'optim.stages': stages,
+        'optim.layer_rates': lambda base: drop(base.optim.layer_rates),
+        'optim.layer_decays': lambda base: drop(base.optim.layer_decays),
+        'optim.stages': lambda base: tuple((*stage[:3], drop(stage[3])) for stage in base.optim.stages),
     }
 
 
 BASE = Variant('base', {}, paper=(40.7, 18.2), log=(40.66, 18.21), source='table 2, ten views, all of ImageNet')
 NO_NORMALIZATION = {'model.layers': lambda base: _without_ops(base, 'lrn', 'spatial_norm')}
-NON_OVERLAPPING = {'model.pool_window': lambda base: base.model.pool_stride, 'model.layers': _closer}
-ONE_GPU = {'model.layers': _halved, 'model.norm_groups': 1, 'mesh.tower': 1}
-NO_COMMUNICATION = {'model.layers': _apart}
-SIXTH_CONV = {'model.layers': _six}
+NON_OVERLAPPING = {'model.pool_window': lambda base: base.model.pool_stride, 'model.layers': _less_padding}
+ONE_GPU = {'model.layers': _half_kernels, 'model.norm_groups': 1, 'mesh.tower': 1}
+NO_COMMUNICATION = {'model.layers': _separate_towers}
+SIXTH_CONV = {'model.layers': _sixth_conv}
 
 
 def ablations(base: ConfigDict) -> list[Variant]:
-    """What the paper says each of its parts is worth, and the network without it."""
-    middle = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
-    outer = {'source': 'section 1, "inferior"'}
+    """Returns the paper's comparisons: the base network, and the network without each of its parts."""
     layers, convs = _layers(base)
     if len(convs) < 2:
-        raise UserError(f'the ablations take a base with two convolutions or more; this one has {len(convs)}.')
-    apart = Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150')
+        raise UserError(
+            f'ablations: expected a base with at least two convolutions, got {len(convs)}; use another --base.'
+        )
+    separate = Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150')
     removed = []
     for name in convs:
         changes = {'model.layers': without_layer(name), **_without_rates(name)}
-        claim = outer if name in (convs[0], convs[-1]) else middle
+        claim: dict[str, Any] = {'paper': (2.0, None), 'source': 'section 7, "about 2%"'}
+        if name in (convs[0], convs[-1]):
+            claim = {'source': 'section 1, "inferior"'}
         removed.append(Variant(name.replace('conv', 'without conv '), changes, 'base', sign=1, **claim))
-    uncropped = {'data.random_crop': False, 'data.reflect': False}
-    overfitting = 'section 4.1, "substantial overfitting"'
+    no_crops = {'data.random_crop': False, 'data.reflect': False}
     no_decay = {'optim.weight_decay': 0.0}
-    decay = 'section 5, "reduces the training error"'
+    decay_claim = 'section 5, "reduces the training error"'
     return [
         BASE,
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
         Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
-        *([apart] if len(layers) > len(convs) + 1 else []),  # it has hidden layers to put into groups
+        *([separate] if len(layers) > len(convs) + 1 else []),  # groups need a hidden layer
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
-        Variant('no crops or reflections', uncropped, 'base', sign=1, source=overfitting),
+        Variant('no crops or reflections', no_crops, 'base', sign=1, source='section 4.1, "substantial overfitting"'),
         Variant('no color', {'data.color_std': 0.0}, 'base', (1.0, None), sign=1, source='section 4.1, "over 1%"'),
         *removed,
         Variant('sixth conv layer', SIXTH_CONV, 'base', source='section 6, with pre-training only'),
-        Variant('no weight decay', no_decay, 'base', sign=1, measure='train_error', source=decay),
+        Variant('no weight decay', no_decay, 'base', sign=1, measure='train_error', source=decay_claim),
     ]
 
 
 def cifar10(base: ConfigDict) -> list[Variant]:
-    """The CIFAR-10 networks with the errors that their files promise, in percent."""
+    """The CIFAR-10 networks of the authors' release, with the test errors that their files state, in percent."""
     without = 'section 3.3, 13% without normalization; the name layers-conv-local-13pct.cfg'
-    pair = 'section 3.3, 11% with normalization; local 3 is wider, and fc 5 has another decay, too'
+    with_norm = 'section 3.3, 11% with normalization; local3 is also wider, and fc5 has another weight decay'
     return [
         Variant('80sec', NETS['80sec'], log=(26.0, None), source='the head of layers-80sec.cfg'),
         Variant('19pct', NETS['19pct'], log=(19.0, None), source='the name layers-19pct.cfg'),
         Variant('18pct', NETS['18pct'], log=(18.0, None), source='the name layers-18pct.cfg'),
         Variant('13pct', NETS['13pct'], paper=(13.0, None), log=(13.0, None), source=without),
-        Variant('11pct', NETS['11pct'], '13pct', paper=(-2.0, None), sign=-1, source=pair),
+        Variant('11pct', NETS['11pct'], '13pct', paper=(-2.0, None), sign=-1, source=with_norm),
     ]
-
-
-def base_alone(base: ConfigDict) -> list[Variant]:
-    """The base as the only variant, of `ensemble` and `views`: they differ in what is done with its outputs."""
-    return [BASE]
 
 
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
     'ablations': ablations,
     'cifar10': cifar10,
-    'ensemble': base_alone,
-    'views': base_alone,
+    'ensemble': lambda base: [BASE],  # this suite and the next evaluate the base network in different ways
+    'views': lambda base: [BASE],
 }

@@ -1,23 +1,25 @@
-"""The CIFAR-10 networks of the paper and of the authors' release, as changes of `configs/paper.py`.
+"""The CIFAR-10 networks of the paper and of the authors' release, as changes to `configs/paper.py`.
 
-`NETS[name]` is {config key: value}, to be given to `config.update_from_flattened_dict`. Images are 32 px
-(`alexnet_jax prepare --size=32`); those of 13% and 11% are read through random 24 px windows and their reflections.
+`NETS[name]` maps config keys to values for `config.update_from_flattened_dict`. The names are the test errors that the
+authors report. Images are 32 px (`alexnet_jax prepare --size=32`); '13pct' and '11pct' are trained on random 24 px
+crops and their reflections.
 
-Sources: section 3.1, figure 1 and footnote 3 of the paper; `layers/layers-cifar/*.cfg` of the authors' release, and for
-'11pct' the public cuda-convnet. The names say the test error that the authors report.
-Deviation: their last stages were trained on the validation images too; here all training images are there throughout.
-Order, batches at the end of a pass and ties under a pooling window are those of `configs/authors_2012.py`.
+Sources: paper section 3.1, figure 1 and footnote 3; `layers/layers-cifar/*.cfg` of the authors' release; for '11pct'
+the public cuda-convnet.
+Deviation: the authors also trained the last stages on the validation images; here all training images are used from the
+start. Shuffling, the last batch of an epoch and ties in max pooling are configured as in `configs/authors_2012.py`.
 """
 
 from typing import Any
 
-Layers = dict[str, dict[str, Any]]  # of `config.model.layers`
+Layers = dict[str, dict[str, Any]]  # the type of `config.model.layers`
 
 
 def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]:
-    """What all have in common: batches of 128, a rate of 0.001, twice that for biases, no dropout, no color.
+    """Returns the settings common to all networks: batch size 128, rate 0.001, bias rate 0.002, no dropout, no color.
 
-    All that the authors' files state, also where it is the paper's: experiments may begin at another config.
+    All values stated in the authors' files are set, even those equal to the paper's, because the base config may
+    differ.
     """
     return {
         'batch_size': 128,
@@ -58,17 +60,17 @@ def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]
 
 
 def _conv(features: int, std: float, post: str, kernel: int = 5) -> dict[str, Any]:
-    """A layer with a window of its own size around each place."""
-    window = {'kernel': kernel, 'stride': 1, 'padding': (kernel // 2,) * 2}
-    return {'features': features, **window, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
+    """Returns a convolution with stride 1 and 'same' padding."""
+    window = {'kernel': kernel, 'stride': 1, 'padding': (kernel // 2, kernel // 2)}
+    return {'features': features, **window, **_fc(std, post)}
 
 
 def _fc(std: float = 0.01, post: str = '', **features) -> dict[str, Any]:
     return {**features, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
 
 
-def _three(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
-    """Three convolutions of 5x5, pooled by maximum, then by mean; arguments: what follows each."""
+def _three_convs(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
+    """Returns three 5x5 convolutions and a classifier. Arguments: the operations after each convolution."""
     return {
         'conv1': _conv(32, 0.0001, first),
         'conv2': _conv(32, 0.01, second),
@@ -77,12 +79,11 @@ def _three(first: str = 'relu pool', second: str = 'relu avg_pool', third: str =
     }
 
 
-_FALLING = ((0, 1.0), (120, 0.1), (130, 0.01))
-_WINDOWS = {'data.image_size': 24, 'data.all_positions': True, 'data.reflect': True}
+_STAGES = ((0, 1.0), (120, 0.1), (130, 0.01))
 
 
-def _unshared(first: str, second: str, features: int, **changes) -> dict[str, Any]:
-    """Two convolutions and two layers whose kernels are not shared between places."""
+def _locally_connected(first: str, second: str, features: int, **changes) -> dict[str, Any]:
+    """Returns a network with two convolutions and two locally connected layers."""
     layers = {
         'conv1': _conv(64, 0.0001, first),
         'conv2': _conv(64, 0.01, second),
@@ -90,36 +91,30 @@ def _unshared(first: str, second: str, features: int, **changes) -> dict[str, An
         'local4': _conv(32, 0.04, 'relu', kernel=3),
         'fc5': _fc(),
     }
-    return _net(
-        layers,
-        stages=((0, 1.0), (500, 0.1), (510, 0.01)),
-        epochs=520,
-        **_WINDOWS,
-        **changes,
-    )
+    crops = {'data.image_size': 24, 'data.all_positions': True, 'data.reflect': True}
+    return _net(layers, stages=((0, 1.0), (500, 0.1), (510, 0.01)), epochs=520, **crops, **changes)
 
 
 NETS = {
-    # 26% after 80 seconds on the GPU of 2011: a hidden layer of 64 units before the classifier.
+    # 26% error after 80 seconds on a GPU of 2011. A hidden layer of 64 units precedes the classifier.
     '80sec': _net(
-        {**_three(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
+        {**_three_convs(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
         decays=(('fc4', 0.03), ('fc5', 0.03)),
         stages=((0, 1.0), (8, 0.1)),
         epochs=10,
     ),
-    '19pct': _net(_three(), decays=(('fc4', 3.0),), stages=_FALLING, epochs=140),
-    # Response normalization behind the first two poolings; the first layer pools before its ReLU.
+    '19pct': _net(_three_convs(), decays=(('fc4', 3.0),), stages=_STAGES, epochs=140),
+    # Response normalization after the first two pooling layers; conv1 pools before its ReLU.
     '18pct': _net(
-        _three('pool relu lrn', 'relu avg_pool lrn'),
+        _three_convs('pool relu lrn', 'relu avg_pool lrn'),
         decays=(('fc4', 1.0),),
-        stages=_FALLING,
+        stages=_STAGES,
         epochs=140,
         **{'model.lrn_n': 3, 'model.lrn_alpha': 5e-5},
     ),
-    # Section 3.3's pair, "13% without, 11% with normalization": the second is wider in local 3 and has another decay
-    # of the classifier, too.
-    '13pct': _unshared('relu pool', 'relu pool', 32, decays=(('conv1', 0.0), ('conv2', 0.0))),
-    '11pct': _unshared(
+    # Section 3.3: "13% without, 11% with normalization". '11pct' also differs in local3 and the decay of fc5.
+    '13pct': _locally_connected('relu pool', 'relu pool', 32, decays=(('conv1', 0.0), ('conv2', 0.0))),
+    '11pct': _locally_connected(
         'relu pool lrn',
         'relu lrn pool',
         64,
@@ -127,18 +122,15 @@ NETS = {
         **{'model.lrn_n': 9, 'model.lrn_alpha': 1e-3},
     ),
 }
-RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of figure 1's search, for each activation
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # learning rates searched for each activation of figure 1
 
 
 def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
-    """Figure 1: a four-layer network, "no regularization of any kind", one rate throughout, to 25% training error.
+    """Returns the network of figure 1: four layers, "no regularization of any kind", a constant learning rate.
 
-    The release does not say which network it was. Taken is 19pct without decay: three convolutions and the classifier.
-
-    Args:
-      activation: 'relu' or 'tanh'.
-      learning_rate: to be chosen for each activation.
+    Training stops at 25% training error. The release does not name the network; '19pct' without weight decay is used.
+    activation: 'relu' or 'tanh'. learning_rate: searched separately for each activation.
     """
     posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}
-    return _net(_three(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)
+    return _net(_three_convs(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)

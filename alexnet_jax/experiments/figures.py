@@ -1,4 +1,4 @@
-"""What the paper's figures show, as arrays; plots.py draws it."""
+"""Computes the arrays for the paper's figures. plots.py draws them."""
 
 import contextlib
 import json
@@ -21,37 +21,37 @@ from alexnet_jax.inference import activations, predict
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
 
-Drawn = tuple[str, Any, list[str]]  # name, matplotlib's Figure, lines to print
-_LEFT, _RIGHT = 8, 5  # images in the two panels of figure 4
+Drawn = tuple[str, Any, list[str]]  # name, matplotlib Figure, lines to print
+_LEFT, _RIGHT = 8, 5  # images in the left and the right panel of figure 4
 
 
 class LayerFigure(NamedTuple):
-    """A layer as figure 2 shows it."""
+    """One layer of figure 2."""
 
     name: str
-    maps: tuple[int, ...]  # maps or units, of each tower
+    maps: tuple[int, ...]  # feature maps or units of each tower
     groups: int
-    reads: tuple[tuple[int, ...], ...]  # for each tower: the towers below that it reads; (): the image
-    post: str  # operations that follow
+    reads: tuple[tuple[int, ...], ...]  # for each tower: the input towers it reads; (): the image
+    post: str  # operations after the linear one
     neurons: int
     parameters: int
-    size: int | None = None  # side of its maps, before what follows; None: a fully-connected layer
+    size: int | None = None  # side of its maps before `post`; None: fully connected
     kernel: tuple[int, int] | None = None  # side and depth of a kernel; None: fully connected
     stride: int | None = None
-    read_size: int | None = None  # side of the maps it reads; None: it reads units, or all of the maps at once
+    read_size: int | None = None  # side of its input maps; None: fully connected
 
 
 class Prediction(NamedTuple):
-    """The best labels of an image."""
+    """The most probable labels of an image."""
 
     true: str
-    names: tuple[str, ...]  # the most probable first
+    names: tuple[str, ...]  # most probable first
     probabilities: tuple[float, ...]
-    place: int | None  # of the true label among them
+    place: int | None  # rank of the true label in `names`; None: not among them
 
 
 class Curve(NamedTuple):
-    """Lines of one split in metrics.jsonl."""
+    """The lines of one split in metrics.jsonl."""
 
     epoch: np.ndarray
     top1_error: np.ndarray  # percent
@@ -59,47 +59,47 @@ class Curve(NamedTuple):
 
 
 def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFigure]:
-    """What figure 2 shows of every layer, conv1 ... fc8.
+    """Returns the data of figure 2 for every layer, conv1 ... fc8.
 
-    A layer with one group whose input is split reads both towers, any other its own; both see the image.
+    With two towers, a layer with one group reads both towers; a layer with groups reads only its own tower. Both towers
+    read the image.
 
-    image_size: side of the input, pixels. towers: 1 or 2; raises UserError where the network cannot be split so.
+    image_size: side of the input in pixels. towers: 1 or 2. Raises UserError if the network cannot be split that way.
     """
     layers: list[LayerFigure] = []
     for name, sizes in infer_shapes(network, image_size, towers).items():
-        row = network.layers[name]
-        own = [(tower,) if row.groups > 1 else tuple(range(towers)) for tower in range(towers)]
-        # Of an odd number of classes the first tower has one more.
-        maps = tuple((row.features + towers - 1 - tower) // towers for tower in range(towers))
-        reads = tuple(own if layers else [()] * towers)
-        figure = LayerFigure(name, maps, row.groups, reads, row.post, math.prod(sizes.linear), sizes.parameters)
-        if isinstance(row, ConvSpec):
-            kernel = (row.kernel, sizes.inputs[-1] // row.groups)
-            figure = figure._replace(size=sizes.linear[0], kernel=kernel, stride=row.stride, read_size=sizes.inputs[0])
-        layers.append(figure)
+        spec = network.layers[name]
+        # If the number of classes is odd, the first tower has one more.
+        maps = tuple((spec.features + towers - 1 - tower) // towers for tower in range(towers))
+        sources = [(tower,) if spec.groups > 1 else tuple(range(towers)) for tower in range(towers)]
+        reads = tuple(sources if layers else [()] * towers)
+        layer = LayerFigure(name, maps, spec.groups, reads, spec.post, math.prod(sizes.linear), sizes.parameters)
+        if isinstance(spec, ConvSpec):
+            kernel = (spec.kernel, sizes.inputs[-1] // spec.groups)
+            layer = layer._replace(size=sizes.linear[0], kernel=kernel, stride=spec.stride, read_size=sizes.inputs[0])
+        layers.append(layer)
     return layers
 
 
 def kernel_pictures(kernel_HWIO, towers: int) -> list[np.ndarray]:
-    """The first layer's kernels as pictures (figure 3), tower by tower: float [O / towers, H, W, 3], 0 to 1.
+    """Returns the first layer's kernels as images (figure 3), one array per tower: float [O / towers, H, W, 3], 0 to 1.
 
-    All are scaled together, by (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float
-    [H, W, 3, O], RGB; the first half of O is tower 0. Raises UserError for another shape.
+    All kernels share one scale, (x - min) / (max - min), as in the authors' `shownet.py`. kernel_HWIO: float [H, W, 3,
+    O], RGB; the first half of O belongs to tower 0. Raises UserError for another shape.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     if kernel.ndim != 4 or kernel.shape[2] != 3:
-        raise UserError(f'kernels of shape {kernel.shape} are no RGB pictures; expected (H, W, 3, O).')
-    least, most = kernel.min(), kernel.max()
-    scaled = (kernel - least) / (most - least or 1)
+        raise UserError(f'kernels of shape {kernel.shape} are not RGB; expected (H, W, 3, O).')
+    scaled = (kernel - kernel.min()) / (np.ptp(kernel) or 1)
     return np.split(scaled.transpose(3, 0, 1, 2), towers)
 
 
 def color_share(kernel_HWIO) -> np.ndarray:
-    """How colored each kernel is: the share of its energy that is not gray, float [O], 0 to 1.
+    """Returns the share of each kernel's energy that is not gray: float [O], 0 to 1.
 
-    With m the mean of a kernel k [H, W, 3] over R, G and B at each place, the gray part of k is m in all channels, and
-    the share is 1 - 3 |m|^2 / |k|^2. 0: a gray kernel; 2/3 on average: random Gaussian numbers; 1: no gray part, as
-    where two channels oppose each other. Of a kernel that is zero it is 0.
+    Let k [H, W, 3] be a kernel and m [H, W] its mean over R, G and B. The gray part of k has m in every channel, so the
+    share is 1 - 3 |m|^2 / |k|^2. It is 0 for a gray kernel, 2/3 on average for Gaussian noise, and 1 if the channels
+    sum to zero everywhere (opponent colors). It is 0 for a kernel of zeros.
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
@@ -109,45 +109,49 @@ def color_share(kernel_HWIO) -> np.ndarray:
 
 
 def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
-    """The best labels of records, uint8 [N, S, S, 3], from the center crop (figure 4, left); labels: the true ones."""
+    """Returns the `top` most probable labels of each image, from the center crop (figure 4, left).
+
+    images: records, uint8 [N, S, S, 3]. labels: true classes, int [N].
+    """
     results, classes = [], checkpoint.class_names
     outputs = predict.predict(checkpoint, images, views=1)
     for probabilities, label, order in zip(outputs, labels, predict.top_k(outputs, top).tolist(), strict=True):
-        names, place = tuple(classes[i] for i in order), order.index(label) if label in order else None
-        results.append(Prediction(classes[label], names, tuple(probabilities[order].tolist()), place))
+        names = tuple(classes[i] for i in order)
+        rank = order.index(label) if label in order else None
+        results.append(Prediction(classes[label], names, tuple(probabilities[order].tolist()), rank))
     return results
 
 
 def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of many vectors to each query, by Euclidean distance in float64 (figure 4, right).
+    """Returns the nearest base vectors of each query by Euclidean distance in float64 (figure 4, right).
 
-    Exact: the authors' search took the nearest of each file of training images, at most. Ties go to the lower index.
+    The search is exact. (The authors' search took at most one image of each training file.) Ties go to the lower index.
 
-    query_ND: float [N, ...], each query taken as one vector. base: batches [n, ...] in order, of which one at a time is
-    held. Returns (indices int [N, count], distances float64 [N, count]), the nearest first; or as many as there are.
+    query_ND: float [N, ...]; each query is flattened. base: batches [n, ...] in order; one is held in memory at a time.
+    Returns (indices int [N, count], distances float64 [N, count]), nearest first; fewer if the base has fewer vectors.
     """
     query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
     best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
-    for part in base:
-        part = np.asarray(part, np.float64).reshape(len(part), -1)
-        # Differences, not products: |a|^2 - 2ab + |b|^2 would lose the small distances and break the ties.
-        new = np.stack([((part - q[None]) ** 2).sum(1) for q in query])
-        indices = np.broadcast_to(np.arange(start, start + len(part)), new.shape)
+    for batch in base:
+        batch = np.asarray(batch, np.float64).reshape(len(batch), -1)
+        # |a|^2 - 2ab + |b|^2 would lose small distances and break ties.
+        new = np.stack([((batch - vector) ** 2).sum(1) for vector in query])
+        indices = np.broadcast_to(np.arange(start, start + len(batch)), new.shape)
         best, squares = np.concatenate([best, indices], 1), np.concatenate([squares, new], 1)
         order = np.argsort(squares, axis=1, kind='stable')[:, :count]
         best, squares = np.take_along_axis(best, order, 1), np.take_along_axis(squares, order, 1)
-        start += len(part)
+        start += len(batch)
     return best, np.sqrt(squares)
 
 
 def confusion(labels, predicted, classes: int) -> np.ndarray:
-    """How often each true class (rows) was taken for each class (columns): int [K, K]; labels, predicted: int [N]."""
+    """Returns the confusion matrix int [K, K]: rows are true classes, columns predictions. Inputs: int [N]."""
     pairs = np.ravel_multi_index((labels, predicted), (classes, classes))
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[tuple[str, str, int, float]]:
-    """The most frequent errors: (true class, what it was taken for, how often, share of the true class's images)."""
+    """Returns the most frequent errors: (true class, predicted class, number, share of the true class)."""
     wrong = np.array(matrix)
     np.fill_diagonal(wrong, 0)
     rows = []
@@ -158,22 +162,21 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
     return rows
 
 
-def curves(workdir: str) -> dict[str, Curve]:
-    """The 'train' and 'val' lines of a run's metrics.jsonl, even of one under way; UserError where there is none."""
+def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
+    """Returns the 'train' and 'val' curves of a finished or unfinished run. Raises UserError without metrics.jsonl."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
-        expected = 'the workdir of a run (of a checkpoint alone: --checkpoint=PATH)'
-        raise UserError(f'there is no {str(path)!r}; expected {expected}.')
+        raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint=PATH without a run.')
     rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not yet whole
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
             line = json.loads(text)
             rows_of[line['split']].append([line[key] for key in Curve._fields])
     return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
 
 
 def towers_of(network: AlexNet, image_size: int) -> int:
-    """2 where a network can be split over two towers, else 1."""
+    """Returns 2 if the network can be split into two towers, otherwise 1."""
     try:
         infer_shapes(network, image_size, towers=2)
     except UserError:
@@ -189,70 +192,77 @@ def draw(
     split: str = 'val',
     seed: int = 0,
 ) -> Iterator[Drawn]:
-    """Every figure there is of a network, one after the other: (name, matplotlib's Figure, what to print with it).
+    """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 
-    run: a workdir, for its curves. dataset, split: for the figures that show images; seed: which ones.
+    run: workdir of its run, for the learning curves. dataset, split: images to show; without a dataset, figures with
+    images are left out. seed: chooses the images.
     """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     if run:
-        shown = {part: curve for part, curve in curves(os.fspath(run)).items() if len(curve.epoch)}
+        shown = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
             drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
             yield name, plots.learning_curves(drawn, y_label=label), []
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []
-    first, row = next(iter(network.layers.items()))
+    first, spec = next(iter(network.layers.items()))
     kernel = checkpoint.params[first]['kernel']
-    if type(row) is ConvSpec and row.groups == 1:
+    if type(spec) is ConvSpec and spec.groups == 1:
         shares = np.split(color_share(kernel), towers)
         lines: list[str] = []
         for tower, share in enumerate(shares):
-            above = f'{np.sum(share > 0.5)} of {len(share)} kernels ({100 * np.mean(share > 0.5):.0f}%) above 1/2'
-            lines.append(f'{first}, tower {tower}: mean color share {share.mean():.3f}, {above}')
+            high = share > 0.5
+            lines.append(
+                f'{first}, tower {tower}: mean color share {share.mean():.3f}, {high.sum()} of {len(high)} kernels '
+                f'({100 * high.mean():.0f}%) above 1/2'
+            )
         yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [share.mean() for share in shares]), lines
     else:
-        logging.info('%s has no kernels that see three colors at once: no figure of them.', first)
+        logging.info('No figure of kernels: the kernels of %s do not cover all three colors.', first)
     if dataset:
-        yield from _of_images(checkpoint, dataset, split, seed)
+        yield from _image_figures(checkpoint, dataset, split, seed)
 
 
-def _of_images(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
+def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     source, classes = dataset.split(split), checkpoint.class_names
     order = np.random.default_rng(seed).permutation(len(source))
 
     def crops(images):
-        return augment.center_crop(images, checkpoint.image_size)  # what the network sees
+        return augment.center_crop(images, checkpoint.image_size)  # the network's input
 
     images, labels = pipeline.decode_some(source, order[:_LEFT], checkpoint.record_size)
     yield 'predictions', plots.predictions(crops(images), predictions(checkpoint, images, labels)), []
 
     outputs, all_labels = Evaluator(checkpoint, sharding.make_mesh(data=0, tower=1)).probabilities(source)
     matrix = confusion(all_labels, outputs.argmax(1), len(classes))
-    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images right (center crop); most confused:']
+    lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images correct (center crop); most frequent errors:']
     for true, taken, number, share in most_confused(matrix, classes):
         lines.append(f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})')
     yield 'confusion', plots.confusion(matrix, classes), lines
 
     if 'train' not in dataset.splits:
-        logging.info('these data have no train split: no figure of nearest training images.')
+        logging.info('No figure of nearest training images: the data have no train split.')
         return
-    # The last hidden layer; where there is none, the layer before the classifier; of a classifier alone, itself.
+    # The layer before the classifier; if there is none, the classifier.
     layer = list(checkpoint.network.layers)[-2:][0]
     train = dataset.split('train')
-    right = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
-    images, labels = pipeline.decode_some(source, right, checkpoint.record_size)
-    query = activations.activations(checkpoint, images, layer)[layer]
-    indices, _ = nearest(query, (part for part, _ in activations.iter_activations(checkpoint, train, layer)), count=7)
-    own = right if split == 'train' else [-1] * len(right)  # no image is a neighbor of itself
-    rows = [row[row != i][:6] for row, i in zip(indices, own, strict=True)]
-    pictures = [pipeline.decode_some(train, row, checkpoint.record_size) for row in rows]
+    queries = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
+    images, labels = pipeline.decode_some(source, queries, checkpoint.record_size)
+    vectors = activations.activations(checkpoint, images, layer)[layer]
+    batches = (batch for batch, _ in activations.iter_activations(checkpoint, train, layer))
+    neighbors = []
+    for query, indices in zip(queries, nearest(vectors, batches, count=7)[0], strict=True):
+        if split == 'train':
+            indices = indices[indices != query]  # exclude the image itself
+        neighbors.append(pipeline.decode_some(train, indices[:6], checkpoint.record_size))
     names = [classes[label] for label in labels]
-    near_names = [[classes[label] for label in row] for _, row in pictures]
-    figure = plots.neighbors(crops(images), [crops(near) for near, _ in pictures], names, near_names)
-    same = sum(row.count(label) for label, (_, row) in zip(labels, pictures, strict=True))
-    line = f'nearest training images in {layer}: {same} of {sum(map(len, rows))} have the class of their {split} image'
+    near_names = [[classes[label] for label in row] for _, row in neighbors]
+    figure = plots.neighbors(crops(images), [crops(near) for near, _ in neighbors], names, near_names)
+    same = sum(row.count(label) for label, (_, row) in zip(labels, neighbors, strict=True))
+    total = sum(len(row) for _, row in neighbors)
+    line = f'nearest training images in {layer}: {same} of {total} have the class of their {split} image'
     yield 'neighbors', figure, [line]

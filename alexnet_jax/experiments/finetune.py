@@ -1,4 +1,4 @@
-"""From pictures in class folders to a network: prepares them, trains or tunes, and counts what is confused."""
+"""Trains an image classifier from class folders: prepares the images, trains or fine-tunes, and evaluates."""
 
 import math
 import os
@@ -21,18 +21,18 @@ from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError
 
-_MIN_UPDATES = 100  # in fewer no network was seen to learn from scratch
+_MIN_UPDATES = 100  # no network has been seen to learn from scratch in fewer
 
 
 class FinetuneResult(NamedTuple):
-    """A finished run, and its best checkpoint on the val images."""
+    """The best checkpoint of a finished run and its confusion matrix on the val images."""
 
     workdir: str
     step: int  # of the best checkpoint
     class_names: tuple[str, ...]
     confusion: np.ndarray  # int [K, K], see `figures.confusion`
     crops: str  # 'ten views' or 'center crop'
-    figure: str  # path of the drawn confusion matrix, or why there is none
+    figure: str  # path of the plotted confusion matrix, or the reason why there is none
 
 
 def finetune(
@@ -44,18 +44,17 @@ def finetune(
     val_fraction: float,
     max_unreadable: int,
 ) -> FinetuneResult:
-    """Trains a classifier of pictures in class folders, or goes on where it was stopped.
+    """Trains a classifier on images in class folders. A stopped run is resumed.
 
     Args:
-      config: rates and length; without `init_from` the network, too.
-      pictures: as for `prepare.prepare`.
-      output: gets data/, run/ and figures/.
-      init_from: a checkpoint to begin with; '': from scratch.
-      val_fraction: part of the pictures set aside where there is no val split.
-      max_unreadable: pictures to leave out before giving up.
+      config: learning rates and length; without `init_from` also the network.
+      pictures: raw images, as for `prepare.prepare`.
+      output: directory for data/, run/ and figures/.
+      init_from: checkpoint to start from; '' trains from scratch.
+      val_fraction: fraction of the images used for validation if there is no val split.
+      max_unreadable: unreadable images to skip before preparation fails.
 
-    Raises:
-      UserError: the pictures do not suit; or see `train.train_and_evaluate`.
+    Raises UserError if the images are unsuitable, and as `train.train_and_evaluate`.
     """
     pictures, output, init_from = (os.fspath(path) for path in (pictures, output, init_from))
     source = load_checkpoint(init_from) if init_from else None
@@ -64,17 +63,17 @@ def finetune(
     dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable)
     config = finetune_config(config, source, data, len(dataset.class_names))
     config.init_from = init_from
-    network_and_augmentation(config)  # its numbers are in their ranges
+    network_and_augmentation(config)  # checks ranges before training
     updates = config.num_steps or math.ceil(config.num_epochs * len(dataset.split('train')) / config.batch_size)
     if not source and updates < _MIN_UPDATES:
         distributed.warn(
-            f'{updates} updates in all, too few to learn from scratch: give more pictures, more epochs '
+            f'{updates} training steps are too few to learn from scratch: use more images, more epochs '
             f'(--config.num_epochs={config.num_epochs:g}) or smaller batches (--config.batch_size={config.batch_size}).'
         )
     train.train_and_evaluate(config, workdir)
 
     best = load_checkpoint(workdir)
-    views, crops = (10, 'ten views') if config.data.reflect else (1, 'center crop')  # half of the ten are reflections
+    views, crops = (10, 'ten views') if config.data.reflect else (1, 'center crop')  # five views are reflections
     evaluator = Evaluator(best, sharding.make_mesh(data=0, tower=1), views=views)
     outputs, labels = evaluator.probabilities(dataset.split('val'), max_unreadable=config.data.max_unreadable)
     matrix = figures.confusion(labels, outputs.argmax(1), len(best.class_names))
@@ -88,10 +87,10 @@ def finetune(
 
 
 def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, classes: int) -> ConfigDict:
-    """A copy of a config for the data at `path` with so many classes, to start from a checkpoint or afresh.
+    """Returns a copy of a config for `classes` classes at `path`, to fine-tune a checkpoint or train from scratch.
 
-    From a checkpoint its network and preprocessing are taken over, and the new classifier learns ten times as fast as
-    the rest; `optim.layer_rates` of one's own stay.
+    The network and preprocessing come from the checkpoint. The new classifier then learns ten times as fast as the
+    other layers, unless `optim.layer_rates` is set.
     """
     config = ConfigDict(config.to_dict())
     if source is not None:
@@ -102,26 +101,26 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
                     config[section][key] = to_tuples(theirs[key])
         if not config.optim.layer_rates:
             config.optim.layer_rates = ((list(source.network.layers)[-1], 10.0),)
-    config.data.path, config.model.num_classes = path, classes
+    config.data.path = path
+    config.model.num_classes = classes
     return config
 
 
 def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float, max_unreadable: int) -> Dataset:
-    """The pictures as training reads them, prepared into `folder` unless they lie there already.
+    """Prepares the images into `folder` unless this was done before, and returns the dataset.
 
-    Raises:
-      UserError: other pictures, or squares of another size, lie there.
+    Raises UserError if `folder` holds other images or images of another size, or if there is only one class.
     """
     prepare.prepare_if_needed(pictures, folder, size=size, val_fraction=val_fraction, max_unreadable=max_unreadable)
     dataset = open_dataset(folder)
     if dataset.record_size != size:
         raise UserError(
-            f'{folder} was prepared at {dataset.record_size} px, this network takes {size}; remove it, or give another '
-            '--output.'
+            f'{folder}: expected images of {size} px for this network, got {dataset.record_size} px; remove the '
+            'directory or use another --output.'
         )
     if len(dataset.class_names) == 1:
         raise UserError(
-            f'{pictures!r} has one class only, {dataset.class_names[0]!r}; give a folder of class folders (are they '
-            f'one level further down?), and remove {folder}.'
+            f'{pictures!r}: expected at least two classes, got only {dataset.class_names[0]!r}; use the directory that '
+            f'contains the class folders (are they one level further down?) and remove {folder}.'
         )
     return dataset

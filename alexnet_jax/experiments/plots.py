@@ -1,4 +1,4 @@
-"""Draws what figures.py computes, with matplotlib's objects alone: no window, and nothing global is changed."""
+"""Draws the data from figures.py with matplotlib Figure objects. No window is opened and no global state is changed."""
 
 import math
 import os
@@ -19,22 +19,21 @@ try:
     from matplotlib.patches import Polygon, Rectangle
     from matplotlib.transforms import Bbox
 except ImportError as error:
-    reason = 'figures are drawn with matplotlib, which is not installed'
-    raise UserError(f"{reason}: pip install 'alexnet_jax[figures]'") from error
+    raise UserError("figures need matplotlib, which is not installed: pip install 'alexnet_jax[figures]'") from error
 
-# Okabe and Ito's colors, which color-blind eyes tell apart; lines differ in style, bars in hatching, too.
+# Colors of Okabe and Ito, safe for color blindness. Lines also differ in style and bars in hatching.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
-BLUE, VERMILLION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
-_LINES = ((BLUE, '-'), (VERMILLION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
-_WORDS = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
-_COLUMN, _ROW = 1.5, 2.2  # inches of figure 2
-_PER_ROW = 16  # kernels of figure 3
+BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
+_LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
+_OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
+_COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
+_PER_ROW = 16  # kernels per row of figure 3
 
 
 def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
-    """Writes NAME.png and NAME.svg into a folder, made if need be; the same figure gives the same bytes.
+    """Writes NAME.png and NAME.svg into a folder, which is created if needed. Returns the two paths.
 
-    Returns the paths. Raises UserError where they cannot be written.
+    The same figure always gives the same bytes. Raises UserError if a file cannot be written.
     """
     folder = os.fspath(folder)
     paths = [os.path.join(folder, f'{name}.{kind}') for kind in ('png', 'svg')]
@@ -46,9 +45,9 @@ def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
 
 
 def architecture(rows: Sequence, image_size: int) -> Figure:
-    """The network in the manner of figure 2: a row of boxes for each tower, and what each reads.
+    """Draws the network like figure 2: one row of boxes per tower, connected to the boxes they read.
 
-    rows: from `figures.architecture`. image_size: side of the input, pixels.
+    rows: from `figures.architecture`. image_size: side of the input in pixels.
     """
     towers = len(rows[0].maps)
     width, height = _COLUMN * (len(rows) + 1), _ROW * towers + 1.5
@@ -59,7 +58,7 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
     widest = max((row.maps[0] for row in rows if row.size), default=1)
     longest = max(row.maps[0] for row in rows if not row.size)
 
-    def side(size):  # roots, or the upper layers would vanish
+    def side(size):  # a power below 1 keeps the small upper layers visible
         return 1.25 * (size / image_size) ** 0.45
 
     def box(row, tower, x):
@@ -67,10 +66,10 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
         if row.size is None:
             return _block(axes, x, levels[tower], 0.12, max(0.25, 1.5 * (maps / longest) ** 0.4), GREEN, f'{maps:,}', 0)
         color = ORANGE if row.name.startswith('local') else SKY
-        label = f'{_by(row.size, row.size)}\n{maps} maps'
+        label = f'{row.size}\u00d7{row.size}\n{maps} maps'
         return _block(axes, x, levels[tower], 0.07 + 0.36 * (maps / widest) ** 0.5, side(row.size), color, label, 1)
 
-    label = f'{_by(image_size, image_size)}\n3 colors'
+    label = f'{image_size}\u00d7{image_size}\n3 colors'
     below = [_block(axes, _COLUMN / 2, float(np.mean(levels)), 0.1, side(image_size), SKY, label, 1)]
     axes.text(_COLUMN / 2, height - 0.15, 'image', ha='center', va='top', weight='bold', fontsize=9)
     for column, row in enumerate(rows, 1):
@@ -82,21 +81,21 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
                 _connect(axes, below[source], boxes[tower], row, (source - tower) if sources else 0)
         below = boxes
     if towers > 1:
-        styles: tuple[tuple[str, str, Any], ...] = (('own tower', BLACK, '-'), ('the other tower', VERMILLION, '--'))
+        styles: tuple[tuple[str, str, Any], ...] = (('own tower', BLACK, '-'), ('the other tower', VERMILION, '--'))
         lines = [Line2D([], [], color=color, linestyle=style, label=f'reads {name}') for name, color, style in styles]
         axes.legend(handles=lines, loc='lower left', fontsize=8, frameon=False)
     return figure
 
 
-def _by(*sides: int) -> str:
-    return '\u00d7'.join(map(str, sides))
-
-
 def _heading(axes: Axes, row, x: float, height: float) -> None:
-    """Name, kernels and what follows above a column; neurons and parameters below."""
-    lines = [f'{_by(row.kernel[0], *row.kernel)}, stride {row.stride}' if row.kernel else 'dense']
-    lines += [f'{row.groups} groups'] if row.groups > 1 else []
-    lines += textwrap.wrap(', '.join(_WORDS.get(step, step) for step in row.post.split()), 20)
+    """Writes name, kernels and operations above a column, neurons and parameters below it."""
+    lines = ['dense']
+    if row.kernel:
+        side, depth = row.kernel
+        lines = [f'{side}\u00d7{side}\u00d7{depth}, stride {row.stride}']
+    if row.groups > 1:
+        lines.append(f'{row.groups} groups')
+    lines += textwrap.wrap(', '.join(_OP_NAMES.get(op, op) for op in row.post.split()), 20)
     axes.text(x, height - 0.15, row.name, ha='center', va='top', weight='bold', fontsize=9)
     axes.text(x, height - 0.33, '\n'.join(lines), ha='center', va='top', fontsize=7.5, linespacing=1.25)
     below = f'{row.neurons:,} neurons\n{row.parameters:,} parameters'
@@ -104,7 +103,7 @@ def _heading(axes: Axes, row, x: float, height: float) -> None:
 
 
 def _block(axes: Axes, x, y, width, height, color, label, depth) -> Bbox:
-    """A box, centered on x and y, and seen also from above and the right where depth is 1; returns its front."""
+    """Draws a box centered at (x, y), with top and right faces if depth is 1. Returns its front face."""
     shift = np.array((0.3, 0.22)) * height * depth
     left, right = x - (width + shift[0]) / 2, x + (width - shift[0]) / 2
     low, high = y - height / 2, y + height / 2
@@ -120,16 +119,14 @@ def _block(axes: Axes, x, y, width, height, color, label, depth) -> Bbox:
 
 
 def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
-    """Lines from a kernel's window, in the box below, to what it makes.
+    """Draws lines from the kernel window in the source box to the target box.
 
-    across: 0 within a tower; 1 from the tower below it in the picture, -1 from the one above.
+    across: 0 if both are in the same tower, 1 if the source tower is drawn below the target tower, -1 if above.
     """
-    style: dict[str, Any] = {
-        'color': VERMILLION if across else BLACK,
-        'linestyle': '--' if across else '-',
-        'linewidth': 0.8,
-    }
-    y, end = np.mean(source.intervaly), np.mean(target.intervaly) - 0.12 * across  # beside the line from its own tower
+    color, linestyle = (VERMILION, '--') if across else (BLACK, '-')
+    style: dict[str, Any] = {'color': color, 'linestyle': linestyle, 'linewidth': 0.8}
+    y = np.mean(source.intervaly)
+    end = np.mean(target.intervaly) - 0.12 * across  # beside the line from the target's own tower
     if not row.kernel:
         axes.plot([source.x1, target.x0], [y, end], **style, zorder=4)
         return
@@ -142,7 +139,7 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
 
 
 def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None) -> Figure:
-    """The first layer's kernels as figure 3 shows them: 16 a row, one pixel between, one tower above the other.
+    """Draws the kernels of the first layer like figure 3: 16 per row, one pixel apart, one panel per tower.
 
     towers: from `figures.kernel_pictures`. shares: mean `figures.color_share` of each tower, for the titles.
     """
@@ -159,7 +156,7 @@ def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None)
 
 
 def maps(x_HWC: np.ndarray) -> Figure:
-    """A layer's maps for one image, such as `activations(...)['conv3'][0]`: 16 a row, each from black to white."""
+    """Draws the maps of an image, such as `activations(...)['conv3'][0]`: 16 per row, each from black to white."""
     low, high = x_HWC.min((0, 1)), x_HWC.max((0, 1))
     gray = np.moveaxis((x_HWC - low) / np.maximum(high - low, 1e-12), -1, 0)
     figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / 16)), layout='constrained')
@@ -171,7 +168,7 @@ def maps(x_HWC: np.ndarray) -> Figure:
 
 
 def _sheet(pictures: np.ndarray) -> np.ndarray:
-    """[O, H, W, 3] side by side on white, a pixel apart."""
+    """Tiles images [O, H, W, 3] on white, one pixel apart."""
     count, height, width, _ = pictures.shape
     tiles = np.pad(pictures, ((0, -count % _PER_ROW), (1, 0), (1, 0), (0, 0)), constant_values=1)
     rows = tiles.reshape(-1, _PER_ROW, height + 1, width + 1, 3).swapaxes(1, 2)
@@ -180,9 +177,9 @@ def _sheet(pictures: np.ndarray) -> np.ndarray:
 
 
 def predictions(images, labels: Sequence) -> Figure:
-    """Images with their best labels as bars from 0 to 1 (figure 4, left); the true label's bar is orange and hatched.
+    """Draws images with the probabilities of their best labels as bars (figure 4, left).
 
-    images: uint8 [N, s, s, 3]. labels: from `figures.predictions`.
+    The bar of the true label is orange and hatched. images: uint8 [N, s, s, 3]. labels: from `figures.predictions`.
     """
     columns = min(4, len(images))
     rows, top = -(-len(images) // columns), len(labels[0].names)
@@ -205,15 +202,15 @@ def predictions(images, labels: Sequence) -> Figure:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """The first synonym of a class."""
+    """Returns the first synonym of a class name, shortened to `most` characters."""
     name = name.split(',')[0]
     return name if len(name) <= most else f'{name[: most - 1]}…'
 
 
 def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence[str]]) -> Figure:
-    """Images, and to the right of each its nearest training images (figure 4, right).
+    """Draws each query image with its nearest training images to its right (figure 4, right).
 
-    queries: uint8 [Q, s, s, 3]. near: for each, uint8 [n, s, s, 3]. names, near_names: their classes.
+    queries: uint8 [Q, s, s, 3]. near: for each query, uint8 [n, s, s, 3]. names, near_names: their class names.
     """
     count = len(near[0])
     figure = Figure(figsize=(1.2 * (count + 1.25), 1.4 * len(queries) + 0.1), layout='constrained')
@@ -229,15 +226,15 @@ def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """How often each true class (rows) was taken for each (columns), as shares; named up to 30 classes."""
+    """Draws a confusion matrix as shares of the true class. Up to 30 classes are labeled."""
     count = len(matrix)
     side = max(4.5, min(9.0, 0.32 * count + 1.5))
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
-    # Colors follow the root of the share: errors are few, and would not be seen.
+    # The color scale follows the square root of the share, so that rare errors are visible.
     image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap='cividis', norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label='share of the true class', shrink=0.8)
-    axes.set(xlabel='taken for', ylabel='true class')
+    axes.set(xlabel='predicted class', ylabel='true class')
     if count <= 30:
         names = [_short(name, 18) for name in class_names]
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
@@ -253,9 +250,9 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
 def learning_curves(
     curves: Mapping[str, tuple | list[tuple]], *, threshold: float | None = None, y_label: str = 'Training error rate'
 ) -> Figure:
-    """Curves in the manner of figure 1: the first solid, the second dashed; at `threshold` a thin horizontal line.
+    """Draws learning curves like figure 1: the first solid, the second dashed, a thin horizontal line at `threshold`.
 
-    curves: (x, y) by name; or a list of them, one for each seed, drawn thin.
+    curves: (x, y) by name; or a list of (x, y), one per seed, drawn with thin lines.
     """
     figure = Figure(figsize=(5, 3.8), layout='constrained')
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-// The two interactive parts of report.html; report.py puts this script and `data` into the page.
+// The two interactive parts of report.html. report.py inserts this script and `data` into the page.
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -7,7 +7,7 @@ const pictures = data.pictures.map(bytes); // [side, side, 3] each
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const short = (x) => String(Number(x.toPrecision(3)));
 
-/** Fills a canvas: color(row, column) is [r, g, b], or null for nothing. */
+/** Paints a canvas: color(row, column) returns [r, g, b], or null for a transparent pixel. */
 function paint(canvas, width, height, color) {
   canvas.width = width;
   canvas.height = height;
@@ -19,7 +19,7 @@ function paint(canvas, width, height, color) {
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 
-/** -1: blue, 0: white, 1: vermilion; a quarter has half the color already, so that weak responses are seen. */
+/** Maps -1 to blue, 0 to white and 1 to vermilion. The square root makes weak responses visible. */
 function diverging(t) {
   const end = t < 0 ? [0, 114, 178] : [213, 94, 0];
   return end.map((x) => 255 + Math.sqrt(Math.min(1, Math.abs(t))) * (x - 255));
@@ -30,7 +30,7 @@ function paintPicture(canvas, i) {
   paint(canvas, side, side, (r, c) => pictures[i].subarray(3 * (r * side + c), 3 * (r * side + c) + 3));
 }
 
-/** Radio buttons with a small picture each: one stop of the tab key, arrow keys within. */
+/** Adds radio buttons with thumbnails: the tab key reaches the group, arrow keys move within it. */
 function choices(fieldset, name, labels, draw, choose) {
   labels.forEach((text, i) => {
     const label = document.createElement('label'), input = document.createElement('input');
@@ -46,7 +46,7 @@ function choices(fieldset, name, labels, draw, choose) {
   });
 }
 
-/** Arrow keys anywhere in a toy, but where a slider, a choice or, with another key, the browser has them already. */
+/** Handles keys in a section, except in inputs and with modifier keys, where the browser uses them. */
 function keys(section, moves) {
   section.addEventListener('keydown', (event) => {
     const { altKey, ctrlKey, metaKey, shiftKey } = event;
@@ -56,7 +56,7 @@ function keys(section, moves) {
   });
 }
 
-function slideToy(section, { size, stride, padding: [before, after], std, ...texts }) {
+function slideFilter(section, { size, stride, padding: [before, after], std, ...texts }) {
   const find = (name) => section.querySelector('.' + name);
   const { side } = data, padded = side + before + after;
   const positions = Math.floor((padded - size) / stride) + 1, last = positions * positions - 1;
@@ -66,14 +66,14 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
   const reduced = matchMedia('(prefers-reduced-motion: reduce)').matches;
   let picture = 0, kernel = 0, place = 0, map, scale, timer = null, since = 0;
 
-  /** The network's input at a place: mean-subtracted, zero in the padding. */
+  /** Returns the network's input at a position: mean-subtracted, zero in the padding. */
   function input(picture, row, column, channel) {
     if (row < 0 || column < 0 || row >= side || column >= side) return 0;
     const i = 3 * (row * side + column) + channel;
     return pictures[picture][i] / std[channel] + background[i];
   }
 
-  /** Pixel by pixel, the three colors together, at (row, column) of the map. */
+  /** Returns the products at (row, column) of the map, summed over the three colors of each pixel. */
   function products(picture, kernel, row, column) {
     const found = new Float64Array(size * size);
     for (let i = 0; i < length; i++) {
@@ -96,7 +96,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
 
   function draw() {
     const row = Math.floor(place / positions), column = place % positions;
-    const top = row * stride, left = column * stride; // in the padded picture
+    const top = row * stride, left = column * stride; // in the padded image
     const canvas = find('picture'), zoom = Math.max(1, Math.floor(480 / padded)), plain = document.createElement('canvas');
     paint(plain, padded, padded, (r, c) => {
       const y = r - before, x = c - before;
@@ -106,7 +106,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
     canvas.width = canvas.height = zoom * padded + 10;
     const context = canvas.getContext('2d');
     context.imageSmoothingEnabled = false;
-    context.translate(5, 5); // room for the frame around the outermost windows
+    context.translate(5, 5); // space for the frame of windows at the border
     context.drawImage(plain, 0, 0, zoom * padded, zoom * padded);
     for (const [width, color] of [[6, '#000'], [3, '#f0e442']]) {
       context.lineWidth = width;
@@ -119,7 +119,7 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
     const most = Math.max(...shares.map(Math.abs)) || 1;
     paint(find('products'), size, size, (r, c) => diverging(shares[r * size + c] / most));
     paint(find('map'), positions, positions, (r, c) => (r * positions + c <= place ? diverging(map[r * positions + c] / scale) : null));
-    canvas.setAttribute('aria-label', `${data.captions[picture]}, the window at row ${row + 1}, column ${column + 1}`);
+    canvas.setAttribute('aria-label', `${data.captions[picture]}, window at row ${row + 1}, column ${column + 1}`);
     find('place').value = place;
     const where = `Row ${row + 1} of ${positions}, column ${column + 1}`;
     find('place').setAttribute('aria-valuetext', where);
@@ -174,11 +174,11 @@ function slideToy(section, { size, stride, padding: [before, after], std, ...tex
   return { featureMap };
 }
 
-function walkToy(section, { stages, labels }) {
+function walkLayers(section, { stages, labels }) {
   const find = (name) => section.querySelector('.' + name);
-  const count = stages.length + 2; // the picture first, the labels last
+  const count = stages.length + 2; // the image first, the labels last
   const layers = [...new Set(stages.map((stage) => stage.layer))];
-  const stops = [['picture', 0], ...layers.map((name) => [name, 1 + stages.findIndex((stage) => stage.layer === name)]), ['labels', count - 1]];
+  const stops = [['image', 0], ...layers.map((name) => [name, 1 + stages.findIndex((stage) => stage.layer === name)]), ['labels', count - 1]];
   let picture = 0, at = 0;
 
   const canvasIn = (maps) => maps.appendChild(document.createElement('canvas'));
@@ -186,7 +186,7 @@ function walkToy(section, { stages, labels }) {
   function drawStage(maps, stage) {
     const { scale, bytes: text } = stage.pictures[picture], { width, height, chosen = [1] } = stage, values = bytes(text);
     chosen.forEach((_, i) => paint(canvasIn(maps), width, height, (r, c) => {
-      const value = values[(i * height + r) * width + c]; // none behind the last unit
+      const value = values[(i * height + r) * width + c]; // undefined after the last unit
       return value === undefined ? null : diverging((value - 128) / 127);
     }));
     find('low').textContent = short(-scale);
@@ -206,11 +206,11 @@ function walkToy(section, { stages, labels }) {
       note = `Output: ${stage.shape}. Parameters: ${stage.parameters ? stage.parameters.toLocaleString('en') : 'none'}. Shown: ${shown}.`;
       drawStage(maps, stage);
     } else if (at === 0) {
-      [title, words] = ['the picture', `${caption}. What the network reads is this minus the mean of the training images.`];
+      [title, words] = ['the image', `${caption}. The input of the network is this image minus the mean of the training images.`];
       note = `${data.side} x ${data.side} x 3 numbers.`;
       paintPicture(canvasIn(maps), picture);
     } else {
-      [title, words] = ['the labels', `The most probable labels of ${caption}, from the center of the picture alone.`];
+      [title, words] = ['the labels', `The most probable labels of ${caption}, from the center crop only.`];
       for (const { label, probability } of labels[picture]) {
         const [dt, dd, bar] = ['dt', 'dd', 'dd'].map((name) => document.createElement(name));
         dt.textContent = label;
@@ -225,7 +225,7 @@ function walkToy(section, { stages, labels }) {
     find('value').textContent = `${at + 1} of ${count}, ${title}`;
     find('words').textContent = words;
     find('note').textContent = note;
-    find('previous').setAttribute('aria-disabled', at === 0); // not disabled: it would lose the focus, and the keys
+    find('previous').setAttribute('aria-disabled', at === 0); // `disabled` would lose the keyboard focus
     find('next').setAttribute('aria-disabled', at === count - 1);
     const here = stops.findLastIndex(([, first]) => first <= at);
     Array.from(find('layers').children, (button, i) => button.setAttribute('aria-current', i === here));
@@ -250,5 +250,5 @@ function walkToy(section, { stages, labels }) {
 }
 
 window.report = {};
-if (data.slide) window.report = slideToy(document.getElementById('slide'), data.slide);
-if (data.walk) walkToy(document.getElementById('walk'), data.walk);
+if (data.slide) window.report = slideFilter(document.getElementById('slide'), data.slide);
+if (data.walk) walkLayers(document.getElementById('walk'), data.walk);

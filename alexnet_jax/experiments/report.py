@@ -1,7 +1,7 @@
-"""An HTML page with tables, figures and two interactive parts, in one file that needs no network.
+"""Writes an HTML report with tables, figures and two interactive parts, as one file that works offline.
 
-One part slides a filter of the first layer over a picture, the other walks through the layers with it. Of the files
-beside this one `report.html` is the page; `report.js` computes the first part, and shows for the second what is put in.
+The first interactive part slides a filter of the first layer over an image; the second shows the image layer by layer.
+`report.html` is the page template. `report.js` computes the first part and displays precomputed values in the second.
 """
 
 import base64
@@ -24,34 +24,35 @@ from PIL import Image
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import architecture, augment
 from alexnet_jax.core.architecture import ConvSpec, LayerSpec, LocalSpec
+from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference.evaluate import check_images
 from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import atomic_file
 
-_PICTURES = 6  # with 224 px and 16 maps a layer the page then has about 3 MB
-_MAPS = 16  # shown of a layer
-_MAP_SIZE = 32  # pixels; larger maps are made smaller
-_UNITS = 4096  # shown of a fully-connected layer
-_STRIP = 128  # units beside each other
+_PICTURES = 6  # about 3 MB of page with 224 px and 16 maps per layer
+_MAPS = 16  # shown per layer
+_MAP_SIZE = 32  # pixels; larger maps are downsampled
+_UNITS = 4096  # shown per fully connected layer
+_STRIP = 128  # units per row
 _NUMBER = ' class="number"'
 _TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
 
 
 class Table(NamedTuple):
-    """Rows under columns."""
+    """Rows under named columns."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple]  # str, numbers, or None (an empty cell)
-    note: str = ''  # what a reader must know to judge the numbers
+    note: str = ''  # how to read the numbers
 
 
 class Figure(NamedTuple):
-    """A picture from a file."""
+    """An image file with a caption."""
 
     title: str
-    path: str  # an .svg or .png file, put into the page itself
+    path: str  # an .svg or .png file, embedded in the page
     caption: str = ''
 
 
@@ -66,17 +67,17 @@ def write(
     image_NHWC: np.ndarray | None = None,
     captions: Sequence[str] = (),
 ) -> None:
-    """Writes the page in one move; what is at `path` is replaced. All text is plain, of which HTML is made here.
+    """Writes the report atomically; an existing file is replaced. All text arguments are plain text and are escaped.
 
-    checkpoint, image_NHWC: what the interactive parts show, both or neither; uint8 [N, S, S, 3] with S =
-    `checkpoint.record_size`, prepared as the training images were. The first six are used, their centers. captions: of
-    these pictures; those that have none are numbered.
+    checkpoint, image_NHWC: shown in the interactive parts; give both or neither. The images are uint8 [N, S, S, 3] with
+    S = `checkpoint.record_size`, prepared like the training images; the center crops of the first six are used.
+    captions: of these images; missing captions are numbered.
 
-    Raises UserError for a row that does not fit its table, a figure that cannot be read, images of another shape or
-    type, and a file that cannot be written.
+    Raises UserError if a row does not fit its table, a figure cannot be read, the images have another shape or type, or
+    the file cannot be written.
     """
     if (checkpoint is None) != (image_NHWC is None):
-        raise UserError('a checkpoint and images to show it belong together; give both or neither.')
+        raise UserError('report: expected both checkpoint and image_NHWC or neither, got only one of them.')
     data = {}
     if checkpoint is not None and image_NHWC is not None:
         data = _interactive_data(checkpoint, image_NHWC, captions)
@@ -90,22 +91,23 @@ def write(
         'summary': escape(summary),
         'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
         'sections': '\n'.join(body),
-        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # or `</script>` would end the script
+        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # `</script>` would end the script
     }
     folder = resources.files('alexnet_jax.experiments')
     page, parts['script'] = (folder.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('html', 'js'))
     for block, wanted in (('slide', 'slide' in data), ('walk', 'walk' in data), ('interactive', data)):
         page = re.sub(f'<!--/?{block}-->\n' if wanted else f'(?s)<!--{block}-->.*<!--/{block}-->\n', '', page)
-    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # in one go: text is not looked through again
+    page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # one pass: inserted text is not scanned
     with as_user_error(f'the report {path!r} cannot be written'), atomic_file(path) as file:
         file.write(page)
 
 
 def _table(table: Table) -> str:
-    count, head = len(table.columns), ''
+    count = len(table.columns)
     for row in table.rows:
         if len(row) != count:
-            raise UserError(f'a row of the table {table.title!r} has {len(row)} cells for {count} columns.')
+            raise UserError(f'table {table.title!r}: expected {count} cells in every row, got {len(row)}.')
+    head = ''
     for i, column in enumerate(table.columns):
         right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
         head += f'<th scope="col"{_NUMBER if right else ""}>{escape(column)}</th>'
@@ -127,26 +129,26 @@ def _cell(value) -> str:
 
 def _figure(figure: Figure) -> str:
     if not (kind := _TYPES.get(os.path.splitext(figure.path)[1].lower())):
-        raise UserError(f'the figure {figure.path!r} is of no known kind; expected {" or ".join(_TYPES)}.')
-    with as_user_error(f'the figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
+        raise UserError(f'figure {figure.path!r}: expected a file of type {" or ".join(_TYPES)}.')
+    with as_user_error(f'figure {figure.path!r} cannot be read'), open(figure.path, 'rb') as file:
         content = base64.b64encode(file.read()).decode()
     text, title = escape(figure.caption), escape(figure.title)
-    # In an <img> also an SVG's scripts and links are dead.
+    # Scripts and links in an SVG are inactive inside <img>.
     image = f'<img class="figure" src="data:{kind};base64,{content}" alt="{text or title}">'
     return f'<figure>{_scrolling(figure.title, image)}<figcaption>{text}</figcaption></figure>\n'
 
 
 def _scrolling(title: str, content: str) -> str:
-    """What may be wider than the page; the keyboard reaches it."""
+    """Wraps content that may be wider than the page. The region scrolls and can be reached with the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n{content}</div>\n'
 
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    """What the script reads: 'walk', and 'slide' where the first layer is a convolution of all three colors."""
+    """Returns the data of report.js: 'walk', and 'slide' if the first layer is a convolution over all colors."""
     image_NHWC = check_images(checkpoint, image_NHWC)[:_PICTURES]
     if not len(image_NHWC):
-        raise UserError(f'there are no images in an array of shape {image_NHWC.shape}; give one or more.')
-    numbered = [f'picture {i}' for i in range(1, len(image_NHWC) + 1)]
+        raise UserError(f'image_NHWC of shape {image_NHWC.shape}: expected at least one image.')
+    numbered = [f'image {i}' for i in range(1, len(image_NHWC) + 1)]
     data = {
         'side': checkpoint.image_size,
         'captions': [*captions[: len(image_NHWC)], *numbered[len(captions) :]],
@@ -155,7 +157,18 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
     }
     name, first = next(iter(checkpoint.network.layers.items()))
     if isinstance(first, ConvSpec) and not isinstance(first, LocalSpec) and first.groups == 1:
-        data['slide'] = _slide(checkpoint, name, first)
+        black = np.zeros_like(image_NHWC[:1])
+        weights = checkpoint.params[name]
+        data['slide'] = {  # the input of the layer is byte / std + background
+            'layer': name,
+            'size': first.kernel,
+            'stride': first.stride,
+            'padding': first.padding,
+            'std': checkpoint.augmentation.pixel_std,
+            'background': _encode(_views(checkpoint, black), '<f4'),
+            'kernels': _encode(np.moveaxis(weights['kernel'], -1, 0), '<f4'),  # [O, h, w, 3]
+            'biases': _encode(weights['bias'], '<f4'),
+        }
     return data
 
 
@@ -163,59 +176,45 @@ def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
     return augment.views(jnp.asarray(image_NHWC), checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
 
 
-def _slide(checkpoint: Checkpoint, name: str, layer: ConvSpec) -> dict[str, Any]:
-    """The first layer's weights, and what turns a picture's bytes into its input: byte / std + background."""
-    side, weights = checkpoint.record_size, checkpoint.params[name]
-    kernels = np.moveaxis(np.asarray(weights['kernel'], np.float32), -1, 0)  # [O, h, w, 3]: each in one piece
-    window = {'size': layer.kernel, 'stride': layer.stride, 'padding': layer.padding}
-    return {
-        'layer': name,
-        **window,
-        'std': checkpoint.augmentation.pixel_std,
-        'background': _encode(_views(checkpoint, np.zeros((1, side, side, 3), np.uint8)), '<f4'),
-        'kernels': _encode(kernels, '<f4'),
-        'biases': _encode(weights['bias'], '<f4'),
-    }
-
-
 def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
-    """Stages, one for each thing a layer does, and the labels at the end."""
+    """Returns the stages, one for each operation of each layer, and the most probable labels."""
     network = checkpoint.network
     run = jax.jit(lambda params, x: network.apply({'params': params}, x, mutable='intermediates'))
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
     stages = []
     for name, sizes in architecture.infer_shapes(network, checkpoint.image_size).items():
         layer = network.layers[name]
-        again: Counter[str] = Counter()
+        calls: Counter[str] = Counter()  # an operation may occur twice in a layer
         for op in ('linear', *layer.ops):
-            x = seen['intermediates'][f'{name}.{op}'][again[op]]
-            again[op] += 1
-            what, words = _words(network, layer, sizes.inputs, op)
+            x = seen['intermediates'][f'{name}.{op}'][calls[op]]
+            calls[op] += 1
+            what, words = _describe_op(network, layer, sizes.inputs, op)
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             parameters = sizes.parameters if op == 'linear' else 0
             stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
     probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
-    best = zip(top_k(logits, 5), probabilities, strict=True)
-    labels = [[{'label': names[i], 'probability': float(p[i])} for i in order] for order, p in best]
+    labels = [
+        [{'label': names[i], 'probability': float(p[i])} for i in order]
+        for order, p in zip(top_k(logits, 5), probabilities, strict=True)
+    ]
     return {'stages': stages, 'labels': labels}
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
-    """Some maps, the same for every picture and every operation of a layer, so that one can follow them."""
+    """Encodes some feature maps. The same maps are shown for all images and all operations of a layer."""
     side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)
-    maps = np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1)
-    smaller = [[Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in picture] for picture in maps]
-    pictures, shape = (
-        [_signed(np.stack([np.asarray(x) for x in picture])) for picture in smaller],
-        f'{side} x {side} x {count}',
-    )
+    pictures = []
+    for maps in np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1):
+        smaller = [Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in maps]
+        pictures.append(_signed(np.stack([np.asarray(x) for x in smaller])))
+    shape = f'{side} x {side} x {count}'
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
 
 
 def _strip(x_NF: np.ndarray) -> dict[str, Any]:
-    """Units row by row; the last row may be short."""
+    """Encodes units row by row. The last row may be shorter."""
     shown = min(x_NF.shape[1], _UNITS)
     width = min(shown, _STRIP)
     height = math.ceil(shown / width)
@@ -224,7 +223,7 @@ def _strip(x_NF: np.ndarray) -> dict[str, Any]:
 
 
 def _signed(x: np.ndarray) -> dict[str, Any]:
-    """Values as bytes 1 to 255, 128 for zero; 'scale' is the largest magnitude."""
+    """Encodes values as bytes 1 to 255, with 128 for zero. 'scale' is the largest magnitude."""
     x = np.nan_to_num(x)
     scale = float(np.abs(x).max())
     return {'scale': scale, 'bytes': _encode(np.round(x / (scale or 1) * 127) + 128)}
@@ -234,36 +233,34 @@ def _encode(array, dtype: str = 'u1') -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
 
 
-def _words(network, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
-    """(name, what it does) of one operation of a layer."""
-    apart = ' Each half of them reads only its own half of the maps below: the two towers do not talk here.'
+def _describe_op(network: AlexNet, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
+    """Returns (name, description) of one operation of a layer."""
+    towers = 'Each half of them reads only its own half of the inputs: the two towers do not communicate here.'
+    towers = f' {towers}' if layer.groups == 2 else ''
     if op == 'linear' and isinstance(layer, ConvSpec):
-        own = ', others at every position,' if isinstance(layer, LocalSpec) else ''
-        return 'locally connected' if own else 'convolution', (
-            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{own} slide over the {inputs[-1]} maps below '
-            f'in steps of {layer.stride}. At each position a kernel is multiplied with what lies under it; the sum, '
-            f'plus a bias, is one point of its map.{apart if layer.groups == 2 else ""}'
+        local = ', with other weights at every position,' if isinstance(layer, LocalSpec) else ''
+        return 'locally connected' if local else 'convolution', (
+            f'{layer.features} kernels of {layer.kernel} x {layer.kernel}{local} slide over {inputs[-1]} maps '
+            f'with stride {layer.stride}. At each position, the kernel is multiplied by the input under it; the sum of '
+            f'the products plus a bias is one value of the output map.{towers}'
         )
     if op == 'linear':
-        return 'fully connected', (
-            f'Each of {layer.features} units adds up all {math.prod(inputs)} numbers below, each times a weight of '
-            f'its own, plus a bias.{apart if layer.groups == 2 else ""}'
-        )
-    divided = 'Each value is divided by a power of the energy'
-    maps = f'at the same position of the {network.lrn_n} maps around it: a strong response quietens its neighbors.'
-    square = f'{network.spatial_n} x {network.spatial_n} window'
-    pool = f'{network.pool_window} x {network.pool_window} window, in steps of {network.pool_stride}'
-    overlap = ' The windows overlap.' if network.pool_stride < network.pool_window else ''
-    rate = network.dropout_rate
-    silenced = f'In training each unit is silenced with a probability of {rate:g}. At test, as here,'
-    at_test = 'nothing happens.' if network.dropout_inverted else f'all speak, at {1 - rate:g} of their strength.'
-    words = {
-        'relu': ('ReLU', 'What is below zero becomes zero; the rest stays.'),
-        'tanh': ('tanh', 'Every value is squeezed between -1 and 1.'),
-        'lrn': ('response normalization', f'{divided} {maps}'),
-        'spatial_norm': ('spatial normalization', f'{divided} in the {square} around it.'),
-        'pool': ('max pooling', f'The largest value of each {pool}: smaller maps that mind less where.{overlap}'),
-        'avg_pool': ('mean pooling', f'The mean of each {pool}.{overlap}'),
-        'dropout': ('dropout', f'{silenced} {at_test}'),
+        count = math.prod(inputs) // layer.groups
+        text = f'Each of the {layer.features} units is a weighted sum of {count} inputs plus a bias.{towers}'
+        return 'fully connected', text
+    divided = 'Strong responses are reduced: each value is divided by a power of the energy'
+    side = network.spatial_n
+    window = f'{network.pool_window} x {network.pool_window} window, with stride {network.pool_stride}'
+    overlap = '; the windows overlap.' if network.pool_stride < network.pool_window else '.'
+    at_test = 'nothing happens' if network.dropout_inverted else f'all are multiplied by {1 - network.dropout_rate:g}'
+    dropped = f'In training, units are set to zero with probability {network.dropout_rate:g}.'
+    descriptions = {
+        'relu': ('ReLU', 'Negative values become zero; the others do not change.'),
+        'tanh': ('tanh', 'Every value is mapped to a value between -1 and 1.'),
+        'lrn': ('response normalization', f'{divided} at its position in the {network.lrn_n} maps around it.'),
+        'spatial_norm': ('spatial normalization', f'{divided} in the {side} x {side} window around it.'),
+        'pool': ('max pooling', f'The maximum of each {window}. Small shifts of the input matter less{overlap}'),
+        'avg_pool': ('mean pooling', f'The mean of each {window}{overlap}'),
+        'dropout': ('dropout', f'{dropped} At test time, as here, {at_test}.'),
     }
-    return words.get(op, (op, ''))  # one of somebody's own has no words
+    return descriptions.get(op, (op, ''))  # user-defined operations have no description

@@ -1,4 +1,4 @@
-"""Runs a suite: networks that differ in one thing, trained and measured. Stopped, it goes on where it was."""
+"""Runs a suite: trains its network variants, measures them and writes the report. A stopped suite can be resumed."""
 
 import contextlib
 import json
@@ -31,31 +31,31 @@ from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
 
 FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
 SUITES = (FIGURE1, *ablations.SUITES)
-_SMALL = (FIGURE1, 'cifar10')  # suites of 32 px images
+_SMALL = (FIGURE1, 'cifar10')  # suites with 32 px images
 
 
 class Suite(NamedTuple):
-    """What a suite is run with."""
+    """Settings of a suite."""
 
     name: str  # one of `SUITES`
-    base: ConfigDict  # the config that its networks differ from
+    base: ConfigDict  # the config that the variants change
     seeds: int
     output: str  # directory of results.csv, report.html and runs/
-    scale: float  # part of the training images to train on, always the same
+    scale: float  # fraction of the training images used, the same images in every run
 
     @property
     def record_size(self) -> int:
-        """Side of the images it is trained on, pixels."""
+        """Side of the training records in pixels."""
         return 32 if self.name in _SMALL else default_record_size(self.base.data.image_size)
 
 
 class Trial(NamedTuple):
-    """One run of a suite."""
+    """One training run: a variant with one seed."""
 
     variant: Variant
     seed: int
     config: ConfigDict
-    output: str  # the suite's
+    output: str  # of the suite
 
     @property
     def workdir(self) -> str:
@@ -68,9 +68,9 @@ class Trial(NamedTuple):
 
 
 def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """Every variant with every seed; the same variant of two suites is the same run.
+    """Returns a trial for every variant and seed. Suites with the same variant and output share the run.
 
-    Raises UserError, before anything is trained, where a variant of this base cannot be built.
+    Raises UserError before any training if a variant cannot be built from the base.
     """
     trials = []
     for variant in variants:
@@ -80,46 +80,39 @@ def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, outpu
             infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
             optimizer_from_config(config.optim, steps_per_epoch=1.0, layers=list(network.layers))
         except UserError as error:
-            raise UserError(f'the variant {variant.name!r} of this base cannot be built: {error}') from error
+            raise UserError(f'variant {variant.name!r} cannot be built from this base: {error}') from error
         for seed in range(base.seed, base.seed + seeds):
             trials.append(Trial(variant, seed, ablations.with_changes(config, {'seed': seed}), output))
     return trials
 
 
 def run_suite(suite: Suite, data: str) -> list[str]:
-    """Runs what is left of a suite, and publishes its results.
+    """Runs the unfinished trials of a suite and publishes the results. Returns its tables as text.
 
-    Args:
-      suite: `suite.output` gets results.csv, report.html, figures/ and runs/.
-      data: a prepared directory, or images as `alexnet_jax prepare` takes them.
-
-    Returns:
-      its tables, as text.
-
-    Raises:
-      UserError: the images do not suit, or all networks diverged.
+    suite: `suite.output` gets results.csv, report.html, figures/ and runs/. data: a prepared directory, or raw images
+    as for `alexnet_jax prepare`. Raises UserError if the images are unsuitable or if all networks diverged.
     """
     with as_user_error(f'--output={suite.output!r} cannot be used', 'Give another directory.'):
         os.makedirs(suite.output, exist_ok=True)
     path = data if _is_prepared(data) else prepare_images(data, suite)
     dataset = datasets.open_dataset(path)
-    again = f' (remove it if {data!r} has changed)' if path != data else ''
-    _check_splits(dataset, suite.name, f'{path!r}{again}')
+    hint = f' (remove it if {data!r} has changed)' if path != data else ''
+    _check_splits(dataset, suite.name, f'{path!r}{hint}')
     if suite.name in _SMALL and dataset.record_size != suite.record_size:
         raise UserError(
-            f'{data!r} is prepared at {dataset.record_size} px; {suite.name} takes --size={suite.record_size}.'
+            f'--data={data!r}: expected images of {suite.record_size} px for {suite.name}, got {dataset.record_size} '
+            f'px; prepare them with --size={suite.record_size}.'
         )
     suite = _with_data(suite, path, dataset)
     trials, rows = run_figure1(suite, dataset) if suite.name == FIGURE1 else run_variants(suite, dataset)
     tables.write_csv(os.path.join(suite.output, 'results.csv'), rows, whole=True)
     diverged = {(row['variant'], row['seed']) for row in rows if row['diverged']}
-    whole = [trial for trial in trials if (trial.variant.name, trial.seed) not in diverged]
-    if not whole:
-        remedy = 'lower --base.optim.learning_rate, in another --output.'
+    runs = {trial.workdir: trial.variant.name for trial in trials if (trial.variant.name, trial.seed) not in diverged}
+    if not runs:
+        remedy = 'use a lower --base.optim.learning_rate and another --output.'
         if suite.name in _SMALL:
-            remedy = 'it sets the rates itself: look at the images (docs/trouble.md).'
+            remedy = 'it sets the learning rates itself, so check the images (docs/trouble.md).'
         raise UserError(f'all networks of {suite.name} diverged; {remedy}')
-    runs = {trial.workdir: trial.variant.name for trial in whole}
     if suite.name == FIGURE1:
         names = list(dict.fromkeys(trial.variant.name for trial in trials))
         results = [tables.figure1_table(rows, names, RATES)]
@@ -133,41 +126,41 @@ def run_suite(suite: Suite, data: str) -> list[str]:
 
 
 def _with_data(suite: Suite, path: str, source: datasets.Dataset | Listing) -> Suite:
-    """The suite with its base's data and classes set to those at `path`."""
+    """Returns the suite with the data path and the number of classes set in its base config."""
     changes = {'data.path': path, 'data.fraction': suite.scale, 'log_every_steps': 0}
     changes['model.num_classes'] = len(source.class_names)
     return suite._replace(base=ablations.with_changes(suite.base, changes))
 
 
 def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, Any]:
-    """Trains one network to its end, or what is left of it, and measures it: a row, put into results.csv, too.
+    """Trains one network to its end, measures it and updates results.csv. Returns the row.
 
-    A network that diverges is a result, too. What was measured before is read, not measured again.
+    A diverged run is recorded as a result. Earlier measurements are read back, not repeated.
     """
     result = _read_json(trial, 'result')
     ended = result and result['diverged'] and result['step'] == _latest_step(trial)
-    # If a run diverged before its first checkpoint, `train` cannot tell that it had another config.
+    # `train` cannot detect a changed config if the run diverged before its first checkpoint.
     if ended and _read_json(trial, 'config') == config_to_json(trial.config):
-        logging.info('%s: diverged before.', trial.title)
+        logging.info('%s: diverged in an earlier run.', trial.title)
     else:
         diverged = False
         try:
-            train.train_and_evaluate(trial.config, trial.workdir)  # says where it is of another config
+            train.train_and_evaluate(trial.config, trial.workdir)  # raises UserError if the config changed
         except DivergedError as error:
             logging.info('%s: %s', trial.title, error)
             diverged = True
         step = _latest_step(trial)
-        if not result or (result['step'], result['diverged']) != (step, diverged):  # or it was made longer
+        if not result or (result['step'], result['diverged']) != (step, diverged):  # new, or trained for longer
             result = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
             metric_writer.write_json(trial.workdir, {'result': result})
-        jax.clear_caches()  # the next network is another program
+        jax.clear_caches()  # the next network needs its own compiled step
     row = {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, **(result or {})}
     tables.write_csv(os.path.join(trial.output, 'results.csv'), [row], whole=False)
     return row
 
 
 def _read_json(trial: Trial, name: str) -> dict[str, Any] | None:
-    """NAME.json of a run; None where there is none."""
+    """Returns the content of NAME.json in the run directory, or None if there is no such file."""
     path = pathlib.Path(trial.workdir, f'{name}.json')
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
@@ -178,14 +171,14 @@ def _latest_step(trial: Trial) -> int | None:
 
 
 def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
-    """Errors of a finished run's last checkpoint in percent: of its last pass, and on the test images."""
+    """Measures the last checkpoint of a finished run: training error of the last epoch and test errors, in percent."""
     config = trial.config
-    checkpoint, passes = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
-    error = float(passes.top1_error[-1])
+    checkpoint, curve = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
+    error = float(curve.top1_error[-1])
     row = {
         'data': config.data.path,
         'train_images': len(datasets.subset(dataset.splits['train'], config.data.fraction)),
-        'epochs': float(passes.epoch[-1]),
+        'epochs': float(curve.epoch[-1]),
         'learning_rate': config.optim.learning_rate,
         'train_error': error,
     }
@@ -193,12 +186,12 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
         row['reached'] = error <= config.stop_at_error
     if name := tables.eval_split(dataset):
         split = dataset.splits[name]
-        options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
         row['test_images'] = len(split)
-        ten = dataset.record_size > config.data.image_size  # else all ten are the same two
+        options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
+        ten = dataset.record_size > config.data.image_size  # otherwise the ten views are two views repeated
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
-            result = evaluate.evaluate(checkpoint, split, views=views, **options)
-            row |= {f'top{k}_{suffix}': result[f'top{k}_error'] for k in (1, 5)}
+            errors = evaluate.evaluate(checkpoint, split, views=views, **options)
+            row |= {f'top{k}_{suffix}': errors[f'top{k}_error'] for k in (1, 5)}
     name, first = next(iter(checkpoint.network.layers.items()))
     if type(first) is ConvSpec and first.features % 2 == 0:
         halves = np.split(figures.color_share(checkpoint.params[name]['kernel']), 2)
@@ -207,40 +200,38 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tuple[float, list[dict]]:
-    """Figure 1's rate for an activation: with which seed 0 needs the fewest passes.
+    """Finds the learning rate with which seed 0 needs the fewest epochs (figure 1).
 
-    From the middle of `RATES` towards whichever side is quicker, until both neighbors of the best are slower. A rate
-    is given up when it has had as many passes as the best.
-
-    Returns (rate, a row for each that was tried).
+    The search starts in the middle of `RATES` and moves to the faster neighbor until both neighbors are slower. A run
+    ends early once it has trained for as many epochs as the fastest one. Returns (rate, rows of all tried rates).
     """
     rows: dict[int, dict[str, Any]] = {}
-    passes: dict[int, int] = {}
+    epochs: dict[int, int] = {}
     best = len(RATES) // 2
     while True:
-        for i in (best, best + 1, best - 1):  # a higher rate is quicker, or soon out of the question
+        for i in (best, best + 1, best - 1):  # try the higher rate first: it is faster or diverges soon
             if 0 <= i < len(RATES) and i not in rows:
                 changes = figure1_changes(activation, RATES[i])
-                limit = min((*passes.values(), changes['num_epochs']))
-                variant = Variant(f'{activation} {RATES[i]:g}', {**changes, 'num_epochs': float(limit)})
+                changes['num_epochs'] = float(min((*epochs.values(), changes['num_epochs'])))
+                variant = Variant(f'{activation} {RATES[i]:g}', changes)
                 (trial,) = make_trials([variant], suite.base, 1, suite.output)
                 rows[i] = run_trial(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
-                    passes[i] = max(1, int(rows[i]['epochs']))  # the last batch of a pass reaches into the next
-            quickest = min(passes, key=lambda i: passes[i], default=best)
-            if quickest != best:
-                best = quickest
+                    epochs[i] = max(1, int(rows[i]['epochs']))  # the last batch of an epoch reaches into the next
+            fastest = min(epochs, key=lambda i: epochs[i], default=best)
+            if fastest != best:
+                best = fastest
                 break
         else:
             return RATES[best], list(rows.values())
 
 
 def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
-    """ReLU against tanh, each with its own best rate, to 25% training error: the trials that count, and all rows."""
+    """Trains ReLU and tanh, each with its best rate, to 25% training error. Returns (trials to compare, all rows)."""
     trials, rows = [], []
     for activation in ('relu', 'tanh'):
         rate, tried = search_rate(activation, suite, dataset)
-        logging.info('%s: the rate %g is the quickest of %d that were tried.', activation, rate, len(tried))
+        logging.info('%s: learning rate %g is the fastest of %d tried.', activation, rate, len(tried))
         variant = Variant(f'{activation} {rate:g}', figure1_changes(activation, rate))
         best = make_trials([variant], suite.base, suite.seeds, suite.output)
         rows += [row for row in tried if row['variant'] != variant.name]
@@ -250,7 +241,7 @@ def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], l
 
 
 def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
-    """The variants of a suite, one after the other: the trials, and a row for each."""
+    """Runs the variants of a suite one after the other. Returns (trials, one row for each)."""
     trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
     rows = []
     for i, trial in enumerate(trials):
@@ -260,20 +251,20 @@ def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], 
 
 
 def plan_suite(suite: Suite, data: str) -> str:
-    """What a suite would take, see `plan`; nothing is written, nothing prepared."""
+    """Returns the runs of a suite, their images and their predicted hours as text. Writes and prepares nothing.
+
+    The prediction scales the measured speed of a few updates of the first network by the FLOPs of the others.
+    """
     source = datasets.open_dataset(data) if _is_prepared(data) else discovery.find_images(data)
     _check_splits(source, suite.name, repr(data))
     suite = _with_data(suite, data, source)
     examples = round(len(source.splits['train']) * suite.scale)
-    if suite.name != FIGURE1:
-        variants = ablations.SUITES[suite.name](suite.base)
-        return plan(make_trials(variants, suite.base, suite.seeds, suite.output), examples)
-    at_most = 'At most: a rate slower than the best is given up, and what reaches 25% ends there.'
-    return f'{at_most}\n{plan(max_trials(suite.base, suite.seeds, suite.output), examples)}'
-
-
-def plan(trials: Sequence[Trial], examples: int) -> str:
-    """Runs, their images, and hours predicted from a few updates of the first network, as text."""
+    lines = []
+    if suite.name == FIGURE1:
+        lines.append('Upper bound: slow learning rates are stopped early, and a run ends at 25% training error.')
+        trials = max_trials(suite.base, suite.seeds, suite.output)
+    else:
+        trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
     first = trials[0].config
     with contextlib.ExitStack() as stack:
         dataset = datasets.synthetic(first.data.image_size, first.model.num_classes)
@@ -281,44 +272,39 @@ def plan(trials: Sequence[Trial], examples: int) -> str:
         options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
         contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
         rate = contender.measure()
-    flops = [forward_flops(trial.config) for trial in trials]
-    lines, total = [], 0.0
+    flops = []
+    for trial in trials:
+        layers = infer_shapes(model_from_config(trial.config.model), trial.config.data.image_size)
+        flops.append(sum(layer.flops for layer in layers.values()))
+    total = 0.0
     for trial, cost in zip(trials, flops, strict=True):
-        config = trial.config
-        images = config.num_steps * config.batch_size or config.num_epochs * examples
+        images = trial.config.num_steps * trial.config.batch_size or trial.config.num_epochs * examples
         hours = images / rate * cost / flops[0] / 3600
         total += hours
         lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
     lines.append(
-        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network here (without '
-        'reading, testing and compiling) and the products of the others.'
+        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network on this '
+        'machine and the FLOPs of the others. Data loading, evaluation and compilation are not included.'
     )
     return '\n'.join(lines)
 
 
 def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """The most runs that figure 1 can take: every rate with the first seed, one of them with the others."""
+    """Returns the most runs figure 1 can need: all rates with the first seed, one rate with the other seeds."""
     trials = []
     for activation in ('relu', 'tanh'):
         variants = [Variant(f'{activation} {rate:g}', figure1_changes(activation, rate)) for rate in RATES]
-        best = Variant(f'{activation}, the best rate', figure1_changes(activation, RATES[0]))
+        best = Variant(f'{activation}, best rate', figure1_changes(activation, RATES[0]))
         trials += make_trials(variants, base, 1, output) + make_trials([best], base, seeds, output)[1:]
     return trials
 
 
-def forward_flops(config: ConfigDict) -> int:
-    """Floating-point operations of the forward products of a config's network, for one image."""
-    shapes = infer_shapes(model_from_config(config.model), config.data.image_size)
-    return sum(layer.flops for layer in shapes.values())
-
-
 def _is_prepared(path: str) -> bool:
-    """Whether `path` holds prepared data already."""
     return path == datasets.DIGITS or os.path.exists(os.path.join(path, 'dataset_info.json'))
 
 
 def prepare_images(path: str, suite: Suite) -> str:
-    """Prepares the images at `path` into a folder of the output, unless that was done before; returns that folder."""
+    """Prepares the images at `path` in the output directory unless done before. Returns the directory."""
     size = suite.record_size
     folder = os.path.join(suite.output, f'data-{size}')
     listing = None
@@ -329,13 +315,11 @@ def prepare_images(path: str, suite: Suite) -> str:
     return folder
 
 
-def _check_splits(source: datasets.Dataset | Listing, suite: str, where: str) -> None:
-    """Raises UserError where a suite would have nothing to train on, or nothing to measure on."""
+def _check_splits(source: datasets.Dataset | Listing, suite: str, name: str) -> None:
+    """Raises UserError if the suite has no images to train on or to evaluate on."""
     if 'train' not in source.splits:
-        raise UserError(
-            f'{where} has {" and ".join(source.splits)} but no training images; a suite takes a split train.'
-        )
+        raise UserError(f'{name} has no train split, only {" and ".join(source.splits)}; add one.')
     if suite != FIGURE1 and not {'val', 'test'} & source.splits.keys():
         raise UserError(
-            f'{where} has no val and no test images to measure on; add some, or prepare them with --val_fraction.'
+            f'{name} has no val or test split to evaluate on; add one, or prepare the images with --val_fraction.'
         )

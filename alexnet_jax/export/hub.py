@@ -1,4 +1,4 @@
-"""A checkpoint as files that others load without this package, laid out as on the Hugging Face hub."""
+"""Exports a checkpoint as files that load without this package, in the layout of the Hugging Face hub."""
 
 import collections
 import json
@@ -16,9 +16,9 @@ from alexnet_jax.utils.files import atomic_directory
 def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tuple[int, float]:
     """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
-    What was written is loaded in a process of its own and compared. Returns (bytes of the StableHLO file, the largest
-    difference of its probabilities). Raises UserError where it cannot be written, cannot be loaded, or gives other
-    probabilities; nothing is written then.
+    The StableHLO file is loaded in a separate process and its probabilities are compared with the checkpoint's.
+    Returns (size of the StableHLO file in bytes, largest difference of a probability).
+    Raises UserError if the files cannot be written or loaded, or if the probabilities differ. Nothing is written then.
     """
     with atomic_directory(output) as folder:
         safetensors.write(folder, checkpoint)
@@ -30,8 +30,8 @@ def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tup
 
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
-    """What the hub's tools read of a classifier, and under 'alexnet_jax' all that this package needs."""
-    counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes 'crane'
+    """Returns config.json: what hub tools read for a classifier, and this package's settings under 'alexnet_jax'."""
+    counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes named 'crane'
     names = [name if counts[name] == 1 else f'{name} ({i})' for i, name in enumerate(checkpoint.class_names)]
     return {
         'model_type': 'alexnet',
@@ -47,17 +47,17 @@ def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
 
 
 def card(checkpoint: Checkpoint, views: int) -> str:
-    """README.md: what the model is, what goes in and comes out, how it is loaded."""
+    """Returns the model card (README.md): the model, its inputs and outputs, and how to load it."""
     parameters = sum(s.parameters for s in infer_shapes(checkpoint.network, checkpoint.image_size).values())
     side, crop = checkpoint.record_size, checkpoint.image_size
-    seen = 'the central crop' if views == 1 else 'ten crops (corners and center, with reflections), averaged'
-    origin = 'its weights converted by alexnet_jax from a file of others'
+    crops = 'the center crop' if views == 1 else 'ten crops (corners and center, with reflections), averaged'
+    origin = 'with weights converted by alexnet_jax from a file of another framework'
     if checkpoint.step:
         data = os.path.basename(checkpoint.config['data']['path'].rstrip('/')) or 'not recorded'
         batches = f'{checkpoint.step:,} updates on batches of {checkpoint.config["batch_size"]}'
         origin = f'trained with alexnet_jax for {batches}; data: {data}'
     scaled = any(std != 1 for std in checkpoint.augmentation.pixel_std)
-    pixels = f"the training set's mean subtracted{', divided by a deviation for each color' if scaled else ''}"
+    pixels = f"the training set's mean subtracted{', divided by a standard deviation per color' if scaled else ''}"
     return f"""---
 library_name: jax
 pipeline_tag: image-classification
@@ -68,11 +68,11 @@ tags: [alexnet, image-classification]
 
 Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
 {origin}.
-Its accuracy is not stated here: measure it on your own.
+This card states no accuracy: measure it on your own data.
 
-- In: uint8 RGB [N, {side}, {side}, 3]: the shorter side resized to {side} (bilinear, antialiased), its central square.
-- Inside: {crop} px crops ({seen}), {pixels}.
-- Out: float32 probabilities [N, {len(checkpoint.class_names)}]; names in `config.json`, `id2label`.
+- Input: uint8 RGB [N, {side}, {side}, 3]: shorter side resized to {side} (bilinear, antialiased), central square.
+- Preprocessing in the model: {crop} px crops ({crops}), {pixels}.
+- Output: float32 probabilities [N, {len(checkpoint.class_names)}]; names in `config.json`, `id2label`.
 
 ```python
 import jax.export
@@ -80,6 +80,6 @@ model = jax.export.deserialize(open('{stablehlo.FILE_NAME}', 'rb').read())
 probabilities = model.call(images)
 ```
 
-`{safetensors.FILE_NAME}` holds the weights as PyTorch lays them out; `alexnet_jax convert` makes a checkpoint of it
-again. Compiled for: {', '.join(stablehlo.PLATFORMS)}.
+`{safetensors.FILE_NAME}` holds the weights in PyTorch's layout; `alexnet_jax convert` converts it back to a checkpoint.
+Platforms: {', '.join(stablehlo.PLATFORMS)}.
 """

@@ -1,6 +1,6 @@
-"""Finds the images that a raw input holds, and reads one: archives, image folders, TFDS datasets.
+"""Lists and reads the images of a raw input: an archive, an image folder or a TFDS dataset.
 
-Nothing is unpacked: an uncompressed archive is read at the offset where a member lies, by any number of processes.
+Archives are not unpacked: each process reads a member at its offset in the uncompressed archive.
 """
 
 import os
@@ -18,76 +18,74 @@ from alexnet_jax.utils.files import as_utf8
 
 
 def find_images(path: str) -> Listing:
-    """Lists an input's images by split, in a fixed order.
+    """Lists an input's images by split, in a fixed order. Raises UserError for any other input.
 
-    path: `ILSVRC2012_img_train.tar` or `_val.tar`; a folder with one or both, or with what they were extracted to; a
-    folder of SPLIT/CLASS/images or CLASS/images (then all are train); or `tfds:NAME`. Raises UserError for all else.
+    path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
+    contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split); or `tfds:NAME`.
     """
     if path.startswith(tfds.PREFIX):
         return tfds.list_images(path)
     if not os.path.exists(path):
-        raise UserError(f'there is no input {path!r}; expected an ImageNet archive, an image folder or tfds:NAME.')
+        raise UserError(f'input {path!r} does not exist; expected an ImageNet archive, an image folder or tfds:NAME.')
     images = list(tar.list_images(path) if os.path.isfile(path) else _list_folder(path))
     official = any(ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images)
     if not images:
         raise UserError(
-            f'{path!r} holds no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
+            f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    for split in {ref.split for ref, _ in images}:  # an archive beside what it was extracted to counts images twice
+    for split in {ref.split for ref, _ in images}:  # an archive next to its extracted files would count images twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
         if len(paths) == 2:
             raise UserError(
-                f'the {split} images are there both in archives ({paths[True]}) and as files ({paths[False]}); '
-                'give one of the two.'
+                f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
+                'remove one of the two from the input.'
             )
     class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
-    numbers = {name: i for i, name in enumerate(class_names)}
-    trained = {class_name for ref, class_name in images if ref.split == 'train'}
+    labels = {name: i for i, name in enumerate(class_names)}
+    train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
     for ref, class_name in images:
-        if class_name not in numbers:
-            raise UserError(
-                f'{ref.name!r} is of class {class_name!r}, which is none of the {len(numbers)} of ILSVRC-2012.'
-            )
-        if trained and not official and class_name not in trained:
-            raise UserError(f'{ref.name!r} is of class {class_name!r}, which has no training images.')
-        splits.setdefault(ref.split, []).append(ref._replace(label=numbers[class_name]))
+        if class_name not in labels:
+            raise UserError(f'{ref.name!r}: class {class_name!r} is not one of the {len(labels)} of ILSVRC-2012.')
+        if train_classes and not official and class_name not in train_classes:
+            raise UserError(f'{ref.name!r}: class {class_name!r} has no training images.')
+        splits.setdefault(ref.split, []).append(ref._replace(label=labels[class_name]))
     return Listing({name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}, class_names)
 
 
 def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """The images below a folder, each with its class; warns of what is left out."""
+    """Yields (image, class name) for the images below a folder. Warns of files and folders that it skips."""
     entries = image_io.list_entries(path)
     for entry in entries:
         if entry.is_file() and (entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)):
             yield from tar.list_images(entry.path)
     folders = [entry for entry in entries if entry.is_dir()]
-    splits = [entry for entry in folders if _split_of(entry.name) and _holds_classes(entry.path)]
+    splits = [entry for entry in folders if _split_name(entry.name) and _holds_classes(entry.path)]
     for entry in splits:
-        yield from _split_folder(entry.path, path, _split_of(entry.name))
+        yield from _list_split(entry.path, path, _split_name(entry.name))
     if not splits:
-        yield from _split_folder(path, path, None)
+        yield from _list_split(path, path, None)
         return
     if others := [entry.name for entry in folders if entry not in splits]:
-        logging.warning('not splits, and so left out: %s', ', '.join(others))
-    _warn_of_loose(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
+        logging.warning('skipped folders that are not splits: %s', ', '.join(others))
+    _warn_of_stray_images(path, sum(entry.is_file() and image_io.is_image(entry.name) for entry in entries))
 
 
 def _holds_classes(folder: str) -> bool:
-    """Whether a folder called like a split is one (it may be a class called so, with images in it)."""
+    """Returns whether a folder named like a split holds classes (and is not a class of that name, with images)."""
     entries = image_io.list_entries(folder)
     return any(e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 
 
-def _split_of(folder: str) -> str | None:
-    """'train' of 'train' or 'ILSVRC2012_img_train'; None of any other name."""
+def _split_name(folder: str) -> str | None:
+    """Returns the split of a folder name: 'train' for 'train' or 'ILSVRC2012_img_train', None for other names."""
     return SPLIT_NAMES.get(folder.lower().removeprefix('ilsvrc2012_img_'))
 
 
-def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
-    """CLASS/**/images, archives of one class each, or the flat validation set of ILSVRC-2012."""
-    empty, loose = [], 0
+def _list_split(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
+    """Yields (image, class name) from CLASS/**/images, archives of one class, or the flat ILSVRC-2012 val set."""
+    empty, num_stray = [], 0
     for entry in image_io.list_entries(folder):
         if entry.is_dir():
             paths = list(image_io.iter_image_files(entry.path))
@@ -98,15 +96,15 @@ def _split_folder(folder: str, root: str, split: str | None) -> Iterator[tuple[I
         elif split == 'train' and tar.class_of_tar(entry.name):
             yield from tar.list_images(entry.path)
         else:
-            loose += image_io.is_image(entry.name)
-    _warn_of_loose(folder, loose)
+            num_stray += image_io.is_image(entry.name)
+    _warn_of_stray_images(folder, num_stray)
     if empty:
-        logging.warning(f'without images ({", ".join(image_io.SUFFIXES)}), and so left out: {", ".join(empty)}')
+        logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
 
 
-def _warn_of_loose(folder: str, count: int) -> None:
+def _warn_of_stray_images(folder: str, count: int) -> None:
     if count:
-        logging.warning('in no class folder, and so left out: %d images in %s', count, folder)
+        logging.warning('skipped %d images outside class folders in %s', count, folder)
 
 
 def _ref(path: str, root: str, split: str) -> ImageRef:
@@ -114,11 +112,11 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """An image's bytes, or pixels where a TFDS dataset holds such; and its label. Raises as `image_io.read_bytes`."""
+    """Returns (file bytes, or pixels of some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]
-        except Exception:  # array_record says the same of a damaged record and of a file that is gone
+        except Exception:  # array_record's error is the same for a damaged record and a missing file: raise OSError
             for file in tfds.open_builder(ref.path).info.splits[ref.split].filepaths:
                 open(file, 'rb').close()
             raise

@@ -1,4 +1,4 @@
-"""Where the images of a raw input lie."""
+"""Locations of the images of a raw input."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'va
 
 
 class ImageRef(NamedTuple):
-    """Where one image lies."""
+    """The location of one image."""
 
     path: str  # a file, or 'tfds:NAME'
-    offset: int  # bytes into the file; for TFDS the index
+    offset: int  # bytes into the file; the record's index in a TFDS dataset
     length: int  # bytes; -1 for a whole file
-    name: str  # for messages and for the record: the path below the input
-    label: int  # -1 where only the TFDS dataset's record says it
-    split: str = ''  # a TFDS dataset's own name of it; of files, the split they were found in
+    name: str  # path relative to the input, for messages and for the record
+    label: int  # -1 for TFDS datasets, whose records contain it
+    split: str = ''  # the split; for TFDS datasets, their own name for it
 
 
 Splits = dict[str, list[ImageRef]]

@@ -1,4 +1,4 @@
-"""Turns raw images into what training reads: squares of one size, their mean image and their color statistics."""
+"""Prepares raw images for training: square records of one size, the mean image and the color statistics."""
 
 import collections
 import functools
@@ -23,9 +23,11 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
-_NAME = 'images'  # of the TFDS dataset, and so of its files
-_LISTS, _LONGEST_LIST = ('classes.tsv', 'words.txt'), 2**24  # of names for classes; characters
-_MOST_IN_SHARD, _SHARDS = 4096, 16  # at most so many images in a shard; where there are few, so many shards
+_NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
+_CLASS_LISTS = ('classes.tsv', 'words.txt')
+_MAX_LIST_CHARS = 2**24  # read of a class list
+_MAX_SHARD_IMAGES = 4096
+_MIN_SHARDS = 16  # of a split, unless it has fewer images
 
 
 def prepare(
@@ -40,42 +42,43 @@ def prepare(
     workers: int | None = None,
     listing: Listing | None = None,
 ) -> None:
-    """Prepares `source` into the new directory `output`; what it writes does not depend on the number of processes.
+    """Prepares `source` into the new directory `output`. The output does not depend on the number of processes.
 
     Args:
-      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`: a class's
-        folder, a tab and its name on each line; labels keep the order of the folders.
-      output: must not exist. Written as a sibling `.NAME.incomplete` and renamed when whole.
-      size: side of the squares, pixels.
-      format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' loses a little
-        that the paper's "raw RGB values" keep.
-      val_fraction: part of the training images to set aside as the val split.
-      seed: of the order in which images are written, and of the choice for val.
-      max_unreadable: unreadable images that are named, counted and left out; one more ends it.
-      workers: processes; all cores by default.
-      listing: what `discovery.find_images` says of the source, where that was asked before.
+      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`, with a line
+        FOLDER<tab>NAME for each class; labels keep the order of the folders.
+      output: a new directory. It is written as a sibling `.NAME.incomplete` and renamed when complete.
+      size: side of the square images, pixels.
+      format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
+        paper uses "raw RGB values".
+      val_fraction: fraction of the training images to move to a val split.
+      seed: seed of the order of the records, and of the choice of val images.
+      max_unreadable: number of unreadable images that are skipped with a warning; one more raises UserError.
+      workers: number of processes; all cores by default.
+      listing: the result of `discovery.find_images(source)`, if the caller has it.
 
-    Raises UserError for an option out of its range, no images, too many bad ones, no space.
+    Raises:
+      UserError: an option is out of range, there are no images or too many unreadable ones, or the disk is full.
     """
     if not 8 <= size <= 4096:
-        raise UserError(f'--size={size}; expected 8 to 4096 pixels.')
+        raise UserError(f'--size={size}: expected 8 to 4096 pixels.')
     if format not in ('jpeg', 'raw'):
-        raise UserError(f'--format={format!r}; expected jpeg or raw.')
+        raise UserError(f'--format={format!r}: expected jpeg or raw.')
     if not 0 <= val_fraction < 1:
-        raise UserError(f'--val_fraction={val_fraction}; expected 0 up to, not including, 1.')
+        raise UserError(f'--val_fraction={val_fraction}: expected a number from 0 up to, but not including, 1.')
     if seed < 0 or max_unreadable < 0:
-        raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}; expected 0 or more.')
+        raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     source, output = os.fspath(source), absolute_local_path(output)
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
     class_names = _class_names(source, folders)
-    orders = _orders(splits, val_fraction, seed)
-    counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in orders.items())
+    splits = _shuffle_and_split(splits, val_fraction, seed)
+    counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
 
     with atomic_directory(output) as folder:
-        _write_all(folder, orders, class_names, size, format, max_unreadable, workers or processes.cores())
+        _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers or processes.cores())
     logging.info('%s is ready.', output)
 
 
@@ -88,102 +91,103 @@ def prepare_if_needed(
     listing: Listing | None = None,
     **options,
 ) -> None:
-    """Prepares `source` into `output`, unless that was done before; OUTPUT.source says of what it was made.
+    """Prepares `source` into `output` unless `output` exists. The file OUTPUT.source records what it was prepared from.
 
-    For programs that go on where they were. Arguments as for `prepare`, but val_fraction is for sources without val.
-    Raises UserError where `output` was prepared from something else; or see `prepare`.
+    For programs that resume. The arguments are those of `prepare`, but val_fraction is ignored if the source has a val
+    split. Raises UserError if `output` was prepared from another source, and the errors of `prepare`.
     """
     source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
-    made = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
+    description = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
     encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
         listing = listing or discovery.find_images(source)
         if 'val' in listing.splits:
-            val_fraction, made = 0.0, path
+            val_fraction, description = 0.0, path
         with as_user_error(f'{output!r} cannot be written'):
             os.makedirs(os.path.dirname(absolute_local_path(output)), exist_ok=True)
-            source_file.write_text(made, **encoding)
+            source_file.write_text(description, **encoding)
         prepare(source, output, size=size, val_fraction=val_fraction, listing=listing, **options)
     elif not source_file.exists():
         raise UserError(
-            f'it is not known what {output} was prepared from; if that was {made}, write so into {source_file}, else '
-            'give another --output, or remove that folder.'
+            f'the source of {output} is unknown; if it was prepared from {description}, write that into {source_file}, '
+            'otherwise use another --output, or remove that folder.'
         )
-    # The path alone where it has a val split of its own.
-    elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (made, path):
+    # `path` alone is recorded for a source with its own val split.
+    elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (description, path):
         raise UserError(
-            f'{output} was prepared from {recorded}, not from {made}; give the same again, or another --output, or '
-            'remove that folder.'
+            f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
+            'or remove that folder.'
         )
 
 
 def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Readable class names, from a list in the input if there is one; classes of one name get their folder's, too."""
+    """Returns class names from a list in the input, or the folder names. Adds the folder's name to equal names."""
     words = {}
-    for list_path in (os.path.join(path, name) for name in _LISTS):
+    for list_path in (os.path.join(path, name) for name in _CLASS_LISTS):
         if os.path.isfile(list_path):
             with open(list_path, encoding='utf-8-sig', errors='replace') as file:
-                for line in file.read(_LONGEST_LIST).splitlines():
+                for line in file.read(_MAX_LIST_CHARS).splitlines():
                     folder, _, name = line.partition('\t')
                     words[folder.strip()] = ' '.join(name.split(',')[0].split())
     names = [words.get(folder) or folder for folder in folders]
     counts = collections.Counter(names)
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:  # TFDS keeps them as the lines of a file, stripped and without empty ones: labels would shift
+    for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
         if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'the class name {name!r} has blanks around it or more than a line; rename its folder.')
+            raise UserError(f'class name {name!r}: expected one line without outer blanks; rename its folder.')
     return tuple(names)
 
 
-def _orders(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Each split in a random order fixed by the seed; a part of train, of each class if labels are known, as val."""
+def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
+    """Shuffles each split by the seed. Moves a fraction of train to val, of each class if labels are known."""
     rng = np.random.default_rng(seed)
-    orders = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
+    shuffled = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
-        if 'train' not in orders or 'val' in orders:
-            raise UserError(f'--val_fraction needs a train split and no val split; there are: {", ".join(orders)}.')
-        aside = np.round(np.arange(len(orders['train']) + 1) * val_fraction).astype(int)  # of the first so many
-        by_class = sorted(orders['train'], key=lambda ref: ref.label)
-        val = {ref for i, ref in enumerate(by_class) if aside[i] < aside[i + 1]}
-        if not 0 < len(val) < len(by_class):
-            raise UserError(f'--val_fraction={val_fraction} sets {len(val)} of {len(by_class)} images aside.')
-        for name, chosen in (('val', True), ('train', False)):
-            orders[name] = [ref for ref in orders['train'] if (ref in val) == chosen]
-        if lost := len({ref.label for ref in by_class} - {ref.label for ref in orders['train']}):
-            logging.warning(f'--val_fraction leaves no training image of {lost} classes.')
-    return orders
+        if 'train' not in splits or 'val' in splits:
+            raise UserError(f'--val_fraction needs a train split and no val split; the input has: {", ".join(splits)}.')
+        refs = shuffled['train']
+        num_val = np.round(np.arange(len(refs) + 1) * val_fraction).astype(int)  # among the first i images
+        by_class = sorted(refs, key=lambda ref: ref.label)
+        val = {ref for i, ref in enumerate(by_class) if num_val[i] < num_val[i + 1]}
+        if not 0 < len(val) < len(refs):
+            raise UserError(f'--val_fraction={val_fraction} moves {len(val)} of {len(refs)} images to val; change it.')
+        shuffled['val'] = [ref for ref in refs if ref in val]
+        shuffled['train'] = [ref for ref in refs if ref not in val]
+        if num_empty := len({ref.label for ref in refs} - {ref.label for ref in shuffled['train']}):
+            logging.warning(f'--val_fraction={val_fraction} leaves {num_empty} classes without training images.')
+    return shuffled
 
 
-def _write_all(folder, orders, class_names, size, format, max_unreadable, workers) -> None:
+def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers) -> None:
     import tensorflow_datasets as tfds
 
     names = {'data_dir': folder, 'dataset_name': _NAME, 'filetype_suffix': 'array_record'}
-    templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in orders}
-    planned = {}
-    for split, refs in orders.items():
-        number = max(-(-len(refs) // _MOST_IN_SHARD), min(_SHARDS, len(refs)))
-        cuts = [len(refs) * i // number for i in range(number + 1)]
+    templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in splits}
+    shards = {}
+    for split, refs in splits.items():
+        number = max(-(-len(refs) // _MAX_SHARD_IMAGES), min(_MIN_SHARDS, len(refs)))
+        bounds = [len(refs) * i // number for i in range(number + 1)]
         paths = templates[split].sharded_filepaths(number)
-        planned[split] = [
+        shards[split] = [
             Shard(os.fspath(path), refs[start:end], size, format, class_names, split == 'train')
-            for path, (start, end) in zip(paths, itertools.pairwise(cuts), strict=True)
+            for path, (start, end) in zip(paths, itertools.pairwise(bounds), strict=True)
         ]
-    results = iter(_in_processes(list(itertools.chain(*planned.values())), max_unreadable, workers))
+    all_results = iter(_write_shards(list(itertools.chain(*shards.values())), max_unreadable, workers))
     infos, fingerprint = [], hashlib.sha256()
     digests: dict[str, str] = {}
-    for split, shards in planned.items():
-        written = list(itertools.islice(results, len(shards)))
-        digests |= {os.path.basename(s.path): w.sha256 for s, w in zip(shards, written, strict=True)}
-        fingerprint.update(''.join([split, *(w.digest for w in written)]).encode())
-        lengths, num_bytes = [w.count for w in written], sum(w.num_bytes for w in written)
+    for split in splits:
+        results = list(itertools.islice(all_results, len(shards[split])))
+        digests |= {os.path.basename(s.path): r.sha256 for s, r in zip(shards[split], results, strict=True)}
+        fingerprint.update(''.join([split, *(r.digest for r in results)]).encode())
+        lengths, num_bytes = [r.count for r in results], sum(r.num_bytes for r in results)
         if not any(lengths):
-            raise UserError(f'none of the {len(orders[split])} images of the {split} split can be read.')
+            raise UserError(f'none of the {len(splits[split])} images of the {split} split can be read.')
         options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
         infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':
-            moments = functools.reduce(image_stats.Moments.merge, [w.moments for w in written])
+            moments = functools.reduce(image_stats.Moments.merge, [r.moments for r in results])
             image_stats_file.save(folder, image_stats.from_moments(moments))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -197,29 +201,29 @@ def _write_all(folder, orders, class_names, size, format, max_unreadable, worker
     checksums.write(folder, digests)
 
 
-def _in_processes(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
-    """Writes all shards on all cores; results in the order of the shards."""
-    done, bad = 0, 0
+def _write_shards(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
+    """Writes all shards in parallel and returns the results in the order of the shards."""
+    done, unreadable = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
-    # spawn: the parent has threads (TFDS, array_record), which a fork would copy in mid-air.
+    # spawn, not fork: the parent has running threads (TFDS, array_record).
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
         with processes.without_main():
             futures = [pool.submit(record_writer.write_shard, shard) for shard in shards]
         try:
-            for written in (future.result() for future in as_completed(futures)):
-                for reason in written.bad:
-                    logging.warning('unreadable: %s', reason)
-                bad += len(written.bad)
-                done += written.count + len(written.bad)
-                if bad > max_unreadable:
+            for result in (future.result() for future in as_completed(futures)):
+                for reason in result.unreadable:
+                    logging.warning('unreadable image: %s', reason)
+                unreadable += len(result.unreadable)
+                done += result.count + len(result.unreadable)
+                if unreadable > max_unreadable:
                     raise UserError(
-                        f'{bad} of {done} images cannot be read (named above); put them right, or leave them out '
-                        f'with --max_unreadable={bad} or more.'
+                        f'{unreadable} of {done} images cannot be read (see the warnings above); repair them, or skip '
+                        f'them with --max_unreadable={unreadable} or more.'
                     )
                 progress.update(done)
         finally:
             pool.shutdown(cancel_futures=True)
-    if bad:
-        logging.warning('%d unreadable images were left out.', bad)
+    if unreadable:
+        logging.warning('skipped %d unreadable images.', unreadable)
     return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""The official archives of ILSVRC-2012, read where they lie: nothing is unpacked."""
+"""Lists the images in the official ILSVRC-2012 archives, without unpacking them."""
 
 import os
 import re
@@ -13,48 +13,47 @@ from alexnet_jax.utils.files import as_utf8
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_LONGEST_HEADER = 2**20  # bytes of a name in an archive
-_LONGEST_END = 2**24  # bytes of zeros behind its last member
+_MAX_HEADER_BYTES = 2**20  # with the member's name
+_MAX_END_BYTES = 2**24  # zeros after the last member
 
 
 def validation_class(name: str) -> str:
-    """The class of a validation image by its file name. Raises UserError for another name."""
+    """Returns the class of a validation image by its file name. Raises UserError for other names."""
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
-    # The length: int() takes no number of thousands of digits.
+    # The length is checked because int() raises for thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
-        expected = f'{VAL_PREFIX}00000001.JPEG ...'
-        raise UserError(f'{name!r} is no image of the ILSVRC-2012 validation set; expected {expected}')
+        raise UserError(f'{name!r} is not an image of the ILSVRC-2012 val set; expected {VAL_PREFIX}NUMBER.JPEG.')
     return validation_classes()[int(number) - 1]
 
 
 def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """The images of an archive, each with its class: train holds an archive for each class, val holds images.
+    """Yields (image, class name) for an archive. The train archive holds an archive per class, val holds images.
 
-    Raises UserError for another archive, or a damaged one.
+    Raises UserError for other archives and damaged ones.
     """
     name = os.path.basename(path)
-    own_class = class_of_tar(name)
-    if name not in (TRAIN_TAR, VAL_TAR) and not own_class:
-        raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and give the folder.')
+    archive_class = class_of_tar(name)
+    if name not in (TRAIN_TAR, VAL_TAR) and not archive_class:
+        raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and use their folder.')
     try:
         with open(path, 'rb') as file:
-            for member in _files(_Window(file, 0, os.path.getsize(path))):
+            for member in _iter_files(_Window(file, 0, os.path.getsize(path))):
                 start = member.offset_data
                 if class_name := class_of_tar(member.name):
-                    for image in _files(_Window(file, start, member.size)):
+                    for image in _iter_files(_Window(file, start, member.size)):
                         yield _ref(path, start + image.offset_data, image, 'train'), class_name
-                elif own_class:
-                    yield _ref(path, start, member, 'train'), own_class
+                elif archive_class:
+                    yield _ref(path, start, member, 'train'), archive_class
                 elif name == VAL_TAR:
                     yield _ref(path, start, member, 'val'), validation_class(os.path.basename(member.name))
     except UserError:
         raise
-    except Exception as error:  # tarfile: of headers that make no sense any kind
-        raise UserError(f'{path!r} is no readable archive: {str(error) or type(error).__name__}.') from error
+    except Exception as error:  # tarfile raises many types for invalid headers
+        raise UserError(f'the archive {path!r} cannot be read: {str(error) or type(error).__name__}.') from error
 
 
 class _Window:
-    """A part of a file, as tarfile reads it: in small pieces, but where a header asks it for more."""
+    """A read-only part of a file, for tarfile. Limits the bytes of one read, which a damaged header could inflate."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self._file, self._start, self._size, self._position = file, start, size, 0
@@ -66,9 +65,9 @@ class _Window:
         self._position = position
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _LONGEST_HEADER:
-            raise tarfile.ReadError(f'a header at byte {self._position} declares {size} bytes for itself')
-        if self._position >= self._size:  # a file may be unable to go there
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f'a header at byte {self._position} declares its own size as {size} bytes')
+        if self._position >= self._size:  # file.seek may fail for a position past the end
             return b''
         self._file.seek(self._start + self._position)
         content = self._file.read(min(size, self._size - self._position))
@@ -76,22 +75,22 @@ class _Window:
         return content
 
 
-def _files(window: _Window) -> Iterator[tarfile.TarInfo]:
-    """The files in an archive. Raises an error where it is damaged; tarfile alone would take that for the end."""
+def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
+    """Yields the files in an archive. Raises ReadError if it is damaged, which tarfile would take for its end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
-            if member.size < 0 or archive.offset <= member.offset:  # it would lead back, and round in a circle
-                raise tarfile.ReadError(f'the header at byte {member.offset} declares {member.size} bytes')
+            if member.size < 0 or archive.offset <= member.offset:  # would read the same members forever
+                raise tarfile.ReadError(f'the header at byte {member.offset} declares a member of {member.size} bytes')
             if member.isfile():
                 yield member
         window.seek(archive.offset)
         zeros = 0
-        while content := window.read(_LONGEST_HEADER):
+        while content := window.read(_MAX_HEADER_BYTES):
             zeros += len(content)
-            if content.strip(b'\0') or zeros > _LONGEST_END:
-                raise tarfile.ReadError(f'at byte {archive.offset} it is damaged')
+            if content.strip(b'\0') or zeros > _MAX_END_BYTES:
+                raise tarfile.ReadError(f'damaged at byte {archive.offset}')
         if not zeros:
-            raise tarfile.ReadError(f'after {archive.offset} bytes it is cut short')
+            raise tarfile.ReadError(f'truncated after {archive.offset} bytes')
 
 
 def _ref(path: str, start: int, image: tarfile.TarInfo, split: str) -> ImageRef:
@@ -99,6 +98,6 @@ def _ref(path: str, start: int, image: tarfile.TarInfo, split: str) -> ImageRef:
 
 
 def class_of_tar(name: str) -> str | None:
-    """n01440764 of n01440764.tar, the archive of one class; None of any other name."""
+    """Returns the class of a class's archive: 'n01440764' for 'n01440764.tar', None for other names."""
     match = re.fullmatch(r'(n\d+)\.tar', os.path.basename(name))
     return match[1] if match else None

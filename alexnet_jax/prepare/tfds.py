@@ -1,4 +1,4 @@
-"""TFDS datasets as a raw input: tfds:NAME; and the labels of ILSVRC-2012 that ship with TFDS."""
+"""TFDS datasets as a raw input (tfds:NAME), and the ILSVRC-2012 validation labels that ship with TFDS."""
 
 import functools
 
@@ -10,14 +10,14 @@ PREFIX = 'tfds:'
 
 @functools.cache
 def validation_classes() -> tuple[str, ...]:
-    """The WordNet id of ILSVRC2012_val_00000001.JPEG, and so on."""
+    """Returns the WordNet ids of the ILSVRC-2012 validation images, from ILSVRC2012_val_00000001.JPEG on."""
     import tensorflow_datasets as tfds
 
     return tuple(tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt').read_text().split())
 
 
 def list_images(path: str) -> Listing:
-    """The images of the splits that have labels. Raises UserError where there are none."""
+    """Lists the images of the splits with labels. Raises UserError if there are none."""
     builder = open_builder(path)
     for name in ('image', 'label'):
         if name not in builder.info.features:
@@ -29,27 +29,27 @@ def list_images(path: str) -> Listing:
         if split and info.num_examples and open_source(path, name)[0]['label'] >= 0:
             splits[split] = [ImageRef(path, i, -1, f'{name}/{i}', -1, name) for i in range(info.num_examples)]
     if not splits:
-        raise UserError(f'{path} has none of the splits {", ".join(sorted(SPLIT_NAMES))} with labels.')
+        raise UserError(f'{path} has no split with labels; expected one of {", ".join(sorted(SPLIT_NAMES))}.')
     return Listing(splits, tuple(builder.info.features['label'].names))
 
 
 @functools.cache
 def open_builder(path: str):
-    """The dataset, generated before or, where TensorFlow is installed, now."""
+    """Returns the builder of a dataset. Generates the dataset if that is needed and TensorFlow is installed."""
     import tensorflow_datasets as tfds
 
     name = path.removeprefix(PREFIX)
     try:
         builder = tfds.builder(name, file_format='array_record')
-    except Exception as error:  # TFDS: unknown names, bad configs and versions, each its own kind
+    except Exception as error:  # TFDS raises different types for unknown names, configs and versions
         raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
     if not builder.info.splits:
         try:
             import tensorflow  # noqa: F401
         except ImportError:
             raise UserError(
-                f'{path} is not there in the array_record format ({builder.data_dir}); generating it takes TensorFlow: '
-                f'pip install tensorflow, or generate it elsewhere and set TFDS_DATA_DIR.'
+                f'{path} does not exist in the array_record format ({builder.data_dir}); install TensorFlow to '
+                'generate it (pip install tensorflow), or generate it elsewhere and set TFDS_DATA_DIR.'
             ) from None
         builder.download_and_prepare(file_format='array_record')
     return builder
@@ -57,7 +57,7 @@ def open_builder(path: str):
 
 @functools.cache
 def open_source(path: str, split: str):
-    """The records of a split at random access, images still encoded."""
+    """Returns the random-access records of a split, with encoded images."""
     import tensorflow_datasets as tfds
 
     builder = open_builder(path)

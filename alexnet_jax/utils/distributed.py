@@ -1,4 +1,4 @@
-"""What the processes that train together have to agree on."""
+"""Coordination between the processes of one training run."""
 
 import contextlib
 import itertools
@@ -18,14 +18,14 @@ from alexnet_jax.utils.errors import UserError
 
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """Returns what `function` returns (JSON) in process 0, to all; an error in it is a UserError in every process."""
+    """Calls `function` in process 0; every process returns its result (JSON up to 64 KiB) or raises UserError."""
     if jax.process_count() == 1:
         return function()
     outcome = {}
     if jax.process_index() == 0:
         try:
             outcome = {'result': function()}
-        except Exception as error:  # whatever it is: the others wait
+        except Exception as error:  # any error: the other processes are waiting
             outcome = {'error': str(error)[:4096]}
             if not isinstance(error, UserError | OSError):
                 traceback.print_exc()
@@ -38,10 +38,10 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def defer_sigterm() -> Iterator[Callable[[], bool]]:
-    """Defers SIGTERM; yields `should_stop()`.
+    """Defers SIGTERM within the context; yields `should_stop()`.
 
-    Several processes must call it equally often; it is true for all of them at the same call, soon after one of them
-    got the signal (`jax.distributed` has its own handler). Outside the main thread there is no handler.
+    All processes must call `should_stop` equally often. It becomes true at the same call in all of them, soon after one
+    received the signal (`jax.distributed` has its own handler). Outside the main thread SIGTERM is not handled.
     """
     calls = itertools.count()
     if jax.process_count() > 1:
@@ -49,15 +49,15 @@ def defer_sigterm() -> Iterator[Callable[[], bool]]:
     elif threading.current_thread() is not threading.main_thread():
         yield lambda: False
     else:
-        asked = threading.Event()
-        before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        received = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: received.set())
         try:
-            yield asked.is_set
+            yield received.is_set
         finally:
             signal.signal(signal.SIGTERM, before)
 
 
 def warn(message: str) -> None:
-    """A warning that every process would give, from process 0 alone."""
+    """Logs a warning from process 0 only."""
     if jax.process_index() == 0:
         logging.warning(message)

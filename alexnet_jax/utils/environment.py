@@ -1,4 +1,4 @@
-"""What a program runs on: versions, devices, commit."""
+"""Description of the environment of a run: versions, devices, commit."""
 
 import contextlib
 import functools
@@ -17,23 +17,24 @@ from alexnet_jax.utils import distributed, processes
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, devices and commit, for environment.json and for published numbers."""
+    """Returns versions, devices and commit, for environment.json and published numbers."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    only_here = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}  # not of a repository around a venv
+    # The ceiling keeps git from reporting a repository that contains the virtual environment.
+    git_env = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}
     describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
     commit = None
     with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(describe, cwd=root, env=only_here, capture_output=True, text=True).stdout.strip()
-    of_gpus = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
+        commit = subprocess.run(describe, cwd=root, env=git_env, capture_output=True, text=True).stdout.strip()
+    gpu_packages = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
-    versions = dict.fromkeys(packages)  # None: run from a folder without installing
-    for name in packages + of_gpus:
+    versions = dict.fromkeys(packages)  # None: not installed, for example alexnet_jax run from a source folder
+    for name in packages + gpu_packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
-        'cores': processes.cores() * processes.local_processes(),  # of this machine, for this program
+        'cores': processes.cores() * processes.local_processes(),  # of this machine, for all processes of the run
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),
@@ -44,19 +45,19 @@ def describe_environment() -> dict[str, Any]:
 
 @functools.cache
 def warn_if_no_accelerator(platform: str) -> None:
-    """Warns where JAX has a plugin for an accelerator, but found none and computes on the CPU."""
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options as it runs
-    if platform != 'cpu' or asked == 'cpu' or os.path.exists('/dev/nvidia0'):
-        return  # of an NVIDIA GPU that it sees and cannot use JAX itself warns
+    """Warns if JAX has an accelerator plugin but found no accelerator and computes on the CPU."""
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options at run time
+    if platform != 'cpu' or platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
+        return  # JAX itself warns of an NVIDIA GPU that it cannot use
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
-            f'JAX has found no device for {", ".join(plugins)} and computes on the CPU; `python -c "import jax; '
-            'jax.devices()"` says why. If that is meant, --cpu_devices=1 says so.'
+            f'JAX found no device for {", ".join(plugins)} and computes on the CPU; run `python -c "import jax; '
+            'jax.devices()"` to see why, or pass --cpu_devices=1 to compute on the CPU without this warning.'
         )
 
 
 def warn_of_changes(workdir: str, now: dict[str, Any]) -> None:
-    """Warns where a run continues with other software or cores than environment.json of its last start names."""
+    """Warns if a run continues with other software or another number of cores than in its environment.json."""
     try:
         with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
             before = json.load(file)

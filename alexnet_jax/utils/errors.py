@@ -1,4 +1,4 @@
-"""The ways a run ends early that are not bugs. The commands turn them into one line and an exit code."""
+"""Errors that are not bugs. The commands print them as one line and set the exit code."""
 
 import contextlib
 import difflib
@@ -11,20 +11,20 @@ class UserError(ValueError):
 
 
 class UnreadableError(UserError):
-    """One record cannot be read. Batches keep its place, with weight 0, and go on with the others."""
+    """A record cannot be read. It stays in its batch with weight 0, and training continues."""
 
 
 class DivergedError(FloatingPointError):
-    """Loss or gradient stopped being finite; the message names the step."""
+    """The loss or the gradient is not finite; the message names the step."""
 
 
 class TerminatedError(Exception):
-    """SIGTERM came; the message says what is saved."""
+    """The run was stopped by SIGTERM; the message says which step is saved."""
 
 
 @contextlib.contextmanager
 def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
-    """Turns file-system errors, also as orbax and tensorstore wrap them, into "WHAT: the system's reason. REMEDY"."""
+    """Converts file system errors, also as wrapped by orbax and tensorstore, to UserError("WHAT: reason. REMEDY")."""
     try:
         yield
     except OSError as error:
@@ -36,12 +36,12 @@ def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its class where it has none."""
+    """Returns the first line of an error message, or the name of the error's class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'pool'?"` for the nearest of `choices`, or a list of all of them when none is near."""
+    """Returns `" Did you mean 'pool'?"` for the closest of `choices`, or a list of them all if none is close."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f' Did you mean {near[0]!r}?' if near else f' Choose from: {", ".join(choices)}.'

@@ -1,4 +1,4 @@
-"""Paths, and files and folders that appear whole or not at all."""
+"""Path checks, locks, and atomic writing of files and folders."""
 
 import contextlib
 import fcntl
@@ -11,35 +11,35 @@ from alexnet_jax.utils.errors import UserError, first_line
 
 
 def absolute_local_path(path: str | os.PathLike) -> str:
-    """A path made absolute, without a slash at its end; raises UserError for gs://bucket/run, and for ~ in it."""
+    """Returns an absolute path without a trailing slash. Raises UserError for remote paths and for a leading ~/."""
     path = os.fspath(path)
     if path.startswith('~/'):
-        raise UserError(f'{path!r}: the shell has left ~ as it is, behind a =; write $HOME{path[1:]} instead.')
+        raise UserError(f'{path!r}: the shell does not expand ~ after =; use $HOME{path[1:]} instead.')
     if '://' in path:
         raise UserError(
-            f'{path!r} is a remote path, which is not supported: download it, or mount the bucket (gcsfuse, '
-            'mountpoint-s3), and give the path there.'
+            f'{path!r}: remote paths are not supported; download it, or mount the bucket (gcsfuse, mountpoint-s3) and '
+            'use the mounted path.'
         )
     return os.path.abspath(path)
 
 
 def check_new(path: str) -> None:
-    """Raises UserError where the file or folder that a command is to write exists already, be it as a dangling link."""
+    """Raises UserError if the output of a command already exists, also as a dangling link."""
     if os.path.lexists(path):
-        raise UserError(f'{path!r} exists already; remove it or choose another --output.')
+        raise UserError(f'{path!r} already exists; remove it or choose another --output.')
 
 
 def check_declared_size(path: str, declared: int) -> None:
-    """Raises ValueError where a file declares more bytes than it has: what grows when it is read was made to."""
+    """Raises ValueError if a file declares more bytes than it has, which only a manipulated or truncated file does."""
     if declared > (size := os.path.getsize(path)):
-        raise ValueError(f'{size} bytes that declare {declared}')
+        raise ValueError(f'{size} bytes, but {declared} declared')
 
 
 @contextlib.contextmanager
 def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO]:
-    """A file to write that takes the place of `path`, in one move, when the context ends without an error.
+    """Opens a temporary file for writing that atomically replaces `path` when the context ends without an error.
 
-    Its bytes are on the disk before. Text is UTF-8. Raises OSError; what was at `path` stays then.
+    The data is synced to the disk before. Text is UTF-8. If an error is raised, such as OSError, `path` is unchanged.
     """
     partial = f'{path}.tmp'
     try:
@@ -56,7 +56,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
 
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
-    """Holds a lock file, which the system frees however that ends. Raises UserError if another process holds it."""
+    """Holds a lock file; the system releases it if the process dies. Raises UserError if another process holds it."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'a'))
@@ -64,26 +64,27 @@ def file_lock(path: str, doing: str):
         except BlockingIOError as error:
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
         except OSError as error:
-            raise UserError(f'the lock {path!r} cannot be taken: {error.strerror}.') from error
+            raise UserError(f'cannot lock {path!r}: {error.strerror}.') from error
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise UserError(f'another process was just {doing}; try again.')  # and has removed the file
+            # The other process has removed the file since it was opened here.
+            raise UserError(f'another process was just {doing}; try again.')
         yield
 
 
 @contextlib.contextmanager
 def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
-    """A sibling of `output` for one process to write into; renamed to it at the end, removed where that is not reached.
+    """Yields a temporary folder beside `output` that is renamed to `output` at the end, or removed after an error.
 
-    Raises UserError where it cannot be written, or another process is at it.
+    Raises UserError if the folder cannot be written, or if another process is writing the same output.
     """
     output = absolute_local_path(output)
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
     try:
         os.makedirs(partial, exist_ok=True)
-        # Not inside: it is removed, and a folder that another process has taken away meanwhile must not count.
+        # The lock file is not inside the folder, because the folder is removed, possibly by another process.
         with file_lock(f'{partial}.lock', f'writing {output!r}'):
             try:
-                shutil.rmtree(partial)  # of a run that was killed
+                shutil.rmtree(partial)  # left by a run that was killed
                 os.makedirs(partial)
                 yield partial
                 os.rename(partial, output)
@@ -92,11 +93,11 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
                 os.remove(f'{partial}.lock')
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # array_record, orbax and tensorstore: each its own kind
+    except (OSError, RuntimeError, ValueError) as error:  # array_record, orbax and tensorstore raise different types
         reason = getattr(error, 'strerror', None) or first_line(error)
         raise UserError(f'cannot write {output!r}: {reason}.') from error
 
 
 def as_utf8(name: str) -> str:
-    """A file name as valid UTF-8: what is not is replaced."""
+    """Returns a file name as valid UTF-8, with invalid bytes replaced."""
     return os.fsencode(name).decode('utf-8', 'replace')

@@ -1,6 +1,6 @@
-"""Log records as plain lines: information on stdout, warnings on stderr; and the progress of long tasks.
+"""Logging as plain lines, information to stdout and warnings to stderr, and progress of long tasks.
 
-The library logs through `absl.logging`. The commands call `configure`; so may a notebook that wants to see progress.
+The library logs with `absl.logging`. The commands call `configure`; notebooks may call it to see progress.
 """
 
 import itertools
@@ -15,7 +15,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class _PlainHandler(std_logging.Handler):
-    """Writes one line for each record. Not a StreamHandler: that hides errors of the stream, such as a full disk."""
+    """Prints one line for each record. A StreamHandler would hide errors of the stream, such as a full disk."""
 
     def emit(self, record: std_logging.LogRecord) -> None:
         prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
@@ -28,16 +28,16 @@ def _is_own(record: std_logging.LogRecord) -> bool:
 
 
 def _is_wanted(record: std_logging.LogRecord) -> bool:
-    """Ours, warnings of others, and what JAX was asked for with JAX_DEBUG_LOG_MODULES."""
+    """Selects this package's records, warnings of others, and JAX records requested by JAX_DEBUG_LOG_MODULES."""
     if record.levelno < std_logging.WARNING:
         names = itertools.accumulate(record.name.split('.'), '{}.{}'.format)  # jax, jax._src, jax._src.compiler
-        asked = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
-        return asked or _is_own(record)
-    return f'{os.sep}orbax{os.sep}' not in record.pathname  # orbax logs errors that it then raises
+        requested = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
+        return requested or _is_own(record)
+    return f'{os.sep}orbax{os.sep}' not in record.pathname  # orbax logs errors before it raises them
 
 
 def configure() -> None:
-    """Shows this package's progress and all warnings as plain lines, in place of other handlers of the root logger."""
+    """Prints this package's records and all warnings as plain lines. Replaces the handlers of the root logger."""
     handler = _PlainHandler()
     handler.addFilter(_is_wanted)
     std_logging.root.handlers[:] = [handler]
@@ -46,19 +46,19 @@ def configure() -> None:
 
 
 def only_warnings() -> None:
-    """Leaves out information, which process 0 gives for all."""
+    """Suppresses information, in processes other than process 0."""
     logging.set_verbosity(logging.WARNING)
 
 
 class Progress:
-    """Logs how far a task is, at most once in `seconds`, and at its end."""
+    """Logs the progress of a task, at most once every `seconds`, and at its end."""
 
     def __init__(self, total: int, seconds: float):
         self._total, self._seconds = total, seconds
         self._began = self._logged = time.monotonic()
 
     def update(self, done: int) -> None:
-        """done: images so far."""
+        """Logs progress if it is due; `done` is the number of images so far."""
         now = time.monotonic()
         if now - self._logged < self._seconds and done < self._total:
             return
@@ -68,7 +68,7 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds: '1:02:03'."""
+    """Formats a duration as hours, minutes and seconds: '1:02:03'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}'

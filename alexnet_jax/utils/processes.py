@@ -1,4 +1,4 @@
-"""Processes side by side: workers that end with the program, those that train together, those that must not."""
+"""Worker processes and their signals, and the cores and memory available to a process."""
 
 import contextlib
 import multiprocessing
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
-# Grain removes batches from shared memory in the background. What is left at the end Python's tracker removes, and
-# calls a leak.
-_QUIET = 'ignore:resource_tracker:UserWarning'
+# Grain frees the shared memory of batches in the background. At exit Python's resource tracker frees the rest, and
+# would warn of a leak.
+_NO_LEAK_WARNING = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
 
 
 def end_with_parent(*_: object) -> None:
-    """Ends this worker process when its parent is gone, however it went: a killed parent cannot end it itself."""
+    """Ends this worker process when its parent has ended: a killed parent cannot end its workers."""
     if (parent := multiprocessing.parent_process()) is None:
         return
 
@@ -30,7 +30,7 @@ def end_with_parent(*_: object) -> None:
 
 
 def script_without_guard() -> str | None:
-    """The path of the main script if it has no `__main__` guard: each spawned worker would run it again. Else None."""
+    """Returns the path of the main script if it has no `__main__` guard: every spawned worker would run it again."""
     main = sys.modules['__main__']
     path = getattr(main, '__file__', None)
     if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
@@ -41,10 +41,10 @@ def script_without_guard() -> str | None:
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes spawned within do not import the program's main module again, as they would before all else.
+    """Keeps processes spawned within the context from importing the main module of the program.
 
-    That of a command imports JAX, 400 MB in each; a script without a guard would do its work once more. What they run
-    must be of another module.
+    The main module of a command imports JAX, 400 MB in each process; a script without a guard would run again. The
+    function that the processes run must be in another module.
     """
     main = sys.modules['__main__']
     hidden: dict[str, Any] = {name: vars(main)[name] for name in ('__spec__', '__file__') if name in vars(main)}
@@ -57,28 +57,28 @@ def without_main() -> Iterator[None]:
 
 
 def local_processes() -> int:
-    """How many processes of this run share this machine: LOCAL_WORLD_SIZE, which `launch/local.sh` sets, else 1."""
+    """Returns the number of processes of this run on this machine: LOCAL_WORLD_SIZE (set by `launch/local.sh`) or 1."""
     count = os.environ.get('LOCAL_WORLD_SIZE', '')
     return max(1, int(count)) if count.isdecimal() else 1
 
 
 def on_several_machines() -> bool:
-    """Whether this run may be spread over machines: it has several processes, not started by `launch/local.sh`."""
+    """Whether this run may use several machines: it has several processes, not started by `launch/local.sh`."""
     several = 'JAX_COORDINATOR_ADDRESS' in os.environ and os.environ.get('JAX_NUM_PROCESSES', '') != '1'
     return several and 'LOCAL_WORLD_SIZE' not in os.environ
 
 
 def cores() -> int:
-    """Cores this process may use: of the machine's, or of what a container is allowed."""
+    """Returns the number of cores for this process: its share of the machine's or the container's cores."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = map(int, (_CONTAINER / 'cpu.max').read_text().split())
         count = min(count, -(-quota // period))
     return max(1, count // local_processes())
 
 
 def memory() -> int:
-    """Bytes of memory this process may use: its share of the machine's, or of what a container is allowed."""
+    """Returns the bytes of memory for this process: its share of the machine's or the container's memory."""
     size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with contextlib.suppress(OSError, ValueError):
         size = min(size, int((_CONTAINER / 'memory.max').read_text()))
@@ -87,14 +87,14 @@ def memory() -> int:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT within it. A process started here inherits the block, and never sees them.
+    """Blocks SIGTERM and SIGINT within the context, and for good in processes started in it.
 
-    Schedulers and terminals send them to all processes of a group. Workers must outlast them: the parent has a state to
-    save first, and one that dies with a lock of its queue in hand leaves the parent waiting for ever.
+    Schedulers and terminals send these signals to all processes of a group. Workers must survive them: the parent must
+    save its state first, and a worker that dies with the lock of its queue would leave the parent waiting forever.
     """
-    if _QUIET not in sys.warnoptions:  # it is given to the tracker
-        sys.warnoptions.append(_QUIET)
-    resource_tracker.ensure_running()  # when it starts, it lets them through again
+    if _NO_LEAK_WARNING not in sys.warnoptions:  # the tracker process gets these options
+        sys.warnoptions.append(_NO_LEAK_WARNING)
+    resource_tracker.ensure_running()  # starting it later would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield

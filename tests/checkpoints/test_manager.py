@@ -105,7 +105,7 @@ def _vast(step):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (_vast, r'image_stats says it has 108,000,048 bytes, and holds \d'),
+        (_vast, r'image_stats declares 108,000,048 bytes, but its files have \d'),
         (_larger, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
         (_meta_is(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
         (_meta_is('32', 'record_size'), 'cannot be read'),
@@ -118,7 +118,7 @@ def _vast(step):
         (_meta_is(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
         (_meta_is(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
         (_meta_is(5, 'class_names'), 'cannot be read'),
-        (_meta_is(['0', '1'], 'class_names'), 'it names 2 classes and has 10'),
+        (_meta_is(['0', '1'], 'class_names'), '2 class names for 10 classes'),
     ],
 )
 def test_a_checkpoint_whose_parts_do_not_fit_each_other_is_refused(copy, change, message):
@@ -152,7 +152,7 @@ def test_one_flipped_bit_is_loaded_silently_by_orbax_and_refused_here(copy):
         before = path.read_bytes()
         for _ in range(4):
             _flip(path, rng)
-            with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its bytes have changed .* in .*: 2'):
+            with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its content has changed .* in .*: 2'):
                 loading.load_checkpoint(str(step))
             checksums.write(str(step))
             try:
@@ -181,7 +181,7 @@ def test_opening_for_training_puts_right_what_a_kill_and_a_bad_disk_left(copy):
     with manager.CheckpointManager(str(copy)) as saved:
         assert saved.steps() == [2] and saved.latest() == saved.best() == 2
         *half_written, problem = saved.damaged
-        assert 'checkpoints/3/meta/metadata: its bytes have changed' in problem and '3.damaged' in problem
+        assert 'checkpoints/3/meta/metadata: its content has changed' in problem and '3.damaged' in problem
         assert sorted(path.name for path in map(_named, half_written)) == ['4', '5.orbax-checkpoint-tmp']
         state = train_step.TrainState(jnp.int32(3), before.params, None)  # the step that was damaged is made again
         saved.save(state, before.image_stats, json.loads((copy / 'meta.json').read_text()), 5.0)
@@ -193,11 +193,11 @@ def test_a_step_that_training_retires_while_it_is_read_is_not_called_damaged(cop
     with manager.CheckpointManager(str(copy), read_only=True) as saved:
         step = saved.latest()
         shutil.rmtree(copy / 'checkpoints' / str(step))
-        with pytest.raises(UserError, match='checkpoints/3 was removed while it was read: its run'):
+        with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
         # Between the look at its digests and the reading, too.
         saved.check = lambda step, wanted: None
-        with pytest.raises(UserError, match='checkpoints/3 was removed while it was read: its run'):
+        with pytest.raises(UserError, match='checkpoints/3 was removed during reading, because its run'):
             saved.load(step)
 
 
@@ -221,7 +221,7 @@ def test_an_older_step_that_is_damaged_meanwhile_does_not_end_a_run(copy, capsys
 
 def _named(half_written):
     path, _, said = half_written.partition(': ')
-    assert said == 'half written, without SHA256SUMS; it is removed'
+    assert said == 'incomplete step (no SHA256SUMS), removed'
     return pathlib.Path(path)
 
 
@@ -263,7 +263,7 @@ def test_a_step_that_is_saved_again_is_there_all_the_while(copy):
 def test_steps_without_digests_are_not_thrown_away_but_the_last(copy):
     for step in ('2', '3'):  # as of a version that wrote none
         (copy / 'checkpoints' / step / 'SHA256SUMS').unlink()
-    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*/2/SHA256SUMS: missing.* wrote no'):
+    with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*/2/SHA256SUMS: missing.* did not write'):
         manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
@@ -277,7 +277,7 @@ def _meta_beside(workdir):
 def test_where_every_step_is_damaged_nothing_is_moved(copy):
     for step in ('2', '3'):
         _flip(copy / 'checkpoints' / step / 'meta' / 'metadata', np.random.default_rng(0))
-    with pytest.raises(UserError, match='no checkpoint in .* is whole: .*2/meta/metadata.*; .*3/meta/metadata'):
+    with pytest.raises(UserError, match='all checkpoints in .* are damaged: .*2/meta/metadata.*; .*3/meta/metadata'):
         manager.CheckpointManager(str(copy))
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3'}
 
@@ -328,16 +328,16 @@ def test_verify(copy, tmp_path, capsys):
         [sys.executable, '-m', 'alexnet_jax', 'verify', str(copy), str(data)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert f'damaged: {shard}: its bytes have changed' in result.stderr
-    assert 'checkpoints/3/params/_METADATA: its bytes have changed' in result.stderr
+    assert f'damaged: {shard}: its content has changed' in result.stderr
+    assert 'checkpoints/3/params/_METADATA: its content has changed' in result.stderr
     (data / 'checkpoints').symlink_to(copy / 'checkpoints')  # both a workdir and its data
     folders, found = verify.verify(str(data))
     assert len(folders) == 3 and [problem.split(': ')[0] for problem in found][-1] == str(shard)
     (data / 'checkpoints').unlink()
-    for nothing, message in ((tmp_path / 'raw', 'holds nothing to verify'), (tmp_path / 'no', 'there is no directory')):
+    for nothing, message in ((tmp_path / 'raw', 'nothing to verify'), (tmp_path / 'no', 'there is no directory')):
         with pytest.raises(UserError, match=message):
             verify.verify(str(nothing))
-    with pytest.raises(UserError, match='the prepared data are damaged') as error:
+    with pytest.raises(UserError, match='the prepared data is damaged') as error:
         (data / 'label.labels.txt').write_text('another\n')
         datasets.open_dataset(str(data))
     assert 'label.labels.txt' in str(error.value)

@@ -1,6 +1,7 @@
-"""The authors' released code in numpy, from its formulas (sections 2 to 6 of the notes on it), beside ours.
+"""Compares configs/authors_2012.py with a NumPy version of the authors' released code, written from its formulas.
 
-The oracle keeps two lists of weights, one a GPU, as the released configs do (conv1a, conv1b ...), and loops.
+Section numbers refer to the notes on the release. The oracle uses plain loops and keeps separate weights for each GPU,
+as the released configs do (conv1a, conv1b ...).
 """
 
 import chex
@@ -16,7 +17,7 @@ from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import random_crops
 from tests import helpers
 
-SIZE = 36  # conv 1: (36 - 5) / 2 is not whole, so its last window hangs over the edge
+SIZE = 36  # (36 - 5) / 2 is not an integer, so the last window of conv 1 extends over the edge
 
 
 def _get_config(arg=None):
@@ -24,24 +25,24 @@ def _get_config(arg=None):
 
 
 def _small_model():
-    """configs/authors_2012.py with small numbers: what follows the layers, groups and constants are the config's."""
+    """Returns a narrow network with the operations, groups and constants of configs/authors_2012.py."""
     fields = _get_config().model.to_dict()
     widths = {'conv1': 8, 'conv2': 12, 'conv3': 16, 'conv4': 16, 'conv5': 12, 'fc6': 24, 'fc7': 24}
     for name, width in widths.items():
         fields['layers'][name] |= {'features': width, 'init': 'normal(0.1)'}
     fields['layers']['conv1'] |= {'kernel': 5, 'stride': 2, 'padding': (0, 1)}
-    # Larger alphas, so that both normalizations are felt.
+    # Larger alphas make the effect of both normalizations visible.
     fields |= {'num_classes': 10, 'lrn_alpha': 0.05, 'spatial_alpha': 0.4}
     return model_from_config(fields)
 
 
 def _conv(x_HWC, kernel_HWIO, bias, stride, padding):
-    """Places: 1 + ceil((2 padding + size - filter) / stride); pixels beyond the image are zero."""
+    """Convolves at 1 + ceil((2 padding + size - filter) / stride) positions; pixels outside the image are zero."""
     size, window = x_HWC.shape[0], kernel_HWIO.shape[0]
-    places = 1 + -(-(2 * padding + size - window) // stride)
-    out = np.zeros((places, places, kernel_HWIO.shape[-1]))
-    for i in range(places):
-        for j in range(places):
+    positions = 1 + -(-(2 * padding + size - window) // stride)
+    out = np.zeros((positions, positions, kernel_HWIO.shape[-1]))
+    for i in range(positions):
+        for j in range(positions):
             for dy in range(window):
                 for dx in range(window):
                     y, x = i * stride - padding + dy, j * stride - padding + dx
@@ -70,8 +71,8 @@ def _spatial(x_HWC, scale, power=0.75, size=5):
 
 
 def _pool(x_HWC, size=3, stride=2):
-    places = 1 + -(-(x_HWC.shape[0] - size) // stride)
-    at = [slice(i * stride, i * stride + size) for i in range(places)]
+    positions = 1 + -(-(x_HWC.shape[0] - size) // stride)
+    at = [slice(i * stride, i * stride + size) for i in range(positions)]
     return np.stack([np.stack([x_HWC[a, b].max((0, 1)) for b in at]) for a in at])
 
 
@@ -80,14 +81,14 @@ def _relu(x):
 
 
 def _gpus(params, name):
-    """(kernel, bias) of GPU a and of GPU b."""
+    """Returns (kernel, bias) of GPU a and of GPU b."""
     kernel, bias = params[name]['kernel'], params[name]['bias']
     half = len(bias) // 2
     return (kernel[..., :half], bias[:half]), (kernel[..., half:], bias[half:])
 
 
 def _logits(params, image_HWC, lrn_scale, spatial_scale, masks=None):
-    """Net 145 layer by layer; `masks` are the 0/1 draws of a training pass (1-D), None is a test."""
+    """Computes net 145 layer by layer. masks: 1-D dropout masks of 0 and 1 for training; None at test time."""
     drop = lambda x, name: x * (0.5 if masks is None else masks[name])  # noqa: E731
     pool1 = [_pool(_cross_map(_conv(image_HWC, *w, 2, 0), lrn_scale)) for w in _gpus(params, 'conv1')]
     neuron1 = [_relu(x) for x in pool1]
@@ -119,7 +120,7 @@ def test_forward_pass_with_and_without_dropout():
 
 
 def test_network_of_the_config():
-    """What section 2's table says of each layer, at full size."""
+    """Layers at full size, compared with the table in section 2."""
     network = model_from_config(_get_config().model)
     rows = network.layers
     assert [rows[f'conv{i}'].init for i in range(1, 6)] == ['normal(0.01)'] * 2 + ['normal(0.03)'] * 3
@@ -130,7 +131,8 @@ def test_network_of_the_config():
     assert network.spatial_alpha / network.spatial_n**2 == pytest.approx(4e-5) and network.spatial_k == 1
 
 
-# (conv 1, other layers' weights; biases of conv 1, of the others; color) in passes of section 11's table, 1-based.
+# Section 11's table: (first epoch, last epoch, rate of conv 1 weights, of other weights, of conv 1 biases, of other
+# biases, color augmentation); epochs are 1-based.
 RUN_2010 = (
     (1, 22, 0.01, 0.01, 0.02, 0.02, True),
     (23, 50, 0.001, 0.001, 0.002, 0.002, True),
@@ -139,7 +141,7 @@ RUN_2010 = (
     (72, 77, 0, 0.0001, 0, 0.002, False),
     (78, 93, 0, 0.00001, 0, 0.002, False),
 )
-RUN_2012 = (  # drops at 25, 51 and 79, conv 1 slowed at 67 and frozen at 72; biases' rates are not lowered
+RUN_2012 = (  # drops at 25, 51, 79; conv 1 slowed at 67, frozen at 72; bias rates do not drop
     (1, 24, 0.01, 0.01, 0.02, 0.02, True),
     (25, 50, 0.001, 0.001, 0.02, 0.02, True),
     (51, 66, 0.0001, 0.0001, 0.02, 0.02, True),
@@ -151,7 +153,7 @@ HANDS_OFF = {1: 0.01, 23: 0.01, 25: 0.001587, 47: 0.001587, 48: 0.000252, 71: 0.
 
 
 def _rates(config, passes, per_epoch=200):
-    """Rates after so many passes, measured: what an update with gradient -1 and velocity 0 adds."""
+    """Measures the learning rates after a number of epochs: the update for gradient -1 and velocity 0."""
     network = model_from_config(config.model)
     optimizer = helpers.optimizer(network, **{**config.optim, 'weight_decay': 0.0}, steps_per_epoch=per_epoch)
     params = {name: {'kernel': jnp.zeros(1), 'bias': jnp.zeros(1)} for name in network.layers}
@@ -186,8 +188,8 @@ def test_hands_off_schedule_of_net_170():
         assert (updates['conv1']['kernel'] == 0) == (epoch > 74)
 
 
-# Section 7's chain: passes (the diary's epoch less one, and files of 1,024 images), rates of conv 1, of the other
-# convolutions, of the hidden dense layers, of the classifier.
+# Section 7's chain: (num_epochs, color_epochs, rows). A row: completed epochs (the diary's epoch minus one, plus files
+# of 1,024 images), rates of conv 1, of the other convolutions, of the hidden dense layers, of the classifier.
 CHAIN = {
     'authors=2009': (5.74, 0, [
         (0, 0.001, 0.001, 0.01, 0.01), (1 + 1580 / 8800, 0.001, 0.001, 0.01, 0.01),
@@ -204,17 +206,21 @@ CHAIN = {
         (41.01, 0, 0.00001, 0.00001, 0.00001),
     ]),
 }  # fmt: skip
-CHAIN['finetune'] = (54, 0, CHAIN['authors=2012'][2])  # the paper's words: color stays, biases learn as weights do
+CHAIN['finetune'] = (
+    54,
+    0,
+    CHAIN['authors=2012'][2],
+)  # as in the paper: color stays on, biases have the rates of weights
 
 
 @pytest.mark.parametrize('arg', CHAIN)
-def test_rates_of_the_chain_of_pre_training(arg):
+def test_rates_of_the_pretraining_chain(arg):
     config = alexnet_jax.get_config(f'sixth_conv:{arg}' if arg else 'sixth_conv')
     epochs, color, rows = CHAIN[arg]
     assert (config.num_epochs, config.data.color_epochs) == (epochs, color)
     last = list(model_from_config(config.model).layers)[-1]
     for passes, conv1, convs, hidden, classifier in rows:
-        slow_conv6 = convs if arg != 'authors=2009' else hidden  # conv 6 is new there
+        slow_conv6 = convs if arg != 'authors=2009' else hidden  # conv 6 is new in this stage
         for name, parts in _rates(config, passes, per_epoch=10_000).items():
             rate = {'conv1': conv1, 'conv6': slow_conv6, last: classifier}.get(
                 name, convs if name.startswith('conv') else hidden
@@ -224,8 +230,8 @@ def test_rates_of_the_chain_of_pre_training(arg):
                 np.testing.assert_allclose(parts['bias'], rate, rtol=1e-5, err_msg=f'{passes} {name}')
 
 
-def test_update_rule_with_its_own_rates_for_biases_and_a_frozen_layer():
-    """Section 4: v <- 0.9 v + eps g - wc eps w, w <- w + v; eps = 0 skips a matrix and its velocity."""
+def test_update_rule_with_bias_rates_and_a_frozen_layer():
+    """Section 4: v <- 0.9 v + eps g - wc eps w, w <- w + v; eps = 0 skips an array and its velocity."""
     config = _get_config()
     network = model_from_config(config.model)
     optimizer = helpers.optimizer(network, **config.optim, steps_per_epoch=1)
@@ -254,7 +260,7 @@ def test_update_rule_with_its_own_rates_for_biases_and_a_frozen_layer():
 
 
 def test_augmentation_of_the_config():
-    """Section 6: 33 x 33 x 2, one draw for 32 images in a row, color of each, central mean, division by 1.1."""
+    """Section 6: 33 x 33 x 2 crops, one draw per 32 successive images, and a color draw per image."""
     config = _get_config()
     augmentation = augmentation_from_config(config.data)
     draws = [random_crops.draw(augmentation, seed=5, position=i, record_size=256) for i in range(1024)]
@@ -300,14 +306,14 @@ def test_pixels_that_reach_the_network():
         cut = cut - stats.mean_image[2:10, 2:10]
         noise = sum(batch['color'][n][i] * std[i] * vectors[:, i] for i in range(3))
         chex.assert_trees_all_close(on[n], (cut + noise) / 1.1, atol=1e-3)
-        chex.assert_trees_all_close(off[n], cut, atol=1e-3)  # once color is off there is no division
+        chex.assert_trees_all_close(off[n], cut, atol=1e-3)  # without color there is no division
     scale = np.stack([random_crops.draw(augmentation, seed=0, position=i, record_size=12).color for i in range(4000)])
     chex.assert_trees_all_close(scale.std(0), np.full(3, 0.1, np.float32), rtol=0.05)
 
 
 @pytest.mark.slow
 def test_color_goes_off_at_its_step():
-    """The step's own loss with and without color, on either side of the boundary."""
+    """The loss of the step with and without color, at the steps before and after the boundary."""
     network = helpers.network(num_classes=10)
     augmentation = augmentation_from_config({**_get_config().data, 'image_size': helpers.SIZE})
     stats = ImageStats(
@@ -334,7 +340,7 @@ def test_color_goes_off_at_its_step():
 
 
 @pytest.mark.parametrize('count', [1, 10])
-def test_multiview_averages_softmax_and_subtracts_the_central_mean(count):
+def test_views_average_softmax_and_subtract_the_central_mean(count):
     network = _small_model()
     params = helpers.init(network, 0, SIZE)
     augmentation = augmentation_from_config({**_get_config().data, 'image_size': SIZE})
@@ -354,7 +360,7 @@ def test_multiview_averages_softmax_and_subtracts_the_central_mean(count):
     chex.assert_trees_all_close(found, (total / count).astype(np.float32), rtol=1e-4)
 
 
-def test_a_network_in_float64_is_tested_on_inputs_in_float64():
+def test_float64_network_is_evaluated_on_float64_inputs():
     deviations = (58.4, 57.1, 57.4)
     augmentation = augmentation_from_config({**_get_config().data, 'image_size': 4, 'pixel_std': deviations})
     rng = np.random.default_rng(0)

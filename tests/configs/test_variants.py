@@ -1,4 +1,4 @@
-"""Every network of configs/ at full size: parameters, shapes and products by hand; what crosses between two devices."""
+"""Networks of configs/ at full size: parameters, shapes and FLOPs computed by hand, and collectives on two devices."""
 
 import ast
 import collections
@@ -21,7 +21,7 @@ from alexnet_jax.training import train
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
 
-# Weights as kernel area x inputs of one kernel x kernels, biases, and places at which each kernel is applied.
+# (weights = kernel area x inputs per kernel x kernels, biases, positions at which each kernel is applied).
 CONV1, CONV3 = (11 * 11 * 3 * 96, 96, 55 * 55), (3 * 3 * 256 * 384, 384, 13 * 13)
 CONV2 = (5 * 5 * 48 * 256, 256, 27 * 27)
 CONV4, CONV5 = (3 * 3 * 192 * 384, 384, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 13)
@@ -78,8 +78,10 @@ def load(variant):
     return alexnet_jax.get_config(variant)
 
 
-def test_every_config_is_here():
-    names = {path.stem for path in (ROOT / 'configs').glob('*.py')}  # cifar10: tests/experiments/test_cifar10.py
+def test_variants_cover_all_configs():
+    names = {
+        path.stem for path in (ROOT / 'configs').glob('*.py')
+    }  # cifar10 is tested in tests/experiments/test_cifar10.py
     assert names - {'quickstart', 'cifar10', 'tiny_imagenet'} == {variant.partition(':')[0] for variant in VARIANTS}
 
 
@@ -91,13 +93,13 @@ def test_parameters_shapes_and_products(variant):
     sizes = architecture.infer_shapes(network, size, towers=config.mesh.tower)
     shapes = jax.eval_shape(lambda key: model.init_params(network, key, size), jax.random.key(0))
     assert list(sizes) == list(network.layers) and set(sizes) == set(shapes)
-    for (name, found), (weights, biases, places) in zip(sizes.items(), rows, strict=True):
+    for (name, found), (weights, biases, positions) in zip(sizes.items(), rows, strict=True):
         kernel, bias = shapes[name]['kernel'], shapes[name]['bias']
         assert (kernel.size, bias.size) == (weights, biases), name
         assert found.parameters == weights + biases, name
-        assert found.flops == 2 * weights * places, name
+        assert found.flops == 2 * weights * positions, name
     assert total in (None, sum(s.parameters for s in sizes.values()))
-    # The shapes that `sizes` works out are those that come out of the network.
+    # The inferred shapes are those of the network's intermediates.
     run = lambda p, x: network.apply({'params': p}, x, mutable='intermediates')  # noqa: E731
     logits, extra = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     for name, found in sizes.items():
@@ -110,19 +112,19 @@ def test_parameters_shapes_and_products(variant):
     optimizer_from_config(config.optim, steps_per_epoch=100.0, layers=list(network.layers))
 
 
-def test_products_are_those_the_compiler_counts():
-    """XLA leaves out products with padding zeros: of a side's taps, the share that falls on the map."""
+def test_flops_agree_with_xla():
+    """XLA does not count products with padding zeros. taps: (those on the map, all) along one axis of the output."""
     network = model.AlexNet()
     shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     counted = jax.jit(network.apply).lower({'params': shapes}, x).compile().cost_analysis()['flops']
     taps = {'conv1': (55 * 11 - 3, 55 * 11), 'conv2': (27 * 5 - 6, 27 * 5)}
     taps |= {name: (13 * 3 - 2, 13 * 3) for name in ('conv3', 'conv4', 'conv5')}
-    products = 0
+    flops = 0
     for name, sizes in architecture.infer_shapes(network, 224).items():
-        on, all_of_them = taps.get(name, (1, 1))
-        products += sizes.flops * (on / all_of_them) ** 2
-    assert products < counted < 1.01 * products  # and then norms, pools and biases
+        on_map, total = taps.get(name, (1, 1))
+        flops += sizes.flops * (on_map / total) ** 2
+    assert flops < counted < 1.01 * flops  # XLA also counts normalization, pooling and biases
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_products_are_those_the_compiler_counts():
     ],
 )
 def test_collectives(variant, gathers):
-    """The paper's four are in test_sharding.py; each layer that reads both towers adds one."""
+    """Each layer that reads both towers adds one all-gather. test_sharding.py has the paper's four."""
     config = load(variant)
     network, mesh = model_from_config(config.model), sharding.make_mesh(data=1, tower=2)
     shapes = jax.eval_shape(lambda key: model.init_params(network, key, 224), jax.random.key(0))
@@ -145,16 +147,16 @@ def test_collectives(variant, gathers):
     x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
     text = jax.jit(sharding.forward(network, mesh)).lower(params, x).compile().as_text()
     assert collections.Counter(re.findall(helpers.COLLECTIVES, text)) == {'all-gather': gathers}
-    # What the summary says crosses is what the program moves: two images of float32.
-    crossing = architecture.gathered_elements(network, 224, 2)
-    assert len(crossing) == gathers
-    assert hlo_cost.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(crossing.values())
+    # The program gathers as many bytes as the summary states, for two float32 images.
+    gathered = architecture.gathered_elements(network, 224, 2)
+    assert len(gathered) == gathers
+    assert hlo_cost.collective_bytes(text, 2)['all-gather'][1] == 2 * 4 * sum(gathered.values())
 
 
 @pytest.mark.parametrize(
     ('variant', 'message'),
     [
-        ('caffe', 'conv1: lrn works in 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
+        ('caffe', 'conv1: lrn has 1 group.* cannot be split over 2 towers; use mesh.tower=1'),
         ('torchvision', 'No layer has groups=2; set mesh.tower=1'),
         ('ablations:one_gpu', 'No layer has groups=2; set mesh.tower=1'),
     ],
@@ -167,7 +169,7 @@ def test_one_tower_networks_refuse_two(variant, message):
 
 
 def _rate(config, count, steps_per_epoch):
-    """(of weights, of biases) at an update, measured: with decay off, gradient -1 and velocity 0."""
+    """Measures the learning rates (of weights, of biases) at an update, with decay off, gradient -1 and velocity 0."""
     optimizer = optimizer_from_config(
         {**config.optim, 'weight_decay': 0.0, 'bias_decay': 0.0}, steps_per_epoch=steps_per_epoch, layers=['conv1']
     )
@@ -177,8 +179,8 @@ def _rate(config, count, steps_per_epoch):
     return updates['conv1']['kernel'][0], updates['conv1']['bias'][0]
 
 
-def test_caffes_recipe():
-    """`bvlc_alexnet/solver.prototxt` (base_lr, gamma, stepsize, max_iter, decay) and `train_val.prototxt`."""
+def test_caffe_recipe():
+    """Values of `bvlc_alexnet/solver.prototxt` (base_lr, gamma, stepsize, max_iter, decay) and `train_val.prototxt`."""
     config = load('caffe')
     layers = config.model.layers
     biases = {'conv1': 0, 'conv2': 0.1, 'conv3': 0, 'conv4': 0.1, 'conv5': 0.1, 'fc6': 0.1, 'fc7': 0.1, 'fc8': 0}
@@ -199,8 +201,8 @@ def test_caffes_recipe():
         assert _rate(config, count, per_epoch) == pytest.approx((rate, 2 * rate)), count
 
 
-def test_torchvisions_recipe():
-    """`references/classification`: train.py --lr 1e-2, presets.py, and nn.Conv2d's and nn.Linear's initial values."""
+def test_torchvision_recipe():
+    """Values of `references/classification` (train.py --lr 1e-2, presets.py) and PyTorch's default initialization."""
     config = load('torchvision')
     optimizer, data = config.optim, config.data
     assert {(layer.init, layer.bias) for layer in config.model.layers.values()} == {('fan_in', 0.0)}
@@ -213,15 +215,15 @@ def test_torchvisions_recipe():
 
 
 def _flat(config, prefix=''):
-    """{'optim.momentum': 0.9, ...}"""
+    """Returns a flat dict: {'optim.momentum': 0.9, ...}."""
     values = {}
     for key, value in config.items():
         values |= _flat(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
     return values
 
 
-def test_variants_differ_from_the_paper_only_where_they_say():
-    """A diff of `paper.py` must not carry anything else along."""
+def test_variants_change_only_the_stated_keys():
+    """Compares all keys with those of `paper.py`."""
     paper = _flat(load('paper'))
     changed = {
         'ablations:no_normalization': {f'model.layers.{name}.post' for name in ('conv1', 'conv2')},
@@ -245,20 +247,20 @@ def test_variants_differ_from_the_paper_only_where_they_say():
         assert found == keys, variant
 
 
-def test_configs_say_where_they_come_from():
-    """Source, command, what the source reports and what was measured here open each file."""
+def test_config_docstrings_state_source_and_results():
+    """Each file opens with source, command, reported results and results measured here."""
     for path in (ROOT / 'configs').glob('*.py'):
         doc = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
         assert f'alexnet_jax train --config={path.stem}' in doc, path.name
         if path.stem != 'quickstart':
-            assert re.search(r'Here:|Here it was', doc), path.name
+            assert 'Here:' in doc, path.name
             assert re.search(r'top-1', doc) and re.search(r'center crop|ten views', doc), path.name
 
 
-def test_the_papers_summary():
-    """Of one image each tower gets: half of 13x13x256 before conv 3, of 6x6x256, 4096 and 4096 before fc 6, 7 and 8."""
-    crossing = architecture.gathered_elements(model.AlexNet(), 224, 2)
-    assert crossing == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
+def test_summary_of_the_paper():
+    """Per image each tower receives half of 13x13x256 before conv 3, and half of 6x6x256, 4096, 4096 before fc 6-8."""
+    gathered = architecture.gathered_elements(model.AlexNet(), 224, 2)
+    assert gathered == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
     assert architecture.gathered_elements(model.AlexNet(), 224, 1) == {}
     text = architecture.summary(model.AlexNet(), 224, 2)
     rows = {line.split()[0]: line for line in text.splitlines()}
@@ -266,8 +268,8 @@ def test_the_papers_summary():
     assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
 
 
-def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch, tmp_path):
-    """One function and one line of the table; it mixes the channels of a pair, so it names its groups."""
+def test_custom_operation_trains_on_two_towers(monkeypatch, tmp_path):
+    """A custom operation is a function and a table entry. It mixes pairs of channels, so it states its groups."""
 
     def pair_mean(x, context):
         assert x.shape[-1] % (2 * context.groups) == 0
@@ -287,8 +289,8 @@ def test_an_operation_from_outside_the_package_trains_on_two_towers(monkeypatch,
     sizes = architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     assert sizes['conv1'].outputs == (14, 14, 8)
     monkeypatch.setitem(POST_OPS, 'pair_mean', PostOp(pair_mean, groups=lambda network: 1))
-    with pytest.raises(UserError, match=r'conv1: pair_mean works in 1 group\(s\) of the 8 features'):
+    with pytest.raises(UserError, match=r'conv1: pair_mean has 1 group\(s\), which cannot be split'):
         architecture.infer_shapes(model_from_config(config.model), 28, towers=2)
     config.model.layers.fc6.post = 'halve'
-    with pytest.raises(UserError, match="fc6 is followed by 'halve'; expected some of: dropout, pair_mean, relu, tanh"):
+    with pytest.raises(UserError, match="fc6.post='halve': unknown op 'halve'; use dropout, pair_mean, relu, tanh"):
         architecture.infer_shapes(model_from_config(config.model), 28)

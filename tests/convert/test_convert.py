@@ -1,7 +1,7 @@
-"""Weights of others: files that PyTorch makes, or a protobuf writer that knows nothing of our reader.
+"""Conversion of weight files written by PyTorch, or by a protobuf writer that is independent of our reader.
 
-The oracle is PyTorch's output. Default configs at their full input size: nothing but widths is smaller than in the
-files people have.
+The oracle is PyTorch's output. Default configs run at their full input size; only the widths are smaller than in
+published files.
 """
 
 import errno
@@ -35,16 +35,16 @@ FULL_SIZE = ((96, 256, 384, 384, 256), 4096, 1000)
 
 
 def _caffe_net(widths=WIDTHS, hidden=HIDDEN, classes=CLASSES, pool_first=False, groups=(2, 1, 2, 2)):
-    """bvlc_alexnet; with pool_first bvlc_reference_caffenet."""
+    """Builds bvlc_alexnet, or bvlc_reference_caffenet if pool_first."""
     a, b, c, d, e = widths
 
-    def ends():
+    def norm_and_pool():
         norm, pool = nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0), nn.MaxPool2d(3, 2, ceil_mode=True)
         return (nn.ReLU(), pool, norm) if pool_first else (nn.ReLU(), norm, pool)
 
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(3, a, 11, 4), *ends(), nn.Conv2d(a, b, 5, padding=2, groups=groups[0]), *ends(),
+        nn.Conv2d(3, a, 11, 4), *norm_and_pool(), nn.Conv2d(a, b, 5, padding=2, groups=groups[0]), *norm_and_pool(),
         nn.Conv2d(b, c, 3, padding=1, groups=groups[1]), nn.ReLU(),
         nn.Conv2d(c, d, 3, padding=1, groups=groups[2]), nn.ReLU(),
         nn.Conv2d(d, e, 3, padding=1, groups=groups[3]), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(),
@@ -54,7 +54,7 @@ def _caffe_net(widths=WIDTHS, hidden=HIDDEN, classes=CLASSES, pool_first=False, 
 
 
 def _torchvision_net(widths=WIDTHS, hidden=HIDDEN, classes=CLASSES):
-    """torchvision.models.alexnet, by its source."""
+    """Builds torchvision.models.alexnet from its source."""
     a, b, c, d, e = widths
     torch.manual_seed(2)
     net = nn.Module()
@@ -72,7 +72,7 @@ def _torchvision_net(widths=WIDTHS, hidden=HIDDEN, classes=CLASSES):
 
 
 def _sharpen(classifier, factor=30):
-    """Weights as PyTorch draws them give nearly the same probability to every class."""
+    """Scales the classifier, because PyTorch's initial weights give all classes nearly the same probability."""
     with torch.no_grad():
         classifier.weight *= factor
 
@@ -83,14 +83,14 @@ def _probabilities(net, image_NHWC):
         return torch.softmax(net(x), 1).numpy()
 
 
-def _by_torchvision(net, images):
-    """ToTensor, Normalize, center crop."""
+def _torchvision_probabilities(net, images):
+    """Applies ToTensor, Normalize and a center crop, then the network."""
     scaled = (images[:, 16:240, 16:240] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     return _probabilities(net, scaled)
 
 
-def _by_caffe(net, images, mean_bgr):
-    """BGR minus the mean image, center crop of 227."""
+def _caffe_probabilities(net, images, mean_bgr):
+    """Converts to BGR, subtracts the mean image and takes the center crop of 227, then applies the network."""
     return _probabilities(net, (images[..., ::-1] - mean_bgr)[:, 14:241, 14:241])
 
 
@@ -112,15 +112,15 @@ def _config(name):
     return alexnet_jax.get_config(name)
 
 
-# The protobuf wire format by its specification, and the field numbers of BVLC/caffe's caffe.proto.
+# A writer of protobuf's wire format, from its specification, with the field numbers of BVLC/caffe's caffe.proto.
 
 
 def _varint(number):
-    found = bytearray()
+    encoded = bytearray()
     while number > 127:
-        found.append(number & 127 | 128)
+        encoded.append(number & 127 | 128)
         number >>= 7
-    return bytes([*found, number])
+    return bytes([*encoded, number])
 
 
 def _field(number, value):
@@ -131,7 +131,7 @@ def _field(number, value):
 
 
 def _blob(array, kind):
-    """kind: 'shape' (as since 2014), 'legacy' (four numbers, numbers one by one), 'double'."""
+    """Encodes a BlobProto. kind: 'shape' (since 2014), 'legacy' (four sizes, unpacked values) or 'double'."""
     if kind == 'legacy':
         shape = (1,) * (4 - array.ndim) + array.shape
         sides = b''.join(_field(i, side) for i, side in enumerate(shape, 1))
@@ -145,26 +145,26 @@ def _blob(array, kind):
 V1_TYPES = {'Data': 5, 'Convolution': 4, 'ReLU': 18, 'LRN': 15, 'Pooling': 17, 'InnerProduct': 14, 'Dropout': 6}
 
 
-def _caffemodel(net, kind='shape', v1=False, steps=True):
-    """NetParameter of a Sequential of PyTorch's. Caffe writes all layers, most of them without weights."""
+def _caffemodel(net, kind='shape', v1=False, all_layers=True):
+    """Encodes a torch Sequential as NetParameter. Caffe writes all layers, most of them without weights."""
     kinds = {
         nn.Conv2d: 'Convolution', nn.ReLU: 'ReLU', nn.LocalResponseNorm: 'LRN', nn.MaxPool2d: 'Pooling',
         nn.Linear: 'InnerProduct', nn.Dropout: 'Dropout',
     }  # fmt: skip
-    found = [_field(1, 'AlexNet')]
+    fields = [_field(1, 'AlexNet')]
     for i, module in enumerate([None, *net]):
         type_ = 'Data' if module is None else kinds.get(type(module))
-        if type_ is None or not (steps or hasattr(module, 'weight')):
+        if type_ is None or not (all_layers or hasattr(module, 'weight')):
             continue
         arrays = [p.detach().numpy() for p in module.parameters()] if module else []
         name, bottom = f'{type_.lower()}{i}', _field(2 if v1 else 3, f'blob{i}')
         if v1:
             blobs = b''.join(_field(6, _blob(array, kind)) for array in arrays)
-            found.append(_field(2, bottom + _field(4, name) + _field(5, V1_TYPES[type_]) + blobs))
+            fields.append(_field(2, bottom + _field(4, name) + _field(5, V1_TYPES[type_]) + blobs))
         else:
             blobs = b''.join(_field(7, _blob(array, kind)) for array in arrays)
-            found.append(_field(100, _field(1, name) + _field(2, type_) + bottom + blobs))
-    return b''.join(found)
+            fields.append(_field(100, _field(1, name) + _field(2, type_) + bottom + blobs))
+    return b''.join(fields)
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -174,15 +174,15 @@ def test_torchvision_state_dict(zipped, images, tmp_path):
     torch.save(net.state_dict(), tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
     assert zipfile.is_zipfile(tmp_path / 'w.pth') == zipped
     convert.convert(str(tmp_path / 'w.pth'), str(tmp_path / 'out'))
-    expected = _by_torchvision(net, images)
-    assert expected.max() > 0.2  # sure of something
+    expected = _torchvision_probabilities(net, images)
+    assert expected.max() > 0.2  # not a uniform distribution
     np.testing.assert_allclose(_predict(tmp_path / 'out', images), expected, rtol=1e-4)
     assert sorted(os.listdir(tmp_path)) == ['out', 'w.pth']
 
 
 @pytest.mark.parametrize('groups', [(2, 1, 2, 2), (1, 1, 1, 1), (4, 2, 1, 2)])
-def test_other_names_and_groups_from_the_shapes(groups, images, mean_bgr, tmp_path):
-    """A Sequential's names, half precision, inside a trainer's dict with DataParallel's prefix; reading RGB."""
+def test_state_dict_with_other_names_and_groups(groups, images, mean_bgr, tmp_path):
+    """Names of a Sequential, half precision, nested in a training checkpoint with DataParallel's prefix, RGB input."""
     net = _caffe_net(groups=groups)
     _sharpen(net[-1])
     weights = {f'module.{name}': tensor.half() for name, tensor in net.state_dict().items()}
@@ -203,8 +203,8 @@ def test_other_names_and_groups_from_the_shapes(groups, images, mean_bgr, tmp_pa
     ('kind', 'v1', 'pool_first', 'mean'),
     [
         ('shape', False, False, 'binaryproto'),
-        ('legacy', True, False, 'binaryproto'),  # bvlc_alexnet.caffemodel as it is published
-        ('legacy', True, True, 'npy'),  # bvlc_reference_caffenet.caffemodel
+        ('legacy', True, False, 'binaryproto'),  # as the published bvlc_alexnet.caffemodel
+        ('legacy', True, True, 'npy'),  # as bvlc_reference_caffenet.caffemodel
         ('double', False, True, 'npy'),
         ('shape', False, False, 'color'),
     ],
@@ -220,17 +220,17 @@ def test_caffemodel(kind, v1, pool_first, mean, images, mean_bgr, tmp_path):
         mean_bgr = np.array([104, 117, 123], np.float32) if mean == 'color' else mean_bgr
         np.save(file, mean_bgr.transpose(2, 0, 1) if mean == 'npy' else mean_bgr)
     convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(file))
-    expected = _by_caffe(net, images, mean_bgr)
+    expected = _caffe_probabilities(net, images, mean_bgr)
     assert expected.max() > 0.2
     np.testing.assert_allclose(_predict(tmp_path / 'out', images), expected, rtol=2e-4)
 
 
-def test_safetensors_there_and_back(images, tmp_path):
-    """PyTorch's safetensors file in, a checkpoint, a safetensors file that PyTorch loads strictly: the same bits."""
+def test_safetensors_round_trip_is_bit_exact(images, tmp_path):
+    """PyTorch's safetensors -> checkpoint -> safetensors, which PyTorch loads strictly with identical bits."""
     net = _torchvision_net()
     safetensors_torch.save_file(net.state_dict(), tmp_path / 'w.safetensors')
     convert.convert(str(tmp_path / 'w.safetensors'), str(tmp_path / 'out'))
-    np.testing.assert_allclose(_predict(tmp_path / 'out', images), _by_torchvision(net, images), rtol=1e-4)
+    np.testing.assert_allclose(_predict(tmp_path / 'out', images), _torchvision_probabilities(net, images), rtol=1e-4)
     convert.convert(str(tmp_path / 'out'), str(tmp_path / 'back'), to='safetensors')
     held = safetensors_torch.load_file(tmp_path / 'back' / 'model.safetensors')
     _torchvision_net().load_state_dict(held, strict=True)
@@ -238,8 +238,8 @@ def test_safetensors_there_and_back(images, tmp_path):
         assert torch.equal(held[name], tensor), name
 
 
-def test_a_checkpoint_there_and_back(images, mean_bgr, tmp_path):
-    """What was exported comes in again as it was: weights, mean, names of the classes, network. PyTorch: the same."""
+def test_checkpoint_round_trip_is_exact(images, mean_bgr, tmp_path):
+    """An exported checkpoint is read back identically (weights, mean, class names, network), also by PyTorch."""
     net = _caffe_net()
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net))
     np.save(tmp_path / 'mean.npy', mean_bgr)
@@ -261,12 +261,12 @@ def test_a_checkpoint_there_and_back(images, mean_bgr, tmp_path):
     tensors = [held[f'{name}.{kind}'] for name in names for kind in ('weight', 'bias')]
     exported.load_state_dict(dict(zip(exported.state_dict(), tensors, strict=True)))
     found = _probabilities(exported, (images - mean_bgr[..., ::-1])[:, 14:241, 14:241])  # RGB
-    np.testing.assert_allclose(found, _by_caffe(net, images, mean_bgr), rtol=1e-4)
+    np.testing.assert_allclose(found, _caffe_probabilities(net, images, mean_bgr), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_towers_without_communication_come_back(tmp_path):
-    """Linear layers in two groups, the first of which reads maps."""
+def test_grouped_dense_layers_round_trip(tmp_path):
+    """Dense layers in two groups; the first one reads maps."""
     config = _config('ablations:no_communication')
     for name, width in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), WIDTHS, strict=True):
         config.model.layers[name].features = width
@@ -285,7 +285,7 @@ def test_towers_without_communication_come_back(tmp_path):
 
 @pytest.mark.slow
 def test_full_size_caffemodel(images, mean_bgr, tmp_path):
-    """The sizes of the published file: 60,965,224 parameters, 1,000 classes by their WordNet ids."""
+    """Sizes of the published file: 60,965,224 parameters, 1,000 classes named by WordNet ids."""
     net = _caffe_net(*FULL_SIZE)
     _sharpen(net[-1], 300)
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net, v1=True))
@@ -295,16 +295,16 @@ def test_full_size_caffemodel(images, mean_bgr, tmp_path):
     loaded = alexnet_jax.load_checkpoint(str(output))
     assert sum(x.size for x in jax.tree.leaves(loaded.params)) == 60_965_224
     assert loaded.class_names[:2] == ('n01440764', 'n01443537') and len(loaded.class_names) == 1000
-    expected = _by_caffe(net, images, mean_bgr)
+    expected = _caffe_probabilities(net, images, mean_bgr)
     assert expected.max() > 0.01
     np.testing.assert_allclose(_predict(output, images), expected, rtol=1e-3)
 
 
-# What is wrong with a file, and what is said of it.
+# Invalid files, and the error for each.
 
 
 class _Trap:
-    """Unpickled by code that trusts it, it makes a directory."""
+    """Creates a directory when unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -314,7 +314,7 @@ class _Trap:
 
 
 class _Zeros:
-    """Unpickled, also by PyTorch's code that trusts nothing, it takes two gigabytes."""
+    """Allocates two gigabytes when unpickled, even with weights_only."""
 
     def __reduce__(self):
         return bytearray, (2**31,)
@@ -339,7 +339,7 @@ def _without(state, *names):
 
 
 def _wrong_files(folder):
-    """(name of the file, its bytes, what is said of it)."""
+    """Yields (file name, content, pattern of the error)."""
     net = _torchvision_net()
     state = net.state_dict()
     whole, caffe = _saved(state), _caffemodel(_caffe_net())
@@ -352,20 +352,20 @@ def _wrong_files(folder):
     yield 'cut.pth', whole[: len(whole) // 2], 'cut.pth.* cannot be read: expected a state_dict written by torch.save'
     yield 'empty.pth', b'', 'found 0 bytes'
     yield 'noise.pth', noise, 'expected a state_dict written by torch.save, found 5000 bytes'
-    yield 'text.pth', b'weights, they said', r"found 18 bytes that begin with b'weights,'"
-    yield 'module.pth', _saved(net.features), 'holds a pickled Python object .*could run code: it is refused'
-    yield 'trap.pth', _saved({'w': _Trap(folder / 'sprung')}), 'pickled Python object .*it is refused'
-    yield 'bare.pth', pickle.dumps(_Trap(folder / 'sprung')), 'it is refused|cannot be read'
+    yield 'text.pth', b'weights, they said', r"found 18 bytes starting with b'weights,'"
+    yield 'module.pth', _saved(net.features), 'pickled Python object .* that could run code when loaded'
+    yield 'trap.pth', _saved({'w': _Trap(folder / 'sprung')}), 'refused, .* contains a pickled Python object'
+    yield 'bare.pth', pickle.dumps(_Trap(folder / 'sprung')), 'refused|cannot be read'
     yield 'list.pth', _saved([1, 2]), r'expected a state_dict \(names and tensors\), found list'
     yield 'numbers.pth', _saved({'epoch': 3, 'lr': 0.1}), r'found a dict with epoch \(int\), lr \(float\)'
-    yield 'norms.pth', _saved(norms), r'has no place for: bn.weight \(8,\), bn.bias \(8,\), bn.running_mean'
-    said = r"conv1 ok; conv2 expected \(N, 8 / groups, 5, 5\), found \(12, 8, 3, 3\) in 'features.3'; conv3 ok"
-    yield 'kernel.pth', _saved(kernel_of_3), said
-    four = _without(state, 'features.10.weight', 'features.10.bias')
-    said = r'conv5 expected \(N, 12 / groups, 3, 3\), found nothing; .*fc8 ok.* Give --config=FILE'
-    yield 'missing.pth', _saved(four), said
+    yield 'norms.pth', _saved(norms), r'unsupported tensors bn.weight \(8,\), bn.bias \(8,\), bn.running_mean'
+    pattern = r"conv1 ok; conv2 expected \(N, 8 / groups, 5, 5\), found \(12, 8, 3, 3\) in 'features.3'; conv3 ok"
+    yield 'kernel.pth', _saved(kernel_of_3), pattern
+    four_convs = _without(state, 'features.10.weight', 'features.10.bias')
+    pattern = r'conv5 expected \(N, 12 / groups, 3, 3\), found nothing; .*fc8 ok.* Use --config=NAME'
+    yield 'missing.pth', _saved(four_convs), pattern
     unbiased = _without(state, 'features.0.bias')
-    yield 'unbiased.pth', _saved(unbiased), r'no place for: features.0.weight \(8, 3, 11, 11\)'
+    yield 'unbiased.pth', _saved(unbiased), r'unsupported tensors features.0.weight \(8, 3, 11, 11\)'
     biases = state | {'features.6.bias': torch.zeros(12)}
     yield 'bias.pth', _saved(biases), r"conv3 expected \(16,\) biases, found \(12,\) in 'features.6'"
     yield 'extra.pth', _saved(extra), r"expected no further layer, found \(3, 4\) in 'aux'"
@@ -379,39 +379,39 @@ def _wrong_files(folder):
     yield 'empty.caffemodel', b'', r'conv1 expected \(N, 3, 11, 11\), found nothing; conv2'
     two_of_three = _field(5, bytes(8)) + _field(7, _field(1, b'\x03'))
     short = _field(100, _field(1, 'a') + _field(7, two_of_three))
-    yield 'short.caffemodel', short, r'a: expected 3 numbers for \(3,\), found 2'
+    yield 'short.caffemodel', short, r'a: expected 3 numbers for shape \(3,\), found 2'
     for sides in ((-1, -3), (1,) * 70):
         shape = _field(1, b''.join(_varint(side % 2**64) for side in sides))
         odd = _field(1, 'a\n\x1b') + _field(7, _field(5, bytes(12)) + _field(7, shape))
         yield (
             'sides.caffemodel',
             _field(100, odd),
-            r'a\?\?: expected at most 32 sides, none below 0, found \(',
+            r'a\?\?: expected at most 32 sizes of 0 or more, found \(',
         )
-    # What would take far more memory than the file has bytes.
+    # Files that would take far more memory than they have bytes.
     few = {'a.weight': torch.zeros(1, dtype=torch.half).expand(40_000, 50_000), 'a.bias': torch.zeros(1)}
-    yield 'expanded.pth', _saved(few), r'\d{4} bytes that declare 4000000004'
+    yield 'expanded.pth', _saved(few), r'\d{4} bytes, but 4000000004 declared'
     yield 'bytes.pth', _saved({'w': _Zeros()}), r'pickled Python object \(__builtin__.bytearray\)'
-    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes that declare 4000(?!000)\d+\)'
-    yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'has no place for: a\?b\? \(1,\)'
+    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes, but 4000(?!000)\d+ declared\)'
+    yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'unsupported tensors a\?b\? \(1,\)'
     whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
     changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]
     for text in ('[' * 100_000, '[1]', *map(json.dumps, changed)):
-        said = 'expected the metadata that alexnet_jax convert writes'
-        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), said
+        pattern = 'expected the metadata that alexnet_jax convert writes'
+        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': text}), pattern
     plain = manager.config_to_json(_config('torchvision'))
-    for part, key, said in (
-        ('model', 'lrn_k', 'model.lrn_k is 1000+; expected a number above 0'),
-        ('data', 'color_std', 'data.color_std=1000+; expected a number of 0 or more'),
-        ('model', '\n', r'own.safetensors.: model.\? is unknown.'),
+    for part, key, pattern in (
+        ('model', 'lrn_k', 'model.lrn_k=1000+: expected a positive number'),
+        ('data', 'color_std', 'data.color_std=1000+: expected a number of 0 or more'),
+        ('model', '\n', r"own.safetensors.: unknown config key 'model.\?'."),
     ):
         changed = {**plain, part: {**plain[part], key: 10**400}}
         own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
-        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': own}), said
-    yield 'w.h5', b'', "expected a name ending in .caffemodel, .pth or .safetensors, found '.h5'"
+        yield 'own.safetensors', safetensors_torch.save(state, {'alexnet_jax': own}), pattern
+    yield 'w.h5', b'', 'expected an existing .caffemodel, .pth or .safetensors file'
 
 
-def test_wrong_files(tmp_path):
+def test_invalid_files_are_rejected(tmp_path):
     mean, files = tmp_path / 'mean.npy', tmp_path / 'files'
     files.mkdir()
     np.save(mean, np.full(3, 120.0))
@@ -424,24 +424,25 @@ def test_wrong_files(tmp_path):
         os.remove(files / name)
 
 
-def test_caffe_layers_in_an_order_the_config_has_not(tmp_path):
-    """Without normalization after the second layer it is another network."""
+def test_caffe_layers_missing_an_operation_are_rejected(tmp_path):
+    """A net without normalization after the second layer does not fit the config."""
     net = nn.Sequential(*(module for i, module in enumerate(_caffe_net()) if i != 6))
     (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net))
     np.save(tmp_path / 'mean.npy', np.full(3, 120.0))
-    message = "conv2 expected to be followed by 'relu lrn pool', found 'relu pool' after 'convolution"
+    message = "conv2 expected operations 'relu lrn pool', found 'relu pool' after 'convolution"
     with pytest.raises(UserError, match=message):
         convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(tmp_path / 'mean.npy'))
-    (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net, steps=False))  # weights alone: the config's word
+    # If the file lists no operations, those of the config are used.
+    (tmp_path / 'w.caffemodel').write_bytes(_caffemodel(net, all_layers=False))
     convert.convert(str(tmp_path / 'w.caffemodel'), str(tmp_path / 'out'), mean=str(tmp_path / 'mean.npy'))
 
 
-def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
+def test_invalid_options_are_rejected(mean_bgr, tmp_path, monkeypatch):
     source, out = tmp_path / 'w.caffemodel', tmp_path / 'out'
     source.write_bytes(_caffemodel(_caffe_net()))
     (tmp_path / 'exists').mkdir()
     np.save(tmp_path / 'good.npy', mean_bgr)
-    np.save(tmp_path / 'helpers.npy', mean_bgr[:100, :100])
+    np.save(tmp_path / 'small.npy', mean_bgr[:100, :100])
     np.save(tmp_path / 'oblong.npy', mean_bgr[:, :200])
     np.save(tmp_path / 'unit.npy', mean_bgr / 255)
     np.save(tmp_path / 'pickled.npy', np.array([{}]), allow_pickle=True)
@@ -450,32 +451,32 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
     with open(tmp_path / 'short.npy', 'wb') as file:
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31, 3)})
     with open(tmp_path / 'large.binaryproto', 'wb') as file:
-        file.truncate(2**31)  # without taking room
+        file.truncate(2**31)  # sparse: takes no disk space
     (tmp_path / 'cut.binaryproto').write_bytes(_blob(mean_bgr, 'shape')[:1000])
     (tmp_path / 'two').write_text('cat\ndog\n')
     good = str(tmp_path / 'good.npy')
     before = sorted(os.listdir(tmp_path))
     for changes, pattern in [
-        (dict(mean=None), r'a .caffemodel holds no mean image, expected --mean=FILE'),
-        (dict(mean='none.npy'), "there is no --mean='none.npy'"),
-        (dict(mean='helpers.npy'), 'the mean image is of 100 px, expected at least data.image_size=227'),
+        (dict(mean=None), "has no mean image, which data.mean='crop' needs; use --mean=FILE"),
+        (dict(mean='none.npy'), "--mean='none.npy': expected an existing .binaryproto or .npy file"),
+        (dict(mean='small.npy'), 'expected an image of at least data.image_size=227 px, found 100 px'),
         (dict(mean='oblong.npy'), r'expected a shape \[3, S, S\].* found \(256, 200, 3\)'),
-        (dict(mean='unit.npy'), 'expected gray levels of 0 to 255, found 0.3'),
+        (dict(mean='unit.npy'), 'expected values from 0 to 255, found 0.3'),
         (dict(mean='pickled.npy'), 'expected an array written by numpy.save'),
         (dict(mean='cut.binaryproto'), "expected Caffe's BlobProto in binary"),
-        (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto, at most 2147483647 bytes, found 2147483648"),
+        (dict(mean='large.binaryproto'), r"expected Caffe's BlobProto of at most 2147483647 bytes, found 2147483648"),
         (dict(mean='nothing.npy'), r'expected a shape \[3, S, S\].* found \(0, 0, 3\)'),
-        (dict(mean='complex.npy'), 'expected an array written by numpy.save.* values of type complex128'),
+        (dict(mean='complex.npy'), 'expected an array written by numpy.save.* complex128 array of shape'),
         (dict(mean='short.npy'), 'expected an array written by numpy.save.* mmap length is greater than file size'),
-        (dict(mean='two'), 'expected a name ending in .binaryproto or .npy'),
-        (dict(classes='two'), 'expected 7 class names, one for each output, found 2'),
+        (dict(mean='two'), 'expected an existing .binaryproto or .npy file'),
+        (dict(classes='two'), 'expected 7 class names, one per output, found 2'),
         (dict(classes='none'), "--classes=.* cannot be read"),
-        (dict(output='exists'), "exists' exists already; remove it or choose another --output"),
-        (dict(to='onnx'), "--to='onnx'; expected checkpoint or safetensors"),
-        (dict(to='safetensors', mean=None), 'there is no checkpoint at'),
-        (dict(to='safetensors'), '--mean, --config and --classes are for --to=checkpoint'),
-        (dict(source='none.pth'), 'expected a .caffemodel, .pth or .safetensors file, found nothing'),
-        (dict(source='exists'), 'found a folder; for a checkpoint add --to=safetensors'),
+        (dict(output='exists'), "exists' already exists; remove it or choose another --output"),
+        (dict(to='onnx'), "--to='onnx': expected checkpoint or safetensors"),
+        (dict(to='safetensors', mean=None), 'is a file, not a checkpoint'),
+        (dict(to='safetensors'), '--to=safetensors: remove --mean, --config and --classes'),
+        (dict(source='none.pth'), 'expected an existing .caffemodel, .pth or .safetensors file'),
+        (dict(source='exists'), '; for a checkpoint use --to=safetensors'),
     ]:  # fmt: skip
         options = dict(source=str(source), output=str(out), mean=good)
         for key, value in changes.items():
@@ -486,11 +487,11 @@ def test_wrong_options(mean_bgr, tmp_path, monkeypatch):
         assert sorted(os.listdir(tmp_path)) == before, changes
     monkeypatch.setitem(sys.modules, 'torch', None)
     (tmp_path / 'w.pth').write_bytes(b'')
-    with pytest.raises(UserError, match=r"takes PyTorch: pip install 'alexnet_jax\[oracle\]'"):
+    with pytest.raises(UserError, match=r"requires PyTorch; use pip install 'alexnet_jax\[oracle\]'"):
         convert.convert(str(tmp_path / 'w.pth'), str(out))
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_files(tmp_path, monkeypatch):
     source, out = tmp_path / 'w.caffemodel', tmp_path / 'out'
     source.write_bytes(_caffemodel(_caffe_net()))
     np.save(tmp_path / 'mean.npy', np.full(3, 120.0))

@@ -146,7 +146,7 @@ def test_views_subtract_the_mean_of_their_own_crop():
     chex.assert_trees_all_close(ten, augment.ten_views(whole, 8), atol=1e-4)
     (one,) = augment.views(images, stats, augmentation, count=1)
     chex.assert_trees_all_close(one, whole[:, 2:10, 2:10], atol=1e-4)
-    with pytest.raises(UserError, match='views=5; expected 1 .* or 10'):
+    with pytest.raises(UserError, match='views=5: expected 1 .* or 10'):
         augment.views(images, stats, augmentation, count=5)
 
 
@@ -213,12 +213,12 @@ def test_mean_and_pixel_std(mean):
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'image_size': 0}, 'data.image_size=0; expected a whole number'),
+        ({'image_size': 0}, 'data.image_size=0: expected a positive integer'),
         ({'draw_every': 0}, 'data.draw_every=0'),
-        ({'mean': 'mode'}, "data.mean='mode'; expected 'crop', 'center' or 'channel'"),
-        ({'pixel_std': (1.0, 0.0, 1.0)}, 'data.pixel_std=.*; expected three numbers above 0'),
+        ({'mean': 'mode'}, "data.mean='mode': expected 'crop', 'center' or 'channel'"),
+        ({'pixel_std': (1.0, 0.0, 1.0)}, 'data.pixel_std=.*: expected three positive numbers'),
         ({'crop_area': (0.5, 2.0), 'mean': 'channel'}, r'data.crop_area=\(0.5, 2.0\)'),
-        ({'crop_area': (0.1, 1.0)}, "use data.mean='channel'"),
+        ({'crop_area': (0.1, 1.0)}, "data.mean='crop': expected 'channel' with data.crop_area"),
         ({'color_scale': 'variance'}, "data.color_scale='variance'"),
         ({'color_std': -1.0}, 'data.color_std=-1.0'),
         ({'color_epochs': -1.0}, 'data.color_epochs=-1.0'),

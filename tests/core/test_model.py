@@ -169,13 +169,13 @@ def test_a_sixth_convolution_keeps_the_names_above():
 @pytest.mark.parametrize(
     ('changes', 'size', 'towers', 'message'),
     [
-        ({}, 6, 1, 'image of 6 px does not fit the network: conv1 pools'),
-        ({}, 3, 1, 'image of 3 px does not fit the network: conv1 looks'),
+        ({}, 6, 1, 'data.image_size=6: conv1: a pooling window of 3 px does not fit maps of 2 px'),
+        ({}, 3, 1, 'data.image_size=3: conv1: a window of 5 px does not fit padded maps'),
         ({'fc6': {'features': 33}}, helpers.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
-        ({'conv1': {'post': 'relu prelu'}}, helpers.SIZE, 1, "conv1 is followed by 'prelu'"),
+        ({'conv1': {'post': 'relu prelu'}}, helpers.SIZE, 1, "conv1.post='relu prelu': unknown op 'prelu'"),
         ({'conv1': {'groups': 2}}, helpers.SIZE, 1, 'conv1 has 3 inputs'),
-        ({'fc6': {'post': 'dropout relu dropout'}}, helpers.SIZE, 1, 'fc6 is followed by dropout twice'),
-        ({'conv1': {'features': 9}}, helpers.SIZE, 1, 'conv1: lrn works in 2 groups; 9 features do not divide so'),
+        ({'fc6': {'post': 'dropout relu dropout'}}, helpers.SIZE, 1, "relu dropout': expected dropout at most once"),
+        ({'conv1': {'features': 9}}, helpers.SIZE, 1, 'conv1.features=9: expected a multiple of the 2 groups of lrn'),
     ],
 )
 def test_what_is_no_network_is_refused(changes, size, towers, message):
@@ -184,46 +184,49 @@ def test_what_is_no_network_is_refused(changes, size, towers, message):
 
 
 def test_normalization_across_towers_is_refused():
-    with pytest.raises(UserError, match='conv1: lrn works in 1 group.* of the 8 features, which cannot be split'):
+    with pytest.raises(UserError, match=r'conv1: lrn has 1 group\(s\), which cannot be split over 2 towers'):
         architecture.infer_shapes(helpers.network(norm_groups=1), helpers.SIZE, 2)
 
 
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'layers': 5}, 'model.layers is 5; expected layers by name'),
-        ({'layers': {}}, 'model.layers is {}; expected layers by name'),
-        ({'layers': {'fc1': 5}}, "model.layers is {'fc1': 5}; expected layers by name"),
-        ({'layers': {'cnv1': {}}}, "model.layers has 'cnv1'; expected conv, local, fc and a number"),
+        ({'layers': 5}, 'model.layers=5: expected a dict of layers by name'),
+        ({'layers': {}}, 'model.layers={}: expected a dict of layers by name'),
+        ({'layers': {'fc1': 5}}, "model.layers={'fc1': 5}: expected a dict of layers by name"),
+        ({'layers': {'cnv1': {}}}, "model.layers has 'cnv1': expected conv, local, fc and a number"),
         ({'layers': {'conv01': {}}}, "model.layers has 'conv01'"),
-        ({'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}}, 'layers.conv1.pad is unknown. Did you'),
+        (
+            {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}},
+            "unknown config key 'model.layers.conv1.pad'",
+        ),
         ({'layers': CONV | {'conv1': {'kernel': 3}}}, 'model.layers.conv1 has no features'),
         ({'layers': CONV | {'conv1': {'features': 8}}}, 'model.layers.conv1 has no kernel'),
-        ({'layers': {'conv1': {'kernel': 3}}}, 'conv1, the last layer, is the classifier; expected a fully-connected'),
-        ({'layers': {'fc1': {'features': 8}}}, 'layers.fc1.features is unknown. Its width is model.num_classes'),
+        ({'layers': {'conv1': {'kernel': 3}}}, 'model.layers ends with conv1: expected a fully connected classifier'),
+        ({'layers': {'fc1': {'features': 8}}}, "unknown config key 'model.layers.fc1.features'. Use model.num_classes"),
         (
             {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'padding': 0}}},
-            'conv1.padding is 0; expected a pair',
+            'conv1.padding=0: expected a pair',
         ),
         (
             {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'stride': 0}}},
-            'conv1.stride is 0; expected a whole',
+            'conv1.stride=0: expected a positive integer',
         ),
-        ({'layers': CONV | {'conv1': {'features': 'a', 'kernel': 3}}}, "model.layers.conv1.features is 'a'"),
-        ({'layers': {'fc1': {'init': 'he'}}}, r"layers.fc1.init is 'he'; expected 'normal\(STD\)'"),
-        ({'layers': {'fc1': {'init': 'normal(-0.1)'}}}, r"init is 'normal\(-0.1\)'; expected"),
-        ({'layers': {'fc1': {'init': 'normal(nan)'}}}, r"init is 'normal\(nan\)'; expected"),
-        ({'layers': {'fc1': {'init': 0.1}}}, 'model.layers.fc1.init is 0.1; expected .normal'),
-        ({'layers': {'fc1': {'bias': 'fan_in'}}}, "model.layers.fc1.bias is 'fan_in'; expected a number"),
-        ({'pool_stride': 0}, 'model.pool_stride is 0'),
-        ({'pool_stride': 4}, 'leaves gaps'),
-        ({'lrn_n': 0}, 'model.lrn_n is 0'),
-        ({'dropout_rate': 2.0}, 'model.dropout_rate is 2.0'),
-        ({'dtype': 'int32'}, "model.dtype is 'int32'; expected one of float32"),
-        ({'dtype': 'float64'}, 'takes jax.enable_x64'),
-        ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n is 1; expected True or False'),
-        ({'lrn_k': 0.0}, 'model.lrn_k is 0.0; expected a number above 0'),
-        ({'lrn_alpha': float('nan')}, 'model.lrn_alpha is nan; expected a number'),
+        ({'layers': CONV | {'conv1': {'features': 'a', 'kernel': 3}}}, "model.layers.conv1.features='a'"),
+        ({'layers': {'fc1': {'init': 'he'}}}, r"layers.fc1.init='he': expected 'normal\(STD\)'"),
+        ({'layers': {'fc1': {'init': 'normal(-0.1)'}}}, r"init='normal\(-0.1\)': expected"),
+        ({'layers': {'fc1': {'init': 'normal(nan)'}}}, r"init='normal\(nan\)': expected"),
+        ({'layers': {'fc1': {'init': 0.1}}}, 'model.layers.fc1.init=0.1: expected .normal'),
+        ({'layers': {'fc1': {'bias': 'fan_in'}}}, "model.layers.fc1.bias='fan_in': expected a number"),
+        ({'pool_stride': 0}, 'model.pool_stride=0'),
+        ({'pool_stride': 4}, 'model.pool_stride=4: expected at most model.pool_window=3'),
+        ({'lrn_n': 0}, 'model.lrn_n=0'),
+        ({'dropout_rate': 2.0}, 'model.dropout_rate=2.0'),
+        ({'dtype': 'int32'}, "model.dtype='int32': expected one of float32"),
+        ({'dtype': 'float64'}, 'needs jax.enable_x64'),
+        ({'lrn_alpha_over_n': 1}, 'model.lrn_alpha_over_n=1: expected True or False'),
+        ({'lrn_k': 0.0}, 'model.lrn_k=0.0: expected a positive number'),
+        ({'lrn_alpha': float('nan')}, 'model.lrn_alpha=nan: expected a number'),
     ],
 )
 def test_values_that_cannot_be_are_refused(fields, message):
@@ -232,7 +235,7 @@ def test_values_that_cannot_be_are_refused(fields, message):
 
 
 def test_unknown_model_key_is_refused():
-    with pytest.raises(UserError, match=r"model.pool_windw is unknown. Did you mean 'pool_window'\?"):
+    with pytest.raises(UserError, match=r"unknown config key 'model.pool_windw'. Did you mean 'pool_window'\?"):
         model_from_config({'pool_windw': 2})
 
 

@@ -1,7 +1,7 @@
-"""The paper's, Caffe's and torchvision's networks in PyTorch: the same weights, the same logits, gradients and updates.
+"""Compares logits, gradients and updates of the paper's, Caffe's and torchvision's networks with PyTorch.
 
-PyTorch's side is written out from the sources (the paper, `train_val.prototxt`, `torchvision/models/alexnet.py`), not
-from our tables. Small instances have the full depth and windows, but few maps and images of about 96 px.
+The PyTorch networks are written from the sources (the paper, `train_val.prototxt`, `torchvision/models/alexnet.py`),
+not from our configs. Small instances have the full depth and window sizes, but few maps and images of about 96 px.
 """
 
 import jax
@@ -24,7 +24,7 @@ FULL = [False, pytest.param(True, marks=pytest.mark.slow)]
 
 
 def _network(name, full_size, **changes):
-    """(network of configs/NAME.py, image size)."""
+    """Returns (network of configs/NAME.py, config, image size)."""
     config = alexnet_jax.get_config(name)
     fields = config.model.to_dict()
     if not full_size:
@@ -38,7 +38,7 @@ def _network(name, full_size, **changes):
 
 
 def _in_torch_layout(params, dtype):
-    """OIHW and [outputs, inputs] with inputs in (C, H, W) order, as numpy."""
+    """Returns NumPy arrays: OIHW kernels, and [outputs, inputs] with inputs in (C, H, W) order."""
     found = {}
     maps = np.shape(params['conv5']['kernel'])[-1]
     for name, layer in params.items():
@@ -95,7 +95,7 @@ FORWARD = {'paper': _paper, 'caffe': _caffe, 'torchvision': _torchvision}
 
 
 def _drop(name, masks):
-    """Dropout as each has it, with the draws given; None is a test."""
+    """Returns the dropout function of the named network for given masks; None: at test time."""
 
     def apply(x, layer):
         if masks is None:
@@ -108,7 +108,7 @@ def _drop(name, masks):
 
 
 def _assert_close(found, expected, tolerance):
-    """max|a - b| / max|b| of every array."""
+    """Checks max|a - b| <= tolerance * max|b| for every array."""
     for name, pair in expected.items():
         for a, b in zip(found[name], pair, strict=True):
             assert a.shape == b.shape
@@ -122,19 +122,19 @@ def test_logits(name, full_size):
     params = helpers.init(network, 0, size)
     x = 60 * np.random.default_rng(0).standard_normal((4, size, size, 3)).astype(np.float32)
     logits = np.asarray(jax.jit(network.apply)({'params': params}, x))
-    theirs = {k: tuple(map(torch.tensor, pair)) for k, pair in _in_torch_layout(params, np.float32).items()}
-    expected = FORWARD[name](theirs, torch.tensor(x).permute(0, 3, 1, 2), _drop(name, None)).numpy()
+    torch_params = {k: tuple(map(torch.tensor, pair)) for k, pair in _in_torch_layout(params, np.float32).items()}
+    expected = FORWARD[name](torch_params, torch.tensor(x).permute(0, 3, 1, 2), _drop(name, None)).numpy()
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def _torch_gradients(name, params, x_NHWC, labels, masks):
-    theirs = {
+    torch_params = {
         k: tuple(torch.tensor(a, requires_grad=True) for a in pair)
         for k, pair in _in_torch_layout(params, np.float64).items()
     }
-    logits = FORWARD[name](theirs, torch.tensor(x_NHWC).permute(0, 3, 1, 2), _drop(name, masks))
+    logits = FORWARD[name](torch_params, torch.tensor(x_NHWC).permute(0, 3, 1, 2), _drop(name, masks))
     F.cross_entropy(logits, torch.tensor(labels)).backward()
-    return {k: tuple(a.grad.numpy() for a in pair) for k, pair in theirs.items()}
+    return {k: tuple(a.grad.numpy() for a in pair) for k, pair in torch_params.items()}
 
 
 @pytest.mark.parametrize('full_size', FULL)
@@ -172,7 +172,7 @@ def _batches(size, number):
 @pytest.mark.parametrize('full_size', FULL)
 @pytest.mark.parametrize('name', NAMES)
 def test_ten_updates(name, full_size):
-    """The training step itself, with decay and a drop of the rate after five updates; dropout off (rate 0)."""
+    """The training step, with weight decay and a learning rate drop after five updates, without dropout."""
     with jax.enable_x64():
         network, config, size = _network(name, full_size, dtype='float64', dropout_rate=0.0)
         options = {**config.optim, 'schedule': 'epochs', 'stages': ((0, 1, 1, ()), (0.5, 0.1, 0.1, ()))}
@@ -191,8 +191,8 @@ def test_ten_updates(name, full_size):
             state = step(state, batch)
         found = _in_torch_layout(jax.device_get(state.params), np.float64)
 
-    theirs = {k: tuple(map(torch.tensor, pair)) for k, pair in _in_torch_layout(start, np.float64).items()}
-    flat = [a.requires_grad_() for pair in theirs.values() for a in pair]
+    torch_params = {k: tuple(map(torch.tensor, pair)) for k, pair in _in_torch_layout(start, np.float64).items()}
+    flat = [a.requires_grad_() for pair in torch_params.values() for a in pair]
     std = torch.tensor([58.395, 57.12, 57.375] if name == 'torchvision' else [1.0, 1, 1], dtype=torch.float64)
     sgd = torch.optim.SGD(flat, lr=0.01, momentum=0.9, weight_decay=1e-4)
     velocities = [torch.zeros_like(a) for a in flat]
@@ -200,7 +200,7 @@ def test_ten_updates(name, full_size):
         rate = 0.01 if i < 5 else 0.001
         x = ((torch.tensor(batch['image']).double() - 120) / std).permute(0, 3, 1, 2)
         sgd.zero_grad()
-        F.cross_entropy(FORWARD[name](theirs, x, lambda x, layer: x), torch.tensor(batch['label'])).backward()
+        F.cross_entropy(FORWARD[name](torch_params, x, lambda x, layer: x), torch.tensor(batch['label'])).backward()
         if name == 'torchvision':
             sgd.param_groups[0]['lr'] = rate
             sgd.step()
@@ -212,7 +212,7 @@ def test_ten_updates(name, full_size):
                 if j % 2 == 0:
                     v.sub_(0.0005 * own * w)
                 w.add_(v)
-    expected = {k: tuple(a.detach().numpy() for a in pair) for k, pair in theirs.items()}
+    expected = {k: tuple(a.detach().numpy() for a in pair) for k, pair in torch_params.items()}
     _assert_close(found, expected, 1e-9)
     before = _in_torch_layout(start, np.float64)
     moved = [np.abs(a - b).max() for k in expected for a, b in zip(expected[k], before[k], strict=True)]

@@ -26,7 +26,7 @@ def test_pixels_that_are_no_bytes_are_refused():
 
 @pytest.mark.parametrize('name', [b'n01/a.jpg', 'n01/a.jpg'])
 def test_a_record_that_is_no_image_is_named(name):
-    with pytest.raises(UserError, match="image 'n01/a.jpg' cannot be decoded"):
+    with pytest.raises(UserError, match="record 'n01/a.jpg' cannot be decoded"):
         cache.decode({'image': b'\xff\xd8garbage', 'label': 0, 'file_name': name}, 6)
 
 

@@ -27,7 +27,7 @@ def test_features_of_somebody_else_are_not_imported(named, tmp_path):
     data.mkdir()
     (data / 'dataset_info.json').write_text('{}')
     (data / 'features.json').write_text(named)
-    with pytest.raises(UserError, match="names 'antigravity.*', which is no feature of TFDS"):
+    with pytest.raises(UserError, match="names the class 'antigravity.*'; expected only TFDS features"):
         datasets.open_dataset(str(data))
     assert 'antigravity' not in sys.modules
     (data / 'features.json').write_text(' ' * 2**24 + named)
@@ -46,16 +46,16 @@ def test_digits_are_real_and_apart():
     assert not {r['image'].tobytes() for r in train} & {r['image'].tobytes() for r in val}
     mean = np.mean([r['image'] for r in train], axis=0)
     chex.assert_trees_all_close(digits.image_stats.mean_image, mean.astype(np.float32), rtol=1e-5)
-    with pytest.raises(UserError, match="no split 'test' in this data; it has: train, val"):
+    with pytest.raises(UserError, match="no split 'test' in this dataset; choose from: train, val"):
         digits.split('test')
 
 
 def test_missing_data_name_the_command(tmp_path):
     with pytest.raises(UserError, match=r'no data directory .*alexnet_jax prepare --input=IMAGES --output='):
         datasets.open_dataset(str(tmp_path / 'nowhere'))
-    with pytest.raises(UserError, match='holds no prepared data'):
+    with pytest.raises(UserError, match='is not prepared data'):
         datasets.open_dataset(str(tmp_path))
-    with pytest.raises(UserError, match='no data given'):
+    with pytest.raises(UserError, match='no dataset given'):
         datasets.open_dataset('')
 
 
@@ -73,11 +73,11 @@ def test_a_part_of_a_split_is_always_the_same_and_lies_in_every_larger_one():
 @pytest.mark.parametrize(
     ('image', 'label', 'message'),
     [
-        (np.ones((8, 8, 3), np.float32), 0, r'an image is float32 of shape \(8, 8, 3\); expected uint8 of \(8, 8, 3\)'),
-        (np.ones((9, 9, 3), np.uint8), 0, r'an image is uint8 of shape \(9, 9, 3\); expected uint8 of \(8, 8, 3\)'),
-        (np.ones((8, 8, 3), np.uint8), 2, 'has the label 2; expected an integer, 0 to 1'),
+        (np.ones((8, 8, 3), np.float32), 0, r'is float32 of shape \(8, 8, 3\); expected uint8 of shape \(8, 8, 3\)'),
+        (np.ones((9, 9, 3), np.uint8), 0, r'is uint8 of shape \(9, 9, 3\); expected uint8 of shape \(8, 8, 3\)'),
+        (np.ones((8, 8, 3), np.uint8), 2, 'has the label 2; expected an integer from 0 to 1'),
         (np.uint8(3), 0, r'an image is uint8 of shape \(\); expected'),
-        (np.ones((8, 8, 3), np.uint8), -1, 'has the label -1; expected an integer, 0 to 1'),
+        (np.ones((8, 8, 3), np.uint8), -1, 'has the label -1; expected an integer from 0 to 1'),
         (np.ones((8, 8, 3), np.uint8), 0.5, 'has the label 0.5; expected an integer'),
         (np.ones((8, 8, 3), np.uint8), 'cat', "has the label 'cat'; expected an integer"),
     ],
@@ -89,7 +89,7 @@ def test_arrays_that_are_no_dataset(image, label, message):
     with pytest.raises(UserError):
         datasets.in_memory({'train': [other, good]}, ('a', 'b'))
     assert list(datasets.in_memory({'train': [good], 'val': []}, ('a', 'b')).splits) == ['train']
-    with pytest.raises(UserError, match="no images in a split 'train'; there are: val"):
+    with pytest.raises(UserError, match="expected a split 'train' with images"):
         datasets.in_memory({'val': [good]}, ('a', 'b'))
 
 

@@ -79,18 +79,18 @@ def test_folders_in_folders_without_end(tmp_path):
     for _ in range(300):
         here /= 'd'
     here.mkdir(parents=True)
-    with pytest.raises(UserError, match='more than 100 deep'):
+    with pytest.raises(UserError, match='nested more than 100 deep'):
         list(image_io.iter_image_files(str(tmp_path)))
 
 
 def test_arrays_that_are_no_gray_levels_are_refused():
     for kind in (np.float32, np.int32):
-        with pytest.raises(ValueError, match=f'its pixels are {kind.__name__}, of which nothing says what is white'):
+        with pytest.raises(ValueError, match=f'{kind.__name__} pixels have no defined white level'):
             image_io.resize_center_crop(np.full((16, 16, 1), 200, kind), 8)
     assert image_io.resize_center_crop(np.full((16, 16, 1), 200, np.uint8), 8).min() == 200
 
 
 def test_formats_are_those_of_photos():
     for kind in ('ICO', 'ICNS', 'TGA', 'PCX', 'SGI', 'JPEG2000', 'DDS', 'PDF', 'EPS'):
-        with pytest.raises(ValueError, match='^of no known format$'):
+        with pytest.raises(ValueError, match='^unknown image format$'):
             image_io.resize_center_crop(helpers.encode(helpers.picture(0), kind), 16)

@@ -15,7 +15,7 @@ def test_statistics_that_would_grow(tmp_path):
     """Before anything is read: the sizes that the archive declares, and those that an array in it does."""
     path = tmp_path / 'image_stats.npz'
     np.savez_compressed(path, mean_image=np.zeros((2000, 2000, 3)))
-    with pytest.raises(UserError, match=r'image_stats.npz is damaged \(\d+ bytes that declare 96000\d+\)'):
+    with pytest.raises(UserError, match=r'image_stats.npz is damaged \(\d+ bytes, but 96000\d+ declared\)'):
         image_stats_file.load(str(tmp_path))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31,)})

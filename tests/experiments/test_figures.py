@@ -83,7 +83,7 @@ def test_kernels_are_the_checkpoints(path):
             assert towers[o // 4][(o % 4, *place)] == pytest.approx(expected, abs=1e-6)
     assert np.array_equal(figures.kernel_pictures(kernel, 1)[0], np.concatenate(towers))
     assert not np.any(figures.kernel_pictures(np.full((3, 3, 3, 2), 7.0), 1)[0])
-    with pytest.raises(UserError, match=r'kernels of shape \(3, 3, 48, 2\) are no RGB pictures'):
+    with pytest.raises(UserError, match=r'kernels of shape \(3, 3, 48, 2\) are not RGB'):
         figures.kernel_pictures(np.zeros((3, 3, 48, 2)), 1)
 
 
@@ -145,7 +145,7 @@ def test_an_image_is_no_neighbor_of_itself(split, path, monkeypatch):
     seen = {name: augment.center_crop(part, loaded.image_size) for name, part in images.items()}
     base, queries = (activations.activations(loaded, images[name], 'fc7')['fc7'] for name in ('train', split))
     monkeypatch.setattr(plots, 'neighbors', lambda *found: drawn.append(found))
-    list(figures._of_images(loaded, digits._replace(splits=records), split, seed=0))
+    list(figures._image_figures(loaded, digits._replace(splits=records), split, seed=0))
     ((shown, near, *_),) = drawn
     assert len(shown) == 5
     for image, found in zip(shown, near, strict=True):
@@ -178,12 +178,12 @@ def test_curves(tmp_path):
     assert [values.tolist() for values in found['val']] == [[1.0], [85.0], [2.2]]
     (tmp_path / 'metrics.jsonl').write_text('')
     assert len(figures.curves(str(tmp_path))['val'].epoch) == 0
-    with pytest.raises(UserError, match='there is no .*metrics.jsonl.*--checkpoint=PATH'):
+    with pytest.raises(UserError, match='metrics.jsonl. does not exist; use .*--checkpoint=PATH'):
         figures.curves(str(tmp_path / 'none'))
 
 
 def _crossing(figure):
-    return sum(line.get_color() == plots.VERMILLION for line in figure.axes[0].lines)
+    return sum(line.get_color() == plots.VERMILION for line in figure.axes[0].lines)
 
 
 def test_connections_between_towers_are_drawn():
@@ -280,7 +280,7 @@ def test_command(path, tmp_path):
     kernel = loading.load_checkpoint(path).params['conv1']['kernel']
     share = figures.color_share(kernel)[:4].mean()
     assert f'conv1, tower 0: mean color share {share:.3f}, ' in result.stdout
-    assert 'of 360 images right (center crop); most confused:' in result.stdout
+    assert 'of 360 images correct (center crop); most frequent errors:' in result.stdout
     assert 'nearest training images in fc7: ' in result.stdout
 
 

@@ -72,14 +72,14 @@ def test_other_pictures_or_sizes_in_the_same_output_are_refused(tmp_path):
     assert first.class_names == ('digit 0', 'digit 1') and len(first.splits['val']) == 2
     with pytest.raises(UserError, match=f'data was prepared from {one} with --val_fraction=0.5, not from {other} with'):
         finetune.prepare_pictures(str(other), folder, 16, 0.5, 0)
-    with pytest.raises(UserError, match=f'not from {one} with --val_fraction=0.25; give the same again, or another'):
+    with pytest.raises(UserError, match=f'not from {one} with --val_fraction=0.25; use the same source or another'):
         finetune.prepare_pictures(str(one), folder, 16, 0.25, 0)
-    with pytest.raises(UserError, match='was prepared at 16 px, this network takes 24'):
+    with pytest.raises(UserError, match='expected images of 24 px for this network, got 16 px'):
         finetune.prepare_pictures(str(one), folder, 24, 0.5, 0)
-    with pytest.raises(UserError, match=f"has one class only, 'one'; .* and remove {tmp_path}/nested."):
+    with pytest.raises(UserError, match=f"at least two classes, got only 'one'; .* and remove {tmp_path}/nested."):
         finetune.prepare_pictures(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
     os.rename(tmp_path / 'data.source', tmp_path / 'kept')
-    with pytest.raises(UserError, match=f'not known what {folder} was prepared from; if that was {one}'):
+    with pytest.raises(UserError, match=f'the source of {folder} is unknown; if it was prepared from {one}'):
         finetune.prepare_pictures(str(one), folder, 16, 0.5, 0)
     os.rename(tmp_path / 'kept', tmp_path / 'data.source')
     odd = helpers.write_pictures(tmp_path / os.fsdecode(b'odd\xff'), (0, 1), 2)

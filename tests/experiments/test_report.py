@@ -116,7 +116,7 @@ def test_figures_and_interactive_lie_in_the_file(checkpoint, tmp_path):
 def test_class_names_and_captions_stay_text(interactive):
     assert interactive.count('<script') == interactive.count('</script>') == 2 and 'alert("x")<' not in interactive
     data = _data(interactive)
-    assert data['captions'] == [HOSTILE, 'picture 2', 'picture 3']
+    assert data['captions'] == [HOSTILE, 'image 2', 'image 3']
     assert HOSTILE in {row['label'] for rows in data['walk']['labels'] for row in rows}, 'choose another seed'
 
 
@@ -173,7 +173,7 @@ def test_a_network_without_convolutions_has_no_filter_to_slide(tmp_path):
 def test_a_step_of_ones_own_is_shown_by_its_name():
     """docs/variants.md: the report explains a step that has words, and gets along without."""
     network = helpers.network()
-    assert report._words(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+    assert report._describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
 def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
@@ -187,10 +187,10 @@ def test_a_step_that_comes_twice_is_shown_twice(tmp_path):
 @pytest.mark.parametrize(
     ('contents', 'message'),
     [
-        ({'tables': [report.Table('t', ('a', 'b'), [(1,)])]}, "a row of the table 't' has 1 cells for 2 columns"),
-        ({'figures': [report.Figure('f', 'x.gif')]}, "'x.gif' is of no known kind; expected .svg or .png"),
+        ({'tables': [report.Table('t', ('a', 'b'), [(1,)])]}, "table 't': expected 2 cells in every row, got 1"),
+        ({'figures': [report.Figure('f', 'x.gif')]}, "'x.gif': expected a file of type .svg or .png"),
         ({'figures': [report.Figure('f', '/none/x.svg')]}, "'/none/x.svg' cannot be read: No such file"),
-        ({'image_NHWC': np.zeros((1, RECORD, RECORD, 3), np.uint8)}, 'belong together'),
+        ({'image_NHWC': np.zeros((1, RECORD, RECORD, 3), np.uint8)}, 'expected both checkpoint and image_NHWC'),
     ],
 )
 def test_user_errors(contents, message, tmp_path):
@@ -376,7 +376,7 @@ def test_the_window_moves_by_key_and_button(played):
 def test_the_walk_goes_by_key_and_button(played):
     count = 22 + 2
     assert played['stages'] == [
-        f'1 of {count}, the picture', f'1 of {count}, the picture', f'2 of {count}, conv1: convolution',
+        f'1 of {count}, the image', f'1 of {count}, the image', f'2 of {count}, conv1: convolution',
         f'3 of {count}, conv1: ReLU', f'4 of {count}, conv1: response normalization', f'{count} of {count}, the labels',
         f'{count - 1} of {count}, fc8: fully connected',
     ]  # fmt: skip

@@ -37,7 +37,7 @@ def test_every_shipped_config_is_a_base(name, tmp_path):
 def test_what_cannot_be_built_is_said_before_anything_is_trained(tmp_path):
     base = helpers.digits_config()
     variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
-    with pytest.raises(UserError, match="the variant 'broken' of this base cannot be built: model.pool_stride=2"):
+    with pytest.raises(UserError, match="variant 'broken' cannot be built from this base: model.pool_stride=2"):
         runner.make_trials(variants, base, 1, str(tmp_path))
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_diverged_is_not_trained_again(fakes, tmp_path, monkeypatch, 
     assert asked == [9.0, 8.0]
     first, again, other = capsys.readouterr().out.splitlines()
     assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
-    assert again == f'wild, seed {base.seed}: diverged before.'
+    assert again == f'wild, seed {base.seed}: diverged in an earlier run.'
 
 
 @pytest.mark.parametrize(('threshold', 'error', 'reached'), [(25.0, 0.0, True), (25.0, 25.1, False), (0.0, 0.0, None)])
@@ -215,13 +215,13 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
         )
     assert preparing == [one]
     for path in (other, str(tmp_path / 'typo')):
-        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; give the same again'):
+        with pytest.raises(UserError, match=f'data-32 was prepared from {one}, not from {path}; use the same source'):
             runner.prepare_images(path, _suite('cifar10', helpers.digits_config(), 1, out))
     assert runner.prepare_images(
         other, _suite('views', helpers.digits_config(**{'data.image_size': 56}), 1, out)
     ) == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
-    with pytest.raises(UserError, match=f'not known what {out}/data-32 was prepared from; if that was {one}, write so'):
+    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it was prepared from {one},'):
         runner.prepare_images(one, _suite('cifar10', helpers.digits_config(), 1, out))
 
 
@@ -229,9 +229,9 @@ def test_images_are_prepared_once_and_those_of_another_folder_are_refused(prepar
 @pytest.mark.parametrize(
     ('folders', 'suite', 'message'),
     [
-        (('train',), 'views', 'raw. has no val and no test images to measure on'),
-        (('test', 'val'), 'figure1', 'raw. has test and val but no training images'),
-        ((), 'figure1', 'there is no input .*raw'),
+        (('train',), 'views', 'raw. has no val or test split to evaluate on'),
+        (('test', 'val'), 'figure1', 'raw. has no train split, only test and val'),
+        ((), 'figure1', 'input .*raw. does not exist'),
     ],
 )
 def test_what_cannot_be_used_is_not_prepared(dry, folders, suite, message, preparing, tmp_path):

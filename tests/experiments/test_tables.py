@@ -71,23 +71,23 @@ def test_the_ensembles_gain_by_hand(averaging):
     table = tables.averaged_table('ensemble', ['10', '14'], averaging, max_unreadable=3)
     one, average = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     # Ten views of each network have a point less than its center: 9 / 5 and 13 / 9, together 8 / 6.
-    assert (one['tested as'], one['networks'], one['top-1'], one['top-5']) == (
+    assert (one['evaluated as'], one['networks'], one['top-1'], one['top-5']) == (
         'one network', '2', '11.00 ± 2.83', '7.00 ± 2.83',
     )  # fmt: skip
-    assert (average['tested as'], average['top-1'], average['top-5']) == ('2 networks averaged', '8.00', '6.00')
+    assert (average['evaluated as'], average['top-1'], average['top-5']) == ('2 networks averaged', '8.00', '6.00')
     # 8 - 9, 8 - 13 and 6 - 5, 6 - 9
     assert average['difference'] == '-3.00 ± 2.83 / -1.00 ± 2.83' and average['sign'] == 'agrees'
     assert (average['paper'], average["authors' log"]) == ('-2.60 / -1.80', '')
-    assert one['difference'] == one['sign'] == '' and 'There is one average' in table.note
+    assert one['difference'] == one['sign'] == '' and 'There is only one average' in table.note
 
 
 def test_the_gain_of_ten_views_by_hand(averaging):
     table = tables.averaged_table('views', ['10', '14'], averaging, max_unreadable=3)
     center, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert (center['tested as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
-    assert (ten['tested as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
+    assert (center['evaluated as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
+    assert (ten['evaluated as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
     assert ten['difference'] == '-1.00 ± 0.00 / +0.00 ± 0.00' and ten['sign'] == 'agrees'
-    assert ten['paper'] == '-1.50 / -1.30' and 'There is one average' not in table.note
+    assert ten['paper'] == '-1.50 / -1.30' and 'There is only one average' not in table.note
 
 
 @pytest.fixture

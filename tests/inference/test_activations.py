@@ -154,7 +154,7 @@ def test_user_errors(loaded, val, tmp_path):
         ('out.npz', 'fc9', "unknown layer 'fc9'. Did you mean 'fc8'?"),
         ('out.npz', 'conv1.norm', "unknown layer 'conv1.norm'. Did you mean 'conv1"),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
-        ('there.npz', 'fc7', 'exists already; remove it or choose another --output'),
+        ('there.npz', 'fc7', 'already exists; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
     ):
         with pytest.raises(UserError) as error:
@@ -163,7 +163,7 @@ def test_user_errors(loaded, val, tmp_path):
     assert os.listdir(tmp_path) == ['there.npz'] and (tmp_path / 'there.npz').read_text() == 'mine'
     with pytest.raises(UserError, match=r'images are float64 of shape .*: expected uint8 of shape \(N, 32, 32, 3\)'):
         activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
-    with pytest.raises(UserError, match="no layer 'fc'"):
+    with pytest.raises(UserError, match="unknown layer 'fc'"):
         activations.iter_activations(loaded, val[0], 'fc')  # before the first batch is asked for
 
 

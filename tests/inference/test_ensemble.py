@@ -205,7 +205,7 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
         ([fixed], 'missing argument: give one IMAGE_OR_FOLDER or more'),
         ([fixed, '/nowhere.jpg'], "'/nowhere.jpg' does not exist"),
         ([fixed, f'{tmp_path}/empty'], 'contains no images'),
-        ([fixed, f'{tmp_path}/bad.jpg'], "bad.jpg' cannot be read as an image (of no known format)"),
+        ([fixed, f'{tmp_path}/bad.jpg'], "bad.jpg' cannot be read as an image (unknown image format)"),
         ([fixed, f'{photos}/a.jpg', '--top=11'], '--top=11: expected 1 to 10'),
         ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2: expected 1'),
         (['--checkpoint=/nowhere', f'{photos}/a.jpg'], "there is no checkpoint at"),
@@ -226,7 +226,7 @@ def test_predict_goes_on_after_a_file_that_is_no_image(checkpoints, photos, tmp_
     result = _run('predict', f'--checkpoint={checkpoints[0]}', str(tmp_path), '--json')
     assert [json.loads(line)['file'] for line in result.stdout.splitlines()] == [f'{tmp_path}/{n}.jpg' for n in 'az']
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "b.jpg' cannot be read as an image (of no known format) (and 1 more of 4 files)." in result.stderr
+    assert "b.jpg' cannot be read as an image (unknown image format) (and 1 more of 4 files)." in result.stderr
 
 
 def test_a_reader_that_goes_away(checkpoints, photos):

@@ -84,7 +84,7 @@ def test_an_archive_beside_its_extraction_is_refused(official, tmp_path):
     for path in (tmp_path / 'twice').iterdir():
         with tarfile.open(path) as tar:
             tar.extractall(official / 'train' / path.stem, filter='data')
-    with pytest.raises(UserError, match='the train images are there both in archives .* and as files'):
+    with pytest.raises(UserError, match='the train images exist both in archives .* and as files'):
         prepare.prepare(str(official), str(tmp_path / 'out'))
 
 
@@ -99,7 +99,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path, capfd):
     found = discovery.find_images(str(tmp_path / 'split'))
     assert set(found.splits) == {'train'} and len(found.splits['train']) == 1
     said = capfd.readouterr().err
-    assert 'not splits, and so left out: extra' in said and 'and so left out: 1 images in' in said
+    assert 'skipped folders that are not splits: extra' in said and 'skipped 1 images outside' in said
 
 
 def test_validation_alone(official, tmp_path):
@@ -112,7 +112,7 @@ def test_validation_alone(official, tmp_path):
 def test_damaged_archive(official, tmp_path):
     path = official / 'ILSVRC2012_img_train.tar'
     path.write_bytes(b'\0' * 100 + path.read_bytes()[100:3000])
-    with pytest.raises(UserError, match='ILSVRC2012_img_train.tar.* is no readable archive'):
+    with pytest.raises(UserError, match='the archive .*ILSVRC2012_img_train.tar.* cannot be read'):
         prepare.prepare(str(path), str(tmp_path / 'out'))
     other = tmp_path / 'other.tar'
     other.write_bytes(b'')
@@ -157,21 +157,21 @@ def test_an_archive_that_is_damaged_further_on(official):
     whole = path.read_bytes()
     second = whole.index(b'ILSVRC2012_val_00000001')
     for damaged, reason in (
-        (whole[:second] + b'\xff' + whole[second + 1 :], f'at byte {second} it is damaged'),
-        (whole[:second] + bytes(512) + whole[second + 512 :], f'at byte {second} it is damaged'),
-        (whole[:second], f'after {second} bytes it is cut short'),
+        (whole[:second] + b'\xff' + whole[second + 1 :], f'damaged at byte {second}'),
+        (whole[:second] + bytes(512) + whole[second + 512 :], f'damaged at byte {second}'),
+        (whole[:second], f'truncated after {second} bytes'),
         (whole[: second + 700], 'unexpected end of data'),
-        (whole[: second + 124] + b'\x80' + whole[second + 125 :], 'at byte .* it is damaged'),
+        (whole[: second + 124] + b'\x80' + whole[second + 125 :], 'damaged at byte'),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f'ILSVRC2012_img_val.tar.* is no readable archive: .*{reason}'):
+        with pytest.raises(UserError, match=f'the archive .*ILSVRC2012_img_val.tar.* cannot be read: .*{reason}'):
             discovery.find_images(str(path))
     # Of the archives in the archive too.
     path = official / 'ILSVRC2012_img_train.tar'
     whole = path.read_bytes()
     second = whole.index(b'n01440764_1.JPEG')
     path.write_bytes(whole[:second] + b'\xff' + whole[second + 1 :])
-    with pytest.raises(UserError, match='is no readable archive: at byte .* it is damaged'):
+    with pytest.raises(UserError, match='the archive .* cannot be read: damaged at byte'):
         discovery.find_images(str(path))
 
 
@@ -179,17 +179,17 @@ def test_an_archive_that_declares_more_than_it_holds(tmp_path):
     path = tmp_path / 'ILSVRC2012_img_val.tar'
     name = 'ILSVRC2012_val_00000001.JPEG'
     for member, size, reason in (
-        (name, -512, 'declares -512 bytes'),  # it would lead back to itself for ever
+        (name, -512, 'declares a member of -512 bytes'),  # it would lead back to itself for ever
         (name, 2**62, 'unexpected end of data'),
-        ('././@LongLink', 2**40, 'declares 1099511627776 bytes for itself'),  # a name, which is read into memory
+        ('././@LongLink', 2**40, 'declares its own size as 1099511627776 bytes'),  # a name, which is read into memory
     ):
         info = tarfile.TarInfo(member)
         info.type = tarfile.GNUTYPE_LONGNAME if '@' in member else tarfile.REGTYPE
         info.size = size
         path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        with pytest.raises(UserError, match=f'is no readable archive: .*{reason}'):
+        with pytest.raises(UserError, match=f'the archive .* cannot be read: .*{reason}'):
             discovery.find_images(str(path))
     with tarfile.open(path, 'w') as tar:
         tar.addfile(tarfile.TarInfo('ILSVRC2012_val_²².JPEG'))
-    with pytest.raises(UserError, match='is no image of the ILSVRC-2012 validation set'):
+    with pytest.raises(UserError, match='is not an image of the ILSVRC-2012 val set'):
         discovery.find_images(str(path))

@@ -47,10 +47,10 @@ def test_data_that_are_gone_end_the_run_and_a_damaged_record_does_not(folder, tm
 
     records = datasets.open_dataset(str(out)).splits['train']
     out.rename(away)
-    with pytest.raises(UserError, match='data files disappeared while they were read') as error:
+    with pytest.raises(UserError, match='lost access to the data files of train') as error:
         stream(records)
     assert not isinstance(error.value, UnreadableError)
-    with pytest.raises(UserError, match='data files disappeared while they were read.*No such file'):
+    with pytest.raises(UserError, match='lost access to the data files of train.*No such file'):
         records[3]
     away.rename(out)
     assert stream(records)['weight'].all()
@@ -149,21 +149,21 @@ def test_val_fraction_sets_training_images_aside(folder, tmp_path):
     train, val = helpers.read_back(out, 'train'), helpers.read_back(out, 'val')
     assert (len(train), len(val)) == (15, 5) and not set(train) & set(val)
     assert sorted(collections.Counter(name[0] for name in val).values()) == [2, 3]  # of each class its part
-    with pytest.raises(UserError, match='needs a train split and no val split; there are: train, val'):
+    with pytest.raises(UserError, match='needs a train split and no val split; the input has: train, val'):
         prepare.prepare(folder, str(tmp_path / 'other'), val_fraction=0.5)
 
 
 def test_classes_that_lose_all_images_to_val_are_counted(capsys):
     """Of a photo a class, as in the official archive's first thousand, every fifth goes."""
     refs = [image_ref.ImageRef(f'{c}/0', 0, -1, f'{c}/0', c) for c in range(20)]
-    orders = prepare._orders({'train': refs}, 0.2, seed=0)
+    orders = prepare._shuffle_and_split({'train': refs}, 0.2, seed=0)
     labels = sorted(ref.label for ref in orders['val'])
     assert len(labels) == 4 and set(np.diff(labels)) == {5} and set(orders['train']) | set(orders['val']) == set(refs)
-    assert 'leaves no training image of 4 classes' in capsys.readouterr().err
-    prepare._orders({'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}, 0.2, seed=0)
+    assert 'leaves 4 classes without training images' in capsys.readouterr().err
+    prepare._shuffle_and_split({'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}, 0.2, seed=0)
     assert not capsys.readouterr().err
-    with pytest.raises(UserError, match='sets 0 of 20 images aside'):
-        prepare._orders({'train': refs}, 0.02, seed=0)
+    with pytest.raises(UserError, match='moves 0 of 20 images to val; change'):
+        prepare._shuffle_and_split({'train': refs}, 0.02, seed=0)
 
 
 def test_what_is_left_out_is_told(tmp_path, capfd):
@@ -174,8 +174,8 @@ def test_what_is_left_out_is_told(tmp_path, capfd):
     prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, workers=1)
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
-    assert f'in no class folder, and so left out: 1 images in {tmp_path}/in' in errors
-    assert errors.count('left out') == 2 and 'without images (.jpeg' in errors and 'and so left out: c\n' in errors
+    assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
+    assert errors.count('skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -191,8 +191,8 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
     prepare.prepare(folder, str(out), size=16, max_unreadable=3, workers=1)
     said = capfd.readouterr().err
     for name in ('train/cat/cut.jpg', 'train/dog/empty.jpg', 'train/dog/text.png'):
-        assert f'unreadable: {name}: ' in said
-    assert '3 unreadable images were left out' in said
+        assert f'unreadable image: {name}: ' in said
+    assert 'skipped 3 unreadable images' in said
     assert len(helpers.read_back(str(out), 'train')) == 10
     assert len(datasets.open_dataset(str(out)).split('train')) == 10
 
@@ -220,7 +220,7 @@ def test_images_that_are_gone_are_not_taken_for_bad_ones(folder, tmp_path, monke
         return found
 
     monkeypatch.setattr(discovery, 'find_images', then_gone)
-    with pytest.raises(UserError, match=r"the image 'train/cat/.*' cannot be read any more: .*: No such file"):
+    with pytest.raises(UserError, match=r"lost access to the image 'train/cat/.*': .*: No such file"):
         prepare.prepare(folder, str(out), size=16, max_unreadable=100, workers=1)
     assert not out.exists()
 
@@ -232,23 +232,23 @@ def test_records_of_tfds_that_are_gone_are_not_bad_either(folder, tmp_path, monk
     monkeypatch.setattr(tfds_input, 'open_builder', lambda path: builder)
     monkeypatch.setattr(tfds_input, 'open_source', lambda path, split: builder.as_data_source(split))
     ref = image_ref.ImageRef('tfds:ours', 3, -1, 'train/3', -1, 'train')
-    assert record_writer._read(ref)[0].shape == (16, 16, 3)
+    assert record_writer._read_image(ref)[0].shape == (16, 16, 3)
     (tmp_path / 'out').rename(tmp_path / 'away')
-    with pytest.raises(UserError, match="'train/3' cannot be read any more: .*array_record.*: No such file"):
-        record_writer._read(ref)
+    with pytest.raises(UserError, match="lost access to the image 'train/3': .*array_record.*: No such file"):
+        record_writer._read_image(ref)
     os.symlink('nowhere.tar', tmp_path / 'train.tar')
-    with pytest.raises(UserError, match="'a.jpg' cannot be read any more: .*train.tar: No such file"):
-        record_writer._read(image_ref.ImageRef(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
+    with pytest.raises(UserError, match="lost access to the image 'a.jpg': .*train.tar: No such file"):
+        record_writer._read_image(image_ref.ImageRef(str(tmp_path / 'train.tar'), 512, 100, 'a.jpg', 0))
 
 
 def test_empty_and_all_bad_folders(tmp_path):
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UserError, match='holds no images; expected ILSVRC2012_img_train.tar'):
+    with pytest.raises(UserError, match='contains no images; expected ILSVRC2012_img_train.tar'):
         prepare.prepare(str(tmp_path / 'empty'), str(tmp_path / 'out'))
     helpers.write_files(tmp_path / 'bad', {'cat/a.jpg': b'x', 'dog/b.jpg': b'y'})
     with pytest.raises(UserError, match='none of the 2 images of the train split can be read'):
         prepare.prepare(str(tmp_path / 'bad'), str(tmp_path / 'out'), max_unreadable=9, workers=1)
-    with pytest.raises(UserError, match='there is no input'):
+    with pytest.raises(UserError, match='input .* does not exist'):
         prepare.prepare(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
 
@@ -256,7 +256,7 @@ def test_empty_and_all_bad_folders(tmp_path):
 def test_what_exists_is_not_overwritten(folder, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'precious').write_text('data')
-    with pytest.raises(UserError, match='exists already'):
+    with pytest.raises(UserError, match='already exists'):
         prepare.prepare(folder, str(tmp_path / 'out'))
     assert os.listdir(tmp_path / 'out') == ['precious']
 
@@ -265,9 +265,9 @@ def test_what_exists_is_not_overwritten(folder, tmp_path):
     ('options', 'message'),
     [
         ({'size': 4}, '--size=4'),
-        ({'size': 100_000}, '--size=100000; expected 8 to 4096'),
+        ({'size': 100_000}, '--size=100000: expected 8 to 4096'),
         ({'seed': -1}, '--seed=-1'),
-        ({'format': 'webp'}, "--format='webp'; expected jpeg or raw"),
+        ({'format': 'webp'}, "--format='webp': expected jpeg or raw"),
         ({'val_fraction': 1.0}, '--val_fraction=1.0'),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     with pytest.raises(UserError, match='record 0 in train of .* cannot be read'):
         datasets.open_dataset(str(out)).split('train')[0]
     path.unlink()
-    with pytest.raises(UserError, match=f'prepared data are damaged: .*{path.name}: missing'):
+    with pytest.raises(UserError, match=f'prepared data is damaged: .*{path.name}: missing'):
         datasets.open_dataset(str(out))
 
 
@@ -357,7 +357,7 @@ def test_a_generated_tfds_dataset(tmp_path):
     chex.assert_trees_all_equal({n: p for n, (p, _) in found.items()}, {n: p for n, (p, _) in pictures.items()})
     assert {n: c for n, (_, c) in found.items()} == {n: c for n, (_, c) in pictures.items()}
     assert set(datasets.open_dataset(out).splits) == {'train', 'test'}  # what has no labels is left out
-    with pytest.raises(UserError, match='tfds:mnist is not there in the array_record format .* takes TensorFlow'):
+    with pytest.raises(UserError, match='tfds:mnist does not exist in the array_record format .* install TensorFlow'):
         prepare.prepare('tfds:mnist', str(tmp_path / 'other'))
     with pytest.raises(UserError, match='tfds:no_such_thing cannot be opened'):
         prepare.prepare('tfds:no_such_thing', str(tmp_path / 'other'))
@@ -369,7 +369,8 @@ def test_damaged_statistics_are_named(folder, tmp_path):
     content = (out / 'image_stats.npz').read_bytes()
     (out / 'image_stats.npz').write_bytes(content[: len(content) // 2])
     with pytest.raises(
-        UserError, match=r'data are damaged: .*image_stats.npz: its bytes have changed \(SHA-256\); prep'
+        UserError,
+        match=r'data is damaged: .*image_stats.npz: its content has changed \(SHA-256 mismatch\); prep',
     ):
         datasets.open_dataset(str(out))
     for name in ('SHA256SUMS', 'metadata.json'):  # a dataset that somebody else wrote
@@ -393,7 +394,7 @@ def test_class_names_that_tfds_would_read_otherwise_are_refused(name, tmp_path):
     """Its file of names has one a line, without blanks around them or empty ones: labels would name other classes."""
     folders = {'dog': helpers.encode(helpers.picture(0)), name: helpers.encode(helpers.picture(1))}
     helpers.write_files(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
-    with pytest.raises(UserError, match='class name .* has blanks around it or more than a line; rename its folder'):
+    with pytest.raises(UserError, match='class name .* expected one line without outer blanks; rename its folder'):
         prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16)
     assert not (tmp_path / 'out').exists()
 
@@ -413,24 +414,24 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
         ),
     }
     bad = {
-        'bomb.png': (_png(10_000, 9000, rows), '10000 x 9000 pixels, more than the 89,478,485 that an image may have'),
-        'larger.png': (_png(20_000, 20_000, rows), '400000000 pixels.*, more than the 89,478,485'),
+        'bomb.png': (_png(10_000, 9000, rows), '10000 x 9000 pixels; expected at most 89,478,485 pixels'),
+        'larger.png': (_png(20_000, 20_000, rows), '400000000 pixels.*; expected at most 89,478,485'),
         'bits.png': (_png(16, 16, bytes(flipped)), 'damaged: broken data stream'),
         'cut.jpg': (helpers.encode(helpers.picture(3))[:700], 'damaged: image file is truncated'),
         'empty.jpg': (b'', 'the file is empty'),
-        'text.jpg': (b'hello', 'of no known format'),
+        'text.jpg': (b'hello', 'unknown image format'),
         # 0 to 1, or to 255: as 16-bit numbers all of it would be black.
         'float.tif': (
             helpers.encode(Image.fromarray(np.ones((20, 20), np.float32)), 'TIFF'),
-            'its pixels are 32-bit numbers',
+            '32-bit pixels have no defined white level',
         ),
         'int.tif': (
             helpers.encode(Image.fromarray(np.full((20, 20), 255, np.int32)), 'TIFF'),
-            'its pixels are 32-bit numbers',
+            '32-bit pixels have no defined white level',
         ),
         # Pillow would start Ghostscript.
-        'figure.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n', 'of no known format'),
-        'huge.jpg': (b'', '268,435,457 bytes, more than the 268,435,456 that an image may have'),
+        'figure.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n', 'unknown image format'),
+        'huge.jpg': (b'', '268,435,457 bytes; expected at most 268,435,456'),
         'pipe.jpg': (None, 'not a regular file'),
         'gone.jpg': (None, 'No such file'),
     }
@@ -446,6 +447,6 @@ def test_files_that_are_no_images_or_too_large(tmp_path, capfd):
     prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, max_unreadable=len(bad), workers=1)
     said = capfd.readouterr().err
     for name, (_, reason) in bad.items():
-        assert re.search(f'^warning: unreadable: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
+        assert re.search(f'^warning: unreadable image: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
     assert len(said.splitlines()) == len(bad) + 1, said
     assert {os.path.basename(name) for name in helpers.read_back(str(tmp_path / 'out'), 'train')} == set(good)

@@ -327,7 +327,7 @@ def test_a_run_of_another_version_is_refused(uninterrupted, tmp_path):
     _edit_meta(tmp_path, lambda config: config['model'].update(tanh=True))
     with pytest.raises(UserError, match=r'a run with another config \(model.tanh: True -> None\); use the same'):
         train.train_and_evaluate(config, str(tmp_path))
-    with pytest.raises(UserError, match='checkpoints/30 is of another version: model.tanh is unknown'):
+    with pytest.raises(UserError, match="checkpoints/30 is from another version: unknown config key 'model.tanh'"):
         loading.load_checkpoint(str(tmp_path))
     _edit_meta(tmp_path, lambda config: config.pop('model'))
     with pytest.raises(UserError, match='checkpoints/30 cannot be read'):
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_pa
     assert meta.pop('format') == 3
     path.write_text(json.dumps(meta if number is None else {**meta, 'format': number}))
     checksums.write(str(step))
-    message = f'30 is of another version: its format is {number or 1}, and this version of alexnet_jax reads 3; use the'
+    message = f'30 is from another version: its format is {number or 1}, expected 3; use the version'
     with pytest.raises(UserError, match=message):
         loading.load_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match=message):
@@ -387,7 +387,7 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     for path in (tmp_path, tmp_path / 'checkpoints', f'{tmp_path}/checkpoints/30/'):
         with pytest.raises(UserError, match=r'damaged: .*checkpoints/30/params/_METADATA: missing. There is no other'):
             loading.load_checkpoint(str(path))
-    with pytest.raises(UserError, match=r'no checkpoint in .* is whole: .*/30/params/_METADATA: missing'):
+    with pytest.raises(UserError, match=r'all checkpoints in .* are damaged: .*/30/params/_METADATA: missing'):
         train.train_and_evaluate(config, str(tmp_path))
     assert (tmp_path / 'checkpoints' / '30').exists()  # nothing is thrown away
 

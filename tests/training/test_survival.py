@@ -223,7 +223,7 @@ def test_a_record_that_cannot_be_read_keeps_its_place(capsys):
         assert 'unreadable' not in pipeline.warn_unreadable(b)
     assert 5 <= missing <= 8  # each once a pass, 3.2 passes
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == missing and told[0].startswith('warning: weight 0: record ')
+    assert len(told) == missing and told[0].startswith('warning: unreadable image: record ')
 
 
 def test_of_an_evaluation_too(capsys):
@@ -261,7 +261,7 @@ def test_training_counts_what_it_cannot_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, 'open_dataset', lambda path: broken)
     config = _config(num_steps=50, **{'data.max_unreadable': 7})  # 2.2 passes
     train.train_and_evaluate(config, str(tmp_path / 'seven'))
-    assert capsys.readouterr().err.count("weight 0: the record of image '7.jpg' cannot be decoded") >= 14
+    assert capsys.readouterr().err.count("unreadable image: record '7.jpg' cannot be decoded") >= 14
     assert {line['count'] for line in lines(tmp_path / 'seven') if line['split'] == 'val'} == {359}
     with pytest.raises(UserError, match='7 images of this pass cannot be read .* data.max_unreadable=6'):
         train.train_and_evaluate(_config(num_steps=50, **{'data.max_unreadable': 6}), str(tmp_path / 'six'))

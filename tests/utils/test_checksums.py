@@ -55,10 +55,10 @@ def test_the_list_is_that_of_sha256sum(tmp_path):
 @pytest.mark.parametrize(
     ('damage', 'problem'),
     [
-        (lambda f: (f / 'one').write_text('oNe'), 'one: its bytes have changed'),
+        (lambda f: (f / 'one').write_text('oNe'), 'one: its content has changed'),
         (lambda f: (f / 'a' / 'two words').unlink(), 'a/two words: missing'),
         (lambda f: (f / 'SHA256SUMS').unlink(), 'SHA256SUMS: missing'),
-        (lambda f: (f / 'SHA256SUMS').write_text('x' * 70 + '\n'), 'SHA256SUMS: not a list of digests'),
+        (lambda f: (f / 'SHA256SUMS').write_text('x' * 70 + '\n'), 'SHA256SUMS: not a list of SHA-256 digests'),
         # Cut short at the end of a line, as a full disk may.
         (lambda f: (f / 'SHA256SUMS').write_text((f / 'SHA256SUMS').read_text()[:-30]), 'SHA256SUMS: not a list'),
         (lambda f: os.truncate(f / 'SHA256SUMS', 10 + 64 + 2 + len('a/b/three') + 1), 'SUMS: it lists 1 of 3 files'),

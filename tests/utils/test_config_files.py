@@ -1,4 +1,4 @@
-"""Configs by name from any folder, from a source tree and from a wheel; and which of a name and a path wins."""
+"""Loading configs by name or path, from any folder, in a source tree and in an installed wheel."""
 
 import os
 import shutil
@@ -19,11 +19,11 @@ def get_config(arg=None):
 """
 
 
-def test_names_are_the_files_of_configs():
+def test_names_are_the_files_in_configs():
     assert set(config_files.config_names()) == {path.stem for path in (ROOT / 'configs').glob('*.py')}
 
 
-def test_a_name_an_argument_and_a_path_from_another_folder(tmp_path, monkeypatch):
+def test_name_argument_and_path_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert alexnet_jax.get_config('paper').model.layers.conv3.init == 'normal(0.01)'
     assert alexnet_jax.get_config('paper:init=authors').model.layers.conv3.init == 'normal(0.03)'
@@ -32,20 +32,23 @@ def test_a_name_an_argument_and_a_path_from_another_folder(tmp_path, monkeypatch
     assert alexnet_jax.get_config(f'{tmp_path}/mine.py:other').seed == 'other'
 
 
-def test_an_existing_path_wins_over_a_name_and_is_said(tmp_path, monkeypatch, caplog):
+def test_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'paper').write_text(CONFIG)
     with caplog.at_level('INFO'):
         assert alexnet_jax.get_config('paper').seed == 'own'
-    assert 'paper is the file of that name in this folder' in caplog.text
+    assert 'Using the file paper in this folder' in caplog.text
 
 
-def test_colons_in_paths_frozen_configs_and_errors_of_a_config_itself(tmp_path):
+def test_path_with_a_colon_and_a_frozen_config(tmp_path):
     (tmp_path / 'a:b').mkdir()
     (tmp_path / 'a:b' / 'mine.py').write_text(CONFIG.replace('ConfigDict(', 'FrozenConfigDict(').replace(
         'import ConfigDict', 'import FrozenConfigDict'))  # fmt: skip
     config = alexnet_jax.get_config(f'{tmp_path}/a:b/mine.py')
     config.seed = 'changed'
+
+
+def test_error_inside_a_config_names_its_file(tmp_path):
     (tmp_path / 'bad.py').write_text("def get_config():\n    return int('x')\n")
     with pytest.raises(UserError, match=r"bad.py': invalid literal for int\(\)"):
         alexnet_jax.get_config(f'{tmp_path}/bad.py')
@@ -54,13 +57,13 @@ def test_colons_in_paths_frozen_configs_and_errors_of_a_config_itself(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('papr', "there is no config file 'papr'. Did you mean 'paper'"),
-        ('configs/paper.py', "there is no config file 'configs/paper.py'. Did you mean 'paper'"),
-        ('caffe:x', "'caffe' has no variants; expected it without ':x'"),
+        ('papr', "no config file 'papr'. Did you mean 'paper'"),
+        ('configs/paper.py', "no config file 'configs/paper.py'. Did you mean 'paper'"),
+        ('caffe:x', "'caffe' has no variants; remove ':x'"),
         ('cifar10:x', "no variant 'x'; expected one of 80sec"),
     ],
 )
-def test_what_is_no_config(name, message, tmp_path, monkeypatch):
+def test_unknown_config_or_variant_is_rejected(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         alexnet_jax.get_config(name)
@@ -68,7 +71,7 @@ def test_what_is_no_config(name, message, tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-    """A folder with the package as a wheel installs it."""
+    """Returns a folder with the package installed from a wheel."""
     folder = tmp_path_factory.mktemp('wheel')
     tree, site = folder / 'tree', folder / 'site'
     tree.mkdir()
@@ -83,7 +86,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_has_every_package_and_its_files(installed):
+def test_installed_wheel_has_all_packages_and_files(installed):
     def files(folder):
         kinds = ('.py', '.tsv', '.html', '.js', '.typed')
         return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.suffix in kinds}
@@ -100,11 +103,11 @@ def test_an_installed_wheel_has_every_package_and_its_files(installed):
         (('train', '--summary', '--config=paper:init=authors', '--config.model.layers.conv4.groups=1'), '61,628,776'),
         (('train', '--summary', '--config=ablations:one_gpu'), '59,798,312'),
         (('train', '--summary', '--config=cifar10:80sec'), 'conv3'),
-        (('finetune', '--input=nothing', '--output=out'), "there is no input 'nothing'"),
-        (('experiments', 'ablations', '--data=nothing', '--output=out'), "there is no input 'nothing'"),
+        (('finetune', '--input=nothing', '--output=out'), "input 'nothing' does not exist"),
+        (('experiments', 'ablations', '--data=nothing', '--output=out'), "input 'nothing' does not exist"),
     ],
 )
-def test_an_installed_wheel_finds_configs_by_name(words, expected, installed, tmp_path):
+def test_installed_wheel_finds_configs_by_name(words, expected, installed, tmp_path):
     code = (
         'import os, sys, alexnet_jax; assert alexnet_jax.__file__.startswith(os.environ["PYTHONPATH"]); '
         'from alexnet_jax.__main__ import main; main()'
