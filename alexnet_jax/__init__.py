@@ -1,4 +1,11 @@
-"""AlexNet in JAX and Flax: the network of Krizhevsky, Sutskever and Hinton (2012), its split, its update, its data."""
+"""AlexNet (Krizhevsky, Sutskever and Hinton, 2012) in JAX and Flax: network, two-device split, update and data.
+
+    config = alexnet_jax.get_config('paper')
+    alexnet_jax.train_and_evaluate(config, workdir)  # or `build`, for your own training loop
+    probabilities = alexnet_jax.predict(alexnet_jax.load_checkpoint(workdir), 'image.jpg')
+
+`help(alexnet_jax.NAME)` explains each name in `alexnet_jax.__all__`.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -21,7 +28,7 @@ __all__ = ['__version__', *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads on first use: the processes of `alexnet_jax prepare` should not each load JAX."""
+    """Imports public names on first use, so that the processes of `alexnet_jax prepare` do not load JAX."""
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(_MODULES[name]), name)

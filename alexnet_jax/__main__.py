@@ -1,9 +1,8 @@
-"""`alexnet_jax COMMAND ...`, also as `python -m alexnet_jax COMMAND ...`; without a command, a list of them."""
+"""Entry point of `alexnet_jax COMMAND ...` and `python -m alexnet_jax COMMAND ...`. Without a command, lists all."""
 
-import ast
 import importlib
-import pathlib
 import sys
+from types import ModuleType
 
 from alexnet_jax.commands import app
 from alexnet_jax.utils.errors import did_you_mean
@@ -14,22 +13,20 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def purpose(command: str) -> str:
-    """The first line of a command's docstring."""
-    source = pathlib.Path(__file__).parent.joinpath('commands', f'{command}.py').read_text(encoding='utf-8')
-    return str(ast.get_docstring(ast.parse(source))).splitlines()[0]
+def _load(command: str) -> ModuleType:
+    return importlib.import_module(f'alexnet_jax.commands.{command}')
 
 
 def main() -> None:
-    """Runs the command that the command line begins with, or lists them all."""
+    """Runs the command named by the first word of the command line. Without one, lists all commands."""
     name, words = (sys.argv[1:2] or [''])[0], sys.argv[2:]
     if name in ('', '-h', '--help', 'help'):
-        lines = [f'alexnet_jax {command:12} {purpose(command)}' for command in COMMANDS]
-        print('\n'.join([*lines, 'Each tells more with --help.']))
+        lines = [f'alexnet_jax {command:12} {str(_load(command).__doc__).splitlines()[0]}' for command in COMMANDS]
+        print('\n'.join([*lines, 'For details, add --help to a command.']))
     elif name in COMMANDS:
-        app.run(importlib.import_module(f'alexnet_jax.commands.{name}'), words)
+        app.run(_load(name), words)
     else:
-        print(f'error: there is no command {name!r}.{did_you_mean(name, COMMANDS)}', file=sys.stderr)
+        print(f'error: unknown command {name!r}.{did_you_mean(name, COMMANDS)}', file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""`python -m alexnet_jax.main` trains, as `alexnet_jax train` does."""
+"""Entry point of `python -m alexnet_jax.main`, the same as `alexnet_jax train`."""
 
 from alexnet_jax.commands import app, train
 

@@ -102,9 +102,9 @@ def test_images_of_the_input_size_are_not_cropped(setup):
         (_arrays(0), 'the batch has 0 images, 0 labels and 0 weights'),
         (_arrays(8) | {'label': np.zeros(7, int)}, 'the batch has 8 images, 7 labels and 8 weights'),
         (_arrays(8) | {'weight': np.ones(9)}, 'the batch has 8 images, 8 labels and 9 weights'),
-        (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64, 10 to 10; expected int, 0 to 9'),
+        (_arrays(8) | {'label': np.full(8, 10)}, 'the labels are int64 from 10 to 10: expected integers from 0 to 9'),
         (_arrays(8) | {'label': np.full(8, 0.5)}, 'the labels are float64'),
-        (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1; expected int'),
+        (_arrays(8) | {'label': np.full(8, -1)}, '-1 to -1: expected int'),
     ],
 )
 def test_invalid_batches_are_refused(setup, batch, message):
@@ -143,7 +143,7 @@ def test_predict_accepts_any_kind_of_image(setup, tmp_path):
     assert alexnet_jax.activations(checkpoint, array, 'conv3')['conv3'].shape == (1, 7, 7, 8)
     with pytest.raises(UserError, match='cannot be read as an image'):
         alexnet_jax.predict(checkpoint, tmp_path / 'none.png')
-    with pytest.raises(UserError, match=r'an image is float64 of shape \(48, 60, 3\); expected uint8'):
+    with pytest.raises(UserError, match=r'an image is float64 of shape \(48, 60, 3\): expected uint8'):
         alexnet_jax.predict(checkpoint, array / 255)
 
 

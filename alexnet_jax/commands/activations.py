@@ -1,10 +1,10 @@
-"""Writes a layer's activations for every image of a split, in the split's order, as safetensors or npz.
+"""Writes a layer's activations for every image of a split to a safetensors or npz file.
 
     alexnet_jax activations --checkpoint=PATH --data=DIR --layer=fc7 --output=fc7.safetensors [--split=val]
 
-Test mode, center crop. `conv3` is a layer's output after its last operation before dropout, `conv3.linear` its
-weighted sums, and `conv3.relu`, `conv1.pool` the outputs of its operations. The file holds `features` float32
-[N, ...] and `labels` int32 [N].
+The activations are computed from center crops, without dropout. `conv3` is the output of the layer after its last
+operation before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
+single operations. The file holds `features` float32 [N, ...] and `labels` int32 [N], in the order of the split.
 """
 
 from absl import flags
@@ -14,12 +14,10 @@ from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
 FLAGS = (
     CHECKPOINT,
     Flag('data', None, "A prepared directory, or 'digits'.", required=True),
-    Flag(
-        'layer', None, 'A layer (fc7: before dropout, after its other operations), or one operation: conv1.pool.', True
-    ),
-    Flag('output', None, 'The file to write, ending in .safetensors or .npz; must not exist.', True),
-    Flag('split', 'val', 'The split to go through.'),
-    Flag('batch_size', 128, 'Images at a time.', at_least=1),
+    Flag('layer', None, "A layer, such as 'fc7', or one of its operations, such as 'conv1.pool'.", required=True),
+    Flag('output', None, 'New file, ending in .safetensors or .npz.', required=True),
+    Flag('split', 'val', 'Split to read.'),
+    Flag('batch_size', 128, 'Images per batch.', at_least=1),
     CPU_DEVICES,
 )
 
@@ -32,7 +30,7 @@ def main(args: flags.FlagValues) -> None:
     activations.check_output(args.output)
     dataset = datasets.open_dataset(args.data)
     records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
-    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may be others
+    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may differ
     shape = activations.write_activations(args.output, checkpoint, records, args.layer, batch_size=args.batch_size)
     print(
         f'{args.output}: features float32 {list(shape)}, labels int32 {list(shape[:1])}; {args.layer} of '

@@ -1,10 +1,10 @@
-"""What all commands share: flags, the set-up of JAX, and user errors as one line with exit code 2.
+"""Runs a command: parses its flags, sets up JAX, and prints user errors as one line with exit code 2.
 
-A command is a module with a docstring (purpose and example, shown by --help), `FLAGS`, `main(args)` and, where it takes
-words without --, `ARGUMENTS` (what they are) and `main(args, words)`. Where `FLAGS` has --cpu_devices JAX is set up for
-`main`. One with `SUBCOMMANDS` has nothing but them: {name: class with the same attributes}.
-
-A command imports the modules it computes with inside `main`, so that --help and errors in flags do not wait for JAX.
+A command is a module with a docstring (purpose and example, shown by --help), `FLAGS` and `main(args)`. A command that
+takes positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
+--cpu_devices, JAX is set up before `main`. A command with subcommands has only a docstring and `SUBCOMMANDS`, a dict
+{name: class with the same attributes}. A command imports the modules it computes with inside `main`, so that --help and
+flag errors do not wait for JAX.
 """
 
 import contextlib
@@ -29,10 +29,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 
 def run(command: Any, words: Sequence[str] | None = None) -> None:
-    """Parses a command's flags from `words`, by default the command line's, and calls its `main`; never returns.
+    """Parses a command's flags from `words` (default: the command line) and calls its `main`. Does not return.
 
-    Exit codes: 0; 1 when training diverged or for an internal error (with its traceback); 2 for a user's error; 130 and
-    143 when it was told to stop, by SIGINT and SIGTERM.
+    Exit codes: 0 success, 1 diverged training or a bug (with a traceback), 2 user error, 130 SIGINT, 143 SIGTERM.
     """
     threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
     words = sys.argv[1:] if words is None else list(words)
@@ -40,16 +39,16 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
         if words and words[0] in subcommands:
             command, words = subcommands[words[0]], words[1:]
         elif not any(map(_asks_for_help, words)):
-            _fail(f'{" ".join(words[:1])!r}; expected one of {", ".join(subcommands)}.', 2)
+            _fail(f'subcommand {" ".join(words[:1])!r}: expected one of {", ".join(subcommands)}.', 2)
     if any(map(_asks_for_help, words)):
-        _guard(lambda: print(help_text(command)))
+        _report_errors(lambda: print(help_text(command)))
         sys.exit(0)
 
     def parser(_):
-        flags.FLAGS.mark_as_parsed()  # absl's own, none of which a command has
+        flags.FLAGS.mark_as_parsed()  # absl's global flags; commands define their own FlagValues
         return sys.argv[:1]
 
-    app.run(lambda _: _guard(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
+    app.run(lambda _: _report_errors(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
 
 
 def _asks_for_help(word: str) -> bool:
@@ -57,10 +56,10 @@ def _asks_for_help(word: str) -> bool:
 
 
 def help_text(command: Any) -> str:
-    """A command's docstring and its own flags; or its subcommands."""
+    """Returns a command's docstring with its flags or its subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         lines = [f'  {name:8} {str(inspect.getdoc(sub)).splitlines()[0]}' for name, sub in subcommands.items()]
-        return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'Each tells more with --help.'])
+        return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'For details, add --help to a subcommand.'])
     values = flags.FlagValues()
     for flag in command.FLAGS:
         flag.define(values)
@@ -70,10 +69,9 @@ def help_text(command: Any) -> str:
 
 
 def parse(command: Any, words: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Defines a command's flags in `values` and parses words into them; returns the words without --.
+    """Defines a command's flags in `values` and parses words into them. Returns the positional arguments.
 
-    Raises:
-      UserError: a flag is missing, unknown or out of its range.
+    Raises UserError if a flag is unknown or its value is invalid.
     """
     for flag in command.FLAGS:
         words = flag.define(values, words)
@@ -84,13 +82,15 @@ def parse(command: Any, words: Sequence[str], values: flags.FlagValues) -> list[
 
 
 def set_up_jax(cpu_devices: int) -> None:
-    """Sets the devices, joins the other processes of the same run, and keeps compiled programs for the next start.
+    """Selects the devices, connects the processes of a run, and enables the persistent compilation cache.
 
-    Call it before anything touches a device. For several processes, each has the same JAX_COORDINATOR_ADDRESS and
-    JAX_NUM_PROCESSES in its environment and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process takes all
-    GPUs it sees, or those of JAX_LOCAL_DEVICE_IDS; with cpu_devices above 0 that many devices on the CPU.
+    Call it before anything uses a device. For a run of several processes, set the same JAX_COORDINATOR_ADDRESS and
+    JAX_NUM_PROCESSES in the environment of each, and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process
+    uses all GPUs that it sees, or those in JAX_LOCAL_DEVICE_IDS. cpu_devices: if above 0, use that many CPU devices.
+
+    Raises UserError if the environment variables are incomplete.
     """
-    import jax  # not above: the processes of alexnet_jax prepare do without
+    import jax  # not at the top: the processes of alexnet_jax prepare do not load JAX
 
     if cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
@@ -100,20 +100,21 @@ def set_up_jax(cpu_devices: int) -> None:
             number, count = (int(os.environ[name]) for name in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES'))
         except (KeyError, ValueError) as error:
             raise UserError(
-                f'JAX_COORDINATOR_ADDRESS is set, but {error}; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too.'
+                f'JAX_COORDINATOR_ADDRESS is set: expected numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID ({error}).'
             ) from error
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
-        # Where JAX finds Slurm by itself it gives each process one GPU, although ours has all of its node.
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+        # JAX's detection of Slurm would give each process one GPU, but here a process uses all GPUs of its node.
         jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
         if number:
             logs.only_warnings()
-    # JAX_COMPILATION_CACHE_DIR puts it elsewhere. On several machines only there: the first process writes, so of those
-    # with a home of their own the others would compile what it need not, and wait for its part of the autotuning.
+    # JAX_COMPILATION_CACHE_DIR overrides the default folder. There is no default on several machines: only the first
+    # process writes the cache. Machines with separate home folders would compile the programs that it finds in its
+    # cache, and would wait for its share of the autotuning.
     cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache_dir is None and not processes.on_several_machines():
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         cache = os.path.join(base, 'alexnet_jax')
-        with contextlib.suppress(OSError):  # a home that cannot be written: every start compiles
+        with contextlib.suppress(OSError):  # without a writable home there is no cache
             os.makedirs(cache, exist_ok=True)
             jax.config.update('jax_compilation_cache_dir', cache)
 
@@ -124,40 +125,40 @@ def _call(command: Any, words: Sequence[str]) -> None:
     words = parse(command, words, values)
     arguments = getattr(command, 'ARGUMENTS', None)
     if words and arguments is None:
-        raise UserError(f'unexpected argument {words[0]!r}; options start with --.')
+        raise UserError(f'unexpected argument {words[0]!r}; flags start with --.')
     for word in sys.argv[1:]:
         absolute_local_path(word.partition('=')[2] or word)
     for flag in command.FLAGS:
         if flag.required and not values[flag.name].value:
             raise UserError(f'--{flag.name} is missing; see --help.')
     if arguments and not words:
-        raise UserError(f'nothing to work on: give {arguments}.')
+        raise UserError(f'missing argument: give {arguments}.')
     if 'cpu_devices' in values:
         set_up_jax(values.cpu_devices)
     command.main(values, *([words] if arguments else []))
 
 
-def _guard(function: Callable[[], None]) -> None:
-    """Calls a function; ends the program with one line for each error that `_ending` knows."""
+def _report_errors(function: Callable[[], None]) -> None:
+    """Calls a function. Ends the program with a one-line message for every error that `_describe_error` recognizes."""
     try:
         function()
-        sys.stdout.flush()  # while an error can still be told
+        sys.stdout.flush()  # here a write error can still be reported
     except SystemExit:
         raise
-    except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
-        _drop_output()
+    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
+        _discard_output()
         sys.exit(141)
     except BaseException as error:
-        if ending := _ending(error):
-            _fail(*ending)
+        if message_and_code := _describe_error(error):
+            _fail(*message_and_code)
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ or not isinstance(error, Exception):
             raise
         traceback.print_exc()
         _fail('Internal error (a bug): stopping all processes.', 1)
 
 
-def _ending(error: BaseException) -> tuple[str, int] | None:
-    """The message and the exit code for an error; None for a bug."""
+def _describe_error(error: BaseException) -> tuple[str, int] | None:
+    """Returns (message, exit code) for an expected error, None for a bug."""
     text, reason = str(error), first_line(error)[:200]
     for kind, code in ((UserError, 2), (DivergedError, 1), (TerminatedError, 143)):
         if isinstance(error, kind):
@@ -166,35 +167,35 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return 'interrupted.', 130
     if isinstance(error, OSError) and error.errno in _DISK:
         if not error.filename:
-            _drop_output()
-        return f'{error.filename or "the output"} cannot be written or read: {error.strerror}.', 2
-    full = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
-    if full and 'os_error_code' not in text:  # of XLA or numpy; tensorstore means the disk
+            _discard_output()
+        return f'{error.filename or "the output"} cannot be read or written: {error.strerror}.', 2
+    out_of_memory = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
+    if out_of_memory and 'os_error_code' not in text:  # with it, tensorstore reports a full disk
         return (
-            f'there is not enough memory ({reason}); lower the batch size, or in training '
-            '--config.grad_accum_steps=N, which computes a batch in N parts with the same result.'
+            f'out of memory ({reason}); lower the batch size, or in training use --config.grad_accum_steps=N, which '
+            'computes each batch in N parts with the same result.'
         ), 2
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     if 'Unable to initialize backend' in text or (isinstance(error, AssertionError) and last.endswith('xla_bridge.py')):
         platforms = f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}{": " + reason if text else ""}'
-        return f'JAX cannot open its devices ({platforms}); --cpu_devices=1 computes on the CPU.', 2
+        return f'JAX cannot initialize its devices ({platforms}); use --cpu_devices=1 to run on the CPU.', 2
     if 'JAX_COORDINATOR_ADDRESS' in os.environ and re.search('Gloo|NCCL|[Cc]oordination|heartbeat', text):
-        return f'another process of this run has ended, and says why ({reason}).', 1
+        return f'another process of this run has failed; see its error message ({reason}).', 1
     return None
 
 
-def _drop_output():
-    """Discards what still waits to be written: the flush at exit would fail again."""
+def _discard_output():
+    """Discards buffered output: the flush at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_thread(failure) -> None:
-    """Prints in one line what ended a thread; whoever waits for its result gets the error too, with its remedy."""
-    print(f'error in the background: {" ".join(str(failure.exc_value).split())[:300]}', file=sys.stderr, flush=True)
+    """Prints the error that ended a thread as one line. The caller that waits for the thread raises it as well."""
+    print('error in a background thread:', ' '.join(str(failure.exc_value).split())[:300], file=sys.stderr, flush=True)
 
 
 def _report_unraisable(failure) -> None:
-    """The default hook, but without tensorstore's 'Event loop is closed', which follows a save that failed."""
+    """Calls the default hook, except for tensorstore's 'Event loop is closed', which follows a failed save."""
     if str(failure.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(failure)
 
@@ -203,8 +204,8 @@ def _fail(message: str, code: int):
     with contextlib.suppress(OSError):
         print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ and code != 143:
-        os._exit(code)  # `jax.distributed` would wait five minutes for the others, and they for this one
-    # Where the folder of a save cannot be made, threads of orbax wait for it twenty minutes, and the exit for them.
+        os._exit(code)  # a normal exit of `jax.distributed` would wait five minutes for the other processes
+    # If orbax cannot create a folder for a save, its threads wait twenty minutes for it and delay the exit.
     watch = threading.Timer(10, os._exit, [code])
     watch.daemon = True
     watch.start()

@@ -1,10 +1,10 @@
-"""Images a second of a step, the input, both together or the preparation - beside PyTorch in the same call.
+"""Measures images per second of update, input pipeline, training or preparation, also of PyTorch.
 
     alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
 
-The contenders take turns; each is waited for once, at the end of its turn, and a turn is one measurement. Printed are a
-table of medians, what the compiled step computes and moves by layer and between devices, a line of JSON and, with
---against=torch, `ratio: X`.
+The contenders alternate. Each turn is one measurement and is synchronized once, at its end. The output is a table of
+medians, the FLOPs and bytes of the compiled step by layer and between devices, one line of JSON, and with
+--against=torch a line `ratio: X`.
 """
 
 import contextlib
@@ -20,32 +20,29 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
-AGAINST = Flag('against', None, 'torch: PyTorch takes turns with us.', choices=('torch',))
+AGAINST = Flag('against', None, 'torch: also measures PyTorch, alternating.', choices=('torch',))
 SHARED = (
-    ConfigFlag('config', 'paper', 'Name or file of a config: the network and its update.'),
-    Flag('batch_size', 0, 'Images a batch; 0: as the config says.', at_least=0),
+    ConfigFlag('config', 'paper', 'Name or file of a config, for the network and its update.'),
+    Flag('batch_size', 0, "Images per batch; 0: the config's batch_size.", at_least=0),
     Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
-    Flag('steps', 0, 'Batches in a measurement; 0: enough for two seconds, or to empty buffers twice.', at_least=0),
+    Flag('steps', 0, 'Batches per measurement; 0: two seconds, at least twice the buffered batches.', at_least=0),
     Flag(
-        'precision',
-        None,
-        'Of products, PyTorch included; of the model too if bfloat16.',
-        choices=tuple(PRECISIONS),
+        'precision', None, 'float32, tf32 or bfloat16, PyTorch too; bfloat16 sets model.dtype.', choices=(*PRECISIONS,)
     ),
     CPU_DEVICES,
 )
 
 
 class Step:
-    """Updates on one batch that stays on the device; on several devices also on one of them.
+    """Measures updates on one batch that stays on the device. With several devices, also measures one of them alone.
 
         alexnet_jax benchmark step [--against=torch] [--precision=bfloat16] [--batch_size=128] [--repeats=5]
         alexnet_jax benchmark step --compile_for=h200
 
-    With --compile_for a step is compiled for a GPU that need not be there, and not run.
+    --compile_for only compiles the step, for a GPU that need not be present.
     """
 
-    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be there: 'h200', '2xh200'.")
+    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be present: 'h200', '2xh200'.")
     FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
@@ -53,7 +50,7 @@ class Step:
         if args.compile_for is None:
             return _measure(args, 'step')
         if args.against:
-            raise UserError('--compile_for compiles, and runs nothing: omit --against.')
+            raise UserError('--compile_for only compiles; remove --against.')
         import jax
 
         from alexnet_jax.benchmark import hlo_cost, throughput
@@ -70,7 +67,7 @@ class Step:
 
 
 class Train:
-    """Updates on batches of prepared data, beside the step alone.
+    """Measures updates on batches of prepared data, and the step alone for comparison.
 
     alexnet_jax benchmark train --config.data.path=DIR [--against=torch] [--batch_size=128] [--repeats=5]
     """
@@ -83,31 +80,32 @@ class Train:
 
 
 class Input:
-    """Training batches from prepared data; PyTorch reads the same squares as JPEG files, or the originals at --input.
+    """Measures reading prepared data; PyTorch reads the same images as JPEG files, or the originals at --input.
 
     alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
     """
 
-    FLAGS = (*SHARED, AGAINST, Flag('input', None, 'Originals, as for alexnet_jax prepare.'))
+    FLAGS = (*SHARED, AGAINST, Flag('input', None, 'Original images, as for alexnet_jax prepare.'))
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         if args.input and (args.input.startswith('tfds:') or not args.against):
-            raise UserError('--input is what --against=torch reads: archives or folders of files.')
+            raise UserError(f'--input={args.input}: expected archives or folders, together with --against=torch.')
         if args.against and args.config.data.cache:
             raise UserError(
-                "input --against=torch would compare PyTorch's cutting with our copying; use --config.data.cache=''."
+                f'data.cache={args.config.data.cache!r} with --against=torch would compare copying cached images with '
+                "cropping in PyTorch; use --config.data.cache=''."
             )
         _measure(args, 'input', raw=args.input)
 
 
 class Prepare:
-    """The preparation of --input into records.
+    """Measures the preparation of the images at --input.
 
     alexnet_jax benchmark prepare --input=RAW [--repeats=5]
     """
 
-    FLAGS = (*SHARED, Flag('input', None, 'Originals, as for alexnet_jax prepare.', required=True))
+    FLAGS = (*SHARED, Flag('input', None, 'Original images, as for alexnet_jax prepare.', required=True))
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
@@ -118,7 +116,7 @@ SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
 
 
 def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
-    """Makes the contenders of a mode, with `options` of that function, measures them and prints the report."""
+    """Creates the contenders of a mode, with `options` of that function, measures them and prints the report."""
     import jax
 
     from alexnet_jax.benchmark import throughput
@@ -134,14 +132,13 @@ def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
     if against:
         throughput.check_torch(gpu)
         torch_baseline = importlib.import_module('alexnet_jax.benchmark.torch_baseline')
-
         if gpu:
-            config.mesh.update({'data': 1, 'tower': 1})  # as many as PyTorch has
+            config.mesh.update({'data': 1, 'tower': 1})  # PyTorch uses one GPU
     precision = _set_precision(args, gpu)
     settings = {'mode': mode, 'precision': precision, **describe_environment()}
-    how = throughput.Options(torch_baseline, args.steps, precision)
+    measurement = throughput.Options(torch_baseline, args.steps, precision)
     with contextlib.ExitStack() as stack:
-        contenders = throughput.CONTENDERS[mode](config, how, stack, **options)
+        contenders = throughput.CONTENDERS[mode](config, measurement, stack, **options)
         rates = throughput.measure_in_turns(contenders, args.repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
@@ -152,11 +149,11 @@ def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
 
 
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:
-    """The precision of --precision or, without it, that in which `train` computes on such a device; sets it."""
+    """Sets and returns the precision: --precision, or by default the precision that `train` uses on this device."""
     import jax
 
     config = args.config
-    jax.config.update('jax_enable_compilation_cache', False)  # for the seconds that compiling takes
+    jax.config.update('jax_enable_compilation_cache', False)  # compile times are measured
     precision = args.precision or ('bfloat16' if config.model.dtype == 'bfloat16' else 'tf32' if gpu else 'float32')
     jax.config.update('jax_default_matmul_precision', PRECISIONS[precision])
     config.model.dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'

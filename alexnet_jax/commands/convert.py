@@ -1,10 +1,11 @@
-"""Turns weights of Caffe, PyTorch or safetensors into a checkpoint, and a checkpoint into safetensors.
+"""Converts Caffe, PyTorch or safetensors weights to a checkpoint, or a checkpoint to safetensors.
 
     alexnet_jax convert --input=FILE [--mean=FILE] --output=DIR [--config=FILE] [--classes=FILE]
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
-A file of weights gives features, groups and classes. What it does not say (strides, paddings, what follows a layer,
-preprocessing) is taken from a config: 'caffe' for a .caffemodel, 'torchvision' for the others.
+The file of weights determines features, groups and number of classes. Strides, paddings, the operations after each
+layer and the preprocessing come from a config. The default config is 'caffe' for a .caffemodel and 'torchvision'
+otherwise.
 """
 
 from absl import flags
@@ -13,11 +14,11 @@ from alexnet_jax.commands.flag import ConfigFlag, Flag
 
 FLAGS = (
     Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
-    Flag('output', None, 'Directory to write; must not exist.', required=True),
+    Flag('output', None, 'New directory to write.', required=True),
     Flag('to', 'checkpoint', 'checkpoint or safetensors.'),
     Flag('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.'),
-    Flag('classes', None, 'Text file of class names, one a line, in the order of the outputs.'),
-    ConfigFlag('config', None, 'The config whose network and preprocessing the weights are of.'),
+    Flag('classes', None, 'Text file with one class name per line, in the order of the outputs.'),
+    ConfigFlag('config', None, 'Config with the network and preprocessing of the weights.'),
 )
 
 
@@ -26,5 +27,5 @@ def main(args: flags.FlagValues) -> None:
 
     from alexnet_jax.convert import convert
 
-    jax.config.update('jax_platforms', 'cpu')  # there is nothing to compute
+    jax.config.update('jax_platforms', 'cpu')  # conversion needs no accelerator
     convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)

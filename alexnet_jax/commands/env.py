@@ -1,8 +1,6 @@
-"""Prints what a bug report needs: versions, devices, commit, cores and settings.
+"""Prints versions, devices, commit, cores and settings for a bug report.
 
-    alexnet_jax env [--json]
-
-Paste the output into the report.
+alexnet_jax env [--json]
 """
 
 import json

@@ -2,8 +2,8 @@
 
     alexnet_jax evaluate --checkpoint=runs/paper --data=DIR [--split=val] [--views=10] [--json]
 
---checkpoint given several times averages their softmax outputs (section 6); --weights=2,1,1 weighs them, and
---weights=tuned looks for the weights with the lowest top-5 error on the val split.
+Give --checkpoint several times to average the softmax outputs of several networks (section 6). --weights=2,1,1 sets the
+weights of the average. --weights=tuned searches for the weights with the lowest top-5 error on the val split.
 """
 
 import json
@@ -16,14 +16,14 @@ from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    CHECKPOINT._replace(help=f'{CHECKPOINT.help} Several: an ensemble.', repeated=True),
+    CHECKPOINT._replace(help=f'{CHECKPOINT.help} Give several for an ensemble.', repeated=True),
     Flag('data', None, "A prepared directory, or 'digits'.", required=True),
-    Flag('split', 'val', 'The split to evaluate on.'),
+    Flag('split', 'val', 'Split to evaluate on.'),
     VIEWS,
-    Flag('weights', '', "Of an ensemble: numbers with commas, or 'tuned' on the val split; else equal."),
-    Flag('batch_size', 128, 'Images at a time.', at_least=1),
-    Flag('tower', 1, 'Devices a network is split over: 1, or 2.', choices=(1, 2)),
-    Flag('max_unreadable', 0, 'Unreadable images to leave out before giving up.', at_least=0),
+    Flag('weights', '', "Ensemble weights: comma-separated numbers, or 'tuned' on the val split; default: equal."),
+    Flag('batch_size', 128, 'Images per batch.', at_least=1),
+    Flag('tower', 1, 'Devices to split the network over.', choices=(1, 2)),
+    Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
     Flag('json', False, 'Print one JSON object as the last line.'),
     CPU_DEVICES,
 )
@@ -58,7 +58,7 @@ def main(args: flags.FlagValues) -> None:
         keys.append('weights')
         name = _describe_ensemble(args, result)
     crops = 'center crop' if args.views == 1 else 'ten views'
-    few = len(dataset.class_names) <= 10  # the right label is among five of ten by chance
+    few = len(dataset.class_names) <= 10  # with ten classes, guessing already gives 50% top-5 error
     top5 = '' if few else f'top-5 error {result["top5_error"]:.2f}%, '
     print(
         f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '
@@ -69,24 +69,24 @@ def main(args: flags.FlagValues) -> None:
 
 
 def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
-    """'2 networks (weights A 0.500, B 0.500; equal)'."""
+    """Returns for example '2 networks (weights A 0.500, B 0.500; equal)'."""
     weights = ', '.join(f'{path} {w:.3f}' for path, w in zip(args.checkpoint, result['weights'], strict=True))
-    how = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
+    method = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
     if args.weights == 'tuned' and args.split == 'val':
-        how += ', the images they are tested on here'
-    return f'{len(args.checkpoint)} networks (weights {weights}; {how})'
+        method += ', which is also the split evaluated here'
+    return f'{len(args.checkpoint)} networks (weights {weights}; {method})'
 
 
 def _parse_weights(text: str, count: int) -> list[float] | None:
-    """--weights as numbers; None where they are equal or to be tuned."""
+    """Parses --weights into numbers. Returns None for equal or tuned weights."""
     if count == 1 and text:
-        raise UserError(f'--weights={text} for one checkpoint; give --checkpoint several times.')
+        raise UserError(f'--weights={text}: expected several checkpoints; give --checkpoint several times.')
     if text in ('', 'tuned'):
         return None
     try:
         weights = [float(word) for word in text.split(',')]
     except ValueError:
-        raise UserError(f"--weights={text}; expected numbers with commas between them, or 'tuned'.") from None
+        raise UserError(f"--weights={text}: expected comma-separated numbers or 'tuned'.") from None
     if len(weights) != count or not all(w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
-        raise UserError(f'--weights={text} for {count} checkpoints; expected one of 0 or more for each, not all 0.')
+        raise UserError(f'--weights={text}: expected {count} weights, none negative and not all 0.')
     return weights

@@ -1,11 +1,11 @@
-"""The paper's experiments: networks that differ in one thing, trained, and a table beside the paper's numbers.
+"""Runs the paper's experiments and compares their results with the paper's numbers.
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
-SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). PATH is a prepared directory, or
-images as `alexnet_jax prepare` takes them. Every run is one of `alexnet_jax train`; a suite that was stopped goes on
-where it was. DIR gets results.csv, report.html and runs/. --scale=0.2 trains on a fifth of the images, always the same;
---dry_run shows the runs and how long they may take.
+SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). It trains networks that differ
+in one setting. PATH is a prepared directory, or images as `alexnet_jax prepare` takes them. Every run is a run of
+`alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
+--scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their estimated hours.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 FLAGS = (
     Flag('data', None, 'A prepared directory, or images as alexnet_jax prepare takes them.', required=True),
     Flag('output', None, 'Directory for runs/, results.csv and report.html.', required=True),
-    ConfigFlag('base', 'paper', 'The config that the networks differ from.'),
-    Flag('seeds', 0, 'Networks of each kind; 0: 3, and 5 for ensemble.', at_least=0),
-    Flag('scale', 1.0, 'Part of the training images to train on, always the same.'),
-    Flag('dry_run', False, 'Only show the runs, their images and predicted hours.'),
+    ConfigFlag('base', 'paper', 'Config that all runs start from.'),
+    Flag('seeds', 0, 'Runs of each network with different seeds; 0: 3, or 5 for ensemble.', at_least=0),
+    Flag('scale', 1.0, 'Fraction of the training images to train on; always the same images.'),
+    Flag('dry_run', False, 'Only print the runs, their images and estimated hours.'),
     CPU_DEVICES,
 )
 ARGUMENTS = 'one SUITE (figure1, ablations, cifar10, ensemble, views)'
@@ -32,15 +32,15 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
 
     name, *rest = words
     if rest or name not in runner.SUITES:
-        raise UserError(f'{" ".join(words)!r} is no suite.{did_you_mean(words[-1], runner.SUITES)}')
+        raise UserError(f'unknown suite {" ".join(words)!r}.{did_you_mean(words[-1], runner.SUITES)}')
     seeds = args.seeds or (5 if name == 'ensemble' else 3)
     if not 0 < args.scale <= 1:
-        raise UserError(f'--scale={args.scale}; expected a number above 0, at most 1.')
-    from alexnet_jax.experiments import plots  # noqa: F401  (says now, not after days, that matplotlib is missing)
+        raise UserError(f'--scale={args.scale}: expected a number above 0 and at most 1.')
+    from alexnet_jax.experiments import plots  # noqa: F401  (fails here, not after days, if matplotlib is missing)
 
     suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
     if args.dry_run:
         print(runner.plan_suite(suite, args.data))
         return
     print('\n\n'.join(runner.run_suite(suite, args.data)))
-    print(f'{args.output}/results.csv and {args.output}/report.html are written.')
+    print(f'Wrote {args.output}/results.csv and {args.output}/report.html.')

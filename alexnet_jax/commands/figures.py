@@ -1,10 +1,10 @@
-"""The paper's figures from a run or a checkpoint, as PNG and SVG.
+"""Draws the paper's figures from a run or a checkpoint, as PNG and SVG.
 
     alexnet_jax figures --run=WORKDIR --output=DIR [--data=DIR] [--split=val] [--seed=0]
     alexnet_jax figures --checkpoint=PATH --output=DIR [--data=DIR]
 
-The network (figure 2) and its first kernels (figure 3); with --run its curves (as figure 1); with --data predictions
-and nearest training images (figure 4), and the confusion matrix.
+Draws the network (figure 2) and the kernels of its first layer (figure 3). With --run, also draws the training curves
+(as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix.
 """
 
 from absl import flags
@@ -13,12 +13,12 @@ from alexnet_jax.commands.flag import CPU_DEVICES, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    Flag('run', None, 'The workdir of a run: its best step, else its latest, and its curves.'),
-    Flag('checkpoint', None, 'Instead: a checkpoint, without curves.'),
-    Flag('data', None, "A prepared directory, or 'digits': for the figures that show images."),
-    Flag('output', None, 'The folder to write into; made if it is not there.', required=True),
-    Flag('split', 'val', 'The split whose images are classified.'),
-    Flag('seed', 0, 'Draws the images that are shown.', at_least=0),
+    Flag('run', None, 'A workdir: draws its training curves and its best step, else its latest.'),
+    Flag('checkpoint', None, 'A checkpoint, instead of --run: draws no curves.'),
+    Flag('data', None, "A prepared directory, or 'digits', for the figures that show images."),
+    Flag('output', None, 'Folder to write; created if missing.', required=True),
+    Flag('split', 'val', 'Split to classify.'),
+    Flag('seed', 0, 'Random seed for the choice of the images shown.', at_least=0),
     CPU_DEVICES,
 )
 
@@ -31,7 +31,7 @@ def main(args: flags.FlagValues) -> None:
 
     if bool(args.run) == bool(args.checkpoint):
         raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
-    from alexnet_jax.experiments import plots  # says in one line that matplotlib is missing
+    from alexnet_jax.experiments import plots  # raises UserError if matplotlib is missing
 
     path = args.run or args.checkpoint
     dataset = datasets.open_dataset(args.data) if args.data else None

@@ -1,10 +1,11 @@
-"""Trains a classifier of your own pictures: from a folder of class folders to a network, its errors and confusions.
+"""Trains a classifier on your own images, and draws its errors and confusion matrix.
 
-    alexnet_jax finetune --input=PICTURES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
+    alexnet_jax finetune --input=IMAGES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
 
-PICTURES is what `alexnet_jax prepare` takes: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; without val a
-tenth is set aside. With --init_from a trained network is tuned: its layers and preprocessing are taken over with all
-layers but the classifier. DIR gets data/, run/ and figures/; started again the command goes on where it was.
+IMAGES is an input of `alexnet_jax prepare`: CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg. Without a val
+folder, a tenth of the images is set aside for validation. With --init_from, the network and its preprocessing come from
+that checkpoint, and all layers except the classifier start from its weights. DIR receives data/, run/ and figures/.
+The same command resumes a stopped run.
 """
 
 from absl import flags
@@ -13,12 +14,12 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    Flag('input', None, 'Pictures in class folders, or what else alexnet_jax prepare takes.', required=True),
+    Flag('input', None, 'Images in class folders, or another input of alexnet_jax prepare.', required=True),
     Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
-    ConfigFlag('config', 'finetune', 'Rates and length; from scratch the network, too.'),
-    Flag('init_from', '', 'A checkpoint to begin with: a workdir, or what convert wrote.'),
-    Flag('val_fraction', 0.1, 'Part of the pictures set aside where there is no val folder.'),
-    Flag('max_unreadable', 0, 'Unreadable pictures to leave out before giving up.', at_least=0),
+    ConfigFlag('config', 'finetune', 'Config of learning rates and length; without --init_from also of the network.'),
+    Flag('init_from', '', 'Checkpoint to start from: a workdir, or the output of alexnet_jax convert.'),
+    Flag('val_fraction', 0.1, 'Fraction of the images set aside for validation if there is no val folder.'),
+    Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
     CPU_DEVICES,
 )
 
@@ -27,15 +28,15 @@ def main(args: flags.FlagValues) -> None:
     from alexnet_jax.experiments import figures, finetune
 
     if not 0 < args.val_fraction < 1:
-        raise UserError(f'--val_fraction={args.val_fraction}; expected a number between 0 and 1.')
+        raise UserError(f'--val_fraction={args.val_fraction}: expected a number between 0 and 1.')
     options = {'val_fraction': args.val_fraction, 'max_unreadable': args.max_unreadable}
     result = finetune.finetune(args.config, args.input, args.output, init_from=args.init_from, **options)
     matrix = result.confusion
     print(
-        f'step {result.step}, the best of {result.workdir}: top-1 error '
+        f'best step {result.step} of {result.workdir}: top-1 error '
         f'{100 * (1 - matrix.trace() / matrix.sum()):.2f}% of {matrix.sum()} val images, {result.crops}. Most confused:'
     )
-    for true, taken, number, share in figures.most_confused(matrix, result.class_names):
-        print(f'  {true} taken for {taken}: {number} ({100 * share:.0f}% of {true})')
+    for true, predicted, number, share in figures.most_confused(matrix, result.class_names):
+        print(f'  {true} predicted as {predicted}: {number} ({100 * share:.0f}% of {true})')
     print(result.figure)
-    print(f'Now: alexnet_jax predict --checkpoint={result.workdir} PICTURE_OR_FOLDER')
+    print(f'Next: alexnet_jax predict --checkpoint={result.workdir} IMAGE_OR_FOLDER')

@@ -1,4 +1,4 @@
-"""Flags of commands, as absl defines them, and configs as flags."""
+"""Command-line flags, defined with absl, and configs as flags."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ _DEFINE: dict[type, Callable] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_i
 
 
 class Flag(NamedTuple):
-    """A flag, of the type of its default; None is text that is not given."""
+    """A flag with the type of its default. A default of None makes an optional string."""
 
     name: str
     default: Any
@@ -22,10 +22,10 @@ class Flag(NamedTuple):
     required: bool = False
     at_least: int | None = None
     choices: tuple = ()
-    repeated: bool = False  # may be given several times: a list of texts
+    repeated: bool = False  # may be given several times; the value is a list of strings
 
     def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
-        """Adds the flag to those of a command. Returns the words of the command line that are still to be parsed."""
+        """Defines the flag in `values`. Returns the words of the command line that remain to be parsed."""
         if self.repeated:
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
@@ -42,18 +42,17 @@ class Flag(NamedTuple):
 
 
 class ConfigFlag(NamedTuple):
-    """A flag for a config, whose keys are flags, too: --config=NAME --config.KEY=VALUE, in any order."""
+    """A flag for a config and its keys: --config=NAME --config.KEY=VALUE, in any order."""
 
     name: str
-    default: str | None  # the config where none is given
+    default: str | None  # name of the default config
     help: str
     required: bool = False
 
     def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
-        """Adds the flag, and one for each key among `words`. Returns the words that are still to be parsed.
+        """Defines the flag, and one for each key in `words`. Returns the words that remain to be parsed.
 
-        Raises:
-          UserError: the config cannot be loaded, or has no such key.
+        Raises UserError if the config cannot be loaded or does not have a key.
         """
         if words is None:  # for --help
             flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
@@ -64,19 +63,19 @@ class ConfigFlag(NamedTuple):
         spec = self.default if given is None else given
         if spec is None:
             if keys:
-                raise UserError(f'--{self.name}.{keys[0]} is given without --{self.name}=NAME.')
+                raise UserError(f'--{self.name}.{keys[0]} requires --{self.name}=NAME.')
             flags.DEFINE_string(self.name, None, self.help, flag_values=values)
             return rest
         config = get_config(spec)
         known = list(_flat_keys(config))
         for key in keys:
             if key not in known:
-                raise UserError(f'the config has no key {key!r}.{did_you_mean(key, known)}')
+                raise UserError(f'unknown config key {key!r}.{did_you_mean(key, known)}')
         config_flags.DEFINE_config_dict(self.name, config, self.help, flag_values=values, sys_argv=rest)
         return rest
 
     def _split(self, words: Sequence[str]) -> tuple[str | None, list[str]]:
-        """The config's name, None where it is not given, and the other words."""
+        """Returns (name of the config or None, the other words)."""
         given, rest, remaining = None, [], iter(words)
         for word in remaining:
             flag, is_whole, value = word.lstrip('-').partition('=')
@@ -88,11 +87,11 @@ class ConfigFlag(NamedTuple):
 
 
 def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
-    """Keys such as 'optim.momentum', of values alone."""
+    """Yields the keys of all values, such as 'optim.momentum'."""
     for key, value in config.items():
         yield from _flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
 
 
-CHECKPOINT = Flag('checkpoint', None, "A workdir (its best step, else its latest) or one step's folder.", required=True)
-CPU_DEVICES = Flag('cpu_devices', 0, 'Run on the CPU, as this many devices; 0 uses what JAX finds.', at_least=0)
-VIEWS = Flag('views', 1, '1: center crop; 10: the ten views of section 4.1, softmax averaged.', choices=(1, 10))
+CHECKPOINT = Flag('checkpoint', None, 'A workdir (best step, else latest) or the folder of one step.', required=True)
+CPU_DEVICES = Flag('cpu_devices', 0, 'Number of CPU devices to run on; 0: the devices that JAX finds.', at_least=0)
+VIEWS = Flag('views', 1, '1: center crop; 10: mean softmax output of the ten views (section 4.1).', choices=(1, 10))

@@ -1,9 +1,9 @@
-"""Labels and probabilities for image files of any size.
+"""Predicts labels and probabilities for image files of any size.
 
     alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--lines | --json]
 
-Each image becomes the central square that `alexnet_jax prepare` would have made of it (but no JPEG in between); of a
-folder all images are taken, those in folders below too, in the order of their names.
+Each image is cropped to its central square and resized as `alexnet_jax prepare` does, but not re-encoded as JPEG.
+Folders are searched recursively, and their images are taken in the order of their names.
 """
 
 import json
@@ -19,9 +19,9 @@ from alexnet_jax.utils.files import as_utf8
 FLAGS = (
     CHECKPOINT,
     VIEWS,
-    Flag('top', 5, 'Labels an image; all, where there are fewer classes.'),
-    Flag('lines', False, 'Print one line for each file: its name, the best label and its probability.'),
-    Flag('json', False, 'Print one JSON object for each file.'),
+    Flag('top', 5, 'Labels per image; by default at most the number of classes.'),
+    Flag('lines', False, 'Print one line per file: its name, the best label and its probability.'),
+    Flag('json', False, 'Print one JSON object per file.'),
     CPU_DEVICES,
 )
 ARGUMENTS = 'one IMAGE_OR_FOLDER or more'
@@ -36,7 +36,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
     classes = len(checkpoint.class_names)
     top = min(args.top, classes) if args['top'].using_default_value else args.top
     if not 1 <= top <= classes:
-        raise UserError(f'--top={top}; expected 1 to {classes}, the number of classes.')
+        raise UserError(f'--top={top}: expected 1 to {classes}, the number of classes.')
     for line in predict.predict_files(checkpoint, files, views=args.views, top=top):
         if args.json:
             print(json.dumps(line), flush=True)
@@ -47,6 +47,6 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
 
 
 def _name(label: str) -> str:
-    """A class's name; of a WordNet id of ImageNet what it means, too."""
+    """Returns the name of a class. For a WordNet ID of ImageNet, includes its meaning."""
     name = imagenet_classes.names().get(label)
     return f'{name}, {label}' if name else label

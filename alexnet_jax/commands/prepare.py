@@ -1,10 +1,10 @@
-"""Turns raw images into what training reads: squares of one size, their mean image and their color statistics.
+"""Prepares raw images for training: squares of one size, their mean image and color statistics.
 
     alexnet_jax prepare --input=ILSVRC2012_img_train.tar --output=DIR [--size=256] [--format=jpeg|raw]
 
-The shorter side becomes `size` pixels, the central square is kept (section 2). The output is a TFDS dataset that
-`tfds.builder_from_directory(DIR)` opens, with image_stats.npz beside it where there are training images, and
-SHA256SUMS.
+Each image is resized so that its shorter side has `size` pixels, and cropped to its central square (section 2). The
+output is a TFDS dataset that `tfds.builder_from_directory(DIR)` opens. The same folder holds SHA256SUMS and, if there
+are training images, image_stats.npz.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from alexnet_jax.commands.flag import Flag
 
 FLAGS = (
     Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
-    Flag('output', None, 'Directory to write; must not exist.', required=True),
-    Flag('size', 256, 'Side of the prepared squares, pixels.'),
-    Flag('format', 'jpeg', 'jpeg: small; raw: no decoding in training.'),
-    Flag('val_fraction', 0.0, 'Part of the training images to set aside as the val split.'),
-    Flag('seed', 0, 'Of the order of the images and of the choice for val.'),
-    Flag('max_unreadable', 0, 'Unreadable images to leave out before giving up.'),
+    Flag('output', None, 'New directory to write.', required=True),
+    Flag('size', 256, 'Side of the prepared images, pixels.'),
+    Flag('format', 'jpeg', 'jpeg: small files; raw: no decoding during training.'),
+    Flag('val_fraction', 0.0, 'Fraction of the training images to set aside as the val split.'),
+    Flag('seed', 0, 'Random seed for the order of the images and the choice of the val split.'),
+    Flag('max_unreadable', 0, 'Allowed number of unreadable images.'),
 )
 
 

@@ -1,11 +1,11 @@
-"""Trains the network a config describes, or goes on with a run that was stopped.
+"""Trains the network of a config, or resumes a stopped run.
 
     alexnet_jax train --config=paper --workdir=runs/paper [--config.KEY=VALUE ...]
     alexnet_jax train --config=paper --summary
 
-Every key of a config is a flag, too: --config.optim.learning_rate=0.005. configs/paper.py explains them.
+Every key of a config is also a flag: --config.optim.learning_rate=0.005. configs/paper.py explains the keys.
 Layers are keys by name: --config.model.layers.conv2.post='tanh pool'.
-(`python -m alexnet_jax.main` is the same command.)
+`python -m alexnet_jax.main` is the same command.
 """
 
 from absl import flags
@@ -14,10 +14,10 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    ConfigFlag('config', None, "Name or file of a config, and its variant: 'paper:init=authors'.", required=True),
-    Flag('workdir', None, 'Directory of the run: checkpoints, metrics, config.'),
-    Flag('summary', False, 'Only print layers, shapes, parameters and what crosses the towers.'),
-    Flag('profile', 0, 'Write a trace of so many updates, after two, to WORKDIR/profile.', at_least=0),
+    ConfigFlag('config', None, "Name or file of a config, with a variant: 'paper:init=authors'.", required=True),
+    Flag('workdir', None, 'Directory for checkpoints, metrics and config.'),
+    Flag('summary', False, 'Only print layers, shapes, parameters and communication between towers.'),
+    Flag('profile', 0, 'Trace this many updates, after two warm-up updates, to WORKDIR/profile.', at_least=0),
     CPU_DEVICES,
 )
 

@@ -1,9 +1,9 @@
-"""Compares checkpoints and prepared data with the digests that were written with them.
+"""Verifies checkpoints and prepared data against the digests that were written with them.
 
     alexnet_jax verify DIR...
 
-DIR is a directory of `prepare`, a workdir (all its steps), or one step's folder. Exit code 1, naming each file, where
-anything is damaged, missing or half-written (as the last step of a run is while it saves).
+DIR is a prepared directory, a workdir (all its steps) or the folder of one step. If a file is damaged, missing or
+incomplete, the command names it and ends with exit code 1. A step is incomplete while it is being saved.
 """
 
 import sys
@@ -24,8 +24,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
         for mismatch in mismatches:
             print(f'damaged: {mismatch}', file=sys.stderr, flush=True)
         if not mismatches:
-            noun = 'folder' if len(folders) == 1 else 'folders'
-            print(f'{path}: all as written ({len(folders)} {noun}).', flush=True)
+            print(f'{path}: all digests match (folders: {len(folders)}).', flush=True)
         damaged |= bool(mismatches)
     if damaged:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The activations of any layer, in memory or for a whole split in a file."""
+"""Computes the activations of any layer, for images in memory or for a whole split."""
 
 import contextlib
 import functools
@@ -22,12 +22,12 @@ from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
-ENDINGS = ('.safetensors', '.npz')
-Part = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
+SUFFIXES = ('.safetensors', '.npz')
+FeatureBatch = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
-    """What can be asked for: {name: (the network's intermediate, which of those with that name)}."""
+    """Returns the activations that a network offers: {name: (key of the Flax intermediate, index within that key)}."""
     names: dict[str, tuple[str, int]] = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
@@ -40,21 +40,21 @@ def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
 def activations(
     checkpoint: Checkpoint, images: Images, layers: Sequence[str] | str, *, batch_size: int = 128
 ) -> dict[str, np.ndarray]:
-    """Outputs of some layers for the center crops of images, dropout off.
+    """Returns the outputs of layers for the center crops of images. Dropout is off.
 
     Args:
-      checkpoint: from `load_checkpoint`.
-      images: as `predict` takes them.
-      layers: one name or several. 'conv3' is the layer's output after its last operation before dropout; 'conv3.linear'
-        is its weighted sums and biases, before all that follows (torchvision's `features.6`); 'conv3.relu',
-        'conv1.lrn', 'conv1.pool', ... are the outputs of the operations. `activation_names` lists them.
-      batch_size: images at a time; changes nothing in the results.
+      checkpoint: from `alexnet_jax.load_checkpoint`.
+      images: as for `alexnet_jax.predict`.
+      layers: one name or several. 'conv3' is the output of the layer after its last operation before dropout.
+        'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
+        'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
+      batch_size: images per batch; it does not change the results.
 
     Returns:
-      {name: float32 [N, H, W, C] of maps, or [N, F] of units}.
+      {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
 
     Raises:
-      UserError: an unknown layer, or images that cannot be read.
+      UserError: a layer is unknown or an image cannot be read.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
@@ -70,11 +70,11 @@ def activations(
 
 def iter_activations(
     checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128
-) -> Generator[Part, None, None]:
-    """The activations of one of `activation_names` for all records of a split, in their order, a batch at a time.
+) -> Generator[FeatureBatch, None, None]:
+    """Yields the activations of one layer for all records of a split, in order, one batch at a time.
 
-    Yields (float32 [n, ...], int32 labels [n]); batch_size changes nothing in them. Raises UserError for an unknown
-    layer and, at the end, if records could not be read: warnings have named all of them.
+    Yields (float32 [n, ...], int32 labels [n]). layer: one of `activation_names`. Raises UserError for an unknown
+    layer and, at the end, if records could not be read; warnings have named each of them.
     """
     function = _layer_outputs(checkpoint, [layer])
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
@@ -82,26 +82,26 @@ def iter_activations(
 
 
 def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
-    """Jitted: (params, uint8 [N, S, S, 3], image_stats) -> a list of float32 [N, ...]; reused between calls."""
+    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
     known = activation_names(checkpoint.network)
     for name in names:
         if name not in known:
-            raise UserError(f'there is no layer {name!r} in this network.{did_you_mean(name, known)}')
+            raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
     return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
 
 
 @functools.lru_cache(maxsize=8)
-def _jit(network: AlexNet, augmentation: Augmentation, wanted: tuple[tuple[str, int], ...]):
+def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, int], ...]):
     def outputs(params, image_NHWC, image_stats):
         (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
-        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in wanted]
+        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in keys]
 
-    return jax.jit(outputs)  # XLA leaves out the layers above
+    return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
 
 
 def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
-    """Of one image's activations."""
+    """Returns the shapes of the activations of one image."""
     side = checkpoint.record_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
     return [x.shape[1:] for x in jax.eval_shape(function, checkpoint.params, image, checkpoint.image_stats)]
@@ -110,10 +110,10 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 def write_activations(
     output: str | os.PathLike, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
 ) -> tuple[int, ...]:
-    """Writes `iter_activations` to a new file, holding one batch in memory; returns the shape of its `features`.
+    """Writes `iter_activations` to a new file, one batch at a time, and returns the shape of its `features`.
 
-    output: ends in .safetensors or .npz; written as OUTPUT.tmp and renamed when whole. Raises UserError as
-    `check_output` and `iter_activations`, and where the file cannot be written; nothing half-written stays.
+    output: path that ends in .safetensors or .npz. It is written as OUTPUT.tmp and renamed when it is complete, so no
+    partial file remains. Raises UserError as `check_output` and `iter_activations`, or if the file cannot be written.
     """
     output = os.fspath(output)
     check_output(output)
@@ -126,14 +126,14 @@ def write_activations(
 
 
 def check_output(output: str) -> None:
-    """Raises UserError where `output` has another ending, or is there already."""
-    if not output.endswith(ENDINGS):
-        raise UserError(f'--output={output!r}; expected a name ending in {" or ".join(ENDINGS)}.')
+    """Raises UserError if `output` has another ending or exists already."""
+    if not output.endswith(SUFFIXES):
+        raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(SUFFIXES)}.')
     check_new(output)
 
 
-def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
-    """The format: length of the header (8 bytes), the header as JSON, the arrays one after the other."""
+def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
+    """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
     middle = 4 * math.prod(shape)
     header = json.dumps({
         'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, middle]},
@@ -144,7 +144,7 @@ def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[Part]) -> N
     file.write(_write_rows(file, shape[0], parts).tobytes())
 
 
-def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
+def _write_npz(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
     with zipfile.ZipFile(file, 'w') as archive:
         with archive.open('features.npy', 'w', force_zip64=True) as member:
             header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
@@ -154,8 +154,8 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[Part]) -> None:
             np.save(member, labels)
 
 
-def _write_rows(file, total: int, parts: Iterable[Part]) -> np.ndarray:
-    """Appends the features, with a line every ten seconds; returns the labels, little-endian int32 [total]."""
+def _write_rows(file, total: int, parts: Iterable[FeatureBatch]) -> np.ndarray:
+    """Appends the features and logs progress every ten seconds. Returns the labels, little-endian int32 [total]."""
     labels: list[int] = []
     progress = Progress(total, seconds=10)
     for features, part_labels in parts:

@@ -1,4 +1,4 @@
-"""Several networks as one: weighted averages of their softmax outputs (section 6), and weights tuned for it. Numpy."""
+"""Ensembles: weighted averages of softmax outputs (section 6), and a search for the weights. Uses numpy only."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,24 @@ _START, _PASSES = 0.5, 5
 
 
 def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Weighted mean of outputs [N, K]. Raises UserError for weights that are negative, all 0, or not one a network."""
+    """Returns the weighted mean [N, K] of softmax outputs.
+
+    Raises UserError if a weight is negative, all are 0, or their number differs from the number of networks.
+    """
     if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(
-            f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks; expected one of 0 or more for '
-            'each, and not all 0.'
+            f'weights {", ".join(map(str, weights))} for {len(probabilities)} networks: expected one weight per '
+            'network, none negative and not all 0.'
         )
     total = float(sum(weights))
     return np.asarray(sum(np.float32(w / total) * p for w, p in zip(weights, probabilities, strict=True)))
 
 
 def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> list[float]:
-    """Weights with the lowest top-5 error, as `avg-valid.py` of the authors' release searches them.
+    """Searches for the weights with the lowest top-5 error, as `avg-valid.py` of the authors' release does.
 
-    One weight after the other over 0, 0.05 ... 1, from 0.5 each, in at most five passes; a weight moves only for a
-    lower error. probabilities: float [N, K] of each network; labels: int [N].
+    Starts with 0.5 for each network. Tries 0, 0.05, ..., 1 for one weight after the other, in at most five passes.
+    A weight changes only if the error decreases. probabilities: float [N, K] of each network. labels: int [N].
     """
     weights = [_START] * len(probabilities)
     lowest = _top5_errors(average(probabilities, weights), labels)
@@ -34,7 +37,7 @@ def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> lis
         for i, own in enumerate(probabilities):
             weighted = zip(weights, probabilities, strict=True)
             others = sum(np.float32(w) * p for j, (w, p) in enumerate(weighted) if j != i)
-            for weight in _GRID if any(weights[:i] + weights[i + 1 :]) else _GRID[1:]:  # never all 0
+            for weight in _GRID if any(weights[:i] + weights[i + 1 :]) else _GRID[1:]:  # not all weights may be 0
                 errors = _top5_errors(others + np.float32(weight) * own, labels)
                 if errors < lowest:
                     lowest, weights[i] = errors, float(weight)
@@ -44,7 +47,7 @@ def tune_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray) -> lis
 
 
 def _top5_errors(scores: np.ndarray, labels: np.ndarray) -> int:
-    """Images whose label is not among the five highest; of equal scores the first counts as higher."""
+    """Counts the images whose label is not among the five highest scores. Ties go to the lower class index."""
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     before = np.arange(scores.shape[1])[None] < labels[:, None]
     return int(((scores > own).sum(1) + ((scores == own) & before).sum(1) >= 5).sum())

@@ -1,4 +1,4 @@
-"""Tests a checkpoint, or several as an ensemble: one pass over a split, from the center or the paper's ten views."""
+"""Evaluates a checkpoint, or several as an ensemble, on a split, with the center crop or the paper's ten views."""
 
 import contextlib
 import functools
@@ -33,17 +33,18 @@ def evaluate_batches(
     max_unreadable: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Counts every record of a split once.
+    """Computes loss and errors over a split. Every record counts once.
 
     Args:
-      eval_step, params, image_stats: the jitted `train_step.eval_step`; its arguments, on the mesh.
-      batches: of `pipeline.eval_batches`, one pass; their size changes nothing in the result.
-      examples: records in that pass.
-      max_unreadable: records that may be unreadable; warnings name them, and they are not among 'count'.
-      should_stop: asked before every batch; where it says so, TerminatedError is raised.
+      eval_step, params, image_stats: the jitted `train_step.eval_step` and its arguments on the mesh.
+      batches: one pass of `pipeline.eval_batches`. The batch size does not change the result.
+      mesh: device mesh.
+      examples: number of records in the pass.
+      max_unreadable: allowed number of unreadable records. Warnings name them; 'count' excludes them.
+      should_stop: called before every batch; if it returns True, TerminatedError is raised.
 
-    Returns 'loss' (nats), 'top1_error', 'top5_error' (percent), 'count' (images), 'images_per_second' and 'data_wait'
-    (0 to 1). Raises UserError where more records than that are unreadable.
+    Returns 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and
+    'data_wait' (0 to 1). Raises UserError if more than `max_unreadable` records are unreadable.
     """
     total: Any = None
     previous: Any = None
@@ -54,7 +55,7 @@ def evaluate_batches(
         waited += seconds
         sums = eval_step(params, batch, image_stats)
         if previous is not None:
-            total = metrics.merge(total, _to_floats(previous))  # fetched one late: the device is never idle
+            total = metrics.merge(total, _to_floats(previous))  # fetched one step late, so the device is never idle
         previous = sums
     total = metrics.merge(total, _to_floats(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
@@ -73,39 +74,38 @@ def _to_floats(sums: metrics.Sums) -> dict[str, float]:
 def _check_count(count: int, expected: int, max_unreadable: int) -> None:
     if expected - count > max_unreadable or not count:
         raise UserError(
-            f'{expected - count} of {expected} images cannot be read (named above), max_unreadable={max_unreadable}; '
-            'prepare the data again.'
+            f'{expected - count} of {expected} images cannot be read (named above): expected at most '
+            f'max_unreadable={max_unreadable}; prepare the data again.'
         )
 
 
 class Evaluator:
-    """A checkpoint on a mesh, ready to be tested on any number of images.
+    """Runs a checkpoint's network on images. Raises UserError if it cannot be split over the mesh's towers.
 
     Args:
-      mesh: from `sharding.make_mesh`; None computes on one device.
-      views: 1 for the center crop alone, or 10 for the paper's ten views (section 4.1), softmax averaged.
-      batch_size: images at a time, at most; changes nothing in the results.
-
-    Raises UserError where the network cannot be split over the mesh's towers.
+      checkpoint: from `load_checkpoint`.
+      mesh: from `sharding.make_mesh`; None uses one device.
+      views: 1 for the center crop, or 10 to average the softmax outputs of the paper's ten views (section 4.1).
+      batch_size: maximum number of images per batch; it does not change the results.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
         mesh = sharding.make_mesh(data=1, tower=1) if mesh is None else mesh
-        infer_shapes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # says what does not divide
+        infer_shapes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # raises UserError
         self.checkpoint, self.mesh, self.views = checkpoint, mesh, views
         self._batch_size = batch_size
         self._params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
         self._image_stats = jax.device_put(checkpoint.image_stats, sharding.replicated(mesh))
 
     def evaluate(self, records: Sequence, *, max_unreadable: int = 0) -> dict[str, float]:
-        """Loss and errors on the records of a split, see `evaluate_batches`."""
+        """Returns loss and errors on the records of a split. See `evaluate_batches`."""
         function = self._jitted(train_step.eval_step)
         options: dict[str, Any] = {'examples': len(records), 'max_unreadable': max_unreadable}
         with contextlib.closing(self._batches(records)) as batches:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
 
     def probabilities(self, records: Sequence, *, max_unreadable: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Softmax outputs for records: (float32 [N, K], int labels [N]), without at most max_unreadable bad ones."""
+        """Returns (softmax outputs float32 [N, K], labels int [N]) of the records, without unreadable ones."""
         function = functools.partial(self._jitted(_outputs), self._params, image_stats=self._image_stats)
         with contextlib.closing(self._batches(records)) as batches:
             parts = [jax.device_get(function(_to_mesh(self.mesh, batch))) for batch in batches]
@@ -114,10 +114,10 @@ class Evaluator:
         return outputs[weights > 0], labels[weights > 0]
 
     def predict(self, image_NHWC) -> np.ndarray:
-        """Softmax outputs for images in memory, float32 [N, K]; column i is `checkpoint.class_names[i]`.
+        """Returns softmax outputs for images in memory, float32 [N, K]. Column i is `checkpoint.class_names[i]`.
 
         image_NHWC: uint8 [N, S, S, 3] with S = `checkpoint.record_size`, prepared as the training images were. Raises
-        UserError for images of another shape or type, or another number of views.
+        UserError if shape or type of the images, or the number of views, is invalid.
         """
         parts = [np.exp(part) for part in self.map_images(self._jitted(train_step.log_probabilities), image_NHWC)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.checkpoint.class_names)), np.float32)
@@ -125,22 +125,23 @@ class Evaluator:
     def map_images(self, function: Callable, image_NHWC) -> Iterator[Any]:
         """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats) -> tree of [n, ...] to images in memory.
 
-        Yields its results in order, a batch at a time, as numpy arrays. Raises UserError as `check_images`.
+        Yields its results in order, one batch at a time, as numpy arrays. Raises UserError as `check_images` does.
         """
         image_NHWC = check_images(self.checkpoint, image_NHWC)
         batch_size = self._fitting_batch_size(len(image_NHWC))
         for start in range(0, len(image_NHWC), batch_size):
             part = image_NHWC[start : start + batch_size]
             count = len(part)
-            part = np.pad(part, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+            # Pad the last batch: one shape means one compilation.
+            part = np.pad(part, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
             results = function(self._params, part, self._image_stats)
             yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], results)
 
     def map_records(self, function: Callable, records: Sequence) -> Generator[tuple[Any, np.ndarray], None, None]:
-        """Applies such a function to the records of a split; on one device.
+        """Applies a function, as `map_images` takes it, to the records of a split. Runs on one device.
 
-        Yields (its result, int32 labels [n]) in order, a batch at a time, without records that cannot be read. Raises
-        UserError at the end, if there were such: warnings have named all of them.
+        Yields (result, int32 labels [n]) in order, one batch at a time, without unreadable records. Raises UserError at
+        the end if there were unreadable records; warnings have named each of them.
         """
         count = 0
         with contextlib.closing(self._batches(records)) as batches:
@@ -156,26 +157,26 @@ class Evaluator:
 
     def _batches(self, records: Sequence) -> Generator[Batch, None, None]:
         if not len(records):
-            raise UserError('there are no images to evaluate on.')
+            raise UserError('there are no images to evaluate.')
         options: dict[str, Any] = {'record_size': self.checkpoint.record_size, 'shard': sharding.data_shard(self.mesh)}
         return pipeline.eval_batches(records, batch_size=self._fitting_batch_size(len(records)), **options)
 
     def _fitting_batch_size(self, images: int) -> int:
-        """No larger than the number of images, and divisible into the mesh's parts."""
+        """Limits the batch size to the number of images, then rounds it up to a multiple of the mesh's data axis."""
         parts = self.mesh.shape['data']
         return -(-max(1, min(self._batch_size, images)) // parts) * parts
 
 
-@functools.lru_cache(maxsize=8)  # so that a second evaluator of the same kind compiles nothing
+@functools.lru_cache(maxsize=8)  # a second evaluator with equal arguments compiles nothing
 def _jit(function: Callable, network, augmentation, mesh: Mesh, views: int):
-    """A function of `train_step`, or `_outputs`, for a network and what it sees of an image."""
+    """Jits a function of `train_step`, or `_outputs`, for a network, its preprocessing and a number of views."""
     forward = sharding.forward(network, mesh)
     bound = functools.partial(function, forward=forward, augmentation=augmentation, views=views)
     return jax.jit(bound, out_shardings=sharding.replicated(mesh))
 
 
 def _outputs(params, batch, image_stats, **options):
-    """Softmax outputs, labels and weights of the global batch: replicated, so that every process has all of them."""
+    """Returns softmax outputs, labels and weights of the global batch, replicated so that every process has them."""
     log_outputs = train_step.log_probabilities(params, batch['image'], image_stats, **options)
     return jnp.exp(log_outputs), batch['label'], batch['weight']
 
@@ -189,7 +190,7 @@ def evaluate(
     batch_size: int = 128,
     max_unreadable: int = 0,
 ) -> dict[str, float]:
-    """Errors of a checkpoint on the records of a split, from the center (views=1) or ten views: see `Evaluator`."""
+    """Returns loss and errors of a checkpoint on the records of a split. See `Evaluator` and `evaluate_batches`."""
     evaluator = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size)
     return evaluator.evaluate(records, max_unreadable=max_unreadable)
 
@@ -205,17 +206,17 @@ def evaluate_ensemble(
     batch_size: int = 128,
     max_unreadable: int = 0,
 ) -> dict[str, Any]:
-    """Errors of the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
+    """Evaluates the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
 
     Args:
-      checkpoints: of the same classes and record size.
-      records: to test on; every network's outputs for all of them are held in memory.
+      checkpoints: checkpoints with the same classes and the same record size.
+      records: records to evaluate on. The outputs of every network for all records are held in memory.
       mesh, views, batch_size, max_unreadable: as for `Evaluator` and `evaluate_batches`.
-      weights: one for each; equal ones by default.
-      tune_on: records on which to look for the weights instead, see `ensemble.tune_weights`.
+      weights: one per checkpoint; None weights all equally.
+      tune_on: records on which to search for the weights instead. See `ensemble.tune_weights`.
 
-    Returns 'loss', 'top1_error', 'top5_error', 'count' as `evaluate_batches`, and 'weights', which add up to 1. Raises
-    UserError for weights that do not fit.
+    Returns 'loss', 'top1_error', 'top5_error' and 'count' as `evaluate_batches`, and 'weights', which sum to 1. Raises
+    UserError if the weights are invalid or too many records are unreadable.
     """
 
     def outputs(records):
@@ -231,36 +232,37 @@ def evaluate_ensemble(
     averaged, labels = ensemble.average(tested[0], weights), tested[1]
     scores = np.log(np.maximum(averaged, np.finfo(np.float32).tiny))
     total: Any = None
-    for start in range(0, len(labels), 4096):  # metrics sorts nothing, but it compares: some at a time
-        part, own = scores[start : start + 4096], labels[start : start + 4096]
-        sums = metrics.sums(metrics.take_label(part, own), part, own, np.ones(len(own), np.float32))
+    for start in range(0, len(labels), 4096):  # in chunks, because the metrics allocate arrays of the scores' size
+        score_NK, label_N = scores[start : start + 4096], labels[start : start + 4096]
+        weight_N = np.ones(len(label_N), np.float32)
+        sums = metrics.sums(metrics.take_label(score_NK, label_N), score_NK, label_N, weight_N)
         total = metrics.merge(total, _to_floats(sums))
     return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 
 
 def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
-    """Images as an array. Raises UserError unless they are uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    """Returns images as an array. Raises UserError if not uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     image_NHWC, side = np.asarray(image_NHWC), checkpoint.record_size
     if image_NHWC.dtype != np.uint8 or image_NHWC.shape[1:] != (side, side, 3):
         found = f'{image_NHWC.dtype} of shape {image_NHWC.shape}'
-        raise UserError(f'images are {found}; expected uint8 of (N, {side}, {side}, 3).')
+        raise UserError(f'images are {found}: expected uint8 of shape (N, {side}, {side}, 3).')
     return image_NHWC
 
 
 def check_data(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
-    """Raises UserError where classes or record size of the data are not the checkpoint's; path: for the message."""
+    """Raises UserError if the data's classes or record size differ from the checkpoint's. path: for the message."""
     if len(dataset.class_names) != len(checkpoint.class_names):
         raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
-    if dataset.class_names != checkpoint.class_names:
-        pair = next(p for p in zip(dataset.class_names, checkpoint.class_names, strict=True) if p[0] != p[1])
-        raise UserError(f'the data call a class {pair[0]!r} where {path} has {pair[1]!r}; labels would not match.')
+    for ours, theirs in zip(dataset.class_names, checkpoint.class_names, strict=True):
+        if ours != theirs:
+            raise UserError(f'the data have a class {ours!r} where {path} has {theirs!r}; the labels do not match.')
     check_record_size(checkpoint, dataset, path)
 
 
 def check_record_size(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
-    """Raises UserError where the images of these data are not of the size that a checkpoint was trained on."""
+    """Raises UserError if the data's record size differs from the checkpoint's. path: for the message."""
     if dataset.record_size != checkpoint.record_size:
         raise UserError(
-            f'the data are prepared at {dataset.record_size} px, those of {path} at {checkpoint.record_size}; '
-            f'prepare them with --size={checkpoint.record_size}.'
+            f'the data are prepared at {dataset.record_size} px, but {path} was trained on images of '
+            f'{checkpoint.record_size} px; prepare the data with --size={checkpoint.record_size}.'
         )

@@ -1,4 +1,4 @@
-"""Labels and probabilities for images in memory, and for image files of any size."""
+"""Predicts class probabilities for images in memory and for image files."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,64 +22,67 @@ _BATCH = 32
 def predict(
     checkpoint: Checkpoint, images: Images, *, views: int = 1, batch_size: int = 128, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Probabilities of the classes, of the center crop or averaged over the paper's ten views (section 4.1).
+    """Returns class probabilities for images of any size.
 
     Args:
-      checkpoint: from `load_checkpoint`.
-      images: one image or several. An image is a path, a PIL image, or uint8 [H, W, 3] (RGB) of any size; several are a
-        list of these, or uint8 [N, H, W, 3]. The central square of each is taken and resized to
+      checkpoint: from `alexnet_jax.load_checkpoint`.
+      images: one image or several. An image is a path, a PIL image, or an array uint8 [H, W, 3] (RGB). Several images
+        are a list of these, or an array uint8 [N, H, W, 3]. Each image is cropped to its central square and resized to
         `checkpoint.record_size`, as for training.
-      views: 1 or 10.
-      batch_size: images at a time; changes nothing in the results.
-      mesh: from `sharding.make_mesh`; None computes on one device.
+      views: 1 uses the center crop; 10 averages over the paper's ten views (section 4.1).
+      batch_size: images per batch; it does not change the results.
+      mesh: from `sharding.make_mesh`; None uses one device.
 
     Returns:
-      float32 [N, K], or [K] for one image; column i is `checkpoint.class_names[i]`.
+      float32 [N, K], or [K] for a single image. Column i is the probability of `checkpoint.class_names[i]`.
 
     Raises:
-      UserError: an image that cannot be read, or of another type; another number of views.
+      UserError: an image cannot be read or has the wrong type or shape, or views is neither 1 nor 10.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
-    return outputs[0] if _is_one(images) else outputs
+    return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
-    """Images as `predict` takes them, as uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    """Converts images, as `predict` takes them, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         return check_images(checkpoint, images)
-    several: Any = [images] if _is_one(images) else images
-    squares = [_to_square(image, size) for image in several]
-    return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+    images_list: Any = [images] if _is_single(images) else images
+    records = [_to_record(image, size) for image in images_list]
+    return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
 
 
-def _is_one(images: Images) -> bool:
+def _is_single(images: Images) -> bool:
     return isinstance(images, str | os.PathLike | Image.Image) or getattr(images, 'ndim', 0) == 3
 
 
-def _to_square(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
+def _to_record(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return _read_square(os.fspath(image), size)
     array = np.asarray(image_io.rgb(image) if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise UserError(f'an image is {array.dtype} of shape {array.shape}; expected uint8 of (height, width, 3).')
+        raise UserError(f'an image is {array.dtype} of shape {array.shape}: expected uint8 of shape (H, W, 3).')
     return image_io.resize_center_crop(array, size)
 
 
 def top_k(probabilities_NK, k: int) -> np.ndarray:
-    """Indices of the k most probable classes, int [N, k], the most probable first; of equal ones the lower index."""
+    """Returns the indices of the k most probable classes, int [N, k], in descending order. Ties: lower index first."""
     return np.argsort(-np.asarray(probabilities_NK), axis=-1, kind='stable')[:, :k]
 
 
 def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The image files at some paths, of a folder all below it, by name. Raises UserError for a path without any."""
+    """Returns the image files at the given paths, in the order of their names within a folder.
+
+    Folders are searched recursively. Raises UserError for a path that does not exist or has no images.
+    """
     files: list[str] = []
     for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
-            raise UserError(f'there is no image or folder {path!r}.')
+            raise UserError(f'{path!r} does not exist; give an image file or a folder.')
         found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
         if not found:
-            raise UserError(f'there are no images in {path!r}.')
+            raise UserError(f'{path!r} contains no images.')
         files += found
     return files
 
@@ -87,25 +90,25 @@ def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
 def predict_files(
     checkpoint: Checkpoint, files: Sequence[str | os.PathLike], *, views: int, top: int
 ) -> Iterator[dict]:
-    """For each file, in order: {'file', 'top': [{'label', 'index', 'probability'}]}, the most probable first.
+    """Yields {'file', 'top': [{'label', 'index', 'probability'}, ...]} for each file, most probable class first.
 
-    Raises UserError after the others, if there were files that are no images.
+    Raises UserError at the end if files could not be read as images.
     """
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
     for start in range(0, len(files), _BATCH):
-        readable, squares, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
+        readable, records, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
         with ThreadPoolExecutor(processes.cores()) as pool:
-            reading = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
-        for path, square in zip(paths, reading, strict=True):
+            futures = [pool.submit(_read_square, path, checkpoint.record_size) for path in paths]
+        for path, future in zip(paths, futures, strict=True):
             try:
-                squares.append(square.result())
+                records.append(future.result())
                 readable.append(path)
             except UserError as error:
                 problems.append(str(error))
         if not readable:
             continue
-        outputs = evaluator.predict(np.stack(squares))
+        outputs = evaluator.predict(np.stack(records))
         for path, probabilities, order in zip(readable, outputs, top_k(outputs, top), strict=True):
             best = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
             yield {'file': path, 'top': [{'label': name, 'index': i, 'probability': p} for name, i, p in best]}

@@ -1,4 +1,4 @@
-"""From a config to the objects of a training run: the data on the mesh, and the jitted steps over it."""
+"""Builds the objects of a training run from a config: dataset, mesh, storage and jitted steps."""
 
 import dataclasses
 import functools
@@ -27,72 +27,76 @@ from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
-DeviceBatch = dict[str, jax.Array]  # a batch on the mesh, in global shapes
+DeviceBatch = dict[str, jax.Array]  # batch on the mesh; global shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSteps:
-    """The jitted functions of a run over a mesh."""
+    """Jitted functions of a run over a mesh."""
 
     optimizer: optim.Optimizer
     state_shapes: TrainState  # ShapeDtypeStructs with shardings
-    init: Callable[[jax.Array], TrainState]  # of a key
-    # (state, batch, image_stats, key) -> (state, report), see `train_step.train_step`; the old state is donated.
+    init: Callable[[jax.Array], TrainState]  # key -> state
+    # (state, batch, image_stats, key) -> (state, report). The input state is donated. See `train_step.train_step`.
     train_step: Callable[[TrainState, DeviceBatch, ImageStats, jax.Array], tuple[TrainState, dict[str, Any]]]
-    # (params, batch, image_stats) -> sums, of the center crop, see `train_step.eval_step`.
+    # (params, batch, image_stats) -> metric sums for the center crop. See `train_step.eval_step`.
     eval_step: Callable[[Any, DeviceBatch, ImageStats], Sums]
-    # (opt_state, top-1 error in percent) -> opt_state, see `optim.Optimizer`.
+    # (opt_state, top-1 error in percent) -> opt_state. See `optim.Optimizer`.
     after_validation: Callable[[optim.SgdState, float], optim.SgdState]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSetup:
-    """A config's objects, ready to use; a notebook can take them from here."""
+    """Objects built from a config, for `train_and_evaluate` or for your own loop.
+
+    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the part of it
+    selected by `data.fraction`. `num_workers` decoding processes read them (0: threads). `total_steps` is the number of
+    updates in a complete run.
+    """
 
     config: ConfigDict
     dataset: datasets.Dataset
     network: AlexNet
     augmentation: Augmentation
     mesh: Mesh
-    image_stats: ImageStats  # on the mesh
-    storage: Storage  # of the train split, or of the part of it that `data.fraction` takes
-    num_workers: int  # processes that decode; 0: threads
+    image_stats: ImageStats
+    storage: Storage
+    num_workers: int
     steps: TrainingSteps
     total_steps: int
 
     def init(self, key: jax.Array) -> TrainState:
-        """A fresh state on the mesh: `.step`, `.params` and `.opt_state`. key: `jax.random.key(0)`."""
+        """Returns a new state on the mesh (`.step`, `.params`, `.opt_state`). key: for example `jax.random.key(0)`."""
         return self.steps.init(key)
 
     def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """One update with a batch of arrays, for a loop of your own in a single process.
+        """Runs one update on a batch of arrays, for your own loop in a single process.
 
-        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`): the draws of
-        `train_and_evaluate` for that step. Reading `state.step` waits for the update before.
+        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`), exactly as
+        `train_and_evaluate` draws them for that step. Reading `state.step` blocks until the previous update is done.
 
         Args:
-          state: from `init`, or the update before. It is donated: use the one returned.
-          batch: 'image' uint8 [N, S, S, 3], S the side of the dataset's images, or of the network's input: then nothing
-            is cropped; 'label' int [N]; and, if some images are not to count, 'weight' [N], 0 or 1.
+          state: from `init` or the previous update. It is donated: use the returned state afterwards.
+          batch: arrays 'image' uint8 [N, S, S, 3], 'label' int [N] and, optionally, 'weight' [N] (0 excludes an image,
+            1 includes it). S is the record size of the dataset, or the input size of the network: then nothing is
+            cropped.
 
         Returns:
-          (state, metrics): 'loss' (nats, the mean), 'top1_error' and 'top5_error' (percent), 'gradient_norm',
-          'learning_rate' (of the next update) and 'finite' (False: nothing was updated), all scalars on the device.
+          (state, metrics). The metrics are scalars on the device: 'loss' (mean, nats), 'top1_error' and 'top5_error'
+          (percent), 'gradient_norm', 'learning_rate' (of the next update) and 'finite' (False: the update was skipped).
 
         Raises:
-          UserError: a batch of another shape or type, that does not divide into the mesh's parts, or with a label that
-            is no class.
+          UserError: a shape or type is wrong, N does not divide over the mesh, or a label is not a class index.
         """
         images, labels = np.asarray(batch['image']), np.asarray(batch['label'])
         weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
         if not 0 < len(images) == len(labels) == len(weight):
             found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
-            raise UserError(f'the batch has {found}; expected as many of each.')
+            raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
         classes = self.network.num_classes
         if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(
-                f'the labels are {labels.dtype}, {labels.min()} to {labels.max()}; expected int, 0 to {classes - 1}.'
-            )
+            found = f'{labels.dtype} from {labels.min()} to {labels.max()}'
+            raise UserError(f'the labels are {found}: expected integers from 0 to {classes - 1}.')
         sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
         arrays = random_crops.augment_arrays(images, self.augmentation, **options)
@@ -106,27 +110,27 @@ class TrainingSetup:
 
     @functools.cached_property
     def key(self) -> jax.Array:
-        """The random key of the run, on the mesh."""
+        """Random key of the run, on the mesh."""
         return sharding.random_key(self.mesh, self.config.seed)
 
     @property
     def num_examples(self) -> int:
-        """Images in a pass through the training data."""
+        """Number of images in one pass through the training data."""
         return len(self.storage.records)
 
     def train_batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Endless training batches on the host (see `pipeline.train_batches`); close it."""
+        """Yields training batches on the host without end (see `pipeline.train_batches`). Close it after use."""
         return pipeline.train_batches(
             self.storage,
             seed=self.config.seed,
             start_step=start_step,
             augmentation=self.augmentation,
-            num_workers=0 if self.config.data.cache else self.num_workers,  # then nothing is left to decode
+            num_workers=0 if self.config.data.cache else self.num_workers,  # cached images are already decoded
             **self._input_options,
         )
 
     def val_batches(self) -> Generator[Batch, None, None]:
-        """Batches of the val split on the host, pass after pass (see `pipeline.eval_batches`); close it."""
+        """Yields batches of the val split on the host, repeatedly (see `pipeline.eval_batches`). Close it after use."""
         return pipeline.eval_batches(
             self.dataset.splits.get('val', ()),
             record_size=self.dataset.record_size,
@@ -136,7 +140,7 @@ class TrainingSetup:
         )
 
     def to_mesh(self, batch: Batch) -> DeviceBatch:
-        """Sends a training batch to the devices; warns of the images in it that cannot be read."""
+        """Copies a training batch to the devices. Logs a warning for each image that could not be read."""
         return {**sharding.to_mesh(self.mesh, pipeline.warn_unreadable(batch)), **self.storage.on_device}
 
     @property
@@ -149,16 +153,24 @@ class TrainingSetup:
 
 
 def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: list | None = None) -> TrainingSetup:
-    """Turns a config into objects, checking all that can be checked before anything is compiled.
+    """Builds all objects of a training run from a config. Checks the config before anything is compiled.
 
     Args:
-      config: see configs/paper.py.
-      dataset: None opens that at `config.data.path`.
-      devices: None takes those of this machine. With devices that are only described (`hlo_cost.topology_devices`) the
-        steps can be compiled, and `image_stats` has shapes alone.
+      config: from `alexnet_jax.get_config`. configs/paper.py explains every key.
+      dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
+      devices: None uses the devices of this machine. With described devices (`hlo_cost.topology_devices`) the steps
+        can be compiled but not run, and `image_stats` holds shapes only.
+
+    Returns:
+      A `TrainingSetup`. Its `init` and `train_step` are enough for a training loop:
+
+        setup = alexnet_jax.build(config, dataset)
+        state = setup.init(jax.random.key(0))
+        state, metrics = setup.train_step(state, {'image': images, 'label': labels})
 
     Raises:
-      UserError: the config does not fit the data, the devices or itself, or `data.cache` does not fit into memory.
+      UserError: the config is inconsistent or does not fit the data or the devices, or the images do not fit into the
+        memory that `data.cache` selects.
     """
     network, augmentation = network_and_augmentation(config)
     dataset = datasets.open_dataset(config.data.path) if dataset is None else dataset
@@ -166,25 +178,25 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     augment.crop_positions(dataset.record_size, augmentation.image_size)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
-        raise UserError(  # XLA's AllReducePromotion takes the whole process down
-            "XLA's CPU compiler crashes on model.dtype='bfloat16' over two towers; use --config.mesh.tower=1 "
-            'or --config.model.dtype=float32.'
+        raise UserError(  # XLA's AllReducePromotion pass would crash the process
+            "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
+            '--config.mesh.tower=1 or --config.model.dtype=float32.'
         )
-    # With the towers of the config: also where a single device holds both.
+    # Checks the split into the config's towers, even if a single device holds both towers.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
     sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
     num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
     records = datasets.subset(dataset.splits['train'], config.data.fraction)
-    storage = _store(config.data, records, dataset.record_size, mesh, num_workers)
+    storage = _make_storage(config.data, records, dataset.record_size, mesh, num_workers)
     steps_per_epoch = len(storage.records) / config.batch_size
-    place = jax.device_put if devices is None else sharding.shape_structs
+    put = jax.device_put if devices is None else sharding.shape_structs
     return TrainingSetup(
         config=config,
         dataset=dataset,
         network=network,
         augmentation=augmentation,
         mesh=mesh,
-        image_stats=place(dataset.image_stats, sharding.replicated(mesh)),
+        image_stats=put(dataset.image_stats, sharding.replicated(mesh)),
         storage=storage,
         num_workers=num_workers,
         steps=make_steps(config, network, augmentation, mesh, steps_per_epoch),
@@ -195,7 +207,7 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
 def make_steps(
     config: ConfigDict, network: AlexNet, augmentation: Augmentation, mesh: Mesh, steps_per_epoch: float
 ) -> TrainingSteps:
-    """Jits the functions of a run. Raises UserError where `optim` has a value outside its range."""
+    """Jits the functions of a run. Raises UserError if a value in `optim` is out of range."""
     hooks = large_batch.hooks_from_config(config.optim, steps_per_epoch)
     layers = list(network.layers)
     optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
@@ -203,7 +215,7 @@ def make_steps(
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, everywhere = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
-    # With the first alone XLA of JAX 0.11 makes products for Triton, may not use it then, and finds no other for some.
+    # With the first option alone, XLA (JAX 0.11) emits products for Triton, disallows it, and finds no alternative.
     options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     update = functools.partial(
@@ -220,9 +232,9 @@ def make_steps(
     return TrainingSteps(
         optimizer=optimizer,
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        # It runs once: LLVM's optimization of its random draws takes seconds on a CPU, and is left out.
+        # `init` runs once, so skip LLVM's optimization of the random draws: it takes seconds on a CPU.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
-        # A NaN check runs the step a second time, and needs the old state.
+        # jax_debug_nans reruns a step that produced NaN, so with `debug` the old state must not be donated.
         train_step=jit(update, out_shardings=(shardings, everywhere), donate_argnums=() if config.debug else 0),
         eval_step=jit(evaluate, out_shardings=everywhere),
         after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
@@ -230,24 +242,24 @@ def make_steps(
 
 
 def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:
-    """Raises UserError where a dataset has nothing to train on, or other classes than the network."""
+    """Raises UserError if a dataset has no training data or its number of classes differs from the network's."""
     if dataset.image_stats is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
         raise UserError(f'{path!r} has {missing}; prepare training images with alexnet_jax prepare.')
     if len(dataset.class_names) != network.num_classes:
         raise UserError(
-            f'the data have {len(dataset.class_names)} classes, the model {network.num_classes}; '
-            f'use --config.model.num_classes={len(dataset.class_names)}.'
+            f'model.num_classes={network.num_classes}: the data have {len(dataset.class_names)} classes; use '
+            f'--config.model.num_classes={len(dataset.class_names)}.'
         )
 
 
 def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows: int) -> int:
-    """`data.num_workers`; for -1 none where the step needs the cores, or where nothing has to be decoded."""
+    """Resolves `data.num_workers`. -1 gives 0 if the step itself needs the cores or the images are already decoded."""
     script = processes.script_without_guard()
     if config.data.num_workers > 0 and script:
         raise UserError(
-            f'data.num_workers={config.data.num_workers}: each of these processes would run {script!r} once more; put '
-            "what it does under if __name__ == '__main__':, or decode in threads (0)."
+            f'data.num_workers={config.data.num_workers}: each worker process would run {script!r} again; move its '
+            "code under if __name__ == '__main__':, or use --config.data.num_workers=0 (threads)."
         )
     if config.data.num_workers >= 0:
         return config.data.num_workers
@@ -257,13 +269,13 @@ def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows
     return pipeline.default_workers(rows, row_bytes, len(mesh.local_devices))
 
 
-def _store(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, num_workers: int) -> Storage:
-    """The training images, stored as `data.cache` says. Raises UserError where they take too much memory."""
+def _make_storage(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, num_workers: int) -> Storage:
+    """Stores the training images as `data.cache` selects. Raises UserError if they need too much memory."""
     if not config.cache:
         return Records(records, record_size)
     _check_memory(config.cache, len(records), record_size, mesh)
     images, labels = pipeline.decode_all(records, record_size, num_workers)
-    if config.cache == 'host' and config.crop_area:  # these crops are resized, which the step cannot do
+    if config.cache == 'host' and config.crop_area:  # crops of varying size are resized on the host, not in the step
         pairs = zip(images, labels, strict=True)
         return Records([{'image': image, 'label': int(label)} for image, label in pairs], record_size)
     if config.cache == 'host':
@@ -273,14 +285,14 @@ def _store(config: ConfigDict, records: Sequence, record_size: int, mesh: Mesh, 
 
 
 def _check_memory(cache: str, count: int, record_size: int, mesh: Mesh) -> None:
-    """Raises UserError where decoded images would take more than 80% of the memory of the host or of a device."""
+    """Raises UserError if the decoded images need more than 80% of the memory of the host or of a device."""
     host = device = count * 3 * record_size**2
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') if cache == 'device' else None
-    if cache == 'device' and not limit:  # a CPU's devices share its memory with the array that is read into
+    if cache == 'device' and not limit:  # CPU devices: each copy shares the host's memory with the decoded array
         host *= 1 + len(mesh.local_devices)
     for needed, memory in ((host, processes.memory()), (device, limit)):
         if memory and needed > 0.8 * memory:
             raise UserError(
-                f'data.cache={cache!r}: the {count} training images take {needed / 2**30:.1f} GiB, more than 80% '
+                f'data.cache={cache!r}: the {count} training images need {needed / 2**30:.1f} GiB, more than 80% '
                 f"of the {memory / 2**30:.1f} GiB of memory; use --config.data.cache=''."
             )

@@ -1,4 +1,4 @@
-"""The check of a whole config: every key is known, none is missing, and the values make sense together."""
+"""Validates a whole config: unknown keys, missing keys, ranges and combinations of values."""
 
 from ml_collections import ConfigDict
 
@@ -17,14 +17,14 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 
 _RUN_CHECKS = (
     ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
-    ('stop_at_error', lambda value: from_0(value) and value < 100, 'percent: 0 (never), or up to, not with, 100'),
+    ('stop_at_error', lambda value: from_0(value) and value < 100, '0 (never) or a percentage below 100'),
     ('seed', lambda value: from_0(value, most=2**31 - 1, kind=int), '0 to 2^31 - 1'),
     ('batch_size', is_count, '1 or more'),
     ('max_nonfinite num_steps log_every_steps eval_every_steps checkpoint_every_steps', from_0, '0 or more'),
 )
 _DATA_CHECKS = (
     ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
-    ('fraction', lambda value: from_0(value, most=1) and value > 0, 'a number above 0, at most 1'),
+    ('fraction', lambda value: from_0(value, most=1) and value > 0, 'a number above 0 and at most 1'),
     ('num_threads max_unreadable', from_0, '0 or more'),
     ('num_workers', lambda value: from_0(value, least=-1, kind=int), '-1 or more'),
 )
@@ -34,7 +34,7 @@ def _keys(checks: tuple) -> list[str]:
     return [key for keys, _, _ in checks for key in keys.split()]
 
 
-_KEYS = {  # of every config; the values are explained in configs/paper.py
+_KEYS = {  # keys of every config; configs/paper.py explains the values
     '': (
         *_keys(_RUN_CHECKS), 'grad_accum_steps', 'num_epochs', 'init_from', 'init_fresh', 'debug', 'deterministic',
         'data', 'model', 'mesh', 'optim',
@@ -47,36 +47,36 @@ _KEYS = {  # of every config; the values are explained in configs/paper.py
 
 
 def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]:
-    """A config's network and augmentation, without looking at data or devices. Raises UserError."""
+    """Validates a config, without data or devices. Returns its network and augmentation. Raises UserError."""
     _check_keys(config)
     check_values(_RUN_CHECKS, config, '{}={!r}')
     check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')
     if config.num_steps == 0 and not (from_0(config.num_epochs) and config.num_epochs > 0):
         raise UserError(
-            f'num_epochs={config.num_epochs}, num_steps={config.num_steps}; expected one of them above 0, and finite.'
+            f'num_epochs={config.num_epochs}, num_steps={config.num_steps}: expected one of them above 0 and finite.'
         )
     if config.mesh.tower not in (1, 2):
-        raise UserError(f'mesh.tower={config.mesh.tower}; the network has 1 tower or 2.')
+        raise UserError(f'mesh.tower={config.mesh.tower}: expected 1 or 2.')
     if config.init_fresh and not config.init_from:
         raise UserError(
-            f'init_fresh={config.init_fresh} names layers to draw anew, but init_from is empty; set it, or drop '
+            f'init_fresh={config.init_fresh}: init_from is empty, so all layers are new; set init_from or remove '
             'init_fresh.'
         )
     if config.data.cache == 'device' and config.data.crop_area:
-        raise UserError("data.cache='device' cannot resize; use data.cache='host' with data.crop_area.")
+        raise UserError("data.cache='device' cannot resize crops; use data.cache='host' with data.crop_area.")
     return model_from_config(config.model), augmentation_from_config(config.data)
 
 
 def _check_keys(config: ConfigDict) -> None:
-    """Raises UserError for an unknown or a missing key. A layer's fields that are not given have their defaults."""
+    """Raises UserError for an unknown or missing key. Fields of layers are not checked here: some have defaults."""
     for prefix, known in _KEYS.items():
         section = config[prefix[:-1]] if prefix else config
         if not isinstance(section, ConfigDict):
-            raise UserError(f'{prefix[:-1]}={section!r}; expected a section of keys, as in configs/paper.py.')
+            raise UserError(f'{prefix[:-1]}={section!r}: expected a section of keys, as in configs/paper.py.')
         given = section.keys()
         for key in given:
             if key not in known:
                 raise UserError(f'unknown config key {prefix + key!r}.{did_you_mean(key, known)}')
         for key in known:
             if key not in given:
-                raise UserError(f'the config has no {prefix + key!r}; copy it from configs/paper.py.')
+                raise UserError(f'missing config key {prefix + key!r}; copy it from configs/paper.py.')

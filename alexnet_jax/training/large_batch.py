@@ -1,4 +1,4 @@
-"""What training in large batches adds to the paper's update: LARS and a warm-up."""
+"""Additions to the paper's update for large batches: LARS and a learning-rate warm-up."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from alexnet_jax.core.optim import DecayTable
 
 
 def add_decays_with_lars(table: DecayTable, *, trust_coefficient: float) -> optax.GradientTransformation:
-    """LARS (You, Gitman and Ginsburg 2017, and the code they released), in place of `optim.add_decays`.
+    """LARS (You, Gitman and Ginsburg 2017, and their released code). Replaces `optim.add_decays`.
 
-    gradient + decay * w of each array is multiplied by trust_coefficient * |w| / (|gradient| + decay * |w|), by 1 where
-    w or the gradient is 0, so that the rate of a large batch suits every layer. (`optax.scale_by_trust_ratio` divides
-    by |gradient + decay * w|.)
+    Multiplies `gradient + decay * w` of each array by `trust_coefficient * |w| / (|gradient| + decay * |w|)`, or by 1
+    if w or the gradient is 0. This adapts the large learning rate of a large batch to each layer.
+    `optax.scale_by_trust_ratio` differs: it divides by `|gradient + decay * w|`.
     """
 
     def scaled(path, gradient, w):
@@ -29,12 +29,12 @@ def add_decays_with_lars(table: DecayTable, *, trust_coefficient: float) -> opta
 
 
 def warmup(steps: int) -> Callable:
-    """A factor of the rate that rises in equal steps to 1 over the first updates (Goyal et al. 2017)."""
+    """Learning-rate factor that rises linearly to 1 over the first `steps` updates (Goyal et al. 2017)."""
     return lambda count: jnp.minimum(1.0, (count + 1) / steps)
 
 
 def hooks_from_config(fields: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
-    """The hooks of `config.optimizer_from_config` that a config's `optim` asks for; none by default."""
+    """Returns the keyword arguments of `config.optimizer_from_config` for LARS and warm-up; empty if both are off."""
     hooks: dict[str, Any] = {}
     if trust_coefficient := fields['trust_coefficient']:
         hooks['decay'] = functools.partial(add_decays_with_lars, trust_coefficient=trust_coefficient)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, JSON files and the progress line."""
+"""Writes the records of a run: metrics.jsonl, TensorBoard events, JSON files and the progress line."""
 
 import contextlib
 import glob
@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 from alexnet_jax.utils.errors import as_user_error
 from alexnet_jax.utils.files import atomic_file
 
-# tensorboardX imports PyTorch where it is installed, for records of kinds that are not written here: seconds and 450 MB
-# in this process and in each that decodes.
+# Hide PyTorch from tensorboardX, which imports it for record types that are not used here. The import takes seconds and
+# 450 MB in this process and in each decoding process.
 _without_torch = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto import event_pb2  # noqa: E402
@@ -29,10 +29,11 @@ _METRICS = 'metrics.jsonl'
 
 
 class MetricWriter:
-    """Appends lines to metrics.jsonl and the same numbers to TensorBoard events; process 0 writes, the others are mute.
+    """Appends metrics to metrics.jsonl and to TensorBoard events. Only process 0 writes.
 
-    Opening cuts both after `step`: what a killed run wrote beyond its last checkpoint is written again. validated:
-    whether a validation at `step` itself stays. Raises UserError, as `write` and `flush` do, for a full disk, say.
+    The constructor removes everything after `step`: a killed run may have written beyond its last checkpoint, and the
+    resumed run repeats these steps. validated: whether to keep a validation line of `step` itself. The constructor,
+    `write` and `flush` raise UserError if the files cannot be written, for example on a full disk.
     """
 
     def __init__(self, workdir: str, step: int, *, validated: bool = True):
@@ -45,11 +46,11 @@ class MetricWriter:
                 for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
                     _cut_events(events, step, validated)
                 self._lines = open(path, 'a', encoding='utf-8')
-                # Not SummaryWriter: its thread dies of a full disk, and whoever waits for it waits for ever.
+                # SummaryWriter is not used: its thread dies when the disk is full, and waiting for it never ends.
                 self._events = EventsWriter(os.path.join(workdir, 'events'), filename_suffix=f'.{step}')
 
     def write(self, line: dict) -> None:
-        """line: 'step', 'split' and numbers, or numbers by layer."""
+        """Writes one line: 'step', 'split', and metrics. A metric is a number or a dict {layer: number}."""
         if not self._writes:
             return
         now = time.time()
@@ -67,14 +68,14 @@ class MetricWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Call before saving: a run that goes on from a checkpoint does not write again what was written before it."""
+        """Flushes the events. Call it before saving: a resumed run does not rewrite events before its checkpoint."""
         if self._writes:
             with _as_user_error(self._workdir):
                 self._events.flush()
                 self._flushed = time.time()
 
     def close(self) -> None:
-        """What cannot be written any more is given up: the next start writes it again."""
+        """Closes the files. Ignores write errors: a resumed run writes the lost lines again."""
         if self._writes:
             for file in (self._lines, self._events):
                 with contextlib.suppress(OSError):
@@ -82,37 +83,37 @@ class MetricWriter:
 
 
 def _as_user_error(workdir: str):
-    remedy = 'Checkpoints are as they were; put it right and give the same command again.'
+    remedy = 'The checkpoints are intact. Fix the problem and run the same command again.'
     return as_user_error(f'{workdir!r} cannot be written', remedy)
 
 
 def last_step(workdir: str) -> int:
-    """The last step in the workdir's metrics.jsonl; 0 where there is none."""
+    """Returns the last step in the workdir's metrics.jsonl; 0 if there is none."""
     with _as_user_error(workdir):
         return max((entry[0] for _, entry in _read_lines(os.path.join(workdir, _METRICS)) if entry), default=0)
 
 
 def write_json(workdir: str, files: dict[str, dict]) -> None:
-    """Process 0 replaces each file (NAME.json) in one move. Raises UserError."""
+    """Replaces each file NAME.json atomically, in process 0 only. Raises UserError if a file cannot be written."""
     for name, content in files.items() if jax.process_index() == 0 else ():
         with _as_user_error(workdir), atomic_file(os.path.join(workdir, f'{name}.json')) as file:
             json.dump(content, file, indent=2)
 
 
 def _cut_metrics(path: str, step: int, validated: bool) -> None:
-    """Keeps the whole lines up to and with `step`."""
-    torn = None
+    """Keeps the complete lines up to and including `step`."""
+    incomplete = None
     with atomic_file(path) as file:
         for number, (line, entry) in enumerate(_read_lines(path), 1):
-            if torn:  # a kill tears the last alone
-                logging.warning(f'{path}: line {torn} cannot be read, and is left out.')
-            torn = None if entry else number
-            if entry and not _beyond(*entry, step, validated):
+            if incomplete:  # a kill can truncate only the last line
+                logging.warning(f'{path}: line {incomplete} cannot be read and is removed.')
+            incomplete = None if entry else number
+            if entry and not _is_after(*entry, step, validated):
                 file.write(line if line.endswith('\n') else line + '\n')
 
 
 def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
-    """(line, its step and split) of a metrics.jsonl, nothing of those that are torn; none where there is no file."""
+    """Yields (line, (step, split)) for each line of a metrics.jsonl, if it exists; (line, None) if it is incomplete."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
@@ -123,15 +124,15 @@ def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
             yield line, entry
 
 
-def _beyond(line_step: int, split: str, step: int, validated: bool) -> bool:
+def _is_after(line_step: int, split: str, step: int, validated: bool) -> bool:
     return line_step > step or (line_step == step and split == 'val' and not validated)
 
 
 def _cut_events(path: str, step: int, validated: bool) -> None:
-    """Truncates an events file before its first record after `step`, or where a kill tore it."""
+    """Truncates an events file before its first record after `step`, or before an incomplete record."""
     end, size = 0, os.path.getsize(path)
     with open(path, 'rb') as file:
-        # A record: length (8 bytes), its checksum (4), an Event, its checksum (4).
+        # Record format: length (8 bytes), checksum of the length (4), an Event, checksum of the Event (4).
         while len(header := file.read(12)) == 12:
             length = int.from_bytes(header[:8], 'little')
             if length > size:
@@ -142,14 +143,14 @@ def _cut_events(path: str, step: int, validated: bool) -> None:
             except DecodeError:
                 break
             split = event.summary.value[0].tag.split('/')[0] if event.summary.value else ''
-            if len(record) < length + 4 or _beyond(event.step, split, step, validated):
+            if len(record) < length + 4 or _is_after(event.step, split, step, validated):
                 break
             end = file.tell()
     os.truncate(path, end)
 
 
 def log_line(line: dict, total_steps: int, ending: str = '') -> None:
-    """Logs a line of metrics as progress."""
+    """Logs a line of metrics in readable form."""
     counted = f' of {line["count"]} images' if 'count' in line else ''
     logging.info(
         f'{line["split"]:5}  step {line["step"]}/{total_steps}  epoch {line["epoch"]:.2f}  '

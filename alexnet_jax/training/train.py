@@ -1,4 +1,4 @@
-"""train_and_evaluate(config, workdir): the loop - update, evaluate, decide the rate, save."""
+"""The training loop: update, evaluate, adjust the learning rate, save."""
 
 import contextlib
 import dataclasses
@@ -29,23 +29,25 @@ from alexnet_jax.utils.files import absolute_local_path, file_lock
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, *, dataset: datasets.Dataset | None = None, profile: int = 0
 ) -> dict[str, float]:
-    """Trains to the end, from the beginning or from the workdir's last checkpoint.
+    """Trains a network to the end of the config's schedule, starting from the workdir's last checkpoint if it has one.
 
-    At a step: update, evaluate, decide the rate, save; so what was decided is what is saved. A run that is stopped and
-    started again with the same config ends as one that never stopped.
+    Each step runs in this order: update, evaluate, adjust the learning rate, save. A run that is stopped and resumed
+    with the same config ends in the same state as a run that was never stopped.
 
     Args:
-      config: see configs/paper.py; it is not changed.
-      workdir: gets config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
-      dataset: from `datasets.in_memory`, say; None opens what `config.data.path` names.
-      profile: updates to trace, after two, into WORKDIR/profile (for TensorBoard or Perfetto); 0: none.
+      config: from `alexnet_jax.get_config`. configs/paper.py explains every key. It is not modified.
+      workdir: folder for config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
+      dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
+      profile: updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up updates.
 
-    Returns the last validation's numbers (see `evaluate.evaluate_batches`); {} without a val split, or if all was done.
+    Returns:
+      The metrics of the last validation: 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images),
+      'images_per_second' and 'data_wait' (0 to 1). {} if there is no val split or the run was already finished.
 
     Raises:
-      UserError: the config, the data or the workdir do not fit together, or cannot be read and written any more.
-      DivergedError: loss, gradient or update stopped being finite; names the step, the rate and the last checkpoint.
-      TerminatedError: SIGTERM came; the step under way, and its validation given up, are saved.
+      UserError: config, data and workdir do not fit together, or a file cannot be read or written.
+      DivergedError: loss, gradient or update is not finite. Names the step, learning rate and last checkpoint.
+      TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
     workdir = os.fspath(workdir)
     setup = build.build(config, dataset)
@@ -57,18 +59,16 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _describe_setup(setup)
-        should_stop = stack.enter_context(distributed.defer_sigterm())  # to the end of the last save
+        should_stop = stack.enter_context(distributed.defer_sigterm())  # until the last save is complete
         checkpoints = stack.enter_context(CheckpointManager(workdir))
         stack.enter_context(jax.debug_nans(config.debug or jax.config.jax_debug_nans))  # type: ignore[attr-defined]
-        for problem in checkpoints.damaged:
-            distributed.warn(f'a checkpoint is not used: {problem}.')
         state, saved = restore.restore_or_init(checkpoints, setup, key, meta, workdir)
         start, unfinished = int(state.step), saved.get('unfinished', False)
         if not unfinished and _is_finished(setup, start, saved.get('log'), workdir):
             return {}
         environment = describe_environment()
         if start:
-            logging.info('Going on from step %d of %d in %s.', start, setup.total_steps, workdir)
+            logging.info('Resuming from step %d of %d in %s.', start, setup.total_steps, workdir)
             warn_of_changes(workdir, environment)
         metric_writer.write_json(workdir, {'config': meta['config'], 'environment': environment})
         writer = metric_writer.MetricWriter(workdir, start, validated=not unfinished)
@@ -77,16 +77,16 @@ def train_and_evaluate(
         limits = {'on_nonfinite': config.on_nonfinite, 'max_nonfinite': config.max_nonfinite}
         limits['max_unreadable'] = config.data.max_unreadable
         log = train_log.TrainLog(writer, **counts, **limits, num_classes=len(data.class_names), saved=saved.get('log'))
-        # Kept from one validation to the next: worker processes take seconds to start.
+        # One iterator serves all validations, because worker processes take seconds to start.
         val_batches = stack.enter_context(contextlib.closing(setup.val_batches()))
         batches = stack.enter_context(contextlib.closing(setup.train_batches(start)))
         profiler = stack.enter_context(_Profiler(os.path.join(workdir, 'profile'), start, profile, setup.total_steps))
         hooks = StepHooks(setup, meta, writer, log, checkpoints, val_batches, should_stop)
         try:
-            if unfinished:  # SIGTERM came between this step's update and what belongs to it
+            if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
-            wanted = itertools.islice(batches, max(0, setup.total_steps - start))  # a run may have been made shorter
-            prefetched = () if hooks.done else pipeline.prefetch_to_device(wanted, setup.to_mesh)
+            remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # num_epochs may have been lowered
+            prefetched = () if hooks.done else pipeline.prefetch_to_device(remaining, setup.to_mesh)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
                 state, report = setup.steps.train_step(state, batch, setup.image_stats, key)
@@ -99,30 +99,26 @@ def train_and_evaluate(
                     break
         except DivergedError as error:
             checkpoints.wait()
-            good = checkpoints.latest()
-            kept = f'The last good checkpoint is step {good}' if good is not None else 'There is no checkpoint'
-            raise DivergedError(f'{error} {kept} in {workdir}.') from None
-    _say_where_it_is(workdir, config.data.path)
+            latest = checkpoints.latest()
+            location = 'There is no checkpoint' if latest is None else f'The last good checkpoint is step {latest}'
+            raise DivergedError(f'{error} {location} in {workdir}.') from None
+    command = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
+    logging.info('The run is in %s. Evaluate it: %s', workdir, command)
     return hooks.result
 
 
-def _say_where_it_is(workdir: str, data: str) -> None:
-    evaluate_it = f'alexnet_jax evaluate --checkpoint={workdir} --data={data or "DIR"}'
-    logging.info('The run is in %s. Evaluate it: %s', workdir, evaluate_it)
-
-
 class StepActions(NamedTuple):
-    """What is due at a step, besides its update."""
+    """Actions that follow the update of a step."""
 
-    log: bool  # a line of metrics.jsonl
-    validate: bool  # a validation, and what follows of it for the rate
+    log: bool  # write a line to metrics.jsonl
+    validate: bool  # evaluate the val split and adjust the learning rate
     save: bool
-    last: bool  # the run ends here, with a validation
+    last: bool  # end the run, with a validation
 
 
 @dataclasses.dataclass
 class StepHooks:
-    """What follows the update of a step: validates, decides the rate, saves."""
+    """Validates, adjusts the learning rate and saves after the update of a step."""
 
     setup: TrainingSetup
     meta: dict[str, Any]  # saved with every checkpoint
@@ -135,53 +131,54 @@ class StepHooks:
     result: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation; empty before the first
 
     def due(self, step: int) -> StepActions:
-        """What is due at a step by the cadences of the config."""
+        """Returns the actions due at a step according to the config's `*_every_steps`."""
         size, examples = self.setup.config.batch_size, self.setup.num_examples
-        ends_epoch, now = step * size // examples > (step - 1) * size // examples, {}
+        ends_epoch = step * size // examples > (step - 1) * size // examples
+        due = {}
         for name in ('log', 'eval', 'checkpoint'):
-            every = self.setup.config[f'{name}_every_steps']  # 0: once an epoch
-            now[name] = step % every == 0 if every else ends_epoch
+            every = self.setup.config[f'{name}_every_steps']  # 0: once per epoch
+            due[name] = step % every == 0 if every else ends_epoch
         last = step >= self.setup.total_steps
-        save = now['checkpoint'] or last
-        validate = 'val' in self.setup.dataset.splits and now['eval']
-        # A line before each save, so that no mean reaches back over a restart.
-        return StepActions(now['log'] or save, validate, save, last)
+        save = due['checkpoint'] or last
+        validate = 'val' in self.setup.dataset.splits and due['eval']
+        # Each save is preceded by a log line, so no logged mean spans a restart.
+        return StepActions(due['log'] or save, validate, save, last)
 
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
-        """Does what is due; returns the state with the rate decided.
+        """Runs the due actions and returns the state with the adjusted learning rate.
 
-        resumed: the checkpoint was saved as unfinished: of this step only the update is done. Raises TerminatedError
-        where SIGTERM has come: the update is saved; the rest of it will be done first the next time.
+        resumed: the step was restored from a checkpoint marked as unfinished, after its update but before its actions.
+        Raises TerminatedError if SIGTERM was received: the update is saved, and its actions run first on resume.
         """
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
             due = due._replace(save=True, last=True)
-        stops = self.should_stop()
-        if not (due.validate or due.save or stops):
+        terminated = self.should_stop()
+        if not (due.validate or due.save or terminated):
             return state
         with self.log.pause():
             result = {}
             try:
-                if stops:
+                if terminated:
                     raise TerminatedError
                 if due.validate or (due.last and 'val' in self.setup.dataset.splits):
                     result = self.result = self.validate(state, step)
             except TerminatedError:
-                if not resumed:  # otherwise it is saved that way already
+                if not resumed:  # otherwise an unfinished checkpoint of this step exists
                     self.save(state, None, unfinished=True)
                     self.checkpoints.wait()
                 saved = f'step {step} of {self.setup.total_steps} is saved'
-                raise TerminatedError(f'SIGTERM: {saved}; the same command goes on from there.') from None
-            if due.validate:  # not at an end in between: the run may be made longer, and should not show it
-                decided = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
-                state = state._replace(opt_state=decided)
+                raise TerminatedError(f'SIGTERM: {saved}; run the same command to resume.') from None
+            if due.validate:  # an extra validation at the end must not change a run that is later extended
+                opt_state = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
+                state = state._replace(opt_state=opt_state)
             if due.save:
                 self.save(state, result.get('top1_error'))
         self.done = due.last
         return state
 
     def save(self, state: TrainState, top1_error: float | None, *, unfinished: bool = False) -> None:
-        """Starts saving the state with what a run needs to go on from it."""
+        """Starts saving the state and the metadata that resuming needs."""
         self.writer.flush()
         meta = {**self.meta, 'log': self.log.state(), 'unfinished': unfinished}
         image_stats = self.setup.dataset.image_stats
@@ -189,7 +186,7 @@ class StepHooks:
         self.checkpoints.save(state, image_stats, meta, top1_error)
 
     def validate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Evaluates the val split and writes the line. Raises DivergedError where the loss is not finite."""
+        """Evaluates the val split and writes the metrics. Raises DivergedError if the loss is not finite."""
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
         batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
@@ -198,8 +195,8 @@ class StepHooks:
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
             raise DivergedError(
-                f'step {step}: the validation loss is {result["loss"]}, though every update was finite. Lower '
-                'optim.learning_rate (in another directory, if this has a checkpoint).'
+                f'step {step}: the validation loss is {result["loss"]}, although all updates were finite. '
+                f'{train_log.LOWER_RATE}'
             )
         epoch = step * config.batch_size / setup.num_examples
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
@@ -210,14 +207,14 @@ class StepHooks:
 
 
 class _Profiler(contextlib.ExitStack):
-    """Traces `count` updates, after two that warm up, into a folder; none with a count of 0."""
+    """Traces `count` updates into a folder, after two warm-up updates; a count of 0 traces nothing."""
 
     def __init__(self, folder: str, start: int, count: int, total_steps: int):
         super().__init__()
         self._folder, self._traced = folder, range(start + 3, min(start + 3 + count, total_steps + 1))
         if count and not self._traced:
             left = total_steps - start
-            distributed.warn(f'--profile leaves two updates out, and there are {left} to come: nothing is traced.')
+            distributed.warn(f'--profile skips two warm-up updates, and only {left} remain: nothing is traced.')
 
     def before_update(self, step: int) -> None:
         if self._traced and step == self._traced[0]:
@@ -230,33 +227,31 @@ class _Profiler(contextlib.ExitStack):
 
 
 def _describe_setup(setup: TrainingSetup) -> None:
-    """Logs what it will run on, and warns of what a config probably does not mean."""
+    """Logs devices and mesh, and warns about probable mistakes in the config."""
     devices = setup.mesh.devices
-    where = (
-        f'{devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, mesh.tower={devices.shape[1]}'
+    logging.info(
+        f'Training on {devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, '
+        f'mesh.tower={devices.shape[1]}. Compiling the first update takes a while.'
     )
-    logging.info('Training on %s. Compiling the first update takes a while.', where)
     if 'val' not in setup.dataset.splits:
-        distributed.warn(
-            'no val split: nothing is evaluated, and the learning rate does not follow the validation error.'
-        )
+        distributed.warn('no val split: nothing is evaluated, and the learning rate does not follow the error.')
     if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
-        distributed.warn("optim.stages are for optim.schedule='epochs'; 'plateau' does not follow them.")
+        distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:
-    """Whether nothing is left to do, which is logged with how to go on all the same."""
+    """Returns whether the run is finished; if so, logs which config key extends it."""
     reached = train_log.LogState(**(log or {})).reached(setup.config.stop_at_error)
     if not reached and step < setup.total_steps:
         return False
-    how = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
-    logging.info('%s is finished: step %d of %d. %s to go on.', workdir, step, setup.total_steps, how)
+    remedy = 'Lower stop_at_error' if reached else f'Raise {"num_steps" if setup.config.num_steps else "num_epochs"}'
+    logging.info('%s is finished: step %d of %d. %s to continue.', workdir, step, setup.total_steps, remedy)
     return True
 
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir and locks it against a second run. With several processes, process 0 holds the lock."""
+    """Creates the workdir, and locks it in process 0 against a second run. Raises UserError if either fails."""
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):

@@ -1,4 +1,4 @@
-"""The reports of training steps, fetched late and averaged into lines; what in them stops a run."""
+"""Averages the reports of training steps into log lines and stops a run on too many failures."""
 
 import contextlib
 import dataclasses
@@ -17,90 +17,91 @@ from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import DivergedError, UserError
 from alexnet_jax.utils.logs import format_duration
 
+LOWER_RATE = 'Lower optim.learning_rate, and use another --workdir if this one has a checkpoint.'
+
 
 @dataclasses.dataclass
 class LogState:
-    """What a run that goes on needs of the log of the one before; JSON in its checkpoint."""
+    """Log state that a resumed run needs. Stored as JSON in the checkpoint."""
 
-    sums: dict[str, Any] | None = None  # of `metrics.sums`, since the last line
-    steps: int = 0  # since the last line
-    error: float | None = None  # percent: training error of the last line
-    nonfinite: int = 0  # batches left out
-    epoch: int = 0  # the pass through the data in which unreadable images are counted
-    unreadable: int = 0  # images in that pass
+    sums: dict[str, Any] | None = None  # `metrics.sums` since the last line
+    steps: int = 0  # updates since the last line
+    error: float | None = None  # top-1 training error of the last line, percent
+    nonfinite: int = 0  # batches skipped because a value was not finite
+    epoch: int = 0  # the pass through the data that `unreadable` refers to
+    unreadable: int = 0  # unreadable images in that pass
     norms: dict[str, float | dict[str, float]] = dataclasses.field(default_factory=dict)  # of the last finite update
     window: tuple[float, float, int] = (0.0, 0.0, 0)  # of `ChanceLevelMonitor`
 
     def reached(self, error: float) -> bool:
-        """Whether the last line has that training error, percent, or less; 0 is never reached."""
+        """Returns whether the last line's training error is at most `error` percent. 0 disables the check."""
         return error > 0 and self.error is not None and self.error <= error
 
 
 @jax.jit
-def _packed(report: dict) -> jax.Array:
-    """A report's numbers in one array: to fetch each by itself takes about as long as a fast step."""
+def _pack(report: dict) -> jax.Array:
+    """Stacks a report's numbers into one array: fetching them one by one takes about as long as a fast step."""
     return jnp.stack(jax.tree.leaves(report))
 
 
 @dataclasses.dataclass
 class TrainLog:
-    """Collects the reports of training steps two steps late, so that fetching them never makes the device wait.
+    """Collects the reports of training steps and writes them as log lines.
 
-    A line is the mean over all steps since the line before; its speed and data wait are over the same steps, and at
-    least the last eight, since steps are sent ahead of the device unevenly.
+    Reports are fetched two steps late, so the device never waits for the host. A line holds the means over all steps
+    since the previous line. Speed and data wait cover the same steps but at least the last eight, because steps are
+    dispatched to the device at uneven intervals. Each failure is logged as a warning. More failures than allowed raise
+    DivergedError (values that are not finite) or UserError (unreadable images).
     """
 
-    writer: metric_writer.MetricWriter | None  # None writes nothing
+    writer: metric_writer.MetricWriter | None  # None: no output
     _: dataclasses.KW_ONLY
     batch_size: int
-    examples: int  # in a pass through the data
+    examples: int  # images in one pass through the data
     total_steps: int
     num_classes: int
-    # Failures that a run survives, each with a warning. More end it: DivergedError for losses and gradients that are
-    # not finite, UserError for images that cannot be read.
     on_nonfinite: str  # 'stop' or 'skip'
-    max_nonfinite: int  # batches left out
-    max_unreadable: int  # images in a pass through the data
-    saved: dataclasses.InitVar[dict | None] = None  # `state()` of the run that this one goes on with
+    max_nonfinite: int  # allowed number of skipped batches
+    max_unreadable: int  # allowed number of unreadable images in one pass
+    saved: dataclasses.InitVar[dict | None] = None  # `state()` of the run to resume
 
     def __post_init__(self, saved: dict | None):
         self._state = LogState(**(saved or {}))
         self._pending: deque[Any] = deque()
-        self._clock = deque([(time.perf_counter(), 0.0)])  # (when it was sent, seconds its batch was waited for)
-        self._paused = 0.0  # seconds that were no training
+        self._clock = deque([(time.perf_counter(), 0.0)])  # (dispatch time of a step, seconds waited for its batch)
+        self._paused = 0.0  # seconds spent on validation and saving
         self._printed = -math.inf
         window = min(1000, max(100, math.ceil(self.examples / self.batch_size)))
         self._monitor = ChanceLevelMonitor(self.num_classes, window, self._state.window)
 
     def add(self, step: int, report: dict, *, waited: float, log: bool) -> None:
-        """Takes the report of `train_step.train_step`, on device. waited: seconds for its batch; log: write a line."""
+        """Adds a report of `train_step.train_step`. waited: seconds waited for the batch. log: write a line."""
         sent = time.perf_counter() - self._paused
-        self._pending.append((step, jax.tree.structure(report), _packed(report), waited, sent, log))
-        self._take_all(but=2)
+        self._pending.append((step, jax.tree.structure(report), _pack(report), waited, sent, log))
+        self._fetch_all(keep=2)
 
     @contextlib.contextmanager
     def pause(self):
-        """Around validation and saving. First fetches all reports, so that what is on the device is known to be finite;
-        the time inside does not count in images/s."""
-        self._take_all()
+        """Excludes its body from images/s. First fetches all reports, to check that the state is finite."""
+        self._fetch_all()
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def reached(self, error: float) -> bool:
-        """Whether the last line's training error is that, percent, or less; fetches all reports first."""
-        self._take_all()
+        """Returns whether the last line's training error is at most `error` percent. Fetches all reports first."""
+        self._fetch_all()
         return self._state.reached(error)
 
     def state(self) -> dict:
-        """What a resumed run needs to log as this one would have, as JSON. Call it within `pause`."""
+        """Returns the state that a resumed run needs to continue this log, as JSON. Call it within `pause`."""
         return dataclasses.asdict(dataclasses.replace(self._state, window=self._monitor.window))
 
-    def _take_all(self, but: int = 0) -> None:
-        while len(self._pending) > but:
-            self._take()
+    def _fetch_all(self, keep: int = 0) -> None:
+        while len(self._pending) > keep:
+            self._fetch_next()
 
-    def _take(self) -> None:
+    def _fetch_next(self) -> None:
         step, structure, numbers, waited, sent, log = self._pending.popleft()
         report = jax.tree.unflatten(structure, np.asarray(numbers))
         rate = float(report.pop('learning_rate'))
@@ -110,14 +111,15 @@ class TrainLog:
         self._clock.append((sent, waited))
         self._count_unreadable(step, self.batch_size - round(float(report['weight'])))
         if report.pop('finite'):
-            state.sums = metrics.merge(state.sums, jax.tree.map(float, report))  # float32 cannot add an epoch
+            # Python floats (float64): float32 sums over an epoch lose precision.
+            state.sums = metrics.merge(state.sums, jax.tree.map(float, report))
             state.norms = jax.tree.map(float, norms)
             if self._monitor.add(float(report['loss']), float(report['weight'])):
                 distributed.warn(
-                    f'step {step}: over the last {self._monitor.length} updates the loss was at chance level, '
-                    f'ln(classes) = {math.log(self.num_classes):.2f}; nothing is learned yet. Remedies: wider initial '
-                    'weights (as --config=paper:init=authors), a third of optim.learning_rate or three '
-                    'times as much, a look at the labels.'
+                    f'step {step}: the loss of the last {self._monitor.length} updates is at chance level, '
+                    f'ln(num_classes) = {math.log(self.num_classes):.2f}. Nothing is learned yet. Try wider initial '
+                    'weights (as in --config=paper:init=authors) or a learning rate three times lower or higher, and '
+                    'check the labels.'
                 )
         else:
             self._count_nonfinite(step, rate)
@@ -126,28 +128,28 @@ class TrainLog:
 
     def _count_nonfinite(self, step: int, rate: float) -> None:
         self._state.nonfinite += 1
-        count, most = self._state.nonfinite, self.max_nonfinite
-        what = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
-        remedy = 'Lower optim.learning_rate (in another directory, if this has a checkpoint).'
+        count, limit = self._state.nonfinite, self.max_nonfinite
+        problem = f'step {step}: loss, gradient or update is not finite (learning rate {rate:g})'
         if self.on_nonfinite == 'stop':
-            raise DivergedError(f'{what}; this update was discarded, and no later state is saved. {remedy}')
-        if count > most:
-            raise DivergedError(f'{what}, as in {count - 1} batches before; max_nonfinite={most}. {remedy}')
-        distributed.warn(f'{what}; its batch is left out, number {count} of at most max_nonfinite={most}.')
+            raise DivergedError(f'{problem}; this update is discarded and no later state is saved. {LOWER_RATE}')
+        if count > limit:
+            raise DivergedError(f'{problem}, as in {count - 1} batches before; max_nonfinite={limit}. {LOWER_RATE}')
+        distributed.warn(f'{problem}; skipping the batch ({count} of at most max_nonfinite={limit}).')
 
     def _count_unreadable(self, step: int, count: int) -> None:
-        """count: images of weight 0 in the batch of this step, on all processes; who read them has named them."""
-        state, most = self._state, self.max_unreadable
+        """Counts unreadable images per pass. count: images of weight 0 in this batch; warnings have named them."""
+        state, limit = self._state, self.max_unreadable
         first, last = ((step * self.batch_size - back) // self.examples for back in (self.batch_size, 1))
         if first > state.epoch:
             state.epoch, state.unreadable = first, 0
         state.unreadable += count
-        while state.epoch < last:  # a batch of two passes: to the second belongs what the first cannot have held
-            state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - most)
-        if count and state.unreadable > most:
+        # If the batch spans two passes, count as many as allowed in the first pass and the rest in the second.
+        while state.epoch < last:
+            state.epoch, state.unreadable = state.epoch + 1, max(0, state.unreadable - limit)
+        if count and state.unreadable > limit:
             raise UserError(
-                f'step {step}: {state.unreadable} images of this pass cannot be read (named above); '
-                f'data.max_unreadable={most}. Prepare the data again, or raise --config.data.max_unreadable.'
+                f'step {step}: {state.unreadable} images of this pass cannot be read (named above): expected at most '
+                f'data.max_unreadable={limit}; prepare the data again or raise --config.data.max_unreadable.'
             )
 
     def _write_line(self, step: int, rate: float) -> None:
@@ -171,7 +173,7 @@ class TrainLog:
 
 
 def is_valid_state(saved) -> bool:
-    """Whether a checkpoint's log has the form of `TrainLog.state()`. None (no log yet) has."""
+    """Returns whether a checkpoint's log has the form of `TrainLog.state()`. None (no log yet) is valid."""
     if saved is None:
         return True
     try:
@@ -188,14 +190,14 @@ def is_valid_state(saved) -> bool:
 
 @dataclasses.dataclass
 class ChanceLevelMonitor:
-    """Detects a loss stuck at chance level: at ln(num_classes), 1% more or less, over the last `length` updates."""
+    """Detects a loss stuck at chance level: within 1% of ln(num_classes) over a window of `length` updates."""
 
     num_classes: int
     length: int
-    window: tuple[float, float, int] = (0.0, 0.0, 0)  # loss, weight and updates of the present window
+    window: tuple[float, float, int] = (0.0, 0.0, 0)  # summed loss, summed weight and updates of the current window
 
     def add(self, loss: float, weight: float) -> bool:
-        """Adds a batch's summed loss and weight; whether a window ended with its loss at chance level."""
+        """Adds a batch's summed loss and weight. Returns True if a window has just ended at chance level."""
         loss, weight, steps = self.window[0] + loss, self.window[1] + weight, self.window[2] + 1
         ended, chance = steps >= self.length, math.log(self.num_classes)
         self.window = (0.0, 0.0, 0) if ended else (loss, weight, steps)

@@ -319,7 +319,7 @@ def test_verify(copy, tmp_path, capsys):
     data = tmp_path / 'data'
     prepare.prepare(str(tmp_path / 'raw'), str(data), size=16, workers=1)
     verify_command.main(None, [str(copy), str(copy / 'checkpoints'), str(copy / 'checkpoints' / '2'), str(data)])
-    assert capsys.readouterr().out.count('all as written') == 4
+    assert capsys.readouterr().out.count('all digests match') == 4
     shard = next(data.glob('*train*array_record*'))
     _flip(shard, np.random.default_rng(0))
     _flip(copy / 'checkpoints' / '3' / 'params' / '_METADATA', np.random.default_rng(0))

@@ -98,7 +98,7 @@ def test_cache_larger_than_memory_is_refused(monkeypatch, tmp_path):
     for where, memory in (('host', 5.4e6), ('device', 27e6)):
         container.write_text(f'{memory:.0f}\n')
         assert processes.memory() == memory < machine
-        message = rf"data.cache='{where}': the 1437 training images take 0.0 GiB, more than 80% of the 0.0 GiB of mem"
+        message = rf"data.cache='{where}': the 1437 training images need 0.0 GiB, more than 80% of the 0.0 GiB of mem"
         with pytest.raises(UserError, match=message):
             build.build(helpers.run_config(**{'data.cache': where}))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')  # processes that share the memory

@@ -43,7 +43,7 @@ def test_from_class_folders_to_predictions(tmp_path):
     others, tuned = helpers.write_pictures(tmp_path / 'others', (2, 7)), tmp_path / 'tuned'
     words = (f'--input={others}', f'--output={tuned}', f'--config={tmp_path}/config.py', f'--init_from={out}/run')
     said = _run('finetune', *words, '--config.num_steps=1', '--config.optim.learning_rate=0.0')
-    assert 'fc8 starts afresh' in said
+    assert 'fc8 starts with new weights' in said
     second = loading.load_checkpoint(str(tuned / 'run'))
     assert second.class_names == ('digit 2', 'digit 7') and second.record_size == first.record_size
     assert all(

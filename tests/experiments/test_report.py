@@ -202,7 +202,7 @@ def test_user_errors(contents, message, tmp_path):
 @pytest.mark.parametrize(
     ('images', 'message'),
     [
-        (np.zeros((1, 35, 35, 3), np.uint8), r'images are uint8 of shape \(1, 35, 35, 3\); expected uint8 of \(N, 40,'),
+        (np.zeros((1, 35, 35, 3), np.uint8), r'uint8 of shape \(1, 35, 35, 3\): expected uint8 of shape \(N, 40,'),
         (np.zeros((1, RECORD, RECORD, 3)), 'images are float64'),
         (np.zeros((0, RECORD, RECORD, 3), np.uint8), r'\(0, 40, 40, 3\)'),
     ],

@@ -76,7 +76,7 @@ def killed_one_process_of_two(scene: Scene) -> None:
 
 def expect_saved(scene: Scene, workdir) -> None:
     """Checks that the step reported as saved exists."""
-    said = re.search(r'SIGTERM: step (\d+) of \d+ is saved; the same command goes on', scene.log())
+    said = re.search(r'SIGTERM: step (\d+) of \d+ is saved; run the same command to resume', scene.log())
     expect(said, scene.log()[-2000:])
     expect((workdir / 'checkpoints' / said[1] / checksums.FILE_NAME).exists(), f'step {said[1]} is not there')
 
@@ -204,8 +204,8 @@ def _damaged_checkpoint(scene: Scene, damage) -> None:
     error = untimed_metrics(workdir)[-1]['top1_error']
     right = code == 0 and 'training' in path.parts and f'top-1 error {error:.2f}%' in printed
     expect(right or (code == 2 and 'damaged' in printed), f'evaluate ends with {code}: {printed}')
-    scene.expect_same_result(workdir, written='a checkpoint is not used')
-    expect('Going on from step 56 of 60' in scene.log(), scene.log())
+    scene.expect_same_result(workdir, written='ignoring a checkpoint')
+    expect('Resuming from step 56 of 60' in scene.log(), scene.log())
 
 
 def bit_flipped_in_a_checkpoint(scene: Scene) -> None:
@@ -231,7 +231,7 @@ def half_written_step(scene: Scene) -> None:
         (step / checksums.FILE_NAME).unlink()
     else:
         step.rename(step.with_name('60.orbax-checkpoint-tmp'))
-    scene.expect_same_result(workdir, written='Going on from step 56 of 60')
+    scene.expect_same_result(workdir, written='Resuming from step 56 of 60')
     expect(re.search('checkpoints/60.*: incomplete step', scene.log()), f'not named: {scene.log()[-2000:]}')
 
 

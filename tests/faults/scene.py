@@ -209,7 +209,7 @@ class Scene:
         code, printed = self.run(workdir, *options, processes=processes)
         expect(code == 0, f'the same command ends with {code}: {printed[-3000:]}')
         # A run that starts from the beginning ends the same, too.
-        written = written or (f'(Going on from|is finished:) step {max(steps)} of' if steps else '')
+        written = written or (f'(Resuming from|is finished:) step {max(steps)} of' if steps else '')
         expect(re.search(written, printed), f'{written!r} is not in what it says: {printed[-3000:]}')
         whole = self.reference(*options, processes=processes)
         found, expected = (helpers.untimed_metrics(path) for path in (workdir, whole))

@@ -55,7 +55,7 @@ def test_ignored_fault_counts_as_lost(tmp_path):
         expect_noticed(0, 57)
 
 
-@pytest.mark.parametrize('printed', ['train  step 60/60', 'Going on from step 8 of 60 in run.'])
+@pytest.mark.parametrize('printed', ['train  step 60/60', 'Resuming from step 8 of 60 in run.'])
 def test_restart_from_the_beginning_counts_as_lost(printed, tmp_path):
     """Even if the result is the same."""
 

@@ -149,8 +149,8 @@ def test_unreadable_images_are_refused(loaded, val, tmp_path, capsys):
 def test_user_errors(loaded, val, tmp_path):
     (tmp_path / 'there.npz').write_text('mine')
     for name, layer, message in (
-        ('out.npz', 'fc9', "no layer 'fc9' in this network. Did you mean 'fc8'?"),
-        ('out.npz', 'conv1.norm', "no layer 'conv1.norm' in this network. Did you mean 'conv1"),
+        ('out.npz', 'fc9', "unknown layer 'fc9'. Did you mean 'fc8'?"),
+        ('out.npz', 'conv1.norm', "unknown layer 'conv1.norm'. Did you mean 'conv1"),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
         ('there.npz', 'fc7', 'already exists; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
@@ -159,9 +159,9 @@ def test_user_errors(loaded, val, tmp_path):
             activations.write_activations(str(tmp_path / name), loaded, val[0], layer)
         assert message in str(error.value)
     assert os.listdir(tmp_path) == ['there.npz'] and (tmp_path / 'there.npz').read_text() == 'mine'
-    with pytest.raises(UserError, match=r'images are float64 of shape .*; expected uint8 of \(N, 32, 32, 3\)'):
+    with pytest.raises(UserError, match=r'images are float64 of shape .*: expected uint8 of shape \(N, 32, 32, 3\)'):
         activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
-    with pytest.raises(UserError, match="no layer 'fc'"):
+    with pytest.raises(UserError, match="unknown layer 'fc'"):
         activations.iter_activations(loaded, val[0], 'fc')  # raised before the first batch is requested
 
 

@@ -110,7 +110,9 @@ def test_unreadable_images_are_excluded(checkpoints):
         expected, found = call(whole), call(spoilt, max_unreadable=2)
         for name in ('loss', 'top1_error', 'top5_error', 'count'):
             assert found[name] == pytest.approx(expected[name], rel=1e-6)
-        with pytest.raises(UserError, match=r'2 of 40 images cannot be read \(named above\), max_unreadable=1'):
+        with pytest.raises(
+            UserError, match=r'2 of 40 images cannot be read \(named above\): expected at most max_unreadable=1'
+        ):
             call(spoilt, max_unreadable=1)
         with pytest.raises(UserError, match='there are no images'):
             call([])
@@ -123,7 +125,7 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     result = helpers.run_command('evaluate', *each, '--data=digits', '--weights=tuned', '--json')
     assert result.returncode == 0, result.stderr
     said, line = result.stdout.splitlines()[-2:]
-    assert 'tuned for the top-5 error on val, the images they are tested on here' in said
+    assert 'tuned for the top-5 error on val, which is also the split evaluated here' in said
     found = json.loads(line)
     assert set(found) == {'top1_error', 'top5_error', 'loss', 'count', 'views', 'weights'}
     tuned = np.array(ensemble.tune_weights(outputs, labels))
@@ -135,7 +137,7 @@ def test_evaluate_command_with_several_checkpoints(checkpoints):
     assert json.loads(line)['weights'] == found['weights']
     given = helpers.run_command('evaluate', *each, '--data=digits', '--weights=1,2,1')
     assert '(weights ' in given.stdout and '0.500' in given.stdout and '; given)' in given.stdout
-    for weights, message in (('1,2', 'for 3 checkpoints; expected one'), ('a,b,c', 'expected numbers with commas')):
+    for weights, message in (('1,2', 'expected 3 weights'), ('a,b,c', 'expected comma-separated numbers')):
         wrong = helpers.run_command('evaluate', *each, '--data=digits', f'--weights={weights}')
         assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
@@ -183,11 +185,11 @@ def test_predict_table_and_errors(checkpoints, photos, tmp_path):
     (tmp_path / 'bad.jpg').write_text('no image')
     fixed = f'--checkpoint={checkpoints[0]}'
     for arguments, message in (
-        ([fixed], 'nothing to work on: give one IMAGE_OR_FOLDER or more'),
-        ([fixed, '/nowhere.jpg'], "there is no image or folder '/nowhere.jpg'"),
-        ([fixed, f'{tmp_path}/empty'], 'there are no images in'),
+        ([fixed], 'missing argument: give one IMAGE_OR_FOLDER or more'),
+        ([fixed, '/nowhere.jpg'], "'/nowhere.jpg' does not exist"),
+        ([fixed, f'{tmp_path}/empty'], 'contains no images'),
         ([fixed, f'{tmp_path}/bad.jpg'], "bad.jpg' cannot be read as an image (unknown image format)"),
-        ([fixed, f'{photos}/a.jpg', '--top=11'], '--top=11; expected 1 to 10'),
+        ([fixed, f'{photos}/a.jpg', '--top=11'], '--top=11: expected 1 to 10'),
         ([fixed, f'{photos}/a.jpg', '--views=2'], '--views=2: expected 1'),
         (['--checkpoint=/nowhere', f'{photos}/a.jpg'], "there is no checkpoint at"),
     ):  # fmt: skip
@@ -222,7 +224,7 @@ def test_closed_stdout_is_not_an_error(checkpoints, photos):
 def test_converted_weights_cannot_be_resumed(checkpoints, tmp_path):
     """A workdir without optimizer state is distinguished from a run."""
 
-    with pytest.raises(UserError, match='holds converted weights and no run; .*--config.init_from='):
+    with pytest.raises(UserError, match='contains converted weights, not a run; .*--config.init_from='):
         train.train_and_evaluate(helpers.digits_config(num_steps=1), checkpoints[0])
     config = helpers.digits_config(**{'num_steps': 1, 'init_from': checkpoints[0], 'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path))

@@ -47,7 +47,7 @@ def test_scripts_without_main_guard_get_no_workers(tmp_path, monkeypatch):
         script.write_text(text)
         assert build._num_workers(config, prepared, _mesh('gpu'), 64) == workers
     config.data.num_workers = 2
-    with pytest.raises(UserError, match="would run '.*mine.py' once more; put what it does under if __name__"):
+    with pytest.raises(UserError, match="would run '.*mine.py' again; move its code under if __name__"):
         build._num_workers(config, prepared, _mesh('gpu'), 64)
     for main in (SimpleNamespace(__spec__=None), SimpleNamespace(__spec__='-m', __file__=str(script))):  # a notebook
         monkeypatch.setitem(sys.modules, '__main__', main)

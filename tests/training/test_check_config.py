@@ -10,7 +10,7 @@ from tests import helpers
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'model.num_classes': 12}, 'the data have 10 classes, the model 12; use --config.model.num_classes=10'),
+        ({'model.num_classes': 12}, 'num_classes=12: the data have 10 classes; use --config.model.num_classes=10'),
         (
             {'batch_size': 63, 'mesh.data': 2},
             'batch_size=63, grad_accum_steps=1: expected batch_size to be a multiple of 2',
@@ -22,12 +22,12 @@ from tests import helpers
         ({'optim.momentum': None}, 'optim.momentum=None: expected a number'),
         ({'optim.schedule': 'epochs', 'optim.stages': None}, 'optim.stages has the row None'),
         ({'data.fraction': None}, 'data.fraction=None: expected a number above 0'),
-        ({'model': None}, 'model=None; expected a section of keys'),
+        ({'model': None}, 'model=None: expected a section of keys'),
         ({'on_nonfinite': 'pray'}, "on_nonfinite='pray': expected 'stop' or 'skip'"),
         ({'mesh.data': 3}, 'needs 6 devices, but there are 4'),
-        ({'num_steps': 0, 'num_epochs': 0.0}, 'num_epochs=0.0, num_steps=0; expected one of them above 0'),
+        ({'num_steps': 0, 'num_epochs': 0.0}, 'num_epochs=0.0, num_steps=0: expected one of them above 0'),
         ({'num_steps': 0, 'num_epochs': float('inf')}, 'num_epochs=inf'),
-        ({'mesh.tower': 0}, 'mesh.tower=0; the network has 1 tower or 2'),
+        ({'mesh.tower': 0}, 'mesh.tower=0: expected 1 or 2'),
         ({'data.color_epochs': float('inf')}, 'data.color_epochs=inf: expected a number of 0 or more'),
         ({'optim.learning_rate': float('inf')}, 'optim.learning_rate=inf: expected a number of 0 or more'),
         ({'optim.stages': ((0, 1.0, 1.0, 5),)}, r'optim.stages has 5: expected a layer and 2 factor'),
@@ -59,5 +59,5 @@ def test_unknown_and_missing_keys_are_refused(tmp_path):
         train.train_and_evaluate(config, str(tmp_path / 'run'))
     config = helpers.run_config()
     del config.on_nonfinite
-    with pytest.raises(UserError, match="the config has no 'on_nonfinite'"):
+    with pytest.raises(UserError, match="missing config key 'on_nonfinite'"):
         train.train_and_evaluate(config, str(tmp_path / 'run'))

@@ -107,23 +107,23 @@ def test_frozen_and_slowed_layers(tmp_path):
 def test_incompatible_checkpoints(tmp_path, capsys):
     train.train_and_evaluate(helpers.digits_config(num_steps=1), str(tmp_path / 'old'))
     begin = {'init_from': str(tmp_path / 'old'), 'num_steps': 1}
-    with pytest.raises(UserError, match="init_fresh names a layer 'fc9'. Did you mean 'fc"):
+    with pytest.raises(UserError, match="init_fresh: unknown layer 'fc9'. Did you mean 'fc"):
         train.train_and_evaluate(helpers.digits_config(**begin, init_fresh=('fc9',)), str(tmp_path / 'a'))
-    with pytest.raises(UserError, match=r"init_fresh=\('fc8',\) names layers to draw anew, but init_from is empty"):
+    with pytest.raises(UserError, match=r"init_fresh=\('fc8',\): init_from is empty"):
         train.train_and_evaluate(helpers.digits_config(init_fresh=('fc8',)), str(tmp_path / 'b'))
     six = helpers.digits_config(**begin)
     layers = six.model.layers
     layers.conv6 = {**layers.conv5, 'groups': 1, 'post': 'relu'}
     with pytest.raises(
-        UserError, match=r'''conv6 needs a kernel of shape .*; found nothing.*init_fresh="\('conv6',\)"'''
+        UserError, match=r'''expected a kernel of shape .* for conv6, found no such layer.*init_fresh="\('conv6',\)"'''
     ):
         train.train_and_evaluate(six, str(tmp_path / 'c'))
     capsys.readouterr()
     other = helpers.digits_config(**begin, **{'data.mean': 'channel', 'data.pixel_std': (60.0, 60.0, 60.0)})
     train.train_and_evaluate(other, str(tmp_path / 'd'))
     warned = capsys.readouterr().err
-    assert 'was trained with data.mean crop, this config has channel' in warned
-    assert 'was trained with data.pixel_std (1.0, 1.0, 1.0)' in warned and len(warned.splitlines()) == 2
+    assert 'was trained with data.mean=crop; this config has channel' in warned
+    assert 'was trained with data.pixel_std=(1.0, 1.0, 1.0)' in warned and len(warned.splitlines()) == 2
     # The same shapes, but another function.
     other = helpers.digits_config(**begin, **{'model.lrn_k': 1.0, 'model.dropout_rate': 0.1, 'init_fresh': ('fc7',)})
     other.model.layers.conv5.post = 'pool relu'
@@ -131,5 +131,5 @@ def test_incompatible_checkpoints(tmp_path, capsys):
     train.train_and_evaluate(other, str(tmp_path / 'e'))
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2, warned
-    assert 'was trained with conv5 ' in warned[0] and "'post': 'relu pool'" in warned[0]
-    assert 'was trained with model.lrn_k 2.0, this config has 1.0' in warned[1]
+    assert 'was trained with conv5=' in warned[0] and "'post': 'relu pool'" in warned[0]
+    assert 'was trained with model.lrn_k=2.0; this config has 1.0' in warned[1]

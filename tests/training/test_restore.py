@@ -172,7 +172,7 @@ def test_workdir_of_another_config_is_refused(uninterrupted, changes, message):
     changed = config.copy_and_resolve_references()
     for key, value in changes.items():
         changed.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=f'holds a run of another config: .*{message}.* or another directory'):
+    with pytest.raises(UserError, match=f'contains a run with another config .*{message}.* or another --workdir'):
         train.train_and_evaluate(changed, str(workdir))
     assert before == {name: (workdir / name).read_bytes() for name in before}
 
@@ -256,7 +256,7 @@ def test_checkpoint_evaluates_and_predicts(uninterrupted):
     chex.assert_trees_all_close(
         predict.predict(found, images[:4], views=10), ten.astype(np.float32), rtol=1e-4, atol=1e-6
     )
-    with pytest.raises(UserError, match=r'expected uint8 of \(N, 32, 32, 3\)'):
+    with pytest.raises(UserError, match=r'expected uint8 of shape \(N, 32, 32, 3\)'):
         predict.predict(found, images / 255)
 
 
@@ -281,13 +281,13 @@ def test_init_from_copies_parameters(uninterrupted, tmp_path, capsys):
     # The same number of classes with other names.
     letters = digits._replace(class_names=tuple('abcdefghij'))
     train.train_and_evaluate(config, str(tmp_path / 'letters'), dataset=letters)
-    assert 'fc8 starts afresh: (32, 10), as the classes of' in capsys.readouterr().out
+    assert 'fc8 starts with new weights of shape (32, 10), because' in capsys.readouterr().out
     new = loading.load_checkpoint(str(tmp_path / 'letters')).params
     assert np.abs(new['fc8']['kernel'] - old['fc8']['kernel']).max() > 0.01
     chex.assert_trees_all_equal(new['fc7'], old['fc7'])
     other = config.copy_and_resolve_references()
     other.model.layers.conv1.features = 4
-    with pytest.raises(UserError, match=r'init_from: conv1 needs a kernel of shape \(5, 5, 3, 4\); found a kernel of'):
+    with pytest.raises(UserError, match=r'expected a kernel of shape \(5, 5, 3, 4\) for conv1, found shape'):
         train.train_and_evaluate(other, str(tmp_path / 'other'))
 
 
@@ -325,7 +325,7 @@ def test_run_of_another_version_is_refused(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '30')
     _edit_meta(tmp_path, lambda config: config['model'].update(tanh=True))
-    with pytest.raises(UserError, match='holds a run of another config: model.tanh: True -> None. Give the same'):
+    with pytest.raises(UserError, match=r'a run with another config \(model.tanh: True -> None\); use the same'):
         train.train_and_evaluate(config, str(tmp_path))
     with pytest.raises(UserError, match="checkpoints/30 is from another version: unknown config key 'model.tanh'"):
         loading.load_checkpoint(str(tmp_path))
@@ -365,7 +365,7 @@ def test_checkpoint_of_another_format_is_refused(number, uninterrupted, tmp_path
         ({'log': {'window': 3}}, 'step 30 was not written by'),
         ({'log': {'error': [1.0]}}, 'step 30 was not written by'),
         ({'log': {'steps': {}}}, 'step 30 was not written by'),
-        ({'config': {'model': 3, 'data': {}}}, 'a run of another config: .*model: 3 -> '),
+        ({'config': {'model': 3, 'data': {}}}, 'a run with another config .*model: 3 -> '),
         ({'examples': 10}, 'was trained on other data'),
     ],
 )
@@ -395,5 +395,5 @@ def test_damaged_checkpoint_is_named(uninterrupted, tmp_path):
 def test_renamed_step_folder_is_refused(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir / 'checkpoints' / '30', tmp_path / 'checkpoints' / '100')
-    with pytest.raises(UserError, match='checkpoints/100 holds the state of step 30'):
+    with pytest.raises(UserError, match='checkpoints/100 contains the state of step 30; rename the folder to 30'):
         train.train_and_evaluate(config, str(tmp_path))

@@ -50,7 +50,7 @@ def test_repeated_sigterm_gives_the_same_result(uninterrupted, tmp_path, monkeyp
             break
         except TerminatedError as error:
             stops.append(str(error))
-    assert len(stops) > 3 and 'is saved; the same command goes on' in stops[0]
+    assert len(stops) > 3 and 'is saved; run the same command to resume' in stops[0]
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
     chex.assert_trees_all_equal(last_state(resume_config(), tmp_path), last_state(resume_config(), uninterrupted))
 
@@ -169,13 +169,13 @@ def test_chance_level_is_detected_after_resume(capsys):
     """The window of 100 updates continues, too."""
     for at, told in ((0, 1), (60, 1)):
         _logged([2.3] * 101, at)
-        assert capsys.readouterr().err.count('the loss was at chance level') == told
+        assert capsys.readouterr().err.count('is at chance level') == told
 
 
 @pytest.mark.slow
 def test_run_at_chance_level_warns(capsys, tmp_path):
     train.train_and_evaluate(resume_config(num_steps=101, **{'optim.learning_rate': 0.0}), str(tmp_path / 'stalled'))
-    told = [line for line in capsys.readouterr().err.splitlines() if 'ln(classes) = 2.30' in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if 'ln(num_classes) = 2.30' in line]
     assert len(told) == 1 and told[0].startswith('warning: step 100: over the last 100 updates')
 
 

@@ -31,7 +31,7 @@ def test_divergence_stops_and_saves_nothing(tmp_path, capsys):
     # Nothing was saved, so the remedy may be tried in the same workdir. If checkpoints got lost, the message tells.
     (tmp_path / 'metrics.jsonl').write_text('{"step": 7, "split": "train"}\n{"step": 8, "sp')
     train.train_and_evaluate(helpers.run_config(num_steps=2), str(tmp_path))
-    assert f'{tmp_path} has no checkpoint; the 7 steps of its metrics.jsonl are made again' in capsys.readouterr().err
+    assert f'{tmp_path} has no checkpoint; the 7 steps in its metrics.jsonl are run again' in capsys.readouterr().err
     assert [line['step'] for line in helpers.read_metrics(tmp_path) if line['split'] == 'train'] == [1, 2]
 
 
@@ -69,7 +69,7 @@ def test_on_nonfinite_skip_drops_the_batch(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(build.pipeline, 'train_batches', batches_with_nan)
     train.train_and_evaluate(helpers.run_config(num_steps=5, on_nonfinite='skip'), str(tmp_path))
-    assert 'is not finite (learning rate 0.01); its batch is left out, number 1 of at most' in capsys.readouterr().err
+    assert 'is not finite (learning rate 0.01); skipping the batch (1 of at most' in capsys.readouterr().err
     lines = [line for line in helpers.read_metrics(tmp_path) if line['split'] == 'train']
     assert [line['step'] for line in lines] == [1, 2, 4, 5] and all(np.isfinite(line['loss']) for line in lines)
 
@@ -124,7 +124,7 @@ def test_run_stops_at_the_target_error(tmp_path, capsys):
     assert [line['step'] for line in lines] == [5 * (i + 1) for i in range(first + 1)]
     assert 'top1_error' in result
     train.train_and_evaluate(config, str(tmp_path / 'run'))
-    assert 'Lower stop_at_error to go on' in capsys.readouterr().out
+    assert 'Lower stop_at_error to continue' in capsys.readouterr().out
     train.train_and_evaluate(whole, str(tmp_path / 'run'))
     assert [line for line in helpers.untimed_metrics(tmp_path / 'run') if line['split'] == 'train'] == [
         line for line in helpers.untimed_metrics(tmp_path / 'whole') if line['split'] == 'train'
@@ -179,4 +179,4 @@ def test_profile_covers_the_requested_updates(tmp_path, capsys):
     )  # fewer updates than requested
     assert list((tmp_path / 'again' / 'profile').rglob('*.xplane.pb'))
     train.train_and_evaluate(helpers.digits_config(num_steps=2), str(tmp_path / 'short'), profile=1)
-    assert 'there are 2 to come: nothing is traced' in capsys.readouterr().err
+    assert 'only 2 remain: nothing is traced' in capsys.readouterr().err
