@@ -15,16 +15,16 @@ from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-Check = tuple[str, Callable[[Any], bool], str]  # keys, predicate their values must satisfy, its description
+Check = tuple[str, Callable[[Any], bool], str]  # (keys, predicate, description of a valid value)
 
 
 def _is_number(value: Any, least: float = -1e300, most: float = 1e300, kind: Any = int | float) -> bool:
-    """Whether a value is a finite number (with kind=int: an integer) within bounds."""
+    """Returns whether a value is a finite number (with kind=int: an integer) within bounds."""
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Whether `values` is a tuple or list of `count` numbers within bounds."""
+    """Returns whether `values` is a tuple or list of `count` numbers within bounds."""
     is_row = isinstance(values, tuple | list) and len(values) == count
     return is_row and all(_is_number(value, **bounds) for value in values)
 
@@ -71,7 +71,7 @@ OPTIM_CHECKS = (
 
 
 def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) -> None:
-    """Raises UserError for the first value that fails its check; `text` formats key and value: 'optim.{}={!r}'."""
+    """Raises UserError for the first invalid value; `text` formats its key and value, such as 'optim.{}={!r}'."""
     for keys, is_right, expected in checks:
         for key in keys.split():
             if key in values and not is_right(values[key]):
@@ -79,7 +79,7 @@ def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) 
 
 
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
-    """Returns the network described by a config's `model`; tuples may be lists, as after JSON.
+    """Returns the network described by a config's `model`. Tuples may be lists, as in a config read from JSON.
 
     Raises UserError for a key that is not an attribute of `AlexNet`, or for an invalid value.
     """
@@ -96,7 +96,7 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
             f'model.pool_stride={network.pool_stride}: expected at most model.pool_window={network.pool_window}; a '
             'larger stride leaves gaps between windows.'
         )
-    if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set as jax runs
+    if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # jax is untyped here
         raise UserError("model.dtype='float64': needs jax.enable_x64; set it, or use float32 or bfloat16.")
     return network
 
@@ -131,7 +131,7 @@ def to_tuples(value: Any) -> Any:
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """Returns the augmentation described by a config's `data`; ignores other keys. Raises UserError for a bad value."""
+    """Returns the augmentation in a config's `data`; ignores other keys. Raises UserError for an invalid value."""
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
@@ -159,8 +159,8 @@ def optimizer_from_config(
       fields: see configs/paper.py; keys that this function does not read are ignored.
       steps_per_epoch: updates per epoch; may be fractional.
       layers: names of the network's layers.
-      decay: makes the transformation that precedes the learning rate, see `optim.make_optimizer`.
-      warmup: maps the number of updates to a factor of every rate; None: no warmup.
+      decay: makes the transformation before the learning rate, see `optim.make_optimizer`.
+      warmup: maps the number of updates so far to a factor of every rate; None: no warm-up.
     """
     check_values(OPTIM_CHECKS, fields, 'optim.{}={!r}')
     for key in ('layer_rates', 'layer_decays'):
