@@ -49,7 +49,7 @@ class DenseSpec(LayerSpec):
 
 
 Shape = tuple[int, ...]  # without the batch axis: (H, W, C) for feature maps, (F,) for dense layers
-INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
+INIT_PATTERN = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
 KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # layer name prefix -> spec, in network order
 
 
@@ -69,7 +69,7 @@ def sort_layers(names: Iterable[str]) -> list[str]:
 
 def init_std(init: str) -> float | None:
     """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other string."""
-    if not (match := INIT.fullmatch(init)):
+    if not (match := INIT_PATTERN.fullmatch(init)):
         raise UserError(f"init={init!r}: expected 'normal(STD)' with STD >= 0, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
@@ -94,7 +94,7 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]
     if towers > 1 and max(groups) < 2:
-        raise UserError('No layer has groups=2; set mesh.tower=1.')
+        raise UserError(f'mesh.tower={towers}: no layer has groups=2; use mesh.tower=1.')
     shapes: dict[str, LayerShapes] = {}
     shape: Shape = (image_size, image_size, 3)
     for name, layer in model.layers.items():
@@ -121,15 +121,17 @@ def _mixing_groups(model: Any, op: str) -> int:
 def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     """Raises UserError if a layer has an unknown post op or if its channels are not divisible as required."""
     layer, last = model.layers[name], name == list(model.layers)[-1]
-    allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
+    allowed = sorted(op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only)
     if unknown := [op for op in layer.ops if op not in allowed]:
-        known = ', '.join(sorted(allowed))
-        raise UserError(f'{name}.post={layer.post!r}: unknown op {unknown[0]!r}; use {known}, or add it to POST_OPS.')
+        raise UserError(
+            f'{name}.post={layer.post!r}: op {unknown[0]!r} is not available for this layer; use {", ".join(allowed)}, '
+            'or add an op to POST_OPS.'
+        )
     if layer.ops.count('dropout') > 1:
         raise UserError(f'{name}.post={layer.post!r}: expected dropout at most once.')
-    for what, count in (('inputs', channels), ('features', layer.features)):
+    for kind, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
-            raise UserError(f'{name} has {count} {what}: expected a multiple of groups={layer.groups}.')
+            raise UserError(f'{name} has {count} {kind}: expected a multiple of groups={layer.groups}.')
     # An odd number of classes is allowed: `sharding.forward` pads the classifier.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
         raise UserError(

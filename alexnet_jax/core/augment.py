@@ -86,15 +86,14 @@ def crop_positions(record_size: int, image_size: int, all_positions: bool = Fals
 
 
 def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenvalue') -> Array:
-    """Returns [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in gray levels (section 4.1).
+    """Returns the color [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T to add to every pixel, float [N, 3], levels (section 4.1).
 
     Deviation: the paper does not give the pixel scale. Pixels in [0, 1] are assumed, which shifts colors by about 3.4
     of 255 levels. Eigenvalues on the 0-255 scale would shift them by hundreds of levels. On [0, 1] the eigenvalue is
     l / 255^2, and the shift is multiplied by 255 to get gray levels.
 
     `alphas_N3`, float [N, 3], are the random factors a. `image_stats` has the eigenvectors p and the eigenvalues l.
-    `scale` is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code (about 7.4 levels). The result, float [N, 3],
-    is to be added to every pixel.
+    `scale` is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code (about 7.4 levels).
     """
     lengths = jnp.sqrt(image_stats.eigenvalues) if scale == 'std' else image_stats.eigenvalues / 255.0
     return (alphas_N3 * lengths[None]) @ image_stats.eigenvectors.T
@@ -121,8 +120,8 @@ def preprocess(
     size = batch['image'].shape[1]
     image_stats = jax.tree.map(lambda x: jnp.asarray(x, dtype), image_stats)
     if augmentation.mean == 'crop':
-        mean_under = functools.partial(_crop, image_stats.mean_image, size=size)
-        mean = jax.vmap(mean_under)(batch['offset'], batch['reflect'])
+        crop_mean = functools.partial(_crop, image_stats.mean_image, size=size)
+        mean = jax.vmap(crop_mean)(batch['offset'], batch['reflect'])
     else:
         mean = _fixed_mean(image_stats, augmentation, size)
     shift = color_shift(batch['color'].astype(dtype), image_stats, augmentation.color_scale)

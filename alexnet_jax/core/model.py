@@ -166,10 +166,10 @@ class AlexNet(nn.Module):
         """Applies a post op to each part of a layer's output."""
         op, groups = POST_OPS[name], 1
         if op.groups:
-            groups_here = max(1, op.groups(self) // towers)
-            if groups_here % len(parts):  # the operation mixes channels of different parts
+            local_groups = max(1, op.groups(self) // towers)
+            if local_groups % len(parts):  # the operation mixes channels of different parts
                 parts = ops.regroup(parts, 1)
-            groups = groups_here // len(parts)
+            groups = local_groups // len(parts)
         masks = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
         return [op.function(x, Context(self, groups, m)) for x, m in zip(parts, masks, strict=True)]
 

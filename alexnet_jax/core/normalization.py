@@ -64,7 +64,7 @@ def _response_norm_backward(
     """Returns g d^-beta - 2 alpha beta x sum' (g x d^-beta / d) with d = k + alpha sum x^2.
 
     sum' is over the positions whose window contains x. The barrier keeps XLA from merging this d with that of the
-    forward pass: then d, a float32 array, would be stored instead of recomputed.
+    forward pass; otherwise d, a float32 array, would be stored instead of recomputed.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dtype, x, gradient = x.dtype, x.astype(wide), gradient.astype(wide)

@@ -37,7 +37,7 @@ def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, 
       kernel_HWIO: float [h, w, C, O].
       stride: step of the window in both directions, in pixels.
       padding: zeros (before, after), the same for rows and columns. With `(0, 3)`, an 11x11 window with stride 4 has
-        55 positions per axis of a 224 px image; the last extends beyond the edge, as in the authors' code.
+        55 positions per axis of a 224 px image; the last extends past the right or bottom edge (authors' code).
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
     return _convolve(stride, tuple(padding), x_NHWC, kernel_HWIO)
@@ -59,7 +59,7 @@ def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: A
 def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
     """Returns XLA's gradients, except for the weight gradient on a CPU if stride > 1 or the output gradient is large.
 
-    In that case XLA took 1.3 to 2.6 times as long as `cpu_gradients`; for small output gradients, as little as half.
+    In those cases XLA took 1.3 to 2.6 times as long as `cpu_gradients`; in the others, as little as half as long.
     """
     x, kernel = arrays
     _, vjp = jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)

@@ -56,8 +56,8 @@ class Stage(NamedTuple):
 
     def factor(self, layer: str, part: str) -> float:
         """Returns the factor of one array; `part` is 'kernel' or 'bias'."""
-        own = {name: (weights, biases) for name, weights, biases in self.layers}
-        weights, biases = own.get(layer, (self.weights, self.biases))
+        overrides = {name: (weights, biases) for name, weights, biases in self.layers}
+        weights, biases = overrides.get(layer, (self.weights, self.biases))
         return biases if part == 'bias' else weights
 
 
@@ -74,10 +74,10 @@ class Plateau(NamedTuple):
     def decide(self, state: PlateauState, error: jax.typing.ArrayLike) -> PlateauState:
         """Returns the state after a validation with a top-1 error in percent."""
         error = jnp.asarray(error, jnp.float32)
-        gained = error < state.best_error - self.min_delta
-        count = jnp.where(gained, 0, state.count + 1)
+        improved = error < state.best_error - self.min_delta
+        count = jnp.where(improved, 0, state.count + 1)
         drop = (count >= self.patience) & (state.drops < self.max_drops)
-        best = jnp.where(gained, error, state.best_error)
+        best = jnp.where(improved, error, state.best_error)
         return PlateauState(state.drops + drop, best, jnp.where(drop, 0, count))
 
 
@@ -193,7 +193,7 @@ def _trace_unless_frozen(trace: optax.GradientTransformation) -> optax.GradientT
 
     def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
         _, new = trace.update(updates, state, params)
-        held = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
-        return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, held), new._replace(trace=held)
+        velocity = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
+        return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, velocity), new._replace(trace=velocity)
 
     return optax.GradientTransformationExtraArgs(trace.init, update)

@@ -55,7 +55,7 @@ def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[
     """Also counts how many values of each window equal its maximum. One pass over x computes both.
 
     The maximum is taken over slices, which XLA fuses with the count. `_max_pool` has no count and uses `reduce_window`,
-    because XLA would fuse slices with the operation that computes x, and repeat it for every window that has a value.
+    because XLA would fuse slices with the operation that computes x, and recompute a value for each window over it.
     """
     rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
     values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]

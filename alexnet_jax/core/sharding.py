@@ -62,7 +62,7 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     """
     towers = mesh.shape['tower']
     padding = -model.num_classes % towers
-    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
+    local_model = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
     classifier = list(model.layers)[-1]
 
     # Axes of size 1 are left out: XLA's CPU backend would copy all gradients to sum over a single device.
@@ -71,25 +71,23 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     def spec(*names: str | None) -> P:
         return P(*[name if name in axes else None for name in names])
 
-    def block(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
+    def local_forward(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
         # The parameters' gradients are partial sums over the batch; the image's gradients are partial sums over towers.
         # Mark both inputs as varying: JAX does not do it implicitly for `custom_vjp` functions, which `ops` uses.
         if 'data' in axes:
             params = lax.pcast(params, 'data', to='varying')
         if 'tower' in axes:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
-        return cast(Array, mapped.apply({'params': params}, x_nHWC, masks))  # returns a pair only with `mutable`
+        return cast(Array, local_model.apply({'params': params}, x_nHWC, masks))  # returns a pair only with `mutable`
 
     def apply(params: Any, x_NHWC: Array, masks: Masks | None = None) -> Array:
         if padding:  # an odd number of classes: add a class here, and remove its logits below
-            padded = {
-                part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) for part, x in params[classifier].items()
-            }
+            padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])
             params = {**params, classifier: padded}
         if not axes:
-            return block(params, x_NHWC, masks)
+            return local_forward(params, x_NHWC, masks)
         logits = jax.shard_map(
-            block,
+            local_forward,
             mesh=mesh,
             in_specs=(
                 jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
@@ -112,12 +110,12 @@ def _tower_spec(array: Array) -> P:
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Returns a NamedSharding for every leaf of a training state. All leaves are scalars or shaped like parameters."""
 
-    def place(leaf: Array) -> NamedSharding:
+    def leaf_sharding(leaf: Array) -> NamedSharding:
         # With an odd number of classes the classifier is replicated.
         is_odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']
         return NamedSharding(mesh, P() if is_odd else _tower_spec(leaf))
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(leaf_sharding, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -166,11 +164,11 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     """
     rows = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
     if not rows:
-        raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
+        raise UserError('the mesh has no device of this process; start fewer processes or raise mesh.data.')
     count, rest = divmod(mesh.shape['data'], len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise UserError(
-            f"this process's devices are rows {rows} of {mesh.shape['data']} on mesh.data; each process needs the same "
-            'number of consecutive rows. Change mesh.data or the number of processes.'
+            f"this process's devices are at positions {rows} of {mesh.shape['data']} on the data axis: expected "
+            'equally many consecutive positions for each process; change mesh.data or the number of processes.'
         )
     return rows[0] // len(rows), count

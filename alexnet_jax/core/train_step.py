@@ -17,7 +17,7 @@ Forward = Callable[..., Array]  # result of `sharding.forward`
 
 
 class TrainState(NamedTuple):
-    """Everything that an update changes and a checkpoint saves."""
+    """The state of training, which an update changes and a checkpoint stores."""
 
     step: Array  # int32: number of batches used so far, which is the index of the next batch in the stream
     params: Any
@@ -45,7 +45,7 @@ def loss_and_sums(
 
 
 def _split_microbatches(x_N: Array, parts: int, shards: int) -> Array:
-    """Splits x into [parts, N / parts, ...]. Each part has equally many rows of every shard, so no data moves."""
+    """Splits x into [parts, N / parts, ...]. Each part has the same number of rows of every shard: no data moves."""
     rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
     return rows.reshape(parts, -1, *x_N.shape[1:])
 
@@ -62,7 +62,7 @@ def train_step(
     augmentation: Augmentation,
     color_steps: int | None = None,
     grad_accum_steps: int = 1,
-    data_parts: int = 1,
+    data_shards: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains on one batch: forward pass, backward pass, update.
 
@@ -82,7 +82,7 @@ def train_step(
       color_steps: number of updates with color augmentation, not counting skipped updates; None: always on.
       grad_accum_steps: number of microbatches, computed one after the other. Their gradients are added: the update is
         the same, and activations take the memory of one microbatch.
-      data_parts: size of the mesh's data axis.
+      data_shards: size of the mesh's data axis.
 
     Returns:
       The new state and a report: the sums of `metrics.sums`, 'gradient_norm', 'gradient_norms' and 'update_norms' (by
@@ -109,7 +109,7 @@ def train_step(
     if grad_accum_steps == 1:
         grads, sums = gradient(batch, masks)
     else:
-        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
+        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_shards), (batch, masks))
         shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], microbatches))
         (grads, sums), _ = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, shapes), microbatches)
     with jax.named_scope('update'):
