@@ -86,7 +86,7 @@ def crop_positions(record_size: int, image_size: int, all_positions: bool = Fals
 
 
 def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenvalue') -> Array:
-    """Returns the color [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T to add to every pixel, float [N, 3], levels (section 4.1).
+    """Returns the color added to each image's pixels, [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T (section 4.1), float [N, 3].
 
     Deviation: the paper does not give the pixel scale. Pixels in [0, 1] are assumed, which shifts colors by about 3.4
     of 255 levels. Eigenvalues on the 0-255 scale would shift them by hundreds of levels. On [0, 1] the eigenvalue is
