@@ -16,6 +16,7 @@ import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.commands import app
 from tests import ROOT
+from tests.commands import forked
 from tests.helpers import run_command
 
 _PROGRAM = """
@@ -96,7 +97,7 @@ def _assert_user_error(result, pattern):
 )  # fmt: skip
 def test_user_errors(arguments, pattern, tmp_path):
     workdir = tmp_path / 'w'
-    _assert_user_error(run_command(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
+    _assert_user_error(forked.run_command([a.replace('W', str(workdir)) for a in arguments], tmp_path), pattern)
     assert not workdir.exists()
 
 

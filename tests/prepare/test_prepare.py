@@ -175,7 +175,7 @@ def test_files_outside_classes_are_reported(tmp_path, capfd):
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
-    assert errors.count('skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
+    assert errors.count('warning: skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
