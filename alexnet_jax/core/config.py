@@ -30,6 +30,7 @@ def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
 
 
 is_nonnegative = functools.partial(is_number, minimum=0)
+is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
 is_positive_int = functools.partial(is_number, minimum=1, kind=int)
 
 
@@ -63,7 +64,8 @@ _AUGMENTATION_CHECKS = (
 OPTIM_CHECKS = (
     ('schedule', ('plateau', 'epochs').__contains__, "'plateau' or 'epochs'"),
     ('learning_rate bias_rate weight_decay bias_decay', is_nonnegative, 'a number of 0 or more'),
-    ('trust_coefficient warmup_epochs max_drops min_delta', is_nonnegative, 'a number of 0 or more'),
+    ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
+    ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
     ('momentum', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
     ('drop_factor', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('patience', is_positive_int, 'a positive integer'),

@@ -166,7 +166,7 @@ def test_classes_without_training_images_are_counted(capsys):
         prepare._shuffle_and_split({'train': refs}, 0.02, seed=0)
 
 
-def test_skipped_files_are_reported(tmp_path, capfd):
+def test_files_outside_classes_are_reported(tmp_path, capfd):
     """The found classes are reported too: a folder level too many shows up as one class."""
     content = helpers.encode(helpers.picture(0))
     files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}
@@ -175,7 +175,7 @@ def test_skipped_files_are_reported(tmp_path, capfd):
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
-    assert errors.count('skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
+    assert errors.count('warning: skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
