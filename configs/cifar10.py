@@ -3,8 +3,8 @@
     alexnet_jax prepare --input=cifar10 --output=data/cifar10 --size=32 --format=raw
     alexnet_jax train --config=cifar10:80sec --workdir=runs/80sec --config.data.path=data/cifar10
 
-Reported by the authors: 26%, 19%, 18%, 13% and 11% top-1 test error. The first three use the center crop (the whole
-image), the last two ten views. Here: 80sec 26.16% (one seed). The others need a GPU (docs/experiments.md).
+Reported by the authors: 26%, 19%, 18%, 13% and 11% top-1 test error, for the first three from the whole image, for the
+last two over ten views. Here: 80sec 26.16% (one seed). The others need a GPU (docs/experiments.md).
 """
 
 import ml_collections

@@ -175,7 +175,7 @@ def test_skipped_files_are_reported(tmp_path, capfd):
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
-    assert errors.count('skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
+    assert errors.count('warning: skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -394,7 +394,7 @@ def test_class_names_that_tfds_would_change_are_refused(name, tmp_path):
     """TFDS stores one stripped, nonempty name per line; with other names the labels would name other classes."""
     folders = {'dog': helpers.encode(helpers.picture(0)), name: helpers.encode(helpers.picture(1))}
     helpers.write_files(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
-    with pytest.raises(UserError, match='class name .* expected one line without outer blanks; rename its folder'):
+    with pytest.raises(UserError, match='class name .* expected one line without outer spaces; rename its folder'):
         prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16)
     assert not (tmp_path / 'out').exists()
 
