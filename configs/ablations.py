@@ -38,5 +38,5 @@ _CHANGES = {
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     name, _, init = arg.partition(',')
     if name not in _CHANGES:
-        raise ValueError(f'configs/ablations.py has no variant {name!r}; expected one of {", ".join(_CHANGES)}.')
+        raise ValueError(f'unknown variant {name!r}; expected one of {", ".join(_CHANGES)}.')
     return ablations.with_changes(alexnet_jax.get_config(f'paper:{init}' if init else 'paper'), _CHANGES[name])

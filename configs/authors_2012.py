@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: 'schedule=2010' (default), 'schedule=2012' or 'schedule=170'."""
     arg = arg or 'schedule=2010'
     if arg not in _SCHEDULES:
-        raise ValueError(f'configs/authors_2012.py has no variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
     config = alexnet_jax.get_config('paper:init=authors')
     config.num_epochs, config.data.color_epochs, stages = _SCHEDULES[arg]
 

@@ -15,7 +15,7 @@ from alexnet_jax.experiments import cifar10
 
 def get_config(arg: str = '18pct') -> ml_collections.ConfigDict:
     if arg not in cifar10.NETS:
-        raise ValueError(f'configs/cifar10.py has no variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
     config = alexnet_jax.get_config('paper')
     config.update_from_flattened_dict(cifar10.NETS[arg])
     return config

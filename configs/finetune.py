@@ -21,7 +21,7 @@ import alexnet_jax
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: None, or 'scratch'."""
     if arg not in (None, 'scratch'):
-        raise ValueError(f"configs/finetune.py has no variant {arg!r}; expected 'scratch' or none.")
+        raise ValueError(f"unknown variant {arg!r}; expected 'scratch' or none.")
     config = alexnet_jax.get_config('paper:init=authors')
     longer = 2 if arg == 'scratch' else 1
     config.batch_size = 64

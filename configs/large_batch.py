@@ -26,7 +26,7 @@ _EPOCHS = 100
 
 def get_config(arg: str = '4096') -> ml_collections.ConfigDict:
     if arg not in _RATES:
-        raise ValueError(f'configs/large_batch.py has no variant {arg!r}; expected a batch of {", ".join(_RATES)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected a batch of {", ".join(_RATES)}.')
     config = alexnet_jax.get_config('paper:init=authors')
     config.batch_size = int(arg)
     config.num_epochs = float(_EPOCHS)

@@ -17,7 +17,7 @@ import ml_collections
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: 'init=paper' (default) or 'init=authors'."""
     if arg not in (None, 'init=paper', 'init=authors'):
-        raise ValueError(f"configs/paper.py has no variant {arg!r}; expected 'init=paper' or 'init=authors'.")
+        raise ValueError(f"unknown variant {arg!r}; expected 'init=paper' or 'init=authors'.")
 
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -113,6 +113,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.drop_factor = 0.1  # section 5
     config.optim.max_drops = 3  # section 5; with 'plateau'
     config.optim.patience = 5  # validations without improvement before a drop; the paper's drops were manual
-    config.optim.min_delta = 0.1  # smallest improvement of the top-1 error, percentage points
+    config.optim.min_delta = 0.1  # smallest improvement of the top-1 error that counts, percentage points
     config.optim.stages = ()  # for 'epochs': (epoch, factor of weight rates, of bias rates, layers), see optim.py
     return config

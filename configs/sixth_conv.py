@@ -49,7 +49,7 @@ def _tenth(names: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: None, 'init=authors' (see paper.py), or one of the stages described above."""
     if arg not in _VARIANTS:
-        raise ValueError(f'configs/sixth_conv.py has no variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
     authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
     base = 'authors_2012' if authors else 'paper:init=authors' if arg == 'init=authors' else 'paper'
     config = ablations.with_changes(alexnet_jax.get_config(base), ablations.SIXTH_CONV)

@@ -165,8 +165,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """Starts saving a state under its step number, replacing an existing one. First waits for the save in progress.
 
         state: without an optimizer state (None), training cannot resume from the checkpoint.
-        meta: JSON with 'config', 'class_names', 'record_size', 'examples' (training images; 0: not a training run) and
-        'fingerprint'.
+        meta: JSON with 'config', 'class_names', 'record_size', 'fingerprint' and 'examples' (training images, or 0).
         top1_error: the val error at this step, percent; None without validation.
 
         Raises UserError if this or the previous state cannot be written. Steps saved earlier stay unchanged.
@@ -259,7 +258,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
                 raise ValueError(f'{item}/{name}: {found}; expected {expected}')
         size = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
-        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # hard to compress
+        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # not compressible
             raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]

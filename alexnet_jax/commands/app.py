@@ -3,8 +3,8 @@
 A command is a module with a docstring (purpose and examples, shown by --help), `FLAGS` and `main(args)`. A command with
 positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
 --cpu_devices, JAX is set up before `main`. A command with subcommands has only a docstring and `SUBCOMMANDS`, a dict
-{name: class with the same attributes}. Commands import JAX and modules that use it inside `main`,
-so that --help and flag errors are printed without delay.
+{name: class with the same attributes}. Commands import JAX and modules that use it inside `main`, so that --help and
+flag errors are printed without delay.
 """
 
 import contextlib

@@ -50,9 +50,8 @@ class Records:
     def read(self, indices: Sequence[int], params: AugmentParams | None = None, image_size: int | None = None) -> Batch:
         """Returns a batch of crops of side `image_size` selected by `params`, or of whole images if both are None.
 
-        A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n]. The weight
-        is 0 for unreadable images and for indices past the last record. If images are unreadable, the batch also has
-        'unreadable', a list of the reasons.
+        A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], which is 0
+        for unreadable images and indices past the last record. 'unreadable' lists the reasons, if there are any.
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.

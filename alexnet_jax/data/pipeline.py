@@ -44,8 +44,6 @@ def train_batches(
       storage: the images of the train split.
       batch_size: the global batch size, over all processes.
       seed: random seed of the order and of the random parameters.
-      start_step: number of the first batch.
-      augmentation: the random crops, reflections and colors, and the crop size.
       shard: (index, count) of this process's rows in each batch, from `sharding.data_shard`.
       num_workers: number of decoding processes; 0 decodes in threads. With processes, scripts need a `__main__` guard.
       num_threads: threads per process; 0 uses `default_threads`.
@@ -60,7 +58,7 @@ def train_batches(
     record_size, image_size = storage.record_size, augmentation.image_size
     crop_positions(record_size, image_size)  # raises UserError here rather than in a worker
 
-    def build(rows):  # not a functools.partial, whose repr, which grain logs, would contain every record
+    def build(rows):  # not a partial: grain logs its repr, which would contain all records
         first, indices = rows[0][0], [int(index) for _, index in rows]
         params = random_crops.draw_batch(augmentation, seed=seed, first=first, count=len(rows), record_size=record_size)
         return {**params._asdict(), **storage.read(indices, params, image_size)}
@@ -140,8 +138,7 @@ def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     """Returns the number of decoding processes to use with accelerators; 0 means decoding in threads.
 
-    Uses all cores but one and at most 32 processes per device; fewer if there is little shared memory. Returns 0
-    instead of numbers below _MIN_WORKERS.
+    Uses all cores but one, at most 32 per device, fewer if shared memory is short, and threads below _MIN_WORKERS.
 
     rows: this process's rows of a batch. row_bytes: bytes of one training image plus one validation image. devices:
     number of this process's devices.

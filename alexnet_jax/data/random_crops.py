@@ -63,10 +63,8 @@ def _normal(uniform: np.ndarray) -> np.ndarray:
 def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float]) -> np.ndarray:
     """Returns heights and widths [N, 2] of crops of a square, as torchvision's RandomResizedCrop.
 
-    The aspect ratio is between 3:4 and 4:3. The first try that fits into the square is used, or the whole square if
-    none fits.
-
-    uniform: uniform numbers [N, tries, 2]. size: side of the square. area: range of the crop's fraction of its area.
+    Uses the first try that fits into the square, else the whole square. Aspect ratios are between 3:4 and 4:3.
+    uniform: [N, tries, 2]. size: side of the square. area: range of the crop's fraction of the square's area.
     """
     share = area[0] + (area[1] - area[0]) * uniform[..., 0]
     aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * uniform[..., 1])

@@ -52,7 +52,7 @@ def finetune(
       output: directory for data/, run/ and figures/.
       init_from: checkpoint to start from; '' trains from scratch.
       val_fraction: fraction of the images used for validation if there is no val split.
-      max_unreadable: allowed number of unreadable images, in preparation and in an evaluation.
+      max_unreadable: allowed number of unreadable images in the preparation.
 
     Raises UserError if the images are unsuitable, and the errors of `train.train_and_evaluate`.
     """

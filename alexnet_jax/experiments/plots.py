@@ -27,7 +27,7 @@ BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
 _LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
 _OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
-_PER_ROW = 16  # kernels per row of figure 3
+_PER_ROW = 16  # kernels or maps per row
 
 
 def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
@@ -159,7 +159,7 @@ def maps(x_HWC: np.ndarray) -> Figure:
     """Draws the feature maps of an image, such as `activations(...)['conv3'][0]`: 16 per row, each scaled to [0, 1]."""
     low, high = x_HWC.min((0, 1)), x_HWC.max((0, 1))
     gray = np.moveaxis((x_HWC - low) / np.maximum(high - low, 1e-12), -1, 0)
-    figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / 16)), layout='constrained')
+    figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / _PER_ROW)), layout='constrained')
     axes = figure.subplots()
     axes.imshow(_sheet(np.repeat(gray[..., None], 3, axis=-1)), interpolation='nearest')
     axes.set_axis_off()

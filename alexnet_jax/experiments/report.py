@@ -188,10 +188,10 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
         for op in ('linear', *layer.ops):
             x = seen['intermediates'][f'{name}.{op}'][calls[op]]
             calls[op] += 1
-            what, words = _describe_op(network, layer, sizes.inputs, op)
+            operation, description = _describe_op(network, layer, sizes.inputs, op)
+            stage = {'layer': name, 'operation': operation, 'description': description}
             shown = _maps(x) if x.ndim == 4 else _strip(x)
-            parameters = sizes.parameters if op == 'linear' else 0
-            stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
+            stages.append({**stage, 'parameters': sizes.parameters if op == 'linear' else 0, **shown})
     probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
     labels = [
         [{'label': names[i], 'probability': float(p[i])} for i in order]

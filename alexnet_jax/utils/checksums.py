@@ -42,10 +42,9 @@ def present(folder: str) -> bool:
 def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Returns 'PATH: problem' for each file that has changed since the list was written.
 
-    Files that are not in the list are reported only if the list does not state the number of files. Raises UserError if
-    the permission to read a file is missing.
-
-    wanted: selects the files whose digests are checked, by relative path. Missing files are always reported.
+    Files that are not in the list are reported only if the list does not state the number of files. wanted: selects, by
+    relative path, the files whose digests are checked; missing files are always reported. Raises UserError if the
+    permission to read a file is missing.
     """
     path = os.path.join(folder, FILE_NAME)
     try:

@@ -1,4 +1,4 @@
-"""Loads configs by name or path. A wheel contains them as alexnet_jax/configs; in the source, configs/ is beside it."""
+"""Loads configs by name or path. In a wheel, configs/ is part of the package; in the repository, it is beside it."""
 
 import inspect
 import os

@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
-        'cores': processes.cores() * processes.local_processes(),  # of this machine, for all its processes of the run
+        'cores': processes.cores() * processes.local_processes(),  # for all processes of the run on this machine
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),

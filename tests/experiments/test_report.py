@@ -160,7 +160,7 @@ def test_many_images_and_large_layers_are_truncated(tmp_path):
     assert len(data['pictures']) == len(data['captions']) == 6
     first = data['walk']['stages'][0]
     assert first['shape'] == '35 x 35 x 40' and (first['width'], len(first['chosen'])) == (32, 16)
-    units = next(s for s in data['walk']['stages'] if s['what'] == 'tanh')
+    units = next(s for s in data['walk']['stages'] if s['operation'] == 'tanh')
     assert (units['shape'], units['units'], units['width'], units['height']) == ('5000', 4096, 128, 32)
     assert [len(rows) for rows in data['walk']['labels']] == [3] * 6
 
