@@ -35,7 +35,7 @@ def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
     extra = [*unread[ConvSpec], *unread[DenseSpec]]
     report += [f'expected no further layer, found {layer.weight.shape} in {layer.name!r}' for layer in extra]
     if extra or len(specs) < len(shapes):
-        raise UserError(f'The weights do not fit the config: {"; ".join(report)}. Use --config=NAME of their network.')
+        raise UserError(f'the weights do not fit the config: {"; ".join(report)}. Use --config=NAME of their network.')
     layers = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
     fields = {'layers': layers, 'num_classes': layers[names[-1]].pop('features')}
     config = {**config, 'model': {**config['model'], **fields}}

@@ -44,7 +44,7 @@ def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> li
     """
     specs = network.layers.values()
     if any(isinstance(spec, LocalSpec) for spec in specs):
-        raise UserError('Local layers cannot be converted: no other format has separate kernels at every position.')
+        raise UserError('local layers cannot be converted: no other format has separate kernels at every position.')
     torchvision_ops = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
     convs = sum(isinstance(spec, ConvSpec) for spec in specs)
     layers = []

@@ -272,14 +272,13 @@ def plan_suite(suite: Suite, data: str) -> str:
         options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
         contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
         rate = contender.measure()
-    flops = []
+    flops: list[int] = []
+    total = 0.0
     for trial in trials:
         layers = infer_shapes(model_from_config(trial.config.model), trial.config.data.image_size)
         flops.append(sum(layer.flops for layer in layers.values()))
-    total = 0.0
-    for trial, cost in zip(trials, flops, strict=True):
         images = trial.config.num_steps * trial.config.batch_size or trial.config.num_epochs * examples
-        hours = images / rate * cost / flops[0] / 3600
+        hours = images / rate * flops[-1] / flops[0] / 3600
         total += hours
         lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
     lines.append(

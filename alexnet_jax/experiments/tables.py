@@ -132,7 +132,7 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     return report.Table('Figure 1: ReLU against tanh', columns, table, note)
 
 
-def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
+def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int) -> report.Table:
     """Returns the table of the suite 'views' (center crop, ten views) or 'ensemble' (one network, average of all)."""
     split = dataset.splits[str(eval_split(dataset))]
     options: dict[str, Any] = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}

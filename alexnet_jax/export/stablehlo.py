@@ -62,10 +62,10 @@ def check(path: str, checkpoint: Checkpoint, views: int) -> float:
     command = [sys.executable, '-c', _LOAD, name]
     result = subprocess.run(command, input=inputs.getvalue(), capture_output=True, cwd=folder, env=environment)
     if result.returncode:
-        raise UserError(f'The exported file cannot be loaded: {result.stderr.decode(errors="replace").strip()[-1000:]}')
+        raise UserError(f'the exported file cannot be loaded: {result.stderr.decode(errors="replace").strip()[-1000:]}')
     outputs = np.load(io.BytesIO(result.stdout))
     expected = [predict.predict(checkpoint, batch, views=views) for batch in batches]
     difference = max(float(np.abs(a - b).max()) for a, b in zip(outputs.values(), expected, strict=True))
     if not difference < (1e-5 if jax.default_backend() == 'cpu' else 1e-2):  # GPUs use TF32
-        raise UserError(f'The probabilities of the exported file differ by {difference:.2g}; nothing was written.')
+        raise UserError(f'the probabilities of the exported file differ by {difference:.2g}; nothing was written.')
     return difference

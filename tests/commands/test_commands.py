@@ -67,7 +67,7 @@ def _assert_user_error(result, pattern):
         (['train', '--workdir=W', '--config=configs/papr.py'], r"'configs/papr.py'. Did you mean 'configs/paper.py'\?"),
         (['train', '--workdir=W', '--config=papr'], r"no config file 'papr'. Did you mean 'paper'\?"),
         (['train', '--workdir=W', '--config=ablations'], "unknown variant ''; expected one of no_normalization"),
-        (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "unknown variant 'init=x'; expected 'init=p"),
+        (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "variant 'init=x'; expected 'init=paper'"),
         (['train', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
         (['prepare', '--output=W'], '--input is missing'),
         (['prepare', '--input=W', '--output=W/out'], 'input .* does not exist'),
