@@ -180,7 +180,7 @@ def test_repeated_step_is_shown_twice(tmp_path):
     """8 kernels on 8 px maps are pooled to 4 px, then to 2 px."""
     row = ConvSpec(features=8, kernel=3, stride=5, padding=(1, 1), init=helpers.INIT, post='relu pool pool')
     page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers(row)), image_NHWC=_images())
-    sizes = re.findall(r'"what": "max pooling".*?"shape": "(\d+) x', page)
+    sizes = re.findall(r'"operation": "max pooling".*?"shape": "(\d+) x', page)
     assert len(sizes) == 2 and int(sizes[1]) < int(sizes[0])
 
 
