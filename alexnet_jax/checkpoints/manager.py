@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.utils import checksums, distributed
 from alexnet_jax.utils.errors import TerminatedError, UserError, as_user_error, first_line
-from alexnet_jax.utils.files import absolute_local_path
+from alexnet_jax.utils.files import absolute_local_path, as_utf8
 
 FOLDER = 'checkpoints'
 FORMAT = 3  # format version of checkpoints; version 1 did not state it
@@ -58,6 +59,15 @@ class Checkpoint(NamedTuple):
         return f'Checkpoint(step={self.step}, {layers}, {classes} classes, {self.image_size} of {self.record_size} px)'
 
 
+def check_workdir(path: str | os.PathLike) -> None:
+    """Raises UserError if orbax cannot save in a folder, because it treats paths as UTF-8 glob patterns."""
+    path = absolute_local_path(path)
+    if re.search(r'[\[*?\\]', path) or as_utf8(path) != path:
+        raise UserError(
+            f'{path!r}: checkpoints cannot be saved below a name with [ * ? \\ or invalid UTF-8; rename it.'
+        )
+
+
 class CheckpointManager(contextlib.AbstractContextManager):
     """The steps saved in a workdir: the last two, and the one with the lowest val error.
 
@@ -72,8 +82,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
     def __init__(self, workdir: str, *, read_only: bool = False):
         self.folder = absolute_local_path(os.path.join(workdir, FOLDER))
         self.damaged: list[str] = []
-        with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
-            if not read_only:
+        if not read_only:
+            check_workdir(workdir)
+            with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
                 self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
         # Orbax's CheckpointManager is not used: it reads all steps when it opens, including damaged ones; and if a save
         # fails in one of several processes, all processes wait for each other forever.
@@ -170,13 +181,11 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
         Raises UserError if this or the previous state cannot be written. Steps saved earlier stay unchanged.
         """
-        items = {
-            'params': ocp.args.StandardSave(state.params),
-            'image_stats': ocp.args.StandardSave(image_stats._asdict()),
-            'meta': ocp.args.JsonSave({**meta, 'format': FORMAT}),
-        }
+        arrays: dict[str, Any] = {'params': state.params, 'image_stats': image_stats._asdict()}
         if state.opt_state is not None:
-            items['training'] = ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state})
+            arrays['training'] = {'step': state.step, 'opt_state': state.opt_state}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items['meta'] = ocp.args.JsonSave({**meta, 'format': FORMAT})
         if top1_error is not None:
             items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
         self.wait()
@@ -185,12 +194,14 @@ class CheckpointManager(contextlib.AbstractContextManager):
             path = self._path(step)
             distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
-        self._finalizing = self._finalizer.submit(self._finalize, step)
+        shapes = {name: sorted(map(np.shape, jax.tree.leaves(tree))) for name, tree in arrays.items()}
+        self._finalizing = self._finalizer.submit(self._finalize, step, shapes)
 
-    def _finalize(self, step: int) -> None:
+    def _finalize(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
         with self._save_errors(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                self._check_readable(step, shapes)
                 checksums.write(self._path(step))
                 removed = os.path.join(self.folder, repair.REMOVED)
                 os.makedirs(removed, exist_ok=True)
@@ -198,6 +209,18 @@ class CheckpointManager(contextlib.AbstractContextManager):
                     os.rename(self._path(old), os.path.join(removed, str(old)))
                 for path in (self._path(step) + repair.REPLACED, removed):
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _check_readable(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
+        """Reads back the shapes of a saved step: orbax has reported success for steps that could not be read."""
+        try:
+            for item, expected in shapes.items():
+                if (found := sorted(x.shape for x in jax.tree.leaves(self._stored(step, item)))) != expected:
+                    raise ValueError(f'{item} has arrays of shapes {found}; expected {expected}')
+        except Exception as error:
+            raise UserError(
+                f'step {step} was saved in {self.folder!r}, but cannot be read ({first_line(error)}). Steps saved '
+                'earlier are unchanged; run the same command again, in another directory if this repeats.'
+            ) from error
 
     def _steps_to_remove(self) -> list[int]:
         """Returns all steps but the last two, the best and unreadable ones. Warns about unreadable steps."""
@@ -250,9 +273,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """Returns numpy arrays of a step. Compares declared shapes with `like`: orbax would allocate any shape."""
-        declared = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
         named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-        stored, wanted = ({named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (declared, like))
+        stored, wanted = (
+            {named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (self._stored(step, item), like)
+        )
         for name in {**wanted, **stored}:
             if stored.get(name) != wanted.get(name):
                 found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
@@ -262,6 +286,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
             raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
+
+    def _stored(self, step: int, item: str) -> Any:
+        """Returns the array metadata of an item as a tree, read from its files."""
+        return ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
 
     @contextlib.contextmanager
     def _read_errors(self, step: int):

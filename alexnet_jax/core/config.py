@@ -29,8 +29,9 @@ def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
     return is_row and all(_is_number(value, **bounds) for value in values)
 
 
-from_0 = functools.partial(_is_number, least=0)
-is_count = functools.partial(_is_number, least=1, kind=int)
+is_nonnegative = functools.partial(_is_number, least=0)
+is_nonnegative_int = functools.partial(_is_number, least=0, kind=int)
+is_positive_int = functools.partial(_is_number, least=1, kind=int)
 
 
 def _is_crop_area(value: Any) -> bool:
@@ -38,35 +39,36 @@ def _is_crop_area(value: Any) -> bool:
 
 
 _LAYER_CHECKS = (
-    ('features kernel stride groups', is_count, 'a positive integer'),
+    ('features kernel stride groups', is_positive_int, 'a positive integer'),
     ('padding', lambda value: _are_numbers(value, 2, least=0, kind=int), 'a pair of integers (before, after)'),
     ('bias', _is_number, 'a number'),
     ('init', lambda value: INIT.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
     ('post', lambda value: isinstance(value, str), "words such as 'relu lrn pool'"),
 )
 _MODEL_CHECKS = (
-    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_count, 'a positive integer'),
+    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
     ('lrn_k spatial_k', lambda value: _is_number(value) and value > 0, 'a positive number'),
     ('lrn_alpha lrn_beta spatial_alpha spatial_beta', _is_number, 'a number'),
-    ('dropout_rate', lambda value: from_0(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('dropout_rate', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
     ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
 )
 _AUGMENTATION_CHECKS = (
-    ('image_size draw_every', is_count, 'a positive integer'),
+    ('image_size draw_every', is_positive_int, 'a positive integer'),
     ('crop_area', _is_crop_area, '() or (min, max), with 0 < min <= max <= 1'),
     ('mean', ('crop', 'center', 'channel').__contains__, "'crop', 'center' or 'channel'"),
     ('pixel_std', lambda value: _are_numbers(value, 3) and min(value) > 0, 'three positive numbers'),
-    ('color_std color_epochs', from_0, 'a number of 0 or more'),
+    ('color_std color_epochs', is_nonnegative, 'a number of 0 or more'),
     ('color_scale', ('eigenvalue', 'std').__contains__, "'eigenvalue' or 'std'"),
 )
 OPTIM_CHECKS = (
     ('schedule', ('plateau', 'epochs').__contains__, "'plateau' or 'epochs'"),
-    ('learning_rate bias_rate weight_decay bias_decay', from_0, 'a number of 0 or more'),
-    ('trust_coefficient warmup_epochs max_drops min_delta', from_0, 'a number of 0 or more'),
-    ('momentum', lambda value: from_0(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('learning_rate bias_rate weight_decay bias_decay', is_nonnegative, 'a number of 0 or more'),
+    ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
+    ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
+    ('momentum', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
     ('drop_factor', lambda value: _is_number(value, most=1) and value > 0, 'a number above 0 and at most 1'),
-    ('patience', is_count, 'a positive integer'),
+    ('patience', is_positive_int, 'a positive integer'),
 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax.checkpoints.loading import load_checkpoint
-from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.checkpoints.manager import Checkpoint, check_workdir
 from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, default_record_size
 from alexnet_jax.core.config import MODEL_FIELDS, to_tuples
@@ -57,6 +57,7 @@ def finetune(
     Raises UserError if the images are unsuitable, and the errors of `train.train_and_evaluate`.
     """
     pictures, output, init_from = (os.fspath(path) for path in (pictures, output, init_from))
+    check_workdir(output)
     source = load_checkpoint(init_from) if init_from else None
     size = source.record_size if source else default_record_size(config.data.image_size)
     data, workdir = (os.path.join(output, name) for name in ('data', 'run'))

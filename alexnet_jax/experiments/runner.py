@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from alexnet_jax.benchmark import throughput
-from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
+from alexnet_jax.checkpoints.manager import CheckpointManager, check_workdir, config_to_json
 from alexnet_jax.core import sharding
 from alexnet_jax.core.architecture import ConvSpec, infer_shapes
 from alexnet_jax.core.augment import default_record_size
@@ -92,6 +92,7 @@ def run_suite(suite: Suite, data: str) -> list[str]:
     Writes results.csv, report.html, figures/ and runs/ to `suite.output`. data: a prepared directory, or any input of
     `alexnet_jax prepare`. Raises UserError if the images are unsuitable or if all networks diverged.
     """
+    check_workdir(suite.output)
     with as_user_error(f'--output={suite.output!r} cannot be used', 'Give another directory.'):
         os.makedirs(suite.output, exist_ok=True)
     path = data if _is_prepared(data) else prepare_images(data, suite)

@@ -8,8 +8,9 @@ from alexnet_jax.core.config import (
     OPTIM_CHECKS,
     augmentation_from_config,
     check_values,
-    from_0,
-    is_count,
+    is_nonnegative,
+    is_nonnegative_int,
+    is_positive_int,
     model_from_config,
 )
 from alexnet_jax.core.model import AlexNet
@@ -17,16 +18,17 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 
 _RUN_CHECKS = (
     ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
-    ('stop_at_error', lambda value: from_0(value) and value < 100, '0 (never) or a percentage below 100'),
-    ('seed', lambda value: from_0(value, most=2**31 - 1, kind=int), '0 to 2^31 - 1'),
-    ('batch_size', is_count, '1 or more'),
-    ('max_nonfinite num_steps log_every_steps eval_every_steps checkpoint_every_steps', from_0, '0 or more'),
+    ('stop_at_error', lambda value: is_nonnegative(value) and value < 100, '0 (never) or a percentage below 100'),
+    ('seed', lambda value: is_nonnegative_int(value, most=2**31 - 1), 'an integer, 0 to 2^31 - 1'),
+    ('batch_size', is_positive_int, 'a positive integer'),
+    ('max_nonfinite num_steps', is_nonnegative_int, 'an integer of 0 or more'),
+    ('log_every_steps eval_every_steps checkpoint_every_steps', is_nonnegative_int, 'an integer of 0 or more'),
 )
 _DATA_CHECKS = (
     ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
-    ('fraction', lambda value: from_0(value, most=1) and value > 0, 'a number above 0 and at most 1'),
-    ('num_threads max_unreadable', from_0, '0 or more'),
-    ('num_workers', lambda value: from_0(value, least=-1, kind=int), '-1 or more'),
+    ('fraction', lambda value: is_nonnegative(value, most=1) and value > 0, 'a number above 0 and at most 1'),
+    ('num_threads max_unreadable', is_nonnegative_int, 'an integer of 0 or more'),
+    ('num_workers', lambda value: is_nonnegative_int(value, least=-1), 'an integer of -1 or more'),
 )
 
 
@@ -51,7 +53,7 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
     _check_keys(config)
     check_values(_RUN_CHECKS, config, '{}={!r}')
     check_values(_DATA_CHECKS, config.data, 'data.{}={!r}')
-    if config.num_steps == 0 and not (from_0(config.num_epochs) and config.num_epochs > 0):
+    if config.num_steps == 0 and not (is_nonnegative(config.num_epochs) and config.num_epochs > 0):
         raise UserError(
             f'num_epochs={config.num_epochs}, num_steps={config.num_steps}: expected one of them above 0 and finite.'
         )

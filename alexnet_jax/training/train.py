@@ -12,7 +12,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from alexnet_jax.checkpoints.manager import CheckpointManager, config_to_json
+from alexnet_jax.checkpoints.manager import CheckpointManager, check_workdir, config_to_json
 from alexnet_jax.core import sharding
 from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import datasets, pipeline
@@ -252,6 +252,7 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
     """Creates the workdir, and locks it in process 0 against a second run. Raises UserError if either fails."""
+    check_workdir(workdir)
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)
         if not os.access(workdir, os.W_OK):

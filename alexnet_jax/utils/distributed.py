@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax.utils.errors import UserError
 
+_BROADCAST_BYTES = 1 << 16
+
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
     """Calls `function` in process 0. All processes return its result (JSON up to 64 KiB) or raise UserError."""
@@ -29,7 +31,10 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
             outcome = {'error': str(error)[:4096]}
             if not isinstance(error, UserError | OSError):
                 traceback.print_exc()
-    encoded = np.frombuffer(json.dumps(outcome).encode().ljust(1 << 16, b'\0'), np.uint8)
+    text = json.dumps(outcome).encode()
+    if len(text) > _BROADCAST_BYTES:
+        text = json.dumps({'error': f'internal error: a result of {len(text)} bytes to broadcast'}).encode()
+    encoded = np.frombuffer(text.ljust(_BROADCAST_BYTES, b'\0'), np.uint8)
     outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(encoded)).rstrip(b'\0'))
     if 'error' in outcome:
         raise UserError(outcome['error'])

@@ -24,7 +24,11 @@ def absolute_local_path(path: str | os.PathLike) -> str:
 
 
 def check_new(path: str) -> None:
-    """Raises UserError if the output of a command already exists, including dangling links."""
+    """Raises UserError if the output of a command exists, even as a dangling link, or is not valid UTF-8."""
+    if as_utf8(path) != path:
+        raise UserError(
+            f'{path!r} is not valid UTF-8, as array_record and tensorstore expect; choose another --output.'
+        )
     if os.path.lexists(path):
         raise UserError(f'{path!r} already exists; remove it or choose another --output.')
 

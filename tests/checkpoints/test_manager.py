@@ -1,6 +1,7 @@
 """Retention, integrity checks and repair of checkpoints, including files that were tampered with."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import json
@@ -27,7 +28,7 @@ from alexnet_jax.core.config import model_from_config
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import datasets, image_io
 from alexnet_jax.prepare import prepare
-from alexnet_jax.training import build
+from alexnet_jax.training import build, train
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
@@ -406,3 +407,47 @@ def test_missing_checkpoints_are_refused(tmp_path):
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='there is no checkpoint in .* yet'):
         loading.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['with blank', '{a,b}', 'ünï', '日本', 'a%20b', 'a#b', '$HOME', "it's", 'a"b', 'a;b', 'a&b', '-x', '~x', 'a\nb'],
+)
+def test_unusual_paths_are_saved_and_loaded(name, workdir, tmp_path):
+    _save_again(workdir, tmp_path / name)
+    assert loading.load_checkpoint(tmp_path / name).step == 3
+
+
+@pytest.mark.parametrize('name', ['lr[0.1]', '[!a]', 'a]', 'a*', 'a?', 'a\\b', os.fsdecode(b'\xff\xfe')])
+def test_paths_that_cannot_be_read_again_are_refused(name, tmp_path):
+    """Orbax merges its files through a glob of the path, which would find no files, or those of another run."""
+    expected = None if name == 'a]' else pytest.raises(UserError, match='checkpoints cannot be saved below a name with')
+    config = helpers.digits_config(**{'num_steps': 1, 'mesh.tower': 1})
+    with expected or contextlib.nullcontext():
+        train.train_and_evaluate(config, tmp_path / name / 'run')
+    assert (tmp_path / name).exists() == (expected is None)
+
+
+def test_step_that_cannot_be_read_is_not_finalized(copy, monkeypatch):
+    """Whatever the reason: here, files of the parameters that orbax reports as saved are missing."""
+    wait = ocp.AsyncCheckpointer.wait_until_finished
+
+    def wait_and_lose_a_file(self):
+        wait(self)
+        for path in copy.glob('checkpoints/4/params/manifest.ocdbt'):
+            path.unlink()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, 'wait_until_finished', wait_and_lose_a_file)
+    with pytest.raises(UserError, match='step 4 was saved in .* but cannot be read .NOT_FOUND'):
+        _save_again(copy, copy, step=4)
+    assert not checksums.present(str(copy / 'checkpoints' / '4'))
+    assert loading.load_checkpoint(copy).step == 2  # the best
+
+
+def _save_again(source, target, step=3):
+    """Saves the network of a workdir into another one."""
+    loaded = loading.load_checkpoint(source / 'checkpoints' / '3')
+    meta = {'config': loaded.config, 'class_names': list(loaded.class_names), 'record_size': 32}
+    with manager.CheckpointManager(target) as saved:
+        state = train_step.TrainState(jnp.int32(step), loaded.params, None)
+        saved.save(state, loaded.image_stats, {**meta, 'examples': 1, 'fingerprint': ''}, None)

@@ -16,6 +16,7 @@ import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.commands import app
 from tests import ROOT
+from tests.commands import forked
 from tests.helpers import run_command
 
 _PROGRAM = """
@@ -44,7 +45,7 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.batch_size=many'], r'config.batch_size=many: invalid literal for int'),
         ([*MAIN, '--workdir=W', '--config.data.reflect=perhaps'], 'config.data.reflect=perhaps'),
         ([*MAIN, '--workdir=W', '--config.num_epochs=inf', '--config.num_steps=0'], 'num_epochs=inf'),
-        ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0: expected 1 or more'),
+        ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0: expected a positive integer'),
         ([*MAIN, '--workdir=W', '--config.model.layers.conv2.pots=x'], "Did you mean 'model.layers.conv2.post'"),
         ([*MAIN, '--workdir=W', '--config.model.layers.cnv2.post=x'], "Did you mean 'model.layers.conv2.post'"),
         ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "conv2.post='relu pol': unknown op 'pol'"),
@@ -96,7 +97,7 @@ def _assert_user_error(result, pattern):
 )  # fmt: skip
 def test_user_errors(arguments, pattern, tmp_path):
     workdir = tmp_path / 'w'
-    _assert_user_error(run_command(*[a.replace('W', str(workdir)) for a in arguments]), pattern)
+    _assert_user_error(forked.run_command([a.replace('W', str(workdir)) for a in arguments], tmp_path), pattern)
     assert not workdir.exists()
 
 

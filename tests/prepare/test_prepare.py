@@ -166,7 +166,7 @@ def test_classes_without_training_images_are_counted(capsys):
         prepare._shuffle_and_split({'train': refs}, 0.02, seed=0)
 
 
-def test_skipped_files_are_reported(tmp_path, capfd):
+def test_files_outside_classes_are_reported(tmp_path, capfd):
     """The found classes are reported too: a folder level too many shows up as one class."""
     content = helpers.encode(helpers.picture(0))
     files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}

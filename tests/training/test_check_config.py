@@ -2,7 +2,7 @@
 
 import pytest
 
-from alexnet_jax.training import train
+from alexnet_jax.training import build, train
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
@@ -18,7 +18,7 @@ from tests import helpers
         ({'data.image_size': 64}, 'data.image_size=64 is larger than the prepared images'),
         ({'data.image_size': 2}, 'data.image_size=2: conv1: a'),
         ({'data.path': '/nowhere'}, 'there is no data directory'),
-        ({'seed': None}, 'seed=None: expected 0 to 2'),
+        ({'seed': None}, 'seed=None: expected an integer, 0 to 2'),
         ({'optim.momentum': None}, 'optim.momentum=None: expected a number'),
         ({'optim.schedule': 'epochs', 'optim.stages': None}, 'optim.stages has the row None'),
         ({'data.fraction': None}, 'data.fraction=None: expected a number above 0'),
@@ -37,8 +37,8 @@ from tests import helpers
             'optim.layer_rates has a layer twice: conv1, conv1',
         ),
         ({'data.crop_area': (0.1, 1.0), 'data.mean': 'center'}, "data.mean='center': expected 'channel' with"),
-        ({'seed': -1}, 'seed=-1: expected 0 to'),
-        ({'data.num_workers': -2}, 'data.num_workers=-2: expected -1 or more'),
+        ({'seed': -1}, 'seed=-1: expected an integer, 0 to'),
+        ({'data.num_workers': -2}, 'data.num_workers=-2: expected an integer of -1 or more'),
         ({'data.cache': 'disk'}, "data.cache='disk': expected '', 'host' or 'device'"),
         ({'data.cache': 'device', 'data.crop_area': (0.1, 1.0), 'data.mean': 'channel'}, 'cannot resize'),
     ],
@@ -49,6 +49,19 @@ def test_invalid_values_are_refused_before_writing(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'key',
+    ['num_steps', 'max_nonfinite', 'eval_every_steps', 'data.num_threads', 'data.max_unreadable', 'optim.max_drops'],
+)
+def test_fractions_are_refused_where_integers_are_expected(key):
+    """A config written in Python can hold them; `ml_collections` checks types only when a value is replaced."""
+    config = helpers.run_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: 1.5})
+    with pytest.raises(UserError, match=f'{key}=1.5: expected an integer'):
+        build.build(config)
 
 
 def test_unknown_and_missing_keys_are_refused(tmp_path):

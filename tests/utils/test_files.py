@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import atomic_directory, file_lock
+from alexnet_jax.utils.files import atomic_directory, check_new, file_lock
 
 
 def test_lock_is_exclusive(tmp_path):
@@ -34,3 +34,12 @@ def test_directory_is_written_atomically_and_by_one(tmp_path):
             (pathlib.Path(folder) / 'file').write_text('half')
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(output.parent) == ['out']
+
+
+def test_new_outputs_are_valid_and_do_not_exist(tmp_path):
+    check_new(str(tmp_path / 'ünï[1]*'))
+    (tmp_path / 'link').symlink_to(tmp_path / 'nothing')
+    with pytest.raises(UserError, match="link' already exists; remove it"):
+        check_new(str(tmp_path / 'link'))
+    with pytest.raises(UserError, match='is not valid UTF-8'):
+        check_new(os.fsdecode(bytes(tmp_path) + b'/\xff'))
