@@ -221,7 +221,7 @@ def test_images_are_prepared_once_per_source(sources, tmp_path, monkeypatch):
         other, _suite('views', helpers.digits_config(**{'data.image_size': 56}), 1, out)
     ) == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
-    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it was prepared from {one},'):
+    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it is {one},'):
         runner.prepare_images(one, _suite('cifar10', helpers.digits_config(), 1, out))
 
 
