@@ -141,7 +141,9 @@ def ablations(base: ConfigDict) -> list[Variant]:
         raise UserError(
             f'ablations: expected a base with at least two convolutions, got {len(convs)}; use another --base.'
         )
-    separate = Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150')
+    separate = Variant(
+        'towers without communication', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150'
+    )
     removed = []
     for name in convs:
         changes = {'model.layers': without_layer(name), **_without_rates(name)}

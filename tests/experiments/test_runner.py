@@ -31,7 +31,7 @@ def test_shipped_configs_work_as_base(name, tmp_path):
     base.init_from = 'somewhere'  # required if init_fresh is set
     trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
     names = [trial.variant.name for trial in trials]
-    assert 'without conv 1' in names and ('towers that do not talk' in names) == (name != 'cifar10:18pct')
+    assert 'without conv 1' in names and ('towers without communication' in names) == (name != 'cifar10:18pct')
 
 
 def test_invalid_variant_is_refused_before_training(tmp_path):
