@@ -192,7 +192,7 @@ def _array(path: str, name: str, tensor: _Tensor, storages: Callable[[str], np.n
     if len(values) != storage.size or (math.prod(size) and last >= storage.size):
         raise ValueError('values are missing')
     steps = [step * itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
+    return np.lib.stride_tricks.as_strided(values[offset:], size, steps)
 
 
 def _choose(loaded: Any) -> tuple[dict[str, _Tensor], list[str]]:

@@ -41,7 +41,8 @@ class Placeholder(dict):
 
 def kind(value: Any) -> str:
     """Returns the type of an unpickled value, for messages."""
-    return value.path if isinstance(value, Placeholder) else type(value).__name__
+    named = isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder))
+    return value.path if named else type(value).__name__
 
 
 class _Unpickler(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import io
 import os
 import pathlib
@@ -120,7 +121,10 @@ READ = {
     'one storage': _one_storage,
     'one layer under two names': lambda: _Net(twice=True).state_dict(),
     'attributes': _each(_tagged),
-    'other objects among the tensors': lambda: {**_state(), 'version': 2, 'classes': ['cat'], 'x': _Mkdir('sprung')},
+    'other objects among the tensors': lambda: {
+        **_state(), 'version': 2, 'classes': ['cat'], 'x': _Mkdir('sprung'), 'relu': nn.functional.relu,
+        'best': np.float64(56.5), 'loss': functools.partial(nn.functional.cross_entropy, label_smoothing=0.1),
+    },
     'reverse order': lambda: dict(reversed(_state().items())),
     'defaultdict': lambda: collections.defaultdict(list, {'state_dict': _state(), 'log': []}),
 }  # fmt: skip
@@ -156,7 +160,10 @@ def test_same_values_as_torch_load(case, zipped, tmp_path, monkeypatch):
         ("torchvision's script", ["'model'", 'args (argparse.Namespace)', 'epoch (int)', 'model_ema (dict)']),
         ('Lightning', ["'state_dict'", 'hyper_parameters (tests.convert.test_pytorch._AttributeDict)']),
         ('one layer under two names', ['last (the same tensors as fc)']),
-        ('other objects among the tensors', ['ignored 3 entries: version (int), classes (list), x (posix.mkdir)']),
+        (
+            'other objects among the tensors',
+            ['ignored 6 entries: version (int), classes (list), x (posix.mkdir), relu (torch.nn.functional.relu), '],
+        ),
         ('reverse order', ['not of the file: fc, features.0, features.2']),
     ],
 )
