@@ -215,6 +215,11 @@ def _short(path):
     _rezipped(path, lambda name, content: content[:-4] if name.endswith('data/2') else content)
 
 
+def _past_the_storage(path):
+    """Changes the size of fc.bias from (8,) to (9,)."""
+    _rezipped(path, lambda name, content: content.replace(b'K\x08\x85', b'K\x09\x85'))
+
+
 def _script(path):
     torch.jit.save(torch.jit.script(nn.Linear(2, 3)), path)
 
@@ -235,6 +240,7 @@ def _archive(path):
 REFUSED = {
     'bit flip': (_flipped, 'data/2 does not match its checksum'),
     'short storage': (_short, 'values are missing'),
+    'tensor larger than its storage': (_past_the_storage, 'values are missing'),
     'big-endian': (_big_endian, 'expected little-endian numbers'),
     'TorchScript': (_script, r'found TorchScript; use torch.save\(torch.jit.load\(FILE\).state_dict\(\), OTHER\)'),
     'other zip archive': (_archive, 'found a zip archive of alexnet.pth; unpack it'),
