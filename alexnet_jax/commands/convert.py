@@ -4,9 +4,9 @@
         [--color_order=bgr]
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
-The file of weights determines features, groups and number of classes. Strides, paddings, the operations after each
-layer and the preprocessing come from a config. The default config is 'caffe' for a .caffemodel, a .npy and
---color_order=bgr, and 'torchvision' otherwise.
+The weights determine features, groups and number of classes. Strides, paddings, the operations after each layer and the
+preprocessing come from a config. The default config is 'caffe' for a .caffemodel, a .npy and --color_order=bgr, and
+'torchvision' otherwise.
 """
 
 from absl import flags
