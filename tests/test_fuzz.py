@@ -337,7 +337,7 @@ def read(folder, monkeypatch, capsys):
     def read(name, content):
         (folder / name).write_bytes(content)
         try:
-            mean = str(folder / 'mean.npy') if name.endswith('.caffemodel') else None
+            mean = str(folder / 'mean.npy') if name.endswith(('.caffemodel', '.npy')) else None
             convert.convert(str(folder / name), str(folder / 'out'), mean=mean)
             return True
         except UserError as error:
@@ -412,6 +412,16 @@ def test_state_dicts(examples, read):
     assert read('w.pth', zipped(parts[name]))
     cases = _damaged([parts[name]]).map(zipped) | _damaged([new, old]) | st.binary(max_size=200)
     _fuzz(examples, cases, functools.partial(read, 'w.pth'))
+
+
+@_examples(150, 1500)
+def test_npy_dictionaries(examples, read):
+    file, tensors = io.BytesIO(), _tensors()
+    layers = {name: [tensors[f'{name}.weight'].T, tensors[f'{name}.bias']] for name in _NAMES}
+    np.save(file, layers, allow_pickle=True)
+    whole = file.getvalue()
+    assert read('w.npy', whole)
+    _fuzz(examples, _damaged([whole]) | st.binary(max_size=200), functools.partial(read, 'w.npy'))
 
 
 @_examples(200, 1500)

@@ -29,7 +29,7 @@ ONLY = {
     'orbax': {'checkpoints/'},
     'flax': {'core/model.py'},
     'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},
-    'torch': {'convert/pytorch.py', 'benchmark/'},
+    'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},

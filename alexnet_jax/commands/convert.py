@@ -1,10 +1,12 @@
 """Converts Caffe, PyTorch or safetensors weights to a checkpoint, or a checkpoint to safetensors.
 
     alexnet_jax convert --input=FILE [--mean=FILE] --output=DIR [--config=FILE] [--classes=FILE]
+        [--color_order=bgr]
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
 The weights determine features, groups and number of classes. Strides, paddings, the operations after each layer and the
-preprocessing come from a config. The default config is 'caffe' for a .caffemodel and 'torchvision' otherwise.
+preprocessing come from a config. The default config is 'caffe' for a .caffemodel, a .npy and --color_order=bgr, and
+'torchvision' otherwise.
 """
 
 from absl import flags
@@ -12,11 +14,22 @@ from absl import flags
 from alexnet_jax.commands.flag import ConfigFlag, Flag
 
 FLAGS = (
-    Flag('input', None, 'A .caffemodel, .pth or .safetensors file; for --to=safetensors a checkpoint.', required=True),
+    Flag(
+        'input',
+        None,
+        'Weights: .caffemodel, .pth, .npy or .safetensors; for --to=safetensors a checkpoint.',
+        required=True,
+    ),
     Flag('output', None, 'New directory to write.', required=True),
     Flag('to', 'checkpoint', 'checkpoint or safetensors.'),
     Flag('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.'),
     Flag('classes', None, 'Text file with one class name per line, in the order of the outputs.'),
+    Flag(
+        'color_order',
+        None,
+        'Order of channels that the network expects, rgb or bgr. Default: bgr for .caffemodel and .npy.',
+        choices=('rgb', 'bgr'),
+    ),
     ConfigFlag('config', None, 'Config with the network and preprocessing of the weights.'),
 )
 
@@ -27,4 +40,7 @@ def main(args: flags.FlagValues) -> None:
     from alexnet_jax.convert import convert
 
     jax.config.update('jax_platforms', 'cpu')  # conversion needs no accelerator
-    convert.convert(args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes)
+    convert.convert(
+        args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes,
+        color_order=args.color_order,
+    )  # fmt: skip

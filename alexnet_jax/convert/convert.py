@@ -1,5 +1,6 @@
-"""Converts Caffe, PyTorch or safetensors weights to a checkpoint, and a checkpoint to safetensors."""
+"""Converts weights of Caffe, PyTorch and others to a checkpoint, and a checkpoint to safetensors."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.convert import caffe, layout, pytorch, safetensors
+from alexnet_jax.convert import caffe, layout, npy, pytorch, safetensors
 from alexnet_jax.convert.fit import fit_config
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, reading
 from alexnet_jax.core.architecture import ConvSpec
@@ -29,8 +30,12 @@ from alexnet_jax.utils.files import atomic_directory, check_new
 _READERS = {
     '.caffemodel': caffe.read,
     '.safetensors': safetensors.read,
-    **dict.fromkeys(('.pth', '.pt', '.bin', '.tar'), pytorch.read),  # PyTorch's ImageNet example writes .pth.tar
+    '.npy': npy.read,
+    # PyTorch's ImageNet example writes .pth.tar, Lightning .ckpt.
+    **dict.fromkeys(('.pth', '.pt', '.bin', '.tar', '.ckpt'), pytorch.read),
 }
+# Readers of files with other suffixes, by the first bytes.
+_CONTENTS = {b'PK\3\4': pytorch.read, b'\x80\2': pytorch.read, b'\x93NUMPY': npy.read}
 _RECORD_SIZE = 256  # record size in pixels without a mean image
 _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; from torchvision's transforms
 _PAPER_CONVS = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # features, kernel, groups
@@ -44,20 +49,24 @@ def convert(
     mean: str | os.PathLike | None = None,
     config: ConfigDict | None = None,
     classes: str | os.PathLike | None = None,
+    color_order: str | None = None,
 ) -> None:
     """Writes the converted weights to a new directory. Logs the layers and the assumed preprocessing and config.
 
     Args:
-      source: a .caffemodel, a PyTorch state_dict (.pth, .pt, .bin, .tar) or a .safetensors file. With
-        to='safetensors', anything `load_checkpoint` accepts.
+      source: a .caffemodel, a PyTorch file that contains a state_dict (.pth, .pt, .bin, .tar, .ckpt), a .safetensors
+        file, or a .npy dictionary of layers. With to='safetensors', anything `load_checkpoint` accepts.
       output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       to: 'checkpoint' or 'safetensors'.
       mean: a .binaryproto (Caffe, BGR), or a .npy of shape [3, S, S], [S, S, 3] or [3] with values from 0 to 255 and
-        the channel order of the network's input. S becomes the checkpoint's record size. Required for Caffe files.
+        the channel order of the network's input. S becomes the checkpoint's record size. Required for networks that
+        expect BGR, such as Caffe's.
       config: network and preprocessing of the weights. Default: the config stored in the file, else 'caffe' for a
-        .caffemodel and 'torchvision' for other formats.
+        .caffemodel, a .npy and color_order='bgr', and 'torchvision' otherwise.
       classes: a text file with one class name per line, in the order of the outputs. Default: the WordNet ids of
         ILSVRC-2012 for 1,000 outputs, else the class numbers.
+      color_order: 'rgb' or 'bgr', the order of the channels that the network expects. Default: 'bgr' for a .caffemodel
+        and a .npy, else 'rgb'.
 
     Raises:
       UserError: a file or option is invalid, or the disk is full. Then nothing is written.
@@ -67,22 +76,25 @@ def convert(
     classes = None if classes is None else os.fspath(classes)
     if to not in ('checkpoint', 'safetensors'):
         raise UserError(f'--to={to!r}: expected checkpoint or safetensors.')
+    if color_order not in (None, 'rgb', 'bgr'):
+        raise UserError(f'--color_order={color_order!r}: expected rgb or bgr.')
     check_new(output)
     if to == 'safetensors':
-        if mean or config is not None or classes:
-            raise UserError('--to=safetensors: remove --mean, --config and --classes; the checkpoint contains them.')
+        if mean or config is not None or classes or color_order:
+            raise UserError(
+                '--to=safetensors: remove --mean, --config, --classes and --color_order; the checkpoint contains them.'
+            )
         checkpoint = loading.load_checkpoint(source)
         with atomic_directory(output) as folder:
             safetensors.write(folder, checkpoint)
         return
-    suffix = os.path.splitext(source)[1].lower()
-    if suffix not in _READERS or not os.path.isfile(source):
-        raise UserError(
-            f'--input={source!r}: expected an existing .caffemodel, .pth or .safetensors file; for a checkpoint use '
-            '--to=safetensors.'
-        )
-    weights = _READERS[suffix](source)
-    config_source, fitted = _choose_config(weights, config)
+    weights = _read(source)
+    default = 'caffe' if weights.bgr or color_order == 'bgr' else 'torchvision'
+    if color_order:
+        if weights.metadata is not None:
+            raise UserError(f'--color_order={color_order}: {source!r} already states its order; remove the option.')
+        weights = dataclasses.replace(weights, bgr=color_order == 'bgr')
+    config_source, fitted = _choose_config(weights, config, default)
     network, image_size = model_from_config(fitted['model']), fitted['data']['image_size']
     layers = [*weights.of_rank(4), *weights.of_rank(2)]
     layers = [_to_float32(name, layer) for name, layer in zip(network.layers, layers, strict=True)]
@@ -102,7 +114,22 @@ def convert(
     logging.info('%s is ready.', output)
 
 
-def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
+def _read(source: str) -> WeightFile:
+    """Reads a file in the format of its suffix, or of its first bytes if the suffix is unknown."""
+    reader = _READERS.get(os.path.splitext(source)[1].lower())
+    if os.path.isfile(source) and not reader:
+        with open(source, 'rb') as file:
+            start = file.read(8)
+        reader = next((reader for beginning, reader in _CONTENTS.items() if start.startswith(beginning)), None)
+    if not reader or not os.path.isfile(source):
+        raise UserError(
+            f'--input={source!r}: expected an existing .caffemodel, .pth, .npy or .safetensors file; for a checkpoint '
+            'use --to=safetensors.'
+        )
+    return reader(source)
+
+
+def _choose_config(weights: WeightFile, config: ConfigDict | None, default: str) -> tuple[str, dict[str, Any]]:
     """Returns (name of its source, config fitted to the weights). Uses the given, stored, or default config."""
     if config is not None:
         return '--config', fit_config(manager.config_to_json(config), weights)
@@ -110,8 +137,7 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str,
         with reading(weights.path, safetensors.METADATA_FORMAT):
             augmentation_from_config(weights.metadata['config']['data'])
             return weights.path, fit_config(weights.metadata['config'], weights)
-    name = 'caffe' if weights.bgr else 'torchvision'
-    return name, fit_config(manager.config_to_json(get_config(name)), weights)
+    return default, fit_config(manager.config_to_json(get_config(default)), weights)
 
 
 def _log_network(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], config_source: str) -> None:

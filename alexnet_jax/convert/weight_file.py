@@ -1,5 +1,6 @@
 """Contents of a weight file, independent of its format, and errors for unreadable weight files."""
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from alexnet_jax.utils.errors import UserError
 
@@ -35,6 +37,18 @@ class WeightFile:
         return [layer for layer in self.layers if layer.weight.ndim == rank]
 
 
+# Files that people have under the names of weight files, by their first bytes in lower case.
+_FOREIGN = {
+    b'version https://git-lfs': 'a Git LFS pointer, not the file itself: use git lfs pull',
+    b'<!doctype': 'a web page, not the file itself: download it again',
+    b'<html': 'a web page, not the file itself: download it again',
+    b'\x1f\x8b': 'compressed by gzip: unpack it with gunzip or tar -xzf',
+    b'bzh': 'compressed by bzip2: unpack it with bunzip2 or tar -xjf',
+    b'\xfd7zxz': 'compressed by xz: unpack it with unxz or tar -xJf',
+    b'\x89hdf': 'an HDF5 file (Keras): save the weights as safetensors instead',
+}
+
+
 @contextlib.contextmanager
 def reading(path: str, expected: str) -> Iterator[None]:
     """Converts any exception in the context to a UserError that names the file, in one line.
@@ -48,7 +62,14 @@ def reading(path: str, expected: str) -> Iterator[None]:
         raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
     except Exception as error:
         with open(path, 'rb') as file:
-            head = file.read(8)
+            start = file.read(512)
+        for beginning, kind in _FOREIGN.items():
+            if start[257:262] == b'ustar':
+                kind = 'a tar archive: unpack it and use the file in it'
+            elif not start.lstrip().lower().startswith(beginning):
+                continue
+            raise UserError(f'{path!r} is {kind}.') from error
+        head = start[:8]
         reason = printable(re.split(r'[\n.]', str(error))[0])
         raise UserError(
             f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes starting with {head!r} '
@@ -75,3 +96,19 @@ def pair_tensors(tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
             'convolutions (4 axes) and linear layers (2 axes).'
         )
     return layers
+
+
+def in_numeric_order(layers: list[LayerWeights]) -> list[LayerWeights]:
+    """Sorts layers whose names differ only in numbers by these numbers; keeps the order of the file otherwise."""
+    positions = collections.defaultdict(list)
+    for i, layer in enumerate(layers):
+        positions[re.sub(r'\d+', '#', layer.name)].append(i)
+    ordered = list(layers)
+    for group in positions.values():
+        by_number = sorted(group, key=lambda i: [int(number) for number in re.findall(r'\d+', layers[i].name)])
+        for i, source in zip(group, by_number, strict=True):
+            ordered[i] = layers[source]
+    names = [layer.name for layer in ordered]
+    if names != [layer.name for layer in layers]:
+        logging.info(f'The layers are in the order of the numbers in their names, not of the file: {", ".join(names)}.')
+    return ordered

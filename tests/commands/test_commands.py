@@ -90,8 +90,8 @@ def _assert_user_error(result, pattern):
         (['benchmark', 'train', '--compile_for=h200'], "Unknown command line flag 'compile_for'"),
         (['benchmark', 'step', '--compile_for='], 'expected h200, or several such as 2xh200'),
         (['convert', '--output=W'], '--input is missing'),
-        (['convert', '--input=W', '--output=W'], 'expected an existing .caffemodel, .pth or .safetensors file'),
-        (['convert', '--input=README.md', '--output=W'], 'expected an existing .caffemodel, .pth or .safetensors file'),
+        (['convert', '--input=W', '--output=W'], 'expected an existing .caffemodel, .pth, .npy or'),
+        (['convert', '--input=README.md', '--output=W'], 'expected an existing .caffemodel, .pth, .npy or'),
         (['convert', '--input=W', '--output=W', '--to=safetensors'], 'there is no checkpoint at'),
     ],
 )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Reads pickles without executing anything: unknown objects become inert placeholders."""
+
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+
+class Placeholder(dict):
+    """Stands for an object of any class or the result of any function.
+
+    Keeps the arguments (`args`), the state (`state`) and the items of the object, and does nothing with them. `path` is
+    the name of the class or function, 'module.name'.
+    """
+
+    path = ''
+    args: tuple = ()
+    state: Any = None
+    __hash__ = object.__hash__  # type: ignore[assignment]  # placeholders can be keys
+    __eq__ = object.__eq__
+
+    def __new__(cls, *args, **_):
+        self = super().__new__(cls)
+        self.args = args
+        return self
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def __call__(self, *args, **_):
+        return type(self)(*args)
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def append(self, _):
+        pass
+
+    extend = add = append
+
+
+def kind(value: Any) -> str:
+    """Returns the type of an unpickled value, for messages."""
+    named = isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder))
+    return value.path if named else type(value).__name__
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, classes: Mapping[str, type], storage: Callable[[Any], Any] | None):
+        super().__init__(file, encoding='latin1')  # strings of Python 2
+        self._classes, self._storage = dict(classes), storage
+
+    def find_class(self, module: str, name: str) -> type:
+        # Only subclasses of Placeholder are returned. A pickle cannot change classes, but it can change functions.
+        path = f'{module}.{name}'
+        if path not in self._classes:
+            self._classes[path] = type('Unknown', (Placeholder,), {'path': path})
+        return self._classes[path]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._storage is None:
+            raise ValueError('a reference outside of the pickle')
+        return self._storage(pid)
+
+
+def load(file: BinaryIO, classes: Mapping[str, type] | None = None, storage: Callable[[Any], Any] | None = None) -> Any:
+    """Returns the object of the pickle that starts at the file's position.
+
+    Args:
+      file: an open file. Its position is moved behind the pickle.
+      classes: subclasses of `Placeholder` by the path that they stand for. Other paths become placeholders.
+      storage: returns the object of a persistent id. None: there are no such ids.
+
+    Raises:
+      Exception: of any type, if the pickle is damaged.
+    """
+    start = file.tell()
+    # The unpickler allocates its memo up to the highest index. Python's pickler numbers the entries from 0.
+    for count, (opcode, index, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and index is not None and not 0 <= index <= count:
+            raise ValueError(f'memo entry {index} after {count} operations')
+    file.seek(start)
+    return _Unpickler(file, classes or {}, storage).load()
