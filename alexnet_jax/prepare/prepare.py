@@ -1,13 +1,11 @@
 """Prepares raw images for training: square records of one size, the mean image and the color statistics."""
 
-import collections
 import functools
 import hashlib
 import itertools
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
@@ -15,7 +13,7 @@ from absl import logging
 
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_stats_file
-from alexnet_jax.prepare import discovery, record_writer
+from alexnet_jax.prepare import class_lists, discovery, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
@@ -24,8 +22,6 @@ from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check
 from alexnet_jax.utils.logs import Progress
 
 _NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
-_CLASS_LISTS = ('classes.tsv', 'words.txt')
-_MAX_LIST_CHARS = 2**24  # read of a class list
 _MAX_SHARD_IMAGES = 4096
 _MIN_SHARDS = 16  # of a split, unless it has fewer images
 
@@ -45,8 +41,8 @@ def prepare(
     """Prepares `source` into the new directory `output`. The output does not depend on the number of processes.
 
     Args:
-      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`, with a line
-        FOLDER<tab>NAME for each class; labels keep the order of the folders.
+      source: see `discovery.find_images`. A folder may hold a list of class names, see `class_lists.class_names`;
+        labels keep the order of the folders.
       output: a new directory. It is written as a sibling `.NAME.incomplete` and renamed when complete.
       size: side of the square images, pixels.
       format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
@@ -70,9 +66,9 @@ def prepare(
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     source, output = os.fspath(source), absolute_local_path(output)
     check_new(output)
-    splits, folders = listing or discovery.find_images(source)
-    class_names = _class_names(source, folders)
-    splits = _shuffle_and_split(splits, val_fraction, seed)
+    listing = listing or discovery.find_images(source)
+    class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
+    splits = _shuffle_and_split(listing.splits, val_fraction, seed)
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
@@ -120,24 +116,6 @@ def prepare_if_needed(
             f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
             'or remove that folder.'
         )
-
-
-def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Returns class names from a list in the input, or the folder names. Adds the folder's name to equal names."""
-    words = {}
-    for list_path in (os.path.join(path, name) for name in _CLASS_LISTS):
-        if os.path.isfile(list_path):
-            with open(list_path, encoding='utf-8-sig', errors='replace') as file:
-                for line in file.read(_MAX_LIST_CHARS).splitlines():
-                    folder, _, name = line.partition('\t')
-                    words[folder.strip()] = ' '.join(name.split(',')[0].split())
-    names = [words.get(folder) or folder for folder in folders]
-    counts = collections.Counter(names)
-    names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
-        if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'class name {name!r}: expected one line without outer blanks; rename its folder.')
-    return tuple(names)
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
