@@ -38,9 +38,9 @@ def class_names(paths: Iterable[str], classes: Sequence[str]) -> tuple[str, ...]
     names = [names_by_class.get(name) or name for name in classes]
     counts = collections.Counter(names)
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, classes, strict=True)]
-    for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
+    for name in names:  # TFDS stores one stripped name per line and drops empty lines, which would shift labels
         if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'class name {name!r}: expected one line without outer blanks; rename its folder.')
+            raise UserError(f'class name {name!r}: expected one line without outer spaces; rename its folder.')
     return tuple(names)
 
 

@@ -1,6 +1,6 @@
-"""Lists and reads the images of a raw input: an archive, an image folder or a TFDS dataset.
+"""Lists and reads raw images: of an archive, an image folder or a TFDS dataset.
 
-Archives are not unpacked: each process reads a member at its offset in the uncompressed archive.
+Archives are not unpacked: processes read each member at its offset in the uncompressed archive.
 """
 
 import os
@@ -22,7 +22,7 @@ _ANNOTATIONS = 'val_annotations.txt'  # of Tiny ImageNet: NAME<tab>CLASS<tab>...
 
 
 def find_images(path: str) -> Listing:
-    """Lists an input's images by split, in a fixed order. Raises UserError for any other input.
+    """Lists the images at `path` by split, in a fixed order. Raises UserError for unsupported or empty inputs.
 
     path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
     contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split), which other folders may wrap; or
@@ -57,7 +57,7 @@ def _list_images(path: str) -> Listing:
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    for split in {ref.split for ref, _ in images}:  # an archive next to its extracted files would count images twice
+    for split in {ref.split for ref, _ in images}:  # images must not count twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
         if len(paths) == 2:
             raise UserError(
@@ -79,7 +79,7 @@ def _list_images(path: str) -> Listing:
 
 
 def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) for the images below a folder. Warns of files and folders that it skips."""
+    """Yields (image, class name) for the images below a folder. Warns about skipped images and folders."""
     entries = image_io.list_entries(path)
     for entry in entries:
         if tar.is_archive(entry.name) and os.path.isfile(entry.path):
@@ -110,19 +110,15 @@ def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[
 def _list_split(
     folder: str, root: str, split: str | None, counts: image_io.FileCounts, train_classes: Collection[str] = ()
 ) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) from CLASS/**/images, archives of one class, or the flat ILSVRC-2012 val set."""
+    """Yields (image, class name) from CLASS/**/images, one-class archives, or the images of the ILSVRC-2012 val set."""
     entries = image_io.list_entries(folder, counts)
     folders = [entry for entry in entries if image_io.is_folder(entry)]
     only = folders[0] if len(folders) == 1 and split else None
     if only and os.path.isfile(os.path.join(folder, _ANNOTATIONS)):
         yield from _list_annotated(folder, only.path, root, split, counts)
         return
-    if (
-        only
-        and split != 'train'
-        and only.name not in train_classes
-        and split_folders.is_generic(only.name, os.path.basename(folder))
-    ):
+    is_class = split == 'train' or not only or only.name in train_classes
+    if only and not is_class and split_folders.is_generic(only.name, os.path.basename(folder)):
         count = sum(1 for _ in image_io.iter_image_files(only.path))
         logging.warning(
             'skipped the %s split: nothing says the classes of the %d images in %s', split, count, only.path
@@ -133,9 +129,7 @@ def _list_split(
     for entry in entries:
         if entry.name.startswith(tar.VAL_PREFIX) and image_io.is_image(entry, image_io.FileCounts()):
             yield _ref(entry.path, folder, split or 'val'), tar.validation_class(entry.name)
-        elif (split == 'train' and tar.class_of_tar(entry.name)) or (
-            split and entry.name in (tar.TRAIN_TAR, tar.VAL_TAR)
-        ):
+        elif split and tar.is_archive(entry.name) and (split == 'train' or not tar.class_of_tar(entry.name)):
             yield from tar.list_images(entry.path)
         elif entry not in folders and (split or not tar.is_archive(entry.name)):  # those of the root have been read
             stray.append(entry)
@@ -194,13 +188,13 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """Returns (file bytes, or pixels of some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
+    """Returns (file bytes, or pixels for some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]
-        except Exception:  # array_record's error is the same for a damaged record and a missing file: raise OSError
+        except Exception:  # array_record does not distinguish a damaged record from a missing file
             for file in tfds.open_builder(ref.path).info.splits[ref.split].filepaths:
-                open(file, 'rb').close()
+                open(file, 'rb').close()  # raises OSError for a missing file
             raise
         return record['image'], int(record['label'])
     return image_io.read_bytes(ref.path, ref.offset, ref.length), ref.label

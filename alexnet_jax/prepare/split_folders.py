@@ -62,7 +62,7 @@ def find_splits(folders: Sequence[os.DirEntry]) -> list[tuple[os.DirEntry, str]]
 
 
 def _holds_classes(folder: str) -> bool:
-    """Returns whether a folder named like a split holds classes (and is not a class of that name, with images)."""
+    """Returns whether a folder with the name of a split contains classes. If not, it is itself a class."""
     entries = image_io.list_entries(folder)
     return any(image_io.is_folder(e) or tar.is_archive(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 

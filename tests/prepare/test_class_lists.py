@@ -71,5 +71,5 @@ def test_names_with_numbers_and_of_numeric_folders(tmp_path, capfd):
 
 def test_equal_names_get_their_folders(tmp_path):
     assert _names(tmp_path, 'n01\tcrane\nn02\tcrane') == ('crane (n01)', 'crane (n02)')
-    with pytest.raises(UserError, match="class name ' n01': expected one line without outer blanks"):
+    with pytest.raises(UserError, match="class name ' n01': expected one line without outer spaces"):
         _names(tmp_path, '', (' n01', 'n02'))
