@@ -108,7 +108,7 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
     """
     config = setup.config
     if raw:
-        splits, _ = discovery.find_images(raw)
+        splits = discovery.find_images(raw).splits
         if 'train' not in splits:
             raise UserError(f'--input={raw}: expected a train split, got only {", ".join(splits)}.')
         images = splits['train']

@@ -10,6 +10,7 @@ flag errors are printed without delay.
 import contextlib
 import errno
 import inspect
+import io
 import os
 import re
 import signal
@@ -35,6 +36,8 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
     pipe, 143 SIGTERM.
     """
     threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors='backslashreplace')
     words = sys.argv[1:] if words is None else list(words)
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         if words and words[0] in subcommands:

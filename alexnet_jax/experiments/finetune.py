@@ -110,7 +110,7 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
 def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float, max_unreadable: int) -> Dataset:
     """Prepares the images into `folder` unless it exists, and returns the dataset.
 
-    Raises UserError if `folder` holds other images or images of another size, or if there is only one class.
+    Raises UserError if `folder` holds other images or images of another size.
     """
     prepare.prepare_if_needed(pictures, folder, size=size, val_fraction=val_fraction, max_unreadable=max_unreadable)
     dataset = open_dataset(folder)
@@ -118,10 +118,5 @@ def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float,
         raise UserError(
             f'{folder}: expected images of {size} px for this network, got {dataset.record_size} px; remove the '
             'directory or use another --output.'
-        )
-    if len(dataset.class_names) == 1:
-        raise UserError(
-            f'{pictures!r}: expected at least two classes, got only {dataset.class_names[0]!r}; use the directory that '
-            f'contains the class folders (are they one level further down?) and remove {folder}.'
         )
     return dataset

@@ -80,7 +80,9 @@ def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
             raise UserError(f'{path!r} does not exist; give an image file or a folder.')
-        found = list(image_io.iter_image_files(path)) if os.path.isdir(path) else [path]
+        counts = image_io.FileCounts()
+        found = list(image_io.iter_image_files(path, counts)) if os.path.isdir(path) else [path]
+        counts.log(path)
         if not found:
             raise UserError(f'{path!r} contains no images.')
         files += found

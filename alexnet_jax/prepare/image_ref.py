@@ -24,3 +24,4 @@ class Listing(NamedTuple):
 
     splits: Splits
     class_names: tuple[str, ...]
+    folder: str = ''  # the folder of the splits or classes, which may be inside the input

@@ -1,13 +1,11 @@
 """Prepares raw images for training: square records of one size, the mean image and the color statistics."""
 
-import collections
 import functools
 import hashlib
 import itertools
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
@@ -15,7 +13,7 @@ from absl import logging
 
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_stats_file
-from alexnet_jax.prepare import discovery, record_writer
+from alexnet_jax.prepare import class_lists, discovery, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
@@ -23,7 +21,6 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
-_MAX_LIST_CHARS = 2**24  # read at most this much of a class list
 _MAX_SHARD_IMAGES = 4096
 _MIN_SHARDS = 16  # per split, unless it has fewer images
 
@@ -43,8 +40,8 @@ def prepare(
     """Prepares the images at `source` into a new directory. The output does not depend on the number of processes.
 
     Args:
-      source: see `discovery.find_images`. A folder may contain `classes.tsv` or Tiny ImageNet's `words.txt`, with a
-        line FOLDER<tab>NAME for each class. Labels follow the order of the folders.
+      source: see `discovery.find_images`. A folder may contain a list of class names, see `class_lists.class_names`.
+        Labels follow the order of the folders.
       output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       size: side of the square images, pixels.
       format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
@@ -68,9 +65,9 @@ def prepare(
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     source, output = os.fspath(source), absolute_local_path(output)
     check_new(output)
-    splits, folders = listing or discovery.find_images(source)
-    class_names = _class_names(source, folders)
-    splits = _shuffle_and_split(splits, val_fraction, seed)
+    listing = listing or discovery.find_images(source)
+    class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
+    splits = _shuffle_and_split(listing.splits, val_fraction, seed)
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
@@ -118,24 +115,6 @@ def prepare_if_needed(
             f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
             'or remove that folder.'
         )
-
-
-def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Returns class names from a class list in the input, or folder names. Appends the folder to duplicate names."""
-    words = {}
-    for list_path in (os.path.join(path, name) for name in ('classes.tsv', 'words.txt')):
-        if os.path.isfile(list_path):
-            with open(list_path, encoding='utf-8-sig', errors='replace') as file:
-                for line in file.read(_MAX_LIST_CHARS).splitlines():
-                    folder, _, name = line.partition('\t')
-                    words[folder.strip()] = ' '.join(name.split(',')[0].split())
-    names = [words.get(folder) or folder for folder in folders]
-    counts = collections.Counter(names)
-    names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:  # TFDS stores one stripped name per line and drops empty lines, which would shift labels
-        if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'class name {name!r}: expected one line without outer spaces; rename its folder.')
-    return tuple(names)
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:

@@ -33,7 +33,7 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     """
     name = os.path.basename(path)
     archive_class = class_of_tar(name)
-    if name not in (TRAIN_TAR, VAL_TAR) and not archive_class:
+    if not is_archive(name):
         raise UserError(f'{path!r} is not {TRAIN_TAR} or {VAL_TAR}; extract other archives and use their folder.')
     try:
         with open(path, 'rb') as file:
@@ -101,3 +101,8 @@ def class_of_tar(name: str) -> str | None:
     """Returns the class of a one-class archive: 'n01440764' for 'n01440764.tar', None for other names."""
     match = re.fullmatch(r'(n\d+)\.tar', os.path.basename(name))
     return match[1] if match else None
+
+
+def is_archive(name: str) -> bool:
+    """Returns whether a file name is that of an archive of ILSVRC-2012: the train or val set, or one class."""
+    return name in (TRAIN_TAR, VAL_TAR) or class_of_tar(name) is not None

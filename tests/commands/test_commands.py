@@ -15,7 +15,7 @@ import pytest
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.commands import app
-from tests import ROOT
+from tests import ROOT, helpers
 from tests.commands import forked
 from tests.helpers import run_command
 
@@ -349,3 +349,17 @@ def test_unwritable_output_is_one_line():
         )
     expected = 'error: the output cannot be read or written: No space left on device.\n'
     assert (done.returncode, done.stderr) == (2, expected)
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_terminals_of_other_encodings(encoding, tmp_path):
+    """Class names and paths that a terminal cannot show are printed with escapes."""
+    names = {'日本', 'café'}
+    helpers.write_files(tmp_path / 'in', {f'{name}/a.png': helpers.encode(helpers.picture(0), 'PNG') for name in names})
+    words = ['prepare', f'--input={tmp_path}/in', f'--output={tmp_path}/é', '--size=16']
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': encoding}
+    command = [sys.executable, '-m', 'alexnet_jax', *words]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    for text in (*names, f'{tmp_path}/é is ready'):
+        assert text.encode(encoding, 'backslashreplace') in done.stdout

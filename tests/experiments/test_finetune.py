@@ -71,8 +71,12 @@ def test_prepared_output_of_other_images_is_refused(tmp_path):
         finetune.prepare_pictures(str(one), folder, 16, 0.25, 0)
     with pytest.raises(UserError, match='expected images of 24 px for this network, got 16 px'):
         finetune.prepare_pictures(str(one), folder, 24, 0.5, 0)
-    with pytest.raises(UserError, match=f"at least two classes, got only 'one'; .* and remove {tmp_path}/nested."):
-        finetune.prepare_pictures(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
+    nested = finetune.prepare_pictures(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
+    assert nested.class_names == first.class_names
+    single = str(_nested(tmp_path / 'single', one / 'digit 0'))
+    with pytest.raises(UserError, match="expected at least two classes, got only 'one'"):
+        finetune.prepare_pictures(single, str(tmp_path / 'single_data'), 16, 0.5, 0)
+    assert not (tmp_path / 'single_data').exists() and not (tmp_path / 'single_data.source').exists()
     os.rename(tmp_path / 'data.source', tmp_path / 'kept')
     with pytest.raises(UserError, match=f'the source of {folder} is unknown; if it is {one}'):
         finetune.prepare_pictures(str(one), folder, 16, 0.5, 0)

@@ -94,12 +94,15 @@ def test_class_may_be_named_like_a_split(tmp_path, capfd):
         {f'{c}/{i}.png': helpers.encode(helpers.picture(i), 'PNG') for c in ('train', 'bus') for i in range(2)},
     )
     assert discovery.find_images(str(tmp_path / 'in')).class_names == ('bus', 'train')
-    names = ('train/cat/a.png', 'extra/cat/a.png', 'loose.png')
+    names = ('train/cat/a.png', 'train/dog/a.png', 'extra/cat/a.png', 'loose.png')
     helpers.write_files(tmp_path / 'split', {name: helpers.encode(helpers.picture(0), 'PNG') for name in names})
     found = discovery.find_images(str(tmp_path / 'split'))
-    assert set(found.splits) == {'train'} and len(found.splits['train']) == 1
+    assert set(found.splits) == {'train'} and len(found.splits['train']) == 2
     said = capfd.readouterr().err
-    assert 'skipped folders that are not splits: extra' in said and 'skipped 1 images outside' in said
+    assert (
+        'skipped folders that are not splits with class folders: extra (1 images)' in said
+        and 'skipped 1 images outside' in said
+    )
 
 
 def test_validation_archive_alone(official, tmp_path):

@@ -167,15 +167,18 @@ def test_classes_without_training_images_are_counted(capsys):
 
 
 def test_files_outside_classes_are_reported(tmp_path, capfd):
-    """The found classes are reported too: a folder level too many shows up as one class."""
     content = helpers.encode(helpers.picture(0))
-    files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {'loose.jpg': content, 'c/1.heic': content}
+    files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {
+        'loose.jpg': content,
+        'c/1.heic': b'\0\0\0\x18ftypheic',
+    }
     helpers.write_files(tmp_path / 'in', files)
     prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, workers=1)
     said, errors = capfd.readouterr()
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
     assert errors.count('warning: skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
+    assert 'known format: 1 .heic; to use them, convert them (magick mogrify -format jpg *.heic)' in errors
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -438,6 +441,7 @@ def test_invalid_and_oversized_images_are_named(tmp_path, capfd):
     assert image_io.resize_center_crop(_png(16, 16, rows), 16).std() > 5
     files = good | {name: content for name, (content, _) in bad.items() if content is not None}
     helpers.write_files(tmp_path / 'in' / 'cat', files)
+    helpers.write_files(tmp_path / 'in' / 'dog', {'a.png': _png(16, 16, rows)})
     os.truncate(tmp_path / 'in' / 'cat' / 'huge.jpg', 2**28 + 1)  # a sparse file that takes no space
     os.mkfifo(tmp_path / 'in' / 'cat' / 'pipe.jpg')
     os.symlink('nowhere', tmp_path / 'in' / 'cat' / 'gone.jpg')
@@ -449,4 +453,5 @@ def test_invalid_and_oversized_images_are_named(tmp_path, capfd):
     for name, (_, reason) in bad.items():
         assert re.search(f'^warning: unreadable image: cat/{name}: .*{reason}', said, re.MULTILINE), (name, said)
     assert len(said.splitlines()) == len(bad) + 1, said
-    assert {os.path.basename(name) for name in helpers.read_back(str(tmp_path / 'out'), 'train')} == set(good)
+    read = {os.path.basename(name) for name in helpers.read_back(str(tmp_path / 'out'), 'train')}
+    assert read == {*good, 'a.png'}
