@@ -30,7 +30,8 @@ class Flag(NamedTuple):
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
             define: Callable = _DEFINE.get(type(self.default), flags.DEFINE_string)
-            define(self.name, self.default, self.help, flag_values=values)
+            # A flag given twice is an error: the first value would be dropped.
+            define(self.name, self.default, self.help, flag_values=values, allow_overwrite=False)
         if self.at_least is not None:
             self._check(values, lambda value: value >= self.at_least, f'{self.at_least} or more')
         if self.choices:
