@@ -35,7 +35,7 @@ _TORCHVISION_NAME = re.compile(r'(features|classifier)\.\d+|avgpool')
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
-    """Returns the activations that a network offers: {name: (key of the Flax intermediate, index within that key)}.
+    """Returns the names of a network's activations: {name: (key in Flax's intermediates, index within that key)}.
 
     If the network has the layers and operations of torchvision's, torchvision's names are included ('features.6').
     """
@@ -43,8 +43,8 @@ def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
         names |= {f'{layer}.{op}': (f'{layer}.{op}', -1) for op in ops}
-        until = ops[: ops.index('dropout')] if 'dropout' in ops else ops
-        names[layer] = f'{layer}.{until[-1]}', until.count(until[-1]) - 1
+        before_dropout = ops[: ops.index('dropout')] if 'dropout' in ops else ops
+        names[layer] = f'{layer}.{before_dropout[-1]}', before_dropout.count(before_dropout[-1]) - 1
     if [' '.join(spec.ops) for spec in network.layers.values()] == _TORCHVISION:
         outputs = [names[name] for name in names if '.' in name]
         names |= {f'features.{i}': output for i, output in enumerate(outputs[:13])}
@@ -62,7 +62,7 @@ def activations(
       checkpoint: from `alexnet_jax.load_checkpoint`.
       images: as for `alexnet_jax.predict`; a path may also be a folder, which stands for its image files in the order
         of `predict.list_image_files`. Files are read one batch at a time.
-      layers: one name or several. 'conv3' is the output of the layer after its last operation before dropout.
+      layers: one name or several. 'conv3' is the output of the layer's last operation (of the last before dropout).
         'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
         'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
       batch_size: images per batch; it does not change the results.
@@ -200,7 +200,7 @@ def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, in
     def outputs(params, image_NHWC, image_stats):
         (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
-        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in keys]
+        return [state['intermediates'][key][index].astype(jnp.float32) for key, index in keys]
 
     return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
 
@@ -273,7 +273,7 @@ def write_activations(
 
 
 def check_output(output: str) -> None:
-    """Raises UserError if `output` has another ending or exists already."""
+    """Raises UserError if `output` does not end in .safetensors or .npz, or already exists."""
     if not output.endswith(SUFFIXES):
         raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(SUFFIXES)}.')
     check_new(output)

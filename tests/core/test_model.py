@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax.core import architecture, model, ops
+from alexnet_jax.core import architecture, model, ops, sharding
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
@@ -172,7 +172,7 @@ def test_sixth_convolution_keeps_names_of_dense_layers():
         ({}, 6, 1, 'data.image_size=6: conv1: a pooling window of 3 px does not fit maps of 2 px'),
         ({}, 3, 1, 'data.image_size=3: conv1: a window of 5 px does not fit padded maps'),
         ({'fc6': {'features': 33}}, helpers.SIZE, 2, 'fc6 has 33 features .* cannot be split over 2'),
-        ({'conv1': {'post': 'relu prelu'}}, helpers.SIZE, 1, "conv1.post='relu prelu': unknown op 'prelu'"),
+        ({'conv1': {'post': 'relu prelu'}}, helpers.SIZE, 1, "conv1.post='relu prelu': op 'prelu' is not available"),
         ({'conv1': {'groups': 2}}, helpers.SIZE, 1, 'conv1 has 3 inputs'),
         ({'fc6': {'post': 'dropout relu dropout'}}, helpers.SIZE, 1, "relu dropout': expected dropout at most once"),
         ({'conv1': {'features': 9}}, helpers.SIZE, 1, 'conv1.features=9: expected a multiple of the 2 groups of lrn'),
@@ -200,8 +200,8 @@ def test_normalization_across_towers_is_refused():
             {'layers': CONV | {'conv1': {'features': 8, 'kernel': 3, 'pad': 1}}},
             "unknown config key 'model.layers.conv1.pad'",
         ),
-        ({'layers': CONV | {'conv1': {'kernel': 3}}}, 'model.layers.conv1 has no features'),
-        ({'layers': CONV | {'conv1': {'features': 8}}}, 'model.layers.conv1 has no kernel'),
+        ({'layers': CONV | {'conv1': {'kernel': 3}}}, "missing config key 'model.layers.conv1.features'"),
+        ({'layers': CONV | {'conv1': {'features': 8}}}, "missing config key 'model.layers.conv1.kernel'"),
         ({'layers': {'conv1': {'kernel': 3}}}, 'model.layers ends with conv1: expected a fully connected classifier'),
         ({'layers': {'fc1': {'features': 8}}}, "unknown config key 'model.layers.fc1.features'. Use model.num_classes"),
         (
@@ -260,6 +260,21 @@ def test_fan_in_initialization():
         assert abs(values.std() / (bound / 3**0.5) - 1) < (0.2 if name == 'conv1' and part == 'bias' else 0.05), name
     centered = np.asarray(params['conv2']['bias']) - 0.5
     assert 0.8 * (3 * 3 * 48) ** -0.5 < np.abs(centered).max() <= (3 * 3 * 48) ** -0.5
+
+
+def test_grouped_classifier_computes_all_logits():
+    """It equals a full layer with a block-diagonal kernel, on one device and on two."""
+    grouped = helpers.network(layers=helpers.layers(fc8={'groups': 2}))
+    params = helpers.init(grouped)
+    half, full = np.asarray(params['fc8']['kernel']), np.zeros((32, 12), np.float32)
+    full[:16, :6], full[16:, 6:] = half[:, :6], half[:, 6:]
+    x = np.random.default_rng(0).normal(0, 60, (4, helpers.SIZE, helpers.SIZE, 3)).astype(np.float32)
+    expected = helpers.network().apply({'params': {**params, 'fc8': {**params['fc8'], 'kernel': full}}}, x)
+    for tower in (1, 2):
+        mesh = sharding.make_mesh(data=1, tower=tower)
+        placed = jax.device_put(params, sharding.state_sharding(mesh, params))
+        logits = jax.jit(sharding.forward(grouped, mesh))(placed, x)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_logits_are_float32_in_bfloat16_networks():
