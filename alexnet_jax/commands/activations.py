@@ -1,22 +1,33 @@
-"""Writes a layer's activations for every image of a split to a safetensors or npz file.
+"""Writes the activations of layers for a split or for image files to a safetensors or npz file.
 
-    alexnet_jax activations --checkpoint=PATH --data=DIR --layer=fc7 --output=fc7.safetensors [--split=val]
+    alexnet_jax activations --checkpoint=PATH --data=DIR [--split=val] --layers=conv3,fc7 --output=f.npz
+    alexnet_jax activations --checkpoint=PATH --images=FOLDER_OR_FILE --layers=conv3,fc7 --output=f.safetensors
 
-The activations are computed from center crops, without dropout. `conv3` is the output of the last operation of the
-layer before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
-single operations. The file contains `features` float32 [N, ...] and `labels` int32 [N], in the order of the split.
+The activations are computed from center crops, without dropout. `conv3` is the output of the layer after its last
+operation before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
+single operations. A network of torchvision's layout also has torchvision's names, such as `features.6`.
+
+The file holds one array float32 [N, ...] for each layer, under its name; `files`, the names of the images; and `labels`
+int32 [N] if they are known. Rows are in the order of the split. Image files are cropped as `alexnet_jax predict` does;
+those of a folder, which is searched recursively, are in the order of their names.
 """
+
+from collections.abc import Sequence
 
 from absl import flags
 
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
+from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
     CHECKPOINT,
-    Flag('data', None, "A prepared directory, or 'digits'.", required=True),
-    Flag('layer', None, "A layer, such as 'fc7', or one of its operations, such as 'conv1.pool'.", required=True),
+    Flag('data', None, "A prepared directory, or 'digits'."),
+    Flag('split', 'val', 'Split of --data to read.'),
+    Flag('images', [], 'An image file or a folder of images. May be repeated.', repeated=True),
+    Flag(
+        'layers', [], "Layers or operations, such as 'conv3,conv1.pool'. May be repeated.", required=True, repeated=True
+    ),
     Flag('output', None, 'New file, ending in .safetensors or .npz.', required=True),
-    Flag('split', 'val', 'Split to read.'),
     Flag('batch_size', 128, 'Images per batch.', at_least=1),
     CPU_DEVICES,
 )
@@ -25,14 +36,25 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     from alexnet_jax.checkpoints.loading import load_checkpoint
     from alexnet_jax.data import datasets
-    from alexnet_jax.inference import activations, evaluate
+    from alexnet_jax.inference import activations, evaluate, predict
 
+    if bool(args.data) == bool(args.images):
+        raise UserError('expected either --data=DIR or --images=FOLDER_OR_FILE.')
+    if args.images and not args['split'].using_default_value:
+        raise UserError(
+            f'--split={args.split}: --images has no splits; use --data=DIR, or give the folder of the split.'
+        )
     activations.check_output(args.output)
-    dataset = datasets.open_dataset(args.data)
-    records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
-    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the class names may differ
-    shape = activations.write_activations(args.output, checkpoint, records, args.layer, batch_size=args.batch_size)
-    print(
-        f'{args.output}: features float32 {list(shape)}, labels int32 {list(shape[:1])}; {args.layer} of '
-        f'{args.checkpoint} (step {checkpoint.step}), {args.split} of {args.data}, center crop.'
-    )
+    layers = [name.strip() for names in args.layers for name in names.split(',') if name.strip()]
+    images: Sequence
+    if args.images:
+        source, images = ', '.join(args.images), predict.list_image_files(args.images)
+        checkpoint = load_checkpoint(args.checkpoint)
+    else:
+        dataset = datasets.open_dataset(args.data)
+        source, images = f'{args.split} of {args.data}', dataset.split(args.split)
+        checkpoint = load_checkpoint(args.checkpoint)
+        evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may differ
+    arrays = activations.write_activations(args.output, checkpoint, images, layers, batch_size=args.batch_size)
+    contents = ', '.join(f'{name} {dtype} {list(shape)}' for name, (dtype, shape) in arrays.items())
+    print(f'{args.output}: {contents}; {args.checkpoint} (step {checkpoint.step}), {source}, center crop.')

@@ -30,7 +30,9 @@ class Flag(NamedTuple):
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
             define: Callable = _DEFINE.get(type(self.default), flags.DEFINE_string)
-            define(self.name, self.default, self.help, flag_values=values)
+            # Two paths or names are an error: the first would be dropped. A later number overrides an earlier one.
+            number = type(self.default) in _DEFINE
+            define(self.name, self.default, self.help, flag_values=values, allow_overwrite=number)
         if self.at_least is not None:
             self._check(values, lambda value: value >= self.at_least, f'{self.at_least} or more')
         if self.choices:

@@ -253,7 +253,7 @@ def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: i
     queries = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]
     images, labels = pipeline.decode_some(source, queries, checkpoint.record_size)
     vectors = activations.activations(checkpoint, images, layer)[layer]
-    batches = (batch for batch, _ in activations.iter_activations(checkpoint, train, layer))
+    batches = (batch[layer] for batch in activations.iter_activations(checkpoint, train, layer))
     neighbors = []
     for query, indices in zip(queries, nearest(vectors, batches, count=7)[0], strict=True):
         if split == 'train':

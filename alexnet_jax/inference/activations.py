@@ -1,39 +1,55 @@
-"""Computes the activations of any layer, for images in memory or for a whole split."""
+"""Computes the activations of any layers: for images in memory, for image files, or for a whole split."""
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import struct
-import zipfile
-from collections.abc import Generator, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference.evaluate import Evaluator
-from alexnet_jax.inference.predict import Images, to_records
-from alexnet_jax.utils.errors import UserError, as_user_error, did_you_mean
+from alexnet_jax.inference.predict import Images, list_image_files, to_records
+from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
 SUFFIXES = ('.safetensors', '.npz')
-FeatureBatch = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], labels int32 [n]
+_NAMED = 10  # most unreadable images that an error names
+# The operations after each layer of torchvision's AlexNet. `classifier` starts with the dropout before its first layer.
+_TORCHVISION = ['relu pool', 'relu pool', 'relu', 'relu', 'relu pool dropout', 'relu dropout', 'relu', '']
+_TORCHVISION_NAME = re.compile(r'(features|classifier)\.\d+|avgpool')
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
-    """Returns the names of a network's activations: {name: (key in Flax's intermediates, index within that key)}."""
+    """Returns the names of a network's activations: {name: (key in Flax's intermediates, index within that key)}.
+
+    If the network has the layers and operations of torchvision's, torchvision's names are included ('features.6').
+    """
     names: dict[str, tuple[str, int]] = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
         names |= {f'{layer}.{op}': (f'{layer}.{op}', -1) for op in ops}
         before_dropout = ops[: ops.index('dropout')] if 'dropout' in ops else ops
         names[layer] = f'{layer}.{before_dropout[-1]}', before_dropout.count(before_dropout[-1]) - 1
+    if [' '.join(spec.ops) for spec in network.layers.values()] == _TORCHVISION:
+        outputs = [names[name] for name in names if '.' in name]
+        names |= {f'features.{i}': output for i, output in enumerate(outputs[:13])}
+        names |= {f'classifier.{i}': output for i, output in enumerate(outputs[13:])}
+        names['avgpool'] = names['features.12']  # the adaptive pooling does not change 6 x 6 maps
     return names
 
 
@@ -44,7 +60,8 @@ def activations(
 
     Args:
       checkpoint: from `alexnet_jax.load_checkpoint`.
-      images: as for `alexnet_jax.predict`.
+      images: as for `alexnet_jax.predict`; a path may also be a folder, which stands for its image files in the order
+        of `predict.list_image_files`. Files are read one batch at a time.
       layers: one name or several. 'conv3' is the output of the layer's last operation (of the last before dropout).
         'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
         'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
@@ -54,37 +71,125 @@ def activations(
       {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
 
     Raises:
-      UserError: a layer is unknown or an image cannot be read.
+      UserError: a layer is unknown, an image cannot be read, or a folder has no images.
     """
-    names = [layers] if isinstance(layers, str) else list(layers)
-    function, evaluator = _layer_outputs(checkpoint, names), Evaluator(checkpoint, batch_size=batch_size)
-    image_NHWC = to_records(checkpoint, images)
-    arrays = [np.zeros((len(image_NHWC), *shape), np.float32) for shape in _shapes(checkpoint, function)]
+    names = _as_list(layers)
+    function, source = _layer_outputs(checkpoint, names), None
+    if not hasattr(images, 'ndim'):
+        images = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        if any(map(_is_path, images)):
+            source = _Source(checkpoint, _expand_folders(images))
+    batches: Iterator[list[np.ndarray]]
+    if source:
+        count, batches = len(source), (parts for parts, _ in source.map(function, batch_size))
+    else:
+        image_NHWC = to_records(checkpoint, images)
+        count, batches = len(image_NHWC), Evaluator(checkpoint, batch_size=batch_size).map_images(function, image_NHWC)
+    arrays = [np.zeros((count, *shape), np.float32) for shape in _shapes(checkpoint, function)]
     start = 0
-    for parts in evaluator.map_images(function, image_NHWC):
+    for parts in batches:
         for array, part in zip(arrays, parts, strict=True):
             array[start : start + len(part)] = part
         start += len(parts[0])
+    if source:
+        source.check()
     return dict(zip(names, arrays, strict=True))
 
 
 def iter_activations(
-    checkpoint: Checkpoint, records: Sequence, layer: str, batch_size: int = 128
-) -> Generator[FeatureBatch, None, None]:
-    """Yields the activations of one layer for all records of a split, in order, one batch at a time.
+    checkpoint: Checkpoint, records: Sequence, layers: Sequence[str] | str, batch_size: int = 128
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Yields the activations of layers for all records of a split, in order, one batch at a time.
 
-    Yields (float32 [n, ...], int32 labels [n]). layer: one of `activation_names`. Raises UserError for an unknown
-    layer, and after the last batch if some records could not be read; a warning names each of them.
+    Yields {name: float32 [n, ...]}. layers: names as for `activations`. Raises UserError for an unknown layer and, at
+    the end, if records could not be read; warnings have named them.
     """
-    function = _layer_outputs(checkpoint, [layer])
-    evaluator = Evaluator(checkpoint, batch_size=batch_size)
-    return evaluator.map_records(lambda *arguments: function(*arguments)[0], records)
+    names = _as_list(layers)
+    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, records)
+
+    def batches():
+        for parts, _ in source.map(function, batch_size):
+            yield dict(zip(names, parts, strict=True))
+        source.check()
+
+    return batches()
+
+
+class _Source(Sequence):
+    """The records of a split, or images as `predict` takes them, as records whose label is their index.
+
+    It keeps the name and the label of each record that is read. Labels may be missing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, items: Sequence):
+        self._checkpoint, self._items = checkpoint, items
+        self._errors: dict[int, str] = {}  # of images that are not records
+        self.files = [str(i) for i in range(len(items))]  # an image without a name has its index
+        self.labels = np.full(len(items), -1, '<i4')  # -1: none
+        self.readable = np.zeros(len(items), bool)  # set by `map`
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]
+        if isinstance(item, Mapping):
+            self.labels[index] = item.get('label', -1)
+            if name := item.get('file_name'):
+                self.files[index] = os.fsdecode(name)
+            return {**item, 'label': index}
+        if _is_path(item):
+            self.files[index] = os.fsdecode(item)
+        try:
+            return {'image': to_records(self._checkpoint, item)[0], 'label': index}
+        except UserError as error:
+            self._errors[index] = str(error)
+            raise UnreadableError(str(error)) from error
+
+    def map(self, function: Callable, batch_size: int) -> Generator[tuple[list[np.ndarray], np.ndarray], None, None]:
+        """Yields (outputs of the function, indices) of the readable images, in order, one batch at a time."""
+        evaluator = Evaluator(self._checkpoint, batch_size=batch_size)
+        with contextlib.closing(evaluator.map_records(function, self)) as batches:
+            for parts, indices in batches:
+                self.readable[indices] = True
+                yield parts, indices
+
+    def check(self, outcome: str = '') -> None:
+        """Raises UserError if images were unreadable. outcome: a clause for the message."""
+        bad = np.flatnonzero(~self.readable).tolist()
+        if not bad:
+            return
+        reasons = [self._errors.get(index, repr(self.files[index])) for index in bad[:_NAMED]]
+        rest = f' and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
+        remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
+        named = ', '.join(reasons) + rest
+        raise UserError(f'{len(bad)} of {len(self)} images cannot be read{outcome}: {named}; {remedy}.')
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike)
+
+
+def _expand_folders(images: Iterable) -> list:
+    """Replaces the folders among images by the image files below them."""
+    lists = (list_image_files([image]) if _is_path(image) and os.path.isdir(image) else [image] for image in images)
+    return list(itertools.chain.from_iterable(lists))
+
+
+def _as_list(layers: Sequence[str] | str) -> list[str]:
+    """Returns the names of layers without repetitions."""
+    return list(dict.fromkeys([layers] if isinstance(layers, str) else layers))
 
 
 def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
     """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
     known = activation_names(checkpoint.network)
+    if not names:
+        raise UserError(f'no layers given; choose from: {", ".join(known)}.')
     for name in names:
+        if name not in known and 'features.0' not in known and _TORCHVISION_NAME.fullmatch(name):
+            own = ', '.join(name for name in known if '.' not in name)
+            raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
         if name not in known:
             raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
     return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
@@ -108,21 +213,63 @@ def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
 
 
 def write_activations(
-    output: str | os.PathLike, checkpoint: Checkpoint, records: Sequence, layer: str, *, batch_size: int = 128
-) -> tuple[int, ...]:
-    """Writes `iter_activations` to a new file, one batch at a time, and returns the shape of its `features`.
+    output: str | os.PathLike,
+    checkpoint: Checkpoint,
+    images: Sequence,
+    layers: Sequence[str] | str,
+    *,
+    batch_size: int = 128,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Writes the activations of layers for a split or for image files, with their names and labels, to a new file.
 
-    output: path that ends in .safetensors or .npz. It is written as OUTPUT.tmp and renamed when it is complete, so no
-    partial file remains. Raises UserError as `check_output` and `iter_activations` do, or if writing fails.
+    The file has one array for each layer, under its name: float32 [N, ...]. `files` holds the name of each image, or
+    its index if it has none: strings in .npz; in .safetensors, which has no strings, UTF-8 bytes uint8 [N, L] padded
+    with zeros. `labels` int32 [N] is left out if no image has a label; -1 stands for a missing one.
+
+    One batch is held in memory. The rows of each layer are collected in a temporary file beside the output, so the
+    disk must have room for twice the output. An error leaves no file, except for unreadable images, see below.
+
+    Args:
+      output: path that ends in .safetensors or .npz.
+      checkpoint: from `alexnet_jax.load_checkpoint`.
+      images: the records of a split, or a list of images as `predict` takes them, such as paths.
+      layers: one name or several, as for `activations`.
+      batch_size: images per batch; it does not change the results.
+
+    Returns:
+      {array: (dtype, shape)} of the arrays in the file.
+
+    Raises:
+      UserError: as for `check_output`; a layer is unknown; there are no images; the file cannot be written; or images
+        could not be read. In the last case the file holds all other images, if there are any.
     """
-    output = os.fspath(output)
+    output, names = os.fspath(output), _as_list(layers)
     check_output(output)
-    parts = iter_activations(checkpoint, records, layer, batch_size)
-    shape = (len(records), *_shapes(checkpoint, _layer_outputs(checkpoint, [layer]))[0])
+    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, images)
+    shapes, folder = _shapes(checkpoint, function), os.path.dirname(output) or '.'
     write = _write_npz if output.endswith('.npz') else _write_safetensors
-    with as_user_error(f'{output!r} cannot be written'), contextlib.closing(parts), atomic_file(output, 'wb') as file:
-        write(file, shape, parts)
-    return shape
+    with as_user_error(f'{output!r} cannot be written'), contextlib.ExitStack() as stack:
+        _check_space(folder, output, 4 * len(source) * sum(map(math.prod, shapes)))
+        files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in names]
+        progress = Progress(len(source), seconds=10)
+        for parts, indices in stack.enter_context(contextlib.closing(source.map(function, batch_size))):
+            for file, part in zip(files, parts, strict=True):
+                file.write(part.astype('<f4', copy=False).tobytes())
+            progress.update(int(indices[-1]) + 1 if len(indices) else 0)
+        rows = np.flatnonzero(source.readable)
+        if not len(rows):
+            source.check()
+        arrays: dict[str, np.ndarray] = {}
+        for name, file, shape in zip(names, files, shapes, strict=True):
+            file.flush()
+            arrays[name] = np.memmap(file, '<f4', 'r', shape=(len(rows), *shape))
+        if np.any(source.labels >= 0):
+            arrays['labels'] = source.labels[rows]
+        arrays['files'] = np.array([source.files[row] for row in rows])
+        with atomic_file(output, 'wb') as target:
+            write(target, arrays)
+    source.check(f' and have no row in {output!r}')
+    return {name: (array.dtype.name if name != 'files' else 'names', array.shape) for name, array in arrays.items()}
 
 
 def check_output(output: str) -> None:
@@ -132,34 +279,31 @@ def check_output(output: str) -> None:
     check_new(output)
 
 
-def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
+def _check_space(folder: str, output: str, size: int) -> None:
+    """Raises UserError if a folder has less space than `write_activations` needs for `size` bytes of activations."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise UserError(
+            f'{output!r} takes {size / 1e9:.1f} GB, and as much again while it is written, but {free / 1e9:.1f} GB are '
+            'free; use another disk, fewer layers or fewer images.'
+        )
+
+
+def _write_npz(file: IO, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _write_safetensors(file: IO, arrays: dict[str, np.ndarray]) -> None:
     """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
-    features_size = 4 * math.prod(shape)
-    header = json.dumps({
-        'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, features_size]},
-        'labels': {'dtype': 'I32', 'shape': shape[:1], 'data_offsets': [features_size, features_size + 4 * shape[0]]},
-    }).encode()  # fmt: skip
-    header += b' ' * (-len(header) % 8)  # so that the arrays are aligned
-    file.write(struct.pack('<Q', len(header)) + header)
-    file.write(_write_rows(file, shape[0], parts).tobytes())
-
-
-def _write_npz(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
-    with zipfile.ZipFile(file, 'w') as archive:
-        with archive.open('features.npy', 'w', force_zip64=True) as member:
-            header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            labels = _write_rows(member, shape[0], parts)
-        with archive.open('labels.npy', 'w') as member:
-            np.save(member, labels)
-
-
-def _write_rows(file, total: int, parts: Iterable[FeatureBatch]) -> np.ndarray:
-    """Appends the features to a file and logs progress. Returns the labels, little-endian int32 [total]."""
-    labels: list[int] = []
-    progress = Progress(total, seconds=10)
-    for features, part_labels in parts:
-        file.write(features.astype('<f4', copy=False).tobytes())
-        labels.extend(part_labels)
-        progress.update(len(labels))
-    return np.array(labels, '<i4')
+    names = np.array([os.fsencode(name) for name in arrays['files']])
+    arrays = {**arrays, 'files': names.view(np.uint8).reshape(len(names), -1)}
+    header, end = {}, 0
+    for name, array in arrays.items():
+        dtype = {'float32': 'F32', 'int32': 'I32', 'uint8': 'U8'}[array.dtype.name]
+        header[name] = {'dtype': dtype, 'shape': array.shape, 'data_offsets': [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # so that the arrays are aligned
+    file.write(struct.pack('<Q', len(text)) + text)
+    for array in arrays.values():
+        file.write(np.ascontiguousarray(array).data)

@@ -140,17 +140,13 @@ class Evaluator:
     def map_records(self, function: Callable, records: Sequence) -> Generator[tuple[Any, np.ndarray], None, None]:
         """Applies a function, as `map_images` takes it, to the records of a split. Runs on one device.
 
-        Yields (result, int32 labels [n]) in order, one batch at a time, without unreadable records. Raises UserError at
-        the end if there were unreadable records; warnings have named each of them.
+        Yields (result, int32 labels [n]) in order, one batch at a time, without unreadable records; warnings name them.
         """
-        count = 0
         with contextlib.closing(self._batches(records)) as batches:
             for batch in batches:
                 readable = pipeline.warn_unreadable(batch)['weight'] > 0
                 results = function(self._params, batch['image'], self._image_stats)
-                count += int(readable.sum())
                 yield jax.tree.map(lambda x, keep=readable: np.asarray(x)[keep], results), batch['label'][readable]
-        _check_count(count, len(records), 0)
 
     def _jitted(self, function: Callable):
         return _jit(function, self.checkpoint.network, self.checkpoint.augmentation, self.mesh, self.views)

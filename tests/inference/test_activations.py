@@ -1,22 +1,32 @@
 """Activations against the network's own outputs, a NumPy loop, and the readers of both file formats."""
 
-import io
-import json
 import os
-import struct
+import pathlib
+import re
+import shutil
+import tempfile
 
 import chex
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
+import alexnet_jax
 from alexnet_jax.checkpoints import loading
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.convert import layout
+from alexnet_jax.convert.weight_file import LayerWeights
 from alexnet_jax.core import model
 from alexnet_jax.core.architecture import DenseSpec
+from alexnet_jax.core.config import augmentation_from_config, model_from_config
+from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations, predict
+from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
-from tests import helpers
+from tests import ROOT, helpers
+from tests.commands import forked
 
 
 @pytest.fixture(scope='module')
@@ -96,7 +106,7 @@ def test_compiled_once_and_float32(loaded, val):
     half = loaded._replace(network=loaded.network.clone(dtype='bfloat16'))
     found = activations.activations(half, val[1][:2], 'conv2')['conv2']
     assert found.dtype == np.float32
-    part, _ = next(activations.iter_activations(half, val[0][:2], 'conv2'))
+    part = next(activations.iter_activations(half, val[0][:2], 'conv2'))['conv2']
     assert part.dtype == np.float32 and np.array_equal(part, found)
     whole = activations.activations(loaded, val[1][:2], 'conv2')['conv2']
     assert 0 < np.abs(found - whole).max() < 0.1 * whole.max()
@@ -106,44 +116,229 @@ def test_compiled_once_and_float32(loaded, val):
     assert activations.activations(loaded, val[1][:0], 'conv2')['conv2'].shape == (0, *found.shape[1:])
 
 
-@pytest.mark.parametrize('layer', ['fc7', 'conv5.pool'])
+def _read(path):
+    """Reads a file with the standard reader of its format. Returns (arrays, names of the images)."""
+    if not str(path).endswith('.safetensors'):
+        found = dict(np.load(path))
+        return found, found.pop('files').tolist()
+    found = safetensors.numpy.load_file(path)
+    return found, [os.fsdecode(bytes(row).rstrip(b'\0')) for row in found.pop('files')]
+
+
 @pytest.mark.parametrize('ending', ['safetensors', 'npz'])
-def test_files_keep_the_order_of_the_split(loaded, val, tmp_path, layer, ending):
-    """360 images in batches of 100, read by the standard readers of both formats."""
-    output = str(tmp_path / f'out.{ending}')
-    shape = activations.write_activations(output, loaded, val[0], layer, batch_size=100)
-    found = safetensors.numpy.load_file(output) if ending == 'safetensors' else dict(np.load(output))
-    assert os.listdir(tmp_path) == [f'out.{ending}'] and set(found) == {'features', 'labels'}
-    assert found['features'].dtype == np.float32 and found['labels'].dtype == np.int32
-    assert found['features'].shape == shape == (360, *((32,) if layer == 'fc7' else (3, 3, 8)))
+def test_files_keep_the_order_of_the_split(loaded, val, tmp_path, ending):
+    """360 images in batches of 100, two layers of different rank, read by the standard readers of both formats."""
+    output, layers = tmp_path / f'out.{ending}', ['fc7', 'conv5.pool']
+    arrays = activations.write_activations(output, loaded, val[0], layers, batch_size=100)
+    found, names = _read(output)
+    assert os.listdir(tmp_path) == [f'out.{ending}'] and set(found) == {*layers, 'labels'}
+    assert names == [str(i) for i in range(360)]  # these records have no file names
+    assert found['labels'].dtype == np.int32 and arrays['labels'] == ('int32', (360,))
     np.testing.assert_array_equal(found['labels'], val[2])
-    expected = activations.activations(loaded, val[1], layer)[layer]
-    np.testing.assert_allclose(found['features'], expected, rtol=1e-4, atol=1e-5)
+    expected = activations.activations(loaded, val[1], layers)
+    for layer, shape in (('fc7', (360, 32)), ('conv5.pool', (360, 3, 3, 8))):
+        assert found[layer].dtype == np.float32 and found[layer].shape == shape and arrays[layer] == ('float32', shape)
+        np.testing.assert_allclose(found[layer], expected[layer], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('write', [activations._write_safetensors, activations._write_npz])
-def test_rows_are_written_incrementally(write):
-    """When a batch is requested, the previous one is already in the file."""
-    file, positions = io.BytesIO(), []
+@pytest.mark.parametrize('ending', ['safetensors', 'npz'])
+def test_one_batch_is_held_in_memory(loaded, val, tmp_path, monkeypatch, ending):
+    """When a batch is computed, the rows of all earlier batches of every layer are on disk."""
+    real, opened, sizes = tempfile.TemporaryFile, [], []
+    monkeypatch.setattr(tempfile, 'TemporaryFile', lambda dir: opened.append(real(dir=dir)) or opened[-1])
+    map_records = Evaluator.map_records
 
-    def parts():
-        for i in range(3):
-            positions.append(file.tell())
-            yield np.full((50, 100), i, np.float32), np.full(50, i, np.int32)
+    def watched(self, *arguments):
+        for batch in map_records(self, *arguments):
+            for file in opened:
+                file.flush()
+            sizes.append([os.fstat(file.fileno()).st_size for file in opened])
+            yield batch
 
-    write(file, (150, 100), parts())
-    assert np.diff(positions).tolist() == [20000, 20000]
-    if write is activations._write_safetensors:
-        (length,) = struct.unpack('<Q', file.getvalue()[:8])
-        assert length % 8 == 0 and len(file.getvalue()) == 8 + length + 150 * 404
-        assert json.loads(file.getvalue()[8 : 8 + length])['labels']['data_offsets'] == [60000, 60600]
+    monkeypatch.setattr(Evaluator, 'map_records', watched)
+    activations.write_activations(tmp_path / f'out.{ending}', loaded, val[0][:10], ['fc6', 'conv3'], batch_size=4)
+    conv3 = 4 * 7 * 7 * 8
+    assert sizes == [[0, 0], [4 * 4 * 32, 4 * conv3], [8 * 4 * 32, 8 * conv3]] and all(file.closed for file in opened)
 
 
-def test_unreadable_images_are_refused(loaded, val, tmp_path, capsys):
-    records = [*val[0][:3], {'image': b'no image', 'file_name': b'broken.jpg', 'label': 1}, *val[0][4:6]]
-    with pytest.raises(UserError, match=r'1 of 6 images cannot be read \(named above\)'):
-        activations.write_activations(str(tmp_path / 'out.npz'), loaded, records, 'fc7', batch_size=4)
-    assert 'broken.jpg' in capsys.readouterr().err and not os.listdir(tmp_path)
+@pytest.fixture
+def stimuli(tmp_path):
+    """A flat folder of images of several sizes and formats."""
+    names = ['b.png', '10.jpg', 'a b.bmp', 'bär,1.png', 'sub/c.PNG']
+    kinds = {'.jpg': 'JPEG', '.bmp': 'BMP'}
+    pictures = [helpers.picture(i, 40 + i, 48) for i in range(len(names))]
+    files = {n: helpers.encode(p, kinds.get(n[-4:], 'PNG')) for n, p in zip(names, pictures, strict=True)}
+    return helpers.write_files(tmp_path / 'stimuli', files)
+
+
+_STIMULI = ['10.jpg', 'a b.bmp', 'b.png', 'bär,1.png', 'sub/c.PNG']  # in the order of the names
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'npz'])
+def test_image_files_have_their_names(loaded, stimuli, tmp_path, ending):
+    """Rows are in name order, equal to those of pixels read by Pillow, and there are no labels."""
+    paths = [f'{stimuli}/{name}' for name in _STIMULI]
+    output = tmp_path / f'out.{ending}'
+    files = predict.list_image_files([stimuli])
+    arrays = activations.write_activations(output, loaded, files, ['fc7', 'conv3.linear'], batch_size=2)
+    found, names = _read(output)
+    assert names == paths and set(found) == {'fc7', 'conv3.linear'} and arrays['files'] == ('names', (5,))
+    pixels = [np.asarray(Image.open(path).convert('RGB')) for path in paths]
+    expected = activations.activations(loaded, pixels, ['fc7', 'conv3.linear'])
+    for layer, array in expected.items():
+        np.testing.assert_allclose(found[layer], array, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(expected['fc7'], axis=0)) == 5
+
+
+def test_paths_and_folders_in_python(loaded, stimuli):
+    paths = [f'{stimuli}/{name}' for name in _STIMULI]
+    expected = activations.activations(loaded, [np.asarray(Image.open(path).convert('RGB')) for path in paths], 'fc7')
+    pixels = np.asarray(Image.open(paths[0]))
+    for images, rows in (
+        (stimuli, range(5)),
+        (pathlib.Path(stimuli), range(5)),
+        ([pathlib.Path(paths[2]), stimuli], [2, *range(5)]),
+        ([f'{stimuli}/sub', pixels, Image.open(paths[3])], [4, 0, 3]),
+        (iter(paths[:3]), range(3)),
+        (paths[1], [1]),
+        (Image.open(paths[1]), [1]),
+    ):
+        found = activations.activations(loaded, images, 'fc7', batch_size=2)['fc7']
+        np.testing.assert_allclose(found, expected['fc7'][list(rows)], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match='1 of 2 images cannot be read: .*none.png.* cannot be read as an image'):
+        activations.activations(loaded, [paths[0], 'none.png'], 'fc7')
+    with pytest.raises(UserError, match='1 of 2 images cannot be read: an image is float64 of shape'):
+        activations.activations(loaded, [paths[0], np.zeros((4, 4, 3))], 'fc7')
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'npz'])
+@pytest.mark.parametrize('labels', [[3, -1, 1], [-1, -1, -1], [None, None, None]])
+def test_names_and_labels_of_records(loaded, val, tmp_path, labels, ending):
+    """Prepared records have file names. A split without labels has no `labels`; -1 is a missing one."""
+    given = ['a.jpg', 'ä/b.jpg', 'c']
+    records = [{'image': val[1][i], 'label': labels[i], 'file_name': given[i].encode()} for i in range(3)]
+    records = [{key: value for key, value in record.items() if value is not None} for record in records]
+    activations.write_activations(tmp_path / f'out.{ending}', loaded, records, 'fc7', batch_size=2)
+    found, names = _read(tmp_path / f'out.{ending}')
+    assert names == given
+    assert found['labels'].tolist() == labels if 3 in labels else 'labels' not in found
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'npz'])
+def test_name_that_is_not_utf8(loaded, stimuli, tmp_path, ending):
+    path = os.path.join(stimuli, 'sub', os.fsdecode(b'\xff.png'))
+    os.rename(os.path.join(stimuli, 'b.png'), path)
+    activations.write_activations(tmp_path / f'out.{ending}', loaded, [path], 'fc7')
+    assert _read(tmp_path / f'out.{ending}')[1] == [path]
+
+
+def test_repeated_layers_are_written_once(loaded, val, tmp_path):
+    activations.write_activations(tmp_path / 'out.npz', loaded, val[0][:2], ['fc7', 'conv5', 'fc7'])
+    assert np.load(tmp_path / 'out.npz').files == ['fc7', 'conv5', 'labels', 'files']
+    assert list(activations.activations(loaded, val[1][:1], ['fc7', 'conv5', 'fc7'])) == ['fc7', 'conv5']
+
+
+def _torchvision(**changes):
+    """A small network with the layers and operations of configs/torchvision.py."""
+    config = alexnet_jax.get_config('torchvision')
+    layers = config.model.to_dict()['layers']
+    features = dict(conv1=4, conv2=6, conv3=8, conv4=6, conv5=6, fc6=16, fc7=16)
+    for name, count in features.items():
+        layers[name]['features'] = count
+    for name, fields in changes.items():
+        layers[name] |= fields
+    return model_from_config({**config.model.to_dict(), 'layers': layers, 'num_classes': 5})
+
+
+# Written from torchvision/models/alexnet.py: the place of each operation in `features` and `classifier`.
+_ALIASES = {
+    'features.0': 'conv1.linear', 'features.1': 'conv1.relu', 'features.2': 'conv1.pool', 'features.3': 'conv2.linear',
+    'features.4': 'conv2.relu', 'features.5': 'conv2.pool', 'features.6': 'conv3.linear', 'features.7': 'conv3.relu',
+    'features.8': 'conv4.linear', 'features.9': 'conv4.relu', 'features.10': 'conv5.linear',
+    'features.11': 'conv5.relu', 'features.12': 'conv5.pool', 'avgpool': 'conv5.pool', 'classifier.0': 'conv5.dropout',
+    'classifier.1': 'fc6.linear', 'classifier.2': 'fc6.relu', 'classifier.3': 'fc6.dropout',
+    'classifier.4': 'fc7.linear', 'classifier.5': 'fc7.relu', 'classifier.6': 'fc8.linear',
+}  # fmt: skip
+
+
+def test_names_of_torchvision():
+    names = activations.activation_names(_torchvision())
+    assert {name: names[name] for name in _ALIASES} == {name: names[own] for name, own in _ALIASES.items()}
+    assert 'classifier.7' not in names and 'features.13' not in names
+    page = (ROOT / 'docs' / 'python_api.md').read_text()
+    rows = re.findall(r'^\| `((?:features|classifier)\.\d+|avgpool)` \| `([\w.]+)`', page, re.MULTILINE)
+    assert dict(rows) == _ALIASES
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'conv1': {'post': 'relu lrn pool'}}, {'fc7': {'post': 'relu dropout'}}, {'conv5': {'post': 'pool relu dropout'}}],
+)
+def test_no_torchvision_names_for_other_layouts(change):
+    assert not set(_ALIASES) & set(activations.activation_names(_torchvision(**change)))
+
+
+def test_torchvision_names_match_pytorch():
+    """Every module of torchvision's network, by its name there, in PyTorch's order of axes."""
+    torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
+    nn, network = torch.nn, _torchvision()
+    torch.manual_seed(0)
+    relu_pool = lambda: (nn.ReLU(), nn.MaxPool2d(3, 2))  # noqa: E731
+    net = nn.ModuleDict({
+        'features': nn.Sequential(
+            nn.Conv2d(3, 4, 11, 4, 2), *relu_pool(), nn.Conv2d(4, 6, 5, padding=2), *relu_pool(),
+            nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1), *relu_pool(),
+        ),
+        'avgpool': nn.AdaptiveAvgPool2d((6, 6)),
+        'classifier': nn.Sequential(
+            nn.Dropout(), nn.Linear(6 * 36, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+        ),
+    }).eval()  # fmt: skip
+    expected = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _, x, y, name=name: expected.update({name: y.detach().numpy()}))
+    image = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+    x = torch.tensor(image.astype(np.float32) / 255 - 0.5).permute(0, 3, 1, 2)
+    net['classifier'](net['avgpool'](net['features'](x)).flatten(1))
+    weights = [layer for part in ('features', 'classifier') for layer in net[part] if hasattr(layer, 'weight')]
+    layers = [LayerWeights('', w.weight.detach().numpy(), w.bias.detach().numpy()) for w in weights]
+    stats = ImageStats(np.full((224, 224, 3), 127.5, np.float32), np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
+    augmentation = augmentation_from_config({**alexnet_jax.get_config('torchvision').data, 'pixel_std': (255.0,) * 3})
+    params = layout.to_params(network, 224, layers)
+    loaded = Checkpoint(0, params, network, augmentation, 224, tuple('abcde'), stats, {})
+    found = activations.activations(loaded, image, list(_ALIASES))
+    for name, array in found.items():
+        array = array if array.ndim == 2 else array.transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(array.reshape(expected[name].shape), expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('as_files', [True, False])
+def test_unreadable_images_have_no_row(loaded, val, stimuli, tmp_path, capsys, as_files):
+    """The other rows are written, with their names; the error names the unreadable images and counts them."""
+    bad = {f'{stimuli}/broken{i}.jpg': b'no image' for i in range(12)}
+    helpers.write_files(pathlib.Path(stimuli), {os.path.basename(name): content for name, content in bad.items()})
+    files = predict.list_image_files([stimuli])
+    good = [name for name in files if name not in bad]
+    if as_files:
+        images, reason = files, f"'{stimuli}/broken0.jpg' cannot be read as an image .unknown image format.*convert or"
+    else:
+        pixels = {name: val[1][i] for i, name in enumerate(good)}
+        images = [{'image': pixels.get(n, b'no image'), 'label': 1, 'file_name': n.encode()} for n in files]
+        reason = "broken0.jpg', .*; prepare the data again"
+    with pytest.raises(UserError, match=f'12 of 17 images cannot be read and have no row .*{reason}') as error:
+        activations.write_activations(tmp_path / 'out.npz', loaded, images, 'fc7', batch_size=4)
+    assert ' and 2 more; ' in str(error.value) and 'broken0.jpg' in capsys.readouterr().err
+    found, names = _read(tmp_path / 'out.npz')
+    assert names == good and found['fc7'].shape == (5, 32) and ('labels' in found) is not as_files
+    rows = [files.index(name) for name in good]
+    again = good if as_files else np.stack([images[row]['image'] for row in rows])
+    np.testing.assert_allclose(found['fc7'], activations.activations(loaded, again, 'fc7')['fc7'], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match='1 of 1 images cannot be read'):
+        activations.write_activations(tmp_path / 'none.npz', loaded, [images[files.index(next(iter(bad)))]], 'fc7')
+    assert sorted(os.listdir(tmp_path)) == ['out.npz', 'stimuli']
+    with pytest.raises(UserError, match='12 of 17 images cannot be read'):
+        list(activations.iter_activations(loaded, images, 'fc7'))
 
 
 def test_user_errors(loaded, val, tmp_path):
@@ -151,6 +346,8 @@ def test_user_errors(loaded, val, tmp_path):
     for name, layer, message in (
         ('out.npz', 'fc9', "unknown layer 'fc9'. Did you mean 'fc8'?"),
         ('out.npz', 'conv1.norm', "unknown layer 'conv1.norm'. Did you mean 'conv1"),
+        ('out.npz', ['fc7', 'features.10'], "unknown layer 'features.10': the network does not have torchvision's lay"),
+        ('out.npz', [], 'no layers given; choose from: conv1.linear'),
         ('out.h5', 'fc7', 'expected a name ending in .safetensors or .npz'),
         ('there.npz', 'fc7', 'already exists; remove it or choose another --output'),
         ('none/out.npz', 'fc7', 'cannot be written: No such file or directory'),
@@ -158,6 +355,8 @@ def test_user_errors(loaded, val, tmp_path):
         with pytest.raises(UserError) as error:
             activations.write_activations(str(tmp_path / name), loaded, val[0], layer)
         assert message in str(error.value)
+    with pytest.raises(UserError, match='there are no images'):
+        activations.write_activations(tmp_path / 'out.npz', loaded, [], 'fc7')
     assert os.listdir(tmp_path) == ['there.npz'] and (tmp_path / 'there.npz').read_text() == 'mine'
     with pytest.raises(UserError, match=r'images are float64 of shape .*: expected uint8 of shape \(N, 32, 32, 3\)'):
         activations.activations(loaded, np.zeros((1, 32, 32, 3)), 'fc7')
@@ -165,20 +364,61 @@ def test_user_errors(loaded, val, tmp_path):
         activations.iter_activations(loaded, val[0], 'fc')  # raised before the first batch is requested
 
 
-@pytest.mark.slow
-def test_command(path, loaded, tmp_path):
-    fixed = [f'--checkpoint={path}', '--data=digits', '--cpu_devices=1']
-    result = helpers.run_command(
-        'activations', *fixed, '--layer=fc7', f'--output={tmp_path}/out.safetensors', '--split=train'
-    )
+def test_full_disk_is_refused_at_the_start(loaded, val, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=2 * 4 * 32 * 360 - 1))
+    with pytest.raises(UserError, match='takes 0.0 GB, and as much again .* use another disk'):
+        activations.write_activations(tmp_path / 'out.npz', loaded, val[0], 'fc7')
+    assert not os.listdir(tmp_path)
+
+
+def _run(path, tmp_path, *words):
+    return forked.run_command(['activations', f'--checkpoint={path}', '--cpu_devices=1', *map(str, words)], tmp_path)
+
+
+@pytest.mark.parametrize('flags', [['--layers=fc7,conv5'], ['--layers=fc7', '--layers= conv5']])
+def test_command_writes_a_split(path, loaded, val, tmp_path, flags):
+    result = _run(path, tmp_path, '--data=digits', *flags, f'--output={tmp_path}/out.npz')
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert 'features float32 [1437, 32], labels int32 [1437]; fc7 of' in result.stdout
-    found = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
-    train = datasets.open_dataset('digits').split('train')
-    np.testing.assert_array_equal(found['labels'], [record['label'] for record in train])
-    images = np.stack([record['image'] for record in train[-3:]])
-    expected = activations.activations(loaded, images, 'fc7')['fc7']
-    np.testing.assert_allclose(found['features'][-3:], expected, rtol=1e-4, atol=1e-5)
-    wrong = helpers.run_command('activations', *fixed, '--layer=fc77', f'--output={tmp_path}/out.npz')
-    assert wrong.returncode == 2 and "no layer 'fc77'" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
-    assert os.listdir(tmp_path) == ['out.safetensors']
+    assert (
+        'fc7 float32 [360, 32], conv5 float32 [360, 3, 3, 8], labels int32 [360], files names [360];' in result.stdout
+    )
+    found, names = _read(tmp_path / 'out.npz')
+    np.testing.assert_array_equal(found['labels'], val[2])
+    assert set(found) == {'fc7', 'conv5', 'labels'} and names[-1] == '359'
+    expected = activations.activations(loaded, val[1][-3:], 'fc7')['fc7']
+    np.testing.assert_allclose(found['fc7'][-3:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_command_reads_files_and_folders(path, stimuli, tmp_path):
+    more = [f'--images={stimuli}/b.png', f'--images={stimuli}/sub', f'--images={stimuli}/bär,1.png']
+    result = _run(path, tmp_path, *more, '--layers=conv3,fc7', f'--output={tmp_path}/out.safetensors')
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    found, names = _read(tmp_path / 'out.safetensors')
+    assert names == [f'{stimuli}/b.png', f'{stimuli}/sub/c.PNG', f'{stimuli}/bär,1.png']
+    assert found['conv3'].shape == (3, 7, 7, 8) and found['fc7'].shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--data=digits', '--layers=fc77'], "unknown layer 'fc77'"),
+        (['--data=digits', '--layer=fc7', '--layer=conv5'], "Unknown command line flag 'layer'. Did you mean: layers"),
+        (['--data=digits', '--layers=fc7', '--split=val', '--split=train'], 'flag --split=train: already defined as'),
+        (['--data=digits'], '--layers is missing'),
+        (['--data=digits', '--layers=,'], 'no layers given; choose from: conv1.linear, '),
+        (['--layers=fc7'], 'expected either --data=DIR or --images=FOLDER_OR_FILE'),
+        (['--layers=fc7', '--data=digits', '--images=W'], 'expected either --data=DIR or --images=FOLDER_OR_FILE'),
+        (['--layers=fc7', '--images=W', '--split=train'], '--split=train: --images has no splits'),
+        (['--layers=fc7', '--images=W/none'], "none' does not exist; give an image file or a folder"),
+        (['--layers=fc7', '--images=W/sub'], "sub' contains no images"),
+        (['--layers=fc7', '--images=W', 'b.png'], "unexpected argument 'b.png'"),
+    ],
+)  # fmt: skip
+def test_command_refuses(path, tmp_path, words, message):
+    (tmp_path / 'w' / 'sub').mkdir(parents=True)
+    Image.fromarray(helpers.picture(0)).save(tmp_path / 'w' / 'a.png')
+    words = [word.replace('W', str(tmp_path / 'w')) for word in words]
+    wrong = _run(path, tmp_path, *words, f'--output={tmp_path}/out.npz')
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and message in wrong.stderr, wrong.stderr
+    assert not (tmp_path / 'out.npz').exists()
