@@ -39,23 +39,22 @@ def predict(
       float32 [N, K], or [K] for a single image. Column i is the probability of `checkpoint.class_names[i]`.
 
     Raises:
-      UserError: an image cannot be read or has the wrong type or shape, or views is neither 1 nor 10.
+      UserError: an image cannot be read, an image has the wrong type or shape, or views is neither 1 nor 10.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
     return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
-    """Converts images, as `predict` takes them, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
-    if not isinstance(checkpoint, Checkpoint):
-        raise UserError(f'checkpoint={checkpoint!r}: expected a Checkpoint; use alexnet_jax.load_checkpoint(PATH).')
+    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     size = checkpoint.record_size
-    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3) and images.dtype != np.uint16:
         return check_images(checkpoint, images)
     try:
         images_list: list[Any] = [images] if _is_single(images) else list(images)  # type: ignore[arg-type]
     except TypeError as error:
-        raise UserError(f'images={images!r}: expected a path, a PIL image, an array or a list of these.') from error
+        found = type(images).__name__
+        raise UserError(f'images are {found}: expected a path, a PIL image, an array or a list of these.') from error
     records = [_to_record(image, size) for image in images_list]
     return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
 
@@ -88,9 +87,9 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 
 
 def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns the image files at the given paths, in the order of their names within a folder.
+    """Returns the image files at the given paths; those of a folder are sorted by name.
 
-    Folders are searched recursively. Raises UserError for a path that does not exist or has no images.
+    Folders are searched recursively. Raises UserError for a path that does not exist or contains no images.
     """
     files: list[str] = []
     for path in [os.fspath(path) for path in paths]:

@@ -20,7 +20,7 @@ from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
+from alexnet_jax.utils.files import absolute_local_path, as_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
 _NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
@@ -70,7 +70,7 @@ def prepare(
         raise UserError(f'--val_fraction={val_fraction}: expected a number from 0 up to, but not including, 1.')
     if seed < 0 or max_unreadable < 0:
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
-    source, output = os.fspath(source), absolute_local_path(output)
+    source, output = as_path(source), absolute_local_path(output)
     check_new(output)
     splits, folders = listing or discovery.find_images(source)
     class_names = _class_names(source, folders)

@@ -25,14 +25,14 @@ from alexnet_jax.data.image_stats_file import FILE_NAME
 from alexnet_jax.training import large_batch
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, check_type, first_line
 
 DeviceBatch = dict[str, jax.Array]  # batch on the mesh; global shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSteps:
-    """Jitted functions of a run over a mesh."""
+    """Jitted functions of a training run, and its optimizer."""
 
     optimizer: optim.Optimizer
     state_shapes: TrainState  # ShapeDtypeStructs with shardings
@@ -49,9 +49,9 @@ class TrainingSteps:
 class TrainingSetup:
     """Objects built from a config, for `train_and_evaluate` or for your own loop.
 
-    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the part of it
-    selected by `data.fraction`. `num_workers` decoding processes read them (0: threads). `total_steps` is the number of
-    updates in a complete run.
+    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the subset that
+    `data.fraction` selects. `num_workers` processes decode them (0: threads of this process). `total_steps` is the
+    number of updates in a complete run.
     """
 
     config: ConfigDict
@@ -66,37 +66,30 @@ class TrainingSetup:
     total_steps: int
 
     def init(self, key: jax.Array) -> TrainState:
-        """Returns a new state on the mesh (`.step`, `.params`, `.opt_state`). key: for example `jax.random.key(0)`."""
+        """Returns an initial state on the mesh (`.step`, `.params`, `.opt_state`). key: such as `jax.random.key(0)`."""
         return self.steps.init(key)
 
     def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """Runs one update on a batch of arrays, for your own loop in a single process.
 
-        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`), exactly as
-        `train_and_evaluate` draws them for that step. Reading `state.step` blocks until the previous update is done.
+        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`). For `config.batch_size` images
+        these are the draws of `train_and_evaluate` in that step. Reading `state.step` waits for the previous update.
 
         Args:
           state: from `init` or the previous update. It is donated: use the returned state afterwards.
           batch: arrays 'image' uint8 [N, S, S, 3], 'label' int [N] and, optionally, 'weight' [N] (0 excludes an image,
-            1 includes it). S is the record size of the dataset, or the input size of the network: then nothing is
-            cropped.
+            1 includes it). S is the record size of the dataset, or the input size of the network; the latter images are
+            not cropped.
 
         Returns:
           (state, metrics). The metrics are scalars on the device: 'loss' (mean, nats), 'top1_error' and 'top5_error'
-          (percent), 'gradient_norm', 'learning_rate' (of the next update) and 'finite' (False: the update was skipped).
+          (percent), 'gradient_norm', 'learning_rate' (of this update) and 'finite' (False: the update was skipped).
 
         Raises:
-          UserError: a shape or type is wrong, N does not divide over the mesh, or a label is not a class index.
+          UserError: a shape or type is wrong, a label is not a class index, or `sharding.check_batch` rejects N.
         """
-        images, labels = np.asarray(batch['image']), np.asarray(batch['label'])
-        weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
-        if not 0 < len(images) == len(labels) == len(weight):
-            found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
-            raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
-        classes = self.network.num_classes
-        if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= classes:
-            found = f'{labels.dtype} from {labels.min()} to {labels.max()}'
-            raise UserError(f'the labels are {found}: expected integers from 0 to {classes - 1}.')
+        check_type('the state', state, TrainState, 'a TrainState; use that of init or of the previous update')
+        images, labels, weight = _batch_arrays(batch, self.network.num_classes)
         sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
         arrays = random_crops.augment_arrays(images, self.augmentation, **options)
@@ -119,18 +112,18 @@ class TrainingSetup:
         return len(self.storage.records)
 
     def train_batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Yields training batches on the host without end (see `pipeline.train_batches`). Close it after use."""
+        """Yields train batches on the host, endlessly (see `pipeline.train_batches`). Close the generator after use."""
         return pipeline.train_batches(
             self.storage,
             seed=self.config.seed,
             start_step=start_step,
             augmentation=self.augmentation,
-            num_workers=0 if self.config.data.cache else self.num_workers,  # cached images are already decoded
+            num_workers=0 if self.config.data.cache else self.num_workers,  # cached images are decoded
             **self._input_options,
         )
 
     def val_batches(self) -> Generator[Batch, None, None]:
-        """Yields batches of the val split on the host, repeatedly (see `pipeline.eval_batches`). Close it after use."""
+        """Yields val batches on the host, endlessly (see `pipeline.eval_batches`). Close the generator after use."""
         return pipeline.eval_batches(
             self.dataset.splits.get('val', ()),
             record_size=self.dataset.record_size,
@@ -158,8 +151,8 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     Args:
       config: from `alexnet_jax.get_config`. configs/paper.py explains every key.
       dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
-      devices: None uses the devices of this machine. With described devices (`hlo_cost.topology_devices`) the steps
-        can be compiled but not run, and `image_stats` holds shapes only.
+      devices: None uses `jax.devices()`. Steps for devices that this machine lacks (`hlo_cost.topology_devices`) can be
+        compiled but not run; `image_stats` then holds only shapes.
 
     Returns:
       A `TrainingSetup`. Its `init` and `train_step` are enough for a training loop:
@@ -172,8 +165,11 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
       UserError: the config is inconsistent or does not fit the data or the devices, or the images do not fit into the
         memory that `data.cache` selects.
     """
+    if devices is not None:
+        check_type('devices', devices, list | tuple | np.ndarray, 'a list, such as jax.devices()')
     network, augmentation = network_and_augmentation(config)
     dataset = datasets.open_dataset(config.data.path) if dataset is None else dataset
+    check_type('the dataset', dataset, datasets.Dataset, 'a Dataset; use alexnet_jax.in_memory, or None for data.path')
     _check_dataset(dataset, config.data.path, network)
     augment.crop_positions(dataset.record_size, augmentation.image_size)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -182,7 +178,7 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
             "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
             '--config.mesh.tower=1 or --config.model.dtype=float32.'
         )
-    # Checks the split into the config's towers, even if a single device holds both towers.
+    # Check the config's number of towers, even if a single device holds both.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
     sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
     num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
@@ -214,8 +210,8 @@ def make_steps(
     forward = sharding.forward(network, mesh)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings, everywhere = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
-    # With the first option alone, XLA (JAX 0.11) emits products for Triton, disallows it, and finds no alternative.
+    shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+    # With the first option alone, XLA (JAX 0.11) lowers products to Triton, which that option forbids, and fails.
     options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     update = functools.partial(
@@ -226,23 +222,49 @@ def make_steps(
         augmentation=augmentation,
         color_steps=round(augmentation.color_epochs * steps_per_epoch) if augmentation.color_epochs else None,
         grad_accum_steps=config.grad_accum_steps,
-        data_parts=mesh.shape['data'],
+        data_shards=mesh.shape['data'],
     )
     evaluate = functools.partial(train_step.eval_step, forward=forward, augmentation=augmentation, views=1)
     return TrainingSteps(
         optimizer=optimizer,
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        # `init` runs once, so skip LLVM's optimization of the random draws: it takes seconds on a CPU.
+        # `init` runs once, so skip LLVM's optimization of the random draws, which takes seconds on a CPU.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
         # jax_debug_nans reruns a step that produced NaN, so with `debug` the old state must not be donated.
-        train_step=jit(update, out_shardings=(shardings, everywhere), donate_argnums=() if config.debug else 0),
-        eval_step=jit(evaluate, out_shardings=everywhere),
+        train_step=jit(update, out_shardings=(shardings, replicated), donate_argnums=() if config.debug else 0),
+        eval_step=jit(evaluate, out_shardings=replicated),
         after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
     )
 
 
+def _batch_arrays(batch: Mapping[str, Any], num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the images, labels and weights of `TrainingSetup.train_step`. Raises UserError if they are invalid."""
+    check_type('the batch', batch, Mapping, "a dict of 'image', 'label' and, optionally, 'weight'")
+    if missing := {'image', 'label'} - set(batch):
+        raise UserError(f"the batch has no {min(missing)!r}: expected 'image', 'label' and, optionally, 'weight'.")
+    arrays: dict[str, np.ndarray] = {}
+    for name in ('image', 'label', 'weight'):
+        try:
+            arrays[name] = np.asarray(batch[name]) if name in batch else np.ones(len(arrays['image']))
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{name!r} of the batch is not one array: {first_line(error)}.') from error
+        if not arrays[name].ndim or (name != 'image' and arrays[name].ndim > 1):
+            expected = '[N, S, S, 3]' if name == 'image' else '[N]'
+            raise UserError(f'{name!r} of the batch has the shape {arrays[name].shape}: expected {expected}.')
+    images, labels, weight = arrays.values()
+    if not 0 < len(images) == len(labels) == len(weight):
+        found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
+        raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
+    if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= num_classes:
+        limits = f' from {labels.min()} to {labels.max()}' if labels.dtype.kind in 'iuf' else ''
+        raise UserError(f'the labels are {labels.dtype}{limits}: expected integers from 0 to {num_classes - 1}.')
+    if weight.dtype.kind not in 'biuf' or not (np.isfinite(weight) & (weight >= 0)).all():
+        raise UserError(f'the weights are {weight.dtype}: expected finite numbers of 0 or more.')
+    return images, labels, weight.astype(np.float32)
+
+
 def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:
-    """Raises UserError if a dataset has no training data or its number of classes differs from the network's."""
+    """Raises UserError if a dataset has no training data, or not as many classes as the network has outputs."""
     if dataset.image_stats is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
         raise UserError(f'{path!r} has {missing}; prepare training images with alexnet_jax prepare.')
@@ -254,7 +276,7 @@ def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> No
 
 
 def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows: int) -> int:
-    """Resolves `data.num_workers`. -1 gives 0 if the step itself needs the cores or the images are already decoded."""
+    """Resolves `data.num_workers`. -1 becomes 0 if the step needs the CPU cores or the images are already decoded."""
     script = processes.script_without_guard()
     if config.data.num_workers > 0 and script:
         raise UserError(
@@ -280,8 +302,8 @@ def _make_storage(config: ConfigDict, records: Sequence, record_size: int, mesh:
         return Records([{'image': image, 'label': int(label)} for image, label in pairs], record_size)
     if config.cache == 'host':
         return HostCache(images, labels)
-    everywhere = sharding.replicated(mesh)
-    return DeviceCache(jax.make_array_from_callback(images.shape, everywhere, lambda part: images[part]), labels)
+    replicated = sharding.replicated(mesh)
+    return DeviceCache(jax.make_array_from_callback(images.shape, replicated, lambda part: images[part]), labels)
 
 
 def _check_memory(cache: str, count: int, record_size: int, mesh: Mesh) -> None:
