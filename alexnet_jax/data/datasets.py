@@ -245,9 +245,9 @@ def in_memory(
         class_names = [str(i) for i in range(1 + highest)]
     if isinstance(class_names, str) or not isinstance(class_names, Iterable):
         raise UserError(f'class_names={class_names!r}: expected a list of names.')
-    class_names = tuple(class_names)
-    if others := [name for name in class_names if not isinstance(name, str)]:
-        raise UserError(f'class_names has {others[0]!r}: expected names, as str.')
+    class_names = tuple(str(name) if isinstance(name, int | np.integer) else name for name in class_names)
+    for name in class_names:
+        check_type('a class name', name, str, 'str')
     size = max(1, (*getattr(given['train'][0]['image'], 'shape', ()), 0)[0])
     for record in everything:
         image, label = record['image'], record['label']

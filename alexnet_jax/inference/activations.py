@@ -59,9 +59,8 @@ def activations(
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
     names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f'layers={layers!r}: expected a name or several, such as {next(iter(checkpoint.network.layers))!r}.'
-        )
+        example = next(iter(checkpoint.network.layers))
+        raise UserError(f'layers is {type(layers).__name__}: expected a name or several, such as {example!r}.')
     function = _layer_outputs(checkpoint, names)
     image_NHWC = to_records(checkpoint, images)
     arrays = [np.zeros((len(image_NHWC), *shape), np.float32) for shape in _shapes(checkpoint, function)]
