@@ -19,7 +19,7 @@ MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 # Notes on images that can be read, but whose pixels are probably not as they were meant.
 DARK = '16-bit pixels below a quarter of 65535, as in 12-bit data: it is read as dark; scale its pixels up to 65535'
-BLANK = 'fully transparent: it is read as white'
+BLANK = 'only fully transparent pixels: it is read as white'
 
 
 def iter_image_files(folder: str, _parents: tuple[str, ...] = ()) -> Iterable[str]:
