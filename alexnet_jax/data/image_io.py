@@ -1,4 +1,4 @@
-"""Lists, reads and decodes image files. Checks sizes before allocating memory for them."""
+"""Lists, reads and decodes image files. Checks declared sizes before allocating memory."""
 
 import io
 import os
@@ -13,9 +13,9 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from alexnet_jax.utils.errors import UserError, first_line
 
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
-MAX_BYTES = 2**28  # of an image file
+MAX_BYTES = 2**28  # size of the largest accepted image file
 MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
-# Only the formats of common datasets: Pillow knows dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
+# The formats of common datasets. Pillow supports dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 # Notes on images that can be read, but whose pixels are probably not as they were meant.
 DARK = '16-bit pixels below a quarter of 65535, as in 12-bit data: it is read as dark; scale its pixels up to 65535'
@@ -51,7 +51,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """Reads `length` bytes at `offset`, or all bytes. Raises OSError, or ValueError if they cannot be one image."""
+    """Reads `length` bytes at `offset`, or all bytes. Raises OSError, or ValueError if this cannot be an image."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe may block; a device may have no end
         raise ValueError('not a regular file')
     with open(path, 'rb') as file:
@@ -106,20 +106,20 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
     """
     if isinstance(image, bytes) and not image:
         raise ValueError('the file is empty')
-    with warnings.catch_warnings(action='ignore'):  # Pillow warns of errors it repairs; sizes are checked below
+    with warnings.catch_warnings(action='ignore'):  # Pillow warns about defects it repairs; sizes are checked below
         try:
             opened = Image.open(io.BytesIO(image), formats=_FORMATS) if isinstance(image, bytes) else image
             width, height = opened.size  # from the header
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'{width} x {height} pixels')
             raw_mode = str(getattr(opened, 'tile', ''))  # how the file stores the pixels; loading clears it
-            # Load before reading EXIF data: for a PNG that loads the pixels too, and would hide their errors.
+            # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
             opened.load()
-            is_32_bit = opened.mode == 'F' or (opened.mode == 'I' and opened.format != 'PPM')  # PGM's I has 16 bits
+            is_32_bit = opened.mode == 'F' or (opened.mode == 'I' and opened.format != 'PPM')  # PGM's mode I: 16 bits
             if not is_32_bit:
                 rgb = _on_white(opened, raw_mode, [] if notes is None else notes)
                 method = _exif_rotation(opened)
-        except Image.DecompressionBombError as error:  # Pillow itself raises it from 2 * MAX_PIXELS on
+        except Image.DecompressionBombError as error:  # Pillow itself raises it above 2 * MAX_PIXELS
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
         except UnidentifiedImageError as error:  # its message names only the buffer
@@ -185,13 +185,13 @@ def _note_dark(maximum: int, notes: list[str]) -> None:
 
 
 _METHODS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
-_TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by EXIF orientation, which it reverts
+_TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by the EXIF orientation that the method reverts
 
 
 def _exif_rotation(image: Image.Image) -> Image.Transpose | None:
     """Returns the transposition of the EXIF orientation.
 
-    `ImageOps.exif_transpose` rewrites the EXIF block and fails on other invalid tags.
+    `ImageOps.exif_transpose` also rewrites the EXIF block, which may fail.
     """
     try:
         method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

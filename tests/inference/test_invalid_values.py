@@ -122,7 +122,8 @@ def test_ten_views_refuses_other_sizes(size):
 @pytest.mark.parametrize(
     'batch',
     [
-        None, (_IMAGES, _LABELS), _IMAGES, {'image': _IMAGES}, {'label': _LABELS}, {'images': _IMAGES, 'label': _LABELS},
+        None, (_IMAGES, _LABELS), _IMAGES, {'image': _IMAGES}, {'label': _LABELS},
+        {'image': _IMAGES, 'labels': _LABELS},
         *(_ARRAYS | {'label': labels} for labels in (3, None, ['a'] * 8, _LABELS[:, None], np.eye(8, dtype=int))),
         *(_ARRAYS | {'image': images} for images in (np.uint8(3), None, [_IMAGE, _IMAGE[:3]])),
         *(_ARRAYS | {'weight': w} for w in (1.0, None, ['x'] * 8, np.ones((8, 1)), np.full(8, np.nan), -np.ones(8))),
