@@ -156,5 +156,5 @@ def test_other_objects_and_paths_are_refused(setup, tmp_path):
         alexnet_jax.init_params(None, jax.random.key(0), 28)
     params = setup.init(jax.random.key(0)).params
     for x in (np.zeros((28, 28, 3)), np.zeros((3, 3)), None):
-        with _raises('the input has . axes: expected 4'):
+        with pytest.raises(UserError, match='^the input has . axes: expected 4'):
             setup.network.apply({'params': params}, x)
