@@ -118,7 +118,7 @@ class AlexNet(nn.Module):
     def __call__(
         self, x_NHWC: Array, masks: Masks | None = None, *, train: bool = False, rng: Array | None = None
     ) -> Array:
-        if (rank := jnp.ndim(x_NHWC)) != 4:
+        if (rank := getattr(x_NHWC, 'ndim', 0)) != 4:
             raise UserError(f'the input has {rank} axes: expected 4, as in [N, S, S, 3].')
         if train and masks is None:
             if rng is None and any('dropout' in layer.ops for layer in self.layers.values()):

@@ -191,18 +191,23 @@ def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> S
     """Converts a split given as arrays to a list of records; returns records unchanged. Raises UserError for others."""
     expected = "a dict of arrays 'image' and 'label', or a list of such dicts for one image each"
     if not isinstance(split, Mapping):
-        check_type('a split', split, Sequence, expected)
+        if isinstance(split, np.ndarray) or not (hasattr(split, '__len__') and hasattr(split, '__getitem__')):
+            raise UserError(f'a split is {_describe(split)}: expected {expected}.')
         for record in split:
             if not isinstance(record, Mapping) or not {'image', 'label'} <= set(record):
                 raise UserError(f'a split holds {_describe(record)}: expected {expected}.')
         return split
-    if not {'image', 'label'} <= set(split) or np.ndim(split['label']) != 1 or not hasattr(split['image'], '__len__'):
+    images = split.get('image')
+    try:
+        labels = np.asarray(split.get('label'))
+    except ValueError:  # rows of different lengths
+        labels = np.array(None)
+    if labels.ndim != 1 or not hasattr(images, '__len__') or getattr(images, 'shape', None) == ():
         raise UserError(f'a split is {_describe(split)}: expected {expected} of shapes (N, S, S, 3) and (N,).')
-    images, labels = split['image'], split['label']
     if len(images) != len(labels):
         raise UserError(f'{len(images)} images and {len(labels)} labels; expected one label per image.')
-    if len(labels) and (kind := np.asarray(labels).dtype).kind not in 'iu':
-        raise UserError(f'the labels are {kind}; expected integers.')
+    if len(labels) and labels.dtype.kind not in 'iu':
+        raise UserError(f'the labels are {labels.dtype}; expected integers.')
     return [{'image': image, 'label': int(label)} for image, label in zip(images, labels, strict=True)]
 
 

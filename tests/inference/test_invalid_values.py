@@ -76,6 +76,8 @@ def test_predict_and_activations_refuse_other_arguments(checkpoint):
         ({'train': _ARRAYS | {'image': None}}, "a split is {'image': NoneType, .*: expected"),
         ({'train': _ARRAYS | {'label': None}}, 'a split is .*: expected'),
         ({'train': _ARRAYS | {'label': 3}}, 'a split is .*: expected'),
+        ({'train': _ARRAYS | {'label': [[1], [2, 3]]}}, 'a split is .*: expected'),
+        ({'train': _ARRAYS | {'image': np.array(3)}}, r"a split is {'image': \(\), .*: expected"),
         ({'train': _ARRAYS | {'label': np.eye(10, dtype=int)[_LABELS]}}, r"'label': \(8, 10\)}: expected"),
         ({'train': _ARRAYS | {'label': _LABELS + 0.5}}, 'the labels are float64; expected integers'),
         ({'train': _ARRAYS | {'label': ['1'] * 8}}, 'the labels are <U1; expected integers'),
