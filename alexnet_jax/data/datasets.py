@@ -197,7 +197,7 @@ def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> S
             if not isinstance(record, Mapping) or not {'image', 'label'} <= set(record):
                 raise UserError(f'a split holds {_describe(record)}: expected {expected}.')
         return split
-    images = split.get('image')
+    images: Any = split.get('image')
     try:
         labels = np.asarray(split.get('label'))
     except ValueError:  # rows of different lengths
