@@ -123,7 +123,7 @@ def _pictures():
         helpers.encode(image, 'MPO', save_all=True, append_images=[image]),
         helpers.encode(image, 'PNG', exif=exif),
         helpers.encode(sixteen, 'PNG'),
-        helpers.encode(palette, 'PNG', transparency=bytes(range(16))),
+        helpers.encode(palette, 'PNG', transparency=bytes(range(0, 256, 16))),
         helpers.encode(image, 'BMP'),
         helpers.encode(palette, 'GIF', save_all=True, append_images=[image.quantize(8)]),
         helpers.encode(image, 'TIFF', exif=exif),

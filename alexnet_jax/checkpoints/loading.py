@@ -5,7 +5,7 @@ import re
 
 from alexnet_jax.checkpoints.manager import FOLDER, Checkpoint, CheckpointManager
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import absolute_local_path
+from alexnet_jax.utils.files import absolute_local_path, as_path
 
 
 def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -20,7 +20,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
-    path = os.fspath(path)
+    path = as_path(path)
     with as_user_error(f'the checkpoint {path!r} cannot be read'):
         workdir, step = _find(path)
         with CheckpointManager(workdir, read_only=True) as checkpoints:

@@ -146,9 +146,16 @@ def center_crop(image_NHWC: Images, size: int) -> Images:
 def ten_views(image_NHWC: Images, size: int) -> list[Images]:
     """Returns the ten test views of section 4.1, [N, size, size, 3] each: center, four corners, and their reflections.
 
-    `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the order of the originals.
+    `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the order of the originals. Raises
+    UserError for another shape, and for views that are larger than the images.
     """
-    _, height, width, _ = image_NHWC.shape
+    shape = np.shape(image_NHWC)
+    if len(shape) != 4 or shape[3] != 3 or not isinstance(image_NHWC, np.ndarray | Array):
+        found = f'{type(image_NHWC).__name__} of shape {shape}'
+        raise UserError(f'images are {found}: expected an array of shape (N, S, S, 3).')
+    _, height, width, _ = shape
+    if not isinstance(size, int | np.integer) or not 0 < size <= min(height, width):
+        raise UserError(f'size={size!r}: expected an integer from 1 to {min(height, width)}, the side of the images.')
     corners = [(y, x) for y in (0, height - size) for x in (0, width - size)]
     five = [center_crop(image_NHWC, size)] + [image_NHWC[:, y : y + size, x : x + size] for y, x in corners]
     return five + [view[:, :, ::-1] for view in five]

@@ -12,13 +12,14 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jax import Array, lax
 
 from alexnet_jax.core import architecture, ops
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec
 from alexnet_jax.core.post_ops import POST_OPS, Context
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, check_type
 
 Masks = dict[str, Array]  # dropout masks by layer: bool, True keeps the unit
 _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
@@ -117,6 +118,8 @@ class AlexNet(nn.Module):
     def __call__(
         self, x_NHWC: Array, masks: Masks | None = None, *, train: bool = False, rng: Array | None = None
     ) -> Array:
+        if (rank := getattr(x_NHWC, 'ndim', 0)) != 4:
+            raise UserError(f'the input has {rank} axes: expected 4, as in [N, S, S, 3].')
         if train and masks is None:
             if rng is None and any('dropout' in layer.ops for layer in self.layers.values()):
                 raise UserError('train=True needs a random key for dropout; pass rng, such as jax.random.key(0).')
@@ -180,6 +183,9 @@ def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     `image_size` is the side of the network's input in pixels. Kernels are float32: HWIO for convolutions, where I is
     the number of input channels of one group; [inputs, outputs] for dense layers; see `ops.local_conv` for local ones.
     """
+    check_type('the model', model, AlexNet, 'an AlexNet, such as AlexNet()')
+    if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size < 1:
+        raise UserError(f'image_size={image_size!r}: expected a positive integer, in pixels.')
     return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 

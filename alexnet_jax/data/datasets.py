@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,12 @@ from PIL import Image
 from alexnet_jax.core import augment, image_stats
 from alexnet_jax.data import image_stats_file
 from alexnet_jax.utils import checksums
-from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
+from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, first_line
 
 DIGITS = 'digits'  # value of data.path for the embedded digits
 _MAX_FEATURES_CHARS = 1 << 24  # longest accepted features.json
+_MAX_UNNAMED = 1_000_000  # classes
+_SPLITS = ('train', 'val', 'test')
 
 
 class Dataset(NamedTuple):
@@ -186,13 +188,35 @@ def synthetic(image_size: int, num_classes: int) -> Dataset:
 
 
 def _to_records(split: Sequence[dict[str, Any]] | Mapping[str, np.ndarray]) -> Sequence[dict[str, Any]]:
-    """Converts a split given as arrays to a list of records; returns records unchanged."""
+    """Converts a split given as arrays to a list of records; returns records unchanged. Raises UserError for others."""
+    expected = "a dict of arrays 'image' and 'label', or a list of such dicts for one image each"
     if not isinstance(split, Mapping):
+        if isinstance(split, np.ndarray) or not (hasattr(split, '__len__') and hasattr(split, '__getitem__')):
+            raise UserError(f'a split is {_describe(split)}: expected {expected}.')
+        for record in split:
+            if not isinstance(record, Mapping) or not {'image', 'label'} <= set(record):
+                raise UserError(f'a split holds {_describe(record)}: expected {expected}.')
         return split
-    images, labels = split['image'], split['label']
+    images: Any = split.get('image')
+    try:
+        labels = np.asarray(split.get('label'))
+    except ValueError:  # rows of different lengths
+        labels = np.array(None)
+    if labels.ndim != 1 or not hasattr(images, '__len__') or getattr(images, 'shape', None) == ():
+        raise UserError(f'a split is {_describe(split)}: expected {expected} of shapes (N, S, S, 3) and (N,).')
     if len(images) != len(labels):
         raise UserError(f'{len(images)} images and {len(labels)} labels; expected one label per image.')
+    if len(labels) and labels.dtype.kind not in 'iu':
+        raise UserError(f'the labels are {labels.dtype}; expected integers.')
     return [{'image': image, 'label': int(label)} for image, label in zip(images, labels, strict=True)]
+
+
+def _describe(value: Any) -> str:
+    """Returns the type of a value; for a dict also the shapes of its items."""
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    shapes = [f'{key!r}: {getattr(item, "shape", type(item).__name__)}' for key, item in value.items()]
+    return f'{{{", ".join(shapes)}}}'
 
 
 def in_memory(
@@ -211,24 +235,35 @@ def in_memory(
     Raises:
       UserError: there are no training images, images differ in type or size, or a label has no name.
     """
-    given = {name: _to_records(split) for name, split in splits.items()}
+    check_type('splits', splits, Mapping, "a dict of 'train' and, optionally, 'val' and 'test'")
+    if unknown := [name for name in splits if name not in _SPLITS]:
+        raise UserError(f'split {unknown[0]!r}: expected one of {", ".join(_SPLITS)}.')
+    given = {name: _to_records(split) for name, split in splits.items() if split is not None}
     if not given.get('train'):
         raise UserError(f"splits={list(given)}: expected a split 'train' with images.")
     given = {name: records for name, records in given.items() if records}
     all_records = list(itertools.chain(*given.values()))
     if class_names is None:
-        class_names = [str(i) for i in range(1 + max(int(record['label']) for record in all_records))]
-    size = (*np.shape(given['train'][0]['image']), 0)[0]
+        labels = [record['label'] for record in all_records if isinstance(record['label'], int | np.integer)]
+        if (highest := int(max(labels, default=0))) > _MAX_UNNAMED:
+            raise UserError(f'the highest label is {highest}; give class_names for more than {_MAX_UNNAMED} classes.')
+        class_names = [str(i) for i in range(1 + highest)]
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        raise UserError(f'class_names={class_names!r}: expected a list of names.')
+    class_names = tuple(str(name) if isinstance(name, int | np.integer) else name for name in class_names)
+    for name in class_names:
+        check_type('a class name', name, str, 'str')
+    size = max(1, (*getattr(given['train'][0]['image'], 'shape', ()), 0)[0])
     for record in all_records:
         image, label = record['image'], record['label']
         if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
+            found = f'{getattr(image, "dtype", type(image).__name__)} of shape {getattr(image, "shape", "?")}'
             raise UserError(
-                f'an image is {getattr(image, "dtype", type(image))} of shape {np.shape(image)}; expected '
-                f'uint8 of shape ({size}, {size}, 3), like the first training image.'
+                f'an image is {found}; expected uint8 of shape ({size}, {size}, 3), like the first training image.'
             )
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise UserError(f'an image has the label {label!r}; expected an integer from 0 to {len(class_names) - 1}.')
     moments = image_stats.Moments.zeros(size)
     for record in given['train']:
         moments = moments.add(record['image'])
-    return Dataset(given, tuple(class_names), size, image_stats.from_moments(moments), fingerprint)
+    return Dataset(given, class_names, size, image_stats.from_moments(moments), fingerprint)

@@ -4,13 +4,14 @@ import collections
 import dataclasses
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from alexnet_jax.utils.errors import UserError, first_line
 from alexnet_jax.utils.files import as_utf8
@@ -35,6 +36,9 @@ MAX_BYTES = 2**28  # size of the largest accepted image file
 MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
 # The formats of common datasets. Pillow supports dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
+# Notes on images that can be read, but whose pixels are probably not as they were meant.
+DARK = '16-bit pixels below a quarter of 65535, as in 12-bit data: it is read as dark; scale its pixels up to 65535'
+BLANK = 'only fully transparent pixels: it is read as white'
 
 
 @dataclasses.dataclass
@@ -143,20 +147,26 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
         return file.read(length)
 
 
-def resize_center_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
+def resize_center_crop(
+    image: bytes | np.ndarray | Image.Image, size: int, notes: list[str] | None = None
+) -> np.ndarray:
     """Resizes an image's shorter side to `size` and returns the center crop, uint8 [size, size, 3].  Section 2.
 
-    image: the bytes of an image file, or uint8 or uint16 pixels [H, W, C]. Raises ValueError if it cannot be decoded.
+    Args:
+      image: the bytes of an image file, a PIL image, or pixels uint8 or uint16 [H, W, C]: gray (C=1), gray and alpha
+        (2), RGB (3) or RGBA (4). Transparent parts become white.
+      size: side of the result, pixels.
+      notes: receives `DARK` or `BLANK` where they apply.
+
+    Raises ValueError if the image cannot be decoded or its pixels have no defined white level.
 
     Deviation: the paper names no filter and does not mention EXIF rotation. This uses Pillow's BILINEAR, which is
     antialiased (its window widens with the reduction), and applies the rotation.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f'{image.dtype} pixels have no defined white level; expected uint8 or uint16')
-        original = rgb(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
-    else:
-        original = decode(image)
+    notes = [] if notes is None else notes
+    original = _from_array(image, notes) if isinstance(image, np.ndarray) else decode(image, notes)
+    if not min(original.size):
+        raise ValueError('it has no pixels')
     scale = size / min(original.size)
     width, height = (max(size, round(side * scale)) for side in original.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -173,20 +183,26 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decodes an image file to RGB and applies its EXIF rotation. Raises ValueError with the reason if that fails."""
-    if not content:
+def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.Image:
+    """Converts an image file or a PIL image to RGB, on a white background, and applies its EXIF rotation.
+
+    notes: as for `resize_center_crop`. Raises ValueError with the reason if the image cannot be decoded.
+    """
+    if isinstance(image, bytes) and not image:
         raise ValueError('the file is empty')
     with warnings.catch_warnings(action='ignore'):  # Pillow warns about defects it repairs; sizes are checked below
         try:
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                width, height = image.size  # from the header
-                if width * height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f'{width} x {height} pixels')
-                # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
-                image.load()
-                is_32_bit = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # PGM's mode I: 16 bits
-                decoded = rgb(_apply_exif_rotation(image))
+            opened = Image.open(io.BytesIO(image), formats=_FORMATS) if isinstance(image, bytes) else image
+            width, height = opened.size  # from the header
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f'{width} x {height} pixels')
+            raw_mode = str(getattr(opened, 'tile', ''))  # how the file stores the pixels; loading clears it
+            # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
+            opened.load()
+            is_32_bit = opened.mode == 'F' or (opened.mode == 'I' and opened.format != 'PPM')  # PGM's mode I: 16 bits
+            if not is_32_bit:
+                rgb = _on_white(opened, raw_mode, [] if notes is None else notes)
+                method = _exif_rotation(opened)
         except Image.DecompressionBombError as error:  # Pillow itself raises it above 2 * MAX_PIXELS
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
@@ -195,25 +211,74 @@ def decode(content: bytes) -> Image.Image:
         except Exception as error:  # Pillow raises undocumented exception types
             raise ValueError(f'damaged: {first_line(error)}') from error
     if is_32_bit:
-        raise ValueError('32-bit pixels have no defined white level; expected 8 or 16 bits')
-    return decoded
+        raise ValueError('signed or 32-bit pixels have no defined white level; expected 8 or 16 bits')
+    return rgb if method is None else rgb.transpose(method)
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, scaling 16-bit pixels to 8 bits."""
-    if image.mode.startswith(('I', 'F')):  # 16-bit pixels: image.convert would clip instead of scale
-        image = Image.fromarray(np.uint8(np.asarray(image, np.uint32).clip(0, 65535) >> 8))
-    return image.convert('RGB')
+def _from_array(pixels: np.ndarray, notes: list[str]) -> Image.Image:
+    """Converts uint8 or uint16 [H, W, C] to RGB on a white background."""
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f'{pixels.dtype} pixels have no defined white level; expected uint8 or uint16')
+    if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or not pixels.size:
+        raise ValueError(f'pixels of shape {pixels.shape}; expected (H, W, C) with 1 to 4 channels')
+    if pixels.dtype == np.uint16:
+        num_colors = 1 if pixels.shape[2] == 2 else 3
+        _note_dark(int(pixels[..., :num_colors].max()), notes)
+        pixels = (pixels >> 8).astype(np.uint8)
+    return _on_white(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), '', notes)
+
+
+def _on_white(image: Image.Image, raw_mode: str, notes: list[str]) -> Image.Image:
+    """Converts a loaded image of any mode to RGB: scales 16 bits to 8 and composites transparency on white."""
+    if image.mode.startswith('I'):
+        image = _gray_to_8_bits(image, notes)
+    elif ';16' in raw_mode:  # Pillow kept the upper 8 bits of 16
+        brightest = max(high for _, high in image.convert('RGB').getextrema())  # type: ignore[misc]
+        _note_dark(brightest << 8 | 255, notes)
+    color = image.info.get('transparency')
+    # A color declared transparent has the file's bits, but Pillow compares it with the 8-bit pixels.
+    if isinstance(color, tuple) and ';16' in raw_mode:
+        image.info['transparency'] = tuple(value >> 8 for value in color)
+    elif isinstance(color, int) and (few_bits := re.search("'L;([24])'", raw_mode)):
+        image.info['transparency'] = color * 255 // (2 ** int(few_bits[1]) - 1)
+    if not image.has_transparency_data:
+        return image.convert('RGB')
+    rgba = (image.convert('LA') if image.mode == 'La' else image).convert('RGBA')
+    if rgba.getchannel('A').getextrema()[1] == 0:
+        notes.append(BLANK)
+    return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
+
+
+def _gray_to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Converts gray of 12 or 16 bits to mode L, or to LA if the file declares one gray level transparent."""
+    pixels, tags = np.asarray(image).clip(0, 65535), getattr(image, 'tag_v2', {})
+    bits = 12 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 16
+    if bits == 16:
+        _note_dark(int(pixels.max()), notes)
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # Pillow inverts 8 bits, but not 16
+    gray = Image.fromarray(np.uint8((2**bits - 1 - pixels if white_is_zero else pixels) >> (bits - 8)))
+    color = image.info.get('transparency')
+    if not isinstance(color, int):
+        return gray
+    return Image.merge('LA', (gray, Image.fromarray(np.uint8(pixels != color) * np.uint8(255))))
+
+
+def _note_dark(maximum: int, notes: list[str]) -> None:
+    if 0 < maximum < 2**14:
+        notes.append(DARK)
 
 
 _METHODS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
 _TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by the EXIF orientation that the method reverts
 
 
-def _apply_exif_rotation(image: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation. `ImageOps.exif_transpose` also rewrites the EXIF block, which may fail."""
+def _exif_rotation(image: Image.Image) -> Image.Transpose | None:
+    """Returns the transposition of the EXIF orientation.
+
+    `ImageOps.exif_transpose` also rewrites the EXIF block, which may fail.
+    """
     try:
         method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # ignore an unreadable EXIF block: the pixels may be valid
         method = None
-    return image if method is None else image.transpose(Image.Transpose[method])
+    return None if method is None else Image.Transpose[method]

@@ -75,8 +75,8 @@ def activations(
     """
     names = _as_list(layers)
     function, source = _layer_outputs(checkpoint, names), None
-    if not hasattr(images, 'ndim'):
-        images = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+    if _is_path(images) or isinstance(images, Sequence):
+        images = [images] if _is_path(images) else list(images)
         if any(map(_is_path, images)):
             source = _Source(checkpoint, _expand_folders(images))
     batches: Iterator[list[np.ndarray]]
@@ -177,8 +177,11 @@ def _expand_folders(images: Iterable) -> list:
 
 
 def _as_list(layers: Sequence[str] | str) -> list[str]:
-    """Returns the names of layers without repetitions."""
-    return list(dict.fromkeys([layers] if isinstance(layers, str) else layers))
+    """Returns the names of layers without repetitions. Raises UserError if they are no names."""
+    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"layers is {type(layers).__name__}: expected a name or several, such as 'conv1'.")
+    return list(dict.fromkeys(names))
 
 
 def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):

@@ -19,7 +19,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.inference import ensemble
-from alexnet_jax.utils.errors import TerminatedError, UserError
+from alexnet_jax.utils.errors import TerminatedError, UserError, check_type
 
 
 def evaluate_batches(
@@ -90,7 +90,11 @@ class Evaluator:
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh | None = None, *, views: int = 1, batch_size: int = 128):
+        check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise UserError(f'batch_size={batch_size!r}: expected a positive integer.')
         mesh = sharding.make_mesh(data=1, tower=1) if mesh is None else mesh
+        check_type('mesh', mesh, Mesh, 'a Mesh; use sharding.make_mesh')
         infer_shapes(checkpoint.network, checkpoint.image_size, towers=mesh.shape['tower'])  # raises UserError
         self.checkpoint, self.mesh, self.views = checkpoint, mesh, views
         self._batch_size = batch_size

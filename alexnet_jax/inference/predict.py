@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -13,7 +14,7 @@ from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.data import image_io
 from alexnet_jax.inference.evaluate import Evaluator, check_images
 from alexnet_jax.utils import processes
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, first_line
 
 Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
 _BATCH = 32
@@ -27,8 +28,9 @@ def predict(
     Args:
       checkpoint: from `alexnet_jax.load_checkpoint`.
       images: one image or several. An image is a path, a PIL image, or an array uint8 [H, W, 3] (RGB). Several images
-        are a list of these, or an array uint8 [N, H, W, 3]. Each image is cropped to its central square and resized to
-        `checkpoint.record_size`, as for training.
+        are a list of these, or an array uint8 [N, H, W, 3]. Arrays may also be gray (1 channel), gray and alpha (2) or
+        RGBA (4), and uint16. Each image is cropped to its central square and resized to `checkpoint.record_size`, as
+        for training: transparent parts become white, and the EXIF rotation of paths and PIL images is applied.
       views: 1 uses the center crop; 10 averages over the paper's ten views (section 4.1).
       batch_size: images per batch; it does not change the results.
       mesh: from `sharding.make_mesh`; None uses one device.
@@ -46,9 +48,13 @@ def predict(
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
     """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     size = checkpoint.record_size
-    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3) and images.dtype != np.uint16:
         return check_images(checkpoint, images)
-    images_list: Any = [images] if _is_single(images) else images
+    try:
+        images_list: list[Any] = [images] if _is_single(images) else list(images)  # type: ignore[arg-type]
+    except TypeError as error:
+        found = type(images).__name__
+        raise UserError(f'images are {found}: expected a path, a PIL image, an array or a list of these.') from error
     records = [_to_record(image, size) for image in images_list]
     return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
 
@@ -60,10 +66,19 @@ def _is_single(images: Images) -> bool:
 def _to_record(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return _read_square(os.fspath(image), size)
-    array = np.asarray(image_io.rgb(image) if isinstance(image, Image.Image) else image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise UserError(f'an image is {array.dtype} of shape {array.shape}: expected uint8 of shape (H, W, 3).')
-    return image_io.resize_center_crop(array, size)
+    notes: list[str] = []
+    name = f'an image is a PIL image of mode {image.mode}' if isinstance(image, Image.Image) else ''
+    try:
+        if not name:
+            image = np.asarray(image)
+            name = f'an image is {image.dtype} of shape {image.shape}'
+        record = image_io.resize_center_crop(image, size, notes)
+    except Exception as error:  # NumPy and other libraries raise different types for what is no array
+        name = name or f'an image is {type(image).__name__}'
+        raise UserError(f'{name}: expected uint8 of shape (H, W, 3) ({first_line(error)}).') from error
+    for note in notes:
+        logging.warning('%s, %s', name, note)
+    return record
 
 
 def top_k(probabilities_NK, k: int) -> np.ndarray:
@@ -94,9 +109,9 @@ def predict_files(
 ) -> Iterator[dict]:
     """Yields {'file', 'top': [{'label', 'index', 'probability'}, ...]} for each file, most probable class first.
 
-    Raises UserError after the last file if some files could not be read as images.
+    Warns of each file that cannot be read as an image, and raises UserError at the end if there were any.
     """
-    problems = []
+    num_unreadable = 0
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)
     for start in range(0, len(files), _BATCH):
         readable, records, paths = [], [], [os.fspath(file) for file in files[start : start + _BATCH]]
@@ -107,20 +122,26 @@ def predict_files(
                 records.append(future.result())
                 readable.append(path)
             except UserError as error:
-                problems.append(str(error))
+                logging.warning('%s', error)
+                num_unreadable += 1
         if not readable:
             continue
         outputs = evaluator.predict(np.stack(records))
         for path, probabilities, order in zip(readable, outputs, top_k(outputs, top), strict=True):
             best = [(checkpoint.class_names[i], int(i), float(probabilities[i])) for i in order]
             yield {'file': path, 'top': [{'label': name, 'index': i, 'probability': p} for name, i, p in best]}
-    if problems:
-        rest = f' (and {len(problems) - 1} more of {len(files)} files)' if len(problems) > 1 else ''
-        raise UserError(f'{problems[0]}{rest}.')
+    if num_unreadable:
+        raise UserError(
+            f'{num_unreadable} of {len(files)} files cannot be read as images (named above); repair or leave them out.'
+        )
 
 
 def _read_square(path: str, size: int) -> np.ndarray:
+    notes: list[str] = []
     try:
-        return image_io.resize_center_crop(image_io.read_bytes(path), size)
+        record = image_io.resize_center_crop(image_io.read_bytes(path), size, notes)
     except (OSError, ValueError) as error:
         raise UserError(f'{path!r} cannot be read as an image ({error})') from error
+    for note in notes:
+        logging.warning('%r has %s', path, note)
+    return record

@@ -18,11 +18,12 @@ from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
+from alexnet_jax.utils.files import absolute_local_path, as_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
 _MAX_SHARD_IMAGES = 4096
 _MIN_SHARDS = 16  # per split, unless it has fewer images
+_MAX_NAMED = 1000  # unreadable images with a warning of their own
 
 
 def prepare(
@@ -48,7 +49,8 @@ def prepare(
         paper uses "raw RGB values".
       val_fraction: fraction of the training images to move to the val split.
       seed: random seed of the order of the records and of the choice of val images.
-      max_unreadable: allowed number of unreadable images, which are skipped with a warning.
+      max_unreadable: number of unreadable images that are skipped with a warning. With more, all images are still read,
+        and the UserError says how many there are.
       workers: number of processes; by default the number of cores.
       listing: result of `discovery.find_images(source)`, if already computed.
 
@@ -63,7 +65,7 @@ def prepare(
         raise UserError(f'--val_fraction={val_fraction}: expected a number from 0 up to, but not including, 1.')
     if seed < 0 or max_unreadable < 0:
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
-    source, output = os.fspath(source), absolute_local_path(output)
+    source, output = as_path(source), absolute_local_path(output)
     check_new(output)
     listing = listing or discovery.find_images(source)
     class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
@@ -151,7 +153,9 @@ def _write_dataset(folder, splits, class_names, size, format, max_unreadable, wo
             Shard(os.fspath(path), refs[start:end], size, format, class_names, split == 'train')
             for path, (start, end) in zip(paths, itertools.pairwise(bounds), strict=True)
         ]
-    all_results = iter(_write_shards(list(itertools.chain(*shards.values())), max_unreadable, workers))
+    all_results = iter(_write_shards(list(itertools.chain(*shards.values())), workers))
+    unreadable: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
     infos, fingerprint = [], hashlib.sha256()
     digests: dict[str, str] = {}
     for split in splits:
@@ -159,13 +163,19 @@ def _write_dataset(folder, splits, class_names, size, format, max_unreadable, wo
         digests |= {os.path.basename(s.path): r.sha256 for s, r in zip(shards[split], results, strict=True)}
         fingerprint.update(''.join([split, *(r.digest for r in results)]).encode())
         lengths, num_bytes = [r.count for r in results], sum(r.num_bytes for r in results)
+        unreadable.extend(itertools.chain(*(r.unreadable for r in results)))
+        notes.extend(itertools.chain(*(r.notes for r in results)))
         if not any(lengths):
-            raise UserError(f'none of the {len(splits[split])} images of the {split} split can be read.')
+            total = len(splits[split])
+            raise UserError(f'none of the {total} images of the {split} split can be read ({_summary(unreadable)}).')
         options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
         infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':
             moments = functools.reduce(image_stats.Moments.merge, [r.moments for r in results])
             image_stats_file.save(folder, image_stats.from_moments(moments))
+    _check_unreadable(unreadable, sum(map(len, splits.values())), max_unreadable)
+    for note, noted in _by_second(notes):
+        logging.warning('%d images, such as %s, have %s', len(noted), noted[0], note)
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=record_writer.features(size, format, class_names),
@@ -178,9 +188,35 @@ def _write_dataset(folder, splits, class_names, size, format, max_unreadable, wo
     checksums.write(folder, digests)
 
 
-def _write_shards(shards: list[Shard], max_unreadable: int, workers: int) -> list[ShardResult]:
+def _by_second(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Groups (name, text) by text, largest group first: returns (text, names)."""
+    groups: dict[str, list[str]] = {}
+    for name, text in pairs:
+        groups.setdefault(text, []).append(name)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def _summary(unreadable: Sequence[tuple[str, str]]) -> str:
+    """Returns the counts of the three most frequent reasons, with an image for each."""
+    groups = _by_second(unreadable)
+    return '; '.join(f'{len(names)}, such as {names[0]}: {reason}' for reason, names in groups[:3])
+
+
+def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, max_unreadable: int) -> None:
+    """Raises UserError if more images than `max_unreadable` cannot be read; else warns of how many were skipped."""
+    count = len(unreadable)
+    if count > max_unreadable:
+        raise UserError(
+            f'{count} of {total} images cannot be read ({_summary(unreadable)}); repair them (the warnings above name '
+            f'them), or skip them with --max_unreadable={count}.'
+        )
+    if count:
+        logging.warning('skipped %d unreadable images.', count)
+
+
+def _write_shards(shards: list[Shard], workers: int) -> list[ShardResult]:
     """Writes all shards in parallel and returns the results in the order of the shards."""
-    done, unreadable = 0, 0
+    done, num_unreadable = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
     # Not fork, because TFDS and array_record run threads in the parent.
     context = multiprocessing.get_context('spawn')
@@ -189,18 +225,13 @@ def _write_shards(shards: list[Shard], max_unreadable: int, workers: int) -> lis
             futures = [pool.submit(record_writer.write_shard, shard) for shard in shards]
         try:
             for result in (future.result() for future in as_completed(futures)):
-                for reason in result.unreadable:
-                    logging.warning('unreadable image: %s', reason)
-                unreadable += len(result.unreadable)
+                for name, reason in result.unreadable[: max(0, _MAX_NAMED - num_unreadable)]:
+                    logging.warning('unreadable image: %s: %s', name, reason)
+                num_unreadable += len(result.unreadable)
                 done += result.count + len(result.unreadable)
-                if unreadable > max_unreadable:
-                    raise UserError(
-                        f'{unreadable} of {done} images cannot be read (see the warnings above); repair them, or skip '
-                        f'them with --max_unreadable={unreadable} or more.'
-                    )
                 progress.update(done)
         finally:
             pool.shutdown(cancel_futures=True)
-    if unreadable:
-        logging.warning('skipped %d unreadable images.', unreadable)
+    if num_unreadable > _MAX_NAMED:
+        logging.warning('%d more images cannot be read.', num_unreadable - _MAX_NAMED)
     return [future.result() for future in futures]

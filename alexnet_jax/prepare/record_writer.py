@@ -36,7 +36,8 @@ class ShardResult(NamedTuple):
     count: int  # type: ignore[assignment]
     num_bytes: int
     moments: image_stats.Moments
-    unreadable: list[str]  # 'name: reason'
+    unreadable: list[tuple[str, str]]  # (name, reason)
+    notes: list[tuple[str, str]]  # (name, a note of `image_io`)
 
 
 @functools.cache
@@ -59,16 +60,20 @@ def write_shard(shard: Shard) -> ShardResult:
     record_features = features(shard.size, shard.format, shard.class_names)
     # One record per group, so that random access reads a single record. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, digest, count, num_bytes, unreadable = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0, 0, []
+    moments, digest, count, num_bytes = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0, 0
+    unreadable: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
     for ref in shard.refs:
+        image_notes: list[str] = []
         try:
             original, label = _read_image(ref)
-            pixels = image_io.resize_center_crop(original, shard.size)
+            pixels = image_io.resize_center_crop(original, shard.size, image_notes)
         except UserError:
             raise
         except Exception as error:  # Pillow raises undocumented exception types
-            unreadable.append(f'{ref.name}: {first_line(error)}')
+            unreadable.append((ref.name, first_line(error)))
             continue
+        notes.extend((ref.name, note) for note in image_notes)
         if shard.in_stats:
             moments = moments.add(pixels)
         content = image_io.encode_jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
@@ -79,7 +84,7 @@ def write_shard(shard: Shard) -> ShardResult:
         digest.update(f'{ref.name}\0{label}\0'.encode() + content)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
-    return ShardResult(digest.hexdigest(), checksums.sha256(shard.path), count, num_bytes, moments, unreadable)
+    return ShardResult(digest.hexdigest(), checksums.sha256(shard.path), count, num_bytes, moments, unreadable, notes)
 
 
 def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:

@@ -25,7 +25,7 @@ from alexnet_jax.data.image_stats_file import FILE_NAME
 from alexnet_jax.training import large_batch
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, check_type, first_line
 
 DeviceBatch = dict[str, jax.Array]  # batch on the mesh; global shapes
 
@@ -88,15 +88,8 @@ class TrainingSetup:
         Raises:
           UserError: a shape or type is wrong, a label is not a class index, or `sharding.check_batch` rejects N.
         """
-        images, labels = np.asarray(batch['image']), np.asarray(batch['label'])
-        weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
-        if not 0 < len(images) == len(labels) == len(weight):
-            found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
-            raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
-        classes = self.network.num_classes
-        if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= classes:
-            found = f'{labels.dtype} from {labels.min()} to {labels.max()}'
-            raise UserError(f'the labels are {found}: expected integers from 0 to {classes - 1}.')
+        check_type('the state', state, TrainState, 'a TrainState; use that of init or of the previous update')
+        images, labels, weight = _batch_arrays(batch, self.network.num_classes)
         sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
         arrays = random_crops.augment_arrays(images, self.augmentation, **options)
@@ -172,8 +165,11 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
       UserError: the config is inconsistent or does not fit the data or the devices, or the images do not fit into the
         memory that `data.cache` selects.
     """
+    if devices is not None:
+        check_type('devices', devices, list | tuple | np.ndarray, 'a list, such as jax.devices()')
     network, augmentation = network_and_augmentation(config)
     dataset = datasets.open_dataset(config.data.path) if dataset is None else dataset
+    check_type('the dataset', dataset, datasets.Dataset, 'a Dataset; use alexnet_jax.in_memory, or None for data.path')
     _check_dataset(dataset, config.data.path, network)
     augment.crop_positions(dataset.record_size, augmentation.image_size)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -239,6 +235,32 @@ def make_steps(
         eval_step=jit(evaluate, out_shardings=replicated),
         after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
     )
+
+
+def _batch_arrays(batch: Mapping[str, Any], num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the images, labels and weights of `TrainingSetup.train_step`. Raises UserError if they are invalid."""
+    check_type('the batch', batch, Mapping, "a dict of 'image', 'label' and, optionally, 'weight'")
+    if missing := {'image', 'label'} - set(batch):
+        raise UserError(f"the batch has no {min(missing)!r}: expected 'image', 'label' and, optionally, 'weight'.")
+    arrays: dict[str, np.ndarray] = {}
+    for name in ('image', 'label', 'weight'):
+        try:
+            arrays[name] = np.asarray(batch[name]) if name in batch else np.ones(len(arrays['image']))
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{name!r} of the batch is not one array: {first_line(error)}.') from error
+        if not arrays[name].ndim or (name != 'image' and arrays[name].ndim > 1):
+            expected = '[N, S, S, 3]' if name == 'image' else '[N]'
+            raise UserError(f'{name!r} of the batch has the shape {arrays[name].shape}: expected {expected}.')
+    images, labels, weight = arrays.values()
+    if not 0 < len(images) == len(labels) == len(weight):
+        found = f'{len(images)} images, {len(labels)} labels and {len(weight)} weights'
+        raise UserError(f'the batch has {found}: expected equal numbers, at least 1.')
+    if labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= num_classes:
+        limits = f' from {labels.min()} to {labels.max()}' if labels.dtype.kind in 'iuf' else ''
+        raise UserError(f'the labels are {labels.dtype}{limits}: expected integers from 0 to {num_classes - 1}.')
+    if weight.dtype.kind not in 'biuf' or not (np.isfinite(weight) & (weight >= 0)).all():
+        raise UserError(f'the weights are {weight.dtype}: expected finite numbers of 0 or more.')
+    return images, labels, weight.astype(np.float32)
 
 
 def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:

@@ -23,7 +23,7 @@ from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.environment import describe_environment, warn_of_changes
 from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError
-from alexnet_jax.utils.files import absolute_local_path, file_lock
+from alexnet_jax.utils.files import absolute_local_path, as_path, file_lock
 
 
 def train_and_evaluate(
@@ -49,7 +49,7 @@ def train_and_evaluate(
       DivergedError: a loss, gradient or update is not finite. Its message names the step and the last checkpoint.
       TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
-    workdir = os.fspath(workdir)
+    workdir = as_path(workdir)
     setup = build.build(config, dataset)
     key = sharding.random_key(setup.mesh, config.seed)
     data = setup.dataset

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from alexnet_jax.utils.errors import UserError, did_you_mean, first_line
+from alexnet_jax.utils.files import as_path
 
 
 def config_names() -> dict[str, pathlib.Path]:
@@ -27,7 +28,7 @@ def get_config(name: str | os.PathLike) -> ConfigDict:
     A variant may follow after a colon: 'paper:init=authors'. Raises UserError if there is no such config or variant, or
     if the file cannot be loaded.
     """
-    name = os.fspath(name)
+    name = as_path(name)
     file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
     path, packaged = pathlib.Path(file), config_names()
     if file in packaged and path.is_file():

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -33,6 +34,12 @@ def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
         if reason := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
             raise UserError(f'{what}: {reason[1]}. {remedy}') from error
         raise
+
+
+def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
+    """Raises UserError('NAME is TYPE: expected EXPECTED.') if a value is of another type."""
+    if not isinstance(value, kind):
+        raise UserError(f'{name} is {type(value).__name__}: expected {expected}.')
 
 
 def first_line(error: BaseException) -> str:

@@ -7,12 +7,18 @@ import shutil
 from collections.abc import Iterator
 from typing import IO
 
-from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.errors import UserError, check_type, first_line
+
+
+def as_path(path: str | os.PathLike) -> str:
+    """Returns a path as str. Raises UserError if it is not a path."""
+    check_type('a path', path, str | os.PathLike, 'str or pathlib.Path')
+    return os.fsdecode(path)
 
 
 def absolute_local_path(path: str | os.PathLike) -> str:
     """Returns an absolute path without a trailing slash. Raises UserError for remote paths and a leading ~/."""
-    path = os.fspath(path)
+    path = as_path(path)
     if path.startswith('~/'):
         raise UserError(f'{path!r}: the shell does not expand ~ after =; use $HOME{path[1:]} instead.')
     if '://' in path:

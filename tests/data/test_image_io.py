@@ -1,6 +1,8 @@
 """Decoding of image files of all supported kinds."""
 
 import io
+import struct
+import zlib
 
 import chex
 import numpy as np
@@ -94,3 +96,153 @@ def test_unsupported_formats_are_refused():
     for kind in ('ICO', 'ICNS', 'TGA', 'PCX', 'SGI', 'JPEG2000', 'DDS', 'PDF', 'EPS'):
         with pytest.raises(ValueError, match='^unknown image format$'):
             image_io.resize_center_crop(helpers.encode(helpers.picture(0), kind), 16)
+
+
+_COLORS = np.array([[200, 100, 50], [0, 0, 0], [10, 20, 30], [255, 255, 255]])
+_ALPHAS = np.array([255, 0, 128, 51])
+# By hand: color * alpha / 255 + 255 - alpha.
+_ON_WHITE = np.array([[200, 100, 50], [255, 255, 255], [132, 137, 142], [255, 255, 255]])
+
+
+def _read(image):
+    """Returns the first pixel of each of four columns of 4 x 4 pixels, and the notes."""
+    notes: list[str] = []
+    return image_io.resize_center_crop(image, 16, notes)[1, 1::4].astype(int), notes
+
+
+def _columns(values, dtype=np.uint8):
+    """Returns 16 x 16 pixels, four columns of equal values."""
+    return np.tile(np.repeat(np.asarray(values, dtype), 4, axis=0)[None], (16,) + (1,) * np.ndim(values))
+
+
+def _png(samples, depth, color_type, transparent):
+    """Returns a PNG file of samples [H, W] or [H, W, C] with a transparent gray level or color, as its chunk tRNS."""
+    bits = (samples.reshape(len(samples), -1, 1) >> np.arange(depth)[::-1]) & 1
+    rows = np.packbits(bits.reshape(len(samples), -1).astype(np.uint8), axis=1)
+    header = struct.pack('>IIBBBBB', *samples.shape[1::-1], depth, color_type, 0, 0, 0)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    chunks = ((b'IHDR', header), (b'tRNS', transparent), (b'IDAT', data), (b'IEND', b''))
+    parts = [struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in chunks]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(parts)
+
+
+def _tiff(pixels, bits, photometric):
+    """Returns an uncompressed little-endian TIFF file of 16 x 16 gray pixels."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 122), (277, 1), (278, 16)]
+    tags.append((279, len(pixels)))
+    entries = b''.join(struct.pack('<HHII', tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + pixels
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'RGBa', 'LA', 'La', 'PA', 'P', 'P bytes', 'WebP', 'TIFF', 'array', 'uint16'])
+def test_transparency_becomes_white(mode):
+    rgba = _columns(np.c_[_COLORS, _ALPHAS])
+    image, expected = Image.fromarray(rgba), _ON_WHITE
+    if mode in ('LA', 'La'):
+        gray = np.c_[_COLORS[:, 2], _ALPHAS]
+        expected = np.repeat([[50], [255], [142], [255]], 3, axis=1)
+        image = Image.fromarray(_columns(gray), 'LA').convert(mode)
+    elif mode.startswith('P'):
+        image = Image.fromarray(_columns(range(4)), 'P')
+        image.putpalette(_COLORS.astype(np.uint8).tobytes())
+        if mode == 'PA':
+            image = image.convert('PA')
+            image.putalpha(Image.fromarray(rgba[..., 3]))
+        elif mode == 'P':  # one transparent color
+            image, expected = helpers.encode(image, 'PNG', transparency=1), np.array(_ON_WHITE)
+            expected[2:] = _COLORS[2:]
+        else:  # a palette with alpha
+            image = helpers.encode(image, 'PNG', transparency=bytes(_ALPHAS.tolist()))
+    elif mode == 'RGBa':
+        image = image.convert('RGBa')
+    elif mode in ('WebP', 'TIFF'):
+        image = helpers.encode(image, mode, **({'lossless': True, 'exact': True} if mode == 'WebP' else {}))
+    elif mode == 'array':
+        image = rgba
+    elif mode == 'uint16':
+        image = rgba.astype(np.uint16) * 257
+    found, notes = _read(image)
+    assert not notes
+    np.testing.assert_allclose(found, expected, atol=2 if mode in ('RGBa', 'La') else 1)  # premultiplied: rounded twice
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
+def test_transparent_gray_level_of_any_depth(depth):
+    """Level 1 is nearly black, except for a depth of 1; it is one of the file's own levels, before they are scaled."""
+    white = 2**depth - 1
+    samples = _columns([0, 1, white, 1], int)
+    for transparent, expected in ((1, [0, 255, 255, 255]), (0, [255, 255 // white, 255, 255 // white])):
+        found, _ = _read(_png(samples, depth, 0, struct.pack('>H', transparent)))
+        np.testing.assert_array_equal(found, np.repeat(np.array(expected)[:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize('depth', [8, 16])
+def test_transparent_color_of_any_depth(depth):
+    scale = 257 if depth == 16 else 1
+    content = _png(_columns(_COLORS, int) * scale, depth, 2, struct.pack('>HHH', *(_COLORS[0] * scale)))
+    np.testing.assert_array_equal(_read(content)[0], [[255] * 3, *_COLORS[1:]])
+
+
+def test_opaque_images_are_unchanged_by_an_alpha_channel():
+    picture = Image.fromarray(helpers.picture(0))
+    for mode in ('RGBA', 'RGBa'):
+        with_alpha, without = (image_io.resize_center_crop(image, 16) for image in (picture.convert(mode), picture))
+        chex.assert_trees_all_equal(with_alpha, without)
+
+
+def test_fully_transparent_images_are_noted():
+    found, notes = _read(helpers.encode(Image.new('RGBA', (16, 16)), 'PNG'))
+    assert notes == [image_io.BLANK] and found.min() == 255
+
+
+_LEVELS = np.array([0, 1000, 2048, 4095])
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected', 'noted'),
+    [
+        (_columns(_LEVELS, np.uint16)[..., None], _LEVELS >> 8, True),
+        (_columns(_LEVELS * 16, np.uint16)[..., None], _LEVELS >> 4, False),
+        (_columns(np.c_[_LEVELS, _LEVELS, _LEVELS], np.uint16), _LEVELS >> 8, True),
+        (_columns(_LEVELS * 0, np.uint16)[..., None], _LEVELS * 0, False),  # black
+        (helpers.encode(Image.fromarray(_columns(_LEVELS, np.uint16)), 'PNG'), _LEVELS >> 8, True),
+        (helpers.encode(Image.fromarray(_columns(_LEVELS, np.uint16)), 'TIFF'), _LEVELS >> 8, True),
+        (Image.fromarray(_columns(_LEVELS, np.uint16)), _LEVELS >> 8, True),
+        (Image.fromarray(_columns(_LEVELS, '>u2')), _LEVELS >> 8, True),
+        (_png(_columns(np.c_[_LEVELS, _LEVELS, _LEVELS], int), 16, 2, bytes([255] * 6)), _LEVELS >> 8, True),
+        (b'P5 16 16 4095\n' + _columns(_LEVELS, '>u2').tobytes(), _LEVELS >> 4, False),  # the file names its maximum
+        (_tiff(_columns(_LEVELS * 16, '<u2').tobytes(), 16, 1), _LEVELS >> 4, False),
+        (_tiff(_columns(_LEVELS * 16, '<u2').tobytes(), 16, 0), (65535 - _LEVELS * 16) >> 8, False),  # 0 is white
+        (
+            _tiff(np.packbits((_columns(_LEVELS, int)[..., None] >> np.arange(12)[::-1]) & 1).tobytes(), 12, 1),
+            _LEVELS >> 4,
+            False,
+        ),
+    ],
+    ids='array-wide-rgb-black-png-tiff-pil-pil_big-png_rgb-pgm_12-tiff_16-tiff_white0-tiff_12'.split('-'),
+)  # fmt: skip
+def test_gray_levels_of_more_than_8_bits(content, expected, noted):
+    found, notes = _read(content)
+    np.testing.assert_allclose(found[:, 0], expected, atol=1)
+    assert notes == [image_io.DARK] * noted
+
+
+@pytest.mark.parametrize('mode', ['I', 'F'])
+def test_pil_images_of_32_bits_are_refused(mode):
+    with pytest.raises(ValueError, match='32-bit pixels have no defined white level'):
+        image_io.resize_center_crop(Image.new(mode, (16, 16), 1), 8)
+
+
+def test_pil_images_are_read_as_their_files_are():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (
+        helpers.encode(helpers.picture(1, 40, 30), quality=95, exif=exif),
+        helpers.encode(Image.fromarray(helpers.picture(1, 40, 30)).convert('CMYK'), quality=95),
+        helpers.encode(Image.fromarray(helpers.picture(1, 40, 30)).quantize(16), 'GIF'),
+    ):
+        as_pil = image_io.resize_center_crop(Image.open(io.BytesIO(content)), 16)
+        chex.assert_trees_all_equal(as_pil, image_io.resize_center_crop(content, 16))
+    cut = Image.open(io.BytesIO(helpers.encode(helpers.picture(1))[:700]))
+    with pytest.raises(ValueError, match='^damaged: image file is truncated'):
+        image_io.resize_center_crop(cut, 16)

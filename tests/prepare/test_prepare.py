@@ -200,6 +200,45 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
     assert len(datasets.open_dataset(str(out)).split('train')) == 10
 
 
+def test_one_run_counts_every_unreadable_image(tmp_path, capfd):
+    """More shards than workers, with bad images in most: the suggested number suffices at once."""
+    good = helpers.encode(helpers.picture(0))
+    files = {f'{name}/{i:02}.jpg': good if i % 5 else b'text' * (i > 0) for name in 'ab' for i in range(40)}
+    helpers.write_files(tmp_path / 'in', files)
+    bad = [name for name, content in files.items() if content is not good]
+    with pytest.raises(UserError, match='16 of 80 images cannot be read') as caught:
+        prepare.prepare(tmp_path / 'in', tmp_path / 'out', size=16, workers=1)
+    message = str(caught.value)
+    assert re.search(r'\(14, such as [ab]/\d+.jpg: unknown image format; 2, such as [ab]/00.jpg: the file is', message)
+    said = capfd.readouterr().err
+    assert all(f'unreadable image: {name}: ' in said for name in bad) and said.count('unreadable') == len(bad)
+    number = int(re.search(r'--max_unreadable=(\d+)\.$', message)[1])
+    prepare.prepare(tmp_path / 'in', tmp_path / 'out', size=16, workers=1, max_unreadable=number)
+    assert len(helpers.read_back(str(tmp_path / 'out'), 'train')) == 64
+
+
+def test_named_unreadable_images_are_limited(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(prepare, '_MAX_NAMED', 3)
+    files = {f'a/{i}.jpg': b'text' for i in range(20)}
+    helpers.write_files(tmp_path / 'in', files | {'b/0.jpg': helpers.encode(helpers.picture(0))})
+    with pytest.raises(UserError, match='20 of 21 images cannot be read .*--max_unreadable=20'):
+        prepare.prepare(tmp_path / 'in', tmp_path / 'out', size=16, workers=1)
+    said = capfd.readouterr().err
+    assert said.count('unreadable image: ') == 3 and 'warning: 17 more images cannot be read.' in said
+
+
+def test_dark_and_blank_images_are_counted(tmp_path, capfd):
+    dark = helpers.encode(Image.fromarray(np.full((20, 20), 4095, np.uint16)), 'PNG')
+    blank = helpers.encode(Image.new('RGBA', (20, 20)), 'PNG')
+    files = {f'a/{i}.png': dark for i in range(3)} | {'b/0.png': blank, 'b/1.png': helpers.encode(helpers.picture(0))}
+    helpers.write_files(tmp_path / 'in', files)
+    prepare.prepare(tmp_path / 'in', tmp_path / 'out', size=16, format='raw', workers=1)
+    said = capfd.readouterr().err
+    assert re.search('warning: 3 images, such as a/.*, have 16-bit pixels below a quarter of 65535', said)
+    assert re.search('warning: 1 images, such as b/0.png, have only fully transparent pixels', said)
+    assert len(said.splitlines()) == 2, said
+
+
 def test_script_without_main_guard_runs_once(folder, tmp_path):
     """The worker processes do not run the script again."""
     script = tmp_path / 'mine.py'
