@@ -1,4 +1,4 @@
-"""AlexNet (Krizhevsky, Sutskever and Hinton, 2012) in JAX and Flax: network, two-device split, update and data.
+"""AlexNet (Krizhevsky, Sutskever and Hinton, 2012) in JAX and Flax.
 
     config = alexnet_jax.get_config('paper')
     alexnet_jax.train_and_evaluate(config, workdir)  # or `build`, for your own training loop
@@ -28,7 +28,7 @@ __all__ = ['__version__', *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports public names on first use, so that the processes of `alexnet_jax prepare` do not load JAX."""
+    """Imports a public name on first use, so that the worker processes of `alexnet_jax prepare` do not import JAX."""
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(_MODULES[name]), name)

@@ -18,9 +18,9 @@ class LayerSpec:
     """Fields shared by all kinds of layers."""
 
     features: int = 0  # output channels, summed over towers; `AlexNet.num_classes` replaces it in the last layer
-    groups: int = 1  # 1: reads all input channels; 2: each half reads only the half of its own tower
-    init: str = 'normal(0.01)'  # weights from N(0, 0.01); 'fan_in': weights from U(-b, b), b = inputs^-1/2 (PyTorch)
-    bias: float = 0.0  # initial value of every bias; 'fan_in' adds a draw from U(-b, b) to it
+    groups: int = 1  # 1: each output reads all input channels; 2: each half reads only its own tower's input channels
+    init: str = 'normal(0.01)'  # standard deviation of the weights; 'fan_in': weights from U(-b, b), b = fan_in^-1/2
+    bias: float = 0.0  # initial value of every bias; 'fan_in' adds a draw from U(-b, b), as PyTorch does
     post: str = ''  # operations applied to the output, in order: names from `POST_OPS`
 
     @property
@@ -48,8 +48,8 @@ class DenseSpec(LayerSpec):
     """A fully connected layer, such as fc6."""
 
 
-Shape = tuple[int, ...]  # without the batch axis: maps (H, W, C) or units (F,)
-INIT = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
+Shape = tuple[int, ...]  # without the batch axis: (H, W, C) for feature maps, (F,) for dense layers
+INIT_PATTERN = re.compile(r'fan_in|normal\((\d*\.?\d+(?:e[+-]?\d\d?)?)\)')
 KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # layer name prefix -> spec, in network order
 
 
@@ -68,8 +68,8 @@ def sort_layers(names: Iterable[str]) -> list[str]:
 
 
 def init_std(init: str) -> float | None:
-    """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other text."""
-    if not (match := INIT.fullmatch(init)):
+    """Returns STD of 'normal(STD)', or None for 'fan_in'. Raises UserError for any other string."""
+    if not (match := INIT_PATTERN.fullmatch(init)):
         raise UserError(f"init={init!r}: expected 'normal(STD)' with STD >= 0, or 'fan_in'.")
     return float(match[1]) if match[1] else None
 
@@ -89,12 +89,12 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
     """Returns the shapes, parameter count and FLOPs of every layer, by layer name.
 
     `model` is an AlexNet, or any object with its attributes. `towers` is the number of devices that share the channels.
-    Raises UserError if the layers do not fit each other, the image size (in pixels), or the number of towers.
+    Raises UserError if the layers are incompatible with each other, with the image size (in pixels), or with `towers`.
     """
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]
     if towers > 1 and max(groups) < 2:
-        raise UserError('No layer has groups=2; set mesh.tower=1.')
+        raise UserError(f'mesh.tower={towers}: no layer has groups=2; use mesh.tower=1.')
     shapes: dict[str, LayerShapes] = {}
     shape: Shape = (image_size, image_size, 3)
     for name, layer in model.layers.items():
@@ -113,7 +113,7 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
 
 
 def _mixing_groups(model: Any, op: str) -> int:
-    """Number of channel groups within which a post op mixes channels; 0 if it mixes none or is unknown."""
+    """Returns the number of channel groups within which a post op mixes channels; 0 if it mixes none or is unknown."""
     entry = POST_OPS.get(op)
     return entry.groups(model) if entry and entry.groups else 0
 
@@ -121,15 +121,17 @@ def _mixing_groups(model: Any, op: str) -> int:
 def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
     """Raises UserError if a layer has an unknown post op or if its channels are not divisible as required."""
     layer, last = model.layers[name], name == list(model.layers)[-1]
-    allowed = [op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only]
+    allowed = sorted(op for op, entry in POST_OPS.items() if isinstance(layer, ConvSpec) or not entry.maps_only)
     if unknown := [op for op in layer.ops if op not in allowed]:
-        known = ', '.join(sorted(allowed))
-        raise UserError(f'{name}.post={layer.post!r}: unknown op {unknown[0]!r}; use {known}, or add it to POST_OPS.')
+        raise UserError(
+            f'{name}.post={layer.post!r}: op {unknown[0]!r} is not available for this layer; use {", ".join(allowed)}, '
+            'or add an op to POST_OPS.'
+        )
     if layer.ops.count('dropout') > 1:
         raise UserError(f'{name}.post={layer.post!r}: expected dropout at most once.')
-    for what, count in (('inputs', channels), ('features', layer.features)):
+    for kind, count in (('inputs', channels), ('features', layer.features)):
         if count % layer.groups:
-            raise UserError(f'{name} has {count} {what}: expected a multiple of groups={layer.groups}.')
+            raise UserError(f'{name} has {count} {kind}: expected a multiple of groups={layer.groups}.')
     # An odd number of classes is allowed: `sharding.forward` pads the classifier.
     if (layer.features % towers and not last) or (layer.groups > 1 and layer.groups % towers):
         raise UserError(
@@ -149,12 +151,12 @@ def _check_groups(model: Any, name: str, channels: int, towers: int) -> None:
 def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int]:
     """Returns, for each layer that gathers, the number of elements per image that a tower receives from the other.
 
-    A layer with one group reads all channels. If its input is split, each tower already holds half of them.
+    A layer with one group reads all channels, of which each tower already holds half if its input is split.
     """
     shapes, layers = infer_shapes(model, image_size, towers), list(model.layers.items())
     if towers == 1:
         return {}
-    return {  # not the first layer: every tower holds the whole image
+    return {  # the first layer gathers nothing: every tower holds the whole image
         name: math.prod(shapes[name].inputs) * (towers - 1) // towers for name, layer in layers[1:] if layer.groups == 1
     }
 
@@ -182,7 +184,7 @@ def summary(model: Any, image_size: int, towers: int) -> str:
 
 
 def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
-    """Number of inputs that each output is a weighted sum of."""
+    """Returns the number of inputs of each output unit."""
     if isinstance(layer, ConvSpec):
         return layer.kernel**2 * inputs[-1] // layer.groups
     return math.prod(inputs) // layer.groups

@@ -1,7 +1,7 @@
 """Data augmentation (section 4.1): its settings, and the part that runs on the device.
 
 `data/random_crops.py` draws and crops uint8 images in the input pipeline. `preprocess` and `views` run inside the
-jitted step, so that uint8 images are sent to the device, not floats.
+jitted step, so that images are sent to the device as uint8, not as floats.
 """
 
 import functools
@@ -22,30 +22,30 @@ DType = jax.typing.DTypeLike
 
 
 class Augmentation(NamedTuple):
-    """Crop, reflection, color and mean settings: part of a config's `data`. The defaults are the paper's.
+    """Settings of crop, reflection, color and mean: part of a config's `data`. The defaults are the paper's.
 
     Sources: section 4.1; `convdata_jpeg.py` of the authors' release; Caffe's data layer; torchvision's training script.
     """
 
     image_size: int = 224  # side of the network's input, pixels; 227 in Caffe
-    crop_area: tuple[float, float] | tuple[()] = ()  # (): fixed-size crops; (0.08, 1): area range as in torchvision
+    crop_area: tuple[float, float] | tuple[()] = ()  # (): fixed size; (0.08, 1): range of area, as in torchvision
     random_crop: bool = True  # False: always the center crop
-    all_positions: bool = False  # False: 32 x 32 crops of 256 px (section 4.1's factor 2048); True: 33 x 33 (authors)
+    all_positions: bool = False  # False: 32 x 32 offsets in 256 px (section 4.1's factor 2048); True: 33 x 33 (authors)
     draw_every: int = 1  # consecutive images that share crop and reflection: 1 in the paper, 32 in the authors' code
     reflect: bool = True
-    mean: str = 'crop'  # subtract the mean image at the 'crop', at the 'center' (authors), or averaged per 'channel'
-    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # R, G, B divisors of the mean-subtracted pixels
-    color_std: float = 0.1  # standard deviation of the alphas; 0: no color augmentation
-    color_scale: str = 'eigenvalue'  # scales the alphas: 'eigenvalue' (pixels in [0, 1]) or 'std', its root (authors)
+    mean: str = 'crop'  # subtract the mean image under the 'crop', its 'center' (authors), or its mean per 'channel'
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # divisors of the mean-subtracted R, G, B values
+    color_std: float = 0.1  # standard deviation of the paper's alphas; 0: no color augmentation
+    color_scale: str = 'eigenvalue'  # factor of the alphas: 'eigenvalue' (pixels in [0, 1]) or its root 'std' (authors)
     color_divide: bool = False  # divide the image by 1 + color_std while color augmentation is on (authors)
     color_epochs: float = 0.0  # color augmentation ends after this epoch; 0: never; 67 in the authors' net 145 (2010)
 
 
 def crop_on_device(batch: Batch, size: int) -> Batch:
-    """Crops and reflects on the device, for batches that hold whole records, or indices into all records.
+    """Crops and reflects on the device, for batches that hold whole images, or indices into all images.
 
-    `batch` has 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]. The result has
-    'image' uint8 [n, size, size, 3] in their place. The draws 'offset' int32 [n, 2] and 'reflect' bool [n] remain.
+    `batch` has 'whole' uint8 [n, S, S, 3], or 'index' int32 [n] and 'records' uint8 [N, S, S, 3]. In the result,
+    'image' uint8 [n, size, size, 3] replaces them. The crops are given by 'offset' int32 [n, 2] and 'reflect' bool [n].
     """
 
     def crop_record(index: Array, offset: Array, reflect: Array) -> Array:
@@ -61,13 +61,13 @@ def crop_on_device(batch: Batch, size: int) -> Batch:
 
 def _crop(image_HWC: Array | np.ndarray, offset: Array, reflect: Array, size: int) -> Array:
     """Returns the size x size crop at an offset, mirrored if `reflect` is true."""
-    start = (offset[0], offset[1], jnp.zeros_like(offset[0]))  # the indices need one dtype, also with enable_x64
+    start = (offset[0], offset[1], jnp.zeros_like(offset[0]))  # all indices need the same dtype, also with enable_x64
     part = lax.dynamic_slice(image_HWC, start, (size, size, 3))
     return jnp.where(reflect, part[:, ::-1], part)
 
 
 def default_record_size(image_size: int) -> int:
-    """Returns the side of the records for crops of a given size, in the paper's proportion: 256 for 224."""
+    """Returns the side of the records for crops of a given size, in the paper's ratio of 256 to 224."""
     return -(-image_size * 8 // 7)
 
 
@@ -86,15 +86,14 @@ def crop_positions(record_size: int, image_size: int, all_positions: bool = Fals
 
 
 def color_shift(alphas_N3: Array, image_stats: ImageStats, scale: str = 'eigenvalue') -> Array:
-    """Returns [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T for each image, in gray levels (section 4.1).
+    """Returns the color added to each image's pixels, [p1 p2 p3] [a1 l1, a2 l2, a3 l3]^T (section 4.1), float [N, 3].
 
-    Deviation: the paper does not give the pixel scale. Pixels in [0, 1] are assumed: eigenvalues of 0-255 pixels would
-    shift colors by hundreds of levels, these shift them by about 3.4 of 255. On [0, 1] the eigenvalue is l / 255^2, and
-    the shift is multiplied by 255 to get gray levels.
+    Deviation: the paper does not give the pixel scale. Pixels in [0, 1] are assumed, which shifts colors by about 3.4
+    of 255 levels. Eigenvalues on the 0-255 scale would shift them by hundreds of levels. On [0, 1] the eigenvalue is
+    l / 255^2, and the shift is multiplied by 255 to get gray levels.
 
-    `alphas_N3`, float [N, 3], are the random factors a. `image_stats` has the eigenvectors p and eigenvalues l. `scale`
-    is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code, about 7.4 levels. The result, float [N, 3], is added
-    to every pixel.
+    `alphas_N3`, float [N, 3], are the random factors a. `image_stats` has the eigenvectors p and the eigenvalues l.
+    `scale` is 'eigenvalue', or 'std' for sqrt(l) as in the authors' code (about 7.4 levels).
     """
     lengths = jnp.sqrt(image_stats.eigenvalues) if scale == 'std' else image_stats.eigenvalues / 255.0
     return (alphas_N3 * lengths[None]) @ image_stats.eigenvectors.T
@@ -106,12 +105,12 @@ def preprocess(
     """Converts a uint8 training batch to the network's input: subtracts the mean and adds the color shift.
 
     Args:
-      batch: 'image' uint8 [N, s, s, 3], cropped and mirrored; the draws 'offset' int32 [N, 2], 'reflect' bool [N] and
-        'color' float32 [N, 3].
+      batch: 'image' uint8 [N, s, s, 3], cropped and mirrored; its random parameters 'offset' int32 [N, 2], 'reflect'
+        bool [N] and 'color' float32 [N, 3], the alphas.
       image_stats: statistics of the training set.
       augmentation: with mean='crop' the mean image is cropped and mirrored like the image (section 2: the mean activity
-        of each pixel); with 'center' its center crop is subtracted from every crop.
-      color: bool scalar, whether color augmentation is on in this step.
+        of each pixel). With 'center' its center crop, and with 'channel' its mean color, is subtracted from every crop.
+      color: bool scalar: whether color augmentation is on in this step.
       dtype: dtype of the result.
 
     Returns:
@@ -121,8 +120,8 @@ def preprocess(
     size = batch['image'].shape[1]
     image_stats = jax.tree.map(lambda x: jnp.asarray(x, dtype), image_stats)
     if augmentation.mean == 'crop':
-        mean_under = functools.partial(_crop, image_stats.mean_image, size=size)
-        mean = jax.vmap(mean_under)(batch['offset'], batch['reflect'])
+        crop_mean = functools.partial(_crop, image_stats.mean_image, size=size)
+        mean = jax.vmap(crop_mean)(batch['offset'], batch['reflect'])
     else:
         mean = _fixed_mean(image_stats, augmentation, size)
     shift = color_shift(batch['color'].astype(dtype), image_stats, augmentation.color_scale)
@@ -145,9 +144,9 @@ def center_crop(image_NHWC: Images, size: int) -> Images:
 
 
 def ten_views(image_NHWC: Images, size: int) -> list[Images]:
-    """Returns the ten test views of section 4.1, arrays [N, size, size, 3]: center, four corners, their reflections.
+    """Returns the ten test views of section 4.1, [N, size, size, 3] each: center, four corners, and their reflections.
 
-    `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the same order.
+    `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the order of the originals.
     """
     _, height, width, _ = image_NHWC.shape
     corners = [(y, x) for y in (0, height - size) for x in (0, width - size)]
@@ -160,9 +159,9 @@ def views(
 ) -> list[Array]:
     """Returns the network's inputs at test time: center crop (count=1) or ten views (count=10), without color shift.
 
-    `image_NHWC` is uint8 [N, S, S, 3], whole records of the size of the mean image. `augmentation.mean` selects the
-    mean of the same crop (paper) or one mean for all views (authors). The results are `count` arrays, `dtype`
-    [N, size, size, 3], mean-subtracted, on the 0-255 scale (divided by `pixel_std`). Raises UserError for other counts.
+    `image_NHWC` is uint8 [N, S, S, 3], as large as the mean image. `augmentation.mean` selects the mean image under the
+    same crop (paper) or one mean for all views (authors). The result has `count` arrays, `dtype` [N, size, size, 3],
+    mean-subtracted, on the 0-255 scale (divided by `pixel_std`). Raises UserError for other counts.
     """
     if count not in (1, 10):
         raise UserError(f'views={count}: expected 1 (center) or 10 (corners and center, with reflections).')

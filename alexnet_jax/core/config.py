@@ -9,46 +9,46 @@ import jax
 from ml_collections import ConfigDict
 
 from alexnet_jax.core import optim
-from alexnet_jax.core.architecture import INIT, KINDS, LayerSpec, parse_name, sort_layers
+from alexnet_jax.core.architecture import INIT_PATTERN, KINDS, LayerSpec, parse_name, sort_layers
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-Check = tuple[str, Callable[[Any], bool], str]  # keys, predicate their values must satisfy, its description
+Check = tuple[str, Callable[[Any], bool], str]  # (keys separated by spaces, predicate, description of a valid value)
 
 
-def _is_number(value: Any, least: float = -1e300, most: float = 1e300, kind: Any = int | float) -> bool:
-    """Whether a value is a finite number (with kind=int: an integer) within bounds."""
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+def is_number(value: Any, minimum: float = -1e300, maximum: float = 1e300, kind: Any = int | float) -> bool:
+    """Returns whether a value is a finite number (with kind=int: an integer) within bounds."""
+    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Whether `values` is a tuple or list of `count` numbers within bounds."""
+    """Returns whether `values` is a tuple or list of `count` numbers within bounds."""
     is_row = isinstance(values, tuple | list) and len(values) == count
-    return is_row and all(_is_number(value, **bounds) for value in values)
+    return is_row and all(is_number(value, **bounds) for value in values)
 
 
-is_nonnegative = functools.partial(_is_number, least=0)
-is_nonnegative_int = functools.partial(_is_number, least=0, kind=int)
-is_positive_int = functools.partial(_is_number, least=1, kind=int)
+is_nonnegative = functools.partial(is_number, minimum=0)
+is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
+is_positive_int = functools.partial(is_number, minimum=1, kind=int)
 
 
 def _is_crop_area(value: Any) -> bool:
-    return value == () or (_are_numbers(value, 2, most=1) and 0 < value[0] <= value[1])
+    return value == () or (_are_numbers(value, 2, maximum=1) and 0 < value[0] <= value[1])
 
 
 _LAYER_CHECKS = (
     ('features kernel stride groups', is_positive_int, 'a positive integer'),
-    ('padding', lambda value: _are_numbers(value, 2, least=0, kind=int), 'a pair of integers (before, after)'),
-    ('bias', _is_number, 'a number'),
-    ('init', lambda value: INIT.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
-    ('post', lambda value: isinstance(value, str), "words such as 'relu lrn pool'"),
+    ('padding', lambda value: _are_numbers(value, 2, minimum=0, kind=int), 'a pair of integers (before, after)'),
+    ('bias', is_number, 'a number'),
+    ('init', lambda value: INIT_PATTERN.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
+    ('post', lambda value: isinstance(value, str), "names of operations, such as 'relu lrn pool'"),
 )
 _MODEL_CHECKS = (
     ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
-    ('lrn_k spatial_k', lambda value: _is_number(value) and value > 0, 'a positive number'),
-    ('lrn_alpha lrn_beta spatial_alpha spatial_beta', _is_number, 'a number'),
+    ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
+    ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
     ('dropout_rate', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
     ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
@@ -67,21 +67,21 @@ OPTIM_CHECKS = (
     ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
     ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
     ('momentum', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
-    ('drop_factor', lambda value: _is_number(value, most=1) and value > 0, 'a number above 0 and at most 1'),
+    ('drop_factor', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('patience', is_positive_int, 'a positive integer'),
 )
 
 
-def check_values(checks: Sequence[Check], values: Mapping[str, Any], text: str) -> None:
-    """Raises UserError for the first value that fails its check; `text` formats key and value: 'optim.{}={!r}'."""
-    for keys, is_right, expected in checks:
+def check_values(checks: Sequence[Check], values: Mapping[str, Any], template: str) -> None:
+    """Raises UserError for the first invalid value. `template` formats key and value, such as 'optim.{}={!r}'."""
+    for keys, is_valid, expected in checks:
         for key in keys.split():
-            if key in values and not is_right(values[key]):
-                raise UserError(f'{text.format(key, values[key])}: expected {expected}.')
+            if key in values and not is_valid(values[key]):
+                raise UserError(f'{template.format(key, values[key])}: expected {expected}.')
 
 
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
-    """Returns the network described by a config's `model`; tuples may be lists, as after JSON.
+    """Returns the network described by a config's `model`. Tuples may be lists, as in a config read from JSON.
 
     Raises UserError for a key that is not an attribute of `AlexNet`, or for an invalid value.
     """
@@ -98,7 +98,7 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
             f'model.pool_stride={network.pool_stride}: expected at most model.pool_window={network.pool_window}; a '
             'larger stride leaves gaps between windows.'
         )
-    if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set as jax runs
+    if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set at run time
         raise UserError("model.dtype='float64': needs jax.enable_x64; set it, or use float32 or bfloat16.")
     return network
 
@@ -119,7 +119,7 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
             hint = ' Use model.num_classes.' if key == 'features' else did_you_mean(key, known)
             raise UserError(f"unknown config key 'model.layers.{name}.{key}'.{hint}")
         for key in {'features', 'kernel'} & known.keys() - given.keys():
-            raise UserError(f'model.layers.{name} has no {key}.')
+            raise UserError(f"missing config key 'model.layers.{name}.{key}'; see configs/paper.py.")
         check_values(_LAYER_CHECKS, given, f'model.layers.{name}.{{}}={{!r}}')
         specs[name] = kind(**{key: to_tuples(value) for key, value in given.items()})
     return specs
@@ -133,7 +133,7 @@ def to_tuples(value: Any) -> Any:
 
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
-    """Returns the augmentation described by a config's `data`; ignores other keys. Raises UserError for a bad value."""
+    """Returns the augmentation in a config's `data`; ignores other keys. Raises UserError for an invalid value."""
     augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
@@ -161,12 +161,12 @@ def optimizer_from_config(
       fields: see configs/paper.py; keys that this function does not read are ignored.
       steps_per_epoch: updates per epoch; may be fractional.
       layers: names of the network's layers.
-      decay: makes the transformation that precedes the learning rate, see `optim.make_optimizer`.
-      warmup: maps the number of updates to a factor of every rate; None: no warmup.
+      decay: makes the transformation before the learning rate, see `optim.make_optimizer`.
+      warmup: maps the number of updates so far to a factor of every rate; None: no warm-up.
     """
     check_values(OPTIM_CHECKS, fields, 'optim.{}={!r}')
     for key in ('layer_rates', 'layer_decays'):
-        _check_rows(key, fields[key], 2, layers)
+        _check_layer_rows(key, fields[key], 2, layers)
     if fields['schedule'] == 'epochs':
         stages, plateau = _check_stages(fields['stages'], layers), None
     else:
@@ -190,21 +190,21 @@ def optimizer_from_config(
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
     for row in stages if isinstance(stages, tuple | list) else [stages]:
-        if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, least=0):
+        if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, minimum=0):
             raise UserError(
                 f'optim.stages has the row {row!r}: expected (first epoch, factor for weights, factor for biases, '
                 'overrides by layer).'
             )
-        _check_rows('stages', row[3], 3, layers)
+        _check_layer_rows('stages', row[3], 3, layers)
     starts = [row[0] for row in stages]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
         raise UserError(f'optim.stages starts at epochs {starts}: expected increasing epochs, the first of them 0.')
     return [optim.Stage(*row) for row in stages]
 
 
-def _check_rows(key: str, rows: Any, length: int, layers: Sequence[str]) -> None:
+def _check_layer_rows(key: str, rows: Any, length: int, layers: Sequence[str]) -> None:
     for row in rows if isinstance(rows, tuple | list) else [rows]:
-        if not isinstance(row, tuple | list) or not _are_numbers(row[1:], length - 1, least=0):
+        if not isinstance(row, tuple | list) or not _are_numbers(row[1:], length - 1, minimum=0):
             raise UserError(f'optim.{key} has {row!r}: expected a layer and {length - 1} factor(s) of 0 or more.')
         if row[0] not in layers:
             raise UserError(f'optim.{key} has an unknown layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')

@@ -1,19 +1,19 @@
-"""Weight gradient of a convolution for the CPU backend, where it is faster than XLA's own."""
+"""A weight gradient of convolutions that is faster than XLA's on the CPU backend."""
 
 import math
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-_PATCH_BYTES = 12 << 20  # memory for the patches of one chunk: two images in conv1
+_PATCH_BYTES = 12 << 20  # maximum memory for the patches of one chunk, which is two images in conv1
 
 
 def weight_gradient(
     stride: int, padding: tuple[int, int], kernel_HWIO: Array, x_NHWC: Array, gradient_NHWO: Array
 ) -> Array:
-    """Returns the gradient of a convolution's weights: a matrix product of input patches and output gradient.
+    """Returns the gradient of a convolution's kernel, the matrix product of input patches and output gradient.
 
-    Images are processed in chunks that fit the cache. Blocks of stride x stride pixels are first moved into the
+    Images are processed in chunks that fit in the cache. Blocks of stride x stride pixels are first moved into the
     channels (space to depth), so that a patch consists of a few long contiguous pieces of memory. Only shape and dtype
     of `kernel_HWIO` are used; `gradient_NHWO` is the gradient of the output. See `ops.conv` for `stride` and `padding`.
     """
@@ -42,7 +42,7 @@ def weight_gradient(
     max_images = _PATCH_BYTES // (height * width * blocks * blocks * depth * x_NHWC.dtype.itemsize)
     chunk_size = math.gcd(count, 1 << max(max_images, 1).bit_length() - 1)
     chunks = [a.reshape(-1, chunk_size, *a.shape[1:]) for a in (x_NHWC, gradient_NHWO)]
-    total, _ = lax.scan(  # starts from the first chunk: in `shard_map` the carry must vary over the mesh as the sums do
+    total, _ = lax.scan(  # starts from the first chunk: in `shard_map` the carry must vary over the axes of the sums
         lambda total, chunk: (total + product(chunk), None), product([a[0] for a in chunks]), [a[1:] for a in chunks]
     )
     total = total.reshape(blocks, blocks, stride, stride, channels, features).swapaxes(1, 2)

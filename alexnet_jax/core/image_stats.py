@@ -17,7 +17,7 @@ class ImageStats(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over images, from which the statistics are computed; sums of several processes can be merged."""
+    """Sums over images, from which `from_moments` computes the statistics. Sums of several processes can be merged."""
 
     num_images: int
     image: np.ndarray  # float64 [S, S, 3], sum of the images
@@ -29,10 +29,10 @@ class Moments(NamedTuple):
         return cls(0, np.zeros((size, size, 3)), np.zeros((3, 3)))
 
     def add(self, image_HWC: np.ndarray) -> 'Moments':
-        """Adds one uint8 image. Changes the arrays in place."""
+        """Returns the sums with one uint8 image added. Changes the arrays in place."""
         pixels = image_HWC.reshape(-1, 3).astype(np.float32)
         np.add(self.image, image_HWC, out=self.image)
-        # Each entry of one image's product is below 2^32; float32 keeps 7 digits of it.
+        # The entries of one image's product are below 2^32 for up to 256 px; float32 keeps seven digits of them.
         np.add(self.outer, pixels.T @ pixels, out=self.outer)
         return self._replace(num_images=self.num_images + 1)
 

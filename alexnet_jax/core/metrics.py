@@ -1,4 +1,4 @@
-"""Loss and error rates, accumulated as sums over images and divided once at the end."""
+"""Loss and error rates, accumulated as sums over images and divided by their number at the end."""
 
 import operator
 from typing import Any
@@ -15,8 +15,8 @@ Sums = dict[str, Any]  # a sum over images for each of NAMES: arrays on the devi
 def log_likelihood(logits_NK: AnyArray, label_N: AnyArray) -> jax.Array:
     """Returns the log-probability of the true class, float [N] (section 3.5: softmax, multinomial log-likelihood).
 
-    `logits_NK` is float [N, K], `label_N` int [N]. There is no gather along K: if the classes are split over devices,
-    XLA only adds all-reduces.
+    `logits_NK` is float [N, K], `label_N` int [N]. Nothing is gathered along K: if the classes are split over devices,
+    XLA adds only all-reduces.
     """
     return take_label(jax.nn.log_softmax(logits_NK), label_N)
 
@@ -29,12 +29,12 @@ def take_label(x_NK: AnyArray, label_N: AnyArray) -> jax.Array:
 
 
 def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
-    """Returns the top-k error of each image, float [N], 0 to 1, by counting the scores above that of the true class.
+    """Returns the top-k error of each image, float [N], 0 to 1, from the number of scores above the true class's.
 
-    A tie counts with the expected error of a random order: with `above` scores above and `tied` equal (including the
-    true class), the true class is among the first k with probability (k - above) / tied, as in `LogregCostLayer` of the
-    authors' src/layer.cu. NaN scores count as errors.
-    Deviation: the paper's "not among the five" does not define ties.
+    A tie counts as the expected error over random orders: with `above` scores above and `tied` scores equal (including
+    the true class), the true class is among the first k with probability (k - above) / tied, as in `LogregCostLayer` of
+    the authors' src/layer.cu. NaN scores count as errors.
+    Deviation: the paper's "not among the five" does not say how ties count.
     """
     score_N1 = take_label(score_NK, label_N)[:, None]
     above = jnp.sum(score_NK > score_N1, axis=-1)
@@ -47,7 +47,7 @@ def sums(log_likelihood_N: AnyArray, score_NK: AnyArray, label_N: AnyArray, weig
     """Returns the sums over a batch, each a scalar. Images of weight 0 (padding) do not count.
 
     `log_likelihood_N` is float [N], the log-probability of the true class; `score_NK` is float [N, K], logits or
-    probabilities, of which only the order matters; `label_N` is int [N]; `weight_N` is float [N], 0 or 1.
+    probabilities (only their order matters); `label_N` is int [N]; `weight_N` is float [N], 0 or 1.
     """
     weight = weight_N.astype(log_likelihood_N.dtype)
 

@@ -36,8 +36,8 @@ _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
 class Weights(nn.Module):
     """Parameters `kernel` and `bias` of one layer."""
 
-    shape: tuple[int, ...]  # of one kernel
-    init_std: float | None  # None: kernel and bias as in torch.nn by default, kaiming_uniform(a=sqrt(5))
+    shape: tuple[int, ...]  # of the kernel at one position
+    init_std: float | None  # None: kernel and bias use torch.nn's default, kaiming_uniform(a=sqrt(5))
     bias: float
     positions: tuple[int, ...] = ()  # height and width of the output, if each position has its own kernel and bias
 
@@ -60,27 +60,27 @@ class AlexNet(nn.Module):
     """The network of section 3: 60,965,224 parameters with the defaults.
 
     `network.apply({'params': params}, x_NHWC)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to float32
-    logits [N, num_classes]; `params` come from `init_params`. `train=True, rng=key` turns dropout on, with masks drawn
-    from the key; `masks=dropout_masks(...)` uses the given masks. `mutable='intermediates'` also returns the output of
-    every operation: `conv1.linear`, `conv1.relu`, ...
+    logits [N, num_classes]; `params` come from `init_params`. Dropout is on with `train=True, rng=key`, which draws the
+    masks from the key, or with given masks, `masks=dropout_masks(...)`. `mutable='intermediates'` also returns the
+    output of every operation: `conv1.linear`, `conv1.relu`, ...
 
-    Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers. The module then holds its
-    tower's part of every parameter and feature map, and gathers before a layer with one group whose input is split.
+    Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers. The module then holds only its
+    tower's part of every parameter and feature map. It gathers a split input before each layer with one group.
 
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
-      layers: layer specs by name, kept in network order. A name is a kind (`architecture.KINDS`) and a number.
+      layers: layer specs by name, sorted in network order. A name is a kind (`architecture.KINDS`) and a number.
         None: the paper's conv1 to conv5, fc6, fc7 and fc8.
       num_classes: width of the last layer, the classifier; replaces `features` of its spec.
       pool_window, pool_stride: 3 and 2 give overlapping windows (section 3.4).
       lrn_n, lrn_k, lrn_alpha, lrn_beta: constants of the local response normalization (section 3.3). k is 1 in Caffe.
-      lrn_alpha_over_n: divide alpha by n, as in the authors' code (`layer.py`) and Caffe, but not in the paper.
+      lrn_alpha_over_n: whether alpha is divided by n, as in the authors' code (`layer.py`) and Caffe; not in the paper.
       norm_groups: channel groups that a normalization window does not cross: 2 in the paper, one for each GPU; 1 in
         Caffe, where it covers all channels.
       spatial_n, spatial_k, spatial_alpha, spatial_beta: constants of 'spatial_norm' (`type=rnorm` of the authors' code,
         after the second normalization); alpha is divided by n^2.
       dropout_rate: probability of setting a hidden unit to zero (section 4.2).
-      dropout_inverted: scale in training (Caffe, torchvision) instead of at test time (section 4.2).
+      dropout_inverted: whether units are scaled in training (Caffe, torchvision), not at test time (section 4.2).
       dtype: dtype of the computation: 'float32', 'bfloat16' or 'float64'. Parameters are float32, or float64 with
         jax.enable_x64.
       tower_axis: mesh axis of the towers; None on one device.
@@ -123,7 +123,7 @@ class AlexNet(nn.Module):
             masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # feature maps: one array, or one for each group (see `ops.regroup`)
-        split = False  # whether they hold only this tower's channels
+        split = False  # whether `parts` hold only this tower's channels
         for name, layer in self.layers.items():
             with jax.named_scope(name):
                 if split and layer.groups == 1:
@@ -151,7 +151,7 @@ class AlexNet(nn.Module):
             op = functools.partial(ops.conv, stride=layer.stride, padding=layer.padding)
         else:
             shape = (math.prod(parts[0].shape[1:]), features)
-            # The logits are never rounded to bfloat16: among 1,000 classes the best two would often tie.
+            # The logits are never rounded to bfloat16: the two best of 1,000 classes would often tie.
             logits = name == list(self.layers)[-1]
             op = functools.partial(ops.dense, dtype=jnp.promote_types(self.dtype, jnp.float32) if logits else None)
         kernel, bias = Weights(shape, architecture.init_std(layer.init), layer.bias, positions, name=name)()
@@ -166,19 +166,19 @@ class AlexNet(nn.Module):
         """Applies a post op to each part of a layer's output."""
         op, groups = POST_OPS[name], 1
         if op.groups:
-            groups_here = max(1, op.groups(self) // towers)
-            if groups_here % len(parts):  # it mixes channels of different parts
+            local_groups = max(1, op.groups(self) // towers)
+            if local_groups % len(parts):  # the operation mixes channels of different parts
                 parts = ops.regroup(parts, 1)
-            groups = groups_here // len(parts)
+            groups = local_groups // len(parts)
         masks = [None] * len(parts) if mask is None else ops.regroup([mask], len(parts))
         return [op.function(x, Context(self, groups, m)) for x, m in zip(parts, masks, strict=True)]
 
 
 def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
-    """Draws initial parameters {'conv1': {'kernel', 'bias'}, ...} in the global layout, which is the same for any mesh.
+    """Draws initial parameters {'conv1': {'kernel', 'bias'}, ...} in the global layout, the same for every mesh.
 
-    `image_size` is the side of the network's input in pixels. Kernels are float32, HWIO for convolutions (I is the
-    number of inputs of one group) and [inputs, outputs] for dense layers.
+    `image_size` is the side of the network's input in pixels. Kernels are float32: HWIO for convolutions, where I is
+    the number of input channels of one group; [inputs, outputs] for dense layers; see `ops.local_conv` for local ones.
     """
     return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
@@ -186,7 +186,7 @@ def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
 def dropout_masks(model: AlexNet, key: Array, batch_size: int, image_size: int) -> Masks:
     """Draws a mask, bool [batch_size, ...], for each layer with dropout; True keeps the unit (section 4.2).
 
-    Masks are drawn in the global shape, so that they do not depend on the mesh and differ between towers.
+    Masks are drawn in their global shape, so they do not depend on the mesh, and the two towers get different ones.
     """
     keep = jnp.float32(1 - model.dropout_rate)  # a Python float would change the masks under jax.enable_x64
     return {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Windows = tuple[tuple[int, int], ...]  # (axis, window length n) of each axis summed over
+Windows = tuple[tuple[int, int], ...]  # (axis, window length n) for each axis to sum over
 
 
 def local_response_norm(
@@ -19,11 +19,11 @@ def local_response_norm(
         b_i = a_i / (k + alpha * sum of a_j^2 over the n channels around i) ^ beta
 
     Args:
-      x_NHWC: float [N, H, W, C], also the shape of the result; sums are computed in float32 or wider.
-      n: window length; windows are truncated at the first and last channel of a group.
+      x_NHWC: float [N, H, W, C]; the result has the same shape. Sums are computed in float32 or wider.
+      n: window length, in channels.
       k, alpha, beta: the paper's constants. Alpha multiplies the sum, as printed, not the mean.
-      groups: number of equal channel groups that a window does not cross. Deviation: the paper prints N, all kernels of
-        the layer, but each of its GPUs held only half of them (groups=2).
+      groups: number of equal channel groups; windows are truncated at their edges. Deviation: the paper's formula sums
+        up to N, all kernels of the layer, but each of its GPUs held only half of them (groups=2).
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC.reshape(*x_NHWC.shape[:-1], groups, -1)
@@ -31,13 +31,13 @@ def local_response_norm(
 
 
 def spatial_response_norm(x_NHWC: Array, *, n: int, k: float, alpha: float, beta: float) -> Array:
-    """Response normalization over an n x n window of each map. In the authors' code, not in the paper.
+    """Response normalization over an n x n window of each feature map, from the authors' code; not in the paper.
 
         b = a / (k + alpha * sum of a^2 over the window around it) ^ beta
 
     It is `type=rnorm` of `layer.py`; net 145 applies it after the second normalization, with alpha = scale / n^2. A
-    window begins n // 2 before its position and is truncated at the edges. `x_NHWC` is float [N, H, W, C], also the
-    shape of the result; sums are computed in float32 or wider.
+    window begins n // 2 before its position and is truncated at the edges. `x_NHWC` is float [N, H, W, C]; the result
+    has the same shape. Sums are computed in float32 or wider.
     """
     chex.assert_rank(x_NHWC, 4)
     return _response_norm(((1, n), (2, n)), k, alpha, beta, x_NHWC)
@@ -48,7 +48,7 @@ def _response_norm(windows: Windows, k: float, alpha: float, beta: float, x: Arr
     """Returns x / (k + alpha * sum of x^2)^beta.
 
     The custom gradient stores only x, and takes a quarter of the time of automatic differentiation on the CPU backend.
-    Forward-mode differentiation is not available; `jax.grad` of `jax.grad` works.
+    `jax.jvp` is not available, as for all `custom_vjp` functions; `jax.grad` of `jax.grad` works.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * _power(k + alpha * _window_sums(jnp.square(wide), windows), beta)).astype(x.dtype)
@@ -63,8 +63,8 @@ def _response_norm_backward(
 ) -> tuple[Array]:
     """Returns g d^-beta - 2 alpha beta x sum' (g x d^-beta / d) with d = k + alpha sum x^2.
 
-    sum' is over the positions whose window contains x. The barrier keeps XLA from recognizing d of the forward pass:
-    it would store that float32 array instead of recomputing it.
+    sum' is over the positions whose window contains x. The barrier keeps XLA from merging this d with that of the
+    forward pass; otherwise d, a float32 array, would be stored instead of recomputed.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dtype, x, gradient = x.dtype, x.astype(wide), gradient.astype(wide)
@@ -79,14 +79,14 @@ _response_norm.defvjp(_response_norm_forward, _response_norm_backward)
 
 
 def _power(x: Array, beta: float) -> Array:
-    """Returns x^-beta. The paper's 3/4 uses two roots, which are much cheaper than a logarithm and an exponential."""
+    """Returns x^-beta. The paper's 3/4 takes two square roots, much cheaper than a logarithm and an exponential."""
     return lax.rsqrt(x * jnp.sqrt(x)) if beta == 0.75 else x**-beta
 
 
 def _window_sums(x: Array, windows: Windows, reverse: bool = False) -> Array:
     """Sums over a window of n positions around each position, along each axis in turn, with zeros beyond the edges.
 
-    A window begins n // 2 before its position. With `reverse` the sum is over the positions whose window contains it.
+    A window begins n // 2 before its position. With `reverse`, sums over the positions whose windows contain it.
     """
     for axis, n in windows:
         size, padding = x.shape[axis], (n // 2, (n - 1) // 2)

@@ -1,7 +1,7 @@
 """The paper's array operations as pure functions of NHWC arrays: convolution, dense layer, dropout.
 
-Several have custom gradients: the operations between two convolutions are memory-bound, and are written so that XLA's
-programs move few bytes (counted in docs/performance.md).
+Several have custom gradients. The operations between convolutions are memory-bound, so they are written such that XLA's
+programs move few bytes (docs/performance.md has the counts).
 """
 
 import functools
@@ -14,15 +14,15 @@ from jax import Array, lax
 from alexnet_jax.core import cpu_gradients
 
 _Arrays = tuple[Array, Array]  # feature maps and kernel, or their gradients
-_LARGE_BYTES = 5 << 20  # size of the output gradient from which patches were faster, see `_convolve_backward`
+_LARGE_BYTES = 5 << 20  # output gradients above this size were faster with patches, see `_convolve_backward`
 
 
 def regroup(parts: list[Array], count: int) -> list[Array]:
-    """Splits or concatenates the channels (the last axis) into `count` arrays of equal size, one for each group.
+    """Splits or concatenates arrays along the last axis (channels) into `count` arrays of equal size, one per group.
 
-    A layer with two groups is computed as two layers, and post ops run on each half. Halves are concatenated only where
-    a layer reads all channels. (XLA's `feature_group_count` took five times as long on the CPU backend. Concatenating
-    after every layer moves 6% more bytes on a GPU.)
+    A layer with two groups is computed as two layers, and post ops run on each half. The halves are concatenated only
+    before a layer that reads all channels. (XLA's `feature_group_count` took five times as long on the CPU backend.
+    Concatenating after every layer would move 6% more bytes on a GPU.)
     """
     if len(parts) == count:
         return parts
@@ -36,8 +36,8 @@ def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, 
       x_NHWC: float [N, H, W, C].
       kernel_HWIO: float [h, w, C, O].
       stride: step of the window in both directions, in pixels.
-      padding: zeros (before, after), the same for rows and columns. `(0, 3)` gives an 11x11 window with stride 4
-        55 positions on a 224 px image; the last extends over the right and bottom edges, as in the authors' code.
+      padding: zeros (before, after), the same for rows and columns. With `(0, 3)`, an 11x11 window with stride 4 has
+        55 positions per axis of a 224 px image; the last extends past the right or bottom edge (authors' code).
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
     return _convolve(stride, tuple(padding), x_NHWC, kernel_HWIO)
@@ -57,9 +57,9 @@ def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: A
 
 
 def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
-    """XLA's gradients, except for the weight gradient on the CPU backend if stride > 1 or the output gradient is large.
+    """Returns XLA's gradients, except for the weight gradient on a CPU if stride > 1 or the output gradient is large.
 
-    There XLA's took 1.3 to 2.6 times as long as `cpu_gradients`. For small gradients it took as little as half as long.
+    In those cases XLA took 1.3 to 2.6 times as long as `cpu_gradients`; in the others, as little as half as long.
     """
     x, kernel = arrays
     _, vjp = jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)
@@ -74,7 +74,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, padding: tuple[int, int]) -> Array:
-    """A convolution with a separate kernel at every position: `type=local` of the authors' `layer.py`.
+    """Convolves with a separate kernel at every position (`type=local` of the authors' `layer.py`).
 
     Maps float [N, H, W, C] to [N, H', W', O]. `kernel_HWPO` is float [H', W', C * size * size, O]; P is a patch of
     size x size pixels, flattened in (channel, row, column) order. See `conv` for `stride` and `padding`.
@@ -93,7 +93,7 @@ def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, pad
 def dense(x: Array, kernel_IO: Array, *, dtype: jax.typing.DTypeLike | None = None) -> Array:
     """Applies a fully connected layer to x, float [N, ..., C], flattened in (H, W, C) order; returns float [N, O].
 
-    `kernel_IO` is float [inputs, O]. `dtype` is the dtype of the sums and the result; None: that of x.
+    `kernel_IO` is float [inputs, O]. `dtype` is the dtype of the sums and the result; None: the dtype of x.
     """
     return jnp.matmul(x.reshape(x.shape[0], -1), kernel_IO, preferred_element_type=dtype)
 
@@ -123,7 +123,7 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 def dropout(x: Array, mask: Array | None, *, rate: float, inverted: bool = False) -> Array:
     """Sets units of x, float [N, ...], to zero in training and scales all units at test time (section 4.2).
 
-    `mask` is bool with the shape of x, True where a unit is kept; None at test time. `rate` is the probability of zero.
+    `mask` is bool with the shape of x, True to keep a unit; None at test time. `rate` is the probability of zero.
     The paper multiplies by 1 - rate at test time. With `inverted` the kept units are divided by 1 - rate in training
     instead, as in Caffe and PyTorch.
     """

@@ -1,18 +1,18 @@
 """The paper's update (section 5) as a chain of optax transformations, and two learning rate schedules.
 
-The paper multiplies the gradient by the rate before it enters the velocity:
+The paper multiplies the gradient by the learning rate before adding it to the velocity:
 
     v <- momentum * v - decay * rate * w - rate * gradient
     w <- w + v
 
-In optax this is `chain(add_decayed_weights, scale_by_learning_rate, trace)`. With the last two in reverse order it is
-`torch.optim.SGD` and `optax.sgd`, which apply the rate to the velocity:
+In optax this is `chain(add_decayed_weights, scale_by_learning_rate, trace)`. With the last two in reverse order, the
+rate multiplies the velocity, as in `torch.optim.SGD` and `optax.sgd`:
 
     v <- momentum * v + decay * w + gradient
     w <- w - rate * v
 
-The two differ when the rate drops: the paper's velocity keeps the old scale, PyTorch's update takes the new rate at
-once. The authors' code (`src/weights.cu`) and Caffe follow the paper.
+The two differ when the rate drops: the paper's velocity keeps the old scale, but PyTorch's update uses the new rate
+immediately. The authors' code (`src/weights.cu`) and Caffe follow the paper.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class PlateauState(NamedTuple):
     """State of the plateau schedule; only `Optimizer.after_validation` changes it."""
 
     drops: jax.Array  # int32: drops of the learning rate so far
-    best_error: jax.Array  # float32, percent: lowest validation error so far
-    count: jax.Array  # type: ignore[assignment]  # not tuple.count. int32: validations since it improved
+    best_error: jax.Array  # float32, percent: validation error of the last improvement
+    count: jax.Array  # type: ignore[assignment]  # not tuple.count. int32: validations since an improvement or drop
 
 
 class SgdState(NamedTuple):
@@ -47,7 +47,7 @@ class SgdState(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Learning rate factors from an epoch on."""
+    """Learning rate factors that apply from an epoch on."""
 
     start: float  # epoch
     weights: float
@@ -56,8 +56,8 @@ class Stage(NamedTuple):
 
     def factor(self, layer: str, part: str) -> float:
         """Returns the factor of one array; `part` is 'kernel' or 'bias'."""
-        own = {name: (weights, biases) for name, weights, biases in self.layers}
-        weights, biases = own.get(layer, (self.weights, self.biases))
+        overrides = {name: (weights, biases) for name, weights, biases in self.layers}
+        weights, biases = overrides.get(layer, (self.weights, self.biases))
         return biases if part == 'bias' else weights
 
 
@@ -74,10 +74,10 @@ class Plateau(NamedTuple):
     def decide(self, state: PlateauState, error: jax.typing.ArrayLike) -> PlateauState:
         """Returns the state after a validation with a top-1 error in percent."""
         error = jnp.asarray(error, jnp.float32)
-        gained = error < state.best_error - self.min_delta
-        count = jnp.where(gained, 0, state.count + 1)
+        improved = error < state.best_error - self.min_delta
+        count = jnp.where(improved, 0, state.count + 1)
         drop = (count >= self.patience) & (state.drops < self.max_drops)
-        best = jnp.where(gained, error, state.best_error)
+        best = jnp.where(improved, error, state.best_error)
         return PlateauState(state.drops + drop, best, jnp.where(drop, 0, count))
 
 
@@ -94,14 +94,14 @@ class RateTable:
     warmup: Callable[[jax.Array], jax.Array] | None = None  # number of updates -> factor of every rate
 
     def _current(self, rates: Sequence[float], state: SgdState) -> jax.Array:
-        """Selects from one rate per stage the rate of the next update."""
+        """Selects the rate of the next update from `rates`, one per stage."""
         starts = [round(stage.start * self.steps_per_epoch) for stage in self.stages[1:]]
         stage = state.plateau.drops if self.plateau else jnp.sum(state.count >= jnp.asarray(starts, jnp.int32))
         rate = jnp.asarray(rates)[stage]
         return rate if self.warmup is None else rate * self.warmup(state.count)
 
     def base(self, state: SgdState) -> jax.Array:
-        """Returns the rate of weights in layers without overrides."""
+        """Returns the learning rate of weights in layers without overrides."""
         return self._current([self.learning_rate * stage.weights for stage in self.stages], state)
 
     def of(self, params: Any, state: SgdState) -> Any:
@@ -116,7 +116,7 @@ class RateTable:
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, and the functions that read and decide its learning rate."""
+    """An optax transformation, and functions that read and adjust its learning rate."""
 
     tx: optax.GradientTransformation
     learning_rate: Callable[[SgdState], jax.Array]  # rate of the next update
@@ -128,8 +128,8 @@ class DecayTable:
     """The weight decay of every array, which the update multiplies by the learning rate."""
 
     weights: float = 0.0005  # the paper's value
-    # 0 in the paper's config: the paper's update does not tell weights from biases, but the authors' code and Caffe
-    # decay only weights. `torch.optim.SGD` decays both.
+    # 0 in the paper's config: the paper's update does not distinguish weights and biases, but the authors' code and
+    # Caffe decay only weights. `torch.optim.SGD` decays both.
     biases: float = 0.0
     layers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # overrides `weights` by layer
 
@@ -151,20 +151,20 @@ def add_decays(table: DecayTable) -> optax.GradientTransformation:
 def make_optimizer(
     rates: RateTable, decay: optax.GradientTransformation, *, momentum: float = 0.9, rate_in_velocity: bool = True
 ) -> Optimizer:
-    """Returns the stochastic gradient descent of the module docstring.
+    """Returns stochastic gradient descent as in the module docstring.
 
-    An array whose rate is 0 is frozen: neither the array nor its velocity changes. (The plain chain would still move it
-    by its velocity. `optax.partition` would change the state tree, so that a checkpoint could not be restored with
+    An array whose rate is 0 is frozen: neither the array nor its velocity changes. (In the plain chain the velocity
+    would still move it. `optax.partition` would change the state tree, so that a checkpoint could not be restored with
     other layers frozen.)
 
-    `decay` precedes the rate: `add_decays`, or a replacement for large batches. The paper's momentum is 0.9. With
-    `rate_in_velocity=False` the update is that of `torch.optim.SGD`.
+    `decay` is the transformation before the rate: `add_decays`, or a replacement for large batches. The paper's
+    momentum is 0.9. With `rate_in_velocity=False` the update is that of `torch.optim.SGD`.
     """
     scale, trace = _scale_by_rates(), _trace_unless_frozen(optax.trace(momentum))
     chain = optax.chain(decay, scale, trace) if rate_in_velocity else optax.chain(decay, trace, scale)
 
     def init(params: Any) -> SgdState:
-        # Every scalar needs its own buffer, because the state is donated.
+        # Each scalar needs its own buffer, because a buffer cannot be donated twice.
         plateau = PlateauState(jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(0))
         return SgdState(jnp.int32(0), plateau, chain.init(params))
 
@@ -179,7 +179,7 @@ def make_optimizer(
 
 
 def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate` with a rate for each array, passed to `update` as `rates`."""
+    """Like `optax.scale_by_learning_rate`, with one rate per array, passed to `update` as `rates`."""
 
     def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
         del params
@@ -189,11 +189,11 @@ def _scale_by_rates() -> optax.GradientTransformationExtraArgs:
 
 
 def _trace_unless_frozen(trace: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace`, except that an array with rate 0 keeps its velocity and gets a zero update."""
+    """Like `optax.trace`, except that an array with rate 0 keeps its velocity and gets a zero update."""
 
     def update(updates: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
         _, new = trace.update(updates, state, params)
-        held = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
-        return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, held), new._replace(trace=held)
+        velocity = jax.tree.map(lambda rate, a, b: jnp.where(rate > 0, a, b), rates, new.trace, state.trace)
+        return jax.tree.map(lambda rate, v: jnp.where(rate > 0, v, 0), rates, velocity), new._replace(trace=velocity)
 
     return optax.GradientTransformationExtraArgs(trace.init, update)

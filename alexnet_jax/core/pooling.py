@@ -1,4 +1,4 @@
-"""Overlapping pooling (section 3.4) as pure functions of NHWC arrays; the edge may truncate the last window."""
+"""Overlapping pooling (section 3.4) as pure functions of NHWC arrays. The edge may truncate the last window."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from jax import Array, lax
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
-    """Returns the number of windows along a side of `size` pixels; the last may be truncated (authors' code)."""
+    """Number of windows along a side of `size` pixels. The last may be truncated, as in the authors' code."""
     return 1 + -(-(size - window) // stride)
 
 
@@ -20,8 +20,8 @@ def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     """Max pooling of float [N, H, W, C] to float [N, pooled_size(H), pooled_size(W), C] (section 3.4).
 
     Windows overlap if window > stride; the paper's values are 3 and 2.
-    Deviation: positions that tie for the maximum of a window share its gradient. The paper does not define ties: the
-    authors' kernels give the whole gradient to each of these positions, PyTorch gives it to the first.
+    Deviation: positions that tie for the maximum of a window share its gradient. The paper does not mention ties. The
+    authors' CUDA kernels give the whole gradient to each of these positions; PyTorch gives it to the first.
     """
     chex.assert_rank(x_NHWC, 4)
     return _max_pool(window, stride, x_NHWC)
@@ -29,9 +29,9 @@ def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _max_pool(window: int, stride: int, x: Array) -> Array:
-    """Max pooling whose gradient checks, for each position, which of the windows over it have their maximum there.
+    """Max pooling with a custom gradient, which checks for each position which windows have their maximum there.
 
-    This writes the result in one pass, without the scatter of `reduce_window`'s gradient.
+    The gradient is written in one pass, without the scatter that `reduce_window`'s gradient needs.
     """
     ends = [(0, max(0, _span(size, window, stride) + window - 1 - size)) for size in x.shape[1:3]]
     windows, strides = (1, window, window, 1), (1, stride, stride, 1)
@@ -39,12 +39,12 @@ def _max_pool(window: int, stride: int, x: Array) -> Array:
 
 
 def _span(size: int, window: int, stride: int) -> int:
-    """Returns the number of positions from the start of the first window to the start of the last, both included."""
+    """Returns the number of positions from the start of the first window to the start of the last, inclusive."""
     return (pooled_size(size, window, stride) - 1) * stride + 1
 
 
 def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -> list[Array]:
-    """Returns the values at the first, second, ... position of each window along an axis; `fill` beyond the edge."""
+    """Returns `window` arrays: array j has the value at offset j of each window along an axis, `fill` past the edge."""
     span = _span(x.shape[axis], window, stride)
     if (padding := span + window - 1 - x.shape[axis]) > 0:
         x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
@@ -52,10 +52,10 @@ def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -
 
 
 def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Also counts how many values of each window equal its maximum, so that x is read once for both.
+    """Also counts how many values of each window equal its maximum. One pass over x computes both.
 
-    The maximum is taken over slices, which XLA fuses with the count. Without the count (`_max_pool`) XLA would fuse the
-    slices with the producer of x and recompute it for every window over a value.
+    The maximum is taken over slices, which XLA fuses with the count. `_max_pool` has no count and uses `reduce_window`,
+    because XLA would fuse slices with the operation that computes x, and recompute a value for each window over it.
     """
     rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
     values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]
@@ -69,7 +69,7 @@ def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], grad
     x, y, ties = arrays
     wide = jnp.promote_types(x.dtype, jnp.float32)
     share = gradient.astype(wide) / ties.astype(wide)
-    # Position p is at offset p % stride + m * stride of window p // stride - m, if that offset is within the window.
+    # Position p is at offset p % stride + m * stride of window p // stride - m, if that offset is less than `window`.
     back = range(-(-window // stride))
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
     total: Any = 0
@@ -81,7 +81,7 @@ def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], grad
 
 
 def _upsample(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
-    """Returns y[i // stride - back[0], j // stride - back[1]] at each position (i, j) of a shape; 0 outside y."""
+    """Returns an array of `shape` with y[i // stride - back[0], j // stride - back[1]] at (i, j), and 0 outside y."""
     for axis, m in zip((1, 2), back, strict=True):
         count = -(-shape[axis] // stride)
         widths = [(m, max(0, count - m - y.shape[axis])) if i == axis else (0, 0) for i in range(4)]
@@ -96,8 +96,8 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def avg_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     """Mean pooling of float [N, H, W, C] to float [N, pooled_size(H), pooled_size(W), C].
 
-    Used by the authors' CIFAR-10 networks, not in the paper. A truncated window gives the mean of the values inside the
-    image, as in the authors' kernels.
+    The authors' CIFAR-10 networks use it; the paper does not. A truncated window gives the mean of the values inside
+    the image, as in the authors' CUDA kernels.
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC

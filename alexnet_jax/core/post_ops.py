@@ -1,4 +1,4 @@
-"""Post ops: the operations that a layer's `post` may name.
+"""Post ops: the operations that may be listed in a layer's `post`.
 
 A new operation is one function and one entry of `POST_OPS`. Other modules may add entries:
 
@@ -19,20 +19,20 @@ class Context(NamedTuple):
     """Arguments of an operation besides its input."""
 
     network: Any  # the `AlexNet`, for its constants
-    groups: int  # number of channel groups of this input, from `PostOp.groups`; 1 without it
+    groups: int  # number of channel groups in this input, from `PostOp.groups`; 1 if that is None
     mask: jax.Array | None  # dropout mask, bool, the shape of the input; None at test time
 
 
 class PostOp(NamedTuple):
     """An operation on the output of a layer.
 
-    `function(x, context)` maps float [N, H, W, C] to [N, H', W', C], and [N, F] to [N, F]. It gets the channels of one
-    tower or of one group of the layer. It raises UserError if the maps are too small.
+    `function(x, context)` maps float [N, H, W, C] to [N, H', W', C], and [N, F] to [N, F]. Its input may hold only the
+    channels of one tower or of one group of the layer. It raises UserError if the feature maps are too small.
     """
 
     function: Callable[[jax.Array, Context], jax.Array]
     maps_only: bool = False  # True: cannot follow a fully connected layer
-    groups: Callable[[Any], int] | None = None  # network -> groups within which it mixes channels; None: mixes none
+    groups: Callable[[Any], int] | None = None  # network -> number of groups that it mixes within; None: mixes none
 
 
 def _dropout(x: jax.Array, context: Context) -> jax.Array:

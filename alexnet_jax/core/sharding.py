@@ -20,10 +20,10 @@ from alexnet_jax.utils.errors import UserError
 
 
 def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of `data` x `tower` devices: 1x1 is a laptop, 1x2 the paper, Nx2 and Nx1 a cluster.
+    """Returns a mesh of `data` x `tower` devices, such as 1x1 for one device or 1x2 as in the paper.
 
-    `data` is the number of equal parts of a batch; 0 uses all devices. `tower` is 1, or the paper's 2 (section 3.2).
-    A single device always holds both towers. Raises UserError if `devices` (default: all) do not fit the mesh.
+    `data` is the number of shards of a batch; 0 uses all devices. `tower` is 1, or the paper's 2 (section 3.2). A
+    single device always holds both towers. Raises UserError if the mesh does not fit `devices` (default: all).
     """
     if devices is None:
         devices = jax.devices()
@@ -44,52 +44,50 @@ def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None)
             f'mesh.data={data}, mesh.tower={tower}: needs {data * tower} devices, but there are {len(devices)}; use a '
             'smaller mesh.data, or simulate devices on a CPU with --cpu_devices=N.'
         )
-    # With Auto axes XLA propagates the shardings outside the mapped function (loss, update). The devices stay in JAX's
-    # order, host by host: `jax.make_mesh` rejects GPUs of several hosts.
+    # With Auto axes, XLA propagates the shardings to the code outside `shard_map` (loss, update). The devices keep the
+    # order of JAX, host by host; `jax.make_mesh` rejects GPUs of several hosts.
     chosen = np.array(devices[: data * tower]).reshape(data, tower)
     return Mesh(chosen, ('data', 'tower'), axis_types=(AxisType.Auto,) * 2)
 
 
 def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
-    """Returns the network mapped over the mesh, `f(params, x_NHWC, masks=None) -> logits_NK`, in global shapes.
+    """Returns the network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, with global shapes.
 
-    Each device computes its tower for its part of the batch. The logits are split over both axes. (If the number of
-    classes is odd, every device holds the whole classifier, which costs some communication.) The only other
-    communication is the gathers of `AlexNet`: before conv3, fc6, fc7 and fc8 in the paper's network.
+    Each device computes its tower for its shard of the batch. The logits are split over both axes. In the forward pass
+    devices communicate only where `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network. (If the
+    number of classes is odd, every device holds the whole classifier, which costs some more communication.)
 
-    Differentiate outside: take `jax.grad` of a loss of these logits. (Inside the mapped function, after a gather,
-    gradients are exactly two times too large, without an error.)
+    Take `jax.grad` of a loss of these logits, outside `shard_map`. (Inside, gradients taken after a gather would be
+    exactly two times too large, without an error.)
     """
     towers = mesh.shape['tower']
     padding = -model.num_classes % towers
-    mapped = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
+    local_model = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
     classifier = list(model.layers)[-1]
 
-    # Axes of one device are left out: XLA's CPU backend would copy all gradients to sum over a single device.
+    # Axes of size 1 are left out: XLA's CPU backend would copy all gradients to sum over a single device.
     axes = {axis for axis, size in mesh.shape.items() if size > 1}
 
     def spec(*names: str | None) -> P:
         return P(*[name if name in axes else None for name in names])
 
-    def block(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
-        # Gradients of the parameters are partial sums over the batch, those of the image partial sums over the towers.
-        # Mark these inputs as varying explicitly: JAX does not do it for custom_vjp functions, as most of `ops` are.
+    def local_forward(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
+        # The parameters' gradients are partial sums over the batch; the image's gradients are partial sums over towers.
+        # Mark both inputs as varying: JAX does not do it implicitly for `custom_vjp` functions, which `ops` uses.
         if 'data' in axes:
             params = lax.pcast(params, 'data', to='varying')
         if 'tower' in axes:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
-        return cast(Array, mapped.apply({'params': params}, x_nHWC, masks))  # a pair only with `mutable`
+        return cast(Array, local_model.apply({'params': params}, x_nHWC, masks))  # returns a pair only with `mutable`
 
     def apply(params: Any, x_NHWC: Array, masks: Masks | None = None) -> Array:
-        if padding:  # an odd number of classes: pad by one class, which is cut off again below
-            padded = {
-                part: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) for part, x in params[classifier].items()
-            }
+        if padding:  # an odd number of classes: add a class here, and remove its logits below
+            padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])
             params = {**params, classifier: padded}
         if not axes:
-            return block(params, x_NHWC, masks)
+            return local_forward(params, x_NHWC, masks)
         logits = jax.shard_map(
-            block,
+            local_forward,
             mesh=mesh,
             in_specs=(
                 jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
@@ -105,23 +103,23 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
 
 
 def _tower_spec(array: Array) -> P:
-    """Splits kernels and biases along their last axis, the output channels; replicates scalars."""
+    """Returns the spec that splits kernels and biases along the output channels (last axis) and replicates scalars."""
     return P(*[None] * (array.ndim - 1), 'tower') if array.ndim else P()
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """Returns a NamedSharding for every leaf of a training state; leaves that are not scalars are like parameters."""
+    """Returns a NamedSharding for every leaf of a training state. All leaves are scalars or shaped like parameters."""
 
-    def place(leaf: Array) -> NamedSharding:
+    def leaf_sharding(leaf: Array) -> NamedSharding:
         # With an odd number of classes the classifier is replicated.
         is_odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']
         return NamedSharding(mesh, P() if is_odd else _tower_spec(leaf))
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(leaf_sharding, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis over `data`; both towers get the same images."""
+    """Returns the sharding that splits the first axis over `data`; both towers get the same images."""
     return NamedSharding(mesh, P('data'))
 
 
@@ -131,7 +129,7 @@ def random_key(mesh: Mesh, seed: int) -> Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of an array of which every device holds a full copy."""
     return NamedSharding(mesh, P())
 
 
@@ -146,12 +144,12 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> None:
 
 
 def shape_structs(arrays: Any, sharding: NamedSharding) -> Any:
-    """Returns ShapeDtypeStructs with a sharding, as arguments of `jit(f).lower` in place of arrays."""
+    """Returns ShapeDtypeStructs with a sharding, which replace arrays as arguments of `jit(f).lower`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 
 def to_mesh(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-    """Puts a host batch (NumPy, this process's part of the data axis) on the devices; returns global arrays."""
+    """Copies a NumPy batch, this process's shard of the data axis, to the devices. Returns global arrays."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)  # one call for all arrays takes half the time of one call each
@@ -159,18 +157,18 @@ def to_mesh(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count) of the part of every batch that this process reads.
+    """Returns (index, count) of the shard of every batch that this process reads.
 
-    It follows the position on the data axis, not the process index: processes that hold the two towers of one part read
-    the same images. Raises UserError if the devices of this process are not consecutive on that axis.
+    The index follows from the position on the data axis, not from the process index: processes that hold the two towers
+    of one shard read the same images. Raises UserError if this process's devices are not consecutive on that axis.
     """
     rows = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
     if not rows:
-        raise UserError('this process holds no device of the mesh; start fewer processes or raise mesh.data.')
+        raise UserError('the mesh has no device of this process; start fewer processes or raise mesh.data.')
     count, rest = divmod(mesh.shape['data'], len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise UserError(
-            f"this process's devices are rows {rows} of {mesh.shape['data']} on mesh.data; each process needs the same "
-            'number of consecutive rows. Change mesh.data or the number of processes.'
+            f"this process's devices are at positions {rows} of {mesh.shape['data']} on the data axis: expected "
+            'equally many consecutive positions for each process; change mesh.data or the number of processes.'
         )
     return rows[0] // len(rows), count

@@ -17,9 +17,9 @@ Forward = Callable[..., Array]  # result of `sharding.forward`
 
 
 class TrainState(NamedTuple):
-    """Everything that an update changes and a checkpoint saves."""
+    """The state of training, which an update changes and a checkpoint stores."""
 
-    step: Array  # int32: batches taken from the stream so far, which is the index of the next batch
+    step: Array  # int32: number of batches used so far, which is the index of the next batch in the stream
     params: Any
     opt_state: Any
 
@@ -36,7 +36,7 @@ def loss_and_sums(
     """Returns the mean negative log-likelihood over the batch (section 3.5), and the metric sums.
 
     `x_NHWC` is float [N, s, s, 3] from `augment.preprocess`; `batch` has 'label' and 'weight', [N]. For a microbatch,
-    `total` is the weight of the whole batch, by which the loss is divided.
+    `total` is the total weight of the whole batch; the loss is divided by it.
     """
     logits = forward(params, x_NHWC, masks)
     likelihood = metrics.log_likelihood(logits, batch['label'])
@@ -45,7 +45,7 @@ def loss_and_sums(
 
 
 def _split_microbatches(x_N: Array, parts: int, shards: int) -> Array:
-    """Splits x into [parts, N / parts, ...], with the same number of rows from every shard so that no data moves."""
+    """Splits x into [parts, N / parts, ...]. Each part has the same number of rows of every shard: no data moves."""
     rows = x_N.reshape(shards, parts, -1, *x_N.shape[1:]).swapaxes(0, 1)
     return rows.reshape(parts, -1, *x_N.shape[1:])
 
@@ -62,7 +62,7 @@ def train_step(
     augmentation: Augmentation,
     color_steps: int | None = None,
     grad_accum_steps: int = 1,
-    data_parts: int = 1,
+    data_shards: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains on one batch: forward pass, backward pass, update.
 
@@ -70,23 +70,23 @@ def train_step(
     `step`, the position in the data, still increases.
 
     Args:
-      state: on the mesh; donate it.
-      batch: from `pipeline.train_batches`, on the mesh. Instead of 'image' it may have 'whole', or 'index' and all
-        'records', see `augment.crop_on_device`.
+      state: the state on the mesh; donate it to save memory.
+      batch: from `pipeline.train_batches`, on the mesh. Instead of 'image' it may have 'whole', or 'index' and
+        'records' (see `augment.crop_on_device`).
       image_stats: statistics of the training set.
       key: random key of the run. The dropout masks depend only on this key and the step.
       network: gives the shapes of the dropout masks.
-      forward: `sharding.forward(network, mesh)`; the gradient is taken outside of it.
+      forward: `sharding.forward(network, mesh)`.
       optimizer: from `optim.make_optimizer`.
       augmentation: settings of `augment.preprocess`.
-      color_steps: number of updates with color augmentation, counted like `optim.stages`; None: always on.
+      color_steps: number of updates with color augmentation, not counting skipped updates; None: always on.
       grad_accum_steps: number of microbatches, computed one after the other. Their gradients are added: the update is
-        the same, in the memory of one microbatch.
-      data_parts: size of the mesh's data axis.
+        the same, and activations take the memory of one microbatch.
+      data_shards: size of the mesh's data axis.
 
     Returns:
-      The new state, and the sums of `metrics.sums` with 'gradient_norm', 'gradient_norms' and 'update_norms' by layer,
-      'learning_rate' and 'finite'.
+      The new state and a report: the sums of `metrics.sums`, 'gradient_norm', 'gradient_norms' and 'update_norms' (by
+      layer), 'learning_rate' (of this update) and 'finite'.
     """
     count, image_size = len(batch['label']), augmentation.image_size
     if 'image' not in batch:
@@ -109,7 +109,7 @@ def train_step(
     if grad_accum_steps == 1:
         grads, sums = gradient(batch, masks)
     else:
-        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_parts), (batch, masks))
+        microbatches = jax.tree.map(lambda x: _split_microbatches(x, grad_accum_steps, data_shards), (batch, masks))
         shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], microbatches))
         (grads, sums), _ = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, shapes), microbatches)
     with jax.named_scope('update'):
@@ -134,8 +134,8 @@ def log_probabilities(
 ) -> Array:
     """Returns the log of the softmax outputs averaged over views (section 4.1), float32 [N, K], without dropout.
 
-    `image_NHWC` is uint8 [N, S, S, 3], whole records. `views` is 1 (center crop) or 10 (the paper's ten views);
-    UserError otherwise.
+    `image_NHWC` is uint8 [N, S, S, 3], whole images. `views` is 1 (center crop) or 10 (the paper's ten views); other
+    values raise UserError.
     """
     dtype = jax.tree.leaves(params)[0].dtype
     inputs = augment.views(image_NHWC, image_stats, augmentation, count=views, dtype=dtype)

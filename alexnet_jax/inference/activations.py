@@ -27,13 +27,13 @@ FeatureBatch = tuple[np.ndarray, np.ndarray]  # features float32 [n, ...], label
 
 
 def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
-    """Returns the activations that a network offers: {name: (key of the Flax intermediate, index within that key)}."""
+    """Returns the names of a network's activations: {name: (key in Flax's intermediates, index within that key)}."""
     names: dict[str, tuple[str, int]] = {}
     for layer, spec in network.layers.items():
         ops = ['linear', *spec.ops]
         names |= {f'{layer}.{op}': (f'{layer}.{op}', -1) for op in ops}
-        until = ops[: ops.index('dropout')] if 'dropout' in ops else ops
-        names[layer] = f'{layer}.{until[-1]}', until.count(until[-1]) - 1
+        before_dropout = ops[: ops.index('dropout')] if 'dropout' in ops else ops
+        names[layer] = f'{layer}.{before_dropout[-1]}', before_dropout.count(before_dropout[-1]) - 1
     return names
 
 
@@ -45,7 +45,7 @@ def activations(
     Args:
       checkpoint: from `alexnet_jax.load_checkpoint`.
       images: as for `alexnet_jax.predict`.
-      layers: one name or several. 'conv3' is the output of the layer after its last operation before dropout.
+      layers: one name or several. 'conv3' is the output of the layer's last operation (of the last before dropout).
         'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
         'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
       batch_size: images per batch; it does not change the results.
@@ -74,7 +74,7 @@ def iter_activations(
     """Yields the activations of one layer for all records of a split, in order, one batch at a time.
 
     Yields (float32 [n, ...], int32 labels [n]). layer: one of `activation_names`. Raises UserError for an unknown
-    layer and, at the end, if records could not be read; warnings have named each of them.
+    layer, and after the last batch if some records could not be read; a warning names each of them.
     """
     function = _layer_outputs(checkpoint, [layer])
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
@@ -95,7 +95,7 @@ def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, in
     def outputs(params, image_NHWC, image_stats):
         (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
-        return [state['intermediates'][key][which].astype(jnp.float32) for key, which in keys]
+        return [state['intermediates'][key][index].astype(jnp.float32) for key, index in keys]
 
     return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
 
@@ -113,7 +113,7 @@ def write_activations(
     """Writes `iter_activations` to a new file, one batch at a time, and returns the shape of its `features`.
 
     output: path that ends in .safetensors or .npz. It is written as OUTPUT.tmp and renamed when it is complete, so no
-    partial file remains. Raises UserError as `check_output` and `iter_activations`, or if the file cannot be written.
+    partial file remains. Raises UserError as `check_output` and `iter_activations` do, or if writing fails.
     """
     output = os.fspath(output)
     check_output(output)
@@ -126,7 +126,7 @@ def write_activations(
 
 
 def check_output(output: str) -> None:
-    """Raises UserError if `output` has another ending or exists already."""
+    """Raises UserError if `output` does not end in .safetensors or .npz, or already exists."""
     if not output.endswith(SUFFIXES):
         raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(SUFFIXES)}.')
     check_new(output)
@@ -134,10 +134,10 @@ def check_output(output: str) -> None:
 
 def _write_safetensors(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> None:
     """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
-    middle = 4 * math.prod(shape)
+    features_size = 4 * math.prod(shape)
     header = json.dumps({
-        'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, middle]},
-        'labels': {'dtype': 'I32', 'shape': shape[:1], 'data_offsets': [middle, middle + 4 * shape[0]]},
+        'features': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, features_size]},
+        'labels': {'dtype': 'I32', 'shape': shape[:1], 'data_offsets': [features_size, features_size + 4 * shape[0]]},
     }).encode()  # fmt: skip
     header += b' ' * (-len(header) % 8)  # so that the arrays are aligned
     file.write(struct.pack('<Q', len(header)) + header)
@@ -155,7 +155,7 @@ def _write_npz(file, shape: tuple[int, ...], parts: Iterable[FeatureBatch]) -> N
 
 
 def _write_rows(file, total: int, parts: Iterable[FeatureBatch]) -> np.ndarray:
-    """Appends the features and logs progress every ten seconds. Returns the labels, little-endian int32 [total]."""
+    """Appends the features to a file and logs progress. Returns the labels, little-endian int32 [total]."""
     labels: list[int] = []
     progress = Progress(total, seconds=10)
     for features, part_labels in parts:

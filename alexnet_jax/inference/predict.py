@@ -37,14 +37,14 @@ def predict(
       float32 [N, K], or [K] for a single image. Column i is the probability of `checkpoint.class_names[i]`.
 
     Raises:
-      UserError: an image cannot be read or has the wrong type or shape, or views is neither 1 nor 10.
+      UserError: an image cannot be read, an image has the wrong type or shape, or views is neither 1 nor 10.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
     return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
-    """Converts images, as `predict` takes them, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         return check_images(checkpoint, images)
@@ -72,9 +72,9 @@ def top_k(probabilities_NK, k: int) -> np.ndarray:
 
 
 def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns the image files at the given paths, in the order of their names within a folder.
+    """Returns the image files at the given paths; those of a folder are sorted by name.
 
-    Folders are searched recursively. Raises UserError for a path that does not exist or has no images.
+    Folders are searched recursively. Raises UserError for a path that does not exist or contains no images.
     """
     files: list[str] = []
     for path in [os.fspath(path) for path in paths]:
@@ -92,7 +92,7 @@ def predict_files(
 ) -> Iterator[dict]:
     """Yields {'file', 'top': [{'label', 'index', 'probability'}, ...]} for each file, most probable class first.
 
-    Raises UserError at the end if files could not be read as images.
+    Raises UserError after the last file if some files could not be read as images.
     """
     problems = []
     evaluator = Evaluator(checkpoint, views=views, batch_size=_BATCH)

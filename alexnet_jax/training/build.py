@@ -32,7 +32,7 @@ DeviceBatch = dict[str, jax.Array]  # batch on the mesh; global shapes
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSteps:
-    """Jitted functions of a run over a mesh."""
+    """Jitted functions of a training run, and its optimizer."""
 
     optimizer: optim.Optimizer
     state_shapes: TrainState  # ShapeDtypeStructs with shardings
@@ -49,9 +49,9 @@ class TrainingSteps:
 class TrainingSetup:
     """Objects built from a config, for `train_and_evaluate` or for your own loop.
 
-    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the part of it
-    selected by `data.fraction`. `num_workers` decoding processes read them (0: threads). `total_steps` is the number of
-    updates in a complete run.
+    `image_stats` is replicated on the mesh. `storage` holds the training images: the train split, or the subset that
+    `data.fraction` selects. `num_workers` processes decode them (0: threads of this process). `total_steps` is the
+    number of updates in a complete run.
     """
 
     config: ConfigDict
@@ -66,27 +66,27 @@ class TrainingSetup:
     total_steps: int
 
     def init(self, key: jax.Array) -> TrainState:
-        """Returns a new state on the mesh (`.step`, `.params`, `.opt_state`). key: for example `jax.random.key(0)`."""
+        """Returns an initial state on the mesh (`.step`, `.params`, `.opt_state`). key: such as `jax.random.key(0)`."""
         return self.steps.init(key)
 
     def train_step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """Runs one update on a batch of arrays, for your own loop in a single process.
 
-        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`), exactly as
-        `train_and_evaluate` draws them for that step. Reading `state.step` blocks until the previous update is done.
+        Crop, reflection, color and dropout are drawn from (`config.seed`, `state.step`). For `config.batch_size` images
+        these are the draws of `train_and_evaluate` in that step. Reading `state.step` waits for the previous update.
 
         Args:
           state: from `init` or the previous update. It is donated: use the returned state afterwards.
           batch: arrays 'image' uint8 [N, S, S, 3], 'label' int [N] and, optionally, 'weight' [N] (0 excludes an image,
-            1 includes it). S is the record size of the dataset, or the input size of the network: then nothing is
-            cropped.
+            1 includes it). S is the record size of the dataset, or the input size of the network; the latter images are
+            not cropped.
 
         Returns:
           (state, metrics). The metrics are scalars on the device: 'loss' (mean, nats), 'top1_error' and 'top5_error'
-          (percent), 'gradient_norm', 'learning_rate' (of the next update) and 'finite' (False: the update was skipped).
+          (percent), 'gradient_norm', 'learning_rate' (of this update) and 'finite' (False: the update was skipped).
 
         Raises:
-          UserError: a shape or type is wrong, N does not divide over the mesh, or a label is not a class index.
+          UserError: a shape or type is wrong, a label is not a class index, or `sharding.check_batch` rejects N.
         """
         images, labels = np.asarray(batch['image']), np.asarray(batch['label'])
         weight = np.asarray(batch.get('weight', np.ones(len(images))), np.float32)
@@ -119,18 +119,18 @@ class TrainingSetup:
         return len(self.storage.records)
 
     def train_batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Yields training batches on the host without end (see `pipeline.train_batches`). Close it after use."""
+        """Yields train batches on the host, endlessly (see `pipeline.train_batches`). Close the generator after use."""
         return pipeline.train_batches(
             self.storage,
             seed=self.config.seed,
             start_step=start_step,
             augmentation=self.augmentation,
-            num_workers=0 if self.config.data.cache else self.num_workers,  # cached images are already decoded
+            num_workers=0 if self.config.data.cache else self.num_workers,  # cached images are decoded
             **self._input_options,
         )
 
     def val_batches(self) -> Generator[Batch, None, None]:
-        """Yields batches of the val split on the host, repeatedly (see `pipeline.eval_batches`). Close it after use."""
+        """Yields val batches on the host, endlessly (see `pipeline.eval_batches`). Close the generator after use."""
         return pipeline.eval_batches(
             self.dataset.splits.get('val', ()),
             record_size=self.dataset.record_size,
@@ -158,8 +158,8 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     Args:
       config: from `alexnet_jax.get_config`. configs/paper.py explains every key.
       dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
-      devices: None uses the devices of this machine. With described devices (`hlo_cost.topology_devices`) the steps
-        can be compiled but not run, and `image_stats` holds shapes only.
+      devices: None uses `jax.devices()`. Steps for devices that this machine lacks (`hlo_cost.topology_devices`) can be
+        compiled but not run; `image_stats` then holds only shapes.
 
     Returns:
       A `TrainingSetup`. Its `init` and `train_step` are enough for a training loop:
@@ -182,7 +182,7 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
             "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
             '--config.mesh.tower=1 or --config.model.dtype=float32.'
         )
-    # Checks the split into the config's towers, even if a single device holds both towers.
+    # Check the config's number of towers, even if a single device holds both.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
     sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
     num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
@@ -214,8 +214,8 @@ def make_steps(
     forward = sharding.forward(network, mesh)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings, everywhere = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
-    # With the first option alone, XLA (JAX 0.11) emits products for Triton, disallows it, and finds no alternative.
+    shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+    # With the first option alone, XLA (JAX 0.11) lowers products to Triton, which that option forbids, and fails.
     options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
     jit = functools.partial(jax.jit, compiler_options=options)
     update = functools.partial(
@@ -226,23 +226,23 @@ def make_steps(
         augmentation=augmentation,
         color_steps=round(augmentation.color_epochs * steps_per_epoch) if augmentation.color_epochs else None,
         grad_accum_steps=config.grad_accum_steps,
-        data_parts=mesh.shape['data'],
+        data_shards=mesh.shape['data'],
     )
     evaluate = functools.partial(train_step.eval_step, forward=forward, augmentation=augmentation, views=1)
     return TrainingSteps(
         optimizer=optimizer,
         state_shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        # `init` runs once, so skip LLVM's optimization of the random draws: it takes seconds on a CPU.
+        # `init` runs once, so skip LLVM's optimization of the random draws, which takes seconds on a CPU.
         init=jit(init, out_shardings=shardings, compiler_options={**options, 'xla_backend_optimization_level': 1}),
         # jax_debug_nans reruns a step that produced NaN, so with `debug` the old state must not be donated.
-        train_step=jit(update, out_shardings=(shardings, everywhere), donate_argnums=() if config.debug else 0),
-        eval_step=jit(evaluate, out_shardings=everywhere),
+        train_step=jit(update, out_shardings=(shardings, replicated), donate_argnums=() if config.debug else 0),
+        eval_step=jit(evaluate, out_shardings=replicated),
         after_validation=jit(optimizer.after_validation, out_shardings=shardings.opt_state),
     )
 
 
 def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:
-    """Raises UserError if a dataset has no training data or its number of classes differs from the network's."""
+    """Raises UserError if a dataset has no training data, or not as many classes as the network has outputs."""
     if dataset.image_stats is None or 'train' not in dataset.splits:
         missing = 'no train split' if 'train' not in dataset.splits else f'no {FILE_NAME}'
         raise UserError(f'{path!r} has {missing}; prepare training images with alexnet_jax prepare.')
@@ -254,7 +254,7 @@ def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> No
 
 
 def _num_workers(config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, rows: int) -> int:
-    """Resolves `data.num_workers`. -1 gives 0 if the step itself needs the cores or the images are already decoded."""
+    """Resolves `data.num_workers`. -1 becomes 0 if the step needs the CPU cores or the images are already decoded."""
     script = processes.script_without_guard()
     if config.data.num_workers > 0 and script:
         raise UserError(
@@ -280,8 +280,8 @@ def _make_storage(config: ConfigDict, records: Sequence, record_size: int, mesh:
         return Records([{'image': image, 'label': int(label)} for image, label in pairs], record_size)
     if config.cache == 'host':
         return HostCache(images, labels)
-    everywhere = sharding.replicated(mesh)
-    return DeviceCache(jax.make_array_from_callback(images.shape, everywhere, lambda part: images[part]), labels)
+    replicated = sharding.replicated(mesh)
+    return DeviceCache(jax.make_array_from_callback(images.shape, replicated, lambda part: images[part]), labels)
 
 
 def _check_memory(cache: str, count: int, record_size: int, mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from alexnet_jax.core.config import (
     check_values,
     is_nonnegative,
     is_nonnegative_int,
+    is_number,
     is_positive_int,
     model_from_config,
 )
@@ -19,16 +20,16 @@ from alexnet_jax.utils.errors import UserError, did_you_mean
 _RUN_CHECKS = (
     ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
     ('stop_at_error', lambda value: is_nonnegative(value) and value < 100, '0 (never) or a percentage below 100'),
-    ('seed', lambda value: is_nonnegative_int(value, most=2**31 - 1), 'an integer, 0 to 2^31 - 1'),
+    ('seed', lambda value: is_nonnegative_int(value, maximum=2**31 - 1), 'an integer, 0 to 2^31 - 1'),
     ('batch_size', is_positive_int, 'a positive integer'),
     ('max_nonfinite num_steps', is_nonnegative_int, 'an integer of 0 or more'),
     ('log_every_steps eval_every_steps checkpoint_every_steps', is_nonnegative_int, 'an integer of 0 or more'),
 )
 _DATA_CHECKS = (
     ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
-    ('fraction', lambda value: is_nonnegative(value, most=1) and value > 0, 'a number above 0 and at most 1'),
+    ('fraction', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('num_threads max_unreadable', is_nonnegative_int, 'an integer of 0 or more'),
-    ('num_workers', lambda value: is_nonnegative_int(value, least=-1), 'an integer of -1 or more'),
+    ('num_workers', lambda value: is_number(value, minimum=-1, kind=int), 'an integer of -1 or more'),
 )
 
 

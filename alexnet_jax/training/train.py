@@ -31,22 +31,22 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains a network to the end of the config's schedule, starting from the workdir's last checkpoint if it has one.
 
-    Each step runs in this order: update, evaluate, adjust the learning rate, save. A run that is stopped and resumed
-    with the same config ends in the same state as a run that was never stopped.
+    Each step runs in this order: update, evaluate, adjust the learning rate, save. On a CPU, a run that is stopped and
+    resumed with the same config ends in the same state, bit for bit, as an uninterrupted run.
 
     Args:
-      config: from `alexnet_jax.get_config`. configs/paper.py explains every key. It is not modified.
-      workdir: folder for config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
+      config: from `alexnet_jax.get_config`. configs/paper.py explains every key. The config is not modified.
+      workdir: directory for config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/.
       dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
-      profile: updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up updates.
+      profile: number of updates to trace into WORKDIR/profile (for TensorBoard or Perfetto), after two warm-up updates.
 
     Returns:
       The metrics of the last validation: 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images),
       'images_per_second' and 'data_wait' (0 to 1). {} if there is no val split or the run was already finished.
 
     Raises:
-      UserError: config, data and workdir do not fit together, or a file cannot be read or written.
-      DivergedError: loss, gradient or update is not finite. Names the step, learning rate and last checkpoint.
+      UserError: config, data and workdir are incompatible, or a file cannot be read or written.
+      DivergedError: a loss, gradient or update is not finite. Its message names the step and the last checkpoint.
       TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
     workdir = os.fspath(workdir)
@@ -85,7 +85,7 @@ def train_and_evaluate(
         try:
             if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
-            remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # num_epochs may have been lowered
+            remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # 0 if num_epochs was lowered
             prefetched = () if hooks.done else pipeline.prefetch_to_device(remaining, setup.to_mesh)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
@@ -141,14 +141,14 @@ class StepHooks:
         last = step >= self.setup.total_steps
         save = due['checkpoint'] or last
         validate = 'val' in self.setup.dataset.splits and due['eval']
-        # Each save is preceded by a log line, so no logged mean spans a restart.
+        # Log before each save, so that no logged mean spans a restart.
         return StepActions(due['log'] or save, validate, save, last)
 
     def after_update(self, state: TrainState, step: int, due: StepActions, *, resumed: bool = False) -> TrainState:
         """Runs the due actions and returns the state with the adjusted learning rate.
 
-        resumed: the step was restored from a checkpoint marked as unfinished, after its update but before its actions.
-        Raises TerminatedError if SIGTERM was received: the update is saved, and its actions run first on resume.
+        resumed: whether the state is from a checkpoint marked as unfinished, saved after the update but before its
+        actions. Raises TerminatedError on SIGTERM: the update is saved, and its actions run first on resume.
         """
         error = self.setup.config.stop_at_error
         if error and (due.log or resumed) and self.log.reached(error):
@@ -169,7 +169,7 @@ class StepHooks:
                     self.checkpoints.wait()
                 saved = f'step {step} of {self.setup.total_steps} is saved'
                 raise TerminatedError(f'SIGTERM: {saved}; run the same command to resume.') from None
-            if due.validate:  # an extra validation at the end must not change a run that is later extended
+            if due.validate:  # the extra validation at the end must not change a run that is extended later
                 opt_state = self.setup.steps.after_validation(state.opt_state, result['top1_error'])
                 state = state._replace(opt_state=opt_state)
             if due.save:
@@ -207,7 +207,7 @@ class StepHooks:
 
 
 class _Profiler(contextlib.ExitStack):
-    """Traces `count` updates into a folder, after two warm-up updates; a count of 0 traces nothing."""
+    """Traces `count` updates into a folder, after two warm-up updates. A count of 0 traces nothing."""
 
     def __init__(self, folder: str, start: int, count: int, total_steps: int):
         super().__init__()
@@ -234,13 +234,13 @@ def _describe_setup(setup: TrainingSetup) -> None:
         f'mesh.tower={devices.shape[1]}. Compiling the first update takes a while.'
     )
     if 'val' not in setup.dataset.splits:
-        distributed.warn('no val split: nothing is evaluated, and the learning rate does not follow the error.')
+        distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
     if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
         distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:
-    """Returns whether the run is finished; if so, logs which config key extends it."""
+    """Returns whether the run is finished. If so, logs the config key to change in order to continue."""
     reached = train_log.LogState(**(log or {})).reached(setup.config.stop_at_error)
     if not reached and step < setup.total_steps:
         return False
@@ -251,7 +251,7 @@ def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str
 
 @contextlib.contextmanager
 def _open_workdir(workdir: str):
-    """Creates the workdir, and locks it in process 0 against a second run. Raises UserError if either fails."""
+    """Creates the workdir; process 0 locks it against a second run. Raises UserError if either fails."""
     check_workdir(workdir)
     try:
         os.makedirs(absolute_local_path(workdir), exist_ok=True)

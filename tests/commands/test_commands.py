@@ -48,7 +48,7 @@ def _assert_user_error(result, pattern):
         ([*MAIN, '--workdir=W', '--config.batch_size=0'], 'batch_size=0: expected a positive integer'),
         ([*MAIN, '--workdir=W', '--config.model.layers.conv2.pots=x'], "Did you mean 'model.layers.conv2.post'"),
         ([*MAIN, '--workdir=W', '--config.model.layers.cnv2.post=x'], "Did you mean 'model.layers.conv2.post'"),
-        ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "conv2.post='relu pol': unknown op 'pol'"),
+        ([*MAIN, '--summary', '--config.model.layers.conv2.post=relu pol'], "relu pol': op 'pol' is not available"),
         ([*MAIN, '--workdir=W', '--config.model.layers.fc8.features=5'], "key 'model.layers.fc8.features'. Did you"),
         ([*MAIN, '--workdir=W', '--config.data.pixel_std[0]=5'], r"config key 'data.pixel_std\[0\]'. Did you mean"),
         ([*MAIN, '--summary', '--config.=3'], "unknown config key ''"),

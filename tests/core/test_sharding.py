@@ -84,7 +84,7 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
     state = _place(mesh, train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
     forward = sharding.forward(network, mesh)
     fixed = dict(
-        network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_parts=mesh.shape['data']
+        network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_shards=mesh.shape['data']
     )
     fixed['augmentation'] = augment.Augmentation(image_size=size)
     step = jax.jit(lambda *args: train_step.train_step(*args, **fixed))

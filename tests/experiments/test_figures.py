@@ -64,7 +64,7 @@ def test_architecture_of_other_networks():
     assert cifar[2].kernel == (3, 64) and cifar[2].parameters == 36 * (9 * 64 * 32 + 32)
     odd = _rows('paper', 2, num_classes=21_843)
     assert odd[-1].maps == (10_922, 10_921) and odd[-1].neurons == 21_843
-    with pytest.raises(UserError, match='No layer has groups=2'):
+    with pytest.raises(UserError, match='no layer has groups=2'):
         _rows('ablations:one_gpu', 2)
     for name, towers in (('paper', 2), ('authors_2012', 2), ('ablations:one_gpu', 1), ('torchvision', 1), ('caffe', 1)):
         config = alexnet_jax.get_config(name)
