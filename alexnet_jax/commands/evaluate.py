@@ -96,7 +96,7 @@ def _relabel(records: Sequence, classes, split: str, path: str) -> tuple[Sequenc
 
     log = logging.warning if classes.method == 'index' else logging.info
     count = len(classes.network_names)
-    log('%s matches %s of the data. Errors are over all %d classes of the network.', path, classes.describe(), count)
+    log('data: %s. Errors are over all %d classes of the network.', classes.describe(path), count)
     total = len(records)
     records, left_out = class_map.relabel(records, classes.labels)
     if missing := classes.missing:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from alexnet_jax.data import imagenet_classes
 from alexnet_jax.data.imagenet_classes import are_numbers, with_meaning
@@ -30,12 +31,13 @@ class ClassMap(NamedTuple):
         """The classes of the dataset that the network does not have."""
         return [name for name, label in zip(self.names, self.labels, strict=True) if label < 0]
 
-    def describe(self) -> str:
-        """Returns for example "2 of 3 classes by name ('cat' = 'Cat', 'dog' = 'Dog')"."""
+    def describe(self, path: str) -> str:
+        """Returns "2 of 3 classes are classes of PATH, matched by name ('cat' = 'Cat', 'dog' = 'Dog')", for example."""
         pairs = [(name, self.network_names[k]) for name, k in zip(self.names, self.labels, strict=True) if k >= 0]
         shown = [f'{name!r} = {with_meaning(own)!r}' for name, own in pairs[:_EXAMPLES]]
         shown += ['...'] if len(pairs) > _EXAMPLES else []
-        return f'{len(pairs)} of {len(self.names)} classes by {self.method} ({", ".join(shown)})'
+        matched = f'{len(pairs)} of {len(self.names)} classes are classes of {path}'
+        return f'{matched}, matched by {self.method} ({", ".join(shown)})'
 
 
 def match_classes(names: Sequence[str], network_names: Sequence[str], path: str) -> ClassMap:
@@ -124,12 +126,15 @@ def align(checkpoints: Sequence[Any]) -> list[np.ndarray | None]:
     orders: list[np.ndarray | None] = []
     names = checkpoints[0].class_names
     for number, checkpoint in enumerate(checkpoints, start=1):
-        matched = match_classes(names, checkpoint.class_names, f'network {number} of the ensemble')
+        name = f'network {number} of the ensemble'
+        matched = match_classes(names, checkpoint.class_names, name)
         if matched.missing or len(names) != len(checkpoint.class_names):
             raise UserError(
-                f'network {number} of the ensemble has {len(checkpoint.class_names)} classes, the first {len(names)}; '
+                f'{name} has {len(checkpoint.class_names)} classes, the first {len(names)}; '
                 f'{len(matched.missing)} of these have no match ({_some(matched.missing)}): expected the same classes.'
             )
+        if matched.method:
+            logging.warning('first network: %s.', matched.describe(name))
         orders.append(matched.labels if matched.method else None)
     return orders
 

@@ -127,7 +127,7 @@ def _permuted(checkpoint, order, names):
     return checkpoint._replace(params=params, class_names=tuple(names))
 
 
-def test_ensemble_averages_classes_not_columns(saved):
+def test_ensemble_averages_classes_not_columns(saved, caplog):
     first, second = map(loading.load_checkpoint, saved)
     first, second = (one._replace(class_names=tuple('abcdefghij')) for one in (first, second))
     val, mesh = datasets.open_dataset('digits').split('val')[:60], sharding.make_mesh(data=1, tower=1)
@@ -136,6 +136,7 @@ def test_ensemble_averages_classes_not_columns(saved):
     expected, found = (evaluate.evaluate_ensemble([first, one], val, mesh) for one in (second, permuted))
     for key in ('loss', 'top1_error', 'top5_error'):
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
+    assert "10 of 10 classes are classes of network 2 of the ensemble, matched by name ('a' = 'A'" in caplog.text
     wrong = second._replace(class_names=tuple('abcdefghiz'))
     with pytest.raises(UserError, match=r"network 2 of the ensemble .*; 1 of these have no match \('j'\)"):
         evaluate.evaluate_ensemble([first, wrong], val, mesh)
@@ -153,7 +154,7 @@ def test_evaluate_command_on_a_subset(tmp_path):
     done = forked.run_command(words, tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    assert f"{checkpoint} matches 3 of 4 classes by name ('07' = '7', '2' = '2', '5' = '5')" in said
+    assert f"3 of 4 classes are classes of {checkpoint}, matched by name ('07' = '7', '2' = '2', '5' = '5')" in said
     assert 'Errors are over all 10 classes of the network.' in said
     assert (
         f'1 of 4 classes of the data have no match in {checkpoint}: three; 3 of 12 images of val are left out' in said
