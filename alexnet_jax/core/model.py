@@ -136,7 +136,7 @@ class AlexNet(nn.Module):
                         parts = self._apply_op(op, parts, None if masks is None else masks.get(name), towers)
                     self._sow_output(f'{name}.{op}', parts)
             split = towers > 1
-        return parts[0]
+        return ops.regroup(parts, 1)[0]
 
     def _linear(self, name: str, layer: LayerSpec, parts: list[Array], towers: int) -> list[Array]:
         """Computes a layer's weighted sums plus biases, separately for each group."""

@@ -21,7 +21,7 @@ _RUN_CHECKS = (
     ('on_nonfinite', ('stop', 'skip').__contains__, "'stop' or 'skip'"),
     ('stop_at_error', lambda value: is_nonnegative(value) and value < 100, '0 (never) or a percentage below 100'),
     ('seed', lambda value: is_nonnegative_int(value, maximum=2**31 - 1), 'an integer, 0 to 2^31 - 1'),
-    ('batch_size', is_positive_int, 'a positive integer'),
+    ('batch_size grad_accum_steps', is_positive_int, 'a positive integer'),
     ('max_nonfinite num_steps', is_nonnegative_int, 'an integer of 0 or more'),
     ('log_every_steps eval_every_steps checkpoint_every_steps', is_nonnegative_int, 'an integer of 0 or more'),
 )
@@ -39,7 +39,7 @@ def _keys(checks: tuple) -> list[str]:
 
 _KEYS = {  # keys of every config; configs/paper.py explains the values
     '': (
-        *_keys(_RUN_CHECKS), 'grad_accum_steps', 'num_epochs', 'init_from', 'init_fresh', 'debug', 'deterministic',
+        *_keys(_RUN_CHECKS), 'num_epochs', 'init_from', 'init_fresh', 'debug', 'deterministic',
         'data', 'model', 'mesh', 'optim',
     ),
     'data.': ('path', *_keys(_DATA_CHECKS), *Augmentation._fields),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax.core import architecture, model, ops
+from alexnet_jax.core import architecture, model, ops, sharding
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
@@ -260,6 +260,21 @@ def test_fan_in_initialization():
         assert abs(values.std() / (bound / 3**0.5) - 1) < (0.2 if name == 'conv1' and part == 'bias' else 0.05), name
     centered = np.asarray(params['conv2']['bias']) - 0.5
     assert 0.8 * (3 * 3 * 48) ** -0.5 < np.abs(centered).max() <= (3 * 3 * 48) ** -0.5
+
+
+def test_grouped_classifier_computes_all_logits():
+    """It equals a full layer with a block-diagonal kernel, on one device and on two."""
+    grouped = helpers.network(layers=helpers.layers(fc8={'groups': 2}))
+    params = helpers.init(grouped)
+    half, full = np.asarray(params['fc8']['kernel']), np.zeros((32, 12), np.float32)
+    full[:16, :6], full[16:, 6:] = half[:, :6], half[:, 6:]
+    x = np.random.default_rng(0).normal(0, 60, (4, helpers.SIZE, helpers.SIZE, 3)).astype(np.float32)
+    expected = helpers.network().apply({'params': {**params, 'fc8': {**params['fc8'], 'kernel': full}}}, x)
+    for tower in (1, 2):
+        mesh = sharding.make_mesh(data=1, tower=tower)
+        placed = jax.device_put(params, sharding.state_sharding(mesh, params))
+        logits = jax.jit(sharding.forward(grouped, mesh))(placed, x)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_logits_are_float32_in_bfloat16_networks():

@@ -53,14 +53,22 @@ def test_invalid_values_are_refused_before_writing(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     'key',
-    ['num_steps', 'max_nonfinite', 'eval_every_steps', 'data.num_threads', 'data.max_unreadable', 'optim.max_drops'],
-)
+    [
+        'num_steps',
+        'grad_accum_steps',
+        'max_nonfinite',
+        'eval_every_steps',
+        'data.num_threads',
+        'data.max_unreadable',
+        'optim.max_drops',
+    ],
+)  # fmt: skip
 def test_fractions_are_refused_where_integers_are_expected(key):
     """A config written in Python can hold them; `ml_collections` checks types only when a value is replaced."""
     config = helpers.run_config()
     with config.ignore_type():
         config.update_from_flattened_dict({key: 1.5})
-    with pytest.raises(UserError, match=f'{key}=1.5: expected an integer'):
+    with pytest.raises(UserError, match=f'{key}=1.5: expected an? (positive )?integer'):
         build.build(config)
 
 
