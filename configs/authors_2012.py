@@ -4,22 +4,22 @@ Source: the Computer History Museum's release (github.com/computerhistory/AlexNe
 
     alexnet_jax train --config=authors_2012 --workdir=runs/authors --config.data.path=DIR
 
-The argument selects the learning rates of one training diary ("epoch N" of a diary is read as after N - 1 passes):
+The argument selects the schedule of one training log ("epoch N" of a log is taken as after N - 1 epochs):
   schedule=2010  (default) ILSVRC-2010, 93 epochs. Their log: test set, ten views, 37.47% top-1 and 17.00% top-5 error;
                  center crop 39.02% and 18.30%.
   schedule=2012  ILSVRC-2012, 91 epochs. Their log: validation set, ten views, 40.66% and 18.21%.
   schedule=170   net 170 of January 2013, which ran without manual changes: ILSVRC-2012, 95 epochs. Their log:
                  validation set, ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
-Here: forward pass, update, augmentation and ten-view test agree with a NumPy version of the released code's formulas
-(tests/configs/test_authors.py). It was not trained.
+Here: forward pass, update, augmentation and ten-view test agree with a NumPy implementation of the released code's
+formulas (tests/configs/test_authors.py). It was not trained.
 
 Deviations:
-- Images are shuffled anew in every epoch; the authors used one fixed order.
-- A batch may span two epochs; theirs ended each epoch with a short batch.
-- The bias rates of the 2010 run are lost. Those of `run4.sh`, the only plan that is written out, are used. For the 2012
-  run only the last bias rate is known; it is used throughout.
-- If values tie in a pooling window, the gradient is shared among them; theirs went to each.
+- Images are reshuffled in every epoch; the authors used a fixed order.
+- A batch may span two epochs; in the authors' code, the last batch of an epoch was smaller.
+- The bias learning rates of the 2010 run are unknown. Those of `run4.sh`, the only complete schedule, are used. For the
+  2012 run only the last bias learning rate is known; it is used for the whole run.
+- The gradient of max pooling is divided among equal maxima; in the authors' code, each receives the whole gradient.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ import alexnet_jax
 _SLOW = ('conv1', 0.001, 0.1)  # (layer, factor of its weight rate, factor of its bias rate)
 _FROZEN = ('conv1', 0.0, 0.0)
 
-# (num_epochs, color_epochs, optim.stages); a stage is (first epoch, factor of weight rates, of bias rates, layers).
+# (num_epochs, color_epochs, optim.stages). A stage is (first epoch, factor of weight rates, of bias rates, layers).
 _SCHEDULES = {
     'schedule=2010': (
         93.0,
@@ -43,7 +43,7 @@ _SCHEDULES = {
             (77, 0.001, 0.1, (_FROZEN,)),
         ),
     ),
-    'schedule=2012': (  # the only known bias rate is the last one, which equals the initial one
+    'schedule=2012': (  # only the last bias rate is known, which equals the initial one
         91.0,
         66.0,
         (
@@ -55,7 +55,7 @@ _SCHEDULES = {
             (78, 0.001, 1.0, (_FROZEN,)),
         ),
     ),
-    'schedule=170': (  # four equal stages, 250^(-i/3); color ends at "about" 61 to 68, conv 1 freezes at "about" 74
+    'schedule=170': (  # four equal stages, 250^(-i/3); "about": color until epoch 61 to 68, conv 1 frozen from epoch 74
         95.0,
         64.0,
         (
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: 'schedule=2010' (default), 'schedule=2012' or 'schedule=170'."""
     arg = arg or 'schedule=2010'
     if arg not in _SCHEDULES:
-        raise ValueError(f'configs/authors_2012.py has no variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(_SCHEDULES)}.')
     config = alexnet_jax.get_config('paper:init=authors')
     config.num_epochs, config.data.color_epochs, stages = _SCHEDULES[arg]
 

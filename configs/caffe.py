@@ -6,15 +6,15 @@ To convert weights trained with Caffe:
 
     alexnet_jax convert --input=bvlc_alexnet.caffemodel --mean=imagenet_mean.binaryproto --output=runs/bvlc
 
-The network has the paper's widths and groups, but a single tower, so normalization reaches across all maps. Other
-differences from the paper: normalization with constant 1 and alpha / n, crops of 227 without padding, biases of 0.1
-("1 gave flat loss"), smaller initial weights in fc 6 and fc 7, no color augmentation, dropout scaled in training.
+The network has the paper's widths and groups, but a single tower, so normalization extends over all maps. Other
+differences from the paper: normalization with k = 1 and alpha / n, crops of 227 px without padding, biases of 0.1 ("1
+gave flat loss"), smaller initial weights in fc 6 and fc 7, no color augmentation, dropout scaled in training.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: 57.1% top-1 and 80.2% top-5 accuracy (42.9% and 19.8%
 error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not trained.
 
-Deviation: images are prepared as in the paper (shorter side 256, central square). Caffe's script resizes them to
-256x256 regardless of their aspect ratio.
+Deviation: images are prepared as in the paper (shorter side 256, central square); Caffe's script resizes them to
+256x256, ignoring the aspect ratio.
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
     alexnet_jax prepare --input=cifar10 --output=data/cifar10 --size=32 --format=raw
     alexnet_jax train --config=cifar10:80sec --workdir=runs/80sec --config.data.path=data/cifar10
 
-Reported by the authors: 26%, 19%, 18%, 13% and 11% top-1 test error. The first three use the center crop (the whole
-image), the last two ten views. Here: 80sec 26.16% (one seed). The others need a GPU (docs/experiments.md).
+Reported by the authors: 26%, 19%, 18%, 13% and 11% top-1 test error, for the first three from the whole image, for the
+last two over ten views. Here: 80sec 26.16% (one seed). The others need a GPU (docs/experiments.md).
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ from alexnet_jax.experiments import cifar10
 
 def get_config(arg: str = '18pct') -> ml_collections.ConfigDict:
     if arg not in cifar10.NETS:
-        raise ValueError(f'configs/cifar10.py has no variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
     config = alexnet_jax.get_config('paper')
     config.update_from_flattened_dict(cifar10.NETS[arg])
     return config

@@ -1,14 +1,14 @@
-"""Fine-tunes the paper's network on a few thousand images, from a checkpoint or, with `:scratch`, from scratch.
+"""Trains on a few thousand images: fine-tunes a checkpoint or, as `finetune:scratch`, trains the paper's network.
 
     alexnet_jax finetune --input=PICTURES --output=runs/mine --init_from=runs/torchvision
 
-It also works with `train`:
+It can also be used with `train`:
 
     alexnet_jax train --config=finetune --workdir=runs/mine --config.data.path=DIR
 
-The defaults suit small data sets and come from no paper: batches of 64, 30 epochs, a tenth of the paper's learning
-rate, and two drops. From scratch: 60 epochs at the full learning rate. The `finetune` command trains the new classifier
-with ten times that rate. Initial weights of conv 3-5 are those of the authors' code.
+The defaults are for small datasets and not from a paper: batches of 64, 30 epochs, a tenth of the paper's learning
+rate, which drops twice. From scratch: 60 epochs and the full learning rate. The `finetune` command trains the new
+classifier with ten times the learning rate. Initial weights of conv 3-5 are those of the authors' code.
 No source reports an error for it. Here: a narrow network was fine-tuned on 500 small images (top-1 error over ten views
 in docs/own_pictures.md); the paper's network was not.
 """
@@ -21,7 +21,7 @@ import alexnet_jax
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: None, or 'scratch'."""
     if arg not in (None, 'scratch'):
-        raise ValueError(f"configs/finetune.py has no variant {arg!r}; expected 'scratch' or none.")
+        raise ValueError(f"unknown variant {arg!r}; expected 'scratch' or none.")
     config = alexnet_jax.get_config('paper:init=authors')
     longer = 2 if arg == 'scratch' else 1
     config.batch_size = 64

@@ -1,19 +1,19 @@
 """The paper's network with large batches and LARS.
 
 Sources: You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" 2017 (LARS). Learning rates, decay
-and number of epochs are those of the third author's Caffe files (`borisgin/nvcaffe`,
+and number of epochs are from the third author's Caffe files (`borisgin/nvcaffe`,
 `models/bvlc_alexnet/solver*.prototxt`).
 
     alexnet_jax train --config=large_batch:4096 --workdir=runs/large --config.data.path=DIR
 
 The argument is the batch size: 1024, 4096, 8192 or 16384. If memory is short, --config.grad_accum_steps=8 computes the
-same update in eight microbatches. Weights of conv 3-5 are drawn as in the authors' code (`paper.py:init=authors`).
+same update in eight microbatches. Initial weights of conv 3-5 are those of the authors' code (`paper.py:init=authors`).
 
-Deviations from these files: the learning rate rises linearly over five epochs and then falls once per epoch; theirs
-rises with the square of the step over four or five epochs and falls at every update. Their files for 8,192 and 16,384
-clip the LARS rates; this config does not.
+Deviations from these files: the learning rate rises linearly over five epochs and then decreases once per epoch; theirs
+rises with the square of the step over four or five epochs and decreases at every update. Their files for 8,192 and
+16,384 clip the LARS learning rates; this config does not.
 Reported elsewhere (top-1, center crop): the LARS paper claims batches of 8,192 without loss of accuracy for AlexNet.
-Here: update, warmup and microbatches agree with NumPy and with the whole batch. It was not trained.
+Here: update and warmup agree with NumPy, microbatches with the whole batch. It was not trained.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ _EPOCHS = 100
 
 def get_config(arg: str = '4096') -> ml_collections.ConfigDict:
     if arg not in _RATES:
-        raise ValueError(f'configs/large_batch.py has no variant {arg!r}; expected a batch of {", ".join(_RATES)}.')
+        raise ValueError(f'unknown variant {arg!r}; expected a batch of {", ".join(_RATES)}.')
     config = alexnet_jax.get_config('paper:init=authors')
     config.batch_size = int(arg)
     config.num_epochs = float(_EPOCHS)

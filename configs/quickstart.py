@@ -2,8 +2,8 @@
 
     alexnet_jax train --config=quickstart --workdir=runs/quickstart --cpu_devices=2
 
-The network has two towers if there are two devices. 1,437 images are for training and 360 for validation. There are no
-reflections, because a mirrored digit is not a digit.
+With two devices, each computes one tower. 1,437 images are for training and 360 for validation. Images are not
+reflected, because a mirrored digit is not a digit.
 """
 
 import math
@@ -14,7 +14,7 @@ import alexnet_jax
 
 
 def he(inputs: int) -> float:
-    """Returns the standard deviation that preserves the scale of activations through ReLU layers (He et al. 2015).
+    """Returns the standard deviation that preserves the scale of activations in ReLU layers (He et al. 2015).
 
     The paper's 0.01 suits its wide layers; these layers are an order of magnitude narrower.
     """
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
         ('fc7', 256, 256),
     ):
         layers[name].update(features=features, init=f'normal({he(inputs)})', bias=0.0)
-    # Pixel values are about 64.
+    # The scale of the pixels is about 64.
     layers.conv1.update(kernel=5, stride=1, padding=(2, 2), init=f'normal({he(5 * 5 * 3) / 64})')
     layers.fc8.init = 'normal(0.05)'
     config.model.num_classes = 10

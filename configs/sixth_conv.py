@@ -6,29 +6,31 @@ fc6, fc7 and the classifier fc8.
 
     alexnet_jax train --config=sixth_conv --workdir=runs/six --config.data.path=DIR
 
-The paper's description, "trained on ImageNet Fall 2011, then fine-tuned on ILSVRC-2012", takes two commands:
+The procedure of the paper, training on ImageNet Fall 2011 and fine-tuning on ILSVRC-2012, takes two commands:
 
     ... --config=sixth_conv:pretrain --workdir=runs/fall --config.data.path=FALL2011
     ... --config=sixth_conv:finetune --workdir=runs/tuned --config.data.path=DIR --config.init_from=runs/fall
 
-The authors trained a chain of four networks. The first, A, is net 145 (configs/authors_2012.py), saved at about epoch
-25 to 36. Each of the others starts with --config.init_from=PREVIOUS:
+The authors trained a sequence of four networks. The first, A, is net 145 (configs/authors_2012.py), saved between
+epochs 25 and 36. Each of the others starts with --config.init_from=PREVIOUS:
 
   argument      data                       copied              reinitialized        reduced learning rate
   authors=2009  Fall 2009, 10,184 classes  conv1-5 (of A)      conv6, dense layers  conv1-5: a tenth
   authors=2011  Fall 2011, 21,843 classes  conv1-6             dense layers         conv1-6: a tenth
   authors=2012  ILSVRC-2012                all but classifier  classifier           all: a tenth; conv1: less, then 0
 
-On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Every copy starts with zero velocity.
+On Fall 2011 the classifier (fc9) reads a linear layer of 2048 units (fc8). Copied layers start with zero velocity.
 
 Reported by the paper, ILSVRC-2012 validation set, ten views: 39.0% top-1 and 16.6% top-5 error. Authors' log: 38.99%
-and 16.62%. Here: parameters, shapes, FLOPs and collectives are verified, and a small instance of the chain was run
+and 16.62%. Here: parameters, shapes, FLOPs and collectives are tested, and a small instance of the sequence was run
 (tests/training/test_finetune.py). Nothing was trained at this size.
 
 Deviations:
-- The paper does not state the learning rates of `finetune`; the weight rates of authors=2012 are used, also for biases.
-- The bias rates of the chain are inferred: twice the weight rates at first, then 0.002 (conv 1: as its weights).
-- Fractions of epochs are computed from the diary's count of files of 1,024 images.
+- The paper does not state the learning rates of `finetune`; those of the weights in authors=2012 are used, also for
+  biases.
+- The bias learning rates of the sequence are inferred: first twice the weight learning rate, then 0.002 (conv 1: as its
+  weights).
+- Fractions of epochs are computed from the number of files of 1,024 images in the authors' log.
 """
 
 import ml_collections
@@ -47,7 +49,7 @@ def _tenth(names: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config. arg: None, 'init=authors' (see paper.py), or one of the stages described above."""
     if arg not in _VARIANTS:
-        raise ValueError(f'configs/sixth_conv.py has no variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
+        raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(_VARIANTS[1:])}.')
     authors = arg in ('authors=2009', 'authors=2011', 'authors=2012')
     base = 'authors_2012' if authors else 'paper:init=authors' if arg == 'init=authors' else 'paper'
     config = ablations.with_changes(alexnet_jax.get_config(base), ablations.SIXTH_CONV)
@@ -85,7 +87,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
         if authors:
             config.data.color_epochs = 37.0
-        else:  # biases have the rates of weights
+        else:  # biases have the learning rates of weights
             stages = tuple((epoch, weights, weights, layers) for epoch, weights, _, layers in stages)
         config.optim.stages = stages
     return config

@@ -9,15 +9,15 @@ To convert weights trained with PyTorch:
 This is the one-tower network of "One weird trick" (Krizhevsky 2014) with other widths: 61,100,840 parameters, no
 groups, no normalization. Other differences from the paper: two pixels of padding in conv 1; dropout before the two
 hidden dense layers instead of after them, scaled in training; initial values from U(-b, b) with b = inputs^-1/2; pixels
-divided by their standard deviation; crops of 8 to 100% of the area; torch.optim.SGD, which applies the learning rate
-outside the velocity and decays biases too.
+divided by their standard deviation; crops of 8 to 100% of the area; the update of torch.optim.SGD, which applies the
+learning rate outside the velocity; weight decay of biases.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: 56.52% top-1 and 79.07% top-5 accuracy (43.48% and
 20.93% error). Here: logits, gradients and ten updates agree with PyTorch (tests/core/test_oracle.py). It was not
 trained.
 
-Deviations: crops are taken from the prepared squares of 256 px, theirs from the whole image. The mean color is that of
-the training data; theirs is fixed: 123.7, 116.3, 103.5.
+Deviations: crops are taken from the prepared squares of 256 px, in torchvision from the whole image. The mean color is
+that of the training data, in torchvision fixed: 123.7, 116.3, 103.5.
 """
 
 import ml_collections

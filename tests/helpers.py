@@ -16,7 +16,7 @@ from alexnet_jax.checkpoints import manager
 from alexnet_jax.core import model, optim, train_step
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec
 from alexnet_jax.core.config import model_from_config, optimizer_from_config
-from alexnet_jax.data import datasets
+from alexnet_jax.data import datasets, random_crops
 from alexnet_jax.training import build
 from alexnet_jax.training.large_batch import hooks_from_config
 from alexnet_jax.utils.config_files import get_config
@@ -136,6 +136,12 @@ class Records:
         if i in self.damaged:
             raise UnreadableError(f'record {i}')
         return {'image': np.full((self.size, self.size, 3), i % 256, np.uint8), 'label': i}
+
+
+def draw(augmentation, *, seed, position, record_size):
+    """Returns the random parameters of one image: those of a batch of size 1."""
+    drawn = random_crops.draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
+    return random_crops.AugmentParams(*(values[0] for values in drawn))
 
 
 def picture(seed, height=40, width=48):

@@ -13,10 +13,10 @@ from alexnet_jax.core import architecture, sharding
 from alexnet_jax.training import build
 from alexnet_jax.utils.errors import UserError
 
-OTHER = 'other'  # scope of operations that belong to no layer
-# Peak FLOP/s of matrix products by precision, and memory bytes/s, by JAX's device name; data sheet, without sparsity.
+OTHER = 'other'  # scope of operations that belong to none of the requested scopes
+# By JAX's device kind: peak FLOP/s of matrix products by precision, and memory bytes/s. Data sheet, without sparsity.
 PEAKS = {'NVIDIA H200': {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12, 'bytes': 4.8e12}}
-# Device descriptions for XLA; from the data sheet and the CUDA programming guide (compute capability 9).
+# Device descriptions for XLA, from the data sheet and the CUDA programming guide (compute capability 9).
 _DESCRIPTIONS = {
     'h200': """
         gpu_device_info {
@@ -34,11 +34,11 @@ _DESCRIPTIONS = {
 
 
 def topology_devices(target: str) -> list:
-    """Returns devices of one host for compilation only. They need not exist; no array can be put on them.
+    """Returns the devices of a host for compilation only. They need not exist and cannot hold arrays.
 
-    If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX searches for GPUs and drops the CUDA compiler.
+    If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX finds no GPU and unloads the CUDA compiler.
 
-    target: a device, 'h200', or a count and a device, '2xh200'. Raises UserError if the device is unknown or if its
+    target: a device ('h200'), or a count and a device ('2xh200'). Raises UserError if the device is unknown or if the
     compiler, part of the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
@@ -61,7 +61,7 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
     The facts are 'compile_seconds', 'flops' (matrix products, per image), 'bytes' (device memory planned for arguments
     and temporaries), 'collectives' (see `collective_bytes`) and 'layers' (see `by_layer`).
 
-    precision: of matrix products: 'float32', 'tf32' or 'bfloat16'. arguments: arguments of the step, or their shapes.
+    precision: 'float32', 'tf32' or 'bfloat16', of matrix products. arguments: arguments of the step, or their shapes.
     """
     began = time.perf_counter()
     compiled = setup.steps.train_step.lower(*arguments).compile()
@@ -70,7 +70,7 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
     layers = by_layer(setup, text, precision)
     return compiled, {
         'compile_seconds': round(seconds, 1),
-        'flops': layers['all']['flops'] * setup.mesh.size / setup.config.batch_size,  # per image
+        'flops': layers['all']['flops'] * setup.mesh.size / setup.config.batch_size,
         'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
         'collectives': collective_bytes(text, setup.mesh.size) if setup.mesh.size > 1 else {},
         'layers': layers,
@@ -78,7 +78,7 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
 
 
 def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, Any]:
-    """Returns the facts of `compile_step` for devices that need not exist, and 'device' (kind) and 'devices' (count).
+    """Returns the facts of `compile_step` for devices that need not exist, with 'device' (kind) and 'devices' (count).
 
     config, dataset: as for `build.build`. target: as for `topology_devices`. Raises UserError as they do, and if the
     config caches images on a device.
@@ -98,16 +98,16 @@ def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, 
 class HloOp(NamedTuple):
     """An operation that a compiled program runs as one unit: a fusion, a library call or a single instruction."""
 
-    scope: str  # outermost requested `jax.named_scope`, or `OTHER`
+    scope: str  # outermost of the requested `jax.named_scope` names, or `OTHER`
     product: bool  # whether it is a convolution or a matrix product
-    bytes: float  # read and written
+    bytes: float  # bytes read and written
 
 
 def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
-    """Returns the operations of a program with their memory traffic, assuming that nothing stays in a cache.
+    """Returns the operations of a compiled program with their memory traffic, if nothing stays in a cache.
 
-    A slice of an array counts with the size of the slice, an in-place update with the size of the whole array. Loop
-    bodies count once per iteration if XLA knows the trip count. Branches are not analyzed.
+    Slices count with the size of the slice, in-place updates with the size of the whole array. Loop bodies count once
+    per iteration if XLA knows the trip count. Branches are not analyzed.
 
     compiled_text: `jit(f).lower(...).compile().as_text()`. scopes: names of `jax.named_scope` to distinguish.
     """
@@ -117,10 +117,10 @@ def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
 class _Instruction(NamedTuple):
     name: str
     shape: str
-    bytes: int  # written
+    bytes: int  # of the output
     kind: str
     operands: list[str]
-    rest: str  # of the line: attributes and metadata
+    rest: str  # rest of the line: attributes and metadata
 
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
@@ -164,12 +164,12 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
         product = any(part.kind in _PRODUCTS for part in (op, *inside)) or bool(_PRODUCT_CALL.search(op.rest))
         written = op.bytes
         if op.kind.endswith('-start') and op.kind != 'all-reduce-start' and op.shape.startswith('('):
-            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # repeated in the output
+            written -= sum(sizes.get(operand, 0) for operand in op.operands)  # the output repeats the operands
         yield HloOp(matches[0] if matches else OTHER, product, times * (written + sum(read)))
 
 
 def _bytes_read(size: int, number: int, inside: list[_Instruction]) -> int:
-    """Returns the bytes that a fusion reads of operand `number`: less than its size if the fusion only slices it."""
+    """Returns the bytes that a fusion reads of operand `number`. They are fewer than its size if it is only sliced."""
     aliases = {op.name for op in inside if op.kind == 'parameter' and op.operands == [str(number)]}
     cut = 0
     for op in inside:
@@ -185,7 +185,7 @@ def _bytes_read(size: int, number: int, inside: list[_Instruction]) -> int:
 
 
 def by_layer(setup, compiled_text: str, precision: str) -> dict[str, dict[str, float]]:
-    """Returns cost per device of each layer, of 'masks', 'input' and 'update', and of 'all' together.
+    """Returns the cost per device of each layer, of 'masks', 'input', 'update' and 'other', and of 'all' together.
 
     If the peaks of the device are known, each row has 'roofline_us': the time for the products (limited by compute or
     by memory) plus the time for all other memory traffic.
@@ -229,8 +229,8 @@ _COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collect
 def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
     """Returns the communication of a compiled program: {operation: (count, bytes received per device)}.
 
-    Ring algorithms are assumed, which need the least traffic: with n devices, an all-gather receives the shares of the
-    n - 1 other devices, an all-reduce twice that and a reduce-scatter once.
+    Assumes ring algorithms, which need the least communication: with n devices, an all-gather or a reduce-scatter
+    receives (n - 1) / n of the full array, and an all-reduce twice as much.
 
     compiled_text: as for `hlo_ops`. devices: number of devices the program runs on.
     """
@@ -250,7 +250,7 @@ def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, f
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Returns the bytes of each array in an HLO shape such as 'f32[2,3]{1,0}' or a tuple. A token has none."""
+    """Returns the bytes of each array in an HLO shape, such as 'f32[2,3]{1,0}' or a tuple of shapes."""
     return [
         (1 if kind == 'pred' else int(bits or 0) // 8) * math.prod(map(int, re.findall(r'\d+', sides)))
         for kind, bits, sides in re.findall(r'\b([a-z]+)(\d*)\[([\d,]*)\]', shape)

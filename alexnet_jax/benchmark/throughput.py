@@ -1,4 +1,4 @@
-"""Measures images/s of the training step, the input pipeline, both together, and data preparation."""
+"""Measures images/s of the training step, of the input pipeline, of both together, and of data preparation."""
 
 import functools
 import itertools
@@ -26,27 +26,27 @@ from alexnet_jax.utils.errors import UserError
 
 OURS, TORCH = 'alexnet_jax', 'torch'
 _MIN_SECONDS = 2.0  # per measurement
-_MAX_TORCH_IMAGES = 20_000  # copied to JPEG files for PyTorch
+_MAX_TORCH_IMAGES = 20_000  # number of images to copy to JPEG files for PyTorch
 
 
 class Contender(NamedTuple):
-    """One program that is measured in turns with others."""
+    """A program that is measured, alternating with others."""
 
     name: str
-    measure: Callable[[], float]  # runs one measurement to completion; returns images/s
+    measure: Callable[[], float]  # runs one measurement and returns images/s
     facts: dict[str, Any] = {}  # noqa: RUF012  compile time, memory, FLOPs
 
 
 class Options(NamedTuple):
     """Measurement options."""
 
-    torch_baseline: ModuleType | None  # `benchmark.torch_baseline`, or None without PyTorch
-    steps: int  # batches per measurement; 0: chosen automatically
+    torch_baseline: ModuleType | None  # `benchmark.torch_baseline`, or None to measure without PyTorch
+    steps: int  # batches per measurement; 0: automatic
     precision: str  # of matrix products: 'float32', 'tf32' or 'bfloat16'
 
 
 def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Returns the images/s of every measurement by contender. The order is reversed in every other round."""
+    """Returns the images/s of all measurements by contender. Every second round reverses the order."""
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for i in range(repeats):
         for contender in contenders if i % 2 == 0 else contenders[::-1]:
@@ -70,7 +70,7 @@ def images_per_second(step: Callable[[], Any], steps: int, batch_size: int, wait
 
 
 def report(contenders: Sequence[Contender], rates: dict[str, list[float]], settings: dict[str, Any]) -> str:
-    """Formats the tables, a line of JSON and, with PyTorch, the ratio of the medians."""
+    """Formats the tables, a line of JSON and, with PyTorch, a line with the ratio of the medians."""
     lines, results = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], {}
     for contender in contenders:
         measured, facts = rates[contender.name], contender.facts
@@ -100,7 +100,7 @@ def compiled_report(facts: dict[str, Any]) -> list[str]:
 
 
 def step_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> list[Contender]:
-    """Returns contenders for updates on one batch kept on the device; with several devices also on one of them."""
+    """Returns contenders for updates on one batch that stays on the device; with several devices, also on only one."""
     dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
     setup = build.build(config, dataset)
     ours, options = our_updates(setup, options, stack, name=OURS, on_batches=False)
@@ -127,7 +127,7 @@ def train_contenders(config: ConfigDict, options: Options, stack: ExitStack) -> 
 
 
 def input_contenders(config: ConfigDict, options: Options, stack: ExitStack, *, raw: str | None) -> list[Contender]:
-    """Returns contenders for reading batches. PyTorch reads raw images at `raw`, or the prepared records if None."""
+    """Returns contenders for the input pipeline. PyTorch reads images at `raw`, or the prepared records if None."""
     setup = _setup_with_data(config, limit=bool(options.torch_baseline) and not raw)
     stream = setup.train_batches(0)
     stack.callback(stream.close)
@@ -170,7 +170,7 @@ CONTENDERS: dict[str, Callable[..., list[Contender]]] = {
 
 
 def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
-    """Builds the training setup for the config's data; `limit` caps it at the images copied for PyTorch."""
+    """Builds the training setup with the config's data. limit: use at most `_MAX_TORCH_IMAGES` images."""
     dataset = datasets.open_dataset(config.data.path)
     config.model.num_classes = len(dataset.class_names)
     if limit:
@@ -183,9 +183,9 @@ def _setup_with_data(config: ConfigDict, limit: bool) -> build.TrainingSetup:
 def our_updates(
     setup: build.TrainingSetup, options: Options, stack: ExitStack, *, name: str, on_batches: bool
 ) -> tuple[Contender, Options]:
-    """Returns (contender, options): the updates of `train_and_evaluate`, each on a new batch or all on the same one.
+    """Returns (contender, options) for the updates of `train_and_evaluate`, on new batches or all on the same one.
 
-    If `options.steps` is 0, the returned options have it set to about two seconds of updates.
+    If `options.steps` is 0, the returned options have the steps of about two seconds.
     """
     config = setup.config
     key = sharding.random_key(setup.mesh, config.seed)
@@ -195,7 +195,7 @@ def our_updates(
     prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
     if not on_batches:
         stream.close()
-    # Fetches step reports but writes nothing. With num_classes=1 no loss counts as chance level.
+    # The log fetches step reports but writes nothing. With num_classes=1 it never detects a loss at chance level.
     limits: dict[str, Any] = {'on_nonfinite': 'skip', 'max_nonfinite': math.inf, 'max_unreadable': math.inf}
     counts = {'batch_size': config.batch_size, 'examples': setup.num_examples, 'total_steps': 0, 'num_classes': 1}
     log = train_log.TrainLog(None, **counts, **limits)
@@ -217,19 +217,19 @@ def our_updates(
 
     measure(1)  # the first step also allocates memory
     steps = options.steps or max(1, round(_MIN_SECONDS * measure(1) / config.batch_size))
-    if steps > 1 and not options.steps:  # batches arrive in bursts of num_workers
+    if steps > 1 and not options.steps:  # batches arrive in bursts
         steps = max(steps, 2 * buffered)
     return Contender(name, functools.partial(measure, steps), facts), options._replace(steps=steps)
 
 
 def num_buffered(config: ConfigDict) -> int:
-    """Returns the largest number of batches that either input pipeline has ready or in progress."""
+    """Returns the largest number of batches that either input pipeline buffers."""
     workers = config.data.num_workers  # PyTorch prefetches two batches per worker
     return max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
 
 
 def check_torch(gpu: bool) -> None:
-    """Raises UserError if PyTorch is missing or uses another kind of device than JAX, whose devices must be open."""
+    """Raises UserError if PyTorch is missing or uses another kind of device than JAX."""
     try:
         import torch
     except ImportError as error:

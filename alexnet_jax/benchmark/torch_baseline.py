@@ -1,4 +1,4 @@
-"""PyTorch baseline: the same network, update and input in idiomatic PyTorch. Requires the extra `oracle`."""
+"""PyTorch baseline: the same network, optimizer and input in idiomatic PyTorch. Requires the extra `oracle`."""
 
 import io
 import itertools
@@ -80,7 +80,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, images: Sequence[ImageRef], augmentation: augment.Augmentation, record_size: int):
         self.images, self.augmentation, self.record_size = images, augmentation, record_size
-        # Drawn in one call, as our pipeline draws a batch; one call per image would slow PyTorch down.
+        # Drawn in one call, as alexnet_jax draws a batch, because one call per image would slow down PyTorch.
         self.draws = random_crops.draw_batch(augmentation, seed=0, first=0, count=len(images), record_size=record_size)
 
     def __len__(self) -> int:
@@ -103,9 +103,8 @@ class ImageDataset(Dataset):
 def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator:
     """Returns endless shuffled batches: uint8 [n, s, s, 3], float32 [n, 3], int64 [n].
 
-    They are read from the raw images at `raw` (see `discovery.find_images`), or from the training records written as
-    JPEG files, which `stack` removes when it closes. Raises UserError if there is no train split or if the records are
-    not JPEGs.
+    Reads the raw images at `raw` (see `discovery.find_images`) or, if None, JPEG files of the training records, which
+    `stack` removes when it closes. Raises UserError if there is no train split or if the records are not JPEGs.
     """
     config = setup.config
     if raw:
@@ -123,7 +122,7 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
             path.write_bytes(record['image'])
             images.append(ImageRef(str(path), 0, -1, path.name, record['label']))
     dataset = ImageDataset(images, setup.augmentation, setup.dataset.record_size)
-    # One very long epoch, because a DataLoader starts and ends epochs slowly.
+    # A very long epoch, because a DataLoader is slow at the start and end of an epoch.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10_000 * config.batch_size)
     workers = config.data.num_workers or processes.cores()
     loader = DataLoader(
@@ -135,8 +134,8 @@ def batches(setup: TrainingSetup, raw: str | None, stack: ExitStack) -> Iterator
 def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     """Returns (update, wait): `update(batch)` starts one update, `wait()` blocks until all updates are done.
 
-    On a GPU it uses channels-last, `torch.compile` from pixels to loss, autocast and a fused optimizer, as PyTorch's
-    tuning guide recommends; on the CPU none of these. Only weights decay. The mean is one value per color.
+    On a GPU it uses channels-last, `torch.compile` from pixels to loss, autocast and a fused optimizer, as recommended
+    by PyTorch's tuning guide; on the CPU none of these. Biases have no weight decay. The mean is one value per color.
     """
     torch.set_num_threads(processes.cores())
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
@@ -170,7 +169,7 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
 
 
 def updates(setup: TrainingSetup, options: Options, batches: Iterator | None = None) -> Contender:
-    """Returns the contender: updates on one batch that stays on the device, or on `batches`."""
+    """Returns a contender for updates on `batches`, or on one batch that stays on the device."""
     config = setup.config
     buffered = num_buffered(config) if batches else 0
     update, wait = training(setup, options.precision)

@@ -12,11 +12,10 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
     Args:
-      path: a workdir or its `checkpoints` folder (loads the best step, else the latest), or a step's folder in it.
+      path: the folder of a step, or a workdir or its `checkpoints` folder (loads the best step, else the latest).
 
     Returns:
-      A `Checkpoint`, with `.network`, `.params` (numpy), `.step`, `.class_names`, `.record_size` and `.image_size`
-      (sides of the images and of the network's input, pixels), `.image_stats` and `.config`. Its repr names the step.
+      A `Checkpoint`: the network, its parameters (numpy), class names, image statistics and config.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
@@ -33,7 +32,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _find(path: str) -> tuple[str, int | None]:
-    """Returns (workdir, step) of a checkpoint's path; the step is None unless the path names one."""
+    """Splits a checkpoint path into (workdir, step); the step is None if the path does not contain one."""
     path = absolute_local_path(path)
     parent, name = os.path.split(path)
     if name == FOLDER and os.path.isdir(path):

@@ -1,8 +1,8 @@
-"""Orbax checkpoints: keeps the last two steps and the best one. Each is complete for evaluation and prediction.
+"""Orbax checkpoints: keeps the last two steps and the best one. Each suffices for evaluation and prediction.
 
-A step's folder holds `params`, `training` (step and optimizer state), `image_stats` (mean image, color components),
+The folder of a step has `params`, `training` (step and optimizer state), `image_stats` (mean image, color components),
 `meta` (config, class names, sizes) and the digests of all its files. A step without digests is incomplete and ignored.
-Parameters are stored in the global layout and restore on any mesh.
+Parameters are stored in the global layout and can be restored on any mesh.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from alexnet_jax.utils.errors import TerminatedError, UserError, as_user_error, 
 from alexnet_jax.utils.files import absolute_local_path, as_utf8
 
 FOLDER = 'checkpoints'
-FORMAT = 3  # version of a step's folder; folders without a version have 1
+FORMAT = 3  # format version of checkpoints; version 1 did not state it
 _METRICS = 'metrics'  # name of an item and of its file
 _NUM_LAST = 2  # number of last steps to keep, besides the best
 
@@ -43,7 +43,7 @@ class Checkpoint(NamedTuple):
     step: int
     params: Any  # numpy, in the global layout
     network: model.AlexNet
-    augmentation: Augmentation  # has the network's input size and the mean subtraction
+    augmentation: Augmentation  # also the preprocessing for inference: input size and mean subtraction
     record_size: int  # side of the images that crops are taken from, pixels
     class_names: tuple[str, ...]
     image_stats: ImageStats
@@ -60,7 +60,7 @@ class Checkpoint(NamedTuple):
 
 
 def check_workdir(path: str | os.PathLike) -> None:
-    """Raises UserError if orbax could not save in a folder: it uses paths as glob patterns and as UTF-8."""
+    """Raises UserError if orbax cannot save in a folder, because it treats paths as UTF-8 glob patterns."""
     path = absolute_local_path(path)
     if re.search(r'[\[*?\\]', path) or as_utf8(path) != path:
         raise UserError(
@@ -71,12 +71,12 @@ def check_workdir(path: str | os.PathLike) -> None:
 class CheckpointManager(contextlib.AbstractContextManager):
     """The steps saved in a workdir: the last two, and the one with the lowest val error.
 
-    Saves in the background, then finalizes the step by writing the digests of all its files. Opening for training
-    removes steps without digests, moves damaged steps to `STEP.damaged` and lists both in `damaged`, so that `latest()`
-    is always intact. Use it as a context manager; its exit waits for the save in progress.
+    Saves in the background, then finalizes the step by writing the digests of all its files. The constructor removes
+    steps without digests, moves damaged steps to `STEP.damaged` and lists both in `damaged`, so that `latest()` is
+    always intact. Use the manager as a context manager; its exit waits for the save in progress.
 
-    read_only: use True outside the training process. Then nothing is changed, not even an incomplete step, which
-    another process may be saving. Raises UserError if every step is damaged or the folder cannot be used.
+    read_only: change nothing, not even an incomplete step, which another process may be saving. Required outside the
+    training process. Raises UserError if every step is damaged or the folder cannot be used.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -86,12 +86,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
             check_workdir(workdir)
             with as_user_error(f'the checkpoints in {self.folder!r} cannot be opened'):
                 self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
-        # Not orbax's CheckpointManager: it reads all steps when it opens, including damaged ones; and if a save fails
-        # in one of several processes, that process and the others wait for each other forever.
+        # Orbax's CheckpointManager is not used: it reads all steps when it opens, including damaged ones; and if a save
+        # fails in one of several processes, all processes wait for each other forever.
         arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
         texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
         handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
-        # Synchronous: an error while creating directories in the background would never reach the waiting threads.
+        # Create directories synchronously: an error in the background would never reach the threads that wait for it.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         self._finalizer = ThreadPoolExecutor(1)
@@ -108,7 +108,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             self.wait()
         finally:
             self._finalizer.shutdown()
-            with contextlib.suppress(Exception):  # raises the error of `wait` again
+            with contextlib.suppress(Exception):  # would raise the error of `wait` again
                 self._orbax.close()
 
     def wait(self) -> None:
@@ -118,7 +118,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             finalizing.result()
 
     def poll(self) -> None:
-        """Raises UserError if the save in progress has failed, before the next save would. Does not wait."""
+        """Raises UserError if the save in progress has already failed. Does not wait."""
         if self._finalizing is not None and self._finalizing.done():
             self.wait()
 
@@ -131,7 +131,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the step with the lowest val error, None if none has one. Raises UserError if a step is damaged."""
+        """Returns the step with the lowest val error, or None without one. Raises UserError if a step is damaged."""
         errors = self._val_errors()
         for step, error in errors.items():
             if isinstance(error, UserError) and os.path.isdir(self._path(step)):  # else the run has removed the step
@@ -139,7 +139,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return _lowest(errors)
 
     def _val_errors(self) -> dict[int, float | UserError | None]:
-        """Returns the val error by step, in percent; None for steps without validation, a UserError if unreadable.
+        """Returns {step: val error in percent}; the value is None without validation and a UserError if unreadable.
 
         Includes earlier steps without digests: they are damaged, because only the last step can be incomplete.
         """
@@ -161,7 +161,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return errors
 
     def check(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Raises UserError if a step's files have changed; wanted: see `checksums.find_mismatches`."""
+        """Raises UserError if files of a step have changed. wanted: see `checksums.find_mismatches`."""
         if mismatches := checksums.find_mismatches(self._path(step), wanted):
             self._check_exists(step)
             others = ', '.join(str(s) for s in self.steps() if s != step)
@@ -173,13 +173,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
             raise UserError(f'{path} was removed during reading, because its run saved newer steps; try again.')
 
     def save(self, state: TrainState, image_stats: ImageStats, meta: dict[str, Any], top1_error: float | None) -> None:
-        """Starts saving a state as its step, replacing an existing one. Waits first for the save in progress.
+        """Starts saving a state under its step number, replacing an existing one. First waits for the save in progress.
 
-        state: if its optimizer state is None, no run can resume from the checkpoint.
-        meta: JSON with 'config', 'class_names', 'record_size', 'examples' (in train; 0: no run) and 'fingerprint'.
+        state: without an optimizer state (None), training cannot resume from the checkpoint.
+        meta: JSON with 'config', 'class_names', 'record_size', 'fingerprint' and 'examples' (training images, or 0).
         top1_error: the val error at this step, percent; None without validation.
 
-        Raises UserError if this state or the previous one cannot be written. Steps saved earlier stay unchanged.
+        Raises UserError if this or the previous state cannot be written. Steps saved earlier stay unchanged.
         """
         arrays: dict[str, Any] = {'params': state.params, 'image_stats': image_stats._asdict()}
         if state.opt_state is not None:
@@ -211,7 +211,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _check_readable(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
-        """Reads back which arrays a step holds: orbax has reported success for steps that nobody could read."""
+        """Reads back the shapes of a saved step: orbax has reported success for steps that could not be read."""
         try:
             for item, expected in shapes.items():
                 if (found := sorted(x.shape for x in jax.tree.leaves(self._stored(step, item)))) != expected:
@@ -223,7 +223,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             ) from error
 
     def _steps_to_remove(self) -> list[int]:
-        """Returns the steps to remove: all but the last, the best and unreadable ones, of which it warns."""
+        """Returns all steps but the last two, the best and unreadable ones. Warns about unreadable steps."""
         errors = self._val_errors()
         unreadable = [step for step, error in errors.items() if isinstance(error, UserError)]
         for step in unreadable:
@@ -236,7 +236,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return as_user_error(f'step {step} cannot be saved in {self.folder!r}', remedy)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores a training state with the shapes and shardings of the ShapeDtypeStructs `like`. Raises UserError."""
+        """Restores a training state. like: its shapes and shardings, as ShapeDtypeStructs. Raises UserError."""
         params = ocp.args.StandardRestore(like.params)
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
         with self._read_errors(step):
@@ -256,7 +256,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def load(self, step: int) -> Checkpoint:
         """Checks the files of a step and loads its network. Raises UserError if it cannot be read."""
-        self.check(step, lambda name: not name.startswith('training/'))  # unused, and two thirds of the bytes
+        self.check(step, lambda name: not name.startswith('training/'))  # not needed, and two thirds of the bytes
         meta, image_stats = self.read_meta(step)
         with self._read_errors(step):
             config, record_size = meta['config'], meta['record_size']
@@ -272,7 +272,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return Checkpoint(step, params, network, augmentation, record_size, class_names, image_stats, config)
 
     def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
-        """Returns numpy arrays of a step. Checks them against `like`: orbax would allocate any declared shape."""
+        """Returns numpy arrays of a step. Compares declared shapes with `like`: orbax would allocate any shape."""
         named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
         stored, wanted = (
             {named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (self._stored(step, item), like)
@@ -282,18 +282,18 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
                 raise ValueError(f'{item}/{name}: {found}; expected {expected}')
         size = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
-        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # hardly compressible
+        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # not compressible
             raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     def _stored(self, step: int, item: str) -> Any:
-        """Returns the tree of an item's array metadata, as read from its files."""
+        """Returns the array metadata of an item as a tree, read from its files."""
         return ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
 
     @contextlib.contextmanager
     def _read_errors(self, step: int):
-        """Converts the many exceptions of orbax and tensorstore for missing and damaged files to a UserError."""
+        """Converts the many exception types of orbax and tensorstore for missing and damaged files to UserError."""
         try:
             yield
         except UserError as error:
@@ -310,7 +310,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
 
 def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
-    """Returns the step with the lowest error, the latest if several are equal; None if no step has an error."""
+    """Returns the step with the lowest error, the latest of several; None if no step has an error."""
     known = {step: error for step, error in errors.items() if isinstance(error, float)}
     return min(known, key=lambda step: (known[step], -step), default=None)
 

@@ -7,12 +7,12 @@ import shutil
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UserError
 
-REPLACED = '.replaced'  # suffix of a step that is saved again, until the new one is finalized
-REMOVED = 'removed'  # folder that steps are moved to before they are deleted: a crash may delete a step only in part
+REPLACED = '.replaced'  # suffix of a step's old folder while the step is saved again
+REMOVED = 'removed'  # folder for steps to be deleted: a crash may leave partially deleted steps
 
 
 def list_steps(folder: str) -> list[int]:
-    """Returns the sorted steps that have a folder in `checkpoints/`, complete or not."""
+    """Returns the sorted steps that have a folder in a `checkpoints` folder, including incomplete steps."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
 
@@ -30,7 +30,7 @@ def repair(folder: str) -> list[str]:
             shutil.rmtree(path)
         elif '.orbax-checkpoint-tmp' in name:
             incomplete.append(path)
-        elif name.endswith(REPLACED):  # superseded only if the new step is complete
+        elif name.endswith(REPLACED):  # delete the old folder only if the new one is complete
             step = path.removesuffix(REPLACED)
             if checksums.present(step):
                 shutil.rmtree(path)
@@ -38,7 +38,7 @@ def repair(folder: str) -> list[str]:
                 shutil.rmtree(step, ignore_errors=True)
                 os.rename(path, step)
     paths = [os.path.join(folder, str(step)) for step in list_steps(folder)]
-    # Only the last step can be incomplete: each save waits for the one before.
+    # Only the last step can be incomplete: each save waits for the previous one.
     incomplete += [path for path in paths[-1:] if not checksums.present(path)]
     mismatches = {path: checksums.find_mismatches(path) for path in paths if path not in incomplete}
     damaged = {path: found[0] for path, found in mismatches.items() if found}

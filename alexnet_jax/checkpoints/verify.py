@@ -1,4 +1,4 @@
-"""Compares checkpoints and prepared data with their digests."""
+"""Checks the files of checkpoints and prepared data against their digests."""
 
 import os
 import re

@@ -2,9 +2,9 @@
 
     alexnet_jax activations --checkpoint=PATH --data=DIR --layer=fc7 --output=fc7.safetensors [--split=val]
 
-The activations are computed from center crops, without dropout. `conv3` is the output of the layer after its last
-operation before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
-single operations. The file holds `features` float32 [N, ...] and `labels` int32 [N], in the order of the split.
+The activations are computed from center crops, without dropout. `conv3` is the output of the last operation of the
+layer before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
+single operations. The file contains `features` float32 [N, ...] and `labels` int32 [N], in the order of the split.
 """
 
 from absl import flags
@@ -30,7 +30,7 @@ def main(args: flags.FlagValues) -> None:
     activations.check_output(args.output)
     dataset = datasets.open_dataset(args.data)
     records, checkpoint = dataset.split(args.split), load_checkpoint(args.checkpoint)
-    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may differ
+    evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the class names may differ
     shape = activations.write_activations(args.output, checkpoint, records, args.layer, batch_size=args.batch_size)
     print(
         f'{args.output}: features float32 {list(shape)}, labels int32 {list(shape[:1])}; {args.layer} of '

@@ -1,10 +1,10 @@
 """Runs a command: parses its flags, sets up JAX, and prints user errors as one line with exit code 2.
 
-A command is a module with a docstring (purpose and example, shown by --help), `FLAGS` and `main(args)`. A command that
-takes positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
+A command is a module with a docstring (purpose and examples, shown by --help), `FLAGS` and `main(args)`. A command with
+positional arguments also has `ARGUMENTS` (their description) and `main(args, words)`. If `FLAGS` contains
 --cpu_devices, JAX is set up before `main`. A command with subcommands has only a docstring and `SUBCOMMANDS`, a dict
-{name: class with the same attributes}. A command imports the modules it computes with inside `main`, so that --help and
-flag errors do not wait for JAX.
+{name: class with the same attributes}. Commands import JAX and modules that use it inside `main`, so that --help and
+flag errors are printed without delay.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from alexnet_jax.utils import logs, processes
 from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError, first_line
@@ -31,7 +31,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 def run(command: Any, words: Sequence[str] | None = None) -> None:
     """Parses a command's flags from `words` (default: the command line) and calls its `main`. Does not return.
 
-    Exit codes: 0 success, 1 diverged training or a bug (with a traceback), 2 user error, 130 SIGINT, 143 SIGTERM.
+    Exit codes: 0 success, 1 diverged training or a bug (with a traceback), 2 user error, 130 SIGINT, 141 closed output
+    pipe, 143 SIGTERM.
     """
     threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
     words = sys.argv[1:] if words is None else list(words)
@@ -45,7 +46,7 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
         sys.exit(0)
 
     def parser(_):
-        flags.FLAGS.mark_as_parsed()  # absl's global flags; commands define their own FlagValues
+        flags.FLAGS.mark_as_parsed()  # absl's global flags; commands use their own FlagValues
         return sys.argv[:1]
 
     app.run(lambda _: _report_errors(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
@@ -56,7 +57,7 @@ def _asks_for_help(word: str) -> bool:
 
 
 def help_text(command: Any) -> str:
-    """Returns a command's docstring with its flags or its subcommands."""
+    """Returns a command's docstring and its flags or subcommands."""
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         lines = [f'  {name:8} {str(inspect.getdoc(sub)).splitlines()[0]}' for name, sub in subcommands.items()]
         return '\n'.join([str(inspect.getdoc(command)), '', *lines, '', 'For details, add --help to a subcommand.'])
@@ -69,7 +70,7 @@ def help_text(command: Any) -> str:
 
 
 def parse(command: Any, words: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Defines a command's flags in `values` and parses words into them. Returns the positional arguments.
+    """Defines a command's flags in `values` and parses `words`. Returns the positional arguments.
 
     Raises UserError if a flag is unknown or its value is invalid.
     """
@@ -84,9 +85,9 @@ def parse(command: Any, words: Sequence[str], values: flags.FlagValues) -> list[
 def set_up_jax(cpu_devices: int) -> None:
     """Selects the devices, connects the processes of a run, and enables the persistent compilation cache.
 
-    Call it before anything uses a device. For a run of several processes, set the same JAX_COORDINATOR_ADDRESS and
-    JAX_NUM_PROCESSES in the environment of each, and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A process
-    uses all GPUs that it sees, or those in JAX_LOCAL_DEVICE_IDS. cpu_devices: if above 0, use that many CPU devices.
+    Call it before anything uses a device. In a run of several processes, each process needs the same environment
+    variables JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and its own JAX_PROCESS_ID (`launch/local.sh` sets them). A
+    process uses all visible GPUs, or those in JAX_LOCAL_DEVICE_IDS. cpu_devices: if not 0, use this many CPU devices.
 
     Raises UserError if the environment variables are incomplete.
     """
@@ -106,15 +107,15 @@ def set_up_jax(cpu_devices: int) -> None:
         # JAX's detection of Slurm would give each process one GPU, but here a process uses all GPUs of its node.
         jax.distributed.initialize(num_processes=count, process_id=number, cluster_detection_method='deactivate')
         if number:
-            logs.only_warnings()
-    # JAX_COMPILATION_CACHE_DIR overrides the default folder. There is no default on several machines: only the first
-    # process writes the cache. Machines with separate home folders would compile the programs that it finds in its
-    # cache, and would wait for its share of the autotuning.
+            logging.set_verbosity(logging.WARNING)  # process 0 logs for all
+    # JAX_COMPILATION_CACHE_DIR overrides the default folder. There is no default on several machines, because only the
+    # first process writes the cache. Machines with separate home folders would compile programs that the first process
+    # finds in its cache, and would wait for its share of the autotuning.
     cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache_dir is None and not processes.on_several_machines():
         base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         cache = os.path.join(base, 'alexnet_jax')
-        with contextlib.suppress(OSError):  # without a writable home there is no cache
+        with contextlib.suppress(OSError):  # no cache without a writable home folder
             os.makedirs(cache, exist_ok=True)
             jax.config.update('jax_compilation_cache_dir', cache)
 
@@ -139,10 +140,10 @@ def _call(command: Any, words: Sequence[str]) -> None:
 
 
 def _report_errors(function: Callable[[], None]) -> None:
-    """Calls a function. Ends the program with a one-line message for every error that `_describe_error` recognizes."""
+    """Calls a function. Exits with a one-line message for every error that `_describe_error` recognizes."""
     try:
         function()
-        sys.stdout.flush()  # here a write error can still be reported
+        sys.stdout.flush()  # at exit, a write error could not be reported
     except SystemExit:
         raise
     except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
@@ -170,7 +171,7 @@ def _describe_error(error: BaseException) -> tuple[str, int] | None:
             _discard_output()
         return f'{error.filename or "the output"} cannot be read or written: {error.strerror}.', 2
     out_of_memory = isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|Out of memory alloc', text)
-    if out_of_memory and 'os_error_code' not in text:  # with it, tensorstore reports a full disk
+    if out_of_memory and 'os_error_code' not in text:  # this is how tensorstore reports a full disk
         return (
             f'out of memory ({reason}); lower the batch size, or in training use --config.grad_accum_steps=N, which '
             'computes each batch in N parts with the same result.'
@@ -185,12 +186,12 @@ def _describe_error(error: BaseException) -> tuple[str, int] | None:
 
 
 def _discard_output():
-    """Discards buffered output: the flush at exit would fail again."""
+    """Discards buffered output, because the flush at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_thread(failure) -> None:
-    """Prints the error that ended a thread as one line. The caller that waits for the thread raises it as well."""
+    """Prints the error that ended a thread as one line. The code that waits for the thread also raises it."""
     print('error in a background thread:', ' '.join(str(failure.exc_value).split())[:300], file=sys.stderr, flush=True)
 
 
@@ -205,7 +206,7 @@ def _fail(message: str, code: int):
         print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ and code != 143:
         os._exit(code)  # a normal exit of `jax.distributed` would wait five minutes for the other processes
-    # If orbax cannot create a folder for a save, its threads wait twenty minutes for it and delay the exit.
+    # If orbax cannot create the folder of a checkpoint, its threads would delay the exit by twenty minutes.
     watch = threading.Timer(10, os._exit, [code])
     watch.daemon = True
     watch.start()

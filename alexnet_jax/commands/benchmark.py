@@ -1,10 +1,10 @@
-"""Measures images per second of update, input pipeline, training or preparation, also of PyTorch.
+"""Measures images per second of updates, input pipeline, training or preparation, optionally also with PyTorch.
 
     alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
 
-The contenders alternate. Each turn is one measurement and is synchronized once, at its end. The output is a table of
-medians, the FLOPs and bytes of the compiled step by layer and between devices, one line of JSON, and with
---against=torch a line `ratio: X`.
+The measured programs alternate. Each measurement waits for the device once, at its end. The output is a table of
+medians, the FLOPs, memory traffic and communication of the compiled step, a line of JSON, and with --against=torch a
+line `ratio: X`.
 """
 
 import contextlib
@@ -20,21 +20,19 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
-AGAINST = Flag('against', None, 'torch: also measures PyTorch, alternating.', choices=('torch',))
+AGAINST = Flag('against', None, 'torch: also measure PyTorch, alternating.', choices=('torch',))
 SHARED = (
-    ConfigFlag('config', 'paper', 'Name or file of a config, for the network and its update.'),
+    ConfigFlag('config', 'paper', 'Name or file of a config, for the network and the optimizer.'),
     Flag('batch_size', 0, "Images per batch; 0: the config's batch_size.", at_least=0),
-    Flag('repeats', 5, 'Measurements of each contender.', at_least=1),
-    Flag('steps', 0, 'Batches per measurement; 0: two seconds, at least twice the buffered batches.', at_least=0),
-    Flag(
-        'precision', None, 'float32, tf32 or bfloat16, PyTorch too; bfloat16 sets model.dtype.', choices=(*PRECISIONS,)
-    ),
+    Flag('repeats', 5, 'Measurements of each program.', at_least=1),
+    Flag('steps', 0, 'Batches per measurement; 0: about two seconds, at least twice the buffered batches.', at_least=0),
+    Flag('precision', None, 'float32, tf32 or bfloat16, for both; bfloat16 sets model.dtype.', choices=(*PRECISIONS,)),
     CPU_DEVICES,
 )
 
 
 class Step:
-    """Measures updates on one batch that stays on the device. With several devices, also measures one of them alone.
+    """Measures updates on one batch that stays on the device. With several devices, also measures a single device.
 
         alexnet_jax benchmark step [--against=torch] [--precision=bfloat16] [--batch_size=128] [--repeats=5]
         alexnet_jax benchmark step --compile_for=h200
@@ -42,7 +40,7 @@ class Step:
     --compile_for only compiles the step, for a GPU that need not be present.
     """
 
-    COMPILE_FOR = Flag('compile_for', None, "Only compiles, for GPUs that need not be present: 'h200', '2xh200'.")
+    COMPILE_FOR = Flag('compile_for', None, "Only compile, for GPUs that need not be present: 'h200', '2xh200'.")
     FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
@@ -67,7 +65,7 @@ class Step:
 
 
 class Train:
-    """Measures updates on batches of prepared data, and the step alone for comparison.
+    """Measures updates on batches of prepared data and, for comparison, on one batch.
 
     alexnet_jax benchmark train --config.data.path=DIR [--against=torch] [--batch_size=128] [--repeats=5]
     """
@@ -80,7 +78,7 @@ class Train:
 
 
 class Input:
-    """Measures reading prepared data; PyTorch reads the same images as JPEG files, or the originals at --input.
+    """Measures the input pipeline. PyTorch reads the same images as JPEG files, or the original images at --input.
 
     alexnet_jax benchmark input --config.data.path=DIR [--against=torch] [--input=RAW] [--repeats=5]
     """
@@ -116,7 +114,7 @@ SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
 
 
 def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
-    """Creates the contenders of a mode, with `options` of that function, measures them and prints the report."""
+    """Measures the programs of a mode and prints the report. options: of the mode's function in `CONTENDERS`."""
     import jax
 
     from alexnet_jax.benchmark import throughput

@@ -3,9 +3,8 @@
     alexnet_jax convert --input=FILE [--mean=FILE] --output=DIR [--config=FILE] [--classes=FILE]
     alexnet_jax convert --input=CHECKPOINT --output=DIR --to=safetensors
 
-The file of weights determines features, groups and number of classes. Strides, paddings, the operations after each
-layer and the preprocessing come from a config. The default config is 'caffe' for a .caffemodel and 'torchvision'
-otherwise.
+The weights determine features, groups and number of classes. Strides, paddings, the operations after each layer and the
+preprocessing come from a config. The default config is 'caffe' for a .caffemodel and 'torchvision' otherwise.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""Prints versions, devices, commit, cores and settings for a bug report.
+"""Prints versions, devices, commit, cores and XLA flags for a bug report.
 
 alexnet_jax env [--json]
 """

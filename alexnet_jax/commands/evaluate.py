@@ -72,7 +72,7 @@ def main(args: flags.FlagValues) -> None:
         keys.append('weights')
         name = _describe_ensemble(args, result)
     crops = 'center crop' if args.views == 1 else 'ten views'
-    few = len(names) <= 10  # with ten classes, guessing already gives 50% top-5 error
+    few = len(names) <= 10  # with ten classes, guessing has 50% top-5 error
     top5 = '' if few else f'top-5 error {result["top5_error"]:.2f}%, '
     print(
         f'{name}, {args.split} of {args.data}, {result["count"]} images, {crops}: '
@@ -130,7 +130,7 @@ def _print_table(rows: list[dict[str, Any]], few: bool) -> None:
 
 
 def _describe_ensemble(args: flags.FlagValues, result: dict[str, Any]) -> str:
-    """Returns for example '2 networks (weights A 0.500, B 0.500; equal)'."""
+    """Returns, for example, '2 networks (weights A 0.500, B 0.500; equal)'."""
     weights = ', '.join(f'{path} {w:.3f}' for path, w in zip(args.checkpoint, result['weights'], strict=True))
     method = {'': 'equal', 'tuned': 'tuned for the top-5 error on val'}.get(args.weights, 'given')
     if args.weights == 'tuned' and args.split == 'val':

@@ -2,10 +2,10 @@
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
-SUITE is figure1, ablations, cifar10, ensemble or views (see experiments/ablations.py). It trains networks that differ
-in one setting. PATH is a prepared directory, or images as `alexnet_jax prepare` takes them. Every run is a run of
+SUITE is figure1, ablations, cifar10, ensemble or views (see docs/experiments.md). A suite trains networks that differ
+in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as with
 `alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
---scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their estimated hours.
+--scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their predicted hours.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 FLAGS = (
-    Flag('data', None, 'A prepared directory, or images as alexnet_jax prepare takes them.', required=True),
+    Flag('data', None, 'A prepared directory, or any input of alexnet_jax prepare.', required=True),
     Flag('output', None, 'Directory for runs/, results.csv and report.html.', required=True),
     ConfigFlag('base', 'paper', 'Config that all runs start from.'),
     Flag('seeds', 0, 'Runs of each network with different seeds; 0: 3, or 5 for ensemble.', at_least=0),
     Flag('scale', 1.0, 'Fraction of the training images to train on; always the same images.'),
-    Flag('dry_run', False, 'Only print the runs, their images and estimated hours.'),
+    Flag('dry_run', False, 'Only print the runs, their images and predicted hours.'),
     CPU_DEVICES,
 )
 ARGUMENTS = 'one SUITE (figure1, ablations, cifar10, ensemble, views)'
@@ -36,7 +36,7 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
     seeds = args.seeds or (5 if name == 'ensemble' else 3)
     if not 0 < args.scale <= 1:
         raise UserError(f'--scale={args.scale}: expected a number above 0 and at most 1.')
-    from alexnet_jax.experiments import plots  # noqa: F401  (fails here, not after days, if matplotlib is missing)
+    from alexnet_jax.experiments import plots  # noqa: F401  (raises UserError now, not after days, without matplotlib)
 
     suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
     if args.dry_run:

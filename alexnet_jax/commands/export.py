@@ -3,7 +3,7 @@
     alexnet_jax export --checkpoint=runs/paper --output=exported [--views=10]
 
 `model.stablehlo` maps uint8 images [N, S, S, 3], for any N, to probabilities [N, K]. It includes mean subtraction,
-crops and softmax. `model.safetensors`, `config.json` and `README.md` follow the layout of the Hugging Face hub. A
+crops and softmax. `model.safetensors`, `config.json` and `README.md` follow the layout of the Hugging Face Hub. A
 separate process that does not import this package loads the exported model and compares its outputs.
 """
 

@@ -13,11 +13,11 @@ from alexnet_jax.commands.flag import CPU_DEVICES, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    Flag('run', None, 'A workdir: draws its training curves and its best step, else its latest.'),
-    Flag('checkpoint', None, 'A checkpoint, instead of --run: draws no curves.'),
+    Flag('run', None, 'A workdir: draw its training curves and its best step, else its latest step.'),
+    Flag('checkpoint', None, 'A checkpoint, instead of --run; without training curves.'),
     Flag('data', None, "A prepared directory, or 'digits', for the figures that show images."),
-    Flag('output', None, 'Folder to write; created if missing.', required=True),
-    Flag('split', 'val', 'Split to classify.'),
+    Flag('output', None, 'Directory for the figures; created if missing.', required=True),
+    Flag('split', 'val', 'Split whose images are shown.'),
     Flag('seed', 0, 'Random seed for the choice of the images shown.', at_least=0),
     CPU_DEVICES,
 )

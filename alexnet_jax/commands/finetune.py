@@ -1,4 +1,4 @@
-"""Trains a classifier on your own images, and draws its errors and confusion matrix.
+"""Trains a classifier on your own images, and reports its errors and confusion matrix.
 
     alexnet_jax finetune --input=IMAGES --output=DIR [--init_from=CHECKPOINT] [--config=finetune]
 

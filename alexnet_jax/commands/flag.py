@@ -14,7 +14,7 @@ _DEFINE: dict[type, Callable] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_i
 
 
 class Flag(NamedTuple):
-    """A flag with the type of its default. A default of None makes an optional string."""
+    """A flag. Its type is that of the default; a default of None defines an optional string."""
 
     name: str
     default: Any
@@ -25,7 +25,7 @@ class Flag(NamedTuple):
     repeated: bool = False  # may be given several times; the value is a list of strings
 
     def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
-        """Defines the flag in `values`. Returns the words of the command line that remain to be parsed."""
+        """Defines the flag in `values`. Returns the words of the command line that are still to be parsed."""
         if self.repeated:
             flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
         else:
@@ -42,7 +42,7 @@ class Flag(NamedTuple):
 
 
 class ConfigFlag(NamedTuple):
-    """A flag for a config and its keys: --config=NAME --config.KEY=VALUE, in any order."""
+    """A flag for a config and flags for its keys: --config=NAME --config.KEY=VALUE, in any order."""
 
     name: str
     default: str | None  # name of the default config
@@ -50,7 +50,7 @@ class ConfigFlag(NamedTuple):
     required: bool = False
 
     def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
-        """Defines the flag, and one for each key in `words`. Returns the words that remain to be parsed.
+        """Defines the flag, and a flag for each key in `words`. Returns the words that are still to be parsed.
 
         Raises UserError if the config cannot be loaded or does not have a key.
         """

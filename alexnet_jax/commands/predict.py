@@ -3,7 +3,7 @@
     alexnet_jax predict --checkpoint=PATH IMAGE_OR_FOLDER... [--views=10] [--top=5] [--lines | --json]
 
 Each image is cropped to its central square and resized as `alexnet_jax prepare` does, but not re-encoded as JPEG.
-Folders are searched recursively, and their images are taken in the order of their names.
+Folders are searched recursively. Their images are sorted by name.
 """
 
 import json
@@ -19,7 +19,7 @@ from alexnet_jax.utils.files import as_utf8
 FLAGS = (
     CHECKPOINT,
     VIEWS,
-    Flag('top', 5, 'Labels per image; by default at most the number of classes.'),
+    Flag('top', 5, 'Number of labels per image; the default is limited to the number of classes.'),
     Flag('lines', False, 'Print one line per file: its name, the best label and its probability.'),
     Flag('json', False, 'Print one JSON object per file.'),
     CPU_DEVICES,

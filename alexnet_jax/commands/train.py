@@ -14,7 +14,7 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
-    ConfigFlag('config', None, "Name or file of a config, with a variant: 'paper:init=authors'.", required=True),
+    ConfigFlag('config', None, "Name or file of a config; a variant follows ':': paper:init=authors.", required=True),
     Flag('workdir', None, 'Directory for checkpoints, metrics and config.'),
     Flag('summary', False, 'Only print layers, shapes, parameters and communication between towers.'),
     Flag('profile', 0, 'Trace this many updates, after two warm-up updates, to WORKDIR/profile.', at_least=0),

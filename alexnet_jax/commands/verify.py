@@ -1,4 +1,4 @@
-"""Verifies checkpoints and prepared data against the digests that were written with them.
+"""Verifies the files of checkpoints and prepared data against their SHA-256 digests.
 
     alexnet_jax verify DIR...
 

@@ -1,4 +1,4 @@
-"""Reads Caffe's protocol buffers: the weights of a .caffemodel, and arrays such as mean images."""
+"""Reads Caffe's protocol buffers: weights (.caffemodel) and arrays such as mean images (.binaryproto)."""
 
 import functools
 import math
@@ -10,9 +10,9 @@ import numpy as np
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, printable, reading
 from alexnet_jax.utils.errors import UserError
 
-_MAX_BYTES = 2**31 - 1  # bytes; protobuf's own limit
+_MAX_BYTES = 2**31 - 1  # protobuf's own limit
 _MAX_AXES = 32  # Caffe's own limit
-# The part of caffe.proto (BVLC/caffe, src/caffe/proto) that holds weights: (field name, number, type, repeated).
+# The parts of caffe.proto (BVLC/caffe, src/caffe/proto) that contain weights: (field name, number, type, repeated).
 _MESSAGES = {
     'BlobShape': [('dim', 1, 'INT64', True)],
     'BlobProto': [
@@ -23,6 +23,7 @@ _MESSAGES = {
     'V1LayerParameter': [('name', 4, 'STRING', False), ('type', 5, 'INT32', False), ('blobs', 6, 'BlobProto', True)],
     'NetParameter': [('layers', 2, 'V1LayerParameter', True), ('layer', 100, 'LayerParameter', True)],
 }  # fmt: skip
+# Layer types by name (LayerParameter) and by number (V1LayerParameter).
 _OPS = {'ReLU': 'relu', 'LRN': 'lrn', 'Pooling': 'pool', 18: 'relu', 15: 'lrn', 17: 'pool'}
 
 
@@ -44,7 +45,7 @@ def _caffe_message(name: str):
 
 
 def _parse(path: str, name: str):
-    """Parses a file as the message type `name`, a key of `_MESSAGES`."""
+    """Parses a file as a message of type `name`, a key of `_MESSAGES`."""
     if (size := os.path.getsize(path)) > _MAX_BYTES:
         raise UserError(f"expected Caffe's {name} of at most {_MAX_BYTES} bytes, found {size}.")
     message = _caffe_message(name)()
@@ -53,8 +54,8 @@ def _parse(path: str, name: str):
 
 
 def _blob_array(name: str, blob) -> np.ndarray:
-    """Returns a BlobProto as a float32 array. Raises UserError if its shape does not match its number of values."""
-    with np.errstate(over='ignore'):  # callers reject infinity and name the layer
+    """Converts a BlobProto to a float32 array. Raises UserError if its shape does not match its number of values."""
+    with np.errstate(over='ignore'):  # `convert` rejects infinity and names the layer
         data = np.array(blob.data or blob.double_data, np.float32)
     shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
     if len(shape) > _MAX_AXES or min(shape) < 0:
@@ -85,7 +86,7 @@ def _read_layers(net) -> list[LayerWeights]:
             continue
         name = printable(str(layer.name))  # protobuf returns bytes for invalid UTF-8
         weight, *others = (_blob_array(name, blob) for blob in layer.blobs)
-        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # linear layers were 4-D before 2014
+        if weight.ndim == 4 and weight.shape[:2] == (1, 1):  # files before 2014 have 4-D weights in linear layers
             weight = weight.reshape(weight.shape[2:])
         if weight.ndim not in (2, 4) or len(others) != 1:
             shapes = ', '.join(str(array.shape) for array in (weight, *others))

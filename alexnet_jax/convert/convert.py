@@ -31,7 +31,7 @@ _READERS = {
     '.safetensors': safetensors.read,
     **dict.fromkeys(('.pth', '.pt', '.bin', '.tar'), pytorch.read),  # PyTorch's ImageNet example writes .pth.tar
 }
-_RECORD_SIZE = 256  # pixels; used if there is no mean image
+_RECORD_SIZE = 256  # record size in pixels without a mean image
 _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; from torchvision's transforms
 _PAPER_CONVS = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # features, kernel, groups
 
@@ -45,22 +45,22 @@ def convert(
     config: ConfigDict | None = None,
     classes: str | os.PathLike | None = None,
 ) -> None:
-    """Writes the converted weights to a new directory and logs the layers, preprocessing and config assumed.
+    """Writes the converted weights to a new directory. Logs the layers and the assumed preprocessing and config.
 
     Args:
       source: a .caffemodel, a PyTorch state_dict (.pth, .pt, .bin, .tar) or a .safetensors file. With
         to='safetensors', anything `load_checkpoint` accepts.
-      output: directory to create; it must not exist. Written as a sibling `.NAME.incomplete`, then renamed.
+      output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       to: 'checkpoint' or 'safetensors'.
-      mean: a .binaryproto (Caffe: BGR), or a .npy of shape [3, S, S], [S, S, 3] or [3] on the 0-255 scale with channels
-        in the order of the network's input. S becomes the record size of the checkpoint. Required for Caffe files.
+      mean: a .binaryproto (Caffe, BGR), or a .npy of shape [3, S, S], [S, S, 3] or [3] with values from 0 to 255 and
+        the channel order of the network's input. S becomes the checkpoint's record size. Required for Caffe files.
       config: network and preprocessing of the weights. Default: the config stored in the file, else 'caffe' for a
-        .caffemodel and 'torchvision' for the other formats.
+        .caffemodel and 'torchvision' for other formats.
       classes: a text file with one class name per line, in the order of the outputs. Default: the WordNet ids of
         ILSVRC-2012 for 1,000 outputs, else the class numbers.
 
     Raises:
-      UserError: a file or option is invalid, or the disk is full. Nothing is written.
+      UserError: a file or option is invalid, or the disk is full. Then nothing is written.
     """
     source, output = os.fspath(source), os.fspath(output)
     mean = None if mean is None else os.fspath(mean)
@@ -103,7 +103,7 @@ def convert(
 
 
 def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
-    """Returns (source, plain config fitted to the weights): the given, the stored, or the format's default config."""
+    """Returns (name of its source, config fitted to the weights). Uses the given, stored, or default config."""
     if config is not None:
         return '--config', fit_config(manager.config_to_json(config), weights)
     if weights.metadata is not None:
@@ -115,7 +115,7 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None) -> tuple[str,
 
 
 def _log_network(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], config_source: str) -> None:
-    """Logs each layer, the source of the config, and a hint if the network may be the 2012 one."""
+    """Logs each layer, the source of the config, and a hint if this may be the 2012 network."""
     convs = []
     for (name, spec), layer in zip(network.layers.items(), layers, strict=True):
         window = ''
@@ -149,7 +149,7 @@ def _to_float32(name: str, layer: LayerWeights) -> LayerWeights:
 
 
 def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | None) -> ImageStats:
-    """Returns the statistics of --mean, else of the file that `convert` wrote, else ImageNet's mean color."""
+    """Returns image statistics from --mean, else from the file that `convert` wrote, else ImageNet's mean color."""
     size, metadata, path = augmentation.image_size, weights.metadata, weights.path
     stats = None if metadata is None else image_stats_file.load(os.path.dirname(os.path.abspath(path)))
     if mean:
@@ -176,12 +176,12 @@ def _image_stats(weights: WeightFile, augmentation: Augmentation, mean: str | No
     image = image.astype(np.float32)
     if stats is not None:
         return stats._replace(mean_image=image)
-    # The files hold no color components. Zero eigenvalues disable the color shift.
+    # Weight files have no color components. Zero eigenvalues disable the color shift.
     return ImageStats(image, np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
 
 
 def read_mean(path: str, bgr: bool) -> np.ndarray:
-    """Reads a mean image or mean color as RGB, [S, S, 3] or [3]. Raises UserError if the file holds neither.
+    """Reads a mean image or mean color as RGB [S, S, 3] or [3]. Raises UserError if the file contains neither.
 
     bgr: whether a .npy file stores blue first; a .binaryproto always does.
     """
@@ -191,7 +191,7 @@ def read_mean(path: str, bgr: bool) -> np.ndarray:
         array, bgr = caffe.read_array(path), True
     else:
         with reading(path, 'an array written by numpy.save'), np.errstate(over='ignore'):
-            # Memory-mapped, because np.load would allocate the declared size before it checks the file's size.
+            # Memory-mapped, because np.load would allocate the declared size without checking the size of the file.
             array = np.load(path, mmap_mode='r', allow_pickle=False)
             if array.dtype.kind not in 'fiu' or array.size > 3 * 4096**2:
                 raise ValueError(f'{array.dtype} array of shape {array.shape}')

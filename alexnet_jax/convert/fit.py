@@ -1,4 +1,4 @@
-"""Fits a config to the shapes of the weights in a file."""
+"""Fits a config to the shapes of the weights in a weight file."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ from alexnet_jax.utils.errors import UserError
 def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
     """Returns a copy of a plain config with features, groups and number of classes taken from the weights.
 
-    The number of groups is the number of input channels divided by the input channels of the weight. If a Caffe file
+    The number of groups of a layer is the number of its input channels divided by that of its weights. If a Caffe file
     lists the operations after a layer, their order is used (CaffeNet pools before it normalizes).
 
-    Raises UserError if the weights do not fit the network; the message lists expected and found shapes by layer.
+    Raises UserError with expected and found shapes by layer if the weights do not fit the network.
     """
     network = model_from_config(config['model'])
     shapes = infer_shapes(network, config['data']['image_size'])
@@ -35,7 +35,7 @@ def fit_config(config: dict[str, Any], weights: WeightFile) -> dict[str, Any]:
     extra = [*unread[ConvSpec], *unread[DenseSpec]]
     report += [f'expected no further layer, found {layer.weight.shape} in {layer.name!r}' for layer in extra]
     if extra or len(specs) < len(shapes):
-        raise UserError(f'The weights do not fit the config: {"; ".join(report)}. Use --config=NAME of their network.')
+        raise UserError(f'the weights do not fit the config: {"; ".join(report)}. Use --config=NAME of their network.')
     layers = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
     fields = {'layers': layers, 'num_classes': layers[names[-1]].pop('features')}
     config = {**config, 'model': {**config['model'], **fields}}
@@ -50,17 +50,17 @@ def _fit_layer(
     inputs: tuple[int, ...],
     allowed_groups: tuple[int, ...] | None,
 ) -> LayerSpec:
-    """Returns the layer spec with the features and groups of the file's weights.
+    """Returns the layer spec with the features and groups of the weights in the file.
 
     Args:
       spec: layer of the config.
       layer: weights of the file; None if the file has no more layers of this kind.
-      channels: number of channels or units of the layer below.
+      channels: number of output channels or units of the previous layer.
       inputs: input shape of the layer in the config, (H, W, C) or (F,).
-      allowed_groups: permitted numbers of groups; None: any divisor (convolutions, whose shapes are unambiguous).
+      allowed_groups: allowed numbers of groups; None allows any divisor (for convolutions, whose shapes determine it).
 
     Raises:
-      UserError: the weights do not fit; the message gives the expected and the found shape.
+      UserError: the weights do not fit. The message states the expected and the found shape.
     """
     window: tuple[int, ...] = (spec.kernel, spec.kernel) if isinstance(spec, ConvSpec) else ()
     fan_in = channels if window else channels * math.prod(inputs[:-1])

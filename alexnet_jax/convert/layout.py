@@ -1,4 +1,4 @@
-"""Converts parameters between the layout of this package and the one shared by Caffe and PyTorch."""
+"""Converts parameters between the layout of this package and the layout of Caffe and PyTorch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _TORCHVISION = ('features.0', 'features.3', 'features.6', 'features.8', 'feature
 def to_params(
     network: AlexNet, image_size: int, layers: Sequence[LayerWeights], *, bgr: bool = False
 ) -> dict[str, Any]:
-    """Returns float32 parameters of this package: kernels HWIO or [inputs, outputs], maps flattened as (H, W, C).
+    """Returns parameters in this package's layout: kernels HWIO or [inputs, outputs], maps flattened as (H, W, C).
 
     Args:
       network: network whose layers have the shapes of `layers`, see `fit.fit_config`.
@@ -38,13 +38,13 @@ def to_params(
 
 
 def from_params(network: AlexNet, image_size: int, params: dict[str, Any]) -> list[LayerWeights]:
-    """Inverts `to_params`, with RGB input. Raises UserError for local layers.
+    """Inverse of `to_params` for RGB input. Raises UserError for local layers.
 
-    Names are torchvision's if torchvision could build such a network, else this package's (conv1 ... fc8).
+    Uses torchvision's layer names if the network has the structure of its AlexNet, else conv1 ... fc8.
     """
     specs = network.layers.values()
     if any(isinstance(spec, LocalSpec) for spec in specs):
-        raise UserError('Local layers cannot be converted: no other format has separate kernels at every position.')
+        raise UserError('local layers cannot be converted: no other format has separate kernels at every position.')
     torchvision_ops = all(set(spec.ops) <= {'relu', 'pool', 'dropout'} for spec in specs)
     convs = sum(isinstance(spec, ConvSpec) for spec in specs)
     layers = []

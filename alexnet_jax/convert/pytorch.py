@@ -11,8 +11,8 @@ from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, printable,
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import check_declared_size
 
-# Classes that occur in state_dicts and training checkpoints. PyTorch's own list of safe names is longer, and some of
-# its entries can allocate any amount of memory.
+# Classes that occur in state_dicts and training checkpoints. Some entries of PyTorch's own, longer list of safe names
+# can allocate any amount of memory.
 _HARMLESS = re.compile(
     r'collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.set|torch\.([a-z]\w*|\w+Storage|Size)'
     r'|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_(tensor|parameter)\w*'
@@ -20,7 +20,7 @@ _HARMLESS = re.compile(
 
 
 def read(path: str) -> WeightFile:
-    """Reads the tensors in the order of the file. `weights_only` keeps PyTorch from running the file's code.
+    """Reads the tensors in the order of the file. `weights_only` prevents PyTorch from running code in the file.
 
     Raises UserError if PyTorch is not installed or the file is not a state_dict.
     """
@@ -53,15 +53,15 @@ def read(path: str) -> WeightFile:
 
 
 def _pickled_names(path: str) -> Iterator[str]:
-    """Yields the names that the pickles of a PyTorch file would import, as 'module.name'. Loads nothing."""
+    """Yields the names ('module.name') that the pickles of a PyTorch file would import. Loads nothing."""
     with open(path, 'rb') as file:
-        if file.read(4) != b'PK\3\4':  # format before PyTorch 1.6: five pickles, then the values
+        if file.read(4) != b'PK\3\4':  # before PyTorch 1.6: five pickles, then the values
             file.seek(0)
             for _ in range(5):
                 yield from _names_in(file)
             return
         with zipfile.ZipFile(file) as archive:
-            # torch.save does not compress, so a larger declared size is an attack or damage.
+            # torch.save does not compress, so a file with a larger declared size is damaged or an attack.
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))
             for entry in archive.infolist():
                 if entry.filename.lower().endswith('.pkl'):

@@ -11,14 +11,14 @@ from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading
 from alexnet_jax.data import image_stats_file
 
 FILE_NAME = 'model.safetensors'
-METADATA_KEY = 'alexnet_jax'  # metadata key in the files that alexnet_jax convert writes
+METADATA_KEY = 'alexnet_jax'  # key of this package's metadata in a file
 METADATA_FORMAT = 'the metadata that alexnet_jax convert writes'  # for error messages
 
 
 def read(path: str) -> WeightFile:
-    """Reads the tensors in natural order of their names (features.3 before features.10); the format keeps no order.
+    """Reads tensors in natural order of their names (features.3 before features.10): the format has no order.
 
-    Raises UserError if the file is damaged, or its metadata under `METADATA_KEY` is not as `write` writes it.
+    Raises UserError if the file is damaged or its metadata under `METADATA_KEY` is invalid.
     """
     import safetensors
 

@@ -1,4 +1,4 @@
-"""Contents of a weight file, independent of its format, and errors for unreadable files."""
+"""Contents of a weight file, independent of its format, and errors for unreadable weight files."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 class LayerWeights(NamedTuple):
-    """Weights of a layer in the layout of Caffe and PyTorch: NCHW images, maps flattened in (C, H, W) order."""
+    """Weights of a layer in the layout of Caffe and PyTorch: NCHW images, maps flattened as (C, H, W)."""
 
     name: str  # in the file
     weight: np.ndarray  # [O, I / groups, h, w] for a convolution, [O, I] for a linear layer
@@ -28,7 +28,7 @@ class WeightFile:
     path: str
     layers: list[LayerWeights]
     bgr: bool = False  # whether the first layer expects BGR, as Caffe's networks do
-    metadata: dict[str, Any] | None = None  # config, class names, record size; only in alexnet_jax files
+    metadata: dict[str, Any] | None = None  # config, class names, record size; only in files written by alexnet_jax
 
     def of_rank(self, rank: int) -> list[LayerWeights]:
         """Returns the convolutions (rank 4) or the linear layers (rank 2), in the order of the file."""
@@ -37,10 +37,10 @@ class WeightFile:
 
 @contextlib.contextmanager
 def reading(path: str, expected: str) -> Iterator[None]:
-    """Converts any exception in the context to a one-line UserError that names the file.
+    """Converts any exception in the context to a UserError that names the file, in one line.
 
-    A damaged file can raise any type. Except for a UserError, the message states the expected format and the first
-    8 bytes of the file.
+    Damaged files raise exceptions of any type. For all but UserError, the message states the expected format and the
+    first 8 bytes of the file.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def printable(text: str, longest: int = 100) -> str:
 
 
 def pair_tensors(tensors: dict[str, np.ndarray]) -> list[LayerWeights]:
-    """Pairs weights with their biases, in the order of the weights. Raises UserError if tensors are left over."""
+    """Pairs weights with their biases, in the order of the weights. Raises UserError for other tensors."""
     layers, unused = [], dict(tensors)
     for name, weight in tensors.items():
         prefix, dot, last = name.rpartition('.')

@@ -19,7 +19,7 @@ Batch = dict[str, Any]
 
 
 def decode(record: dict[str, Any], size: int) -> np.ndarray:
-    """Returns a record's image as uint8 [size, size, 3]. Raises UnreadableError if it cannot be decoded to that."""
+    """Returns a record's image as uint8 [size, size, 3]. Raises UnreadableError for damage, another size or type."""
     image = record['image']
     try:
         if not isinstance(image, np.ndarray):
@@ -43,15 +43,15 @@ def _name(record: dict[str, Any]) -> str:
 class Records:
     """Encoded records, decoded and cropped for each batch."""
 
-    records: Sequence[dict[str, Any]] = dataclasses.field(repr=False)  # grain prints reprs of its transformations
+    records: Sequence[dict[str, Any]] = dataclasses.field(repr=False)  # grain logs the reprs of its transformations
     record_size: int  # side of a record's image, pixels
-    on_device: ClassVar[dict[str, jax.Array]] = {}  # arrays on the devices that are part of every batch
+    on_device: ClassVar[dict[str, jax.Array]] = {}  # device arrays to add to every batch
 
     def read(self, indices: Sequence[int], params: AugmentParams | None = None, image_size: int | None = None) -> Batch:
-        """Returns a batch of crops of `image_size` as given by `params`, or of whole images without these arguments.
+        """Returns a batch of crops of side `image_size` selected by `params`, or of whole images if both are None.
 
-        A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], 0 for
-        unreadable images and indices past the last record; and, if images are unreadable, the reasons in 'unreadable'.
+        A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], which is 0
+        for unreadable images and indices past the last record. 'unreadable' lists the reasons, if there are any.
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.
@@ -80,14 +80,14 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class HostCache:
-    """All images, decoded, in host memory. Batches hold whole images; the train step crops, which saves host time."""
+    """All images, decoded, in host memory. Batches hold whole images; the train step crops them, to save host time."""
 
     images: np.ndarray | jax.Array  # uint8 [N, S, S, 3]; replicated on every device in a DeviceCache
     labels: np.ndarray  # int32 [N]; negative for unreadable images
 
     @property
     def on_device(self) -> dict[str, Any]:
-        """Arrays on the devices that are part of every batch."""
+        """Device arrays to add to every batch."""
         return {}
 
     @property
@@ -100,7 +100,7 @@ class HostCache:
         return self.labels
 
     def read(self, indices: Sequence[int], params: AugmentParams, image_size: int) -> Batch:
-        """Returns the entry of `_pixels`, 'label' int32 [n] and 'weight' float32 [n]."""
+        """Returns a batch with the entry of `_pixels`, 'label' int32 [n] and 'weight' float32 [n]."""
         rows = np.asarray(indices, np.int32)
         labels = self.labels[rows]
         return {**self._pixels(rows), 'label': np.maximum(labels, 0), 'weight': (labels >= 0).astype(np.float32)}

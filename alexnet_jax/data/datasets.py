@@ -20,7 +20,7 @@ from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, first_line
 
 DIGITS = 'digits'  # value of data.path for the embedded digits
-_MAX_FEATURES_CHARS = 1 << 24  # of a features.json
+_MAX_FEATURES_CHARS = 1 << 24  # longest accepted features.json
 
 
 class Dataset(NamedTuple):
@@ -40,7 +40,7 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(path: str | os.PathLike) -> Dataset:
-    """Opens a directory written by `alexnet_jax prepare`, or 'digits'. Raises UserError if that is not possible."""
+    """Opens a directory written by `alexnet_jax prepare`, or 'digits'. Raises UserError if it cannot be opened."""
     path = os.fspath(path)
     if path == DIGITS:
         return _digits()
@@ -72,7 +72,7 @@ class _Subset(Sequence):
 
 
 def subset(records: Sequence, fraction: float) -> Sequence:
-    """Returns a fixed random subset of a split, in the split's order. Smaller subsets are contained in larger ones."""
+    """Returns a fixed random subset of a split, in the split's order. Larger fractions contain the smaller subsets."""
     if fraction == 1:
         return records
     count = max(1, round(fraction * len(records)))
@@ -98,7 +98,7 @@ def _prepared(path: str) -> Dataset:
         }
         class_names, (side, width, channels) = tuple(label.names), image.shape
         fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
-    except Exception as error:  # TFDS and array_record raise many types for damaged files
+    except Exception as error:  # TFDS and array_record raise many exception types for damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     if fingerprint and not checksums.present(path):  # `prepare` writes both
         raise UserError(f'the prepared data is damaged: {path}/{checksums.FILE_NAME} is missing; prepare it again.')
@@ -108,11 +108,11 @@ def _prepared(path: str) -> Dataset:
 
 
 def _check_features(path: str) -> None:
-    """Raises UserError if features.json names a class outside TFDS: TFDS would import and call it."""
+    """Raises UserError if features.json names a class that is not part of TFDS: TFDS would import and call it."""
     classes: list[str] = []
 
     def collect(node: dict[str, Any]) -> None:
-        """Collects the class names in a JSON object: TFDS has two key spellings, and "type" in its old format."""
+        """Collects class names from a JSON object. TFDS has two spellings of the key, and 'type' in its old format."""
         keys = ('pythonClassName', 'python_class_name', 'type', 'proto_cls')
         classes.extend(name for key, name in node.items() if key in keys and isinstance(name, str))
 
@@ -130,7 +130,7 @@ def _check_features(path: str) -> None:
 
 
 class _Records(Sequence):
-    """A TFDS data source with errors that name the unreadable record or the missing file."""
+    """A TFDS data source whose errors name the unreadable record or the missing file."""
 
     def __init__(self, source, name: str, files: Sequence[os.PathLike]):
         self._name, self._files, self._count = name, [os.fspath(file) for file in files], len(source)
@@ -162,11 +162,11 @@ class _Records(Sequence):
 
 
 def _digits() -> Dataset:
-    """Returns scikit-learn's 1,797 handwritten digits (8 x 8), enlarged to 32 px; 360 of them are the val split."""
+    """Returns scikit-learn's 1,797 handwritten digits, enlarged from 8 to 32 px; 360 of them are the val split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(f"the {DIGITS} need scikit-learn; use: pip install 'alexnet_jax[quickstart]'") from error
+        raise UserError(f"the {DIGITS} dataset needs scikit-learn: pip install 'alexnet_jax[quickstart]'") from error
     digits = load_digits()
     records = []
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -178,7 +178,7 @@ def _digits() -> Dataset:
 
 
 def synthetic(image_size: int, num_classes: int) -> Dataset:
-    """Returns 16 random images (256 px for image_size 224) for benchmarks: speed does not depend on pixel values."""
+    """Returns 16 random images (256 px for image_size 224) for benchmarks; their speed does not depend on pixels."""
     size = augment.default_record_size(image_size)
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     names = tuple(str(i) for i in range(num_classes))
@@ -200,26 +200,26 @@ def in_memory(
     class_names: Sequence[str] | None = None,
     fingerprint: str = '',
 ) -> Dataset:
-    """Returns a dataset of images in memory, with the mean image and color components of its train split.
+    """Returns a dataset of images in memory. Computes the mean image and the color components of the train split.
 
     Args:
       splits: 'train' and optionally 'val' and 'test', each {'image': uint8 [N, S, S, 3], 'label': int [N]} or a list
         of {'image': uint8 [S, S, 3], 'label': int}. Empty splits are dropped.
-      class_names: the name of each label, from 0; by default '0', '1', ... up to the highest label.
-      fingerprint: identifies the images, so that a resumed run detects other data.
+      class_names: the names of labels 0, 1, ...; by default '0', '1', ... up to the highest label.
+      fingerprint: an identifier of the images, with which a resumed run detects changed data.
 
     Raises:
-      UserError: there are no training images, an image has another type or size, or a label has no name.
+      UserError: there are no training images, images differ in type or size, or a label has no name.
     """
     given = {name: _to_records(split) for name, split in splits.items()}
     if not given.get('train'):
         raise UserError(f"splits={list(given)}: expected a split 'train' with images.")
     given = {name: records for name, records in given.items() if records}
-    everything = list(itertools.chain(*given.values()))
+    all_records = list(itertools.chain(*given.values()))
     if class_names is None:
-        class_names = [str(i) for i in range(1 + max(int(record['label']) for record in everything))]
+        class_names = [str(i) for i in range(1 + max(int(record['label']) for record in all_records))]
     size = (*np.shape(given['train'][0]['image']), 0)[0]
-    for record in everything:
+    for record in all_records:
         image, label = record['image'], record['label']
         if getattr(image, 'dtype', None) != np.uint8 or image.shape != (size, size, 3):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Lists, reads and decodes image files. Checks sizes before allocating memory for them."""
+"""Lists, reads and decodes image files. Checks declared sizes before allocating memory."""
 
 import io
 import os
@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from alexnet_jax.utils.errors import UserError, first_line
 
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
-MAX_BYTES = 2**28  # of an image file
+MAX_BYTES = 2**28  # size of the largest accepted image file
 MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
-# Only the formats of common datasets: Pillow knows dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
+# The formats of common datasets. Pillow supports dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 
 
@@ -47,7 +47,7 @@ def list_entries(folder: str) -> list[os.DirEntry]:
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """Reads `length` bytes at `offset`, or all bytes. Raises OSError, or ValueError if they cannot be one image."""
+    """Reads `length` bytes at `offset`, or all bytes. Raises OSError, or ValueError if this cannot be an image."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe may block; a device may have no end
         raise ValueError('not a regular file')
     with open(path, 'rb') as file:
@@ -90,20 +90,20 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decodes an image file to RGB and applies its EXIF rotation. Raises ValueError with the reason if it cannot."""
+    """Decodes an image file to RGB and applies its EXIF rotation. Raises ValueError with the reason if that fails."""
     if not content:
         raise ValueError('the file is empty')
-    with warnings.catch_warnings(action='ignore'):  # Pillow warns of errors it repairs; sizes are checked below
+    with warnings.catch_warnings(action='ignore'):  # Pillow warns about defects it repairs; sizes are checked below
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 width, height = image.size  # from the header
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f'{width} x {height} pixels')
-                # Load before reading EXIF data: for a PNG that loads the pixels too, and would hide their errors.
+                # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
                 image.load()
-                is_32_bit = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # PGM's I has 16 bits
+                is_32_bit = image.mode == 'F' or (image.mode == 'I' and image.format != 'PPM')  # PGM's mode I: 16 bits
                 decoded = rgb(_apply_exif_rotation(image))
-        except Image.DecompressionBombError as error:  # Pillow itself raises it from 2 * MAX_PIXELS on
+        except Image.DecompressionBombError as error:  # Pillow itself raises it above 2 * MAX_PIXELS
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
         except UnidentifiedImageError as error:  # its message names only the buffer
@@ -123,11 +123,11 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 _METHODS = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
-_TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by EXIF orientation, which it reverts
+_TRANSPOSITIONS = dict(enumerate(_METHODS, start=2))  # by the EXIF orientation that the method reverts
 
 
 def _apply_exif_rotation(image: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation. `ImageOps.exif_transpose` rewrites the EXIF block and fails on other invalid tags."""
+    """Applies the EXIF rotation. `ImageOps.exif_transpose` also rewrites the EXIF block, which may fail."""
     try:
         method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # ignore an unreadable EXIF block: the pixels may be valid

@@ -22,7 +22,7 @@ def save(directory: str, image_stats: ImageStats) -> None:
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Reads one array. `numpy.load` would allocate the declared size before checking the size of the file."""
+    """Reads one array. `numpy.load` would allocate the declared size without checking the size of the file."""
     with archive.open(f'{name}.npy') as file:
         np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
@@ -31,7 +31,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def load(directory: str) -> ImageStats | None:
-    """Returns a prepared dataset's image statistics, None without a train split. Raises UserError if damaged."""
+    """Returns a prepared dataset's image statistics, or None if it has no such file. Raises UserError for damage."""
     path = os.path.join(directory, FILE_NAME)
     if not os.path.exists(path):
         return None

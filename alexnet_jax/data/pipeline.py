@@ -1,7 +1,7 @@
-"""The grain input pipeline: shuffle -> read -> draw random parameters -> crop -> batch. It can start at any step.
+"""Grain input pipeline: shuffle, draw random parameters, read, crop, batch. It can start at any step.
 
-The step alone determines the batch: batch k holds positions kB to (k+1)B - 1 of an endless stream, which is reshuffled
-every epoch. Random values depend only on (seed, position), not on threads, processes or mesh.
+A batch depends only on the step: with batch size B, batch k holds the positions kB to (k+1)B - 1 of an endless stream
+that is reshuffled every epoch. Random parameters depend only on (seed, position), not on threads, processes or mesh.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from alexnet_jax.data.cache import Batch, Records, Storage, decode
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
-UNREADABLE_LABEL = -2  # label of images that `decode_all` could not read; TFDS uses -1 for a missing label
-_MIN_WORKERS = 3  # fewer processes are not faster than threads
-_CHUNK = 1024  # most images that a worker prepares at a time: it holds several chunks in shared memory
+UNREADABLE_LABEL = -2  # label in `decode_all` of unreadable images; TFDS uses -1 for a missing label
+_MIN_WORKERS = 3  # fewer worker processes are not faster than threads
+_CHUNK = 1024  # most images per chunk: a worker holds several chunks in shared memory
 _SHARED_MEMORY = '/dev/shm'
 
 
@@ -43,9 +43,9 @@ def train_batches(
     Args:
       storage: the images of the train split.
       batch_size: the global batch size, over all processes.
-      seed: seed of the order and of the random parameters.
+      seed: random seed of the order and of the random parameters.
       shard: (index, count) of this process's rows in each batch, from `sharding.data_shard`.
-      num_workers: number of decoding processes; 0 decodes in threads. Processes need a `__main__` guard in scripts.
+      num_workers: number of decoding processes; 0 decodes in threads. With processes, scripts need a `__main__` guard.
       num_threads: threads per process; 0 uses `default_threads`.
 
     Yields:
@@ -56,14 +56,14 @@ def train_batches(
       unreadable images has the reasons in 'unreadable' (list[str]); see `warn_unreadable`.
     """
     record_size, image_size = storage.record_size, augmentation.image_size
-    crop_positions(record_size, image_size)  # raises its error here rather than in a worker
+    crop_positions(record_size, image_size)  # raises UserError here rather than in a worker
 
-    def build(rows):  # not a partial: grain logs the repr of a transformation, which would print every record
+    def build(rows):  # not a partial: grain logs its repr, which would contain all records
         first, indices = rows[0][0], [int(index) for _, index in rows]
         params = random_crops.draw_batch(augmentation, seed=seed, first=first, count=len(rows), record_size=record_size)
         return {**params._asdict(), **storage.read(indices, params, image_size)}
 
-    # Numbered before the stream is divided between processes, so positions are global.
+    # The index is added before the stream is divided between processes, so positions are global.
     order = grain.MapDataset.range(len(storage.records)).seed(seed).shuffle().repeat()
     stream = order.map_with_index(lambda position, index: (position, index))
     return _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads)
@@ -81,7 +81,7 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the records of a split once, in order. The last batch is padded with rows of weight 0.
 
-    record_size: side of a record's image, pixels. repeat: repeats the split without end, keeping its worker processes.
+    record_size: side of a record's image, pixels. repeat: repeats the split endlessly and keeps the worker processes.
     The other arguments are those of `train_batches`.
 
     Yields 'image' uint8 [n, S, S, 3] (whole images), 'label' int32 [n], 'weight' float32 [n], and 'unreadable' as in
@@ -90,7 +90,7 @@ def eval_batches(
     count = -(-len(records) // batch_size)
     workers = min(num_workers, count * math.ceil(batch_size // shard[1] / _CHUNK))
     source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
-    # Processes take seconds to start. Threads start at once, and would hold batches of the next pass in memory.
+    # Worker processes take seconds to start, so they are kept. Threads would hold batches of the next pass in memory.
     if repeat and workers:
         stream = stream.repeat()
 
@@ -101,7 +101,7 @@ def eval_batches(
 
 
 def decode_all(records: Sequence, size: int, num_workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all images and labels: (uint8 [N, size, size, 3], int32 [N]). Warns of images with UNREADABLE_LABEL."""
+    """Returns all images and labels: (uint8 [N, size, size, 3], int32 [N]). Unreadable images get UNREADABLE_LABEL."""
     images, labels = np.empty((len(records), size, size, 3), np.uint8), np.empty(len(records), np.int32)
     rows = min(64, len(records))
     batches = eval_batches(records, batch_size=rows, record_size=size, num_workers=num_workers)
@@ -129,7 +129,7 @@ def warn_unreadable(batch: Batch) -> Batch:
 
 
 def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
-    """Concatenates chunks to one batch."""
+    """Concatenates chunks into one batch."""
     batch = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != 'unreadable'}
     unreadable = [reason for chunk in chunks for reason in chunk.get('unreadable', ())]
     return {**batch, 'unreadable': unreadable} if unreadable else batch
@@ -138,17 +138,18 @@ def _concat_chunks(chunks: Sequence[Batch]) -> Batch:
 def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     """Returns the number of decoding processes to use with accelerators; 0 means decoding in threads.
 
-    One process for each core but one, at most 32 per device, fewer if shared memory is short; 0 instead of less than
-    _MIN_WORKERS. rows: of this process in a batch. row_bytes: of one training image and one validation image.
-    devices: of this process.
+    Uses all cores but one, at most 32 per device, fewer if shared memory is short, and threads below _MIN_WORKERS.
+
+    rows: this process's rows of a batch. row_bytes: bytes of one training image plus one validation image. devices:
+    number of this process's devices.
     """
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _MIN_WORKERS:
         return 0
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
     free //= processes.local_processes()
-    # Measured for each kind of batch: w processes hold 4 w + 2 chunks in shared memory, plus the chunks that wait for
-    # the last chunk of their batch.
+    # Measured for training and for validation: w processes hold 4 w + 2 chunks in shared memory, plus the chunks that
+    # wait until their batch is complete.
     chunks = free // (min(rows, _CHUNK) * row_bytes)
     if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
@@ -160,7 +161,7 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
 
 
 def default_threads(num_workers: int) -> int:
-    """Returns the threads per worker: min(cores, 16) / workers. Each thread holds one batch."""
+    """Returns the number of threads per worker: min(cores, 16) / workers. Each thread holds one chunk in memory."""
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
 
 
@@ -170,20 +171,20 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
     def read_chunk(number):
-        """Returns the stream's elements for chunk `number` of this process."""
+        """Returns the elements of the stream for chunk `number` of this process."""
         batch, chunk = divmod(number, chunks)
         first = (start_step + batch) * batch_size + index * rows  # a process's rows are contiguous in the global batch
         return [stream[first + row] for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks)]
 
     dataset = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(read_chunk).map(build)
-    # Each thread builds a whole chunk, and two more chunks are buffered. Grain's default buffers 500 batches.
+    # Each thread builds one chunk, and two more chunks are buffered. Grain would buffer 500 by default.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # in notebooks and scripts; grain reads one of its own flags
+        if not flags.FLAGS.is_parsed():  # in notebooks and scripts; grain reads an absl flag
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more is not faster
         dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
-        # Only images go through shared memory: its overhead is larger than the labels and random parameters.
+        # Only images are passed in shared memory: for labels and random parameters its overhead is too large.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     if chunks > 1:
@@ -192,9 +193,9 @@ def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_thre
 
 
 def _closing(dataset, starting) -> Generator[Batch, None, None]:
-    """Yields the batches, and stops the workers when the consumer calls `close()` or raises an exception.
+    """Yields the batches. Stops the workers at the end, also if the consumer calls `close()` or raises an exception.
 
-    starting: context entered until the first batch arrives, when all workers have started.
+    starting: context manager that is active until the first batch arrives, when all workers have started.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -216,10 +217,10 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
 def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
     """Yields (batch on the devices, seconds waited for it). Each batch is sent before the previous one is yielded.
 
-    A GPU writes to newly allocated memory only after all previously launched work. A batch sent after a step's launch
-    is copied after that step; a batch sent before the launch is copied while the previous step computes.
+    A GPU writes to newly allocated memory only after all previously dispatched work. A batch sent after the dispatch of
+    a step is copied after that step; a batch sent before it is copied while the previous step computes.
 
-    send: puts a batch on the devices, such as `sharding.to_mesh`.
+    send: function that puts a batch on the devices, such as `sharding.to_mesh`.
     """
     pending, start = None, time.perf_counter()
     for batch in batches:

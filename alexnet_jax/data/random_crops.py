@@ -1,4 +1,4 @@
-"""Draws the random crop, reflection and color of training images on the host, and crops images.  Section 4.1."""
+"""Draws random crops, reflections and colors of training images on the host, and crops images.  Section 4.1."""
 
 from typing import Any, NamedTuple
 
@@ -18,16 +18,11 @@ class AugmentParams(NamedTuple):
     color: np.ndarray  # float32 [3]: the paper's alphas, one per principal component
 
 
-def draw(augmentation: Augmentation, *, seed: int, position: int, record_size: int) -> AugmentParams:
-    """Draws crop, reflection (2048 = 32 x 32 x 2 in the paper) and color of one image from (seed, position) alone."""
-    drawn = draw_batch(augmentation, seed=seed, first=position, count=1, record_size=record_size)
-    return AugmentParams(*(values[0] for values in drawn))
-
-
 def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int, record_size: int) -> AugmentParams:
     """Draws the parameters of `count` positions from `first` on, stacked along a leading axis.
 
-    Always draws all random numbers, so that disabling one augmentation does not change the others.
+    The parameters of a position depend only on (seed, position). The paper has 32 x 32 x 2 = 2048 crops and
+    reflections. Always draws all random numbers, so that disabling one augmentation does not change the others.
     """
     size = augmentation.image_size
     groups = np.arange(first, first + count) // augmentation.draw_every
@@ -50,8 +45,8 @@ def draw_batch(augmentation: Augmentation, *, seed: int, first: int, count: int,
 def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.ndarray:
     """Returns uniform float64 [count, words] in [0, 1). Row i depends only on (key, first + i).
 
-    words: a multiple of 4. Philox is counter-based, with four numbers per count: the numbers of a position need no
-    earlier draws, and a batch takes one call (one generator per image took 40 us each).
+    words: a multiple of 4. Philox is counter-based and has four numbers per count. The numbers of a position need no
+    earlier draws, and a batch takes one call (a generator for each image took 40 us per image).
     """
     counter = int(first) * (words // 4)
     raw = np.random.Philox(key=key, counter=counter).random_raw(int(count) * words)
@@ -59,7 +54,7 @@ def _uniform(key: tuple[int, int], first: int, count: int, words: int) -> np.nda
 
 
 def _normal(uniform: np.ndarray) -> np.ndarray:
-    """Converts uniform numbers to as many independent normal numbers (Box-Muller transform)."""
+    """Converts uniform to independent normal random numbers, as many as given (Box-Muller transform)."""
     radius, angle = np.split(uniform, 2, axis=-1)
     radius = np.sqrt(-2 * np.log(1 - radius))
     return np.concatenate([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)], axis=-1)
@@ -68,8 +63,8 @@ def _normal(uniform: np.ndarray) -> np.ndarray:
 def _areas_to_extents(uniform: np.ndarray, size: int, area: tuple[float, float]) -> np.ndarray:
     """Returns heights and widths [N, 2] of crops of a square, as torchvision's RandomResizedCrop.
 
-    area: range of the crop's share of the square's area; the aspect ratio is between 3:4 and 4:3. uniform: [N, tries,
-    2]. The first try that fits into the square is used, or the whole square if none fits.
+    Uses the first try that fits into the square, else the whole square. Aspect ratios are between 3:4 and 4:3.
+    uniform: [N, tries, 2]. size: side of the square. area: range of the crop's fraction of the square's area.
     """
     share = area[0] + (area[1] - area[0]) * uniform[..., 0]
     aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * uniform[..., 1])
@@ -84,7 +79,7 @@ def augment_arrays(
 ) -> dict[str, np.ndarray]:
     """Augments arrays with the random parameters that the pipeline draws for batch number `step`.
 
-    image_NHWC: uint8 [N, S, S, 3]. S is record_size, or image_size for images that are not to be cropped.
+    image_NHWC: uint8 [N, S, S, 3]. S is record_size, or image_size for images that are already cropped.
 
     Returns 'image' uint8 [N, image_size, image_size, 3] and the fields of `AugmentParams`. Raises UserError for images
     of another shape or type.
@@ -113,7 +108,7 @@ def crop(image_HWC: np.ndarray, params: AugmentParams, size: int, out: np.ndarra
         part = np.asarray(Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     if params.reflect:
-        for channel in range(3):  # takes a fifth of the time of copying part[:, ::-1] at once
+        for channel in range(3):  # five times as fast as copying part[:, ::-1] at once
             out[:, :, channel] = part[:, ::-1, channel]
     else:
         out[...] = part

@@ -1,9 +1,9 @@
-"""Suites of network variants: each variant is a list of differences from a base config.
+"""Suites of network variants. A variant is a set of changes to a base config.
 
 To add a suite, write a function that returns its variants and add it to `SUITES`. `Variant.changes` maps config keys to
-values; a callable value is called with the base config. The numbers from the paper and from the authors' training logs
-are differences in (top-1, top-5) error against the baseline, in percentage points; None means not stated. `sign` is the
-claimed direction: +1 means that the variant has the larger error.
+values; a callable value is called with the base config. `paper` and `log` are the differences in (top-1, top-5) error
+from the baseline that the paper and the authors' training logs state, in percentage points; None: not stated. `sign` is
+the sign of the claimed difference: +1 if the variant has the larger error.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class Variant(NamedTuple):
 
     name: str
     changes: dict[str, Any]
-    baseline: str = ''  # name of the variant it is compared with; '': none
+    baseline: str = ''  # name of the variant to compare with; '': none
     paper: Points = (None, None)  # difference from the baseline; without a baseline, the error itself
     log: Points = (None, None)  # the same, from the authors' training logs
-    sign: int = 0  # of the claimed difference; 0: no claim
-    measure: str = 'top1_error'  # the measurement that `sign` refers to
+    sign: int = 0  # 0: no claim
+    measure: str = 'top1_error'  # measurement that is compared
     source: str = ''
 
 
@@ -54,7 +54,7 @@ def _without_ops(base: ConfigDict, *ops: str) -> Layers:
 
 
 def _half_kernels(base: ConfigDict) -> Layers:
-    """Footnote 2 of the paper: half of the kernels in every convolution except the last, and no groups."""
+    """Footnote 2 of the paper: half the kernels in every convolution except the last, and no groups."""
     layers, convs = _layers(base)
     for name in convs:
         layers[name] |= {'groups': 1, 'features': layers[name]['features'] // (1 if name == convs[-1] else 2)}
@@ -62,7 +62,7 @@ def _half_kernels(base: ConfigDict) -> Layers:
 
 
 def _less_padding(base: ConfigDict) -> Layers:
-    """`layers-147.cfg`: one pixel less padding in later convolutions with pooling, so that map sizes do not change."""
+    """`layers-147.cfg`: one pixel less padding in pooled convolutions after conv1, which preserves the map sizes."""
     layers, convs = _layers(base)
     for name in convs[1:]:
         if 'pool' in layers[name]['post'].split():
@@ -92,8 +92,8 @@ def _sixth_conv(base: ConfigDict) -> Layers:
 def without_layer(name: str) -> Callable[[ConfigDict], Layers]:
     """Returns a change that removes one convolution.
 
-    Its stride moves to the next convolution and its pooling to the previous one, so that the map sizes of later layers
-    do not change. If the first convolution is removed, the second one gets both, and also the initial weight scale that
+    Its stride moves to the next convolution and its pooling to the previous one, which preserves the map sizes of later
+    layers. If the first convolution is removed, the second one gets both, and the first one's initializer, whose scale
     suits pixels. Without conv3, no convolution reads both towers. The paper does not say how layers were removed.
     """
 
@@ -114,7 +114,7 @@ def without_layer(name: str) -> Callable[[ConfigDict], Layers]:
 
 
 def _without_rates(name: str) -> dict[str, Callable[[ConfigDict], tuple]]:
-    """Returns changes that remove a layer from the learning rates and weight decays given per layer."""
+    """Returns changes that remove a layer from the per-layer learning rates and weight decays."""
 
     def drop(rows):
         return tuple(row for row in rows if row[0] != name)
@@ -135,13 +135,15 @@ SIXTH_CONV = {'model.layers': _sixth_conv}
 
 
 def ablations(base: ConfigDict) -> list[Variant]:
-    """Returns the paper's comparisons: the base network, and the network without each of its parts."""
+    """Returns the paper's comparisons: the base network, and networks without one of its parts."""
     layers, convs = _layers(base)
     if len(convs) < 2:
         raise UserError(
             f'ablations: expected a base with at least two convolutions, got {len(convs)}; use another --base.'
         )
-    separate = Variant('towers that do not talk', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150')
+    separate = Variant(
+        'towers without communication', NO_COMMUNICATION, 'base', log=(1.16, 1.12), sign=1, source='net 150'
+    )
     removed = []
     for name in convs:
         changes = {'model.layers': without_layer(name), **_without_rates(name)}
@@ -157,7 +159,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
         Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
-        *([separate] if len(layers) > len(convs) + 1 else []),  # groups need a hidden layer
+        *([separate] if len(layers) > len(convs) + 1 else []),  # separate towers need a hidden layer
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
         Variant('no crops or reflections', no_crops, 'base', sign=1, source='section 4.1, "substantial overfitting"'),
         Variant('no color', {'data.color_std': 0.0}, 'base', (1.0, None), sign=1, source='section 4.1, "over 1%"'),
@@ -168,7 +170,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
 
 
 def cifar10(base: ConfigDict) -> list[Variant]:
-    """The CIFAR-10 networks of the authors' release, with the test errors that their files state, in percent."""
+    """Returns the CIFAR-10 networks of the authors' release, with the test errors that their files state."""
     without = 'section 3.3, 13% without normalization; the name layers-conv-local-13pct.cfg'
     with_norm = 'section 3.3, 11% with normalization; local3 is also wider, and fc5 has another weight decay'
     return [
@@ -183,6 +185,6 @@ def cifar10(base: ConfigDict) -> list[Variant]:
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
     'ablations': ablations,
     'cifar10': cifar10,
-    'ensemble': lambda base: [BASE],  # this suite and the next evaluate the base network in different ways
+    'ensemble': lambda base: [BASE],  # 'ensemble' and 'views' evaluate the base network in different ways
     'views': lambda base: [BASE],
 }

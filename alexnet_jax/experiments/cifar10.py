@@ -1,8 +1,8 @@
 """The CIFAR-10 networks of the paper and of the authors' release, as changes to `configs/paper.py`.
 
-`NETS[name]` maps config keys to values for `config.update_from_flattened_dict`. The names are the test errors that the
-authors report. Images are 32 px (`alexnet_jax prepare --size=32`); '13pct' and '11pct' are trained on random 24 px
-crops and their reflections.
+`NETS[name]` maps config keys to values for `config.update_from_flattened_dict`. All names but '80sec' are test errors
+that the authors report. Images are 32 px (`alexnet_jax prepare --size=32`); '13pct' and '11pct' are trained on random
+24 px crops and their reflections.
 
 Sources: paper section 3.1, figure 1 and footnote 3; `layers/layers-cifar/*.cfg` of the authors' release; for '11pct'
 the public cuda-convnet.
@@ -16,10 +16,9 @@ Layers = dict[str, dict[str, Any]]  # the type of `config.model.layers`
 
 
 def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]:
-    """Returns the settings common to all networks: batch size 128, rate 0.001, bias rate 0.002, no dropout, no color.
+    """Returns a network's changes: batch size 128, learning rate 0.001 (biases 0.002), no color augmentation.
 
-    All values stated in the authors' files are set, even those equal to the paper's, because the base config may
-    differ.
+    Sets all values that the authors' files state, even those of the paper, because the base config may differ.
     """
     return {
         'batch_size': 128,
@@ -96,7 +95,7 @@ def _locally_connected(first: str, second: str, features: int, **changes) -> dic
 
 
 NETS = {
-    # 26% error after 80 seconds on a GPU of 2011. A hidden layer of 64 units precedes the classifier.
+    # 26% error after 80 seconds on a GPU of 2011. Has a hidden layer of 64 units.
     '80sec': _net(
         {**_three_convs(), 'fc4': _fc(0.1, 'relu', features=64), 'fc5': _fc(0.1)},
         decays=(('fc4', 0.03), ('fc5', 0.03)),
@@ -122,14 +121,14 @@ NETS = {
         **{'model.lrn_n': 9, 'model.lrn_alpha': 1e-3},
     ),
 }
-RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # learning rates searched for each activation of figure 1
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # candidate learning rates of figure 1
 
 
 def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
-    """Returns the network of figure 1: four layers, "no regularization of any kind", a constant learning rate.
+    """Returns the network of figure 1: four layers, "no regularization of any kind", constant learning rate.
 
     Training stops at 25% training error. The release does not name the network; '19pct' without weight decay is used.
-    activation: 'relu' or 'tanh'. learning_rate: searched separately for each activation.
+    activation: 'relu' or 'tanh'. learning_rate: chosen for each activation.
     """
     posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}

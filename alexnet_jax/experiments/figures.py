@@ -1,4 +1,4 @@
-"""Computes the arrays for the paper's figures. plots.py draws them."""
+"""Computes the data of the paper's figures, which plots.py draws."""
 
 import contextlib
 import json
@@ -31,8 +31,8 @@ class LayerFigure(NamedTuple):
     name: str
     maps: tuple[int, ...]  # feature maps or units of each tower
     groups: int
-    reads: tuple[tuple[int, ...], ...]  # for each tower: the input towers it reads; (): the image
-    post: str  # operations after the linear one
+    reads: tuple[tuple[int, ...], ...]  # for each tower, the towers whose outputs it reads; (): the image
+    post: str  # operations after the linear operation
     neurons: int
     parameters: int
     size: int | None = None  # side of its maps before `post`; None: fully connected
@@ -47,7 +47,7 @@ class Prediction(NamedTuple):
     true: str
     names: tuple[str, ...]  # most probable first
     probabilities: tuple[float, ...]
-    place: int | None  # rank of the true label in `names`; None: not among them
+    place: int | None  # index of the true label in `names`; None: not among them
 
 
 class Curve(NamedTuple):
@@ -61,10 +61,10 @@ class Curve(NamedTuple):
 def architecture(network: AlexNet, image_size: int, towers: int) -> list[LayerFigure]:
     """Returns the data of figure 2 for every layer, conv1 ... fc8.
 
-    With two towers, a layer with one group reads both towers; a layer with groups reads only its own tower. Both towers
+    With two towers, a layer with one group reads both towers, and a layer with groups only its own tower. Both towers
     read the image.
 
-    image_size: side of the input in pixels. towers: 1 or 2. Raises UserError if the network cannot be split that way.
+    image_size: side of the input in pixels. towers: 1 or 2. Raises UserError if the network cannot be split.
     """
     layers: list[LayerFigure] = []
     for name, sizes in infer_shapes(network, image_size, towers).items():
@@ -98,18 +98,18 @@ def color_share(kernel_HWIO) -> np.ndarray:
     """Returns the share of each kernel's energy that is not gray: float [O], 0 to 1.
 
     Let k [H, W, 3] be a kernel and m [H, W] its mean over R, G and B. The gray part of k has m in every channel, so the
-    share is 1 - 3 |m|^2 / |k|^2. It is 0 for a gray kernel, 2/3 on average for Gaussian noise, and 1 if the channels
-    sum to zero everywhere (opponent colors). It is 0 for a kernel of zeros.
+    share is 1 - 3 |m|^2 / |k|^2. It is 0 for gray kernels and kernels of zeros, 2/3 on average for Gaussian noise, and
+    1 if the channels sum to zero everywhere (opponent colors).
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
     gray = 3 * (kernel.mean(2) ** 2).sum((0, 1))
     share = 1 - np.divide(gray, energy, out=np.ones_like(energy), where=energy > 0)
-    return np.clip(share, 0, 1)  # rounding
+    return np.clip(share, 0, 1)  # removes rounding errors
 
 
 def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int = 5) -> list[Prediction]:
-    """Returns the `top` most probable labels of each image, from the center crop (figure 4, left).
+    """Returns the `top` most probable labels of each image from its center crop (figure 4, left).
 
     images: records, uint8 [N, S, S, 3]. labels: true classes, int [N].
     """
@@ -125,16 +125,16 @@ def predictions(checkpoint: Checkpoint, images, labels: Sequence[int], top: int 
 def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
     """Returns the nearest base vectors of each query by Euclidean distance in float64 (figure 4, right).
 
-    The search is exact. (The authors' search took at most one image of each training file.) Ties go to the lower index.
+    The search is exact. (The authors' search took at most one image per training file.) Ties go to the lower index.
 
-    query_ND: float [N, ...]; each query is flattened. base: batches [n, ...] in order; one is held in memory at a time.
+    query_ND: float [N, ...]; queries are flattened. base: batches [n, ...]; one is in memory at a time.
     Returns (indices int [N, count], distances float64 [N, count]), nearest first; fewer if the base has fewer vectors.
     """
     query = np.asarray(query_ND, np.float64).reshape(len(query_ND), -1)
     best, squares, start = np.zeros((len(query), 0), int), np.zeros((len(query), 0)), 0
     for batch in base:
         batch = np.asarray(batch, np.float64).reshape(len(batch), -1)
-        # |a|^2 - 2ab + |b|^2 would lose small distances and break ties.
+        # |a|^2 - 2ab + |b|^2 would lose the precision of small distances and ties.
         new = np.stack([((batch - vector) ** 2).sum(1) for vector in query])
         indices = np.broadcast_to(np.arange(start, start + len(batch)), new.shape)
         best, squares = np.concatenate([best, indices], 1), np.concatenate([squares, new], 1)
@@ -145,7 +145,7 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
 
 
 def confusion(labels, predicted, classes: int) -> np.ndarray:
-    """Returns the confusion matrix int [K, K]: rows are true classes, columns predictions. Inputs: int [N]."""
+    """Returns the confusion matrix int [K, K] of int [N]: rows are true classes, columns predicted classes."""
     pairs = np.ravel_multi_index((labels, predicted), (classes, classes))
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
@@ -155,18 +155,18 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
     wrong = np.array(matrix)
     np.fill_diagonal(wrong, 0)
     rows = []
-    for place in np.argsort(-wrong, axis=None, kind='stable')[:count]:
-        true, taken = divmod(int(place), len(wrong))
-        if number := int(wrong[true, taken]):
-            rows.append((class_names[true], class_names[taken], number, number / int(np.sum(matrix[true]))))
+    for index in np.argsort(-wrong, axis=None, kind='stable')[:count]:
+        true, predicted = divmod(int(index), len(wrong))
+        if number := int(wrong[true, predicted]):
+            rows.append((class_names[true], class_names[predicted], number, number / int(np.sum(matrix[true]))))
     return rows
 
 
 def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
-    """Returns the 'train' and 'val' curves of a finished or unfinished run. Raises UserError without metrics.jsonl."""
+    """Returns the 'train' and 'val' curves of a run, finished or not. Raises UserError without metrics.jsonl."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
-        raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint=PATH without a run.')
+        raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint instead of --run.')
     rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
@@ -194,8 +194,8 @@ def draw(
 ) -> Iterator[Drawn]:
     """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 
-    run: workdir of its run, for the learning curves. dataset, split: images to show; without a dataset, figures with
-    images are left out. seed: chooses the images.
+    run: workdir of its run; draws the learning curves. dataset, split: images to show; without a dataset, figures that
+    show images are skipped. seed: random seed of the choice of images.
     """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
@@ -220,7 +220,7 @@ def draw(
             )
         yield 'kernels', plots.kernels(kernel_pictures(kernel, towers), [share.mean() for share in shares]), lines
     else:
-        logging.info('No figure of kernels: the kernels of %s do not cover all three colors.', first)
+        logging.info('No figure of kernels: %s is not a convolution over all three colors.', first)
     if dataset:
         yield from _image_figures(checkpoint, dataset, split, seed)
 
@@ -240,14 +240,14 @@ def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: i
     outputs, all_labels = Evaluator(checkpoint, sharding.make_mesh(data=0, tower=1)).probabilities(source)
     matrix = confusion(all_labels, outputs.argmax(1), len(classes))
     lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images correct (center crop); most frequent errors:']
-    for true, taken, number, share in most_confused(matrix, classes):
-        lines.append(f'  {true} taken for {taken}: {number} ({100 * share:.1f}% of {true})')
+    for true, predicted, number, share in most_confused(matrix, classes):
+        lines.append(f'  {true} predicted as {predicted}: {number} ({100 * share:.1f}% of {true})')
     yield 'confusion', plots.confusion(matrix, classes), lines
 
     if 'train' not in dataset.splits:
-        logging.info('No figure of nearest training images: the data have no train split.')
+        logging.info('No figure of nearest training images: the dataset has no train split.')
         return
-    # The layer before the classifier; if there is none, the classifier.
+    # The layer before the classifier, or the classifier if it is the only layer.
     layer = list(checkpoint.network.layers)[-2:][0]
     train = dataset.split('train')
     queries = order[_LEFT:][:_RIGHT] if len(order) > _LEFT else order[:_RIGHT]

@@ -21,7 +21,7 @@ from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError
 
-_MIN_UPDATES = 100  # no network has been seen to learn from scratch in fewer
+_MIN_UPDATES = 100  # no network learned from scratch in fewer updates
 
 
 class FinetuneResult(NamedTuple):
@@ -44,7 +44,7 @@ def finetune(
     val_fraction: float,
     max_unreadable: int,
 ) -> FinetuneResult:
-    """Trains a classifier on images in class folders. A stopped run is resumed.
+    """Trains a classifier on images in class folders. Resumes a stopped run.
 
     Args:
       config: learning rates and length; without `init_from` also the network.
@@ -52,9 +52,9 @@ def finetune(
       output: directory for data/, run/ and figures/.
       init_from: checkpoint to start from; '' trains from scratch.
       val_fraction: fraction of the images used for validation if there is no val split.
-      max_unreadable: unreadable images to skip before preparation fails.
+      max_unreadable: allowed number of unreadable images in the preparation.
 
-    Raises UserError if the images are unsuitable, and as `train.train_and_evaluate`.
+    Raises UserError if the images are unsuitable, and the errors of `train.train_and_evaluate`.
     """
     pictures, output, init_from = (os.fspath(path) for path in (pictures, output, init_from))
     check_workdir(output)
@@ -64,7 +64,7 @@ def finetune(
     dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable)
     config = finetune_config(config, source, data, len(dataset.class_names))
     config.init_from = init_from
-    network_and_augmentation(config)  # checks ranges before training
+    network_and_augmentation(config)  # checks the config before training
     updates = config.num_steps or math.ceil(config.num_epochs * len(dataset.split('train')) / config.batch_size)
     if not source and updates < _MIN_UPDATES:
         distributed.warn(
@@ -90,8 +90,8 @@ def finetune(
 def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, classes: int) -> ConfigDict:
     """Returns a copy of a config for `classes` classes at `path`, to fine-tune a checkpoint or train from scratch.
 
-    The network and preprocessing come from the checkpoint. The new classifier then learns ten times as fast as the
-    other layers, unless `optim.layer_rates` is set.
+    Network and preprocessing come from the checkpoint, if given. Then the learning rate of the classifier is ten times
+    that of the other layers, unless `optim.layer_rates` is set.
     """
     config = ConfigDict(config.to_dict())
     if source is not None:
@@ -108,7 +108,7 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
 
 
 def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float, max_unreadable: int) -> Dataset:
-    """Prepares the images into `folder` unless this was done before, and returns the dataset.
+    """Prepares the images into `folder` unless it exists, and returns the dataset.
 
     Raises UserError if `folder` holds other images or images of another size, or if there is only one class.
     """

@@ -1,4 +1,4 @@
-"""Draws the data from figures.py with matplotlib Figure objects. No window is opened and no global state is changed."""
+"""Draws the data of figures.py as matplotlib Figure objects, without windows or changes to global state."""
 
 import math
 import os
@@ -21,19 +21,19 @@ try:
 except ImportError as error:
     raise UserError("figures need matplotlib, which is not installed: pip install 'alexnet_jax[figures]'") from error
 
-# Colors of Okabe and Ito, safe for color blindness. Lines also differ in style and bars in hatching.
+# Color-blind safe palette of Okabe and Ito. Lines also differ in style and bars in hatching.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
 _LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
 _OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
-_PER_ROW = 16  # kernels per row of figure 3
+_PER_ROW = 16  # kernels or maps per row
 
 
 def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
     """Writes NAME.png and NAME.svg into a folder, which is created if needed. Returns the two paths.
 
-    The same figure always gives the same bytes. Raises UserError if a file cannot be written.
+    The files are reproducible byte for byte. Raises UserError if a file cannot be written.
     """
     folder = os.fspath(folder)
     paths = [os.path.join(folder, f'{name}.{kind}') for kind in ('png', 'svg')]
@@ -45,7 +45,7 @@ def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
 
 
 def architecture(rows: Sequence, image_size: int) -> Figure:
-    """Draws the network like figure 2: one row of boxes per tower, connected to the boxes they read.
+    """Draws the network like figure 2: one row of boxes per tower, with lines from the boxes they read.
 
     rows: from `figures.architecture`. image_size: side of the input in pixels.
     """
@@ -58,7 +58,7 @@ def architecture(rows: Sequence, image_size: int) -> Figure:
     widest = max((row.maps[0] for row in rows if row.size), default=1)
     longest = max(row.maps[0] for row in rows if not row.size)
 
-    def side(size):  # a power below 1 keeps the small upper layers visible
+    def side(size):  # an exponent below 1 keeps the small upper layers visible
         return 1.25 * (size / image_size) ** 0.45
 
     def box(row, tower, x):
@@ -126,7 +126,7 @@ def _connect(axes: Axes, source: Bbox, target: Bbox, row, across: int) -> None:
     color, linestyle = (VERMILION, '--') if across else (BLACK, '-')
     style: dict[str, Any] = {'color': color, 'linestyle': linestyle, 'linewidth': 0.8}
     y = np.mean(source.intervaly)
-    end = np.mean(target.intervaly) - 0.12 * across  # beside the line from the target's own tower
+    end = np.mean(target.intervaly) - 0.12 * across  # separate from the line from the target's own tower
     if not row.kernel:
         axes.plot([source.x1, target.x0], [y, end], **style, zorder=4)
         return
@@ -156,10 +156,10 @@ def kernels(towers: Sequence[np.ndarray], shares: Sequence[float] | None = None)
 
 
 def maps(x_HWC: np.ndarray) -> Figure:
-    """Draws the maps of an image, such as `activations(...)['conv3'][0]`: 16 per row, each from black to white."""
+    """Draws the feature maps of an image, such as `activations(...)['conv3'][0]`: 16 per row, each scaled to [0, 1]."""
     low, high = x_HWC.min((0, 1)), x_HWC.max((0, 1))
     gray = np.moveaxis((x_HWC - low) / np.maximum(high - low, 1e-12), -1, 0)
-    figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / 16)), layout='constrained')
+    figure = Figure(figsize=(8.4, 0.45 + 0.52 * math.ceil(len(gray) / _PER_ROW)), layout='constrained')
     axes = figure.subplots()
     axes.imshow(_sheet(np.repeat(gray[..., None], 3, axis=-1)), interpolation='nearest')
     axes.set_axis_off()
@@ -177,7 +177,7 @@ def _sheet(pictures: np.ndarray) -> np.ndarray:
 
 
 def predictions(images, labels: Sequence) -> Figure:
-    """Draws images with the probabilities of their best labels as bars (figure 4, left).
+    """Draws images with bars for the probabilities of their most probable labels (figure 4, left).
 
     The bar of the true label is orange and hatched. images: uint8 [N, s, s, 3]. labels: from `figures.predictions`.
     """
@@ -226,14 +226,14 @@ def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draws a confusion matrix as shares of the true class. Up to 30 classes are labeled."""
+    """Draws a confusion matrix as fractions of the true class. Up to 30 classes are labeled."""
     count = len(matrix)
     side = max(4.5, min(9.0, 0.32 * count + 1.5))
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
-    # The color scale follows the square root of the share, so that rare errors are visible.
+    # The color scale is the square root of the fraction, so that rare errors are visible.
     image = axes.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap='cividis', norm=PowerNorm(0.5, 0, 1))
-    figure.colorbar(image, label='share of the true class', shrink=0.8)
+    figure.colorbar(image, label='fraction of the true class', shrink=0.8)
     axes.set(xlabel='predicted class', ylabel='true class')
     if count <= 30:
         names = [_short(name, 18) for name in class_names]
@@ -250,9 +250,9 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
 def learning_curves(
     curves: Mapping[str, tuple | list[tuple]], *, threshold: float | None = None, y_label: str = 'Training error rate'
 ) -> Figure:
-    """Draws learning curves like figure 1: the first solid, the second dashed, a thin horizontal line at `threshold`.
+    """Draws learning curves like figure 1: the first solid, the second dashed, a horizontal line at `threshold`.
 
-    curves: (x, y) by name; or a list of (x, y), one per seed, drawn with thin lines.
+    curves: {name: (x, y)}, or {name: list of (x, y), one per seed}, drawn with thin lines.
     """
     figure = Figure(figsize=(5, 3.8), layout='constrained')
     axes = figure.subplots()

@@ -198,19 +198,19 @@ function walkLayers(section, { stages, labels }) {
     maps.replaceChildren();
     find('bars').replaceChildren();
     find('legend').hidden = !stage;
-    let title, words, note = '';
+    let title, description, note = '';
     if (stage) {
       const shown = stage.chosen ? `maps ${stage.chosen.join(', ')}` : stage.units < Number(stage.shape) ? `the first ${stage.units} units` : 'all units, row by row';
-      title = `${stage.layer}: ${stage.what}`;
-      words = stage.words;
+      title = `${stage.layer}: ${stage.operation}`;
+      description = stage.description;
       note = `Output: ${stage.shape}. Parameters: ${stage.parameters ? stage.parameters.toLocaleString('en') : 'none'}. Shown: ${shown}.`;
       drawStage(maps, stage);
     } else if (at === 0) {
-      [title, words] = ['the image', `${caption}. The input of the network is this image minus the mean of the training images.`];
+      [title, description] = ['the image', `${caption}. The input of the network is this image minus the mean of the training images.`];
       note = `${data.side} x ${data.side} x 3 numbers.`;
       paintPicture(canvasIn(maps), picture);
     } else {
-      [title, words] = ['the labels', `The most probable labels of ${caption}, from the center crop only.`];
+      [title, description] = ['the labels', `The most probable labels of ${caption}, from the center crop only.`];
       for (const { label, probability } of labels[picture]) {
         const [dt, dd, bar] = ['dt', 'dd', 'dd'].map((name) => document.createElement(name));
         dt.textContent = label;
@@ -223,7 +223,7 @@ function walkLayers(section, { stages, labels }) {
     maps.className = 'maps' + (!stage ? ' picture' : stage.chosen ? '' : ' whole');
     maps.setAttribute('aria-label', `${caption} at ${title}`);
     find('value').textContent = `${at + 1} of ${count}, ${title}`;
-    find('words').textContent = words;
+    find('description').textContent = description;
     find('note').textContent = note;
     find('previous').setAttribute('aria-disabled', at === 0); // `disabled` would lose the keyboard focus
     find('next').setAttribute('aria-disabled', at === count - 1);

@@ -1,7 +1,7 @@
 """Writes an HTML report with tables, figures and two interactive parts, as one file that works offline.
 
-The first interactive part slides a filter of the first layer over an image; the second shows the image layer by layer.
-`report.html` is the page template. `report.js` computes the first part and displays precomputed values in the second.
+The first interactive part slides a filter of the first layer over an image; the second shows the activations layer by
+layer. `report.html` is the template. `report.js` computes the first part and displays precomputed values in the second.
 """
 
 import base64
@@ -30,11 +30,11 @@ from alexnet_jax.inference.predict import top_k
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import atomic_file
 
-_PICTURES = 6  # about 3 MB of page with 224 px and 16 maps per layer
-_MAPS = 16  # shown per layer
+_PICTURES = 6  # the page has about 3 MB with images of 224 px and 16 maps per layer
+_MAPS = 16  # maps shown per layer
 _MAP_SIZE = 32  # pixels; larger maps are downsampled
-_UNITS = 4096  # shown per fully connected layer
-_STRIP = 128  # units per row
+_UNITS = 4096  # units shown per fully connected layer
+_STRIP = 128  # units shown per row
 _NUMBER = ' class="number"'
 _TYPES = {'.svg': 'image/svg+xml', '.png': 'image/png'}
 
@@ -45,7 +45,7 @@ class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
     rows: list[tuple]  # str, numbers, or None (an empty cell)
-    note: str = ''  # how to read the numbers
+    note: str = ''  # explanation of the numbers
 
 
 class Figure(NamedTuple):
@@ -67,11 +67,11 @@ def write(
     image_NHWC: np.ndarray | None = None,
     captions: Sequence[str] = (),
 ) -> None:
-    """Writes the report atomically; an existing file is replaced. All text arguments are plain text and are escaped.
+    """Writes the report atomically, replacing an existing file. All text is plain text and is escaped.
 
-    checkpoint, image_NHWC: shown in the interactive parts; give both or neither. The images are uint8 [N, S, S, 3] with
-    S = `checkpoint.record_size`, prepared like the training images; the center crops of the first six are used.
-    captions: of these images; missing captions are numbered.
+    checkpoint, image_NHWC: network and images for the interactive parts; give both or neither. The images are uint8
+    [N, S, S, 3] with S = `checkpoint.record_size`, prepared like the training images. The center crops of the first six
+    are shown. captions: captions of the images; by default 'image 1', 'image 2', ...
 
     Raises UserError if a row does not fit its table, a figure cannot be read, the images have another shape or type, or
     the file cannot be written.
@@ -91,7 +91,7 @@ def write(
         'summary': escape(summary),
         'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
         'sections': '\n'.join(body),
-        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # `</script>` would end the script
+        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # `</script>` in data would end the script
     }
     folder = resources.files('alexnet_jax.experiments')
     page, parts['script'] = (folder.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('html', 'js'))
@@ -139,12 +139,12 @@ def _figure(figure: Figure) -> str:
 
 
 def _scrolling(title: str, content: str) -> str:
-    """Wraps content that may be wider than the page. The region scrolls and can be reached with the keyboard."""
+    """Wraps content that may be wider than the page in a scrollable region that the keyboard can focus."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">\n{content}</div>\n'
 
 
 def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    """Returns the data of report.js: 'walk', and 'slide' if the first layer is a convolution over all colors."""
+    """Returns the data for report.js: 'walk', and 'slide' if the first layer is a convolution over all colors."""
     image_NHWC = check_images(checkpoint, image_NHWC)[:_PICTURES]
     if not len(image_NHWC):
         raise UserError(f'image_NHWC of shape {image_NHWC.shape}: expected at least one image.')
@@ -177,7 +177,7 @@ def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
 
 
 def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
-    """Returns the stages, one for each operation of each layer, and the most probable labels."""
+    """Returns the stages, one per operation of each layer, and the most probable labels."""
     network = checkpoint.network
     run = jax.jit(lambda params, x: network.apply({'params': params}, x, mutable='intermediates'))
     logits, seen = jax.device_get(run(checkpoint.params, _views(checkpoint, image_NHWC)))
@@ -188,10 +188,10 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
         for op in ('linear', *layer.ops):
             x = seen['intermediates'][f'{name}.{op}'][calls[op]]
             calls[op] += 1
-            what, words = _describe_op(network, layer, sizes.inputs, op)
+            operation, description = _describe_op(network, layer, sizes.inputs, op)
+            stage = {'layer': name, 'operation': operation, 'description': description}
             shown = _maps(x) if x.ndim == 4 else _strip(x)
-            parameters = sizes.parameters if op == 'linear' else 0
-            stages.append({'layer': name, 'what': what, 'words': words, 'parameters': parameters, **shown})
+            stages.append({**stage, 'parameters': sizes.parameters if op == 'linear' else 0, **shown})
     probabilities, names = np.nan_to_num(jax.nn.softmax(jnp.asarray(logits))), checkpoint.class_names
     labels = [
         [{'label': names[i], 'probability': float(p[i])} for i in order]
@@ -201,7 +201,7 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
 
 
 def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
-    """Encodes some feature maps. The same maps are shown for all images and all operations of a layer."""
+    """Encodes a selection of feature maps, the same for all images and all operations of a layer."""
     side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
     size = min(side, _MAP_SIZE)

@@ -1,4 +1,4 @@
-"""Runs a suite: trains its network variants, measures them and writes the report. A stopped suite can be resumed."""
+"""Runs a suite: trains its network variants, measures them and writes the report. Resumes a stopped suite."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from alexnet_jax.training import build, metric_writer, train
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
 
-FIGURE1, AVERAGED = 'figure1', ('ensemble', 'views')
+FIGURE1 = 'figure1'
 SUITES = (FIGURE1, *ablations.SUITES)
 _SMALL = (FIGURE1, 'cifar10')  # suites with 32 px images
 
@@ -41,7 +41,7 @@ class Suite(NamedTuple):
     base: ConfigDict  # the config that the variants change
     seeds: int
     output: str  # directory of results.csv, report.html and runs/
-    scale: float  # fraction of the training images used, the same images in every run
+    scale: float  # fraction of the training images to use, the same images in every run
 
     @property
     def record_size(self) -> int:
@@ -68,7 +68,7 @@ class Trial(NamedTuple):
 
 
 def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """Returns a trial for every variant and seed. Suites with the same variant and output share the run.
+    """Returns a trial for every variant and seed. Suites with the same output share the runs of equal variants.
 
     Raises UserError before any training if a variant cannot be built from the base.
     """
@@ -87,10 +87,10 @@ def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, outpu
 
 
 def run_suite(suite: Suite, data: str) -> list[str]:
-    """Runs the unfinished trials of a suite and publishes the results. Returns its tables as text.
+    """Runs the unfinished trials of a suite and writes the results. Returns its tables as text.
 
-    suite: `suite.output` gets results.csv, report.html, figures/ and runs/. data: a prepared directory, or raw images
-    as for `alexnet_jax prepare`. Raises UserError if the images are unsuitable or if all networks diverged.
+    Writes results.csv, report.html, figures/ and runs/ to `suite.output`. data: a prepared directory, or any input of
+    `alexnet_jax prepare`. Raises UserError if the images are unsuitable or if all networks diverged.
     """
     check_workdir(suite.output)
     with as_user_error(f'--output={suite.output!r} cannot be used', 'Give another directory.'):
@@ -112,12 +112,12 @@ def run_suite(suite: Suite, data: str) -> list[str]:
     if not runs:
         remedy = 'use a lower --base.optim.learning_rate and another --output.'
         if suite.name in _SMALL:
-            remedy = 'it sets the learning rates itself, so check the images (docs/trouble.md).'
+            remedy = 'the suite sets the learning rates itself, so check the images (docs/trouble.md).'
         raise UserError(f'all networks of {suite.name} diverged; {remedy}')
     if suite.name == FIGURE1:
         names = list(dict.fromkeys(trial.variant.name for trial in trials))
         results = [tables.figure1_table(rows, names, RATES)]
-    elif suite.name in AVERAGED:
+    elif suite.name in ('ensemble', 'views'):
         results = [tables.averaged_table(suite.name, list(runs), dataset, suite.base.data.max_unreadable)]
     else:
         variants = ablations.SUITES[suite.name](suite.base)
@@ -134,9 +134,9 @@ def _with_data(suite: Suite, path: str, source: datasets.Dataset | Listing) -> S
 
 
 def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, Any]:
-    """Trains one network to its end, measures it and updates results.csv. Returns the row.
+    """Trains a network, measures it and updates results.csv. Returns the row.
 
-    A diverged run is recorded as a result. Earlier measurements are read back, not repeated.
+    A diverged run is recorded as a result. Existing measurements are loaded, not repeated.
     """
     result = _read_json(trial, 'result')
     ended = result and result['diverged'] and result['step'] == _latest_step(trial)
@@ -154,7 +154,7 @@ def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, 
         if not result or (result['step'], result['diverged']) != (step, diverged):  # new, or trained for longer
             result = {'step': step, 'diverged': diverged, **({} if diverged else measure(trial, dataset))}
             metric_writer.write_json(trial.workdir, {'result': result})
-        jax.clear_caches()  # the next network needs its own compiled step
+        jax.clear_caches()  # frees the compiled step: the next network has another one
     row = {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, **(result or {})}
     tables.write_csv(os.path.join(trial.output, 'results.csv'), [row], whole=False)
     return row
@@ -172,7 +172,7 @@ def _latest_step(trial: Trial) -> int | None:
 
 
 def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
-    """Measures the last checkpoint of a finished run: training error of the last epoch and test errors, in percent."""
+    """Measures a finished run: training error of the last epoch, and test errors of the last checkpoint, in percent."""
     config = trial.config
     checkpoint, curve = tables.load_last(trial.workdir), figures.curves(trial.workdir)['train']
     error = float(curve.top1_error[-1])
@@ -189,7 +189,7 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
         split = dataset.splits[name]
         row['test_images'] = len(split)
         options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
-        ten = dataset.record_size > config.data.image_size  # otherwise the ten views are two views repeated
+        ten = dataset.record_size > config.data.image_size  # otherwise there are only two different views
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
             errors = evaluate.evaluate(checkpoint, split, views=views, **options)
             row |= {f'top{k}_{suffix}': errors[f'top{k}_error'] for k in (1, 5)}
@@ -201,7 +201,7 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tuple[float, list[dict]]:
-    """Finds the learning rate with which seed 0 needs the fewest epochs (figure 1).
+    """Finds the learning rate with which the first seed needs the fewest epochs (figure 1).
 
     The search starts in the middle of `RATES` and moves to the faster neighbor until both neighbors are slower. A run
     ends early once it has trained for as many epochs as the fastest one. Returns (rate, rows of all tried rates).
@@ -210,7 +210,7 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
     epochs: dict[int, int] = {}
     best = len(RATES) // 2
     while True:
-        for i in (best, best + 1, best - 1):  # try the higher rate first: it is faster or diverges soon
+        for i in (best, best + 1, best - 1):  # the higher rate first: it is faster or diverges early
             if 0 <= i < len(RATES) and i not in rows:
                 changes = figure1_changes(activation, RATES[i])
                 changes['num_epochs'] = float(min((*epochs.values(), changes['num_epochs'])))
@@ -218,7 +218,7 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
                 (trial,) = make_trials([variant], suite.base, 1, suite.output)
                 rows[i] = run_trial(trial, FIGURE1, dataset)
                 if rows[i].get('reached'):
-                    epochs[i] = max(1, int(rows[i]['epochs']))  # the last batch of an epoch reaches into the next
+                    epochs[i] = max(1, int(rows[i]['epochs']))  # the last batch of an epoch extends into the next epoch
             fastest = min(epochs, key=lambda i: epochs[i], default=best)
             if fastest != best:
                 best = fastest
@@ -228,7 +228,7 @@ def search_rate(activation: str, suite: Suite, dataset: datasets.Dataset) -> tup
 
 
 def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
-    """Trains ReLU and tanh, each with its best rate, to 25% training error. Returns (trials to compare, all rows)."""
+    """Trains ReLU and tanh networks, each with its best learning rate. Returns (trials to compare, all rows)."""
     trials, rows = [], []
     for activation in ('relu', 'tanh'):
         rate, tried = search_rate(activation, suite, dataset)
@@ -242,7 +242,7 @@ def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], l
 
 
 def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
-    """Runs the variants of a suite one after the other. Returns (trials, one row for each)."""
+    """Runs the variants of a suite one after the other. Returns (trials, rows), one row per trial."""
     trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
     rows = []
     for i, trial in enumerate(trials):
@@ -252,9 +252,9 @@ def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], 
 
 
 def plan_suite(suite: Suite, data: str) -> str:
-    """Returns the runs of a suite, their images and their predicted hours as text. Writes and prepares nothing.
+    """Returns the runs of a suite, their images and their predicted hours as text. Writes nothing.
 
-    The prediction scales the measured speed of a few updates of the first network by the FLOPs of the others.
+    The prediction is based on the measured speed of a few updates of the first network and the FLOPs of all networks.
     """
     source = datasets.open_dataset(data) if _is_prepared(data) else discovery.find_images(data)
     _check_splits(source, suite.name, repr(data))
@@ -273,14 +273,13 @@ def plan_suite(suite: Suite, data: str) -> str:
         options = throughput.Options(torch_baseline=None, steps=0, precision='float32')
         contender, _ = throughput.our_updates(setup, options, stack, name='', on_batches=False)
         rate = contender.measure()
-    flops = []
+    flops: list[int] = []
+    total = 0.0
     for trial in trials:
         layers = infer_shapes(model_from_config(trial.config.model), trial.config.data.image_size)
         flops.append(sum(layer.flops for layer in layers.values()))
-    total = 0.0
-    for trial, cost in zip(trials, flops, strict=True):
         images = trial.config.num_steps * trial.config.batch_size or trial.config.num_epochs * examples
-        hours = images / rate * cost / flops[0] / 3600
+        hours = images / rate * flops[-1] / flops[0] / 3600
         total += hours
         lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
     lines.append(
@@ -291,7 +290,7 @@ def plan_suite(suite: Suite, data: str) -> str:
 
 
 def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:
-    """Returns the most runs figure 1 can need: all rates with the first seed, one rate with the other seeds."""
+    """Returns the most trials that figure 1 can need: all rates with the first seed, one rate with the other seeds."""
     trials = []
     for activation in ('relu', 'tanh'):
         variants = [Variant(f'{activation} {rate:g}', figure1_changes(activation, rate)) for rate in RATES]
@@ -305,7 +304,7 @@ def _is_prepared(path: str) -> bool:
 
 
 def prepare_images(path: str, suite: Suite) -> str:
-    """Prepares the images at `path` in the output directory unless done before. Returns the directory."""
+    """Prepares the images at `path` into DIR/data-SIZE unless it exists. Returns that directory."""
     size = suite.record_size
     folder = os.path.join(suite.output, f'data-{size}')
     listing = None

@@ -1,4 +1,4 @@
-"""Results of a suite: results.csv, mean and spread over seeds, tables that compare with the paper, report.html."""
+"""Results of a suite: results.csv, mean and standard deviation over seeds, comparison with the paper, report.html."""
 
 import collections
 import csv
@@ -26,14 +26,14 @@ COLUMNS = (
 
 
 def differences(rows: Sequence[dict], variant: str, baseline: str, key: str) -> list[float]:
-    """Returns `variant` minus `baseline` in column `key` for every seed that both have."""
+    """Returns the differences in column `key` between `variant` and `baseline`, one for each seed that both have."""
     values = {(row['variant'], row['seed']): row.get(key) for row in rows}
     pairs = [(values.get((variant, seed)), values.get((baseline, seed))) for name, seed in values if name == variant]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def sign_agreement(values: Sequence[float], sign: int) -> str:
-    """Compares the sign of all differences with the claim: 'agrees', 'disagrees', 'undecided (...)' or ''."""
+    """Compares the signs of differences with the claimed sign: 'agrees', 'disagrees', 'undecided (...)' or ''."""
     if not values or not sign:
         return ''
     agreeing = sum(value * sign > 0 for value in values)
@@ -41,7 +41,7 @@ def sign_agreement(values: Sequence[float], sign: int) -> str:
 
 
 def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
-    """Replaces a suite's rows in results.csv: all of them (`whole`), or those with the same variant and seed."""
+    """Replaces rows of a suite in results.csv: all of them if `whole`, else those with the same variant and seed."""
     suite, runs, old = rows[0]['suite'], {(row['variant'], str(row['seed'])) for row in rows}, []
     if os.path.exists(path):
         with open(path, encoding='utf-8', newline='') as file:
@@ -54,7 +54,7 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
 
 
 def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:
-    """Returns the measured errors next to those of the paper and the authors' log, one row per variant."""
+    """Returns the measured errors and those of the paper and of the authors' log, one row per variant."""
     table = []
     for variant in variants:
         measured = [row for row in rows if row['variant'] == variant.name and not row['diverged']]
@@ -91,12 +91,12 @@ def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str
 
 
 def format_error_pair(pair: ablations.Points, signed: bool) -> str:
-    """Returns a (top-1, top-5) pair as text: '1.40 / 1.20'. Values that are not stated are left out."""
+    """Returns a (top-1, top-5) pair as text: '1.40 / 1.20'. Values of None are omitted."""
     return ' / '.join(f'{x:{"+" if signed else ""}.2f}' for x in pair if x is not None)
 
 
 def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> report.Table:
-    """Returns the color shares of the first-layer kernels in the more and the less colored tower (section 6.1)."""
+    """Returns the mean color share of the more and of the less colored half of the first layer (section 6.1)."""
     table = []
     for variant in variants:
         measured = [row for row in rows if row['variant'] == variant.name and 'color_0' in row]
@@ -106,8 +106,8 @@ def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> 
     columns = ('network', 'more colored half', 'less colored half', 'difference')
     note = (
         "Mean share of a kernel's energy that is not gray, in each half of the first layer. Each half is one tower; "
-        'with one GPU the halves are the control. In the paper, one tower is largely color-agnostic and the other '
-        'color-specific in every run.'
+        'with one GPU, which has no towers, the halves are a control. In the paper, one tower is largely '
+        'color-agnostic and the other color-specific in every run.'
     )
     return report.Table('Do the towers specialize?', columns, table, note)
 
@@ -132,8 +132,8 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     return report.Table('Figure 1: ReLU against tanh', columns, table, note)
 
 
-def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int = 0) -> report.Table:
-    """Returns the table of 'views' (center or ten views) or 'ensemble' (one network or the average of all)."""
+def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int) -> report.Table:
+    """Returns the table of the suite 'views' (center crop, ten views) or 'ensemble' (one network, average of all)."""
     split = dataset.splits[str(eval_split(dataset))]
     options: dict[str, Any] = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
@@ -164,7 +164,7 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
     columns = ('evaluated as', 'networks', 'top-1', 'top-5', 'difference', 'paper', "authors' log", 'sign', 'source')
     note = 'Errors in percent on the same images: mean and standard deviation over networks with different seeds.'
     if suite == 'ensemble':
-        note += ' There is only one average, so ± of the difference comes from the single networks. "agrees" means '
+        note += ' There is only one average: ± of the difference is that of the single networks. "agrees" means '
         note += 'that the average is better than each of them.'
     return report.Table(f'{suite}: comparison with the paper', columns, table, note)
 
@@ -191,7 +191,7 @@ def load_last(workdir: str) -> manager.Checkpoint:
 _CAPTIONS = {
     'figure1': 'Training error of ReLU (solid) and tanh (dashed) for every seed. The horizontal line is at 25%.',
     'error': 'Errors of the first network by epoch.',
-    'architecture': 'Like figure 2: the maps of each tower and their inputs.',
+    'architecture': 'Like figure 2: the maps of each tower and the maps that they read.',
     'kernels': 'Like figure 3: the kernels of the first layer, by tower.',
     'predictions': 'Like figure 4, left: the five most probable labels.',
     'confusion': 'Confusion matrix.',
@@ -202,7 +202,7 @@ _CAPTIONS = {
 def publish(
     suite: str, output: str, tables: list[report.Table], runs: Mapping[str, str], rows: Sequence[dict], dataset: Dataset
 ) -> None:
-    """Writes report.html: tables, all runs, curves, the first network. runs: {workdir: variant}, none diverged."""
+    """Writes report.html: tables, all runs, curves, the first network. runs: {workdir: variant}, not diverged."""
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     workdir, split = next(iter(runs)), eval_split(dataset) or 'train'

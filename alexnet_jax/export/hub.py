@@ -1,4 +1,4 @@
-"""Exports a checkpoint as files that load without this package, in the layout of the Hugging Face hub."""
+"""Exports a checkpoint as files that load without this package, in the layout of the Hugging Face Hub."""
 
 import collections
 import json
@@ -30,7 +30,7 @@ def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tup
 
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
-    """Returns config.json: what hub tools read for a classifier, and this package's settings under 'alexnet_jax'."""
+    """Returns config.json: the keys of a classifier on the Hub, and this package's settings under 'alexnet_jax'."""
     counts = collections.Counter(checkpoint.class_names)  # ImageNet has two classes named 'crane'
     names = [name if counts[name] == 1 else f'{name} ({i})' for i, name in enumerate(checkpoint.class_names)]
     return {
@@ -68,7 +68,7 @@ tags: [alexnet, image-classification]
 
 Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
 {origin}.
-This card states no accuracy: measure it on your own data.
+No accuracy is stated here: measure it on your own data.
 
 - Input: uint8 RGB [N, {side}, {side}, 3]: shorter side resized to {side} (bilinear, antialiased), central square.
 - Preprocessing in the model: {crop} px crops ({crops}), {pixels}.
@@ -80,6 +80,6 @@ model = jax.export.deserialize(open('{stablehlo.FILE_NAME}', 'rb').read())
 probabilities = model.call(images)
 ```
 
-`{safetensors.FILE_NAME}` holds the weights in PyTorch's layout; `alexnet_jax convert` converts it back to a checkpoint.
+`{safetensors.FILE_NAME}` has the weights in PyTorch's layout; `alexnet_jax convert` converts it back to a checkpoint.
 Platforms: {', '.join(stablehlo.PLATFORMS)}.
 """

@@ -34,7 +34,7 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
     """Returns a network with its weights and preprocessing, serialized by `jax.export` for `PLATFORMS`.
 
     The program maps uint8 images [N, S, S, 3] to float32 probabilities [N, K], for any N. S is the checkpoint's
-    `record_size`; the images must be prepared as the training images were. Probabilities are softmax outputs averaged
+    `record_size`; the images must be prepared like the training images. Probabilities are softmax outputs averaged
     over the views (1: center crop; 10: section 4.1).
     """
     forward = sharding.forward(checkpoint.network, sharding.make_mesh(data=1, tower=1))
@@ -49,9 +49,9 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
 
 
 def check(path: str, checkpoint: Checkpoint, views: int) -> float:
-    """Runs the exported file in another process on the CPU and returns the largest difference of a probability.
+    """Runs the exported network in another process on the CPU. Returns the largest difference of a probability.
 
-    Batch sizes are 1 and 3. Raises UserError if the file cannot be loaded or its probabilities differ.
+    Uses batch sizes 1 and 3. Raises UserError if the file cannot be loaded or its probabilities differ.
     """
     side, rng = checkpoint.record_size, np.random.default_rng(0)
     batches = [rng.integers(0, 256, (count, side, side, 3), np.uint8) for count in (1, 3)]
@@ -62,10 +62,10 @@ def check(path: str, checkpoint: Checkpoint, views: int) -> float:
     command = [sys.executable, '-c', _LOAD, name]
     result = subprocess.run(command, input=inputs.getvalue(), capture_output=True, cwd=folder, env=environment)
     if result.returncode:
-        raise UserError(f'The exported file cannot be loaded: {result.stderr.decode(errors="replace").strip()[-1000:]}')
+        raise UserError(f'the exported file cannot be loaded: {result.stderr.decode(errors="replace").strip()[-1000:]}')
     outputs = np.load(io.BytesIO(result.stdout))
     expected = [predict.predict(checkpoint, batch, views=views) for batch in batches]
     difference = max(float(np.abs(a - b).max()) for a, b in zip(outputs.values(), expected, strict=True))
-    if not difference < (1e-5 if jax.default_backend() == 'cpu' else 1e-2):  # GPUs compute in TF32
-        raise UserError(f'The probabilities of the exported file differ by {difference:.2g}; nothing was written.')
+    if not difference < (1e-5 if jax.default_backend() == 'cpu' else 1e-2):  # GPUs use TF32
+        raise UserError(f'the probabilities of the exported file differ by {difference:.2g}; nothing was written.')
     return difference

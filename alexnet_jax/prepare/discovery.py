@@ -1,6 +1,6 @@
-"""Lists and reads the images of a raw input: an archive, an image folder or a TFDS dataset.
+"""Lists and reads raw images: of an archive, an image folder or a TFDS dataset.
 
-Archives are not unpacked: each process reads a member at its offset in the uncompressed archive.
+Archives are not unpacked: processes read each member at its offset in the uncompressed archive.
 """
 
 import os
@@ -18,7 +18,7 @@ from alexnet_jax.utils.files import as_utf8
 
 
 def find_images(path: str) -> Listing:
-    """Lists an input's images by split, in a fixed order. Raises UserError for any other input.
+    """Lists the images at `path` by split, in a fixed order. Raises UserError for unsupported or empty inputs.
 
     path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
     contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split); or `tfds:NAME`.
@@ -34,7 +34,7 @@ def find_images(path: str) -> Listing:
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.SUFFIXES)}).'
         )
-    for split in {ref.split for ref, _ in images}:  # an archive next to its extracted files would count images twice
+    for split in {ref.split for ref, _ in images}:  # images must not count twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
         if len(paths) == 2:
             raise UserError(
@@ -64,7 +64,7 @@ def _in_label_order(class_names: set[str]) -> tuple[str, ...]:
 
 
 def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) for the images below a folder. Warns of files and folders that it skips."""
+    """Yields (image, class name) for the images below a folder. Warns about skipped images and folders."""
     entries = image_io.list_entries(path)
     for entry in entries:
         if entry.is_file() and (entry.name in (tar.TRAIN_TAR, tar.VAL_TAR) or tar.class_of_tar(entry.name)):
@@ -82,18 +82,18 @@ def _list_folder(path: str) -> Iterator[tuple[ImageRef, str]]:
 
 
 def _holds_classes(folder: str) -> bool:
-    """Returns whether a folder named like a split holds classes (and is not a class of that name, with images)."""
+    """Returns whether a folder with the name of a split contains classes. If not, it is itself a class."""
     entries = image_io.list_entries(folder)
     return any(e.is_dir() or tar.class_of_tar(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
 
 
 def _split_name(folder: str) -> str | None:
-    """Returns the split of a folder name: 'train' for 'train' or 'ILSVRC2012_img_train', None for other names."""
+    """Returns the split for a folder name: 'train' for 'train' and 'ILSVRC2012_img_train'; None for other names."""
     return SPLIT_NAMES.get(folder.lower().removeprefix('ilsvrc2012_img_'))
 
 
 def _list_split(folder: str, root: str, split: str | None) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) from CLASS/**/images, archives of one class, or the flat ILSVRC-2012 val set."""
+    """Yields (image, class name) from CLASS/**/images, one-class archives, or the images of the ILSVRC-2012 val set."""
     empty, num_stray = [], 0
     for entry in image_io.list_entries(folder):
         if entry.is_dir():
@@ -121,13 +121,13 @@ def _ref(path: str, root: str, split: str) -> ImageRef:
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """Returns (file bytes, or pixels of some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
+    """Returns (file bytes, or pixels for some TFDS datasets; label). Raises the errors of `image_io.read_bytes`."""
     if ref.path.startswith(tfds.PREFIX):
         try:
             record = tfds.open_source(ref.path, ref.split)[ref.offset]
-        except Exception:  # array_record's error is the same for a damaged record and a missing file: raise OSError
+        except Exception:  # array_record does not distinguish a damaged record from a missing file
             for file in tfds.open_builder(ref.path).info.splits[ref.split].filepaths:
-                open(file, 'rb').close()
+                open(file, 'rb').close()  # raises OSError for a missing file
             raise
         return record['image'], int(record['label'])
     return image_io.read_bytes(ref.path, ref.offset, ref.length), ref.label

@@ -9,11 +9,11 @@ class ImageRef(NamedTuple):
     """The location of one image."""
 
     path: str  # a file, or 'tfds:NAME'
-    offset: int  # bytes into the file; the record's index in a TFDS dataset
+    offset: int  # in the file, bytes; for TFDS datasets, the index of the record
     length: int  # bytes; -1 for a whole file
     name: str  # path relative to the input, for messages and for the record
-    label: int  # -1 for TFDS datasets, whose records contain it
-    split: str = ''  # the split; for TFDS datasets, their own name for it
+    label: int  # -1 for TFDS datasets, whose records contain the label
+    split: str = ''  # for TFDS datasets, the dataset's own name of the split
 
 
 Splits = dict[str, list[ImageRef]]

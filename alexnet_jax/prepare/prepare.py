@@ -23,11 +23,9 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
-_NAME = 'images'  # of the TFDS dataset, and the prefix of its file names
-_CLASS_LISTS = ('classes.tsv', 'words.txt')
-_MAX_LIST_CHARS = 2**24  # read of a class list
+_MAX_LIST_CHARS = 2**24  # read at most this much of a class list
 _MAX_SHARD_IMAGES = 4096
-_MIN_SHARDS = 16  # of a split, unless it has fewer images
+_MIN_SHARDS = 16  # per split, unless it has fewer images
 
 
 def prepare(
@@ -42,20 +40,20 @@ def prepare(
     workers: int | None = None,
     listing: Listing | None = None,
 ) -> None:
-    """Prepares `source` into the new directory `output`. The output does not depend on the number of processes.
+    """Prepares the images at `source` into a new directory. The output does not depend on the number of processes.
 
     Args:
-      source: see `discovery.find_images`. A folder may hold `classes.tsv` or Tiny ImageNet's `words.txt`, with a line
-        FOLDER<tab>NAME for each class; labels keep the order of the folders.
-      output: a new directory. It is written as a sibling `.NAME.incomplete` and renamed when complete.
+      source: see `discovery.find_images`. A folder may contain `classes.tsv` or Tiny ImageNet's `words.txt`, with a
+        line FOLDER<tab>NAME for each class. Labels follow the order of the folders.
+      output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       size: side of the square images, pixels.
       format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
         paper uses "raw RGB values".
-      val_fraction: fraction of the training images to move to a val split.
-      seed: seed of the order of the records, and of the choice of val images.
-      max_unreadable: number of unreadable images that are skipped with a warning; one more raises UserError.
-      workers: number of processes; all cores by default.
-      listing: the result of `discovery.find_images(source)`, if the caller has it.
+      val_fraction: fraction of the training images to move to the val split.
+      seed: random seed of the order of the records and of the choice of val images.
+      max_unreadable: allowed number of unreadable images, which are skipped with a warning.
+      workers: number of processes; by default the number of cores.
+      listing: result of `discovery.find_images(source)`, if already computed.
 
     Raises:
       UserError: an option is out of range, there are no images or too many unreadable ones, or the disk is full.
@@ -91,10 +89,10 @@ def prepare_if_needed(
     listing: Listing | None = None,
     **options,
 ) -> None:
-    """Prepares `source` into `output` unless `output` exists. The file OUTPUT.source records what it was prepared from.
+    """Calls `prepare` unless `output` exists. Records the source in the file OUTPUT.source.
 
-    For programs that resume. The arguments are those of `prepare`, but val_fraction is ignored if the source has a val
-    split. Raises UserError if `output` was prepared from another source, and the errors of `prepare`.
+    For commands that resume. Takes the arguments of `prepare`, but ignores val_fraction if the source has a val split.
+    Raises the errors of `prepare`, and UserError if `output` was prepared from another source.
     """
     source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
@@ -111,10 +109,10 @@ def prepare_if_needed(
         prepare(source, output, size=size, val_fraction=val_fraction, listing=listing, **options)
     elif not source_file.exists():
         raise UserError(
-            f'the source of {output} is unknown; if it was prepared from {description}, write that into {source_file}, '
-            'otherwise use another --output, or remove that folder.'
+            f'the source of {output} is unknown; if it is {description}, write this text to {source_file}; otherwise '
+            'use another --output, or remove that folder.'
         )
-    # `path` alone is recorded for a source with its own val split.
+    # For a source with a val split, only `path` is recorded.
     elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (description, path):
         raise UserError(
             f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
@@ -123,9 +121,9 @@ def prepare_if_needed(
 
 
 def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
-    """Returns class names from a list in the input, or the folder names. Adds the folder's name to equal names."""
+    """Returns class names from a class list in the input, or folder names. Appends the folder to duplicate names."""
     words = {}
-    for list_path in (os.path.join(path, name) for name in _CLASS_LISTS):
+    for list_path in (os.path.join(path, name) for name in ('classes.tsv', 'words.txt')):
         if os.path.isfile(list_path):
             with open(list_path, encoding='utf-8-sig', errors='replace') as file:
                 for line in file.read(_MAX_LIST_CHARS).splitlines():
@@ -134,21 +132,21 @@ def _class_names(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     names = [words.get(folder) or folder for folder in folders]
     counts = collections.Counter(names)
     names = [name if counts[name] == 1 else f'{name} ({folder})' for name, folder in zip(names, folders, strict=True)]
-    for name in names:  # TFDS stores one name per line, strips them and drops empty lines, which would shift labels
+    for name in names:  # TFDS stores one stripped name per line and drops empty lines, which would shift labels
         if name.splitlines() != [name] or name != name.strip():
-            raise UserError(f'class name {name!r}: expected one line without outer blanks; rename its folder.')
+            raise UserError(f'class name {name!r}: expected one line without outer spaces; rename its folder.')
     return tuple(names)
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Shuffles each split by the seed. Moves a fraction of train to val, of each class if labels are known."""
+    """Shuffles each split. Moves a fraction of train to val: a fraction of each class, if labels are known."""
     rng = np.random.default_rng(seed)
     shuffled = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
         if 'train' not in splits or 'val' in splits:
             raise UserError(f'--val_fraction needs a train split and no val split; the input has: {", ".join(splits)}.')
         refs = shuffled['train']
-        num_val = np.round(np.arange(len(refs) + 1) * val_fraction).astype(int)  # among the first i images
+        num_val = np.round(np.arange(len(refs) + 1) * val_fraction).astype(int)  # val images among the first i images
         by_class = sorted(refs, key=lambda ref: ref.label)
         val = {ref for i, ref in enumerate(by_class) if num_val[i] < num_val[i + 1]}
         if not 0 < len(val) < len(refs):
@@ -163,7 +161,7 @@ def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits
 def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers) -> None:
     import tensorflow_datasets as tfds
 
-    names = {'data_dir': folder, 'dataset_name': _NAME, 'filetype_suffix': 'array_record'}
+    names = {'data_dir': folder, 'dataset_name': 'images', 'filetype_suffix': 'array_record'}
     templates = {split: tfds.core.ShardedFileTemplate(split=split, **names) for split in splits}
     shards = {}
     for split, refs in splits.items():
@@ -205,7 +203,7 @@ def _write_shards(shards: list[Shard], max_unreadable: int, workers: int) -> lis
     """Writes all shards in parallel and returns the results in the order of the shards."""
     done, unreadable = 0, 0
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
-    # spawn, not fork: the parent has running threads (TFDS, array_record).
+    # Not fork, because TFDS and array_record run threads in the parent.
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
         with processes.without_main():

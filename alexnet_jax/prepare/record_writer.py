@@ -1,4 +1,4 @@
-"""Writes one shard of prepared records: reads, crops and encodes its images. Runs in a worker process."""
+"""Writes a shard of prepared records: reads, resizes, crops and encodes its images. Runs in a worker process."""
 
 import errno
 import functools
@@ -18,14 +18,14 @@ from alexnet_jax.utils.errors import UserError, first_line
 
 
 class Shard(NamedTuple):
-    """One file of records to write."""
+    """A file of records to write."""
 
     path: str
     refs: Sequence[image_ref.ImageRef]
     size: int
     format: str
     class_names: tuple[str, ...]
-    in_stats: bool  # whether its pixels are part of the image statistics
+    in_stats: bool  # whether its images count in the image statistics
 
 
 class ShardResult(NamedTuple):
@@ -41,7 +41,7 @@ class ShardResult(NamedTuple):
 
 @functools.cache
 def features(size: int, format: str, class_names: tuple[str, ...]):
-    """Returns the TFDS features of a record."""
+    """Returns the TFDS features of the records."""
     import tensorflow_datasets as tfds
 
     shape, label = (size, size, 3), tfds.features.ClassLabel(names=class_names)
@@ -53,7 +53,7 @@ def features(size: int, format: str, class_names: tuple[str, ...]):
 
 
 def write_shard(shard: Shard) -> ShardResult:
-    """Reads, crops, encodes and writes the images of a shard."""
+    """Reads, resizes, crops, encodes and writes the images of a shard. Raises UserError for lost files."""
     from array_record.python import array_record_module
 
     record_features = features(shard.size, shard.format, shard.class_names)
@@ -75,7 +75,7 @@ def write_shard(shard: Shard) -> ShardResult:
         feature = io.BytesIO(content) if shard.format == 'jpeg' else pixels
         record = record_features.serialize_example({'image': feature, 'label': label, 'file_name': ref.name})
         writer.write(record)
-        # Does not hash the record itself: protobuf does not fix the order of its fields.
+        # The record itself is not hashed, because protobuf does not fix the order of the fields.
         digest.update(f'{ref.name}\0{label}\0'.encode() + content)
         count, num_bytes = count + 1, num_bytes + len(record)
     writer.close()
@@ -83,12 +83,12 @@ def write_shard(shard: Shard) -> ShardResult:
 
 
 def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
-    """Calls `discovery.read_image`. Raises UserError for file system errors, which are not defects of the image."""
+    """Calls `discovery.read_image`. Raises UserError for file system errors that are not a defect of the image."""
     try:
         return discovery.read_image(ref)
     except OSError as error:
         dangling = os.path.islink(ref.path) and ref.length < 0 and error.errno in (errno.ENOENT, errno.ELOOP)
-        if error.errno is None or dangling:  # a defect of the image: its content is wrong, or it is a dangling link
+        if error.errno is None or dangling:  # a defective image: invalid content, or a dangling link
             raise
         path = error.filename or ref.path
         raise UserError(f'lost access to the image {ref.name!r}: {path}: {error.strerror}.') from error

@@ -13,12 +13,12 @@ from alexnet_jax.utils.files import as_utf8
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_MAX_HEADER_BYTES = 2**20  # with the member's name
-_MAX_END_BYTES = 2**24  # zeros after the last member
+_MAX_HEADER_BYTES = 2**20  # of a header with the member's name
+_MAX_END_BYTES = 2**24  # of zeros after the last member
 
 
 def validation_class(name: str) -> str:
-    """Returns the class of a validation image by its file name. Raises UserError for other names."""
+    """Returns the class of a validation image from its file name. Raises UserError for other names."""
     number = name.removeprefix(VAL_PREFIX).split('.')[0]
     # The length is checked because int() raises for thousands of digits.
     if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= len(validation_classes())):
@@ -27,9 +27,9 @@ def validation_class(name: str) -> str:
 
 
 def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) for an archive. The train archive holds an archive per class, val holds images.
+    """Yields (image, class name) for an archive. The train archive contains an archive per class, val contains images.
 
-    Raises UserError for other archives and damaged ones.
+    Raises UserError for other archives and for damaged archives.
     """
     name = os.path.basename(path)
     archive_class = class_of_tar(name)
@@ -48,12 +48,12 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
                     yield _ref(path, start, member, 'val'), validation_class(os.path.basename(member.name))
     except UserError:
         raise
-    except Exception as error:  # tarfile raises many types for invalid headers
+    except Exception as error:  # tarfile raises many exception types for invalid headers
         raise UserError(f'the archive {path!r} cannot be read: {str(error) or type(error).__name__}.') from error
 
 
 class _Window:
-    """A read-only part of a file, for tarfile. Limits the bytes of one read, which a damaged header could inflate."""
+    """A read-only part of a file, for tarfile. Limits the size of a read, which a damaged header could make huge."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self._file, self._start, self._size, self._position = file, start, size, 0
@@ -76,7 +76,7 @@ class _Window:
 
 
 def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
-    """Yields the files in an archive. Raises ReadError if it is damaged, which tarfile would take for its end."""
+    """Yields the files in an archive. Raises ReadError for damage that tarfile would mistake for the end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         for member in archive:
             if member.size < 0 or archive.offset <= member.offset:  # would read the same members forever
@@ -98,6 +98,6 @@ def _ref(path: str, start: int, image: tarfile.TarInfo, split: str) -> ImageRef:
 
 
 def class_of_tar(name: str) -> str | None:
-    """Returns the class of a class's archive: 'n01440764' for 'n01440764.tar', None for other names."""
+    """Returns the class of a one-class archive: 'n01440764' for 'n01440764.tar', None for other names."""
     match = re.fullmatch(r'(n\d+)\.tar', os.path.basename(name))
     return match[1] if match else None

@@ -1,4 +1,4 @@
-"""TFDS datasets as a raw input (tfds:NAME), and the ILSVRC-2012 validation labels that ship with TFDS."""
+"""Reads TFDS datasets as raw images (tfds:NAME), and the ILSVRC-2012 validation labels that TFDS includes."""
 
 import functools
 
@@ -10,14 +10,14 @@ PREFIX = 'tfds:'
 
 @functools.cache
 def validation_classes() -> tuple[str, ...]:
-    """Returns the WordNet ids of the ILSVRC-2012 validation images, from ILSVRC2012_val_00000001.JPEG on."""
+    """Returns the WordNet IDs of the ILSVRC-2012 validation images, starting with ILSVRC2012_val_00000001.JPEG."""
     import tensorflow_datasets as tfds
 
     return tuple(tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt').read_text().split())
 
 
 def list_images(path: str) -> Listing:
-    """Lists the images of the splits with labels. Raises UserError if there are none."""
+    """Lists the images of the splits that have labels. Raises UserError if there are none."""
     builder = open_builder(path)
     for name in ('image', 'label'):
         if name not in builder.info.features:
@@ -35,13 +35,13 @@ def list_images(path: str) -> Listing:
 
 @functools.cache
 def open_builder(path: str):
-    """Returns the builder of a dataset. Generates the dataset if that is needed and TensorFlow is installed."""
+    """Returns the builder of a dataset. Generates a missing dataset, which needs TensorFlow. Raises UserError."""
     import tensorflow_datasets as tfds
 
     name = path.removeprefix(PREFIX)
     try:
         builder = tfds.builder(name, file_format='array_record')
-    except Exception as error:  # TFDS raises different types for unknown names, configs and versions
+    except Exception as error:  # TFDS raises different exception types for unknown names, configs and versions
         raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
     if not builder.info.splits:
         try:
@@ -57,7 +57,7 @@ def open_builder(path: str):
 
 @functools.cache
 def open_source(path: str, split: str):
-    """Returns the random-access records of a split, with encoded images."""
+    """Returns the records of a split as a sequence, with images still encoded."""
     import tensorflow_datasets as tfds
 
     builder = open_builder(path)

@@ -1,6 +1,6 @@
-"""SHA-256 lists of the files of a checkpoint step or of prepared data, in the format of `sha256sum -c`.
+"""Lists of SHA-256 digests of the files of a checkpoint or of prepared data, in the format of `sha256sum -c`.
 
-array_record detects damaged records, and JSON often fails to parse, but a flipped bit in an array loads without error.
+array_record detects damaged records, and damaged JSON often does not parse, but arrays with flipped bits load.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ FILE_NAME = 'SHA256SUMS'
 
 
 def sha256(path: str) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
+    """Returns the hexadecimal SHA-256 digest of a file."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write(folder: str, known: Mapping[str, str] | None = None) -> None:
-    """Writes the list of all files below a folder, atomically. `known` has digests already known, by relative path."""
+    """Atomically writes the digests of all files below a folder. known: digests already computed, by relative path."""
     known = known or {}
     names = _files(folder)
-    lines = [f'# {len(names)} files\n']  # a comment for sha256sum; it reveals a truncated list
+    lines = [f'# {len(names)} files\n']  # a comment for sha256sum; reveals a truncated list
     lines += [f'{known.get(name) or sha256(os.path.join(folder, name))}  {name}\n' for name in names]
     with atomic_file(os.path.join(folder, FILE_NAME)) as file:
         file.writelines(lines)
 
 
 def present(folder: str) -> bool:
-    """Whether a folder has a list. Raises OSError if the folder cannot be read."""
+    """Returns whether a folder has a list of digests. Raises OSError if the folder cannot be read."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.stat(os.path.join(folder, FILE_NAME))
         return True
@@ -42,9 +42,9 @@ def present(folder: str) -> bool:
 def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Returns 'PATH: problem' for each file that has changed since the list was written.
 
-    Files that are not in the list are reported only if the list does not state the number of files. `wanted` selects by
-    relative path the files whose digests are checked; missing files are always reported. Raises UserError if permission
-    to read a file is missing.
+    Files that are not in the list are reported only if the list does not state the number of files. wanted: selects, by
+    relative path, the files whose digests are checked; missing files are always reported. Raises UserError if the
+    permission to read a file is missing.
     """
     path = os.path.join(folder, FILE_NAME)
     try:

@@ -1,4 +1,4 @@
-"""Loads configs by name or path. In a wheel configs/ is alexnet_jax/configs, otherwise it is beside the package."""
+"""Loads configs by name or path. In a wheel, configs/ is part of the package; in the repository, it is beside it."""
 
 import inspect
 import os
@@ -22,9 +22,9 @@ def config_names() -> dict[str, pathlib.Path]:
 
 
 def get_config(name: str | os.PathLike) -> ConfigDict:
-    """Returns a config by name ('paper'), or by the path of a file with `get_config()`.
+    """Loads a config by its name ('paper') or by the path of a Python file that defines `get_config()`.
 
-    Both may have an argument, such as 'paper:init=authors'. Raises UserError if there is no such config or variant, or
+    A variant may follow after a colon: 'paper:init=authors'. Raises UserError if there is no such config or variant, or
     if the file cannot be loaded.
     """
     name = os.fspath(name)
@@ -42,11 +42,11 @@ def get_config(name: str | os.PathLike) -> ConfigDict:
     try:
         function = runpy.run_path(str(path)).get('get_config')
         if not callable(function):
-            raise UserError(f'{file!r} has no function get_config(); configs/paper.py shows one.')
+            raise UserError(f'{file!r} has no function get_config(); see configs/paper.py for an example.')
         if argument and not inspect.signature(function).parameters:
             raise UserError(f'{file!r} has no variants; remove {":" + argument!r}.')
         config = function(*([argument] if argument else []))
-    except ValueError as error:  # raised by the config itself: no such variant
+    except ValueError as error:  # raised by configs for an unknown variant
         raise error if isinstance(error, UserError) else UserError(f'{file!r}: {first_line(error)}') from error
     except Exception as error:
         raise UserError(f'cannot load {file!r} ({type(error).__name__}: {first_line(error)}).') from error

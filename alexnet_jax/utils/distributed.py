@@ -20,14 +20,14 @@ _BROADCAST_BYTES = 1 << 16
 
 
 def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
-    """Calls `function` in process 0; every process returns its result (JSON up to 64 KiB) or raises UserError."""
+    """Calls `function` in process 0. All processes return its result (JSON up to 64 KiB) or raise UserError."""
     if jax.process_count() == 1:
         return function()
     outcome = {}
     if jax.process_index() == 0:
         try:
             outcome = {'result': function()}
-        except Exception as error:  # any error: the other processes are waiting
+        except Exception as error:  # catch every error, because the other processes wait for the outcome
             outcome = {'error': str(error)[:4096]}
             if not isinstance(error, UserError | OSError):
                 traceback.print_exc()
@@ -45,8 +45,8 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
 def defer_sigterm() -> Iterator[Callable[[], bool]]:
     """Defers SIGTERM within the context; yields `should_stop()`.
 
-    All processes must call `should_stop` equally often. It becomes true at the same call in all of them, soon after one
-    received the signal (`jax.distributed` has its own handler). Outside the main thread SIGTERM is not handled.
+    All processes must call `should_stop` equally often. It first returns True at the same call in all of them, soon
+    after one received the signal (`jax.distributed` has its own handler). Outside the main thread nothing is deferred.
     """
     calls = itertools.count()
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Description of the environment of a run: versions, devices, commit."""
+"""Describes the environment of a run: versions, devices, commit."""
 
 import contextlib
 import functools
@@ -17,9 +17,9 @@ from alexnet_jax.utils import distributed, processes
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns versions, devices and commit, for environment.json and published numbers."""
+    """Returns versions, devices and commit, for environment.json and for published measurements."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # The ceiling keeps git from reporting a repository that contains the virtual environment.
+    # The ceiling prevents git from describing another repository that contains the virtual environment.
     git_env = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}
     describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
     commit = None
@@ -27,14 +27,14 @@ def describe_environment() -> dict[str, Any]:
         commit = subprocess.run(describe, cwd=root, env=git_env, capture_output=True, text=True).stdout.strip()
     gpu_packages = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
-    versions = dict.fromkeys(packages)  # None: not installed, for example alexnet_jax run from a source folder
+    versions = dict.fromkeys(packages)  # None: not installed, for example alexnet_jax in a source folder
     for name in packages + gpu_packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
-        'cores': processes.cores() * processes.local_processes(),  # of this machine, for all processes of the run
+        'cores': processes.cores() * processes.local_processes(),  # for all processes of the run on this machine
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),
@@ -48,7 +48,7 @@ def warn_if_no_accelerator(platform: str) -> None:
     """Warns if JAX has an accelerator plugin but found no accelerator and computes on the CPU."""
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its options at run time
     if platform != 'cpu' or platforms == 'cpu' or os.path.exists('/dev/nvidia0'):
-        return  # JAX itself warns of an NVIDIA GPU that it cannot use
+        return  # JAX itself warns about an NVIDIA GPU that it cannot use
     if plugins := sorted({point.name for point in metadata.entry_points(group='jax_plugins')}):
         logging.warning(
             f'JAX found no device for {", ".join(plugins)} and computes on the CPU; run `python -c "import jax; '
@@ -57,7 +57,7 @@ def warn_if_no_accelerator(platform: str) -> None:
 
 
 def warn_of_changes(workdir: str, now: dict[str, Any]) -> None:
-    """Warns if a run continues with other software or another number of cores than in its environment.json."""
+    """Warns if software versions or the number of cores differ from environment.json of a resumed run."""
     try:
         with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
             before = json.load(file)

@@ -1,4 +1,4 @@
-"""Errors that are not bugs. The commands print them as one line and set the exit code."""
+"""Errors that are not bugs. Commands print them as one line and set the exit code."""
 
 import contextlib
 import difflib
@@ -11,15 +11,15 @@ class UserError(ValueError):
 
 
 class UnreadableError(UserError):
-    """A record cannot be read. It stays in its batch with weight 0, and training continues."""
+    """A record cannot be read. It keeps its row in the batch, with weight 0, and training continues."""
 
 
 class DivergedError(FloatingPointError):
-    """The loss or the gradient is not finite; the message names the step."""
+    """The loss, gradient or update is not finite. The message names the step."""
 
 
 class TerminatedError(Exception):
-    """The run was stopped by SIGTERM; the message says which step is saved."""
+    """The run was stopped by SIGTERM. The message names the saved step."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Returns `" Did you mean 'pool'?"` for the closest of `choices`, or a list of them all if none is close."""
+    """Returns `" Did you mean 'pool'?"` for the closest of `choices`, or a list of all choices if none is close."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f' Did you mean {near[0]!r}?' if near else f' Choose from: {", ".join(choices)}.'

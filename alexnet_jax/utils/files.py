@@ -1,4 +1,4 @@
-"""Path checks, locks, and atomic writing of files and folders."""
+"""Path checks, locks, and atomic writes of files and folders."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from alexnet_jax.utils.errors import UserError, first_line
 
 
 def absolute_local_path(path: str | os.PathLike) -> str:
-    """Returns an absolute path without a trailing slash. Raises UserError for remote paths and for a leading ~/."""
+    """Returns an absolute path without a trailing slash. Raises UserError for remote paths and a leading ~/."""
     path = os.fspath(path)
     if path.startswith('~/'):
         raise UserError(f'{path!r}: the shell does not expand ~ after =; use $HOME{path[1:]} instead.')
@@ -24,7 +24,7 @@ def absolute_local_path(path: str | os.PathLike) -> str:
 
 
 def check_new(path: str) -> None:
-    """Raises UserError if the output of a command already exists (also as a dangling link) or is not valid UTF-8."""
+    """Raises UserError if the output of a command exists, even as a dangling link, or is not valid UTF-8."""
     if as_utf8(path) != path:
         raise UserError(
             f'{path!r} is not valid UTF-8, as array_record and tensorstore expect; choose another --output.'
@@ -34,16 +34,16 @@ def check_new(path: str) -> None:
 
 
 def check_declared_size(path: str, declared: int) -> None:
-    """Raises ValueError if a file declares more bytes than it has, which only a manipulated or truncated file does."""
+    """Raises ValueError if a file declares more bytes than it has, as only manipulated or truncated files do."""
     if declared > (size := os.path.getsize(path)):
         raise ValueError(f'{size} bytes, but {declared} declared')
 
 
 @contextlib.contextmanager
 def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO]:
-    """Opens a temporary file for writing that atomically replaces `path` when the context ends without an error.
+    """Opens a temporary file that atomically replaces `path` when the context exits without an error.
 
-    The data is synced to the disk before. Text is UTF-8. If an error is raised, such as OSError, `path` is unchanged.
+    The file is first synced to disk. Text is UTF-8. If the context raises an error, `path` is unchanged.
     """
     partial = f'{path}.tmp'
     try:
@@ -60,7 +60,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
 
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
-    """Holds a lock file; the system releases it if the process dies. Raises UserError if another process holds it."""
+    """Holds a lock on a file, which the system releases if the process dies. Raises UserError if it is locked."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'a'))
@@ -70,14 +70,14 @@ def file_lock(path: str, doing: str):
         except OSError as error:
             raise UserError(f'cannot lock {path!r}: {error.strerror}.') from error
         if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            # The other process has removed the file since it was opened here.
+            # Another process has removed the file after it was opened here.
             raise UserError(f'another process was just {doing}; try again.')
         yield
 
 
 @contextlib.contextmanager
 def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
-    """Yields a temporary folder beside `output` that is renamed to `output` at the end, or removed after an error.
+    """Yields a temporary folder that is renamed to `output` when the context exits, or removed after an error.
 
     Raises UserError if the folder cannot be written, or if another process is writing the same output.
     """
@@ -85,7 +85,7 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
     try:
         os.makedirs(partial, exist_ok=True)
-        # The lock file is not inside the folder, because the folder is removed, possibly by another process.
+        # The lock file is outside the folder, because another process may remove the folder.
         with file_lock(f'{partial}.lock', f'writing {output!r}'):
             try:
                 shutil.rmtree(partial)  # left by a run that was killed
@@ -97,7 +97,7 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
                 os.remove(f'{partial}.lock')
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # array_record, orbax and tensorstore raise different types
+    except (OSError, RuntimeError, ValueError) as error:  # different types in array_record, orbax, tensorstore
         reason = getattr(error, 'strerror', None) or first_line(error)
         raise UserError(f'cannot write {output!r}: {reason}.') from error
 

@@ -1,6 +1,6 @@
-"""Logging as plain lines, information to stdout and warnings to stderr, and progress of long tasks.
+"""Logs plain lines, information to stdout and warnings to stderr, and the progress of long tasks.
 
-The library logs with `absl.logging`. The commands call `configure`; notebooks may call it to see progress.
+The library logs with `absl.logging`. Commands call `configure`; notebooks can call it to show progress.
 """
 
 import itertools
@@ -15,7 +15,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class _PlainHandler(std_logging.Handler):
-    """Prints one line for each record. A StreamHandler would hide errors of the stream, such as a full disk."""
+    """Prints each record as a line. A StreamHandler would hide write errors, such as a full disk."""
 
     def emit(self, record: std_logging.LogRecord) -> None:
         prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
@@ -28,7 +28,7 @@ def _is_own(record: std_logging.LogRecord) -> bool:
 
 
 def _is_wanted(record: std_logging.LogRecord) -> bool:
-    """Selects this package's records, warnings of others, and JAX records requested by JAX_DEBUG_LOG_MODULES."""
+    """Selects this package's records, other warnings, and JAX records requested by JAX_DEBUG_LOG_MODULES."""
     if record.levelno < std_logging.WARNING:
         names = itertools.accumulate(record.name.split('.'), '{}.{}'.format)  # jax, jax._src, jax._src.compiler
         requested = record.name.startswith('jax') and any(std_logging.getLogger(name).level for name in names)
@@ -45,11 +45,6 @@ def configure() -> None:
     std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
 
 
-def only_warnings() -> None:
-    """Suppresses information, in processes other than process 0."""
-    logging.set_verbosity(logging.WARNING)
-
-
 class Progress:
     """Logs the progress of a task, at most once every `seconds`, and at its end."""
 
@@ -58,13 +53,13 @@ class Progress:
         self._began = self._logged = time.monotonic()
 
     def update(self, done: int) -> None:
-        """Logs progress if it is due; `done` is the number of images so far."""
+        """Logs progress if the last line is old enough. done: number of images processed so far."""
         now = time.monotonic()
         if now - self._logged < self._seconds and done < self._total:
             return
         speed, self._logged = done / max(now - self._began, 1e-9), now
-        left = format_duration((self._total - done) / max(speed, 1e-9))
-        logging.info('%d/%d images  %.0f images/s  ETA %s', done, self._total, speed, left)
+        eta = format_duration((self._total - done) / max(speed, 1e-9))
+        logging.info('%d/%d images  %.0f images/s  ETA %s', done, self._total, speed, eta)
 
 
 def format_duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Worker processes and their signals, and the cores and memory available to a process."""
+"""Worker processes and their signals; cores and memory available to a process."""
 
 import contextlib
 import multiprocessing
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
-# Grain frees the shared memory of batches in the background. At exit Python's resource tracker frees the rest, and
-# would warn of a leak.
+# Grain frees the shared memory of batches in the background. At exit, Python's resource tracker frees the rest and
+# would warn about a leak.
 _NO_LEAK_WARNING = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
 
 
 def end_with_parent(*_: object) -> None:
-    """Ends this worker process when its parent has ended: a killed parent cannot end its workers."""
+    """Makes this worker process exit when its parent exits: a killed parent cannot stop its workers."""
     if (parent := multiprocessing.parent_process()) is None:
         return
 
@@ -30,7 +30,7 @@ def end_with_parent(*_: object) -> None:
 
 
 def script_without_guard() -> str | None:
-    """Returns the path of the main script if it has no `__main__` guard: every spawned worker would run it again."""
+    """Returns the path of a main script without a `__main__` guard, which every spawned worker would run again."""
     main = sys.modules['__main__']
     path = getattr(main, '__file__', None)
     if path is None or getattr(main, '__spec__', None) is not None or not os.path.isfile(path):
@@ -41,10 +41,10 @@ def script_without_guard() -> str | None:
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Keeps processes spawned within the context from importing the main module of the program.
+    """Prevents processes spawned within the context from importing the main module of the program.
 
-    The main module of a command imports JAX, 400 MB in each process; a script without a guard would run again. The
-    function that the processes run must be in another module.
+    The main module of a command imports JAX (400 MB in each process), and a script without a `__main__` guard would run
+    again. The function that the processes run must be in another module.
     """
     main = sys.modules['__main__']
     hidden: dict[str, Any] = {name: vars(main)[name] for name in ('__spec__', '__file__') if name in vars(main)}
@@ -57,19 +57,19 @@ def without_main() -> Iterator[None]:
 
 
 def local_processes() -> int:
-    """Returns the number of processes of this run on this machine: LOCAL_WORLD_SIZE (set by `launch/local.sh`) or 1."""
+    """Returns the number of this run's processes on this machine: LOCAL_WORLD_SIZE (set by `launch/local.sh`) or 1."""
     count = os.environ.get('LOCAL_WORLD_SIZE', '')
     return max(1, int(count)) if count.isdecimal() else 1
 
 
 def on_several_machines() -> bool:
-    """Whether this run may use several machines: it has several processes, not started by `launch/local.sh`."""
+    """Returns whether this run may use several machines: it has several processes without `launch/local.sh`."""
     several = 'JAX_COORDINATOR_ADDRESS' in os.environ and os.environ.get('JAX_NUM_PROCESSES', '') != '1'
     return several and 'LOCAL_WORLD_SIZE' not in os.environ
 
 
 def cores() -> int:
-    """Returns the number of cores for this process: its share of the machine's or the container's cores."""
+    """Returns the number of cores for this process: its share of the cores of the machine or container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = map(int, (_CONTAINER / 'cpu.max').read_text().split())
@@ -78,7 +78,7 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Returns the bytes of memory for this process: its share of the machine's or the container's memory."""
+    """Returns the memory for this process in bytes: its share of the memory of the machine or container."""
     size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with contextlib.suppress(OSError, ValueError):
         size = min(size, int((_CONTAINER / 'memory.max').read_text()))
@@ -87,12 +87,12 @@ def memory() -> int:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT within the context, and for good in processes started in it.
+    """Blocks SIGTERM and SIGINT within the context, and permanently in processes started in it.
 
-    Schedulers and terminals send these signals to all processes of a group. Workers must survive them: the parent must
-    save its state first, and a worker that dies with the lock of its queue would leave the parent waiting forever.
+    Schedulers and terminals send these signals to all processes of a group. Workers must survive them: the parent first
+    saves its state, and would wait forever for a worker that died while holding the lock of its queue.
     """
-    if _NO_LEAK_WARNING not in sys.warnoptions:  # the tracker process gets these options
+    if _NO_LEAK_WARNING not in sys.warnoptions:  # the tracker process inherits these options
         sys.warnoptions.append(_NO_LEAK_WARNING)
     resource_tracker.ensure_running()  # starting it later would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

@@ -39,7 +39,7 @@ def command(monkeypatch, tmp_path):
 
 
 def test_divergence_remedy_fits_the_suite(command):
-    with pytest.raises(UserError, match='all networks of cifar10 diverged; it sets the learning rates itself'):
+    with pytest.raises(UserError, match='all networks of cifar10 diverged; the suite sets the learning rates itself'):
         command('cifar10')
     with pytest.raises(UserError, match='all networks of views diverged; use a lower --base.optim.learning_rate'):
         command('views')

@@ -263,12 +263,12 @@ def test_augmentation_of_the_config():
     """Section 6: 33 x 33 x 2 crops, one draw per 32 successive images, and a color draw per image."""
     config = _get_config()
     augmentation = augmentation_from_config(config.data)
-    draws = [random_crops.draw(augmentation, seed=5, position=i, record_size=256) for i in range(1024)]
+    draws = [helpers.draw(augmentation, seed=5, position=i, record_size=256) for i in range(1024)]
     chunks = [{(*d.offset.tolist(), bool(d.reflect)) for d in draws[i : i + 32]} for i in range(0, 1024, 32)]
     assert all(len(chunk) == 1 for chunk in chunks)
     assert len(set.union(*chunks)) > 25  # 32 draws out of 2178
     assert len({d.color.tobytes() for d in draws}) == 1024
-    many = [random_crops.draw(augmentation, seed=5, position=32 * i, record_size=256) for i in range(8000)]
+    many = [helpers.draw(augmentation, seed=5, position=32 * i, record_size=256) for i in range(8000)]
     offsets = np.stack([d.offset for d in many])
     assert offsets.min() == 0 and offsets.max() == 32  # 8,000 draws miss one end with a probability below 1e-100
     assert abs(np.mean([d.reflect for d in many]) - 0.5) < 0.03
@@ -280,7 +280,7 @@ def test_augmentation_of_the_config():
 def _record_batch(augmentation, count, record_size):
     rng = np.random.default_rng(1)
     records = rng.integers(0, 256, (count, record_size, record_size, 3), np.uint8)
-    draws = [random_crops.draw(augmentation, seed=0, position=20 * i, record_size=record_size) for i in range(count)]
+    draws = [helpers.draw(augmentation, seed=0, position=20 * i, record_size=record_size) for i in range(count)]
     cuts = np.stack([random_crops.crop(r, d, augmentation.image_size) for r, d in zip(records, draws, strict=True)])
     return records, {
         'image': cuts,
@@ -307,7 +307,7 @@ def test_pixels_that_reach_the_network():
         noise = sum(batch['color'][n][i] * std[i] * vectors[:, i] for i in range(3))
         chex.assert_trees_all_close(on[n], (cut + noise) / 1.1, atol=1e-3)
         chex.assert_trees_all_close(off[n], cut, atol=1e-3)  # without color there is no division
-    scale = np.stack([random_crops.draw(augmentation, seed=0, position=i, record_size=12).color for i in range(4000)])
+    scale = np.stack([helpers.draw(augmentation, seed=0, position=i, record_size=12).color for i in range(4000)])
     chex.assert_trees_all_close(scale.std(0), np.full(3, 0.1, np.float32), rtol=0.05)
 
 

@@ -10,6 +10,7 @@ from alexnet_jax.core import augment, image_stats
 from alexnet_jax.core.config import augmentation_from_config
 from alexnet_jax.data import random_crops
 from alexnet_jax.utils.errors import UserError
+from tests import helpers
 
 
 def _images(count, size, seed=0):
@@ -17,7 +18,7 @@ def _images(count, size, seed=0):
 
 
 def _draws(augmentation, count, record_size):
-    return [random_crops.draw(augmentation, seed=2, position=i, record_size=record_size) for i in range(count)]
+    return [helpers.draw(augmentation, seed=2, position=i, record_size=record_size) for i in range(count)]
 
 
 def _statistics(size):
@@ -103,7 +104,7 @@ def test_draws_cover_2048_crops():
 )
 def test_draws_do_not_depend_on_the_batch(augmentation):
     found = random_crops.draw_batch(augmentation, seed=2, first=21, count=50, record_size=256)
-    alone = [random_crops.draw(augmentation, seed=2, position=21 + i, record_size=256) for i in range(50)]
+    alone = [helpers.draw(augmentation, seed=2, position=21 + i, record_size=256) for i in range(50)]
     for name, values in found._asdict().items():
         chex.assert_trees_all_equal(values, np.stack([getattr(drawn, name) for drawn in alone]))
     other = random_crops.draw_batch(augmentation, seed=3, first=21, count=50, record_size=256)
@@ -233,7 +234,7 @@ def test_invalid_augmentations_are_refused(fields, message):
 
 def test_center_crop_without_random_crops():
     fixed = augment.Augmentation(random_crop=False)
-    draws = [random_crops.draw(fixed, seed=0, position=i, record_size=256) for i in range(20)]
+    draws = [helpers.draw(fixed, seed=0, position=i, record_size=256) for i in range(20)]
     assert {tuple(d.offset) for d in draws} == {(16, 16)}
-    moving = [random_crops.draw(augment.Augmentation(), seed=0, position=i, record_size=256) for i in range(20)]
+    moving = [helpers.draw(augment.Augmentation(), seed=0, position=i, record_size=256) for i in range(20)]
     assert [bool(d.reflect) for d in draws] == [bool(d.reflect) for d in moving]  # the other draws are unchanged

@@ -105,7 +105,7 @@ def test_figure1_variants_differ_only_in_activation():
 
 def test_export_of_unshared_layers_is_refused():
     network = model_from_config(_config('13pct').model)
-    with pytest.raises(UserError, match='Local layers cannot be converted'):
+    with pytest.raises(UserError, match='local layers cannot be converted'):
         layout.from_params(network, 24, {})
 
 

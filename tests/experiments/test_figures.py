@@ -178,7 +178,7 @@ def test_curves(tmp_path):
     assert [values.tolist() for values in found['val']] == [[1.0], [85.0], [2.2]]
     (tmp_path / 'metrics.jsonl').write_text('')
     assert len(figures.curves(str(tmp_path))['val'].epoch) == 0
-    with pytest.raises(UserError, match='metrics.jsonl. does not exist; use .*--checkpoint=PATH'):
+    with pytest.raises(UserError, match='metrics.jsonl. does not exist; use .* or --checkpoint instead of --run'):
         figures.curves(str(tmp_path / 'none'))
 
 

@@ -74,7 +74,7 @@ def test_prepared_output_of_other_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"at least two classes, got only 'one'; .* and remove {tmp_path}/nested."):
         finetune.prepare_pictures(str(_nested(tmp_path / 'nest', one)), str(tmp_path / 'nested'), 16, 0.5, 0)
     os.rename(tmp_path / 'data.source', tmp_path / 'kept')
-    with pytest.raises(UserError, match=f'the source of {folder} is unknown; if it was prepared from {one}'):
+    with pytest.raises(UserError, match=f'the source of {folder} is unknown; if it is {one}'):
         finetune.prepare_pictures(str(one), folder, 16, 0.5, 0)
     os.rename(tmp_path / 'kept', tmp_path / 'data.source')
     odd = helpers.write_pictures(tmp_path / os.fsdecode(b'odd\xff'), (0, 1), 2)

@@ -160,7 +160,7 @@ def test_many_images_and_large_layers_are_truncated(tmp_path):
     assert len(data['pictures']) == len(data['captions']) == 6
     first = data['walk']['stages'][0]
     assert first['shape'] == '35 x 35 x 40' and (first['width'], len(first['chosen'])) == (32, 16)
-    units = next(s for s in data['walk']['stages'] if s['what'] == 'tanh')
+    units = next(s for s in data['walk']['stages'] if s['operation'] == 'tanh')
     assert (units['shape'], units['units'], units['width'], units['height']) == ('5000', 4096, 128, 32)
     assert [len(rows) for rows in data['walk']['labels']] == [3] * 6
 
@@ -180,7 +180,7 @@ def test_repeated_step_is_shown_twice(tmp_path):
     """8 kernels on 8 px maps are pooled to 4 px, then to 2 px."""
     row = ConvSpec(features=8, kernel=3, stride=5, padding=(1, 1), init=helpers.INIT, post='relu pool pool')
     page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers(row)), image_NHWC=_images())
-    sizes = re.findall(r'"what": "max pooling".*?"shape": "(\d+) x', page)
+    sizes = re.findall(r'"operation": "max pooling".*?"shape": "(\d+) x', page)
     assert len(sizes) == 2 and int(sizes[1]) < int(sizes[0])
 
 

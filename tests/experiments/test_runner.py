@@ -31,7 +31,7 @@ def test_shipped_configs_work_as_base(name, tmp_path):
     base.init_from = 'somewhere'  # required if init_fresh is set
     trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
     names = [trial.variant.name for trial in trials]
-    assert 'without conv 1' in names and ('towers that do not talk' in names) == (name != 'cifar10:18pct')
+    assert 'without conv 1' in names and ('towers without communication' in names) == (name != 'cifar10:18pct')
 
 
 def test_invalid_variant_is_refused_before_training(tmp_path):
@@ -221,7 +221,7 @@ def test_images_are_prepared_once_per_source(sources, tmp_path, monkeypatch):
         other, _suite('views', helpers.digits_config(**{'data.image_size': 56}), 1, out)
     ) == os.path.join(out, 'data-64')
     os.remove(os.path.join(out, 'data-32.source'))
-    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it was prepared from {one},'):
+    with pytest.raises(UserError, match=f'the source of {out}/data-32 is unknown; if it is {one},'):
         runner.prepare_images(one, _suite('cifar10', helpers.digits_config(), 1, out))
 
 

@@ -394,7 +394,7 @@ def test_class_names_that_tfds_would_change_are_refused(name, tmp_path):
     """TFDS stores one stripped, nonempty name per line; with other names the labels would name other classes."""
     folders = {'dog': helpers.encode(helpers.picture(0)), name: helpers.encode(helpers.picture(1))}
     helpers.write_files(tmp_path / 'in', {f'{folder}/1.jpg': content for folder, content in folders.items()})
-    with pytest.raises(UserError, match='class name .* expected one line without outer blanks; rename its folder'):
+    with pytest.raises(UserError, match='class name .* expected one line without outer spaces; rename its folder'):
         prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16)
     assert not (tmp_path / 'out').exists()
 

@@ -60,7 +60,7 @@ def test_error_inside_a_config_names_its_file(tmp_path):
         ('papr', "no config file 'papr'. Did you mean 'paper'"),
         ('configs/paper.py', "no config file 'configs/paper.py'. Did you mean 'paper'"),
         ('caffe:x', "'caffe' has no variants; remove ':x'"),
-        ('cifar10:x', "no variant 'x'; expected one of 80sec"),
+        ('cifar10:x', "'cifar10': unknown variant 'x'; expected one of 80sec"),
     ],
 )
 def test_unknown_configs_are_refused(name, message, tmp_path, monkeypatch):
