@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
-from alexnet_jax.data import imagenet_classes
+from alexnet_jax.data.imagenet_classes import with_meaning
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8
 
@@ -41,12 +41,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
         if args.json:
             print(json.dumps(line), flush=True)
             continue
-        rows = [f'{100 * row["probability"]:6.2f}%  {_name(row["label"])} ({row["index"]})' for row in line['top']]
+        named = [f'{with_meaning(row["label"])} ({row["index"]})' for row in line['top']]
+        rows = [f'{100 * row["probability"]:6.2f}%  {name}' for name, row in zip(named, line['top'], strict=True)]
         text = f': {rows[0].strip()}' if args.lines else ''.join(f'\n  {row}' for row in rows)
         print(as_utf8(line['file']) + text, flush=True)
-
-
-def _name(label: str) -> str:
-    """Returns the name of a class. For a WordNet ID of ImageNet, includes its meaning."""
-    name = imagenet_classes.names().get(label)
-    return f'{name}, {label}' if name else label

@@ -1,6 +1,7 @@
 """WordNet IDs and names of the ILSVRC-2012 classes, in label order."""
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 
 
@@ -14,3 +15,14 @@ def names() -> dict[str, str]:
 def wordnet_ids() -> tuple[str, ...]:
     """Returns the 1,000 WordNet IDs; the first is 'n01440764'."""
     return tuple(names())
+
+
+def with_meaning(name: str) -> str:
+    """Returns the name of a class, after its meaning if it is a WordNet id of ILSVRC-2012: 'tench, n01440764'."""
+    meaning = names().get(name)
+    return f'{meaning}, {name}' if meaning else name
+
+
+def are_numbers(class_names: Sequence[str]) -> bool:
+    """Returns whether all class names are decimal numbers, as the folders of ImageNet-V2 are."""
+    return all(name.isascii() and name.isdecimal() for name in class_names)

@@ -16,7 +16,6 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
@@ -75,10 +74,9 @@ def activations(
     """
     names = _as_list(layers)
     function, source = _layer_outputs(checkpoint, names), None
-    if _is_path(images) or isinstance(images, Sequence):
-        images = [images] if _is_path(images) else list(images)
-        if any(map(_is_path, images)):
-            source = _Source(checkpoint, _expand_folders(images))
+    several: Any = [images] if _is_path(images) else images
+    if isinstance(several, Sequence) and any(map(_is_path, several)):
+        source = _Source(checkpoint, _expand_folders(several))
     batches: Iterator[list[np.ndarray]]
     if source:
         count, batches = len(source), (parts for parts, _ in source.map(function, batch_size))

@@ -18,7 +18,7 @@ from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.inference import ensemble
+from alexnet_jax.inference import class_map, ensemble
 from alexnet_jax.utils.errors import TerminatedError, UserError, check_type
 
 
@@ -32,7 +32,7 @@ def evaluate_batches(
     examples: int,
     max_unreadable: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Computes loss and errors over a split. Every record counts once.
 
     Args:
@@ -44,7 +44,8 @@ def evaluate_batches(
       should_stop: called before every batch; if it returns True, TerminatedError is raised.
 
     Returns 'loss' (nats), 'top1_error' and 'top5_error' (percent), 'count' (images), 'images_per_second' and
-    'data_wait' (0 to 1). Raises UserError if more than `max_unreadable` records are unreadable.
+    'data_wait' (0 to 1), and 'per_class' if the step is that of `evaluate` with `per_class`. Raises UserError if more
+    than `max_unreadable` records are unreadable.
     """
     total: Any = None
     previous: Any = None
@@ -60,15 +61,25 @@ def evaluate_batches(
     total = metrics.merge(total, _to_floats(previous))
     elapsed, count = time.perf_counter() - began, round(total['weight'])
     _check_count(count, examples, max_unreadable)
-    return {**metrics.means(total), 'count': count, 'images_per_second': count / elapsed, 'data_wait': waited / elapsed}
+    return {**_means(total), 'count': count, 'images_per_second': count / elapsed, 'data_wait': waited / elapsed}
 
 
 def _to_mesh(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
     return sharding.to_mesh(mesh, pipeline.warn_unreadable(batch))
 
 
-def _to_floats(sums: metrics.Sums) -> dict[str, float]:
-    return {key: float(value) for key, value in jax.device_get(sums).items()}
+def _to_floats(sums: metrics.Sums) -> dict[str, Any]:
+    return {key: np.float64(value) for key, value in jax.device_get(sums).items()}
+
+
+def _means(total: dict[str, Any]) -> dict[str, Any]:
+    """Returns `metrics.means`, and the means of each class if `_sums_per_class` computed the sums."""
+    if 'per_class' not in total:
+        return metrics.means(total)
+    count_K, top1_K, top5_K = total['per_class'].T
+    with np.errstate(invalid='ignore'):  # 0 / 0 for a class without images
+        errors = {'top1_error': 100 * top1_K / count_K, 'top5_error': 100 * top5_K / count_K}
+    return {**metrics.means(total), 'per_class': {'count': count_K.astype(int), **errors}}
 
 
 def _check_count(count: int, expected: int, max_unreadable: int) -> None:
@@ -101,9 +112,9 @@ class Evaluator:
         self._params = jax.device_put(checkpoint.params, sharding.state_sharding(mesh, checkpoint.params))
         self._image_stats = jax.device_put(checkpoint.image_stats, sharding.replicated(mesh))
 
-    def evaluate(self, records: Sequence, *, max_unreadable: int = 0) -> dict[str, float]:
-        """Returns loss and errors on the records of a split. See `evaluate_batches`."""
-        function = self._jitted(train_step.eval_step)
+    def evaluate(self, records: Sequence, *, max_unreadable: int = 0, per_class: bool = False) -> dict[str, Any]:
+        """Returns loss and errors on the records of a split. See `evaluate`."""
+        function = self._jitted(_eval_step_per_class if per_class else train_step.eval_step)
         options: dict[str, Any] = {'examples': len(records), 'max_unreadable': max_unreadable}
         with contextlib.closing(self._batches(records)) as batches:
             return evaluate_batches(function, self._params, self._image_stats, batches, self.mesh, **options)
@@ -181,6 +192,20 @@ def _outputs(params, batch, image_stats, **options):
     return jnp.exp(log_outputs), batch['label'], batch['weight']
 
 
+def _eval_step_per_class(params, batch, image_stats, **options) -> metrics.Sums:
+    score_NK = train_step.log_probabilities(params, batch['image'], image_stats, **options)
+    return _sums_per_class(score_NK, batch['label'], batch['weight'])
+
+
+def _sums_per_class(score_NK, label_N, weight_N) -> metrics.Sums:
+    """Returns the sums of `train_step.eval_step` and 'per_class' [K, 3]: images, top-1 and top-5 errors by label."""
+    top1_N, top5_N = (metrics.top_k_error(score_NK, label_N, k) for k in (1, 5))
+    row_N3 = jnp.stack([jnp.ones_like(top1_N), top1_N, top5_N], axis=1) * weight_N[:, None]
+    per_class_K3 = jnp.zeros((score_NK.shape[1], 3), row_N3.dtype).at[label_N].add(row_N3)
+    sums = metrics.sums(metrics.take_label(score_NK, label_N), score_NK, label_N, weight_N)
+    return {**sums, 'per_class': per_class_K3}
+
+
 def evaluate(
     checkpoint: Checkpoint,
     records: Sequence,
@@ -189,10 +214,14 @@ def evaluate(
     views: int = 1,
     batch_size: int = 128,
     max_unreadable: int = 0,
-) -> dict[str, float]:
-    """Returns loss and errors of a checkpoint on the records of a split. See `Evaluator` and `evaluate_batches`."""
+    per_class: bool = False,
+) -> dict[str, Any]:
+    """Returns loss and errors of a checkpoint on the records of a split. See `Evaluator` and `evaluate_batches`.
+
+    per_class: adds 'per_class': arrays [K] of 'count', 'top1_error' and 'top5_error'; NaN for a class without images.
+    """
     evaluator = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size)
-    return evaluator.evaluate(records, max_unreadable=max_unreadable)
+    return evaluator.evaluate(records, max_unreadable=max_unreadable, per_class=per_class)
 
 
 def evaluate_ensemble(
@@ -205,24 +234,28 @@ def evaluate_ensemble(
     views: int = 1,
     batch_size: int = 128,
     max_unreadable: int = 0,
+    per_class: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the weighted average of several checkpoints' softmax outputs (section 6, "averaging the predictions").
 
     Args:
-      checkpoints: checkpoints with the same classes and the same record size.
+      checkpoints: checkpoints with the same record size and the same classes. Labels are those of the first; classes
+        of the others may have another order or other names that `class_map.match_classes` can match.
       records: records to evaluate on. The outputs of every network for all records are held in memory.
-      mesh, views, batch_size, max_unreadable: as for `Evaluator` and `evaluate_batches`.
+      mesh, views, batch_size, max_unreadable, per_class: as for `evaluate`.
       weights: one per checkpoint; None weights all equally.
       tune_on: records on which to search for the weights instead. See `ensemble.tune_weights`.
 
     Returns 'loss', 'top1_error', 'top5_error' and 'count' as `evaluate_batches`, and 'weights', which sum to 1. Raises
-    UserError if the weights are invalid or too many records are unreadable.
+    UserError if the weights are invalid, the classes differ or too many records are unreadable.
     """
+    orders = class_map.align(checkpoints)
 
     def outputs(records):
         evaluators = (Evaluator(one, mesh, views=views, batch_size=batch_size) for one in checkpoints)
         results = [evaluator.probabilities(records, max_unreadable=max_unreadable) for evaluator in evaluators]
-        return [probabilities for probabilities, _ in results], results[0][1]
+        pairs = zip(results, orders, strict=True)
+        return [found if order is None else found[:, order] for (found, _), order in pairs], results[0][1]
 
     tested = outputs(records)
     if tune_on is not None:
@@ -235,9 +268,10 @@ def evaluate_ensemble(
     for start in range(0, len(labels), 4096):  # in chunks, because the metrics allocate arrays of the scores' size
         score_NK, label_N = scores[start : start + 4096], labels[start : start + 4096]
         weight_N = np.ones(len(label_N), np.float32)
-        sums = metrics.sums(metrics.take_label(score_NK, label_N), score_NK, label_N, weight_N)
-        total = metrics.merge(total, _to_floats(sums))
-    return {**metrics.means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
+        total = metrics.merge(total, _to_floats(_sums_per_class(score_NK, label_N, weight_N)))
+    if not per_class:
+        del total['per_class']
+    return {**_means(total), 'count': len(labels), 'weights': [float(w / sum(weights)) for w in weights]}
 
 
 def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax.data import image_io
-from alexnet_jax.data.imagenet_classes import wordnet_ids
+from alexnet_jax.data.imagenet_classes import are_numbers, wordnet_ids
 from alexnet_jax.prepare import split_folders, tar, tfds
 from alexnet_jax.prepare.class_lists import CLASS_LISTS
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
@@ -64,7 +64,7 @@ def _list_images(path: str) -> Listing:
                 f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
                 'remove one of the two from the input.'
             )
-    class_names = wordnet_ids() if official else tuple(sorted({class_name for _, class_name in images}))
+    class_names = wordnet_ids() if official else _in_label_order({class_name for _, class_name in images})
     labels = {name: i for i, name in enumerate(class_names)}
     train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
@@ -76,6 +76,15 @@ def _list_images(path: str) -> Listing:
         splits.setdefault(ref.split, []).append(ref._replace(label=labels[class_name]))
     ordered = {name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}
     return Listing(ordered, class_names, folder)
+
+
+def _in_label_order(class_names: set[str]) -> tuple[str, ...]:
+    """Sorts class names. If all are numbers, as in ImageNet-V2, sorts them by value: '2' comes before '10'."""
+    names = tuple(sorted(class_names))
+    if not are_numbers(names) or names == (by_value := tuple(sorted(names, key=lambda name: (int(name), name)))):
+        return names
+    logging.info('all class names are numbers: labels follow their values (%s, ...).', ', '.join(by_value[:3]))
+    return by_value
 
 
 def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[tuple[ImageRef, str]]:

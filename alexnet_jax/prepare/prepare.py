@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np

@@ -196,3 +196,23 @@ def test_archive_declaring_more_than_it_holds_is_refused(tmp_path):
         tar.addfile(tarfile.TarInfo('ILSVRC2012_val_²².JPEG'))
     with pytest.raises(UserError, match='is not an image of the ILSVRC-2012 val set'):
         discovery.find_images(str(path))
+
+
+@pytest.mark.parametrize(
+    ('folders', 'names'),
+    [
+        (['10', '2', '0', '1'], ('0', '1', '2', '10')),
+        (['10', '02', '1', '01'], ('01', '1', '02', '10')),
+        (['002', '010', '001'], ('001', '002', '010')),
+        (['10', '2', 'other'], ('10', '2', 'other')),
+        (['c10', 'c2'], ('c10', 'c2')),
+        (['²', '10', '2'], ('10', '2', '²')),
+    ],
+)
+def test_class_folders_that_are_numbers_keep_their_order(tmp_path, folders, names):
+    content = helpers.encode(helpers.picture(0), 'PNG')
+    root = helpers.write_files(tmp_path, {f'{split}/{c}/a.png': content for c in folders for split in ('train', 'val')})
+    found = discovery.find_images(root)
+    assert found.class_names == names
+    for split in ('train', 'val'):  # the folder of each image is the class of its label
+        assert {ref.name: names[ref.label] for ref in found.splits[split]} == {f'{split}/{c}/a.png': c for c in folders}
