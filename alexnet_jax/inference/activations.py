@@ -22,7 +22,7 @@ from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.inference.predict import Images, list_image_files, to_records
-from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, did_you_mean
+from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
@@ -72,6 +72,7 @@ def activations(
     Raises:
       UserError: a layer is unknown, an image cannot be read, or a folder has no images.
     """
+    check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
     names = _as_list(layers)
     function, source = _layer_outputs(checkpoint, names), None
     several: Any = [images] if _is_path(images) else images

@@ -313,9 +313,9 @@ def test_incomplete_best_step_is_not_skipped(copy, change):
 
 
 def test_verify(copy, tmp_path, capsys):
-    folder = tmp_path / 'raw' / 'class'
-    folder.mkdir(parents=True)
     for i in range(4):
+        folder = tmp_path / 'raw' / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / f'{i}.jpg').write_bytes(image_io.encode_jpeg(np.full((20, 20, 3), 40 * i, np.uint8)))
     data = tmp_path / 'data'
     prepare.prepare(str(tmp_path / 'raw'), str(data), size=16, workers=1)

@@ -187,8 +187,9 @@ def test_measure_compares_error_with_threshold(threshold, error, reached, monkey
 
 def _pictures(folder, *names):
     for name in names:
-        (folder / name / 'cat').mkdir(parents=True)
-        (folder / name / 'cat' / '1.png').touch()  # listed, never opened
+        for class_name in ('cat', 'dog'):
+            (folder / name / class_name).mkdir(parents=True)
+            (folder / name / class_name / '1.png').touch()  # listed, never opened
     return str(folder)
 
 

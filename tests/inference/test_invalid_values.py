@@ -58,7 +58,10 @@ def test_predict_and_activations_refuse_other_arguments(checkpoint):
             alexnet_jax.predict(checkpoint, _IMAGE, batch_size=size)
     with _raises('mesh is int: expected a Mesh'):
         alexnet_jax.predict(checkpoint, _IMAGE, mesh=3)
-    for layers in (5, None, [], [5], {}, b'conv1'):
+    for layers in ([], {}):
+        with _raises('no layers given; choose from: conv1'):
+            alexnet_jax.activations(checkpoint, _IMAGE, layers)
+    for layers in (5, None, [5], b'conv1'):
         with _raises("layers is .*: expected a name or several, such as 'conv1'"):
             alexnet_jax.activations(checkpoint, _IMAGE, layers)
 
