@@ -37,6 +37,7 @@ def setup():
     return alexnet_jax.build(config, alexnet_jax.in_memory({'train': _arrays()}, NAMES))
 
 
+@pytest.mark.slow
 def test_example_program_of_the_python_api(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / 'tests' / 'api_example.py', tmp_path],
@@ -164,6 +165,7 @@ def test_arrays_and_records_make_the_same_dataset():
         alexnet_jax.in_memory({'train': {**arrays, 'label': arrays['label'][:5]}})
 
 
+@pytest.mark.slow
 def test_paths_may_be_pathlib(tmp_path):
     """From raw images to an exported network: each function accepts a `pathlib.Path`."""
     rng = np.random.default_rng(0)
