@@ -176,7 +176,7 @@ def test_chance_level_is_detected_after_resume(capsys):
 def test_run_at_chance_level_warns(capsys, tmp_path):
     train.train_and_evaluate(resume_config(num_steps=101, **{'optim.learning_rate': 0.0}), str(tmp_path / 'stalled'))
     told = [line for line in capsys.readouterr().err.splitlines() if 'ln(num_classes) = 2.30' in line]
-    assert len(told) == 1 and told[0].startswith('warning: step 100: over the last 100 updates')
+    assert len(told) == 1 and told[0].startswith('warning: step 100: the loss of the last 100 updates is at chance')
 
 
 class Damaged(helpers.Records):
