@@ -63,12 +63,12 @@ def reading(path: str, expected: str) -> Iterator[None]:
     except Exception as error:
         with open(path, 'rb') as file:
             start = file.read(512)
-        for beginning, kind in _FOREIGN.items():
-            if start[257:262] == b'ustar':
-                kind = 'a tar archive: unpack it and use the file in it'
-            elif not start.lstrip().lower().startswith(beginning):
-                continue
-            raise UserError(f'{path!r} is {kind}.') from error
+        text = start.lstrip().lower()
+        kinds = [kind for beginning, kind in _FOREIGN.items() if text.startswith(beginning)]
+        if start[257:262] == b'ustar':
+            kinds = ['a tar archive: unpack it and use the file in it']
+        if kinds:
+            raise UserError(f'{path!r} is {kinds[0]}.') from error
         head = start[:8]
         reason = printable(re.split(r'[\n.]', str(error))[0])
         raise UserError(

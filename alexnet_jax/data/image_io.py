@@ -16,22 +16,18 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from alexnet_jax.utils.errors import UserError, first_line
 from alexnet_jax.utils.files import as_utf8
 
-SUFFIXES = (
-    *('.jpeg', '.jpg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.bmp', '.gif', '.tif', '.tiff', '.webp'),
-    *('.ppm', '.pgm', '.pbm', '.pnm'),
-)
+SUFFIXES = tuple('.jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm'.split())
 # Files of these kinds are not opened to see whether they are images: data sets have as many of them as images.
 _TEXT_SUFFIXES = ('.txt', '.xml', '.json', '.csv', '.tsv')
 # Images of formats that are not read.
 _CONVERTIBLE = (
-    *('.heic', '.heif', '.hif', '.avif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.ico', '.svg', '.pdf', '.exr'),
-    *('.dng', '.nef', '.cr2', '.cr3', '.arw', '.raf', '.orf', '.rw2', '.dcm'),
-)
+    '.heic .heif .hif .avif .jxl .jp2 .j2k .tga .psd .ico .svg .pdf .exr .dng .nef .cr2 .cr3 .arw .raf .orf .rw2 .dcm'
+).split()
 # Folders of Synology, QNAP, Windows, ext4 and macOS archives: thumbnails, deleted files, metadata.
 _SYSTEM_FOLDERS = (
-    *('@eadir', '#recycle', '#snapshot', '@recycle', '@recently-snapshot', '$recycle.bin'),
-    *('system volume information', 'lost+found', '__macosx'),
-)
+    '@eadir', '#recycle', '#snapshot', '@recycle', '@recently-snapshot', '$recycle.bin', 'system volume information',
+    'lost+found', '__macosx',
+)  # fmt: skip
 MAX_BYTES = 2**28  # size of the largest accepted image file
 MAX_PIXELS = 89_478_485  # Pillow's threshold for its decompression bomb warning
 # The formats of common datasets. Pillow supports dozens more, and runs Ghostscript for EPS. MPO is read as JPEG.
@@ -55,9 +51,8 @@ class FileCounts:
         if self.skipped:
             formats = [suffix for suffix, _ in self.skipped.most_common() if suffix in _CONVERTIBLE]
             remedy = f'; to use them, convert them (magick mogrify -format jpg *{formats[0]})' if formats else ''
-            logging.warning(
-                '%s: skipped what is not an image of a known format: %s%s', folder, _listed(self.skipped), remedy
-            )
+            skipped = _listed(self.skipped)
+            logging.warning('%s: skipped files that are not images of a known format: %s%s', folder, skipped, remedy)
 
 
 def _listed(counts: collections.Counter[str]) -> str:

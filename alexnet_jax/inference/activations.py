@@ -229,7 +229,7 @@ def write_activations(
     with zeros. `labels` int32 [N] is left out if no image has a label; -1 stands for a missing one.
 
     One batch is held in memory. The rows of each layer are collected in a temporary file beside the output, so the
-    disk must have room for twice the output. An error leaves no file, except for unreadable images, see below.
+    disk must have space for twice the output. An error leaves no file, except for unreadable images: see `Raises`.
 
     Args:
       output: path that ends in .safetensors or .npz.

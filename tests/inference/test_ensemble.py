@@ -161,7 +161,7 @@ def test_predict_command(checkpoints, photos, views):
         'predict', f'--checkpoint={checkpoints[0]}', f'{photos}/gray.png', str(photos), f'--views={views}', '--top=3',
         '--json',
     )  # fmt: skip
-    skipped = f'warning: {photos}: skipped what is not an image of a known format: 1 .txt\n'
+    skipped = f'warning: {photos}: skipped files that are not images of a known format: 1 .txt\n'
     assert (result.returncode, result.stderr) == (0, skipped)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     names = ['gray.png', 'a.jpg', 'b.png', 'gray.png', 'more/c.JPEG']

@@ -157,7 +157,7 @@ def test_tiny_imagenet_as_published(tmp_path, capfd):
         said = capfd.readouterr().err
         assert '1 images are not in val_annotations.txt and are skipped; 1 of its files are missing' in said
         assert 'skipped the test split: nothing says the classes of the 2 images' in said
-        assert 'skipped what is not an image of a known format: 3 .txt\n' in said
+        assert 'skipped files that are not images of a known format: 3 .txt\n' in said
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM'])
@@ -173,7 +173,7 @@ def test_images_are_recognized_by_content(kind, suffix, tmp_path, capfd):
     said = capfd.readouterr()
     named = f'2 {suffix or "without suffix"}'
     assert (f'because of their content: {named}\n' in said.out) == read
-    assert (f'not an image of a known format: {named}' in said.err) != read
+    assert (f'not images of a known format: {named}' in said.err) != read
     assert predict.list_image_files([tmp_path / 'cat'])[0].endswith(f'a{suffix}') == read
     assert (f'known format: 1 {suffix}' in capfd.readouterr().err) != read
 
