@@ -20,6 +20,8 @@ _MODULES = {
     'in_memory': 'alexnet_jax.data.datasets',
     'init_params': 'alexnet_jax.core.model',
     'load_checkpoint': 'alexnet_jax.checkpoints.loading',
+    'load_lpips': 'alexnet_jax.inference.lpips',
+    'lpips': 'alexnet_jax.inference.lpips',
     'predict': 'alexnet_jax.inference.predict',
     'ten_views': 'alexnet_jax.core.augment',
     'train_and_evaluate': 'alexnet_jax.training.train',

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +214,41 @@ def is_running(pid: int) -> bool:
             return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
     except FileNotFoundError:
         return False
+
+
+_STORAGES = {'float16': 'Half', 'bfloat16': 'BFloat16', 'float32': 'Float', 'float64': 'Double'}
+
+
+def write_pth(path, tensors):
+    """Writes arrays by name as `torch.save` writes a state_dict, without PyTorch. Returns the path as str."""
+
+    def pickled(value):
+        return pickle.dumps(value, 2)[2:-1]  # without the protocol and the stop
+
+    empty_dict = b'ccollections\nOrderedDict\n)R'
+    data = b'\x80\x02' + empty_dict + b'('
+    with zipfile.ZipFile(path, 'w') as archive:
+        for i, (name, array) in enumerate(tensors.items()):
+            class_ = f'ctorch\n{_STORAGES[array.dtype.name]}Storage\n'.encode()
+            storage = b'(' + pickled('storage') + class_ + b''.join(map(pickled, (str(i), 'cpu', array.size))) + b'tQ'
+            steps = tuple(step // array.itemsize for step in array.strides)
+            shape = b''.join(map(pickled, (0, array.shape, steps, False)))
+            data += pickled(name) + b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + shape + empty_dict + b'tR'
+            archive.writestr(f'archive/data/{i}', np.ascontiguousarray(array).tobytes())
+        for name, content in (('data.pkl', data + b'u.'), ('byteorder', b'little'), ('version', b'3\n')):
+            archive.writestr(f'archive/{name}', content)
+    return str(path)
+
+
+def torchvision_tensors(rng, widths=(4, 6, 8, 6, 6), hidden=16, classes=3, side=1):
+    """Returns the arrays of a narrow AlexNet in torchvision's layout. side: of the maps before the classifier."""
+    sizes = dict(zip((0, 3, 6, 8, 10), zip(widths, (3, *widths), (11, 5, 3, 3, 3), strict=False), strict=True))
+    shapes = {f'features.{i}': (outputs, inputs, size, size) for i, (outputs, inputs, size) in sizes.items()}
+    rows = ((1, hidden, widths[-1] * side**2), (4, hidden, hidden), (6, classes, hidden))
+    shapes |= {f'classifier.{i}': (outputs, inputs) for i, outputs, inputs in rows}
+    tensors = {}
+    for name, shape in shapes.items():
+        scale = (2 / np.prod(shape[1:])) ** 0.5
+        tensors[f'{name}.weight'] = (scale * rng.standard_normal(shape)).astype(np.float32)
+        tensors[f'{name}.bias'] = (0.1 * rng.standard_normal(shape[0])).astype(np.float32)
+    return tensors

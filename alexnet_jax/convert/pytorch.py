@@ -18,6 +18,7 @@ from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import check_declared_size
 
+_EXPECTED = 'a state_dict written by torch.save'
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file before PyTorch 1.6
 _DTYPES = {
     'Float': np.float32, 'Double': np.float64, 'Half': np.float16, 'BFloat16': jnp.bfloat16, 'Bool': np.bool_,
@@ -92,13 +93,8 @@ def read(path: str) -> WeightFile:
     Objects other than tensors become placeholders and are ignored, which is logged. A layer that occurs under two names
     is read once. Raises UserError if the file is damaged or contains no state_dict, or several of equal standing.
     """
-    with reading(path, 'a state_dict written by torch.save'):
-        data = np.memmap(path, np.uint8, 'r')
-        loaded, storages = (_load_zip if bytes(data[:4]) == b'PK\3\4' else _load_legacy)(path, data)
-        tensors, ignored = _choose(loaded)
-        arrays = {}
-        for name, tensor in tensors.items():
-            arrays[name] = _array(path, printable(name), tensor, storages)
+    with reading(path, _EXPECTED):
+        arrays, ignored = _arrays(path)
         layers: list[LayerWeights] = []
         seen: dict[tuple, str] = {}
         for layer in pair_tensors(arrays):
@@ -108,10 +104,31 @@ def read(path: str) -> WeightFile:
             else:
                 layers.append(layer)
                 seen[views] = layer.name
-        if ignored:
-            more = ' ...' if len(ignored) > 8 else ''
-            logging.info(f'{path}: ignored {len(ignored)} entries: {", ".join(ignored[:8])}{more}.')
+        log_ignored(path, ignored)
         return WeightFile(path, in_numeric_order(layers))
+
+
+def read_tensors(path: str) -> dict[str, np.ndarray]:
+    """Reads the tensors of a file as `read` does, whatever layers they belong to. Returns them by name."""
+    with reading(path, _EXPECTED):
+        arrays, ignored = _arrays(path)
+        log_ignored(path, ignored)
+        return arrays
+
+
+def log_ignored(path: str, ignored: list[str]) -> None:
+    """Logs the number of the ignored entries of a file, and the first of them."""
+    if ignored:
+        more = ' ...' if len(ignored) > 8 else ''
+        logging.info(f'{path}: ignored {len(ignored)} entries: {", ".join(ignored[:8])}{more}.')
+
+
+def _arrays(path: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the tensors of a file as views of the mapped file, and descriptions of the entries that are not used."""
+    data = np.memmap(path, np.uint8, 'r')
+    loaded, storages = (_load_zip if bytes(data[:4]) == b'PK\3\4' else _load_legacy)(path, data)
+    tensors, ignored = _choose(loaded)
+    return {name: _array(path, printable(name), tensor, storages) for name, tensor in tensors.items()}, ignored
 
 
 def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndarray]]:
