@@ -220,7 +220,10 @@ _STORAGES = {'float16': 'Half', 'bfloat16': 'BFloat16', 'float32': 'Float', 'flo
 
 
 def write_pth(path, tensors):
-    """Writes arrays by name as `torch.save` writes a state_dict, without PyTorch. Returns the path as str."""
+    """Writes arrays by name as `torch.save` writes a state_dict, without PyTorch. Returns the path as str.
+
+    Arrays are contiguous, in the order of C or of Fortran.
+    """
 
     def pickled(value):
         return pickle.dumps(value, 2)[2:-1]  # without the protocol and the stop
@@ -234,7 +237,7 @@ def write_pth(path, tensors):
             steps = tuple(step // array.itemsize for step in array.strides)
             shape = b''.join(map(pickled, (0, array.shape, steps, False)))
             data += pickled(name) + b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + shape + empty_dict + b'tR'
-            archive.writestr(f'archive/data/{i}', np.ascontiguousarray(array).tobytes())
+            archive.writestr(f'archive/data/{i}', array.tobytes('A'))
         for name, content in (('data.pkl', data + b'u.'), ('byteorder', b'little'), ('version', b'3\n')):
             archive.writestr(f'archive/{name}', content)
     return str(path)

@@ -7,13 +7,16 @@ import io
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alexnet_jax.convert import pytorch, unpickle
 from alexnet_jax.utils.errors import UserError
+from tests import helpers
 
 torch = pytest.importorskip('torch', reason="needs PyTorch: pip install 'alexnet_jax[oracle]'")
 nn = torch.nn
@@ -154,6 +157,18 @@ def test_same_values_as_torch_load(case, zipped, tmp_path, monkeypatch):
     assert os.listdir() == ['w.pth']
 
 
+def test_torch_reads_the_files_of_other_tests(tmp_path):
+    """Those of `helpers.write_pth`, which needs no PyTorch."""
+    arrays = {name: tensor.numpy() for name, tensor in _state().items()}
+    arrays |= {'half': arrays['fc.weight'].astype(np.float16), 'double': arrays['fc.weight'].T.astype(np.float64)}
+    arrays['bfloat16'] = arrays['fc.weight'].astype(jnp.bfloat16)
+    found = torch.load(helpers.write_pth(tmp_path / 'w.pth', arrays))
+    assert list(found) == list(arrays)
+    for name, tensor in found.items():
+        assert str(tensor.dtype) == f'torch.{arrays[name].dtype.name}'
+        np.testing.assert_array_equal(tensor.double().numpy(), arrays[name].astype(np.float64))
+
+
 @pytest.mark.parametrize(
     ('case', 'words'),
     [
@@ -211,6 +226,14 @@ def _big_endian(path):
     _rezipped(path, lambda name, content: b'big' if name.endswith('byteorder') else content)
 
 
+def _big_endian_legacy(path):
+    torch.save(_state(), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    name = re.search(rb'little_endian(q.)?', content)[0]
+    assert name + b'\x88' in content  # True
+    path.write_bytes(content.replace(name + b'\x88', name + b'\x89'))
+
+
 def _short(path):
     _rezipped(path, lambda name, content: content[:-4] if name.endswith('data/2') else content)
 
@@ -242,6 +265,7 @@ REFUSED = {
     'short storage': (_short, 'values are missing'),
     'tensor larger than its storage': (_past_the_storage, 'values are missing'),
     'big-endian': (_big_endian, 'expected little-endian numbers'),
+    'big-endian legacy': (_big_endian_legacy, 'expected little-endian numbers'),
     'TorchScript': (_script, r'found TorchScript; use torch.save\(torch.jit.load\(FILE\).state_dict\(\), OTHER\)'),
     'other zip archive': (_archive, 'found a zip archive of alexnet.pth; unpack it'),
     'two networks': (_saver(lambda: {'g': _state(), 'd': _state()}), 'expected one network, found 2: g, d; save one'),
