@@ -69,8 +69,8 @@ def lpips(
     """Returns the distance of each image in `images0` to the image in the same row of `images1`.
 
     The function can be differentiated in reverse mode, with respect to float images and to the weights, and used inside
-    `jax.jit`. For a feature vector of zeros, where the gradient of the authors' code is NaN, its part of the gradient
-    is 0.
+    `jax.jit`.
+    Deviation: where all features at a position are 0, its part of the gradient is 0. In the authors' code it is NaN.
 
     Args:
       weights: from `alexnet_jax.load_lpips`.
@@ -80,7 +80,7 @@ def lpips(
         float images; uint8 images are from 0 to 255.
 
     Returns:
-      float32 [N], 0 for equal images. float64 for images of float64 (with jax.enable_x64).
+      float32 [N]; 0 for equal images, except for rounding. float64 for images of float64 (with jax.enable_x64).
 
     Raises:
       UserError: the images have other types or shapes; value_range is missing or invalid; or, outside of `jax.jit`,
