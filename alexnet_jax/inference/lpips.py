@@ -30,7 +30,7 @@ from alexnet_jax.utils.files import as_path
 
 # The mean and the standard deviation of ImageNet's colors (RGB), on the scale from -1 to 1.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-_EPSILON = 1e-10  # added to the length of a feature vector
+_EPSILON = 1e-10  # added to the norm of a feature vector
 _MIN_SIZE = 31  # pixels; the maps of conv2 are then 3 x 3, the window of the pooling after it
 _FILE = os.path.join('weights', 'v0.1', 'alex.pth')  # in the package `lpips`
 _VERSION_0_0 = '18720f55913d0af89042f13faa7e536a6ce1444a0914e6db9461355ece1e8cd5'  # SHA-256 of its alex.pth
@@ -70,7 +70,6 @@ def lpips(
 
     The function can be differentiated in reverse mode, with respect to float images and to the weights, and used inside
     `jax.jit`.
-    Deviation: where all features at a position are 0, its part of the gradient is 0. In the authors' code it is NaN.
 
     Args:
       weights: from `alexnet_jax.load_lpips`.
@@ -126,9 +125,8 @@ def _unit_features(params: Mapping[str, Any], x_NHWC: Array) -> Iterator[Array]:
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=lax.Precision.HIGHEST,
         )  # fmt: skip
         x = jax.nn.relu(x + _by_channel(params[name]['bias'], x))
-        square = (x**2).sum(-1, keepdims=True)
-        norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # the gradient at 0 is 0, not NaN
-        yield x / (norm + _EPSILON)
+        # Where all features are 0, the gradient of the root is NaN; the gradient of the ReLU replaces it by 0.
+        yield x / (jnp.sqrt((x**2).sum(-1, keepdims=True)) + _EPSILON)
         pool = 'pool' in spec.ops
 
 

@@ -87,7 +87,7 @@ def test_equals_its_definition(narrow, images):
 
 
 def test_gradient_is_finite_where_features_are_zero(narrow, images):
-    """The authors' code divides 0 by 0 there: its gradient is NaN."""
+    """The gradient of a norm is NaN there."""
     weights = _weights(*narrow)
     weights.params['conv3']['bias'] = np.full(WIDTHS[2], -1e3, np.float32)
 
