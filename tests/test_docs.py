@@ -135,6 +135,16 @@ def _tokens(text):
     return set(re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)))
 
 
+def test_rows_of_inputs_name_their_tests():
+    lines = (ROOT / 'docs' / 'inputs.md').read_text().splitlines()
+    cells = [line.split(' | ')[-1] for line in lines if line.startswith('| ') and 'shown by' not in line]
+    named = [re.findall(r'test_\w+(?=`)', cell) for cell in cells]
+    sources = ''.join(path.read_text() for path in (ROOT / 'tests').rglob('test_*.py'))
+    assert len(cells) > 100
+    assert {name for names in named for name in names} <= set(re.findall(r'^def (test_\w+)', sources, re.M))
+    assert all(names or cell == 'the same |' for cell, names in zip(cells, named, strict=True))
+
+
 def test_names_in_the_checklist_exist():
     tokens = _tokens(CHECKLIST.read_text())
     assert len(tokens) > 80

@@ -23,7 +23,7 @@ FLAGS = (
     Flag('output', None, 'New directory to write.', required=True),
     Flag('to', 'checkpoint', 'checkpoint or safetensors.'),
     Flag('mean', None, 'Mean image: .binaryproto, or .npy of shape [3, S, S] or [3], 0 to 255.'),
-    Flag('classes', None, 'Text file with one class name per line, in the order of the outputs.'),
+    Flag('classes', None, 'Class names in the order of the outputs: a text file with one per line, or JSON.'),
     Flag(
         'color_order',
         None,

@@ -1,5 +1,7 @@
 """Converts weights of Caffe, PyTorch and others to a checkpoint, and a checkpoint to safetensors."""
 
+import ast
+import collections
 import dataclasses
 import os
 import pathlib
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.convert import caffe, layout, npy, pytorch, safetensors
 from alexnet_jax.convert.fit import fit_config
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, reading
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, check_kind, reading
 from alexnet_jax.core.architecture import ConvSpec
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
@@ -24,7 +26,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import image_stats_file
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, first_line
 from alexnet_jax.utils.files import atomic_directory, check_new
 
 _READERS = {
@@ -63,8 +65,8 @@ def convert(
         expect BGR, such as Caffe's.
       config: network and preprocessing of the weights. Default: the config stored in the file, else 'caffe' for a
         .caffemodel, a .npy and color_order='bgr', and 'torchvision' otherwise.
-      classes: a text file with one class name per line, in the order of the outputs. Default: the WordNet ids of
-        ILSVRC-2012 for 1,000 outputs, else the class numbers.
+      classes: a text file with one class name per line, in the order of the outputs; or a list or dict of names, see
+        `_parse_class_names`. Default: the WordNet ids of ILSVRC-2012 for 1,000 outputs, else the class numbers.
       color_order: 'rgb' or 'bgr', the order of the channels that the network expects. Default: 'bgr' for a .caffemodel
         and a .npy, else 'rgb'.
 
@@ -121,6 +123,14 @@ def _read(source: str) -> WeightFile:
         with open(source, 'rb') as file:
             start = file.read(8)
         reader = next((reader for beginning, reader in _CONTENTS.items() if start.startswith(beginning)), None)
+        if not reader:
+            check_kind(source)
+    if os.path.isfile(os.path.join(source, 'data.pkl')):
+        folder = os.path.basename(os.path.normpath(source))
+        raise UserError(
+            f'--input={source!r} is an unpacked PyTorch file; pack it again without compression: zip -0 -r FILE.pth '
+            f'{folder}.'
+        )
     if not reader or not os.path.isfile(source):
         raise UserError(
             f'--input={source!r}: expected an existing .caffemodel, .pth, .npy or .safetensors file; for a checkpoint '
@@ -238,13 +248,35 @@ def _class_names(count: int, path: str | None, metadata: dict | None) -> list[st
     if path:
         where = f'--classes={path!r}'
         try:
-            names = [line.strip() for line in pathlib.Path(path).read_text(encoding='utf-8-sig').strip().splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'{where} cannot be read: {error}.') from error
+            names = _parse_class_names(pathlib.Path(path).read_text(encoding='utf-8-sig').strip())
+        except Exception as error:  # `ast.literal_eval` raises several types
+            raise UserError(f'{where} cannot be read: {first_line(error)}.') from error
     elif metadata is not None:
         where, names = "the file's metadata", list(metadata['class_names'])
     else:
         return list(wordnet_ids()) if count == 1000 else [str(i) for i in range(count)]
     if len(names) != count:
         raise UserError(f'{where}: expected {count} class names, one per output, found {len(names)}.')
+    if not all(names):
+        raise UserError(f'{where}: the name of output {names.index("")} is empty; expected one name per line.')
+    if repeated := [name for name, number in collections.Counter(names).items() if number > 1]:
+        logging.warning('%s: %d names stand for several outputs: %s', where, len(repeated), ', '.join(repeated[:5]))
     return names
+
+
+def _parse_class_names(text: str) -> list[str]:
+    """Returns the names in a text with one per line, or in a list or dict {output: name or [WordNet id, name]}.
+
+    The dict is the form of imagenet_class_index.json and imagenet1000_clsidx_to_labels.txt. Raises exceptions of
+    several types for a damaged list or dict.
+    """
+    if not text.startswith(('{', '[')):
+        return [line.strip() for line in text.splitlines()]
+    values = ast.literal_eval(text)
+    if isinstance(values, dict):
+        values = {int(key): value for key, value in values.items()}
+        values = [values[i] for i in range(len(values))]
+    names = [value[-1] if isinstance(value, list | tuple) else value for value in values]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError('expected names')
+    return [name.strip() for name in names]

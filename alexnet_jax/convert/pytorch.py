@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -135,9 +136,7 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     """Returns the object of a zip archive (since PyTorch 1.6), and a function from a storage's key to its bytes."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
-    # torch.save does not compress, so a larger declared size is an attack or damage.
-    check_declared_size(path, sum(entry.file_size for entry in entries.values()))
-    roots = [name.removesuffix('data.pkl') for name in entries if name.count('/') == 1 and name.endswith('/data.pkl')]
+    roots = [name.removesuffix('data.pkl') for name in entries if re.fullmatch('([^/]+/)?data.pkl', name)]
     if len(roots) != 1:
         names = ', '.join(printable(name) for name in list(entries)[:4])
         raise UserError(f'expected a file written by torch.save, found a zip archive of {names}; unpack it.')
@@ -155,6 +154,10 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     if f'{roots[0]}constants.pkl' in entries:
         raise UserError('expected a state_dict, found TorchScript; use torch.save(torch.jit.load(FILE).state_dict(), '
                         'OTHER).')  # fmt: skip
+    if any(entry.compress_type for entry in entries.values()):
+        raise UserError('its entries are compressed, and those of torch.save are not; pack them again with zip -0 -r.')
+    # Nothing is compressed, so a larger declared size is an attack or damage.
+    check_declared_size(path, sum(entry.file_size for entry in entries.values()))
     _check_byte_order(f'{roots[0]}byteorder' not in entries or bytes(content('byteorder')) == b'little')
     loaded = unpickle.load(io.BytesIO(bytes(content('data.pkl'))), _CLASSES, _storage)
     return loaded, lambda key: content(f'data/{key}')

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import foreign_kind
 
 
 class LayerWeights(NamedTuple):
@@ -37,18 +38,6 @@ class WeightFile:
         return [layer for layer in self.layers if layer.weight.ndim == rank]
 
 
-# Files that people have under the names of weight files, by their first bytes in lower case.
-_FOREIGN = {
-    b'version https://git-lfs': 'a Git LFS pointer, not the file itself: use git lfs pull',
-    b'<!doctype': 'a web page, not the file itself: download it again',
-    b'<html': 'a web page, not the file itself: download it again',
-    b'\x1f\x8b': 'compressed by gzip: unpack it with gunzip or tar -xzf',
-    b'bzh': 'compressed by bzip2: unpack it with bunzip2 or tar -xjf',
-    b'\xfd7zxz': 'compressed by xz: unpack it with unxz or tar -xJf',
-    b'\x89hdf': 'an HDF5 file (Keras): save the weights as safetensors instead',
-}
-
-
 @contextlib.contextmanager
 def reading(path: str, expected: str) -> Iterator[None]:
     """Converts any exception in the context to a UserError that names the file, in one line.
@@ -61,20 +50,27 @@ def reading(path: str, expected: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
     except Exception as error:
+        check_kind(path)
         with open(path, 'rb') as file:
-            start = file.read(512)
-        text = start.lstrip().lower()
-        kinds = [kind for beginning, kind in _FOREIGN.items() if text.startswith(beginning)]
-        if start[257:262] == b'ustar':
-            kinds = ['a tar archive: unpack it and use the file in it']
-        if kinds:
-            raise UserError(f'{path!r} is {kinds[0]}.') from error
-        head = start[:8]
+            head = file.read(8)
         reason = printable(re.split(r'[\n.]', str(error))[0])
         raise UserError(
             f'{path!r} cannot be read: expected {expected}, found {os.path.getsize(path)} bytes starting with {head!r} '
             f'({type(error).__name__}{": " if reason else ""}{reason}); it is truncated, damaged or of another format.'
         ) from error
+
+
+def check_kind(path: str) -> None:
+    """Raises UserError, with a remedy, for a few kinds of files that people have under the names of weight files."""
+    with open(path, 'rb') as file:
+        start = file.read(512)
+    kind = foreign_kind(start)
+    if start.startswith(b'\x89HDF'):
+        kind = 'an HDF5 file (Keras): save the weights as safetensors instead'
+    if start[257:262] == b'ustar':
+        kind = 'a tar archive: unpack it and use the file in it'
+    if kind:
+        raise UserError(f'{path!r} is {kind}.')
 
 
 def printable(text: str, longest: int = 100) -> str:

@@ -14,11 +14,15 @@ from absl import logging
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from alexnet_jax.utils.errors import UserError, first_line
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.files import as_utf8, foreign_kind
 
 SUFFIXES = tuple('.jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm'.split())
 # Files of these kinds are not opened to see whether they are images: data sets have as many of them as images.
 _TEXT_SUFFIXES = ('.txt', '.xml', '.json', '.csv', '.tsv')
+# Copies that editors keep, and parts of downloads.
+_PARTIAL_SUFFIXES = ('~', '.bak', '.tmp', '.part', '.partial', '.crdownload', '.download')
+_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar')
+_UP = 'links to a folder above'
 # Images of formats that are not read.
 _CONVERTIBLE = (
     '.heic .heif .hif .avif .jxl .jp2 .j2k .tga .psd .ico .svg .pdf .exr .dng .nef .cr2 .cr3 .arw .raf .orf .rw2 .dcm'
@@ -35,22 +39,31 @@ _FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 # Notes on images that can be read, but whose pixels are probably not as they were meant.
 DARK = '16-bit pixels below a quarter of 65535, as in 12-bit data: it is read as dark; scale its pixels up to 65535'
 BLANK = 'only fully transparent pixels: it is read as white'
+FRAMES = 'several frames or pages: only the first is read'
+_WITH_FRAMES = ('GIF', 'PNG', 'TIFF', 'WEBP')  # a second picture in a JPEG (MPO) is a preview
 
 
 @dataclasses.dataclass
 class FileCounts:
-    """Counts of files by suffix: those that a search for images skips, and images that only their content shows."""
+    """Counts of what a search for images skips, and of images that only their content shows; files by suffix."""
 
+    hidden: list[str] = dataclasses.field(default_factory=list)  # paths of images and folders
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     by_content: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def log(self, folder: str) -> None:
         """Logs the counts, with a remedy for images of formats that are not read."""
+        if self.hidden:
+            logging.warning(
+                '%s: skipped %d hidden images or folders, such as %s', folder, len(self.hidden), self.hidden[0]
+            )
         if self.by_content:
-            logging.info('%s: files read as images because of their content: %s', folder, _listed(self.by_content))
+            logging.warning('%s: files read as images because of their content: %s', folder, _listed(self.by_content))
         if self.skipped:
             formats = [suffix for suffix, _ in self.skipped.most_common() if suffix in _CONVERTIBLE]
             remedy = f'; to use them, convert them (magick mogrify -format jpg *{formats[0]})' if formats else ''
+            if any(suffix in _ARCHIVES for suffix in self.skipped):
+                remedy += '; unpack the archives to use their images'
             skipped = _listed(self.skipped)
             logging.warning('%s: skipped files that are not images of a known format: %s%s', folder, skipped, remedy)
 
@@ -65,7 +78,8 @@ def iter_image_files(folder: str, counts: FileCounts | None = None, _parents: tu
     """Yields the paths of all image files below a folder, sorted by name. Raises UserError if it cannot be read."""
     counts = counts or FileCounts()
     real_path = os.path.realpath(folder)
-    if real_path in _parents:  # a cycle of symbolic links
+    if real_path in _parents:  # a cycle of links through other folders
+        counts.skipped[_UP] += 1
         return
     if len(_parents) > 100:
         raise UserError(f'{_parents[0]!r} has folders nested more than 100 deep; use a folder closer to the images.')
@@ -87,7 +101,11 @@ def is_image(entry: os.DirEntry, counts: FileCounts) -> bool:
     suffix = as_utf8(os.path.splitext(entry.name)[1].lower())
     formats = [name for name in _FORMATS if name != 'TIFF' or not suffix]
     # isfile is False for pipes, which must not be opened.
-    if suffix not in _TEXT_SUFFIXES and os.path.isfile(entry.path) and _has_format(entry.path, formats):
+    if (
+        not entry.name.lower().endswith((*_TEXT_SUFFIXES, *_PARTIAL_SUFFIXES))
+        and os.path.isfile(entry.path)
+        and _has_format(entry.path, formats)
+    ):
         counts.by_content[suffix or 'without suffix'] += 1
         return True
     counts.skipped[suffix or 'without suffix'] += 1
@@ -114,19 +132,37 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_entries(folder: str, counts: FileCounts | None = None) -> list[os.DirEntry]:
-    """Returns the entries of a folder sorted by name. Leaves out hidden ones, and folders of operating systems.
+    """Returns the entries of a folder sorted by name.
 
-    The latter are added to `counts.skipped`. Raises UserError if the folder cannot be read.
+    Leaves out hidden ones, folders of operating systems, and links to a folder above, whose images would count twice.
+    They are added to `counts`. Raises UserError if the folder cannot be read.
     """
     try:
         with os.scandir(folder) as scanned:
-            entries = sorted((e for e in scanned if not e.name.startswith('.')), key=lambda e: e.name)
+            entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f'cannot read the folder {folder!r}: {error.strerror}.') from error
-    system = [entry for entry in entries if entry.name.lower() in _SYSTEM_FOLDERS]
-    if counts:
-        counts.skipped.update(f'{entry.name}/' for entry in system)
-    return [entry for entry in entries if entry not in system]
+    counts = counts or FileCounts()
+    kept = []
+    for entry in entries:
+        if entry.name.startswith('.'):
+            if entry.name.lower().endswith(SUFFIXES) or is_folder(entry):
+                counts.hidden.append(as_utf8(entry.path))
+        elif entry.name.lower() in _SYSTEM_FOLDERS:
+            counts.skipped[f'{entry.name}/'] += 1
+        elif _leads_up(entry):
+            counts.skipped[_UP] += 1
+        else:
+            kept.append(entry)
+    return kept
+
+
+def _leads_up(entry: os.DirEntry) -> bool:
+    """Returns whether an entry is a link to a folder that contains it."""
+    if not (entry.is_symlink() and is_folder(entry)):
+        return False
+    target = os.path.realpath(entry.path)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(entry.path))]) == target
 
 
 def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
@@ -151,7 +187,7 @@ def resize_center_crop(
       image: the bytes of an image file, a PIL image, or pixels uint8 or uint16 [H, W, C]: gray (C=1), gray and alpha
         (2), RGB (3) or RGBA (4). Transparent parts become white.
       size: side of the result, pixels.
-      notes: receives `DARK` or `BLANK` where they apply.
+      notes: receives `DARK`, `BLANK` or `FRAMES` where they apply.
 
     Raises ValueError if the image cannot be decoded or its pixels have no defined white level.
 
@@ -183,6 +219,7 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
 
     notes: as for `resize_center_crop`. Raises ValueError with the reason if the image cannot be decoded.
     """
+    notes = [] if notes is None else notes
     if isinstance(image, bytes) and not image:
         raise ValueError('the file is empty')
     with warnings.catch_warnings(action='ignore'):  # Pillow warns about defects it repairs; sizes are checked below
@@ -192,22 +229,33 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'{width} x {height} pixels')
             raw_mode = str(getattr(opened, 'tile', ''))  # how the file stores the pixels; loading clears it
+            if isinstance(image, bytes) and _has_frames(opened):
+                notes.append(FRAMES)
             # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
             opened.load()
             is_32_bit = opened.mode == 'F' or (opened.mode == 'I' and opened.format != 'PPM')  # PGM's mode I: 16 bits
             if not is_32_bit:
-                rgb = _on_white(opened, raw_mode, [] if notes is None else notes)
+                rgb = _on_white(opened, raw_mode, notes)
                 method = _exif_rotation(opened)
         except Image.DecompressionBombError as error:  # Pillow itself raises it above 2 * MAX_PIXELS
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
         except UnidentifiedImageError as error:  # its message names only the buffer
-            raise ValueError('unknown image format') from error
+            kind = foreign_kind(image[:512]) if isinstance(image, bytes) else None
+            raise ValueError(kind or 'unknown image format') from error
         except Exception as error:  # Pillow raises undocumented exception types
             raise ValueError(f'damaged: {first_line(error)}') from error
     if is_32_bit:
         raise ValueError('signed or 32-bit pixels have no defined white level; expected 8 or 16 bits')
     return rgb if method is None else rgb.transpose(method)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Returns whether an image file has a second frame or page."""
+    try:
+        return image.format in _WITH_FRAMES and getattr(image, 'is_animated', False)
+    except Exception:  # ignore a damaged second frame
+        return False
 
 
 def _from_array(pixels: np.ndarray, notes: list[str]) -> Image.Image:

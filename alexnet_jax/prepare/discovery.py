@@ -48,7 +48,9 @@ def _list_images(path: str) -> Listing:
         folder = split_folders.data_folder(path)
         if folder != path:
             logging.info('reading the images in %s', as_utf8(folder))
-            _count_stray_files(path, [e for e in image_io.list_entries(path) if not image_io.is_folder(e)], counts)
+            _count_stray_files(
+                path, [e for e in image_io.list_entries(path, counts) if not image_io.is_folder(e)], counts
+            )
         images = list(_list_folder(folder, path, counts))
         counts.log(path)
     official = any(ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images)
@@ -100,6 +102,7 @@ def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[
         yield from _list_split(path, root, None, counts)
         return
     split_folders.log_splits(root, splits)
+    image_io.list_entries(path, counts)  # counts what is left out; `_list_split` does so for other folders
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
     for entry, split in sorted(splits, key=lambda item: item[1] != 'train'):

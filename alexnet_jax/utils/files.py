@@ -9,6 +9,22 @@ from typing import IO
 
 from alexnet_jax.utils.errors import UserError, check_type, first_line
 
+# What servers and programs leave under the names of other files, by the first bytes in lower case.
+_FOREIGN = {
+    b'version https://git-lfs': 'a Git LFS pointer, not the file itself: use git lfs pull',
+    b'<!doctype': 'a web page, not the file itself: download it again',
+    b'<html': 'a web page, not the file itself: download it again',
+    b'\x1f\x8b': 'compressed by gzip: unpack it with gunzip or tar -xzf',
+    b'bzh': 'compressed by bzip2: unpack it with bunzip2 or tar -xjf',
+    b'\xfd7zxz': 'compressed by xz: unpack it with unxz or tar -xJf',
+}
+
+
+def foreign_kind(start: bytes) -> str | None:
+    """Returns what a file really is, with a remedy, from its first bytes; None for all but a few common kinds."""
+    text = start.lstrip().lower()
+    return next((kind for beginning, kind in _FOREIGN.items() if text.startswith(beginning)), None)
+
 
 def as_path(path: str | os.PathLike) -> str:
     """Returns a path as str. Raises UserError if it is not a path."""

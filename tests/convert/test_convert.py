@@ -391,7 +391,7 @@ def _wrong_files(folder):
     few = {'a.weight': torch.zeros(1, dtype=torch.half).expand(40_000, 50_000), 'a.bias': torch.zeros(1)}
     yield 'expanded.pth', _saved(few), r'\d{4} bytes, but 4000000000 declared'
     yield 'bytes.pth', _saved({'w': _Zeros()}), r'found a dict with w \(__builtin__.bytearray\)'
-    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), r'\d{4} bytes, but 4000(?!000)\d+ declared\)'
+    yield 'packed.pth', _deflated(_saved({'w': torch.zeros(1_000_000)})), 'its entries are compressed'
     yield 'line.pth', _saved({'a\nb\ud800': torch.zeros(1)}), r'unsupported tensors a\?b\? \(1,\)'
     whole = {'config': {'model': {}, 'data': {'image_size': 9, 'mean': 'crop'}}, 'record_size': 9, 'class_names': []}
     changed = [{**whole, **change} for change in ({'record_size': '9'}, {'class_names': [1]}, {'class_names': None})]

@@ -172,7 +172,7 @@ def test_images_are_recognized_by_content(kind, suffix, tmp_path, capfd):
     assert _found(tmp_path) == {'train': ['cat'] * (1 + read) + ['dog'] * (1 + read)}
     said = capfd.readouterr()
     named = f'2 {suffix or "without suffix"}'
-    assert (f'because of their content: {named}\n' in said.out) == read
+    assert (f'because of their content: {named}\n' in said.err) == read
     assert (f'not images of a known format: {named}' in said.err) != read
     assert predict.list_image_files([tmp_path / 'cat'])[0].endswith(f'a{suffix}') == read
     assert (f'known format: 1 {suffix}' in capfd.readouterr().err) != read
