@@ -16,6 +16,7 @@ from alexnet_jax.commands.flag import Flag
 FLAGS = (
     Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
     Flag('output', None, 'New directory to write.', required=True),
+    Flag('labels', None, 'A table of rows FILE,LABEL[,SPLIT] for the images in --input.'),
     Flag('size', 256, 'Side of the prepared images, pixels.'),
     Flag('format', 'jpeg', 'jpeg: small files; raw: no decoding during training.'),
     Flag('val_fraction', 0.0, 'Fraction of the training images to set aside as the val split.'),
@@ -27,6 +28,6 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     from alexnet_jax.prepare import prepare
 
-    names = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
+    names = ('labels', 'size', 'format', 'val_fraction', 'seed', 'max_unreadable')
     options: dict[str, Any] = {name: args[name].value for name in names}
     prepare.prepare(args.input, args.output, **options)

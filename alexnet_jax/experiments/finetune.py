@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -43,6 +43,7 @@ def finetune(
     init_from: str | os.PathLike,
     val_fraction: float,
     max_unreadable: int,
+    labels: str | os.PathLike | None = None,
 ) -> FinetuneResult:
     """Trains a classifier on images in class folders. Resumes a stopped run.
 
@@ -53,6 +54,7 @@ def finetune(
       init_from: checkpoint to start from; '' trains from scratch.
       val_fraction: fraction of the images used for validation if there is no val split.
       max_unreadable: allowed number of unreadable images in the preparation.
+      labels: a table of the labels, see `discovery.find_images`.
 
     Raises UserError if the images are unsuitable, and the errors of `train.train_and_evaluate`.
     """
@@ -61,7 +63,7 @@ def finetune(
     source = load_checkpoint(init_from) if init_from else None
     size = source.record_size if source else default_record_size(config.data.image_size)
     data, workdir = (os.path.join(output, name) for name in ('data', 'run'))
-    dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable)
+    dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable, labels)
     config = finetune_config(config, source, data, len(dataset.class_names))
     config.init_from = init_from
     network_and_augmentation(config)  # checks the config before training
@@ -107,12 +109,20 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
     return config
 
 
-def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float, max_unreadable: int) -> Dataset:
+def prepare_pictures(
+    pictures: str,
+    folder: str,
+    size: int,
+    val_fraction: float,
+    max_unreadable: int,
+    labels: str | os.PathLike | None = None,
+) -> Dataset:
     """Prepares the images into `folder` unless it exists, and returns the dataset.
 
     Raises UserError if `folder` holds other images or images of another size.
     """
-    prepare.prepare_if_needed(pictures, folder, size=size, val_fraction=val_fraction, max_unreadable=max_unreadable)
+    options: dict[str, Any] = {'val_fraction': val_fraction, 'max_unreadable': max_unreadable, 'labels': labels}
+    prepare.prepare_if_needed(pictures, folder, size=size, **options)
     dataset = open_dataset(folder)
     if dataset.record_size != size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Readable names of classes, from a list in the input."""
+"""The order of classes, and their readable names from a list in the input."""
 
 import collections
 import csv
@@ -8,11 +8,21 @@ from collections.abc import Collection, Iterable, Sequence
 
 from absl import logging
 
+from alexnet_jax.data.imagenet_classes import are_numbers
 from alexnet_jax.utils.errors import UserError
 
 # The last two are those of ImageNet on Kaggle and of Caffe.
 CLASS_LISTS = ('classes.tsv', 'words.txt', 'LOC_synset_mapping.txt', 'synset_words.txt')
 _MAX_BYTES = 2**26  # read of a class list
+
+
+def in_label_order(class_names: Collection[str]) -> tuple[str, ...]:
+    """Sorts class names. If all are numbers, as in ImageNet-V2, sorts them by value: '2' comes before '10'."""
+    names = tuple(sorted(class_names))
+    if not are_numbers(names) or names == (by_value := tuple(sorted(names, key=lambda name: (int(name), name)))):
+        return names
+    logging.info('all class names are numbers: labels follow their values (%s, ...).', ', '.join(by_value[:3]))
+    return by_value
 
 
 def class_names(paths: Iterable[str], classes: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Lists and reads raw images: of an archive, an image folder or a TFDS dataset.
+"""Lists and reads raw images: of an archive, an image folder, parquet files or a TFDS dataset.
 
 Archives are not unpacked: processes read each member at its offset in the uncompressed archive.
 """
@@ -11,24 +11,34 @@ import numpy as np
 from absl import logging
 
 from alexnet_jax.data import image_io
-from alexnet_jax.data.imagenet_classes import are_numbers, wordnet_ids
-from alexnet_jax.prepare import split_folders, tar, tfds
-from alexnet_jax.prepare.class_lists import CLASS_LISTS
+from alexnet_jax.data.imagenet_classes import wordnet_ids
+from alexnet_jax.prepare import label_files, split_folders, tar, tfds
+from alexnet_jax.prepare.class_lists import CLASS_LISTS, in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.files import as_path, as_utf8
 
 _ANNOTATIONS = 'val_annotations.txt'  # of Tiny ImageNet: NAME<tab>CLASS<tab>... for the images in images/
 
 
-def find_images(path: str) -> Listing:
+def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listing:
     """Lists the images at `path` by split, in a fixed order. Raises UserError for unsupported or empty inputs.
 
-    path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
-    contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split), which other folders may wrap; or
-    `tfds:NAME`. Logs which folders are which splits, and counts what is skipped.
+    Logs which folders are which splits, and counts what is skipped. Labels follow the names of the classes in
+    alphabetical order, or in numerical order if all are numbers.
+
+    Args:
+      path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
+        contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split), which other folders may wrap;
+        or `tfds:NAME`.
+      labels: a table of the classes of the images in a folder, see `label_files.list_images`.
     """
-    listing = tfds.list_images(path) if path.startswith(tfds.PREFIX) else _list_images(path)
+    if path.startswith(tfds.PREFIX):
+        if labels:
+            raise UserError(f'--labels={labels!r}: expected a folder of images as the input, got {path!r}.')
+        listing = tfds.list_images(path)
+    else:
+        listing = _list_images(path, as_path(labels) if labels else None)
     if len(listing.class_names) < 2:
         raise UserError(
             f'{path!r}: expected at least two classes, got only {listing.class_names[0]!r}; use the folder that '
@@ -37,12 +47,15 @@ def find_images(path: str) -> Listing:
     return listing
 
 
-def _list_images(path: str) -> Listing:
+def _list_images(path: str, labels_file: str | None) -> Listing:
     """Lists the images of an archive or a folder."""
     if not os.path.exists(path):
         raise UserError(f'input {path!r} does not exist; expected an ImageNet archive, an image folder or tfds:NAME.')
     folder, counts = path, image_io.FileCounts()
-    if os.path.isfile(path):
+    if labels_file:
+        images = label_files.list_images(path, labels_file, counts)
+        counts.log(path)
+    elif os.path.isfile(path):
         images = list(tar.list_images(path))
     else:
         folder = split_folders.data_folder(path)
@@ -51,7 +64,9 @@ def _list_images(path: str) -> Listing:
             _count_stray_files(path, [e for e in image_io.list_entries(path) if not image_io.is_folder(e)], counts)
         images = list(_list_folder(folder, path, counts))
         counts.log(path)
-    official = any(ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images)
+    official = not labels_file and any(
+        ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images
+    )
     if not images:
         raise UserError(
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
@@ -64,7 +79,7 @@ def _list_images(path: str) -> Listing:
                 f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
                 'remove one of the two from the input.'
             )
-    class_names = wordnet_ids() if official else _in_label_order({class_name for _, class_name in images})
+    class_names = wordnet_ids() if official else in_label_order({class_name for _, class_name in images})
     labels = {name: i for i, name in enumerate(class_names)}
     train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
@@ -75,16 +90,7 @@ def _list_images(path: str) -> Listing:
             raise UserError(f'{ref.name!r}: class {class_name!r} has no training images.')
         splits.setdefault(ref.split, []).append(ref._replace(label=labels[class_name]))
     ordered = {name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}
-    return Listing(ordered, class_names, folder)
-
-
-def _in_label_order(class_names: set[str]) -> tuple[str, ...]:
-    """Sorts class names. If all are numbers, as in ImageNet-V2, sorts them by value: '2' comes before '10'."""
-    names = tuple(sorted(class_names))
-    if not are_numbers(names) or names == (by_value := tuple(sorted(names, key=lambda name: (int(name), name)))):
-        return names
-    logging.info('all class names are numbers: labels follow their values (%s, ...).', ', '.join(by_value[:3]))
-    return by_value
+    return Listing(ordered, class_names, folder, bool(labels_file))
 
 
 def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[tuple[ImageRef, str]]:

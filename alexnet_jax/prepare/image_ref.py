@@ -25,3 +25,4 @@ class Listing(NamedTuple):
     splits: Splits
     class_names: tuple[str, ...]
     folder: str = ''  # the folder of the splits or classes, which may be inside the input
+    in_files: bool = False  # whether files contain the labels, so that the names of the images do not tell the classes
