@@ -3,6 +3,7 @@
 Archives are not unpacked: processes read each member at its offset in the uncompressed archive.
 """
 
+import dataclasses
 import os
 import unicodedata
 from collections.abc import Collection, Iterator
@@ -12,13 +13,22 @@ from absl import logging
 
 from alexnet_jax.data import image_io
 from alexnet_jax.data.imagenet_classes import wordnet_ids
-from alexnet_jax.prepare import label_files, split_folders, tar, tfds
+from alexnet_jax.prepare import ground_truth, label_files, split_folders, tar, tfds
 from alexnet_jax.prepare.class_lists import CLASS_LISTS, in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_path, as_utf8
 
 _ANNOTATIONS = 'val_annotations.txt'  # of Tiny ImageNet: NAME<tab>CLASS<tab>... for the images in images/
+
+
+@dataclasses.dataclass
+class _Search:
+    """A search for images in a folder."""
+
+    root: str  # the input
+    counts: image_io.FileCounts
+    all_classes: tuple[str, ...] = ()  # if known, as for ILSVRC-2010: classes without an image keep their labels
 
 
 def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listing:
@@ -52,6 +62,7 @@ def _list_images(path: str, labels_file: str | None) -> Listing:
     if not os.path.exists(path):
         raise UserError(f'input {path!r} does not exist; expected an ImageNet archive, an image folder or tfds:NAME.')
     folder, counts = path, image_io.FileCounts()
+    search = _Search(path, counts)
     if labels_file:
         images = label_files.list_images(path, labels_file, counts)
         counts.log(path)
@@ -62,7 +73,7 @@ def _list_images(path: str, labels_file: str | None) -> Listing:
         if folder != path:
             logging.info('reading the images in %s', as_utf8(folder))
             _count_stray_files(path, [e for e in image_io.list_entries(path) if not image_io.is_folder(e)], counts)
-        images = list(_list_folder(folder, path, counts))
+        images = list(_list_folder(folder, search))
         counts.log(path)
     official = not labels_file and any(
         ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images
@@ -79,21 +90,23 @@ def _list_images(path: str, labels_file: str | None) -> Listing:
                 f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
                 'remove one of the two from the input.'
             )
-    class_names = wordnet_ids() if official else in_label_order({class_name for _, class_name in images})
+    all_classes = wordnet_ids() if official else search.all_classes
+    class_names = all_classes or in_label_order({class_name for _, class_name in images})
+    challenge = f'ILSVRC-{2012 if official else 2010}'
     labels = {name: i for i, name in enumerate(class_names)}
     train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
     for ref, class_name in images:
         if class_name not in labels:
-            raise UserError(f'{ref.name!r}: class {class_name!r} is not one of the {len(labels)} of ILSVRC-2012.')
-        if train_classes and not official and class_name not in train_classes:
+            raise UserError(f'{ref.name!r}: class {class_name!r} is not one of the {len(labels)} of {challenge}.')
+        if train_classes and not all_classes and class_name not in train_classes:
             raise UserError(f'{ref.name!r}: class {class_name!r} has no training images.')
         splits.setdefault(ref.split, []).append(ref._replace(label=labels[class_name]))
     ordered = {name: sorted(splits[name], key=lambda r: r.name) for name in sorted(splits)}
     return Listing(ordered, class_names, folder, bool(labels_file))
 
 
-def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[tuple[ImageRef, str]]:
+def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) for the images below a folder. Warns about skipped images and folders."""
     entries = image_io.list_entries(path)
     for entry in entries:
@@ -103,14 +116,14 @@ def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[
     splits = split_folders.find_splits(folders)
     if not splits:
         split_folders.check_not_flat(path, folders)
-        yield from _list_split(path, root, None, counts)
+        yield from _list_split(path, None, search)
         return
-    split_folders.log_splits(root, splits)
+    split_folders.log_splits(search.root, splits)
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
     for entry, split in sorted(splits, key=lambda item: item[1] != 'train'):
         parent = split_folders.class_parent(entry.path)
-        for ref, class_name in _list_split(parent, root, split, counts, train_classes):
+        for ref, class_name in _list_split(parent, split, search, train_classes):
             if ref.split == 'train':
                 train_classes.add(class_name)
             yield ref, class_name
@@ -119,18 +132,18 @@ def _list_folder(path: str, root: str, counts: image_io.FileCounts) -> Iterator[
         listed = [f'{as_utf8(entry.name)} ({number} images)' for entry, number in zip(others, numbers, strict=True)]
         logging.warning('skipped folders that are not splits with class folders: %s', ', '.join(listed))
     files = [entry for entry in entries if entry not in folders and not tar.is_archive(entry.name)]
-    _count_stray_files(path, files, counts)
+    _count_stray_files(path, files, search.counts)
 
 
 def _list_split(
-    folder: str, root: str, split: str | None, counts: image_io.FileCounts, train_classes: Collection[str] = ()
+    folder: str, split: str | None, search: _Search, train_classes: Collection[str] = ()
 ) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) from CLASS/**/images, one-class archives, or the images of the ILSVRC-2012 val set."""
-    entries = image_io.list_entries(folder, counts)
+    """Yields (image, class name) from CLASS/**/images, one-class archives, or a flat folder with a ground truth."""
+    entries = image_io.list_entries(folder, search.counts)
     folders = [entry for entry in entries if image_io.is_folder(entry)]
     only = folders[0] if len(folders) == 1 and split else None
     if only and os.path.isfile(os.path.join(folder, _ANNOTATIONS)):
-        yield from _list_annotated(folder, only.path, root, split, counts)
+        yield from _list_annotated(folder, only.path, split, search)
         return
     is_class = split == 'train' or not only or only.name in train_classes
     if only and not is_class and split_folders.is_generic(only.name, os.path.basename(folder)):
@@ -139,25 +152,32 @@ def _list_split(
             'skipped the %s split: nothing says the classes of the %d images in %s', split, count, only.path
         )
         return
-    yield from _list_classes(folders, root, split or 'train', counts)
-    stray = []
+    yield from _list_classes(folders, split or 'train', search)
+    flat = [entry for entry in entries if entry.name.startswith(ground_truth.PREFIXES) and entry not in folders]
+    flat = [entry for entry in flat if image_io.is_image(entry, image_io.FileCounts())]
+    classes, known = ground_truth.classes_of(folder, [entry.name for entry in flat])
+    search.all_classes = tuple(sorted({*search.all_classes, *known}))
+    for entry in flat:
+        if entry.name in classes:
+            yield _ref(entry.path, folder, split or ground_truth.split_of(entry.name)), classes[entry.name]
+    stray, flat_names = [], {entry.name for entry in flat}
     for entry in entries:
-        if entry.name.startswith(tar.VAL_PREFIX) and image_io.is_image(entry, image_io.FileCounts()):
-            yield _ref(entry.path, folder, split or 'val'), tar.validation_class(entry.name)
-        elif split and tar.is_archive(entry.name) and (split == 'train' or not tar.class_of_tar(entry.name)):
+        if entry.name in flat_names:  # those without a class have been counted
+            continue
+        if split and tar.is_archive(entry.name) and (split == 'train' or not tar.class_of_tar(entry.name)):
             yield from tar.list_images(entry.path)
         elif entry not in folders and (split or not tar.is_archive(entry.name)):  # those of the root have been read
             stray.append(entry)
-    _count_stray_files(folder, stray, counts)
+    _count_stray_files(folder, stray, search.counts)
 
 
-def _list_classes(folders, root: str, split: str, counts: image_io.FileCounts) -> Iterator[tuple[ImageRef, str]]:
+def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) from CLASS/**/images. Names are compared in Unicode's normal form NFC."""
     empty: list[str] = []
     folder_of: dict[str, str] = {}  # by class name
     for entry in folders:
         name = unicodedata.normalize('NFC', as_utf8(entry.name))
-        paths = list(image_io.iter_image_files(entry.path, counts))
+        paths = list(image_io.iter_image_files(entry.path, search.counts))
         if not paths:
             empty.append(name)
             continue
@@ -168,21 +188,19 @@ def _list_classes(folders, root: str, split: str, counts: image_io.FileCounts) -
             if as_utf8(entry.name) != entry.name or as_utf8(other) != other:
                 raise UserError(f'{entry.path!r}: another folder has the same class name {name!r}; rename one of them.')
             logging.warning('two folders are the class %r: %r and %r.', name, other, entry.name)
-        yield from ((_ref(image, root, split), name) for image in paths)
+        yield from ((_ref(image, search.root, split), name) for image in paths)
     if empty:
         logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
 
 
-def _list_annotated(
-    folder: str, images: str, root: str, split: str | None, counts: image_io.FileCounts
-) -> Iterator[tuple[ImageRef, str]]:
+def _list_annotated(folder: str, images: str, split: str | None, search: _Search) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) for a split of Tiny ImageNet whose classes are in `val_annotations.txt`."""
     with open(os.path.join(folder, _ANNOTATIONS), encoding='utf-8-sig', errors='replace') as file:
         classes = {cells[0]: cells[1].strip() for line in file if len(cells := line.split('\t')) > 1}
-    found = {os.path.basename(path): path for path in image_io.iter_image_files(images, counts)}
+    found = {os.path.basename(path): path for path in image_io.iter_image_files(images, search.counts)}
     for name, path in found.items():
         if name in classes:
-            yield _ref(path, root, split or 'val'), classes[name]
+            yield _ref(path, search.root, split or 'val'), classes[name]
     unlabeled, missing = found.keys() - classes.keys(), classes.keys() - found.keys()
     if unlabeled or missing:
         logging.warning(
@@ -193,7 +211,11 @@ def _list_annotated(
 
 def _count_stray_files(folder: str, files: list[os.DirEntry], counts: image_io.FileCounts) -> None:
     """Counts files outside class folders, and warns of images among them."""
-    count = sum(image_io.is_image(file, counts) for file in files if file.name not in (_ANNOTATIONS, *CLASS_LISTS))
+    count = sum(
+        image_io.is_image(file, counts)
+        for file in files
+        if file.name not in (_ANNOTATIONS, ground_truth.KAGGLE_LIST, *CLASS_LISTS)
+    )
     if count:
         logging.warning('skipped %d images outside class folders in %s', count, folder)
 
