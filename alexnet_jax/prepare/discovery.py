@@ -13,7 +13,7 @@ from absl import logging
 
 from alexnet_jax.data import image_io
 from alexnet_jax.data.imagenet_classes import wordnet_ids
-from alexnet_jax.prepare import ground_truth, label_files, split_folders, tar, tfds
+from alexnet_jax.prepare import ground_truth, label_files, parquet, split_folders, tar, tfds
 from alexnet_jax.prepare.class_lists import CLASS_LISTS, in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
 from alexnet_jax.utils.errors import UserError
@@ -40,13 +40,15 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listin
     Args:
       path: `ILSVRC2012_img_train.tar` or `ILSVRC2012_img_val.tar`; a folder with one or both, or with their extracted
         contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split), which other folders may wrap;
-        or `tfds:NAME`.
+        a parquet file or a folder of such files, see `parquet.list_images`; or `tfds:NAME`.
       labels: a table of the classes of the images in a folder, see `label_files.list_images`.
     """
     if path.startswith(tfds.PREFIX):
         if labels:
             raise UserError(f'--labels={labels!r}: expected a folder of images as the input, got {path!r}.')
         listing = tfds.list_images(path)
+    elif not labels and (files := _parquet_files(path)):
+        listing = parquet.list_images(path, files)
     else:
         listing = _list_images(path, as_path(labels) if labels else None)
     if len(listing.class_names) < 2:
@@ -57,10 +59,19 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listin
     return listing
 
 
+def _parquet_files(path: str) -> list[str]:
+    """Returns the parquet files of an input that holds no image files."""
+    if not os.path.exists(path) or (os.path.isdir(path) and any(True for _ in image_io.iter_image_files(path))):
+        return []
+    return parquet.list_files(path)
+
+
 def _list_images(path: str, labels_file: str | None) -> Listing:
     """Lists the images of an archive or a folder."""
     if not os.path.exists(path):
-        raise UserError(f'input {path!r} does not exist; expected an ImageNet archive, an image folder or tfds:NAME.')
+        raise UserError(
+            f'input {path!r} does not exist; expected an ImageNet archive, an image folder, parquet files or tfds:NAME.'
+        )
     folder, counts = path, image_io.FileCounts()
     search = _Search(path, counts)
     if labels_file:
@@ -234,4 +245,6 @@ def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:
                 open(file, 'rb').close()  # raises OSError for a missing file
             raise
         return record['image'], int(record['label'])
+    if ref.path.startswith(parquet.PREFIX):
+        return parquet.read_image(ref), ref.label
     return image_io.read_bytes(ref.path, ref.offset, ref.length), ref.label

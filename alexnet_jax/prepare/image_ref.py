@@ -8,8 +8,8 @@ SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'va
 class ImageRef(NamedTuple):
     """The location of one image."""
 
-    path: str  # a file, or 'tfds:NAME'
-    offset: int  # in the file, bytes; for TFDS datasets, the index of the record
+    path: str  # a file, 'parquet:FILE' or 'tfds:NAME'
+    offset: int  # in the file, bytes; for parquet files and TFDS datasets, the index of the row or record
     length: int  # bytes; -1 for a whole file
     name: str  # path relative to the input, for messages and for the record
     label: int  # -1 for TFDS datasets, whose records contain the label

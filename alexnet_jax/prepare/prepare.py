@@ -14,7 +14,7 @@ from absl import logging
 
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_stats_file
-from alexnet_jax.prepare import class_lists, discovery, record_writer
+from alexnet_jax.prepare import class_lists, discovery, parquet, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
@@ -130,7 +130,7 @@ def prepare_if_needed(
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Shuffles each split. Moves a fraction of train to val: a fraction of each class, if labels are known."""
+    """Shuffles each split, unless it is in parquet files. Moves a fraction of train to val: of each class, if known."""
     rng = np.random.default_rng(seed)
     shuffled = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
@@ -146,7 +146,9 @@ def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits
         shuffled['train'] = [ref for ref in refs if ref not in val]
         if num_empty := len({ref.label for ref in refs} - {ref.label for ref in shuffled['train']}):
             logging.warning(f'--val_fraction={val_fraction} leaves {num_empty} classes without training images.')
-    return shuffled
+    # Random access to parquet files is slow. Training shuffles the records again.
+    in_parquet = any(ref.path.startswith(parquet.PREFIX) for refs in splits.values() for ref in refs[:1])
+    return {name: sorted(refs) if in_parquet else refs for name, refs in shuffled.items()}
 
 
 def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers, fingerprint) -> None:

@@ -40,7 +40,7 @@ def _words(name: str) -> list[str]:
     ]
 
 
-def _loose_split_name(folder: str) -> str | None:
+def loose_split_name(folder: str) -> str | None:
     """Returns the split if exactly one is among the words of a name, such as 'train' for 'asl_alphabet_train'."""
     splits = {_SPLITS[word] for word in _words(folder) if word in _SPLITS}
     return splits.pop() if len(splits) == 1 else None
@@ -54,7 +54,7 @@ def find_splits(folders: Sequence[os.DirEntry]) -> list[tuple[os.DirEntry, str]]
     """
     if splits := [(f, split) for f in folders if (split := split_name(f.name)) and _holds_classes(f.path)]:
         return splits
-    splits = [(f, split) for f in folders if (split := _loose_split_name(f.name))]
+    splits = [(f, split) for f in folders if (split := loose_split_name(f.name))]
     holding = [(f, split) for f, split in splits if _holds_classes(f.path)]
     if 'train' in {s for _, s in holding} and len({s for _, s in splits}) > 1 and len(splits) > len(folders) / 2:
         return holding
