@@ -17,6 +17,7 @@ FLAGS = (
     Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
     Flag('output', None, 'New directory to write.', required=True),
     Flag('labels', None, 'A table of rows FILE,LABEL[,SPLIT] for the images in --input.'),
+    Flag('nested_classes', False, 'Classes are in groups: each folder that holds images is a class, GROUP/CLASS.'),
     Flag('size', 256, 'Side of the prepared images, pixels.'),
     Flag('format', 'jpeg', 'jpeg: small files; raw: no decoding during training.'),
     Flag('val_fraction', 0.0, 'Fraction of the training images to set aside as the val split.'),
@@ -28,6 +29,6 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     from alexnet_jax.prepare import prepare
 
-    names = ('labels', 'size', 'format', 'val_fraction', 'seed', 'max_unreadable')
+    names = ('labels', 'nested_classes', 'size', 'format', 'val_fraction', 'seed', 'max_unreadable')
     options: dict[str, Any] = {name: args[name].value for name in names}
     prepare.prepare(args.input, args.output, **options)

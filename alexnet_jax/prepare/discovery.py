@@ -28,10 +28,11 @@ class _Search:
 
     root: str  # the input
     counts: image_io.FileCounts
+    nested_classes: bool = False
     all_classes: tuple[str, ...] = ()  # if known, as for ILSVRC-2010: classes without an image keep their labels
 
 
-def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listing:
+def find_images(path: str, *, labels: str | os.PathLike | None = None, nested_classes: bool = False) -> Listing:
     """Lists the images at `path` by split, in a fixed order. Raises UserError for unsupported or empty inputs.
 
     Logs which folders are which splits, and counts what is skipped. Labels follow the names of the classes in
@@ -42,19 +43,26 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None) -> Listin
         contents; a folder of SPLIT/CLASS/images or CLASS/images (all in the train split), which other folders may wrap;
         a parquet file or a folder of such files, see `parquet.list_images`; or `tfds:NAME`.
       labels: a table of the classes of the images in a folder, see `label_files.list_images`.
+      nested_classes: whether classes are in groups, as in GROUP/CLASS/images. The name of a class is then the path of
+        the folder that holds its images, relative to the split: 'GROUP/CLASS'.
     """
+    if labels and nested_classes:
+        raise UserError('--nested_classes: the classes are those of --labels; use one of the two.')
+    flag = f'--labels={as_path(labels)!r}' if labels else '--nested_classes' if nested_classes else ''
+    files = [] if flag else _parquet_files(path)
+    if flag and (path.startswith(tfds.PREFIX) or os.path.isfile(path)):
+        raise UserError(f'{flag}: expected a folder of images as the input, got {path!r}.')
     if path.startswith(tfds.PREFIX):
-        if labels:
-            raise UserError(f'--labels={labels!r}: expected a folder of images as the input, got {path!r}.')
         listing = tfds.list_images(path)
-    elif not labels and (files := _parquet_files(path)):
+    elif files:
         listing = parquet.list_images(path, files)
     else:
-        listing = _list_images(path, as_path(labels) if labels else None)
+        listing = _list_images(path, as_path(labels) if labels else None, nested_classes)
     if len(listing.class_names) < 2:
         raise UserError(
             f'{path!r}: expected at least two classes, got only {listing.class_names[0]!r}; use the folder that '
-            'contains the class folders (are they one level further up or down?).'
+            'contains the class folders (are they one level further up or down?), or --nested_classes if they are in '
+            'groups.'
         )
     return listing
 
@@ -66,14 +74,14 @@ def _parquet_files(path: str) -> list[str]:
     return parquet.list_files(path)
 
 
-def _list_images(path: str, labels_file: str | None) -> Listing:
+def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Listing:
     """Lists the images of an archive or a folder."""
     if not os.path.exists(path):
         raise UserError(
             f'input {path!r} does not exist; expected an ImageNet archive, an image folder, parquet files or tfds:NAME.'
         )
     folder, counts = path, image_io.FileCounts()
-    search = _Search(path, counts)
+    search = _Search(path, counts, nested_classes)
     if labels_file:
         images = label_files.list_images(path, labels_file, counts)
         counts.log(path)
@@ -183,25 +191,51 @@ def _list_split(
 
 
 def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
-    """Yields (image, class name) from CLASS/**/images. Names are compared in Unicode's normal form NFC."""
+    """Yields (image, class name) from CLASS/**/images. Names are compared in Unicode's normal form NFC.
+
+    With nested classes, the class is the folder that holds the image.
+    """
     empty: list[str] = []
+    groups: list[str] = []
     folder_of: dict[str, str] = {}  # by class name
     for entry in folders:
-        name = unicodedata.normalize('NFC', as_utf8(entry.name))
         paths = list(image_io.iter_image_files(entry.path, search.counts))
         if not paths:
-            empty.append(name)
-            continue
-        if as_utf8(entry.name) != entry.name:
-            logging.warning('the name of the folder %r is not UTF-8; its class is %r.', entry.path, name)
-        other = folder_of.setdefault(name, entry.name)
-        if other != entry.name:
-            if as_utf8(entry.name) != entry.name or as_utf8(other) != other:
-                raise UserError(f'{entry.path!r}: another folder has the same class name {name!r}; rename one of them.')
-            logging.warning('two folders are the class %r: %r and %r.', name, other, entry.name)
-        yield from ((_ref(image, search.root, split), name) for image in paths)
+            empty.append(as_utf8(entry.name))
+        parent = os.path.dirname(entry.path)
+        by_folder: dict[str, list[str]] = {}
+        for path in paths:
+            by_folder.setdefault(os.path.relpath(os.path.dirname(path), parent), []).append(path)
+        if len(by_folder) > 1 and (not search.nested_classes or entry.name in by_folder):
+            groups.append(entry.name)
+        if not search.nested_classes:
+            by_folder = {entry.name: paths} if paths else {}
+        for folder, members in by_folder.items():
+            name = _class_name(os.path.join(parent, folder), folder, folder_of)
+            yield from ((_ref(image, search.root, split), name) for image in members)
     if empty:
         logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
+    if groups:
+        logging.warning(
+            '%d class folders hold images in several folders, such as %s: %s.',
+            *(len(groups), as_utf8(groups[0]), _GROUPS[search.nested_classes]),
+        )
+
+
+_GROUPS = ('each is one class; with --nested_classes, every folder of images is one', 'each also is a class of its own')
+
+
+def _class_name(path: str, folder: str, folder_of: dict[str, str]) -> str:
+    """Returns the class name of a folder, and notes it in `folder_of`. Raises UserError if another folder has it."""
+    name = unicodedata.normalize('NFC', as_utf8(folder))
+    if as_utf8(folder) != folder:
+        logging.warning('the name of the folder %r is not UTF-8; its class is %r.', path, name)
+    other = folder_of.setdefault(name, folder)
+    if other != folder:
+        if as_utf8(folder) != folder or as_utf8(other) != other:
+            raise UserError(f'{path!r}: another folder has the same class name {name!r}; rename one of them.')
+        logging.warning('two folders are the class %r: %r and %r.', name, other, folder)
+    return name
 
 
 def _list_annotated(folder: str, images: str, split: str | None, search: _Search) -> Iterator[tuple[ImageRef, str]]:

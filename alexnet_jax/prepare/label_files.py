@@ -49,8 +49,6 @@ def list_images(folder: str, table: str, counts: image_io.FileCounts) -> list[tu
 
     Raises UserError if the table cannot be understood, or if it gives an image two labels or splits.
     """
-    if not os.path.isdir(folder):
-        raise UserError(f'--labels={table!r}: expected a folder of images as the input, got {folder!r}.')
     rows = read_rows(table)
     index = _Index(folder, counts)
     if _is_inside(table, folder):

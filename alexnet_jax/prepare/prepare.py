@@ -38,6 +38,7 @@ def prepare(
     max_unreadable: int = 0,
     workers: int | None = None,
     labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
     listing: Listing | None = None,
 ) -> None:
     """Prepares the images at `source` into a new directory. The output does not depend on the number of processes.
@@ -53,7 +54,7 @@ def prepare(
       max_unreadable: number of unreadable images that are skipped with a warning. With more, all images are still read,
         and the UserError says how many there are.
       workers: number of processes; by default the number of cores.
-      labels: a table of the labels, see `discovery.find_images`.
+      labels, nested_classes: see `discovery.find_images`.
       listing: result of `discovery.find_images` for these arguments, if already computed.
 
     Raises:
@@ -69,7 +70,7 @@ def prepare(
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     source, output = as_path(source), absolute_local_path(output)
     check_new(output)
-    listing = listing or discovery.find_images(source, labels=labels)
+    listing = listing or discovery.find_images(source, labels=labels, nested_classes=nested_classes)
     class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
     splits = _shuffle_and_split(listing.splits, val_fraction, seed)
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
@@ -91,6 +92,7 @@ def prepare_if_needed(
     size: int,
     val_fraction: float = 0.0,
     labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
     listing: Listing | None = None,
     **options,
 ) -> None:
@@ -105,17 +107,18 @@ def prepare_if_needed(
         with as_user_error(f'{os.fspath(labels)!r} cannot be read'):
             labels = absolute_local_path(labels)
             path += f' with --labels={labels} (SHA-256 {checksums.sha256(labels)[:16]})'
+    path += ' with --nested_classes' * nested_classes
     description = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
     encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
-        listing = listing or discovery.find_images(source, labels=labels)
+        listing = listing or discovery.find_images(source, labels=labels, nested_classes=nested_classes)
         if 'val' in listing.splits:
             val_fraction, description = 0.0, path
         with as_user_error(f'{output!r} cannot be written'):
             os.makedirs(os.path.dirname(absolute_local_path(output)), exist_ok=True)
             source_file.write_text(description, **encoding)
-        prepare(source, output, size=size, val_fraction=val_fraction, labels=labels, listing=listing, **options)
+        prepare(source, output, size=size, val_fraction=val_fraction, listing=listing, **options)
     elif not source_file.exists():
         raise UserError(
             f'the source of {output} is unknown; if it is {description}, write this text to {source_file}; otherwise '
