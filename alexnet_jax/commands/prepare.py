@@ -4,7 +4,7 @@
 
 Each image is resized so that its shorter side has `size` pixels, and cropped to its central square (section 2). The
 output is a TFDS dataset that `tfds.builder_from_directory(DIR)` opens. The same folder holds SHA256SUMS and, if there
-are training images, image_stats.npz.
+are training images, image_stats.npz. Classes are folders, or come with --labels=FILE or --nested_classes.
 """
 
 from typing import Any

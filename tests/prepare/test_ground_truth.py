@@ -119,11 +119,10 @@ def _write_2010(root, val='3\n1\n2\n1\n', test='1\n2\n', meta='mat', train=True)
     return root
 
 
-@pytest.mark.parametrize('meta', ['mat', ''.join(f'{i} {c} 1300\n' for i, c in enumerate(CLASSES, 1))])
-def test_ilsvrc_2010_as_published(meta, tmp_path, capfd):
+def test_ilsvrc_2010_as_published(tmp_path, capfd):
     """The paper's main results are of ILSVRC-2010, whose test labels were published. Labels sort the WordNet ids."""
     out = str(tmp_path / 'out')
-    prepare.prepare(_write_2010(tmp_path / 'in', meta=meta), out, size=16, workers=1)
+    prepare.prepare(_write_2010(tmp_path / 'in'), out, size=16, workers=1)
     assert {name: c for name, (_, c) in helpers.read_back(out, 'val').items()} == {
         'ILSVRC2010_val_00000001.JPEG': 'n01443537', 'ILSVRC2010_val_00000004.JPEG': 'n02119789'
     }  # fmt: skip
@@ -134,8 +133,9 @@ def test_ilsvrc_2010_as_published(meta, tmp_path, capfd):
     assert 'classes: 3 (n01440764, n01443537, n02119789)' in said.out  # also the class without training images
 
 
-def test_ilsvrc_2010_validation_folder_alone(tmp_path):
-    root = _write_2010(tmp_path, train=False)
+@pytest.mark.parametrize('meta', ['mat', ''.join(f'{i} {c} 1300\n' for i, c in enumerate(CLASSES, 1))])
+def test_ilsvrc_2010_validation_folder_alone(meta, tmp_path):
+    root = _write_2010(tmp_path, meta=meta, train=False)
     assert list(_found(root / 'val')['val'].values()) == ['n01443537', 'n02119789']
     assert set(_found(root)) == {'val', 'test'}
 
