@@ -8,6 +8,8 @@ that checkpoint, and all layers except the classifier start from its weights. DI
 The same command resumes a stopped run.
 """
 
+from typing import Any
+
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
@@ -31,7 +33,8 @@ def main(args: flags.FlagValues) -> None:
 
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}: expected a number between 0 and 1.')
-    options = {name: args[name].value for name in ('val_fraction', 'max_unreadable', 'labels', 'nested_classes')}
+    names = ('val_fraction', 'max_unreadable', 'labels', 'nested_classes')
+    options: dict[str, Any] = {name: args[name].value for name in names}
     result = finetune.finetune(args.config, args.input, args.output, init_from=args.init_from, **options)
     matrix = result.confusion
     print(

@@ -14,7 +14,12 @@ from absl import flags
 from alexnet_jax.commands.flag import Flag
 
 FLAGS = (
-    Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
+    Flag(
+        'input',
+        None,
+        'An ImageNet archive, a folder of archives or images, parquet files, or tfds:NAME.',
+        required=True,
+    ),
     Flag('output', None, 'New directory to write.', required=True),
     Flag('labels', None, 'A table of rows FILE,LABEL[,SPLIT] for the images in --input.'),
     Flag('nested_classes', False, 'Classes are in groups: each folder that holds images is a class, GROUP/CLASS.'),

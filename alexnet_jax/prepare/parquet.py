@@ -30,6 +30,7 @@ _SHARD = re.compile(r'-\d+-of-(\d+)(-[0-9a-f]+)?$')  # the end of train-00000-of
 # Names of columns. The first that is there counts.
 _IMAGES = ('image', 'img', 'images', 'picture', 'photo', 'jpg', 'png')
 _LABELS = ('label', 'labels', 'fine_label', 'class', 'target', 'category', 'cls')
+_MAX_CLASSES = 100_000  # without names; larger numbers are identifiers of something else
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
 
@@ -101,6 +102,8 @@ def _listing(path: str, rows: dict[str, list[tuple[ImageRef, Any]]], names: tupl
         index = {name: i for i, name in enumerate(names)}
     else:
         if names is None:
+            if max(labels) >= _MAX_CLASSES:
+                raise UserError(f'{path!r}: label {max(labels)}, but no class names; expected labels from 0.')
             names = tuple(map(str, range(max(labels) + 1)))
             logging.info('the parquet files have no class names: classes are the numbers 0 to %d.', max(labels))
         index = {i: i for i in range(len(names))}

@@ -123,6 +123,7 @@ def test_names_say_the_splits(files, splits, tmp_path):
         ({'a.parquet': {'label': 'x', 'names': None}}, r'one column of labels, .* its columns are: .*x \(int64\)'),
         ({'a.parquet': {'labels': [[0], [1], [2]]}}, 'one column of labels'),
         ({'a.parquet': {'labels': [0.5, 1.0, 2.0]}}, 'one column of labels'),
+        ({'a.parquet': {'labels': [0, 1, 2**40], 'names': None}}, 'label 1099511627776, but no class names'),
         ({'a.parquet': {'names': ['a']}}, 'is not one of the 1 classes'),
     ],
 )  # fmt: skip
