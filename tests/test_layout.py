@@ -26,6 +26,8 @@ LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 ONLY = {
     'grain': {'data/pipeline.py'},
     'tensorflow_datasets': {'data/datasets.py', 'prepare/'},
+    'pyarrow': {'prepare/parquet.py'},
+    'scipy': {'prepare/ground_truth.py'},
     'orbax': {'checkpoints/'},
     'flax': {'core/model.py'},
     'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},

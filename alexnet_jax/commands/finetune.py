@@ -8,6 +8,8 @@ that checkpoint, and all layers except the classifier start from its weights. DI
 The same command resumes a stopped run.
 """
 
+from typing import Any
+
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
@@ -15,6 +17,8 @@ from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
     Flag('input', None, 'Images in class folders, or another input of alexnet_jax prepare.', required=True),
+    Flag('labels', None, 'A table of rows FILE,LABEL[,SPLIT] for the images in --input.'),
+    Flag('nested_classes', False, 'Classes are in groups: each folder that holds images is a class, GROUP/CLASS.'),
     Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
     ConfigFlag('config', 'finetune', 'Config of learning rates and length; without --init_from also of the network.'),
     Flag('init_from', '', 'Checkpoint to start from: a workdir, or the output of alexnet_jax convert.'),
@@ -29,7 +33,8 @@ def main(args: flags.FlagValues) -> None:
 
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}: expected a number between 0 and 1.')
-    options = {'val_fraction': args.val_fraction, 'max_unreadable': args.max_unreadable}
+    names = ('val_fraction', 'max_unreadable', 'labels', 'nested_classes')
+    options: dict[str, Any] = {name: args[name].value for name in names}
     result = finetune.finetune(args.config, args.input, args.output, init_from=args.init_from, **options)
     matrix = result.confusion
     print(

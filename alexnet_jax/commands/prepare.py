@@ -4,7 +4,7 @@
 
 Each image is resized so that its shorter side has `size` pixels, and cropped to its central square (section 2). The
 output is a TFDS dataset that `tfds.builder_from_directory(DIR)` opens. The same folder holds SHA256SUMS and, if there
-are training images, image_stats.npz.
+are training images, image_stats.npz. Classes are folders, or come with --labels=FILE or --nested_classes.
 """
 
 from typing import Any
@@ -14,8 +14,15 @@ from absl import flags
 from alexnet_jax.commands.flag import Flag
 
 FLAGS = (
-    Flag('input', None, 'An ImageNet archive, a folder of archives or images, or tfds:NAME.', required=True),
+    Flag(
+        'input',
+        None,
+        'An ImageNet archive, a folder of archives or images, parquet files, or tfds:NAME.',
+        required=True,
+    ),
     Flag('output', None, 'New directory to write.', required=True),
+    Flag('labels', None, 'A table of rows FILE,LABEL[,SPLIT] for the images in --input.'),
+    Flag('nested_classes', False, 'Classes are in groups: each folder that holds images is a class, GROUP/CLASS.'),
     Flag('size', 256, 'Side of the prepared images, pixels.'),
     Flag('format', 'jpeg', 'jpeg: small files; raw: no decoding during training.'),
     Flag('val_fraction', 0.0, 'Fraction of the training images to set aside as the val split.'),
@@ -27,6 +34,6 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     from alexnet_jax.prepare import prepare
 
-    names = ('size', 'format', 'val_fraction', 'seed', 'max_unreadable')
+    names = ('labels', 'nested_classes', 'size', 'format', 'val_fraction', 'seed', 'max_unreadable')
     options: dict[str, Any] = {name: args[name].value for name in names}
     prepare.prepare(args.input, args.output, **options)

@@ -43,6 +43,8 @@ def finetune(
     init_from: str | os.PathLike,
     val_fraction: float,
     max_unreadable: int,
+    labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
 ) -> FinetuneResult:
     """Trains a classifier on images in class folders. Resumes a stopped run.
 
@@ -53,6 +55,7 @@ def finetune(
       init_from: checkpoint to start from; '' trains from scratch.
       val_fraction: fraction of the images used for validation if there is no val split.
       max_unreadable: allowed number of unreadable images in the preparation.
+      labels, nested_classes: see `discovery.find_images`.
 
     Raises UserError if the images are unsuitable, and the errors of `train.train_and_evaluate`.
     """
@@ -61,7 +64,7 @@ def finetune(
     source = load_checkpoint(init_from) if init_from else None
     size = source.record_size if source else default_record_size(config.data.image_size)
     data, workdir = (os.path.join(output, name) for name in ('data', 'run'))
-    dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable)
+    dataset = prepare_pictures(pictures, data, size, val_fraction, max_unreadable, labels, nested_classes)
     config = finetune_config(config, source, data, len(dataset.class_names))
     config.init_from = init_from
     network_and_augmentation(config)  # checks the config before training
@@ -76,8 +79,8 @@ def finetune(
     best = load_checkpoint(workdir)
     views, crops = (10, 'ten views') if config.data.reflect else (1, 'center crop')  # five views are reflections
     evaluator = Evaluator(best, sharding.make_mesh(data=0, tower=1), views=views)
-    outputs, labels = evaluator.probabilities(dataset.split('val'), max_unreadable=config.data.max_unreadable)
-    matrix = figures.confusion(labels, outputs.argmax(1), len(best.class_names))
+    outputs, true_labels = evaluator.probabilities(dataset.split('val'), max_unreadable=config.data.max_unreadable)
+    matrix = figures.confusion(true_labels, outputs.argmax(1), len(best.class_names))
     try:
         from alexnet_jax.experiments import plots  # matplotlib is an extra
 
@@ -107,12 +110,23 @@ def finetune_config(config: ConfigDict, source: Checkpoint | None, path: str, cl
     return config
 
 
-def prepare_pictures(pictures: str, folder: str, size: int, val_fraction: float, max_unreadable: int) -> Dataset:
+def prepare_pictures(
+    pictures: str,
+    folder: str,
+    size: int,
+    val_fraction: float,
+    max_unreadable: int,
+    labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
+) -> Dataset:
     """Prepares the images into `folder` unless it exists, and returns the dataset.
 
     Raises UserError if `folder` holds other images or images of another size.
     """
-    prepare.prepare_if_needed(pictures, folder, size=size, val_fraction=val_fraction, max_unreadable=max_unreadable)
+    prepare.prepare_if_needed(
+        pictures, folder, size=size, val_fraction=val_fraction, max_unreadable=max_unreadable, labels=labels,
+        nested_classes=nested_classes,
+    )  # fmt: skip
     dataset = open_dataset(folder)
     if dataset.record_size != size:
         raise UserError(

@@ -8,8 +8,8 @@ SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'va
 class ImageRef(NamedTuple):
     """The location of one image."""
 
-    path: str  # a file, or 'tfds:NAME'
-    offset: int  # in the file, bytes; for TFDS datasets, the index of the record
+    path: str  # a file, 'parquet:FILE' or 'tfds:NAME'
+    offset: int  # in the file, bytes; for parquet files and TFDS datasets, the index of the row or record
     length: int  # bytes; -1 for a whole file
     name: str  # path relative to the input, for messages and for the record
     label: int  # -1 for TFDS datasets, whose records contain the label
@@ -25,3 +25,4 @@ class Listing(NamedTuple):
     splits: Splits
     class_names: tuple[str, ...]
     folder: str = ''  # the folder of the splits or classes, which may be inside the input
+    in_files: bool = False  # whether files contain the labels, so that the names of the images do not tell the classes

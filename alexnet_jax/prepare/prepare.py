@@ -14,7 +14,7 @@ from absl import logging
 
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_stats_file
-from alexnet_jax.prepare import class_lists, discovery, record_writer
+from alexnet_jax.prepare import class_lists, discovery, parquet, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
@@ -37,13 +37,14 @@ def prepare(
     seed: int = 0,
     max_unreadable: int = 0,
     workers: int | None = None,
+    labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
     listing: Listing | None = None,
 ) -> None:
     """Prepares the images at `source` into a new directory. The output does not depend on the number of processes.
 
     Args:
       source: see `discovery.find_images`. A folder may contain a list of class names, see `class_lists.class_names`.
-        Labels follow the order of the folders.
       output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       size: side of the square images, pixels.
       format: 'jpeg' (quality 95, about 33 kB each at 256 px) or 'raw' (uint8, 197 kB). Deviation: 'jpeg' is lossy; the
@@ -53,7 +54,8 @@ def prepare(
       max_unreadable: number of unreadable images that are skipped with a warning. With more, all images are still read,
         and the UserError says how many there are.
       workers: number of processes; by default the number of cores.
-      listing: result of `discovery.find_images(source)`, if already computed.
+      labels, nested_classes: see `discovery.find_images`.
+      listing: result of `discovery.find_images` for these arguments, if already computed.
 
     Raises:
       UserError: an option is out of range, there are no images or too many unreadable ones, or the disk is full.
@@ -68,15 +70,18 @@ def prepare(
         raise UserError(f'--seed={seed}, --max_unreadable={max_unreadable}: expected 0 or more.')
     source, output = as_path(source), absolute_local_path(output)
     check_new(output)
-    listing = listing or discovery.find_images(source)
+    listing = listing or discovery.find_images(source, labels=labels, nested_classes=nested_classes)
     class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
     splits = _shuffle_and_split(listing.splits, val_fraction, seed)
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
 
+    # The names of the images tell their classes, unless files do.
+    fingerprint = hashlib.sha256('\0'.join(listing.class_names).encode() if listing.in_files else b'')
     with atomic_directory(output) as folder:
-        _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers or processes.cores())
+        workers = workers or processes.cores()
+        _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers, fingerprint)
     logging.info('%s is ready.', output)
 
 
@@ -86,6 +91,8 @@ def prepare_if_needed(
     *,
     size: int,
     val_fraction: float = 0.0,
+    labels: str | os.PathLike | None = None,
+    nested_classes: bool = False,
     listing: Listing | None = None,
     **options,
 ) -> None:
@@ -96,11 +103,16 @@ def prepare_if_needed(
     """
     source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
+    if labels:
+        with as_user_error(f'{os.fspath(labels)!r} cannot be read'):
+            labels = absolute_local_path(labels)
+            path += f' with --labels={labels} (SHA-256 {checksums.sha256(labels)[:16]})'
+    path += ' with --nested_classes' * nested_classes
     description = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
     encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
-        listing = listing or discovery.find_images(source)
+        listing = listing or discovery.find_images(source, labels=labels, nested_classes=nested_classes)
         if 'val' in listing.splits:
             val_fraction, description = 0.0, path
         with as_user_error(f'{output!r} cannot be written'):
@@ -121,7 +133,7 @@ def prepare_if_needed(
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:
-    """Shuffles each split. Moves a fraction of train to val: a fraction of each class, if labels are known."""
+    """Shuffles each split, unless it is in parquet files. Moves a fraction of train to val: of each class, if known."""
     rng = np.random.default_rng(seed)
     shuffled = {name: [refs[i] for i in rng.permutation(len(refs))] for name, refs in splits.items()}
     if val_fraction:
@@ -137,10 +149,12 @@ def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits
         shuffled['train'] = [ref for ref in refs if ref not in val]
         if num_empty := len({ref.label for ref in refs} - {ref.label for ref in shuffled['train']}):
             logging.warning(f'--val_fraction={val_fraction} leaves {num_empty} classes without training images.')
-    return shuffled
+    # Random access to parquet files is slow. Training shuffles the records again.
+    in_parquet = any(ref.path.startswith(parquet.PREFIX) for refs in splits.values() for ref in refs[:1])
+    return {name: sorted(refs) if in_parquet else refs for name, refs in shuffled.items()}
 
 
-def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers) -> None:
+def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers, fingerprint) -> None:
     import tensorflow_datasets as tfds
 
     names = {'data_dir': folder, 'dataset_name': 'images', 'filetype_suffix': 'array_record'}
@@ -157,7 +171,7 @@ def _write_dataset(folder, splits, class_names, size, format, max_unreadable, wo
     all_results = iter(_write_shards(list(itertools.chain(*shards.values())), workers))
     unreadable: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
-    infos, fingerprint = [], hashlib.sha256()
+    infos = []
     digests: dict[str, str] = {}
     for split in splits:
         results = list(itertools.islice(all_results, len(shards[split])))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from alexnet_jax.data import image_io
-from alexnet_jax.prepare import tar
+from alexnet_jax.prepare import ground_truth, tar
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8
 
@@ -40,7 +40,7 @@ def _words(name: str) -> list[str]:
     ]
 
 
-def _loose_split_name(folder: str) -> str | None:
+def loose_split_name(folder: str) -> str | None:
     """Returns the split if exactly one is among the words of a name, such as 'train' for 'asl_alphabet_train'."""
     splits = {_SPLITS[word] for word in _words(folder) if word in _SPLITS}
     return splits.pop() if len(splits) == 1 else None
@@ -54,7 +54,7 @@ def find_splits(folders: Sequence[os.DirEntry]) -> list[tuple[os.DirEntry, str]]
     """
     if splits := [(f, split) for f in folders if (split := split_name(f.name)) and _holds_classes(f.path)]:
         return splits
-    splits = [(f, split) for f in folders if (split := _loose_split_name(f.name))]
+    splits = [(f, split) for f in folders if (split := loose_split_name(f.name))]
     holding = [(f, split) for f, split in splits if _holds_classes(f.path)]
     if 'train' in {s for _, s in holding} and len({s for _, s in splits}) > 1 and len(splits) > len(folders) / 2:
         return holding
@@ -64,7 +64,9 @@ def find_splits(folders: Sequence[os.DirEntry]) -> list[tuple[os.DirEntry, str]]
 def _holds_classes(folder: str) -> bool:
     """Returns whether a folder with the name of a split contains classes. If not, it is itself a class."""
     entries = image_io.list_entries(folder)
-    return any(image_io.is_folder(e) or tar.is_archive(e.name) or e.name.startswith(tar.VAL_PREFIX) for e in entries)
+    return any(
+        image_io.is_folder(e) or tar.is_archive(e.name) or e.name.startswith(ground_truth.PREFIXES) for e in entries
+    )
 
 
 def data_folder(path: str) -> str:
@@ -75,7 +77,7 @@ def data_folder(path: str) -> str:
     entries = image_io.list_entries(path)
     folders = [entry for entry in entries if image_io.is_folder(entry)]
     files = [entry.name for entry in entries if entry not in folders]
-    if _are_splits(folders) or any(tar.is_archive(name) or name.startswith(tar.VAL_PREFIX) for name in files):
+    if _are_splits(folders) or any(tar.is_archive(name) or name.startswith(ground_truth.PREFIXES) for name in files):
         return path
     found = [nested for folder in folders for nested in _split_parents(folder.path, _MAX_DEPTH)]
     if len(found) == 1:

@@ -31,7 +31,7 @@ def _names(tmp_path, content, classes=('n01', 'n02'), name='classes.tsv'):
         'n01\tcrane\nn02\tkit fox\n'.encode('utf-16'),
     ],
 )
-@pytest.mark.parametrize('name', class_lists.CLASS_LISTS)
+@pytest.mark.parametrize('name', [name for name in class_lists.CLASS_LISTS if not name.endswith('.json')])
 def test_usual_forms(content, name, tmp_path, capfd):
     assert _names(tmp_path, content, name=name) == ('crane', 'kit fox')
     assert not capfd.readouterr().err
@@ -53,6 +53,37 @@ def test_usual_forms(content, name, tmp_path, capfd):
 def test_classes_without_a_name_are_counted(content, count, tmp_path, capfd):
     assert _names(tmp_path, content) == (('crane', 'n02') if count else ('n01', 'n02'))
     assert f'classes.tsv names {count} of 2 classes; the others keep' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'content, classes',
+    [
+        ('{"n01440764": "crane", "n01443537": "kit fox, Vulpes macrotis"}', ('n01440764', 'n01443537')),
+        ('{"0": ["n01440764", "crane"], "1": ["n01443537", "kit fox"]}', ('n01440764', 'n01443537')),  # Keras
+        ('{"0": ["n01440764", "crane"], "1": ["n01443537", "kit fox"]}', ('0', '1')),
+        ('{"id2label": {"1": "kit fox", "0": "crane, a bird"}, "label2id": {"crane": 0}}', ('0', '1')),  # Hugging Face
+        ('{"crane": 0, "kit fox": 1, "eel": 2}', ('0', '1')),
+        ('["crane", "kit fox", "eel"]', ('0', '1')),
+        ('["crane", "kit fox"]', ('1', '2')),
+        ('["eel", "crane", "kit fox"]', ('001', '002')),
+        ('[["n01", "crane"], ["n02", "kit  fox"]]', ('n01', 'n02')),
+        ('\ufeff{"n01": "crane", "n02": "kit fox", "n03": {"a": []}, "n04": null}', ('n01', 'n02')),
+        ('{"é": "crane", "b": "kit fox"}', ('é', 'b')),
+    ],
+)
+def test_json_forms(content, classes, tmp_path, capfd):
+    assert _names(tmp_path, content, classes, 'classes.json') == ('crane', 'kit fox')
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'content', ['["crane", "kit fox"]', '{"crane": 0}', '{', '[[[', '3', '[' * 100_000, '{"a": NaN}', '']
+)
+def test_json_that_names_no_class_is_reported(content, tmp_path, capfd):
+    assert _names(tmp_path, content, name='labels.json') == ('n01', 'n02')
+    said = capfd.readouterr().err
+    assert 'labels.json names 0 of 2 classes; the others keep the names of their folders. Expected {"CLASS"' in said
+    assert ('is not JSON' in said) == (content[:3] in ('', '{', '[[['))
 
 
 def test_damaged_characters_are_counted(tmp_path, capfd):

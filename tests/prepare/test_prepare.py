@@ -256,8 +256,8 @@ def test_script_without_main_guard_runs_once(folder, tmp_path):
 def test_vanished_images_are_not_counted_as_bad(folder, tmp_path, monkeypatch):
     find, out = discovery.find_images, tmp_path / 'out'
 
-    def find_then_remove(path):
-        found = find(path)
+    def find_then_remove(path, **options):
+        found = find(path, **options)
         os.rename(tmp_path / 'in' / 'train' / 'cat', tmp_path / 'away')
         return found
 

@@ -225,3 +225,34 @@ def test_links_to_themselves_are_no_folders(tmp_path):
         os.symlink(os.path.basename(name), tmp_path / name)
     os.symlink('.', tmp_path / 'dog' / 'here')
     assert _found(tmp_path) == {'train': ['cat'] * 2 + ['dog'] * 2}
+
+
+# Folders of Places365 with groups, of one level or two.
+PLACES = ('a/abbey', 'a/apartment_building/outdoor', 'b/bakery/shop')
+
+
+@pytest.mark.parametrize('splits', [('train', 'val'), ('',)])
+def test_nested_classes_are_named_by_their_path(splits, tmp_path, capfd):
+    _write(tmp_path, *(f'{split}/{name}'.lstrip('/') for split in splits for name in PLACES), count=1)
+    found = {split or 'train': list(PLACES) for split in splits}
+    listing = discovery.find_images(str(tmp_path), nested_classes=True)
+    assert listing.class_names == PLACES
+    assert {s: [PLACES[ref.label] for ref in refs] for s, refs in listing.splits.items()} == found
+    assert not capfd.readouterr().err
+    assert _found(tmp_path) == {split: ['a', 'a', 'b'] for split in found}
+    said = '1 class folders hold images in several folders, such as a: each is one class; with --nested_classes,'
+    assert said in capfd.readouterr().err
+
+
+def test_nested_classes_beside_images_and_in_one_group(tmp_path, capfd):
+    _write(tmp_path, 'train/animals/cat', 'train/animals/dog', count=1)
+    with pytest.raises(UserError, match="got only 'animals'; .* or --nested_classes if they are in groups"):
+        _found(tmp_path)
+    _write(tmp_path, 'train/animals', count=1)
+    capfd.readouterr()
+    found = discovery.find_images(str(tmp_path), nested_classes=True)
+    assert found.class_names == ('animals', 'animals/cat', 'animals/dog')
+    assert 'such as animals: each also is a class of its own' in capfd.readouterr().err
+    for options in ({'labels': 'a.csv'}, {}):
+        with pytest.raises(UserError, match='--nested_classes: '):
+            discovery.find_images('tfds:mnist', nested_classes=True, **options)
