@@ -92,9 +92,7 @@ def card(checkpoint: Checkpoint, views: int, results: dict[str, str]) -> str:
     return _CARD.format(
         library=next(library for name, library in _LIBRARIES.items() if name in results),
         tags=', '.join(('alexnet', 'image-classification', *results)),
-        parameters=sum(
-            shapes.parameters for shapes in infer_shapes(checkpoint.network, checkpoint.image_size).values()
-        ),
+        parameters=sum(layer.parameters for layer in layers.values()),
         classes=classes,
         origin=_origin(checkpoint),
         side=checkpoint.record_size,

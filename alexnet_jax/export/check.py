@@ -124,11 +124,12 @@ def check(folder: str, formats: Iterable[str], checkpoint: Checkpoint, views: in
                 raise UserError('model.safetensors: the tensors differ from the checkpoint; nothing was written.')
             results[name] = f'{library} loads the same tensors, bit for bit.'
             continue
+        library += " gives the checkpoint's"
         dtype = checkpoint.network.dtype if name == 'stablehlo' else 'float32'
         try:
-            results[name] = f'{library} gives {compare(found, expected(dtype), dtype)}.'
+            results[name] = f'{library} {compare(found, expected(dtype), dtype)}.'
         except UserError as error:
-            raise UserError(f'--formats={name}: {library} gives {error}; nothing was written.') from error
+            raise UserError(f'--formats={name}: {library} {error}; nothing was written.') from error
     return results
 
 
@@ -139,10 +140,10 @@ def compare(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], dtype
     differences = []
     for key, values in found.items():
         if values.shape != expected[key].shape:
-            raise UserError(f'{key} of shape {values.shape}: expected {expected[key].shape}')
+            raise UserError(f'{key} with the shape {values.shape}: expected {expected[key].shape}')
         largest = (np.abs(expected[key]).max() or 1) if key == 'logits' else 1
         difference = np.abs(values - expected[key]).max() / largest
-        text = f'the {key} to {difference:.1g}{" of the largest" if key == "logits" else ""}'
+        text = f'{key} to {difference:.1g}{" of the largest" if key == "logits" else ""}'
         if not difference <= tolerance:
             raise UserError(f'{text}: expected at most {tolerance}')
         differences.append(text)
@@ -160,7 +161,7 @@ def reference(checkpoint: Checkpoint, images: np.ndarray, views: int, dtype: str
     def outputs(params, images, image_stats):
         dtype = jax.tree.leaves(params)[0].dtype
         inputs = augment.views(images, image_stats, checkpoint.augmentation, count=views, dtype=dtype)
-        logits = jnp.stack([forward(params, x) for x in inputs], 1)
+        logits = forward(params, jnp.concatenate(inputs)).reshape(views, len(images), -1).swapaxes(0, 1)
         return jax.nn.softmax(logits).mean(1), logits[:, 0] if views == 1 else logits
 
     with jax.default_matmul_precision('highest'):

@@ -45,7 +45,7 @@ def export(
     with atomic_directory(output) as path:
         folder = pathlib.Path(path)
         for name in names:
-            _write(folder, name, checkpoint, views)
+            write(folder, name, checkpoint, views)
         results = check.check(path, names, checkpoint, views)
         (folder / 'config.json').write_text(json.dumps(hub_config(checkpoint, views), indent=2))
         (folder / 'README.md').write_text(card.card(checkpoint, views, results), encoding='utf-8')
@@ -59,7 +59,7 @@ def check_formats(formats: Sequence[str]) -> None:
             raise UserError(f'--formats={",".join(formats)}: {name!r} is no format.{did_you_mean(name, FORMATS)}')
 
 
-def _write(folder: pathlib.Path, name: str, checkpoint: Checkpoint, views: int) -> None:
+def write(folder: pathlib.Path, name: str, checkpoint: Checkpoint, views: int) -> None:
     path = folder / FORMATS[name]
     match name:
         case 'safetensors':

@@ -141,31 +141,29 @@ def _add_op(graph: _Graph, network: AlexNet, op: str, x: str, size: int) -> str:
         case 'dropout':
             return x if network.dropout_inverted else graph.scale(x, 'Mul', 1 - network.dropout_rate)
         case 'lrn':
-            alpha, beta, k = portable.lrn_alpha(network), network.lrn_beta, network.lrn_k
-            options: dict[str, Any] = {
-                'alpha': float(alpha),
-                'beta': float(beta),
-                'bias': float(k),
-                'size': network.lrn_n,
-            }
-            if network.norm_groups == 1:
-                return graph.add('LRN', x, **options)
-            parts = [graph.add('LRN', part, **options) for part in graph.split(x, network.norm_groups)]
-            return graph.add('Concat', *parts, axis=1)
+            return _add_lrn(graph, network, x)
         case 'spatial_norm':
             n = network.spatial_n
             pads = [n // 2, n // 2, (n - 1) // 2, (n - 1) // 2]
-            options: dict[str, Any] = {'kernel_shape': [n, n], 'pads': pads, 'count_include_pad': 1}
-            mean = graph.add('AveragePool', graph.add('Mul', x, x), **options)
+            mean = graph.add('AveragePool', graph.add('Mul', x, x), kernel_shape=[n, n], pads=pads, count_include_pad=1)
             denominator = graph.scale(graph.scale(mean, 'Mul', network.spatial_alpha), 'Add', network.spatial_k)
             return graph.add('Div', x, graph.scale(denominator, 'Pow', network.spatial_beta))
         case 'pool' | 'avg_pool':
             # The last window may extend past the edge. Explicit padding is less ambiguous than ceil_mode.
             window, stride = network.pool_window, network.pool_stride
             end = max(0, (pooled_size(size, window, stride) - 1) * stride + window - size)
-            options: dict[str, Any] = {'kernel_shape': [window] * 2, 'strides': [stride] * 2, 'pads': [0, 0, end, end]}
-            return graph.add('MaxPool' if op == 'pool' else 'AveragePool', x, **options)
+            name = 'MaxPool' if op == 'pool' else 'AveragePool'
+            return graph.add(name, x, kernel_shape=[window] * 2, strides=[stride] * 2, pads=[0, 0, end, end])
     raise AssertionError(op)  # `portable.check_network` has refused other operations
+
+
+def _add_lrn(graph: _Graph, network: AlexNet, x: str) -> str:
+    constants = {'alpha': portable.lrn_alpha(network), 'beta': network.lrn_beta, 'bias': network.lrn_k}
+    options: dict[str, Any] = {'size': network.lrn_n, **{key: float(value) for key, value in constants.items()}}
+    if network.norm_groups == 1:
+        return graph.add('LRN', x, **options)
+    parts = [graph.add('LRN', part, **options) for part in graph.split(x, network.norm_groups)]
+    return graph.add('Concat', *parts, axis=1)
 
 
 def _add_outputs(graph: _Graph, x: str, views: int, classes: int) -> None:
