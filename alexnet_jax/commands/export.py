@@ -27,10 +27,10 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
+    check_new(args.output)
     from alexnet_jax.checkpoints.loading import load_checkpoint
     from alexnet_jax.export import hub
 
-    check_new(args.output)
     formats = args.formats.split(',')
     hub.check_formats(formats)
     checkpoint = load_checkpoint(args.checkpoint)

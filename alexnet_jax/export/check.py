@@ -22,7 +22,7 @@ from alexnet_jax.utils.errors import UserError
 # Largest difference of a probability, and of a logit relative to the largest logit. Errors of the export are much
 # larger, and rounding errors on the CPU were a tenth or less.
 _TOLERANCE = 1e-4
-_LOW_PRECISION = 1e-2  # for bfloat16, and if the checkpoint is computed on a GPU, which may use TF32
+_LOW_PRECISION = 1e-2  # for bfloat16, and for a checkpoint computed on a GPU or TPU, which was not tried
 
 # Reads the batches, calls `run` for each, and writes the outputs.
 _MAIN = """
@@ -182,7 +182,7 @@ def _run(folder: str, proof: _Proof, images: np.ndarray) -> dict[str, np.ndarray
     """Runs the code of a proof in another process, on one image and on the others. Returns its arrays."""
     inputs = io.BytesIO()
     np.savez(inputs, images[:1], images[1:])
-    command = [sys.executable, '-c', _MAIN.format(load=proof.load, absent=set(proof.absent), module=proof.module)]
+    command = [sys.executable, '-B', '-c', _MAIN.format(load=proof.load, absent=set(proof.absent), module=proof.module)]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
     result = subprocess.run(command, input=inputs.getvalue(), capture_output=True, cwd=folder, env=environment)
     if result.returncode:

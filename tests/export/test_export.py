@@ -13,6 +13,8 @@ import yaml
 from jax import export as jax_export
 
 from alexnet_jax.checkpoints import loading
+from alexnet_jax.commands import export
+from alexnet_jax.convert import convert
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.data import datasets
@@ -80,6 +82,8 @@ def test_formats_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="conv1.post='swish': the operation 'swish' cannot be written as pytorch"):
         hub.export(source._replace(network=AlexNet(layers=layers, num_classes=3)), out, 1, ['pytorch'])
     assert not list(tmp_path.iterdir())
+    default = {flag.name: flag.default for flag in export.FLAGS}['formats']
+    assert tuple(default.split(',')) == hub.DEFAULT_FORMATS
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
@@ -144,6 +148,9 @@ def test_export_command(views, images, tmp_path):
     said = _run('export', f'--checkpoint={path}', f'--output={out}', f'--views={views}', formats, '--cpu_devices=1')
     torch = "gives the checkpoint's" if importlib.util.find_spec('torch') else 'Not checked'
     assert f'Wrote {out}/model.safetensors (0.0 MiB). safetensors ' in said and torch in said
+    names = {'README.md', 'config.json', 'image_stats.npz', 'preprocessing.safetensors'}
+    names |= {hub.FORMATS[name] for name in ('safetensors', *formats.split('=')[1].split(','))}
+    assert {file.name for file in out.iterdir()} == names
     loaded = loading.load_checkpoint(path)
     model = jax_export.deserialize((out / 'model.stablehlo').read_bytes())
     assert {'cpu', 'cuda', 'tpu'} <= set(model.platforms)
@@ -152,8 +159,7 @@ def test_export_command(views, images, tmp_path):
         np.testing.assert_allclose(model.call(images[:count]), expected, atol=1e-6)
     config = json.loads((out / 'config.json').read_text())
     assert config['id2label'] == {str(i): str(i) for i in range(10)} and config['num_labels'] == 10
-    # The weights convert back to a checkpoint with the same parameters.
-    _run('convert', f'--input={out}/model.safetensors', f'--output={tmp_path}/back')
-    back = loading.load_checkpoint(str(tmp_path / 'back'))
+    convert.convert(out / 'model.safetensors', tmp_path / 'back')
+    back = loading.load_checkpoint(tmp_path / 'back')
     jax.tree.map(np.testing.assert_array_equal, back.params, loaded.params)
     assert 'already exists' in _run('export', f'--checkpoint={path}', f'--output={out}', code=2)
