@@ -88,3 +88,16 @@ def test_whole_networks_agree(name, tmp_path):
     session = runtime.InferenceSession(onnx_model.onnx_model(source), providers=['CPUExecutionProvider'])
     for logits in (session.run(['logits'], {'image': images})[0], _logits(_load(source, tmp_path), images)):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_dropout_of_the_paper(tmp_path):
+    source = cases.SMALL['authors']()
+    model, x = _load(source, tmp_path), torch.tensor(cases.images(source))
+    with torch.no_grad():
+        one, two = (model(model.preprocess(x)) for _ in range(2))
+        model.train()
+        three, four = (model(model.preprocess(x)) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(three, four)
+    ones, dropout = torch.ones(1000), model.forward.__globals__['dropout']
+    assert set(dropout(ones, 0.5, True).tolist()) == {0.0, 1.0}  # not scaled in training, but at test time
+    assert set(dropout(ones, 0.5, False).tolist()) == {0.5}
