@@ -7,8 +7,8 @@
   onnx         model.onnx: the network with its preprocessing; needs pip install 'alexnet_jax[onnx]'
   stablehlo    model.stablehlo: the same, for jax.export
 
-All take uint8 images [N, S, S, 3], for any N, to probabilities [N, K], with mean subtraction, crops and softmax. A
-separate process that does not import this package loads each format and compares its results with the checkpoint's.
+The networks map uint8 images [N, S, S, 3], for any N, to probabilities [N, K], with mean subtraction, crops and
+softmax. Each format is loaded in a separate process, without this package, and compared with the checkpoint.
 `config.json` and `README.md` follow the layout of the Hugging Face Hub.
 """
 

@@ -60,6 +60,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def write(folder: pathlib.Path, name: str, checkpoint: Checkpoint, views: int) -> None:
+    """Writes the files of one format into a folder."""
     path = folder / FORMATS[name]
     match name:
         case 'safetensors':

@@ -36,9 +36,9 @@ def onnx_model(checkpoint: Checkpoint, views: int = 1) -> bytes:
     for (name, spec), layer in zip(network.layers.items(), weights, strict=True):
         kernel, bias = graph.constant(f'{name}.weight', layer.weight), graph.constant(f'{name}.bias', layer.bias)
         if isinstance(spec, ConvSpec):
-            pads = [spec.padding[0]] * 2 + [spec.padding[1]] * 2
-            options: dict[str, Any] = {'kernel_shape': [spec.kernel] * 2, 'strides': [spec.stride] * 2, 'pads': pads}
-            x = graph.add('Conv', x, kernel, bias, group=spec.groups, **options)
+            before, after = spec.padding
+            pads, strides = [before, before, after, after], [spec.stride] * 2
+            x = graph.add('Conv', x, kernel, bias, group=spec.groups, strides=strides, pads=pads)
             size = shapes[name].linear[0]
         else:
             x = graph.add('Flatten', x) if is_map else x
@@ -59,6 +59,7 @@ class _Graph:
         self.constants: dict[str, np.ndarray] = {}
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        """Adds a constant and returns its name."""
         self.constants[name] = np.asarray(value, dtype)
         return name
 
@@ -79,11 +80,13 @@ class _Graph:
         return outputs
 
     def slice(self, x: str, start: tuple[int, ...], stop: tuple[int, ...], axes: tuple[int, ...], step: int = 1) -> str:
+        """Takes values from `start` to before `stop` along each axis."""
         number = len(self.nodes)
         values = {'start': start, 'stop': stop, 'axes': axes, 'step': (step,) * len(axes)}
         return self.add('Slice', x, *(self.constant(f'{k}_{number}', v, np.int64) for k, v in values.items()))
 
     def serialize(self, onnx: Any, checkpoint: Checkpoint, views: int) -> bytes:
+        """Returns the checked model. `onnx` is the module."""
         side, count = checkpoint.record_size, len(checkpoint.class_names)
         value, float32 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
         image = value('image', onnx.TensorProto.UINT8, ['N', side, side, 3])
@@ -123,6 +126,7 @@ def _add_preprocessing(graph: _Graph, checkpoint: Checkpoint, views: int) -> str
 
 
 def _add_dense(graph: _Graph, spec: LayerSpec, x: str, kernel: str, bias: str) -> str:
+    """Adds a dense layer; with groups, one product for each."""
     if spec.groups == 1:
         return graph.add('Gemm', x, kernel, bias, transB=1)
     values = [(kernel, graph.constants.pop(kernel)), (bias, graph.constants.pop(bias))]
@@ -158,6 +162,7 @@ def _add_op(graph: _Graph, network: AlexNet, op: str, x: str, size: int) -> str:
 
 
 def _add_lrn(graph: _Graph, network: AlexNet, x: str) -> str:
+    """Adds local response normalization, separately for each group of channels."""
     constants = {'alpha': portable.lrn_alpha(network), 'beta': network.lrn_beta, 'bias': network.lrn_k}
     options: dict[str, Any] = {'size': network.lrn_n, **{key: float(value) for key, value in constants.items()}}
     if network.norm_groups == 1:
@@ -167,6 +172,7 @@ def _add_lrn(graph: _Graph, network: AlexNet, x: str) -> str:
 
 
 def _add_outputs(graph: _Graph, x: str, views: int, classes: int) -> None:
+    """Adds the outputs `logits` and `probabilities`, the mean over the views."""
     if views == 1:
         graph.add('Identity', x, output='logits')
         graph.add('Softmax', 'logits', axis=-1, output='probabilities')

@@ -107,7 +107,6 @@ def pytorch_module(checkpoint: Checkpoint, views: int = 1) -> str:
     names = [layer.name for layer in layout.from_params(network, size, checkpoint.params)]
     attributes = dict(zip(network.layers, map(_attribute, names), strict=True))
     layers, forward = '\n'.join(_layers(network, size, attributes)), '\n'.join(_forward(network, attributes))
-    rows = [f'        {line}' for line in _preprocess(checkpoint, views)]
     probabilities = 'F.softmax(logits, dim=1)'
     if views == 10:
         probabilities = 'F.softmax(logits, dim=1).unflatten(0, (10, -1)).mean(0)'
@@ -116,11 +115,11 @@ def pytorch_module(checkpoint: Checkpoint, views: int = 1) -> str:
         classes=len(checkpoint.class_names),
         record=record,
         size=size,
-        helpers=''.join(text for name, text in _HELPERS.items() if f'{name}(' in layers + forward),
+        helpers=''.join(text for name, text in _HELPERS.items() if f'= {name}(' in layers + forward),
         layers=layers,
         mean=', '.join(map(str, portable.mean_CHW(checkpoint).shape)),
         inputs=f'float [N, 3, {size}, {size}]' if views == 1 else f'ten crops, float [10 N, 3, {size}, {size}]',
-        preprocess='\n'.join(rows),
+        preprocess='\n'.join(f'        {line}' for line in _preprocess(checkpoint, views)),
         forward=forward,
         probabilities=probabilities,
     )

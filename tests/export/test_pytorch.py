@@ -36,6 +36,9 @@ def test_module_gives_the_same_logits(name, views, tmp_path):
     expected = check.reference(source, images, views, 'float32')
     logits = expected['logits'] if views == 1 else expected['logits'].swapaxes(0, 1).reshape(10 * len(images), -1)
     np.testing.assert_allclose(_logits(model, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    helpers = {'authors': {'normalize_groups', 'spatial_norm', 'dropout', 'GroupedLinear'}}.get(name, set())
+    defined = set(model.forward.__globals__) & {'normalize_groups', 'spatial_norm', 'dropout', 'GroupedLinear'}
+    assert defined == helpers  # no helper that the network does not use
     with torch.no_grad():
         probabilities = model.probabilities(torch.tensor(images)).numpy()
     np.testing.assert_allclose(probabilities, expected['probabilities'], rtol=0, atol=1e-5)
