@@ -183,8 +183,8 @@ def _dropout(network: AlexNet) -> str:
     return f'{function}(x, {network.dropout_rate}, self.training)'
 
 
-def _pool(function: str, options: str = '') -> Callable[[AlexNet], str]:
-    return lambda net: f'{function}(x, {net.pool_window}, {net.pool_stride}, ceil_mode=True{options})'
+def _pool(function: str) -> Callable[[AlexNet], str]:
+    return lambda net: f'{function}(x, {net.pool_window}, {net.pool_stride}, ceil_mode=True)'
 
 
 _OPERATIONS: dict[str, Callable[[AlexNet], str]] = {
@@ -194,7 +194,7 @@ _OPERATIONS: dict[str, Callable[[AlexNet], str]] = {
     'lrn': _lrn,
     'spatial_norm': _spatial_norm,
     'pool': _pool('F.max_pool2d'),
-    'avg_pool': _pool('F.avg_pool2d', ', count_include_pad=False'),
+    'avg_pool': _pool('F.avg_pool2d'),
 }
 
 
