@@ -33,6 +33,7 @@ ONLY = {
     'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
+    'onnx': {'export/onnx_model.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

@@ -1,5 +1,6 @@
-"""The commands, with weights converted from PyTorch, agree with PyTorch on original ImageNet photos."""
+"""Commands and exports, with weights converted from PyTorch, agree with PyTorch on original ImageNet photos."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -69,32 +70,71 @@ def converted(tmp_path_factory):
     return net, f'{folder}/alexnet'
 
 
-def test_predict_agrees_with_pytorch(converted, imagenet_tar, tmp_path):
-    net, checkpoint = converted
+@pytest.fixture(scope='module')
+def photos(imagenet_tar, tmp_path_factory):
+    """Returns (sorted files of five photos, their squares uint8 [5, 256, 256, 3])."""
+    folder = tmp_path_factory.mktemp('photos')
     with tarfile.open(imagenet_tar) as archive:
         for member in archive.getmembers()[:200:40]:
             with tarfile.open(fileobj=io.BytesIO(archive.extractfile(member).read())) as inner:
                 image = inner.getmembers()[0]
-                (tmp_path / image.name).write_bytes(inner.extractfile(image).read())
-    files = sorted(tmp_path.iterdir())
-    squares = []
+                (folder / image.name).write_bytes(inner.extractfile(image).read())
+    files, squares = sorted(folder.iterdir()), []
     for path in files:  # Resize(256), CenterCrop(256)
         image = Image.open(path).convert('RGB')
         scale = 256 / min(image.size)
         image = image.resize([max(256, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
         left, top = (image.width - 256) // 2, (image.height - 256) // 2
         squares.append(np.asarray(image.crop((left, top, left + 256, top + 256))))
+    return files, np.stack(squares)
+
+
+def _predict(checkpoint, paths, views):
+    """Returns the probabilities that the command predicts, [N, 1000]; checks the order of the files."""
+    words = [f'--checkpoint={checkpoint}', *map(str, paths), f'--views={views}', '--top=1000', '--json']
+    lines = [json.loads(line) for line in _run('predict', *words)]
+    assert [line['file'] for line in lines] == [str(path) for path in paths]
+    tops = [{row['index']: row['probability'] for row in line['top']} for line in lines]
+    return np.array([[top[i] for i in range(1000)] for top in tops])
+
+
+def _expected(net, squares, views):
+    crops = [[square[16:240, 16:240]] if views == 1 else _ten_crops(square) for square in squares]
+    expected = np.stack([_probabilities(net, crop).mean(0) for crop in crops])
+    assert (expected.max(1) > 0.01).all()  # not the uniform distribution
+    return expected
+
+
+def test_predict_agrees_with_pytorch(converted, photos):
+    net, checkpoint = converted
+    files, squares = photos
     for views in (1, 10):
-        lines = _run('predict', f'--checkpoint={checkpoint}', str(tmp_path), f'--views={views}', '--top=1000', '--json')
-        crops = [[square[16:240, 16:240]] if views == 1 else _ten_crops(square) for square in squares]
-        expected = [_probabilities(net, crop).mean(0) for crop in crops]
-        assert [json.loads(line)['file'] for line in lines] == [str(path) for path in files]
-        for line, p in zip(map(json.loads, lines), expected, strict=True):
-            found = {row['index']: row['probability'] for row in line['top']}
-            found = np.array([found[i] for i in range(1000)])
-            assert p.max() > 0.01  # not the uniform distribution
-            # Pixels may differ by one level, because Pillow rounds between its two passes.
-            np.testing.assert_allclose(found, p, rtol=0.02)
+        # Pixels may differ by one level, because Pillow rounds between its two passes.
+        found, expected = _predict(checkpoint, files, views), _expected(net, squares, views)
+        np.testing.assert_allclose(found, expected, rtol=0.02)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_predict_and_exports_agree_on_equal_pixels(converted, photos, tmp_path):
+    net, checkpoint = converted
+    squares = photos[1]
+    expected = _expected(net, squares, 1)
+    paths = [tmp_path / f'{i}.png' for i in range(len(squares))]  # of the size of the records: nothing is resized
+    for path, square in zip(paths, squares, strict=True):
+        Image.fromarray(square).save(path)
+    np.testing.assert_allclose(_predict(checkpoint, paths, 1), expected, rtol=1e-4)
+
+    _run('export', f'--checkpoint={checkpoint}', f'--output={tmp_path}/out', '--formats=onnx,pytorch')
+    spec = importlib.util.spec_from_file_location('alexnet', tmp_path / 'out' / 'alexnet.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.no_grad():
+        found = module.load().probabilities(torch.tensor(squares)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    runtime = pytest.importorskip('onnxruntime')
+    session = runtime.InferenceSession(tmp_path / 'out' / 'model.onnx', providers=['CPUExecutionProvider'])
+    (found,) = session.run(['probabilities'], {'image': squares})
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize('views', [1, 10])

@@ -1,10 +1,15 @@
-"""Exports a checkpoint to files that load without this package: StableHLO, safetensors, a model card.
+"""Exports a checkpoint to files that load without this package: ONNX, PyTorch, StableHLO, safetensors.
 
-    alexnet_jax export --checkpoint=runs/paper --output=exported [--views=10]
+    alexnet_jax export --checkpoint=runs/paper --output=exported [--formats=onnx,pytorch] [--views=10]
 
-`model.stablehlo` maps uint8 images [N, S, S, 3], for any N, to probabilities [N, K]. It includes mean subtraction,
-crops and softmax. `model.safetensors`, `config.json` and `README.md` follow the layout of the Hugging Face Hub. A
-separate process that does not import this package loads the exported model and compares its outputs.
+  safetensors  model.safetensors: the weights in PyTorch's layout
+  pytorch      alexnet.py: the network as a PyTorch module; includes safetensors
+  onnx         model.onnx: the network with its preprocessing; needs pip install 'alexnet_jax[onnx]'
+  stablehlo    model.stablehlo: the same, for jax.export
+
+The networks map uint8 images [N, S, S, 3], for any N, to probabilities [N, K], with mean subtraction, crops and
+softmax. Each format is loaded in a separate process, without this package, and compared with the checkpoint.
+`config.json` and `README.md` follow the layout of the Hugging Face Hub.
 """
 
 from absl import flags
@@ -12,17 +17,22 @@ from absl import flags
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.utils.files import check_new
 
-FLAGS = (CHECKPOINT, Flag('output', None, 'New directory to write.', required=True), VIEWS, CPU_DEVICES)
+FLAGS = (
+    CHECKPOINT,
+    Flag('output', None, 'New directory to write.', required=True),
+    Flag('formats', 'safetensors,pytorch,stablehlo', 'Some of safetensors, pytorch, onnx, stablehlo.'),
+    VIEWS,
+    CPU_DEVICES,
+)
 
 
 def main(args: flags.FlagValues) -> None:
-    from alexnet_jax.checkpoints.loading import load_checkpoint
-    from alexnet_jax.export import hub, stablehlo
-
     check_new(args.output)
+    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.export import hub
+
+    formats = args.formats.split(',')
+    hub.check_formats(formats)
     checkpoint = load_checkpoint(args.checkpoint)
-    size, difference = hub.export(checkpoint, args.output, args.views)
-    print(
-        f'Wrote {args.output}/{stablehlo.FILE_NAME} ({size / 2**20:.0f} MiB). Without this package it reproduces the '
-        f'probabilities of {args.checkpoint} (step {checkpoint.step}) to {difference:.1g}.'
-    )
+    for file in hub.export(checkpoint, args.output, args.views, formats):
+        print(f'Wrote {args.output}/{file.name} ({file.size / 2**20:.1f} MiB). {file.result}')

@@ -5,6 +5,8 @@ import operator
 import pathlib
 import re
 
+import numpy as np
+
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import layout
 from alexnet_jax.convert.weight_file import WeightFile, pair_tensors, reading
@@ -39,12 +41,16 @@ def read(path: str) -> WeightFile:
 
 def write(folder: str, checkpoint: Checkpoint) -> None:
     """Writes the weights in PyTorch's layout (`FILE_NAME`) and the image statistics to a folder."""
-    import safetensors.numpy
-
     tensors = {}
     for layer in layout.from_params(checkpoint.network, checkpoint.image_size, checkpoint.params):
         tensors[f'{layer.name}.weight'], tensors[f'{layer.name}.bias'] = layer.weight, layer.bias
     own = {'config': checkpoint.config, 'class_names': checkpoint.class_names, 'record_size': checkpoint.record_size}
-    data = safetensors.numpy.save(tensors, metadata={'format': 'pt', METADATA_KEY: json.dumps(own)})
-    pathlib.Path(folder, FILE_NAME).write_bytes(data)
+    write_tensors(pathlib.Path(folder, FILE_NAME), tensors, {METADATA_KEY: json.dumps(own)})
     image_stats_file.save(folder, checkpoint.image_stats)
+
+
+def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes contiguous tensors and metadata to a file."""
+    import safetensors.numpy
+
+    path.write_bytes(safetensors.numpy.save(tensors, metadata={'format': 'pt', **(metadata or {})}))

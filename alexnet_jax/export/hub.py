@@ -4,29 +4,75 @@ import collections
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import safetensors
-from alexnet_jax.core.architecture import infer_shapes
-from alexnet_jax.export import stablehlo
+from alexnet_jax.export import card, check, onnx_model, portable, pytorch_module, stablehlo
+from alexnet_jax.utils.errors import UserError, did_you_mean
 from alexnet_jax.utils.files import atomic_directory
 
+FORMATS = {  # and the main file of each
+    'safetensors': safetensors.FILE_NAME,
+    'pytorch': pytorch_module.FILE_NAME,
+    'onnx': onnx_model.FILE_NAME,
+    'stablehlo': stablehlo.FILE_NAME,
+}
+DEFAULT_FORMATS = ('safetensors', 'pytorch', 'stablehlo')  # those that need no further package
 
-def export(checkpoint: Checkpoint, output: str | os.PathLike, views: int) -> tuple[int, float]:
-    """Writes the new directory `output`: StableHLO, safetensors, config.json and a model card.
 
-    The StableHLO file is loaded in a separate process and its probabilities are compared with the checkpoint's.
-    Returns (size of the StableHLO file in bytes, largest difference of a probability).
-    Raises UserError if the files cannot be written or loaded, or if the probabilities differ. Nothing is written then.
+class File(NamedTuple):
+    """The main file of a format, as written by `export`."""
+
+    name: str
+    size: int  # bytes
+    result: str  # of the comparison with the checkpoint, a sentence
+
+
+def export(
+    checkpoint: Checkpoint, output: str | os.PathLike, views: int, formats: Sequence[str] = DEFAULT_FORMATS
+) -> list[File]:
+    """Writes the new directory `output`: the formats, config.json and a model card.
+
+    Each format is loaded in a separate process and compared with the checkpoint, see `check.check`. 'pytorch' includes
+    'safetensors'. Raises UserError if a format is unknown or cannot represent the network, if a file cannot be written
+    or loaded, or if its results differ. Nothing is written then.
     """
-    with atomic_directory(output) as folder:
-        safetensors.write(folder, checkpoint)
-        pathlib.Path(folder, 'config.json').write_text(json.dumps(hub_config(checkpoint, views), indent=2))
-        pathlib.Path(folder, 'README.md').write_text(card(checkpoint, views), encoding='utf-8')
-        path = pathlib.Path(folder, stablehlo.FILE_NAME)
-        size = path.write_bytes(stablehlo.stablehlo(checkpoint, views))
-        return size, stablehlo.check(str(path), checkpoint, views)
+    check_formats(formats)
+    names = [name for name in FORMATS if name in formats or (name == 'safetensors' and 'pytorch' in formats)]
+    portable.check_network(checkpoint.network, names)
+    with atomic_directory(output) as path:
+        folder = pathlib.Path(path)
+        for name in names:
+            write(folder, name, checkpoint, views)
+        results = check.check(path, names, checkpoint, views)
+        (folder / 'config.json').write_text(json.dumps(hub_config(checkpoint, views), indent=2))
+        (folder / 'README.md').write_text(card.card(checkpoint, views, results), encoding='utf-8')
+        return [File(FORMATS[name], (folder / FORMATS[name]).stat().st_size, results[name]) for name in names]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises UserError for an unknown format."""
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f'--formats={",".join(formats)}: {name!r} is no format.{did_you_mean(name, FORMATS)}')
+
+
+def write(folder: pathlib.Path, name: str, checkpoint: Checkpoint, views: int) -> None:
+    """Writes the files of one format into a folder."""
+    path = folder / FORMATS[name]
+    match name:
+        case 'safetensors':
+            safetensors.write(str(folder), checkpoint)
+        case 'pytorch':
+            path.write_text(pytorch_module.pytorch_module(checkpoint, views), encoding='utf-8')
+            mean = {'mean': portable.mean_CHW(checkpoint)}
+            safetensors.write_tensors(folder / pytorch_module.MEAN_FILE_NAME, mean)
+        case 'onnx':
+            path.write_bytes(onnx_model.onnx_model(checkpoint, views))
+        case 'stablehlo':
+            path.write_bytes(stablehlo.stablehlo(checkpoint, views))
 
 
 def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
@@ -44,42 +90,3 @@ def hub_config(checkpoint: Checkpoint, views: int) -> dict[str, Any]:
         'views': views,
         'alexnet_jax': {'step': checkpoint.step, 'config': checkpoint.config},
     }
-
-
-def card(checkpoint: Checkpoint, views: int) -> str:
-    """Returns the model card (README.md): the model, its inputs and outputs, and how to load it."""
-    parameters = sum(s.parameters for s in infer_shapes(checkpoint.network, checkpoint.image_size).values())
-    side, crop = checkpoint.record_size, checkpoint.image_size
-    crops = 'the center crop' if views == 1 else 'ten crops (corners and center, with reflections), averaged'
-    origin = 'with weights converted by alexnet_jax from a file of another framework'
-    if checkpoint.step:
-        data = os.path.basename(checkpoint.config['data']['path'].rstrip('/')) or 'not recorded'
-        batches = f'{checkpoint.step:,} updates on batches of {checkpoint.config["batch_size"]}'
-        origin = f'trained with alexnet_jax for {batches}; data: {data}'
-    scaled = any(std != 1 for std in checkpoint.augmentation.pixel_std)
-    pixels = f"the training set's mean subtracted{', divided by a standard deviation per color' if scaled else ''}"
-    return f"""---
-library_name: jax
-pipeline_tag: image-classification
-tags: [alexnet, image-classification]
----
-
-# AlexNet, {parameters:,} parameters, {len(checkpoint.class_names)} classes
-
-Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
-{origin}.
-No accuracy is stated here: measure it on your own data.
-
-- Input: uint8 RGB [N, {side}, {side}, 3]: shorter side resized to {side} (bilinear, antialiased), central square.
-- Preprocessing in the model: {crop} px crops ({crops}), {pixels}.
-- Output: float32 probabilities [N, {len(checkpoint.class_names)}]; names in `config.json`, `id2label`.
-
-```python
-import jax.export
-model = jax.export.deserialize(open('{stablehlo.FILE_NAME}', 'rb').read())
-probabilities = model.call(images)
-```
-
-`{safetensors.FILE_NAME}` has the weights in PyTorch's layout; `alexnet_jax convert` converts it back to a checkpoint.
-Platforms: {', '.join(stablehlo.PLATFORMS)}.
-"""

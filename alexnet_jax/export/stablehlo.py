@@ -1,10 +1,5 @@
 """Exports a network with its weights and preprocessing as StableHLO, which runs without this package."""
 
-import io
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +7,9 @@ from jax import export as jax_export
 
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core import sharding, train_step
-from alexnet_jax.inference import predict
-from alexnet_jax.utils.errors import UserError
 
 FILE_NAME = 'model.stablehlo'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_LOAD = """import io, sys
-import jax.export
-import numpy as np
-with open(sys.argv[1], 'rb') as file:
-    model = jax.export.deserialize(file.read())
-batches = np.load(io.BytesIO(sys.stdin.buffer.read())).values()
-outputs = io.BytesIO()
-np.savez(outputs, *(model.call(images) for images in batches))
-assert 'alexnet_jax' not in sys.modules
-sys.stdout.buffer.write(outputs.getvalue())
-"""
 
 
 def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
@@ -46,26 +28,3 @@ def stablehlo(checkpoint: Checkpoint, views: int = 1) -> bytes:
     side, (count,) = checkpoint.record_size, jax_export.symbolic_shape('N')
     images = jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)
     return bytes(jax_export.export(jax.jit(probabilities), platforms=PLATFORMS)(images).serialize())
-
-
-def check(path: str, checkpoint: Checkpoint, views: int) -> float:
-    """Runs the exported network in another process on the CPU. Returns the largest difference of a probability.
-
-    Uses batch sizes 1 and 3. Raises UserError if the file cannot be loaded or its probabilities differ.
-    """
-    side, rng = checkpoint.record_size, np.random.default_rng(0)
-    batches = [rng.integers(0, 256, (count, side, side, 3), np.uint8) for count in (1, 3)]
-    inputs = io.BytesIO()
-    np.savez(inputs, *batches)
-    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'JAX_PLATFORMS': 'cpu'}
-    folder, name = os.path.split(path)
-    command = [sys.executable, '-c', _LOAD, name]
-    result = subprocess.run(command, input=inputs.getvalue(), capture_output=True, cwd=folder, env=environment)
-    if result.returncode:
-        raise UserError(f'the exported file cannot be loaded: {result.stderr.decode(errors="replace").strip()[-1000:]}')
-    outputs = np.load(io.BytesIO(result.stdout))
-    expected = [predict.predict(checkpoint, batch, views=views) for batch in batches]
-    difference = max(float(np.abs(a - b).max()) for a, b in zip(outputs.values(), expected, strict=True))
-    if not difference < (1e-5 if jax.default_backend() == 'cpu' else 1e-2):  # GPUs use TF32
-        raise UserError(f'the probabilities of the exported file differ by {difference:.2g}; nothing was written.')
-    return difference

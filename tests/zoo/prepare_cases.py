@@ -77,7 +77,9 @@ def _(folder):
     return plain(folder, 'train/')
 
 
-@CASES.read('images in folders inside a class', 'images of the class')
+@CASES.read(
+    'images in several folders inside a class', 'images of the class, with a warning', says=['hold images in several folders']
+)
 def _(folder):
     files(folder, {'cat/day/one/1.png': 3, 'cat/night/1.png': 4})
     found = plain(folder)
