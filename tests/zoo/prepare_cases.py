@@ -78,7 +78,9 @@ def _(folder):
 
 
 @CASES.read(
-    'images in several folders inside a class', 'images of the class, with a warning', says=['hold images in several folders']
+    'images in several folders inside a class',
+    'images of the class, with a warning',
+    says=['hold images in several folders'],
 )
 def _(folder):
     files(folder, {'cat/day/one/1.png': 3, 'cat/night/1.png': 4})
