@@ -133,6 +133,15 @@ ONE_GPU = {'model.layers': _half_kernels, 'model.norm_groups': 1, 'mesh.tower': 
 NO_COMMUNICATION = {'model.layers': _separate_towers}
 SIXTH_CONV = {'model.layers': _sixth_conv}
 
+# Parts of a later recipe, see configs/modern.py.
+COSINE = {
+    'optim.schedule': 'cosine',
+    'optim.stages': (),
+    'optim.warmup_epochs': lambda base: base.num_epochs / 24,  # 5 of 120
+}
+MIXED_LABELS = {'data.mixup_alpha': 0.2, 'optim.label_smoothing': 0.1}
+MODERN = {**COSINE, **MIXED_LABELS, 'optim.average_decay': 0.999, 'optim.weight_decay': 1e-4}
+
 
 def ablations(base: ConfigDict) -> list[Variant]:
     """Returns the paper's comparisons: the base network, and networks without one of its parts."""
@@ -169,6 +178,16 @@ def ablations(base: ConfigDict) -> list[Variant]:
     ]
 
 
+def recipe(base: ConfigDict) -> list[Variant]:
+    """Returns the base and the recipe of configs/modern.py, whole and in two parts."""
+    return [
+        BASE,
+        Variant('cosine schedule', COSINE, 'base', source='configs/modern.py'),
+        Variant('mixup and smoothed labels', MIXED_LABELS, 'base', source='configs/modern.py'),
+        Variant('modern recipe', MODERN, 'base', source='configs/modern.py'),
+    ]
+
+
 def cifar10(base: ConfigDict) -> list[Variant]:
     """Returns the CIFAR-10 networks of the authors' release, with the test errors that their files state."""
     without = 'section 3.3, 13% without normalization; the name layers-conv-local-13pct.cfg'
@@ -184,6 +203,7 @@ def cifar10(base: ConfigDict) -> list[Variant]:
 
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
     'ablations': ablations,
+    'recipe': recipe,
     'cifar10': cifar10,
     'ensemble': lambda base: [BASE],  # 'ensemble' and 'views' evaluate the base network in different ways
     'views': lambda base: [BASE],

@@ -190,7 +190,7 @@ class StepHooks:
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
         batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
-        arguments = (setup.steps.eval_step, state.params, setup.image_stats, batches, setup.mesh)
+        arguments = (setup.steps.eval_step, state.eval_params, setup.image_stats, batches, setup.mesh)
         options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
@@ -235,8 +235,9 @@ def _describe_setup(setup: TrainingSetup) -> None:
     )
     if 'val' not in setup.dataset.splits:
         distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
-    if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
-        distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
+    schedule = setup.config.optim.schedule
+    if schedule != 'epochs' and setup.config.optim.stages:
+        distributed.warn(f"optim.stages has no effect with optim.schedule={schedule!r}; use optim.schedule='epochs'.")
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:

@@ -70,7 +70,7 @@ def _run(*words, code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('suite', ['ablations', 'cifar10', 'ensemble', 'views', 'figure1'])
+@pytest.mark.parametrize('suite', ['ablations', 'recipe', 'cifar10', 'ensemble', 'views', 'figure1'])
 def test_suite_end_to_end(suite, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     out = tmp_path / 'out'
@@ -94,7 +94,7 @@ def test_suite_end_to_end(suite, tmp_path):
     elif suite == 'figure1':
         assert {row['variant'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
     else:
-        assert len(seen) == (len(cifar10.NETS) if suite == 'cifar10' else 2)
+        assert len(seen) == {'cifar10': len(cifar10.NETS), 'recipe': 4 * 2}.get(suite, 2)
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
     # A second run trains nothing and changes no result.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
