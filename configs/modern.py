@@ -6,10 +6,10 @@
 The argument is the config of the network, by default `paper:init=authors`, trained for 120 epochs. Everything but the
 recipe is that config's own: also the batch size, the learning rate and the momentum.
 
-Sources: the best published results of AlexNet (`osmr/imgclsmob`: 61.93% top-1 accuracy for the center crop, without groups) used a cosine
-over 120 epochs, a weight decay of 1e-4, and optionally label smoothing and mixup. Goyal et al. 2017: warm-up. Polyak
-and Juditsky 1992: averaging. No source reports an error for this recipe with the grouped network; its best published
-top-1 accuracy is 58.6% (center crop, `NVIDIA/caffe`). Here: not trained on ImageNet.
+Sources: the best published results of AlexNet (`osmr/imgclsmob`: 61.93% top-1 accuracy for the center crop, without
+groups) used a cosine over 120 epochs, a weight decay of 1e-4, and optionally label smoothing and mixup. Goyal et al.
+2017: warm-up. Polyak and Juditsky 1992: averaging. No source reports an error for this recipe with the grouped network;
+its best published top-1 accuracy is 58.6% (center crop, `NVIDIA/caffe`). Here: not trained on ImageNet.
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
 SUITE is figure1, ablations, recipe, cifar10, ensemble or views (see docs/experiments.md). A suite trains networks that
-differ in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as with
-`alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
+differ in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as
+with `alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
 --scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their predicted hours.
 """
 
