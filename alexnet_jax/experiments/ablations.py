@@ -167,7 +167,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
         BASE,
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
-        Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
+        Variant('one GPU (half the kernels)', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
         *([separate] if len(layers) > len(convs) + 1 else []),  # separate towers need a hidden layer
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
         Variant('no crops or reflections', no_crops, 'base', sign=1, source='section 4.1, "substantial overfitting"'),

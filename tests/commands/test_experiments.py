@@ -26,7 +26,8 @@ def get_config():
 def command(monkeypatch, tmp_path):
     """`main` in this process, with every run reported as diverged."""
     base = helpers.digits_config()
-    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
+    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False}
+    fixed |= {'base': base, 'only': ''}
 
     def run(suite, **changes):
         experiments.main(SimpleNamespace(**{**fixed, **changes}), [suite])
