@@ -18,7 +18,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import build, metric_writer, restore, train_log
+from alexnet_jax.training import build, metric_writer, published_curves, restore, train_log
 from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.environment import describe_environment, warn_of_changes
@@ -202,7 +202,9 @@ class StepHooks:
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
         line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}
         self.writer.write(line)
-        metric_writer.log_line(line, setup.total_steps)
+        on_imagenet = published_curves.is_imagenet(setup.dataset.class_names, setup.num_examples)
+        beside = published_curves.compare(epoch, result['top1_error']) if on_imagenet else ''
+        metric_writer.log_line(line, setup.total_steps, beside)
         return result
 
 
