@@ -139,6 +139,9 @@ def run_suite(suite: Suite, data: str) -> list[str]:
         results = [tables.comparison_table(suite.name, rows, variants), tables.color_table(rows, variants)]
         effects = {variant.name: tables.deltas(rows, variant) for variant in variants if variant.baseline}
     tables.publish(suite.name, suite.output, results, runs, rows, dataset, effects)
+    networks = {trial.variant.name: trial.variant.baseline for trial in trials}
+    environment = next(filter(None, (_read_json(trial, 'environment') for trial in trials)))  # of the training
+    tables.write_json(suite.output, suite.name, networks, rows, environment)
     return [tables.as_text(table) for table in results]
 
 

@@ -3,8 +3,11 @@
 import collections
 import csv
 import itertools
+import json
 import os
+import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +62,24 @@ def deltas(rows: Sequence[dict], variant: ablations.Variant) -> list[float]:
     if key == 'top1_error' and all(row.get('top1_ten') is not None for row in measured):
         key = 'top1_ten'
     return differences(rows, variant.name, variant.baseline, key)
+
+
+def write_json(
+    output: str, suite: str, networks: Mapping[str, str], rows: Sequence[dict], environment: dict[str, Any]
+) -> None:
+    """Writes SUITE.json: the command, the environment and all runs of a suite. networks: {variant: baseline or ''}."""
+    first = next(row for row in rows if not row['diverged'])
+    result = {
+        'name': suite,
+        'command': ' '.join(map(shlex.quote, ['alexnet_jax', *sys.argv[1:]])),
+        **{key: environment[key] for key in ('commit', 'versions', 'devices')},
+        **{key: first[key] for key in ('train_images', 'epochs')},
+        'seeds': len({row['seed'] for row in rows}),
+        'networks': networks,
+        'runs': list(rows),
+    }
+    with atomic_file(os.path.join(output, f'{suite}.json')) as file:
+        json.dump(result, file, indent=1)
 
 
 def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:

@@ -1,6 +1,7 @@
 """The experiments command; each suite runs end to end at a small scale."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,6 +90,8 @@ def test_suite_end_to_end(suite, tmp_path):
     page = (out / 'report.html').read_text()
     assert '<html' in page and suite in page
     seen = {(row['variant'], row['seed']) for row in rows}
+    result = json.loads((out / f'{suite}.json').read_text())
+    assert len(result['runs']) == len(rows) and result['command'].startswith(f'alexnet_jax experiments {suite} --data')
     if suite == 'ablations':
         assert len(seen) == len(ablations.ablations(helpers.digits_config()))
         assert '+1.40 / +1.20' in said and 'no normalization' in page
