@@ -20,7 +20,7 @@ from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec
 from alexnet_jax.core.config import model_from_config, optimizer_from_config
 from alexnet_jax.data import datasets, random_crops
 from alexnet_jax.training import build
-from alexnet_jax.training.large_batch import hooks_from_config
+from alexnet_jax.training.recipes import optimizer_hooks
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UnreadableError
 from tests import ROOT
@@ -62,10 +62,11 @@ def init(network: model.AlexNet, seed: int = 0, size: int = SIZE):
 def optimizer(network: model.AlexNet, **changes) -> optim.Optimizer:
     """Returns the optimizer of configs/paper.py with changed values; an epoch has ten updates."""
     config = get_config('paper')
+    total_steps = changes.pop('total_steps', 100)
     options = {'steps_per_epoch': 10.0, 'layers': list(network.layers)}
     options |= {key: changes.pop(key) for key in options if key in changes}
     fields = {**config.optim, **changes}
-    return optimizer_from_config(fields, **options, **hooks_from_config(fields, options['steps_per_epoch']))
+    return optimizer_from_config(fields, **options, **optimizer_hooks(fields, options['steps_per_epoch'], total_steps))
 
 
 def digits_config(**changes):

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -395,3 +396,40 @@ def test_commands_of_a_page_run(page, clone):
         words = [sys.executable, '-m', *words] if words[0] == 'alexnet_jax' else words
         done = subprocess.run(words, cwd=clone, env=here, capture_output=True, text=True)
         assert done.returncode == 0, f'{command}: {done.stderr[-2000:]}'
+
+
+def _tables():
+    spec = importlib.util.spec_from_file_location('tables', ROOT / 'docs' / 'tables.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_tables_are_up_to_date():
+    """`python docs/tables.py` changes nothing, and every result is in a table."""
+    pages = {path.name: path.read_text() for path in (ROOT / 'docs').glob('*.md')}
+    assert {name: _tables().render(page) for name, page in pages.items()} == pages
+    used = set(re.findall(r'<!-- table: (\S+) ', '\n'.join(pages.values())))
+    assert used == {path.name for path in (ROOT / 'docs' / 'results').glob('*.json')}
+
+
+def test_suite_table_has_means_and_differences_by_seed():
+    runs = [
+        {'variant': name, 'seed': seed, 'diverged': False, 'train_error': 50.0, 'top1_error': error, 'top5_error': 5.0}
+        for name, errors in (('base', (20.0, 22.0)), ('other', (21.0, 25.0)))
+        for seed, error in enumerate(errors)
+    ]
+    runs[-1] = {'variant': 'other', 'seed': 1, 'diverged': True}
+    assert _tables().suite({'runs': runs, 'networks': {'base': '', 'other': 'base'}})[1:] == [
+        ['base', '2', '50.00 ± 0.00', '21.00 ± 1.41', '5.00 ± 0.00', ''],
+        ['other', '1, 1 diverged', '50.00', '21.00', '5.00', '+1.00'],
+    ]
+
+
+def test_speed_table_has_medians_and_ratios():
+    programs = {'alexnet_jax': [30.0, 20.0, 40.0], 'torch': [10.0, 30.0, 20.0]}
+    rates = {name: {'median': sorted(values)[1], 'measurements': values} for name, values in programs.items()}
+    assert _tables().speed({'images_per_second': rates})[1:] == [
+        ['alexnet_jax', '30.0', '20.0 - 40.0', '3', ''],
+        ['torch', '20.0', '10.0 - 30.0', '3', '1.50'],
+    ]

@@ -2,6 +2,7 @@
 
 The folder of a step has `params`, `training` (step and optimizer state), `image_stats` (mean image, color components),
 `meta` (config, class names, sizes) and the digests of all its files. A step without digests is incomplete and ignored.
+If the optimizer averages the parameters, `params` has the average, and `training` the parameters in its place.
 Parameters are stored in the global layout and can be restored on any mesh.
 """
 
@@ -181,6 +182,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
         Raises UserError if this or the previous state cannot be written. Steps saved earlier stay unchanged.
         """
+        state = state.swap_average()  # the averaged parameters are those to evaluate
         arrays: dict[str, Any] = {'params': state.params, 'image_stats': image_stats._asdict()}
         if state.opt_state is not None:
             arrays['training'] = {'step': state.step, 'opt_state': state.opt_state}
@@ -241,7 +243,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
         with self._read_errors(step):
             items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
-        return TrainState(items.training['step'], items.params, items.training['opt_state'])
+        return TrainState(items.training['step'], items.params, items.training['opt_state']).swap_average()
 
     def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
         """Returns (meta, image_stats) of a step. Raises UserError if they cannot be read."""

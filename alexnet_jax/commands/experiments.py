@@ -2,10 +2,11 @@
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
-SUITE is figure1, ablations, cifar10, ensemble or views (see docs/experiments.md). A suite trains networks that differ
-in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as with
-`alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
---scale=0.2 trains on a fixed fifth of the images. --dry_run prints the runs and their predicted hours.
+SUITE is figure1, ablations, recipe, cifar10, ensemble or views (see docs/experiments.md). A suite trains networks that
+differ in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as
+with `alexnet_jax train`. The same command resumes a stopped suite. DIR receives results.csv, report.html and runs/.
+--scale=0.2 trains on a fixed fifth of the images. --only='no dropout,no color' runs these networks and the one that
+they are compared with. --dry_run prints the runs and their predicted durations.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ FLAGS = (
     ConfigFlag('base', 'paper', 'Config that all runs start from.'),
     Flag('seeds', 0, 'Runs of each network with different seeds; 0: 3, or 5 for ensemble.', at_least=0),
     Flag('scale', 1.0, 'Fraction of the training images to train on; always the same images.'),
-    Flag('dry_run', False, 'Only print the runs, their images and predicted hours.'),
+    Flag('only', '', "Networks to run, separated by commas: 'no dropout,no crops or reflections'; empty: all."),
+    Flag('dry_run', False, 'Only print the runs, their images and predicted durations.'),
     CPU_DEVICES,
 )
-ARGUMENTS = 'one SUITE (figure1, ablations, cifar10, ensemble, views)'
+ARGUMENTS = 'one SUITE (figure1, ablations, recipe, cifar10, ensemble, views)'
 
 
 def main(args: flags.FlagValues, words: Sequence[str]) -> None:
@@ -38,7 +40,9 @@ def main(args: flags.FlagValues, words: Sequence[str]) -> None:
         raise UserError(f'--scale={args.scale}: expected a number above 0 and at most 1.')
     from alexnet_jax.experiments import plots  # noqa: F401  (raises UserError now, not after days, without matplotlib)
 
-    suite = runner.Suite(name, args.base, seeds, args.output, args.scale)
+    only = tuple(word for part in args.only.split(',') if (word := part.strip()))
+    suite = runner.Suite(name, args.base, seeds, args.output, args.scale, only)
+    suite.variants()  # checks --only before anything is prepared
     if args.dry_run:
         print(runner.plan_suite(suite, args.data))
         return

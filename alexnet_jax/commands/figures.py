@@ -7,16 +7,19 @@ Draws the network (figure 2) and the kernels of its first layer (figure 3). With
 (as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix.
 """
 
+from collections.abc import Sequence
+
 from absl import flags
 
 from alexnet_jax.commands.flag import CPU_DEVICES, Flag
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, did_you_mean
 
 FLAGS = (
     Flag('run', None, 'A workdir: draw its training curves and its best step, else its latest step.'),
     Flag('checkpoint', None, 'A checkpoint, instead of --run; without training curves.'),
     Flag('data', None, "A prepared directory, or 'digits', for the figures that show images."),
     Flag('output', None, 'Directory for the figures; created if missing.', required=True),
+    Flag('beside', '', 'A published run on ImageNet, drawn beside the training curves: caffenet or nvcaffe.'),
     Flag('split', 'val', 'Split whose images are shown.'),
     Flag('seed', 0, 'Random seed for the choice of the images shown.', at_least=0),
     CPU_DEVICES,
@@ -33,13 +36,32 @@ def main(args: flags.FlagValues) -> None:
         raise UserError('give either --run=WORKDIR or --checkpoint=PATH; see --help.')
     from alexnet_jax.experiments import plots  # raises UserError if matplotlib is missing
 
+    if args.beside and not args.run:
+        raise UserError(f'--beside={args.beside}: needs training curves; use --run=WORKDIR.')
     path = args.run or args.checkpoint
     dataset = datasets.open_dataset(args.data) if args.data else None
     checkpoint = load_checkpoint(path)
     if dataset:
         dataset.split(args.split)
         evaluate.check_data(checkpoint, dataset, path)
+    if args.beside:
+        _check_beside(args.beside, checkpoint.class_names)
     print(f'{path} (step {checkpoint.step})', flush=True)
-    drawn = figures.draw(checkpoint, run=args.run, dataset=dataset, split=args.split, seed=args.seed)
+    drawn = figures.draw(
+        checkpoint, run=args.run, dataset=dataset, split=args.split, seed=args.seed, beside=args.beside
+    )
     for name, figure, lines in drawn:
         print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)
+
+
+def _check_beside(name: str, class_names: Sequence[str]) -> None:
+    """Raises UserError if there is no published curve of a name, or if a network has other classes than ImageNet."""
+    from alexnet_jax.data import imagenet_classes
+    from alexnet_jax.training.published_curves import CURVES
+
+    if name not in CURVES:
+        raise UserError(f'--beside={name}: expected one of {", ".join(CURVES)}.{did_you_mean(name, CURVES)}')
+    if set(class_names) != set(imagenet_classes.wordnet_ids()):
+        raise UserError(
+            f'--beside={name}: expected a run on the 1,000 classes of ImageNet, got {len(class_names)} other classes.'
+        )

@@ -34,6 +34,10 @@ is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
 is_positive_int = functools.partial(is_number, minimum=1, kind=int)
 
 
+def _is_fraction(value: Any) -> bool:
+    return is_nonnegative(value) and value < 1
+
+
 def _is_crop_area(value: Any) -> bool:
     return value == () or (_are_numbers(value, 2, maximum=1) and 0 < value[0] <= value[1])
 
@@ -49,7 +53,7 @@ _MODEL_CHECKS = (
     ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
     ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
     ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
-    ('dropout_rate', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('dropout_rate', _is_fraction, 'a number of at least 0 and below 1'),
     ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
 )
@@ -62,11 +66,11 @@ _AUGMENTATION_CHECKS = (
     ('color_scale', ('eigenvalue', 'std').__contains__, "'eigenvalue' or 'std'"),
 )
 OPTIM_CHECKS = (
-    ('schedule', ('plateau', 'epochs').__contains__, "'plateau' or 'epochs'"),
+    ('schedule', ('plateau', 'epochs', 'cosine').__contains__, "'plateau', 'epochs' or 'cosine'"),
     ('learning_rate bias_rate weight_decay bias_decay', is_nonnegative, 'a number of 0 or more'),
     ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
     ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
-    ('momentum', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('momentum label_smoothing average_decay', _is_fraction, 'a number of at least 0 and below 1'),
     ('drop_factor', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('patience', is_positive_int, 'a positive integer'),
 )
@@ -153,7 +157,8 @@ def optimizer_from_config(
     steps_per_epoch: float,
     layers: Sequence[str],
     decay: Callable[[optim.DecayTable], Any] = optim.add_decays,
-    warmup: Callable[[jax.Array], jax.Array] | None = None,
+    factor: Callable[[jax.Array], jax.Array] | None = None,
+    average: Any = None,
 ) -> optim.Optimizer:
     """Returns the optimizer described by a config's `optim`. Raises UserError for an invalid value.
 
@@ -162,13 +167,16 @@ def optimizer_from_config(
       steps_per_epoch: updates per epoch; may be fractional.
       layers: names of the network's layers.
       decay: makes the transformation before the learning rate, see `optim.make_optimizer`.
-      warmup: maps the number of updates so far to a factor of every rate; None: no warm-up.
+      factor: maps the number of updates so far to a factor of every rate; None: 1.
+      average: see `optim.make_optimizer`.
     """
     check_values(OPTIM_CHECKS, fields, 'optim.{}={!r}')
     for key in ('layer_rates', 'layer_decays'):
         _check_layer_rows(key, fields[key], 2, layers)
     if fields['schedule'] == 'epochs':
         stages, plateau = _check_stages(fields['stages'], layers), None
+    elif fields['schedule'] == 'cosine':  # `factor` has the schedule
+        stages, plateau = [optim.Stage(0.0, 1.0, 1.0)], None
     else:
         factors = [fields['drop_factor'] ** i for i in range(fields['max_drops'] + 1)]
         stages = [optim.Stage(0.0, factor, factor) for factor in factors]
@@ -180,12 +188,11 @@ def optimizer_from_config(
         bias_rate=fields['bias_rate'],
         layer_rates=dict(fields['layer_rates']),
         plateau=plateau,
-        warmup=warmup,
+        factor=factor,
     )
     decays = optim.DecayTable(fields['weight_decay'], fields['bias_decay'], dict(fields['layer_decays']))
-    return optim.make_optimizer(
-        rates, decay(decays), momentum=fields['momentum'], rate_in_velocity=fields['rate_in_velocity']
-    )
+    options = {'momentum': fields['momentum'], 'rate_in_velocity': fields['rate_in_velocity'], 'average': average}
+    return optim.make_optimizer(rates, decay(decays), **options)
 
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:

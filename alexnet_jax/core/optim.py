@@ -45,6 +45,11 @@ class SgdState(NamedTuple):
         """The velocity, a tree like the parameters."""
         return optax.tree.get(self.chain, 'trace')
 
+    @property
+    def average(self) -> Any:
+        """The average of the parameters over the updates, a tree like the parameters; None if it is not computed."""
+        return optax.tree.get(self.chain, 'average')
+
 
 class Stage(NamedTuple):
     """Learning rate factors that apply from an epoch on."""
@@ -91,14 +96,14 @@ class RateTable:
     bias_rate: float = 1.0  # factor for biases: 1 in the paper, 2 in the authors' files and Caffe's (`lr_mult`)
     layer_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # factor by layer; 0 freezes the layer
     plateau: Plateau | None = None  # decides when a stage ends; None: stages start at their epochs
-    warmup: Callable[[jax.Array], jax.Array] | None = None  # number of updates -> factor of every rate
+    factor: Callable[[jax.Array], jax.Array] | None = None  # number of updates -> factor of every rate
 
     def _current(self, rates: Sequence[float], state: SgdState) -> jax.Array:
         """Selects the rate of the next update from `rates`, one per stage."""
         starts = [round(stage.start * self.steps_per_epoch) for stage in self.stages[1:]]
         stage = state.plateau.drops if self.plateau else jnp.sum(state.count >= jnp.asarray(starts, jnp.int32))
         rate = jnp.asarray(rates)[stage]
-        return rate if self.warmup is None else rate * self.warmup(state.count)
+        return rate if self.factor is None else rate * self.factor(state.count)
 
     def base(self, state: SgdState) -> jax.Array:
         """Returns the learning rate of weights in layers without overrides."""
@@ -149,7 +154,12 @@ def add_decays(table: DecayTable) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    rates: RateTable, decay: optax.GradientTransformation, *, momentum: float = 0.9, rate_in_velocity: bool = True
+    rates: RateTable,
+    decay: optax.GradientTransformation,
+    *,
+    momentum: float = 0.9,
+    rate_in_velocity: bool = True,
+    average: optax.GradientTransformation | None = None,
 ) -> Optimizer:
     """Returns stochastic gradient descent as in the module docstring.
 
@@ -158,10 +168,12 @@ def make_optimizer(
     other layers frozen.)
 
     `decay` is the transformation before the rate: `add_decays`, or a replacement for large batches. The paper's
-    momentum is 0.9. With `rate_in_velocity=False` the update is that of `torch.optim.SGD`.
+    momentum is 0.9. With `rate_in_velocity=False` the update is that of `torch.optim.SGD`. `average`, at the end of the
+    chain, keeps an average of the parameters in its state; the paper has none.
     """
     scale, trace = _scale_by_rates(), _trace_unless_frozen(optax.trace(momentum))
-    chain = optax.chain(decay, scale, trace) if rate_in_velocity else optax.chain(decay, trace, scale)
+    steps = (decay, scale, trace) if rate_in_velocity else (decay, trace, scale)
+    chain = optax.chain(*steps, *([average] if average else []))
 
     def init(params: Any) -> SgdState:
         # Each scalar needs its own buffer, because a buffer cannot be donated twice.

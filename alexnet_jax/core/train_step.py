@@ -1,5 +1,6 @@
 """Training state, training step and evaluation step, as pure functions without I/O or config."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,24 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
 
+    @property
+    def eval_params(self) -> Any:
+        """Parameters for evaluation: their average over the updates if the optimizer keeps one, else `params`."""
+        average = None if self.opt_state is None else self.opt_state.average
+        return self.params if average is None else average
+
+    def swap_average(self) -> 'TrainState':
+        """Exchanges the parameters and their average, if there is one. Checkpoints store the result as `params`."""
+        if self.opt_state is None or self.opt_state.average is None:
+            return self
+        opt_state = optax.tree.set(self.opt_state, average=self.params)
+        return self._replace(params=self.opt_state.average, opt_state=opt_state)
+
+
+def true_log_likelihood(logits_NK: Array, batch: Batch) -> Array:
+    """Returns the log-probability of the true class, float [N] (section 3.5)."""
+    return metrics.log_likelihood(logits_NK, batch['label'])
+
 
 def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_size: int) -> TrainState:
     """Returns an initial state with parameters drawn from `key`. Jit it with `out_shardings` to place it on a mesh."""
@@ -31,16 +50,23 @@ def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_s
 
 
 def loss_and_sums(
-    params: Any, x_NHWC: Array, batch: Batch, masks: model.Masks | None, *, forward: Forward, total: Array | None = None
+    params: Any,
+    x_NHWC: Array,
+    batch: Batch,
+    masks: model.Masks | None,
+    *,
+    forward: Forward,
+    total: Array | None = None,
+    likelihood: Callable[[Array, Batch], Array] = true_log_likelihood,
 ) -> tuple[Array, metrics.Sums]:
     """Returns the mean negative log-likelihood over the batch (section 3.5), and the metric sums.
 
     `x_NHWC` is float [N, s, s, 3] from `augment.preprocess`; `batch` has 'label' and 'weight', [N]. For a microbatch,
-    `total` is the total weight of the whole batch; the loss is divided by it.
+    `total` is the total weight of the whole batch; the loss is divided by it. `likelihood` maps logits and batch to
+    float [N]; the loss is its negative.
     """
     logits = forward(params, x_NHWC, masks)
-    likelihood = metrics.log_likelihood(logits, batch['label'])
-    sums = metrics.sums(likelihood, logits, batch['label'], batch['weight'])
+    sums = metrics.sums(likelihood(logits, batch), logits, batch['label'], batch['weight'])
     return sums['loss'] / (jnp.maximum(sums['weight'], 1) if total is None else total), sums
 
 
@@ -63,6 +89,8 @@ def train_step(
     color_steps: int | None = None,
     grad_accum_steps: int = 1,
     data_shards: int = 1,
+    mix: Callable[[Array, Batch, Array], tuple[Array, Batch]] | None = None,
+    likelihood: Callable[[Array, Batch], Array] = true_log_likelihood,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains on one batch: forward pass, backward pass, update.
 
@@ -83,6 +111,8 @@ def train_step(
       grad_accum_steps: number of microbatches, computed one after the other. Their gradients are added: the update is
         the same, and activations take the memory of one microbatch.
       data_shards: size of the mesh's data axis.
+      mix: changes preprocessed images and batch, from (x, batch, key of the step); None: nothing.
+      likelihood: see `loss_and_sums`.
 
     Returns:
       The new state and a report: the sums of `metrics.sums`, 'gradient_norm', 'gradient_norms' and 'update_norms' (by
@@ -93,15 +123,20 @@ def train_step(
         with jax.named_scope('input'):
             batch = augment.crop_on_device(batch, image_size)
     with jax.named_scope('masks'):
-        masks = model.dropout_masks(network, jax.random.fold_in(key, state.step), count, image_size)
+        step_key = jax.random.fold_in(key, state.step)
+        masks = model.dropout_masks(network, step_key, count, image_size)
     color = True if color_steps is None else state.opt_state.count < color_steps
     dtype = jnp.promote_types(network.dtype, jnp.float32)
     total = jnp.maximum(batch['weight'].sum(), 1) if grad_accum_steps > 1 else None
 
+    loss = functools.partial(loss_and_sums, forward=forward, total=total, likelihood=likelihood)
+
     def gradient(batch: Batch, masks: model.Masks) -> tuple[Any, metrics.Sums]:
         with jax.named_scope('input'):
             x = augment.preprocess(batch, image_stats, augmentation, color=color, dtype=dtype)
-        return jax.grad(loss_and_sums, has_aux=True)(state.params, x, batch, masks, forward=forward, total=total)
+            if mix is not None:
+                x, batch = mix(x, batch, jax.random.fold_in(step_key, len(network.layers)))  # masks use lower numbers
+        return jax.grad(loss, has_aux=True)(state.params, x, batch, masks)
 
     def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(*microbatch)), None

@@ -133,6 +133,15 @@ ONE_GPU = {'model.layers': _half_kernels, 'model.norm_groups': 1, 'mesh.tower': 
 NO_COMMUNICATION = {'model.layers': _separate_towers}
 SIXTH_CONV = {'model.layers': _sixth_conv}
 
+# Parts of a later recipe, see configs/modern.py.
+COSINE = {
+    'optim.schedule': 'cosine',
+    'optim.stages': (),
+    'optim.warmup_epochs': lambda base: base.num_epochs / 24,  # 5 of 120
+}
+MIXED_LABELS = {'data.mixup_alpha': 0.2, 'optim.label_smoothing': 0.1}
+MODERN = {**COSINE, **MIXED_LABELS, 'optim.average_decay': 0.999, 'optim.weight_decay': 1e-4}
+
 
 def ablations(base: ConfigDict) -> list[Variant]:
     """Returns the paper's comparisons: the base network, and networks without one of its parts."""
@@ -158,7 +167,7 @@ def ablations(base: ConfigDict) -> list[Variant]:
         BASE,
         Variant('no normalization', NO_NORMALIZATION, 'base', (1.4, 1.2), (1.37, 1.15), 1, source='3.3; net 148'),
         Variant('non-overlapping pooling', NON_OVERLAPPING, 'base', (0.4, 0.3), (0.39, 0.30), 1, source='3.4; net 147'),
-        Variant('one GPU, half the kernels', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
+        Variant('one GPU (half the kernels)', ONE_GPU, 'base', (1.7, 1.2), (1.70, 1.23), 1, source='3.2; net 145-half'),
         *([separate] if len(layers) > len(convs) + 1 else []),  # separate towers need a hidden layer
         Variant('no dropout', {'model.dropout_rate': 0.0}, 'base', sign=1, source='4.2, "substantial overfitting"'),
         Variant('no crops or reflections', no_crops, 'base', sign=1, source='section 4.1, "substantial overfitting"'),
@@ -166,6 +175,16 @@ def ablations(base: ConfigDict) -> list[Variant]:
         *removed,
         Variant('sixth conv layer', SIXTH_CONV, 'base', source='section 6, with pre-training only'),
         Variant('no weight decay', no_decay, 'base', sign=1, measure='train_error', source=decay_claim),
+    ]
+
+
+def recipe(base: ConfigDict) -> list[Variant]:
+    """Returns the base and the recipe of configs/modern.py, whole and in two parts."""
+    return [
+        BASE,
+        Variant('cosine schedule', COSINE, 'base', source='configs/modern.py'),
+        Variant('mixup and smoothed labels', MIXED_LABELS, 'base', source='configs/modern.py'),
+        Variant('modern recipe', MODERN, 'base', source='configs/modern.py'),
     ]
 
 
@@ -184,6 +203,7 @@ def cifar10(base: ConfigDict) -> list[Variant]:
 
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
     'ablations': ablations,
+    'recipe': recipe,
     'cifar10': cifar10,
     'ensemble': lambda base: [BASE],  # 'ensemble' and 'views' evaluate the base network in different ways
     'views': lambda base: [BASE],

@@ -19,6 +19,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.inference import activations, predict
 from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.training.published_curves import CURVES
 from alexnet_jax.utils.errors import UserError
 
 Drawn = tuple[str, Any, list[str]]  # name, matplotlib Figure, lines to print
@@ -191,11 +192,13 @@ def draw(
     dataset: Dataset | None = None,
     split: str = 'val',
     seed: int = 0,
+    beside: str = '',
 ) -> Iterator[Drawn]:
     """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 
     run: workdir of its run; draws the learning curves. dataset, split: images to show; without a dataset, figures that
-    show images are skipped. seed: random seed of the choice of images.
+    show images are skipped. seed: random seed of the choice of images. beside: name of a published curve on ImageNet
+    (`published_curves.CURVES`), drawn beside those of the run.
     """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
@@ -203,6 +206,8 @@ def draw(
         shown = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
             drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
+            if beside and len(CURVES[beside].points(field)[0]):
+                drawn[f'{beside}, val'] = CURVES[beside].points(field)
             yield name, plots.learning_curves(drawn, y_label=label), []
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)

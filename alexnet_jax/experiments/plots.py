@@ -25,6 +25,9 @@ except ImportError as error:
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
 _LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
+# For more than five curves: five styles and six colors make 30 different lines.
+_COLORS = (BLUE, VERMILION, GREEN, PURPLE, BLACK, ORANGE)
+_MANY_LINES = [(_COLORS[i % 6], _LINES[i % 5][1]) for i in range(30)]
 _OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
 _PER_ROW = 16  # kernels or maps per row
@@ -254,10 +257,12 @@ def learning_curves(
 
     curves: {name: (x, y)}, or {name: list of (x, y), one per seed}, drawn with thin lines.
     """
-    figure = Figure(figsize=(5, 3.8), layout='constrained')
+    many = len(curves) > len(_LINES)
+    lines = _MANY_LINES if many else _LINES
+    figure = Figure(figsize=(7.5 if many else 5, 3.8), layout='constrained')
     axes = figure.subplots()
     for i, (name, values) in enumerate(curves.items()):
-        color, style = _LINES[i % len(_LINES)]
+        color, style = lines[i % len(lines)]
         seeds = values if isinstance(values, list) else [values]
         width = 1.8 if len(seeds) == 1 else 0.8
         for j, (x, y) in enumerate(seeds):
@@ -266,6 +271,27 @@ def learning_curves(
         axes.axhline(threshold, color='#666666', linewidth=0.6)
     axes.set(xlabel='Epochs', ylabel=y_label, xlim=(0, None), ylim=(0, None))
     axes.spines[['top', 'right']].set_visible(False)
-    if curves:
+    if many:
+        axes.legend(frameon=False, fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
+    elif curves:
         axes.legend(frameon=False)
+    return figure
+
+
+def effects(changes: Mapping[str, Sequence[float]]) -> Figure:
+    """Draws differences from a baseline, one row per variant: each seed, their mean and standard deviation.
+
+    changes: {variant: differences in percentage points, one for each seed}. Variants without any are left out.
+    """
+    rows = {name: np.asarray(values) for name, values in changes.items() if len(values)}
+    figure = Figure(figsize=(6, 0.8 + 0.3 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    for place, values in enumerate(rows.values()):
+        spread = values.std(ddof=1) if len(values) > 1 else 0.0
+        axes.errorbar(values.mean(), place, xerr=spread, fmt='s', color=BLUE, capsize=3, markersize=5)
+        axes.plot(values, np.full(len(values), place), 'o', color=ORANGE, markersize=3)
+    axes.axvline(0, color=BLACK, linewidth=0.6)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set(xlabel='Difference from the baseline (percentage points)', ylim=(len(rows) - 0.5, -0.5))
+    axes.spines[['top', 'right']].set_visible(False)
     return figure

@@ -46,6 +46,8 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     rows: list[tuple]  # str, numbers, or None (an empty cell)
     note: str = ''  # explanation of the numbers
+    verdict: str = ''  # the result in a sentence or two, shown above the rows
+    folded: bool = False  # hidden until the reader opens it
 
 
 class Figure(NamedTuple):
@@ -112,8 +114,11 @@ def _table(table: Table) -> str:
         right = table.rows and all(row[i] is None or _is_number(row[i]) for row in table.rows)
         head += f'<th scope="col"{_NUMBER if right else ""}>{escape(column)}</th>'
     rows = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>\n' for row in table.rows)
-    note = f'<p class="note">{escape(table.note)}</p>\n' if table.note else ''
-    return _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>') + note
+    body = _scrolling(table.title, f'<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>')
+    body += f'<p class="note">{escape(table.note)}</p>\n' if table.note else ''
+    if table.folded:
+        body = f'<details><summary>{len(table.rows)} rows</summary>\n{body}</details>\n'
+    return f'<p class="verdict">{escape(table.verdict)}</p>\n{body}' if table.verdict else body
 
 
 def _is_number(value) -> bool:

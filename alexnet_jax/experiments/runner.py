@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from alexnet_jax.prepare import discovery, prepare
 from alexnet_jax.prepare.image_ref import Listing
 from alexnet_jax.training import build, metric_writer, train
 from alexnet_jax.training.check_config import network_and_augmentation
-from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error
+from alexnet_jax.utils.errors import DivergedError, UserError, as_user_error, did_you_mean
 
 FIGURE1 = 'figure1'
 SUITES = (FIGURE1, *ablations.SUITES)
@@ -42,6 +44,18 @@ class Suite(NamedTuple):
     seeds: int
     output: str  # directory of results.csv, report.html and runs/
     scale: float  # fraction of the training images to use, the same images in every run
+    only: tuple[str, ...] = ()  # names of the variants to run, with their baselines; (): all
+
+    def variants(self) -> list[Variant]:
+        """Returns the variants to run. Raises UserError if `only` has an unknown name."""
+        known = {variant.name: variant for variant in ablations.SUITES.get(self.name, lambda base: [])(self.base)}
+        if self.only and len(known) < 2:
+            raise UserError(f'--only={",".join(self.only)}: expected no names, because {self.name} needs all its runs.')
+        for name in self.only:
+            if name not in known:
+                raise UserError(f'--only={name}: expected one of {", ".join(known)}.{did_you_mean(name, known)}')
+        wanted = {*self.only, *(known[name].baseline for name in self.only)} or set(known)
+        return [variant for name, variant in known.items() if name in wanted]
 
     @property
     def record_size(self) -> int:
@@ -59,7 +73,7 @@ class Trial(NamedTuple):
 
     @property
     def workdir(self) -> str:
-        name = self.variant.name.replace(',', '').replace(' ', '_')
+        name = re.sub(r'[^\w. -]', '', self.variant.name).replace(' ', '_')
         return os.path.join(self.output, 'runs', f'{name}-{self.seed}')
 
     @property
@@ -106,7 +120,7 @@ def run_suite(suite: Suite, data: str) -> list[str]:
         )
     suite = _with_data(suite, path, dataset)
     trials, rows = run_figure1(suite, dataset) if suite.name == FIGURE1 else run_variants(suite, dataset)
-    tables.write_csv(os.path.join(suite.output, 'results.csv'), rows, whole=True)
+    tables.write_csv(os.path.join(suite.output, 'results.csv'), rows, whole=not suite.only)
     diverged = {(row['variant'], row['seed']) for row in rows if row['diverged']}
     runs = {trial.workdir: trial.variant.name for trial in trials if (trial.variant.name, trial.seed) not in diverged}
     if not runs:
@@ -114,15 +128,20 @@ def run_suite(suite: Suite, data: str) -> list[str]:
         if suite.name in _SMALL:
             remedy = 'the suite sets the learning rates itself, so check the images (docs/trouble.md).'
         raise UserError(f'all networks of {suite.name} diverged; {remedy}')
+    effects: dict[str, list[float]] = {}
     if suite.name == FIGURE1:
         names = list(dict.fromkeys(trial.variant.name for trial in trials))
         results = [tables.figure1_table(rows, names, RATES)]
     elif suite.name in ('ensemble', 'views'):
         results = [tables.averaged_table(suite.name, list(runs), dataset, suite.base.data.max_unreadable)]
     else:
-        variants = ablations.SUITES[suite.name](suite.base)
+        variants = suite.variants()
         results = [tables.comparison_table(suite.name, rows, variants), tables.color_table(rows, variants)]
-    tables.publish(suite.name, suite.output, results, runs, rows, dataset)
+        effects = {variant.name: tables.deltas(rows, variant) for variant in variants if variant.baseline}
+    tables.publish(suite.name, suite.output, results, runs, rows, dataset, effects)
+    networks = {trial.variant.name: trial.variant.baseline for trial in trials}
+    environment = next(filter(None, (_read_json(trial, 'environment') for trial in trials)))  # of the training
+    tables.write_json(suite.output, suite.name, networks, rows, environment)
     return [tables.as_text(table) for table in results]
 
 
@@ -243,7 +262,7 @@ def run_figure1(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], l
 
 def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], list[dict]]:
     """Runs the variants of a suite one after the other. Returns (trials, rows), one row per trial."""
-    trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
+    trials = make_trials(suite.variants(), suite.base, suite.seeds, suite.output)
     rows = []
     for i, trial in enumerate(trials):
         logging.info('%d/%d  %s', i + 1, len(trials), trial.title)
@@ -252,7 +271,7 @@ def run_variants(suite: Suite, dataset: datasets.Dataset) -> tuple[list[Trial], 
 
 
 def plan_suite(suite: Suite, data: str) -> str:
-    """Returns the runs of a suite, their images and their predicted hours as text. Writes nothing.
+    """Returns the runs of a suite, their images and their predicted durations as text. Writes nothing.
 
     The prediction is based on the measured speed of a few updates of the first network and the FLOPs of all networks.
     """
@@ -265,7 +284,7 @@ def plan_suite(suite: Suite, data: str) -> str:
         lines.append('Upper bound: slow learning rates are stopped early, and a run ends at 25% training error.')
         trials = max_trials(suite.base, suite.seeds, suite.output)
     else:
-        trials = make_trials(ablations.SUITES[suite.name](suite.base), suite.base, suite.seeds, suite.output)
+        trials = make_trials(suite.variants(), suite.base, suite.seeds, suite.output)
     first = trials[0].config
     with contextlib.ExitStack() as stack:
         dataset = datasets.synthetic(first.data.image_size, first.model.num_classes)
@@ -281,12 +300,17 @@ def plan_suite(suite: Suite, data: str) -> str:
         images = trial.config.num_steps * trial.config.batch_size or trial.config.num_epochs * examples
         hours = images / rate * flops[-1] / flops[0] / 3600
         total += hours
-        lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {hours:9.2f} h')
+        lines.append(f'{trial.variant.name:28} seed {trial.seed}  {images:12,.0f} images  {format_hours(hours):>8}')
     lines.append(
-        f'{len(trials)} runs, {total:.2f} hours, predicted from {rate:.0f} images/s of the first network on this '
+        f'{len(trials)} runs, {format_hours(total)}, predicted from {rate:.0f} images/s of the first network on this '
         'machine and the FLOPs of the others. Data loading, evaluation and compilation are not included.'
     )
     return '\n'.join(lines)
+
+
+def format_hours(hours: float) -> str:
+    """Returns a duration as text, in minutes if it is below an hour."""
+    return f'{hours:.1f} h' if hours >= 1 else f'{math.ceil(60 * hours)} min'
 
 
 def max_trials(base: ConfigDict, seeds: int, output: str) -> list[Trial]:

@@ -3,8 +3,11 @@
 import collections
 import csv
 import itertools
+import json
 import os
+import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,23 +56,48 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
         writer.writerows([*others, *rows])
 
 
+def deltas(rows: Sequence[dict], variant: ablations.Variant) -> list[float]:
+    """Returns the differences of a variant from its baseline, in percentage points, one for each seed."""
+    key, measured = variant.measure, [row for row in rows if row['variant'] == variant.name and not row['diverged']]
+    if key == 'top1_error' and all(row.get('top1_ten') is not None for row in measured):
+        key = 'top1_ten'
+    return differences(rows, variant.name, variant.baseline, key)
+
+
+def write_json(
+    output: str, suite: str, networks: Mapping[str, str], rows: Sequence[dict], environment: dict[str, Any]
+) -> None:
+    """Writes SUITE.json: the command, the environment and all runs of a suite. networks: {variant: baseline or ''}."""
+    first = next(row for row in rows if not row['diverged'])
+    result = {
+        'name': suite,
+        'command': ' '.join(map(shlex.quote, ['alexnet_jax', *sys.argv[1:]])),
+        **{key: environment[key] for key in ('commit', 'versions', 'devices')},
+        **{key: first[key] for key in ('train_images', 'epochs')},
+        'seeds': len({row['seed'] for row in rows}),
+        'networks': networks,
+        'runs': list(rows),
+    }
+    with atomic_file(os.path.join(output, f'{suite}.json')) as file:
+        json.dump(result, file, indent=1)
+
+
 def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.Variant]) -> report.Table:
     """Returns the measured errors and those of the paper and of the authors' log, one row per variant."""
     table = []
     for variant in variants:
-        measured = [row for row in rows if row['variant'] == variant.name and not row['diverged']]
-        key = variant.measure
-        if key == 'top1_error' and all(row.get('top1_ten') is not None for row in measured):
-            key = 'top1_ten'
-        deltas = differences(rows, variant.name, variant.baseline, key) if variant.baseline else []
-        measures = ('train_error', 'top1_error', 'top5_error', 'top1_ten', 'top5_ten')
+        runs = [row for row in rows if row['variant'] == variant.name]
+        measured = [row for row in runs if not row['diverged']]
+        diverged = f', {len(runs) - len(measured)} diverged' if len(measured) < len(runs) else ''
+        changes = deltas(rows, variant) if variant.baseline else []
+        measures = ('top1_error', 'top5_error', 'top1_ten', 'top5_ten', 'train_error')
         means = [format_mean_std([row.get(name) for row in measured]) for name in measures]
         claims = [format_error_pair(pair, signed=bool(variant.baseline)) for pair in (variant.paper, variant.log)]
-        comparison = (format_mean_std(deltas, signed=True), *claims, sign_agreement(deltas, variant.sign))
-        table.append((variant.name, f'{len(measured)}', *means, *comparison, variant.source))
+        comparison = (format_mean_std(changes, signed=True), *claims, sign_agreement(changes, variant.sign))
+        table.append((variant.name, f'{len(measured)}{diverged}', *comparison, *means, variant.source))
     columns = (
-        'network', 'seeds', 'training error', 'top-1', 'top-5', 'top-1, ten views', 'top-5, ten views',
-        'difference', 'paper', "authors' log", 'sign', 'source',
+        'network', 'seeds', 'difference', 'paper', "authors' log", 'sign', 'top-1', 'top-5', 'top-1, ten views',
+        'top-5, ten views', 'training error', 'source',
     )  # fmt: skip
     note = (
         'Errors in percent: mean and standard deviation over the seeds, last checkpoint, center crop or ten views. '
@@ -78,7 +106,31 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
         '"no weight decay" it is in the training error. The numbers of the paper and of the authors\' log (top-1 / '
         'top-5) are from their full data and full training length.'
     )
-    return report.Table(f'{suite}: comparison with the paper', columns, table, note)
+    return report.Table(f'{suite}: comparison with the paper', columns, table, note, verdict(rows, variants))
+
+
+def verdict(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> str:
+    """Describes the result of a comparison: how many claims agree, the largest differences, the diverged runs."""
+    changes = {variant.name: deltas(rows, variant) for variant in variants if variant.baseline}
+    signs = [sign_agreement(changes[variant.name], variant.sign) for variant in variants if variant.baseline]
+    count = collections.Counter(sign.partition(' ')[0] for sign in signs if sign)
+    sentences = []
+    if total := count.total():
+        sentences.append(
+            f'Of {total} claimed signs, {count["agrees"]} agree in every seed, {count["disagrees"]} disagree in every '
+            f'seed, and {count["undecided"]} are undecided.'
+        )
+    measured = {name: values for name, values in changes.items() if values}
+    if measured:
+        largest = sorted(measured, key=lambda name: -abs(statistics.fmean(measured[name])))[:3]
+        texts = [f'{name} {format_mean_std(measured[name], signed=True)}' for name in largest]
+        sentences.append(f'Largest differences from the baseline, in percentage points: {", ".join(texts)}.')
+    diverged = collections.Counter(row['variant'] for row in rows if row['diverged'])
+    seeds = collections.Counter(row['variant'] for row in rows)
+    if diverged:
+        texts = [f'{name} ({number} of {seeds[name]} seeds)' for name, number in diverged.items()]
+        sentences.append(f'Diverged: {", ".join(texts)}.')
+    return ' '.join(sentences)
 
 
 def format_mean_std(values: Sequence[float | None], signed: bool = False) -> str:
@@ -129,7 +181,10 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
         'the network; three 5x5 convolutions (32, 32, 64 kernels) and a classifier are used.'
     )
     columns = ('network', 'seeds that reach 25%', 'epochs', 'paper')
-    return report.Table('Figure 1: ReLU against tanh', columns, table, note)
+    result = 'No seed reaches 25% with both.'
+    if ratios:
+        result = f'tanh needs {format_mean_std(ratios)} times as many epochs as ReLU; the paper states 6.'
+    return report.Table('Figure 1: ReLU against tanh', columns, table, note, result)
 
 
 def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_unreadable: int) -> report.Table:
@@ -166,7 +221,9 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
     if suite == 'ensemble':
         note += ' There is only one average: ± of the difference is that of the single networks. "agrees" means '
         note += 'that the average is better than each of them.'
-    return report.Table(f'{suite}: comparison with the paper', columns, table, note)
+    change = format_mean_std(gains[0], signed=True)
+    result = f'The top-1 error changes by {change} points; the paper states {paper[0]:+.2f}.'
+    return report.Table(f'{suite}: comparison with the paper', columns, table, note, result)
 
 
 def as_text(table: report.Table) -> str:
@@ -174,7 +231,7 @@ def as_text(table: report.Table) -> str:
     rows = [table.columns, *table.rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = ['  '.join(f'{cell!s:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return '\n'.join([table.title, *lines, table.note])
+    return '\n'.join(filter(None, [table.title, table.verdict, *lines, table.note]))
 
 
 def eval_split(dataset: Dataset) -> str | None:
@@ -189,6 +246,8 @@ def load_last(workdir: str) -> manager.Checkpoint:
 
 
 _CAPTIONS = {
+    'effects': 'Differences from the baseline: each seed (dots), mean and standard deviation.',
+    'validation': 'Validation error by epoch, mean over the seeds.',
     'figure1': 'Training error of ReLU (solid) and tanh (dashed) for every seed. The horizontal line is at 25%.',
     'error': 'Errors of the first network by epoch.',
     'architecture': 'Like figure 2: the maps of each tower and the maps that they read.',
@@ -200,9 +259,18 @@ _CAPTIONS = {
 
 
 def publish(
-    suite: str, output: str, tables: list[report.Table], runs: Mapping[str, str], rows: Sequence[dict], dataset: Dataset
+    suite: str,
+    output: str,
+    tables: list[report.Table],
+    runs: Mapping[str, str],
+    rows: Sequence[dict],
+    dataset: Dataset,
+    effects: Mapping[str, Sequence[float]],
 ) -> None:
-    """Writes report.html: tables, all runs, curves, the first network. runs: {workdir: variant}, not diverged."""
+    """Writes report.html: tables, curves, the first network, all runs.
+
+    runs: {workdir: variant}, not diverged. effects: {variant: differences from its baseline, one for each seed}.
+    """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     workdir, split = next(iter(runs)), eval_split(dataset) or 'train'
@@ -214,6 +282,10 @@ def publish(
             train = figures.curves(run)['train']
             curves[variant].append((train.epoch, train.top1_error))
         drawn['figure1'] = plots.learning_curves(curves, threshold=25.0, y_label='Training error rate (%)')
+    elif validation := mean_validation_curves(runs):
+        drawn['validation'] = plots.learning_curves(validation, y_label='Validation top-1 error (%)')
+    if any(effects.values()):
+        drawn['effects'] = plots.effects(effects)
     pages = []
     for name, caption in _CAPTIONS.items():
         if name in drawn:
@@ -228,12 +300,25 @@ def publish(
         os.path.join(output, 'report.html'),
         title=f'alexnet_jax: {suite}',
         summary=summary(rows, dataset.record_size, describe_environment()),
-        tables=[*tables, report.Table('All runs', columns, cells)],
+        tables=[*tables, report.Table('All runs', columns, cells, folded=True)],
         figures=pages,
         checkpoint=trained,
         image_NHWC=images,
         captions=[dataset.class_names[label] for label in labels],
     )
+
+
+def mean_validation_curves(runs: Mapping[str, str]) -> dict[str, tuple]:
+    """Returns {variant: (epochs, mean top-1 error over its seeds)} of the validations that all its runs have."""
+    curves = collections.defaultdict(list)
+    for run, variant in runs.items():
+        if len((val := figures.curves(run)['val']).epoch):
+            curves[variant].append(val)
+    means = {}
+    for variant, seeds in curves.items():
+        length = min(len(curve.epoch) for curve in seeds)
+        means[variant] = (seeds[0].epoch[:length], np.mean([curve.top1_error[:length] for curve in seeds], axis=0))
+    return means
 
 
 def summary(rows: Sequence[dict], size: int, environment: dict) -> str:

@@ -22,7 +22,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import datasets, pipeline, random_crops
 from alexnet_jax.data.cache import Batch, DeviceCache, HostCache, Records, Storage
 from alexnet_jax.data.image_stats_file import FILE_NAME
-from alexnet_jax.training import large_batch
+from alexnet_jax.training import recipes
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError, check_type, first_line
@@ -86,11 +86,11 @@ class TrainingSetup:
           (percent), 'gradient_norm', 'learning_rate' (of this update) and 'finite' (False: the update was skipped).
 
         Raises:
-          UserError: a shape or type is wrong, a label is not a class index, or `sharding.check_batch` rejects N.
+          UserError: a shape or type is wrong, a label is not a class index, or N does not fit the mesh.
         """
         check_type('the state', state, TrainState, 'a TrainState; use that of init or of the previous update')
         images, labels, weight = _batch_arrays(batch, self.network.num_classes)
-        sharding.check_batch(self.mesh, len(labels), self.config.grad_accum_steps)
+        _check_batch_size(self.config, self.mesh, len(labels))
         options = {'seed': self.config.seed, 'step': int(state.step), 'record_size': self.dataset.record_size}
         arrays = random_crops.augment_arrays(images, self.augmentation, **options)
         arrays |= {'label': labels.astype(np.int32), 'weight': weight}
@@ -180,11 +180,12 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
         )
     # Check the config's number of towers, even if a single device holds both.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
-    sharding.check_batch(mesh, config.batch_size, config.grad_accum_steps)
+    _check_batch_size(config, mesh, config.batch_size)
     num_workers = _num_workers(config, dataset, mesh, config.batch_size // sharding.data_shard(mesh)[1])
     records = datasets.subset(dataset.splits['train'], config.data.fraction)
     storage = _make_storage(config.data, records, dataset.record_size, mesh, num_workers)
     steps_per_epoch = len(storage.records) / config.batch_size
+    total_steps = config.num_steps or math.ceil(config.num_epochs * steps_per_epoch)
     put = jax.device_put if devices is None else sharding.shape_structs
     return TrainingSetup(
         config=config,
@@ -195,16 +196,21 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
         image_stats=put(dataset.image_stats, sharding.replicated(mesh)),
         storage=storage,
         num_workers=num_workers,
-        steps=make_steps(config, network, augmentation, mesh, steps_per_epoch),
-        total_steps=config.num_steps or math.ceil(config.num_epochs * steps_per_epoch),
+        steps=make_steps(config, network, augmentation, mesh, steps_per_epoch, total_steps),
+        total_steps=total_steps,
     )
 
 
 def make_steps(
-    config: ConfigDict, network: AlexNet, augmentation: Augmentation, mesh: Mesh, steps_per_epoch: float
+    config: ConfigDict,
+    network: AlexNet,
+    augmentation: Augmentation,
+    mesh: Mesh,
+    steps_per_epoch: float,
+    total_steps: int,
 ) -> TrainingSteps:
     """Jits the functions of a run. Raises UserError if a value in `optim` is out of range."""
-    hooks = large_batch.hooks_from_config(config.optim, steps_per_epoch)
+    hooks = recipes.optimizer_hooks(config.optim, steps_per_epoch, total_steps)
     layers = list(network.layers)
     optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
     forward = sharding.forward(network, mesh)
@@ -223,6 +229,7 @@ def make_steps(
         color_steps=round(augmentation.color_epochs * steps_per_epoch) if augmentation.color_epochs else None,
         grad_accum_steps=config.grad_accum_steps,
         data_shards=mesh.shape['data'],
+        **recipes.step_hooks(config),
     )
     evaluate = functools.partial(train_step.eval_step, forward=forward, augmentation=augmentation, views=1)
     return TrainingSteps(
@@ -261,6 +268,16 @@ def _batch_arrays(batch: Mapping[str, Any], num_classes: int) -> tuple[np.ndarra
     if weight.dtype.kind not in 'biuf' or not (np.isfinite(weight) & (weight >= 0)).all():
         raise UserError(f'the weights are {weight.dtype}: expected finite numbers of 0 or more.')
     return images, labels, weight.astype(np.float32)
+
+
+def _check_batch_size(config: ConfigDict, mesh: Mesh, size: int) -> None:
+    """Raises UserError if a batch does not divide into the mesh's shards and microbatches, for mixup into pairs."""
+    sharding.check_batch(mesh, size, config.grad_accum_steps)
+    if config.data.mixup_alpha and (size // config.grad_accum_steps // mesh.shape['data']) % 2:
+        raise UserError(
+            f'batch_size={size}, grad_accum_steps={config.grad_accum_steps}, mesh.data={mesh.shape["data"]}: expected '
+            'an even number of images per device and microbatch, because data.mixup_alpha mixes pairs.'
+        )
 
 
 def _check_dataset(dataset: datasets.Dataset, path: str, network: AlexNet) -> None:

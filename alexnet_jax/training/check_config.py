@@ -29,6 +29,7 @@ _DATA_CHECKS = (
     ('cache', ('', 'host', 'device').__contains__, "'', 'host' or 'device'"),
     ('fraction', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('num_threads max_unreadable', is_nonnegative_int, 'an integer of 0 or more'),
+    ('mixup_alpha', is_nonnegative, 'a number of 0 or more'),
     ('num_workers', lambda value: is_number(value, minimum=-1, kind=int), 'an integer of -1 or more'),
 )
 

@@ -12,6 +12,7 @@ from alexnet_jax.core.config import MODEL_FIELDS
 from alexnet_jax.training import metric_writer, train_log
 from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils import distributed
+from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 # Config keys that may change when a run is resumed: hardware, reporting intervals and length of the run.
@@ -63,6 +64,7 @@ def restore_or_init(
                 distributed.warn(
                     f'{config.init_from} was trained with {name}={theirs[name]}; this config has {ours[name]}.'
                 )
+        # An average of the parameters needs no change: it forgets the initial ones.
         state = state._replace(params=_load_pretrained(source, state.params, setup))
     return state, {}
 
@@ -77,7 +79,9 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
             f'{workdir} contains converted weights, not a run; to start from them, use another --workdir and '
             f'--config.init_from={workdir}.'
         )
-    if differences := _differences(old['config'], meta['config']):
+    # A cosine depends on the length of the run: with another length, the steps so far had other rates.
+    cosine = {'num_epochs', 'num_steps'} if setup.config.optim.schedule == 'cosine' else set()
+    if differences := _differences(_with_new_keys(old['config']), meta['config'], _MAY_DIFFER - cosine):
         raise UserError(
             f'{workdir} contains a run with another config ({"; ".join(differences)}); use the same config or another '
             '--workdir.'
@@ -89,6 +93,13 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
             f'{workdir} was trained on other data than {setup.config.data.path!r} (other images or another '
             'preparation); use the same data or another --workdir.'
         )
+
+
+def _with_new_keys(config: dict) -> dict:
+    """Adds the keys that an older config lacks, with the values of configs/paper.py, which change nothing."""
+    default = manager.config_to_json(get_config('paper'))
+    sections = {key: {**value, **config[key]} for key, value in default.items() if isinstance(value, dict)}
+    return {**default, **config, **sections}
 
 
 def _inference_settings(source: TrainingSetup | manager.Checkpoint) -> dict[str, Any]:
@@ -133,15 +144,15 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
     return loaded
 
 
-def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:
+def _differences(old: dict, new: dict, may_differ: set[str], prefix: str = '') -> list[str]:
     """Returns 'key: old -> new' for each differing config key, except the keys that may change on resuming."""
     differences = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = prefix + key, old.get(key), new.get(key)
-        if name in _MAY_DIFFER or a == b:
+        if name in may_differ or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            differences += _differences(a, b, name + '.')
+            differences += _differences(a, b, may_differ, name + '.')
         else:
             differences.append(f'{name}: {a} -> {b}')
     return differences

@@ -18,7 +18,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.inference import evaluate
-from alexnet_jax.training import build, metric_writer, restore, train_log
+from alexnet_jax.training import build, metric_writer, published_curves, restore, train_log
 from alexnet_jax.training.build import TrainingSetup
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.environment import describe_environment, warn_of_changes
@@ -190,7 +190,7 @@ class StepHooks:
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
         batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
-        arguments = (setup.steps.eval_step, state.params, setup.image_stats, batches, setup.mesh)
+        arguments = (setup.steps.eval_step, state.eval_params, setup.image_stats, batches, setup.mesh)
         options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):
@@ -202,7 +202,9 @@ class StepHooks:
         rate = float(setup.steps.optimizer.learning_rate(state.opt_state))
         line = {'step': step, 'epoch': epoch, 'split': 'val', **result, 'learning_rate': rate}
         self.writer.write(line)
-        metric_writer.log_line(line, setup.total_steps)
+        on_imagenet = published_curves.is_imagenet(setup.dataset.class_names, setup.num_examples)
+        beside = published_curves.compare(epoch, result['top1_error']) if on_imagenet else ''
+        metric_writer.log_line(line, setup.total_steps, beside)
         return result
 
 
@@ -235,8 +237,9 @@ def _describe_setup(setup: TrainingSetup) -> None:
     )
     if 'val' not in setup.dataset.splits:
         distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
-    if setup.config.optim.schedule == 'plateau' and setup.config.optim.stages:
-        distributed.warn("optim.stages has no effect with optim.schedule='plateau'; use optim.schedule='epochs'.")
+    schedule = setup.config.optim.schedule
+    if schedule != 'epochs' and setup.config.optim.stages:
+        distributed.warn(f"optim.stages has no effect with optim.schedule={schedule!r}; use optim.schedule='epochs'.")
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:

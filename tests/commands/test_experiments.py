@@ -1,6 +1,7 @@
 """The experiments command; each suite runs end to end at a small scale."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,8 @@ def get_config():
 def command(monkeypatch, tmp_path):
     """`main` in this process, with every run reported as diverged."""
     base = helpers.digits_config()
-    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False, 'base': base}
+    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False}
+    fixed |= {'base': base, 'only': ''}
 
     def run(suite, **changes):
         experiments.main(SimpleNamespace(**{**fixed, **changes}), [suite])
@@ -70,7 +72,7 @@ def _run(*words, code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('suite', ['ablations', 'cifar10', 'ensemble', 'views', 'figure1'])
+@pytest.mark.parametrize('suite', ['ablations', 'recipe', 'cifar10', 'ensemble', 'views', 'figure1'])
 def test_suite_end_to_end(suite, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     out = tmp_path / 'out'
@@ -88,13 +90,15 @@ def test_suite_end_to_end(suite, tmp_path):
     page = (out / 'report.html').read_text()
     assert '<html' in page and suite in page
     seen = {(row['variant'], row['seed']) for row in rows}
+    result = json.loads((out / f'{suite}.json').read_text())
+    assert len(result['runs']) == len(rows) and result['command'].startswith(f'alexnet_jax experiments {suite} --data')
     if suite == 'ablations':
         assert len(seen) == len(ablations.ablations(helpers.digits_config()))
         assert '+1.40 / +1.20' in said and 'no normalization' in page
     elif suite == 'figure1':
         assert {row['variant'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
     else:
-        assert len(seen) == (len(cifar10.NETS) if suite == 'cifar10' else 2)
+        assert len(seen) == {'cifar10': len(cifar10.NETS), 'recipe': 4 * 2}.get(suite, 2)
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
     # A second run trains nothing and changes no result.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}

@@ -36,6 +36,8 @@ VARIANTS = {
     'finetune:scratch': (60_965_224, PAPER),
     'large_batch': (60_965_224, PAPER),
     'large_batch:16384': (60_965_224, PAPER),
+    'modern': (60_965_224, PAPER),
+    'modern:authors_2012': (60_965_224, PAPER),
     'authors_2012:schedule=2012': (60_965_224, PAPER),
     'authors_2012:schedule=170': (60_965_224, PAPER),
     'ablations:no_normalization': (60_965_224, PAPER),

@@ -91,7 +91,7 @@ def test_after_validation_is_pure_and_keeps_velocity():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'schedule': 'cosine'}, "optim.schedule='cosine': expected 'plateau' or 'epochs'"),
+        ({'schedule': 'step'}, "optim.schedule='step': expected 'plateau', 'epochs' or 'cosine'"),
         ({'patience': 0}, 'optim.patience=0: expected a positive integer'),
         ({'learning_rate': -1.0}, 'optim.learning_rate=-1.0: expected a number of 0 or more'),
         ({'stages': ()}, 'expected increasing epochs'),

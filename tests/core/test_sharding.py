@@ -1,6 +1,7 @@
 """One device, two towers, two data shards: the same numbers, and only the communication of the paper."""
 
 import collections
+import functools
 import re
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 from alexnet_jax.core import architecture, augment, model, sharding, train_step
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import pipeline
+from alexnet_jax.training import recipes
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
@@ -73,9 +75,10 @@ def test_forward_agrees_with_one_device(data, tower, full_size):
         assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
 
 
-def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
+def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None, **changes):
     """Runs `number` float64 updates with dropout, decay and a drop; returns the first velocity and the last state."""
-    optimizer = helpers.optimizer(network, schedule='epochs', stages=((0, 1, 1, ()), (0.2, 0.1, 0.1, ())))
+    schedule = {'schedule': 'epochs', 'stages': ((0, 1, 1, ()), (0.2, 0.1, 0.1, ()))}
+    optimizer = helpers.optimizer(network, **{**schedule, **changes})
     rng = np.random.default_rng(0)
     image_stats = ImageStats(
         rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
@@ -86,7 +89,7 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
     fixed = dict(
         network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_shards=mesh.shape['data']
     )
-    fixed['augmentation'] = augment.Augmentation(image_size=size)
+    fixed |= {'augmentation': augment.Augmentation(image_size=size), **(hooks or {})}
     step = jax.jit(lambda *args: train_step.train_step(*args, **fixed))
     gradient = None
     for i in range(number):
@@ -102,7 +105,7 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1)):
         assert report['finite']
         if i == 0:  # -rate * (gradient + decay * weights): the gradient, except for terms that both meshes share
             gradient = jax.device_get(state.opt_state.velocity)
-    return gradient, jax.device_get((state.params, state.opt_state.velocity))
+    return gradient, jax.device_get((state.params, state.opt_state.velocity, state.opt_state.average))
 
 
 SLOW = [
@@ -133,6 +136,21 @@ def test_gradient_accumulation_makes_the_same_update(data, tower):
         whole = _train(network, sharding.make_mesh(data=1, tower=1), 2, helpers.SIZE, weight=weight)
         found = _train(network, sharding.make_mesh(data=data, tower=tower), 2, helpers.SIZE, parts=2, weight=weight)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower', 'parts'), [(1, 1, 2), (2, 2, 1)])
+def test_later_recipe_makes_the_same_update(data, tower, parts):
+    """Mixup, smoothed labels, cosine and an average of the parameters, with one unreadable image."""
+    hooks = {'mix': functools.partial(recipes.mixup, alpha=0.5)}
+    hooks['likelihood'] = functools.partial(recipes.log_likelihood, smoothing=0.1)
+    options = {'weight': (1, 0, 1, 1), 'hooks': hooks, 'average_decay': 0.5, 'schedule': 'cosine', 'total_steps': 4}
+    with jax.enable_x64():
+        network = helpers.network(dtype='float64')
+        expected = _train(network, sharding.make_mesh(data=1, tower=1), 2, helpers.SIZE, **options)
+        found = _train(network, sharding.make_mesh(data=data, tower=tower), 2, helpers.SIZE, parts=parts, **options)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
 
 

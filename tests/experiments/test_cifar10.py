@@ -50,7 +50,7 @@ def test_authors_weight_decays_and_stages():
     assert (config.optim.learning_rate, config.optim.bias_rate, config.batch_size) == (0.001, 2.0, 128)
 
 
-@pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch'])
+@pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch', 'modern'])
 def test_networks_do_not_depend_on_the_base_config(base):
     """Except the data path, and keys about dropout and color augmentation, which these networks do not use."""
     no_matter = {'path', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}

@@ -241,6 +241,21 @@ def test_learning_curves():
     assert not plots.learning_curves({}).axes[0].lines
 
 
+def test_many_curves_have_different_lines():
+    curves = {f'variant {i}': ([0, 1], [1, i]) for i in range(16)}
+    lines = plots.learning_curves(curves).axes[0].lines
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 16
+
+
+def test_effects_plot_shows_every_seed_and_the_spread():
+    axes = plots.effects({'worse': [1.0, 3.0], 'diverged': [], 'one seed': [-2.0]}).axes[0]
+    seeds = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == 'o']
+    means = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == 's']
+    assert seeds == [[1, 3], [-2]] and means == [[2], [-2]]
+    (segment,) = axes.collections[0].get_segments()
+    assert [x for x, _ in segment] == pytest.approx([2 - 2**0.5, 2 + 2**0.5])  # sqrt(((-1)^2 + 1^2) / 1)
+
+
 def test_plots_are_deterministic_and_leave_no_global_state(tmp_path):
     before = matplotlib.rcParams.copy()
     for name in ('a', 'b'):

@@ -34,6 +34,33 @@ def test_shipped_configs_work_as_base(name, tmp_path):
     assert 'without conv 1' in names and ('towers without communication' in names) == (name != 'cifar10:18pct')
 
 
+def test_only_selects_variants_and_their_baselines(tmp_path):
+    suite = _suite('ablations', helpers.digits_config(), 1, tmp_path)
+    names = [variant.name for variant in suite._replace(only=('no color', 'no dropout')).variants()]
+    assert names == ['base', 'no dropout', 'no color']
+    assert len(suite.variants()) == 15
+    (tail,) = _suite('cifar10', helpers.digits_config(), 1, tmp_path)._replace(only=('11pct',)).variants()[:-1]
+    assert tail.name == '13pct'
+
+
+@pytest.mark.parametrize(
+    ('suite', 'name', 'message'),
+    [
+        ('ablations', 'no drop out', "--only=no drop out: expected one of base, no normalization.*'no dropout'"),
+        ('views', 'base', '--only=base: expected no names, because views needs all its runs'),
+        ('figure1', 'relu', '--only=relu: expected no names, because figure1 needs all its runs'),
+    ],
+)
+def test_only_refuses_other_names(suite, name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        _suite(suite, helpers.digits_config(), 1, tmp_path)._replace(only=(name,)).variants()
+
+
+def test_short_durations_are_in_minutes():
+    hours = (0.001, 0.5, 59.01 / 60, 1.0, 26.26)
+    assert [runner.format_hours(value) for value in hours] == ['1 min', '30 min', '60 min', '1.0 h', '26.3 h']
+
+
 def test_invalid_variant_is_refused_before_training(tmp_path):
     base = helpers.digits_config()
     variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]

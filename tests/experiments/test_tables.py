@@ -1,6 +1,7 @@
 """Differences and statistics computed by hand."""
 
 import csv
+import json
 
 import pytest
 
@@ -140,3 +141,44 @@ def test_color_table():
     ]
     table = tables.color_table(rows, [Variant('a', {}), Variant('b', {})])
     assert table.rows == [('a', '0.65 ± 0.07', '0.15 ± 0.07', '0.50 ± 0.14'), ('b', '', '', '')]
+
+
+def _ablation_rows():
+    """Two seeds of a base, of a variant that is worse as claimed, of one that is better, and of one that diverged."""
+    errors = {'base': (10.0, 12.0), 'worse': (13.0, 13.0), 'better': (8.0, 11.0), 'unstable': (None, 14.0)}
+    return [
+        {'variant': variant, 'seed': seed, 'diverged': error is None}
+        | ({} if error is None else {'top1_error': error, 'top1_ten': error, 'train_error': 5.0})
+        for variant, seeds in errors.items()
+        for seed, error in enumerate(seeds)
+    ]
+
+
+VARIANTS = [Variant('base', {}), *(Variant(name, {}, 'base', sign=1) for name in ('worse', 'better', 'unstable'))]
+
+
+def test_verdict_states_claims_effects_and_divergence():
+    assert tables.verdict(_ablation_rows(), VARIANTS) == (
+        'Of 3 claimed signs, 2 agree in every seed, 1 disagree in every seed, and 0 are undecided. '
+        'Largest differences from the baseline, in percentage points: worse +2.00 ± 1.41, unstable +2.00, '
+        'better -1.50 ± 0.71. Diverged: unstable (1 of 2 seeds).'
+    )
+
+
+def test_table_names_diverged_runs_beside_their_network():
+    table = tables.comparison_table('ablations', _ablation_rows(), VARIANTS)
+    assert [row[:3] for row in table.rows[2:]] == [
+        ('better', '2', '-1.50 ± 0.71'),
+        ('unstable', '1, 1 diverged', '+2.00'),
+    ]
+    text = tables.as_text(table)
+    assert text.index('Of 3 claimed signs') < text.index('better')
+
+
+def test_validation_curves_are_means_over_seeds(tmp_path):
+    for seed, errors in enumerate(([90.0, 60.0], [80.0, 50.0, 40.0])):  # the second run is longer
+        (tmp_path / str(seed)).mkdir()
+        lines = [{'split': 'val', 'epoch': i + 1, 'top1_error': e, 'loss': 1.0} for i, e in enumerate(errors)]
+        (tmp_path / str(seed) / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    curves = tables.mean_validation_curves({str(tmp_path / '0'): 'base', str(tmp_path / '1'): 'base'})
+    assert [list(values) for values in curves['base']] == [[1, 2], [85, 55]]
