@@ -31,6 +31,8 @@ ONLY = {
     'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
+    'pooch': {'convert/published.py'},
+    'huggingface_hub': {'convert/loading.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

@@ -16,7 +16,7 @@ FLAGS = (CHECKPOINT, Flag('output', None, 'New directory to write.', required=Tr
 
 
 def main(args: flags.FlagValues) -> None:
-    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.convert.loading import load_checkpoint
     from alexnet_jax.export import hub, stablehlo
 
     check_new(args.output)

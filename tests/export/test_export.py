@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.data import datasets
 from alexnet_jax.export import hub, stablehlo
 from alexnet_jax.inference import predict
