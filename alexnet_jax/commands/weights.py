@@ -38,7 +38,6 @@ def main(args: flags.FlagValues) -> None:
     print(f'{"name":12} {"MiB":>4}  top-1, top-5 error  {"license":16}  {"cached":9}  network; source')
     for name, row in rows.items():
         errors = f'{row["top1_error"]:.2f}%, {row["top5_error"]:.2f}%'
-        cached = row['cached'] or 'no'
-        line = f'{name:12} {row["mebibytes"]:4}  {errors:18}  {row["license"]:16}  {cached:9}'
+        line = f'{name:12} {row["mebibytes"]:4}  {errors:18}  {row["license"]:16}  {row["cached"] or "no":9}'
         print(f'{line}  {row["network"]}; {row["source"]}')
     print(f'Cache: {published.cache()}. Trained on ImageNet, whose terms allow non-commercial research and education.')

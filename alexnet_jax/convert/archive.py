@@ -39,12 +39,11 @@ def unpack(path: str, name: str, folder: str) -> str:
         with zipfile.ZipFile(path) as archive, archive.open(name) as content:
             _copy(path, name, content, archive.getinfo(name).file_size, target)
     else:
-        with tarfile.open(path) as archive:
-            entry = archive.getmember(name)
-            content = archive.extractfile(entry)
-            assert content is not None  # `find` returns regular files only
-            with content:
-                _copy(path, name, content, entry.size, target)
+        with tarfile.open(path) as tar:
+            entry = tar.extractfile(name)
+            assert entry is not None  # `find` returns regular files only
+            with entry:
+                _copy(path, name, entry, tar.getmember(name).size, target)
     return target
 
 

@@ -118,12 +118,12 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     """Returns the object of a zip archive (since PyTorch 1.6), and a function from a storage's key to its bytes."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
-    # torch.save does not compress, so a larger declared size is an attack or damage.
-    check_declared_size(path, sum(entry.file_size for entry in entries.values()))
     roots = [name.removesuffix('data.pkl') for name in entries if name.count('/') == 1 and name.endswith('/data.pkl')]
     if len(roots) != 1:
         names = ', '.join(printable(name) for name in list(entries)[:4])
         raise UserError(f'expected a file written by torch.save, found a zip archive of {names}; unpack it.')
+    # torch.save does not compress, so a larger declared size is an attack or damage.
+    check_declared_size(path, sum(entry.file_size for entry in entries.values()))
 
     def content(name: str) -> np.ndarray:
         entry = entries[roots[0] + name]
