@@ -16,7 +16,7 @@ Kaiming's uniform distribution there; here, and all settings of training, are to
 state those of the published weights.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: net=a 38.50% top-1 and 16.64% top-5 error, net=b 39.74%
-and 17.47%. Here: the outputs agree with PyTorch (tests/convert/test_published.py). It was not trained.
+and 17.47%. Here: the outputs agree with PyTorch (tests/convert/test_convert.py). It was not trained.
 """
 
 import ml_collections

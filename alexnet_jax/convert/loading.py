@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 
 from absl import logging
 
@@ -108,11 +109,14 @@ def _fetch_from_hub(source: str) -> str:
     except ImportError as error:
         raise UserError(f"{source}: needs huggingface_hub; pip install 'alexnet_jax[hub]'.") from error
     repository, _, revision = source.removeprefix(_HUB).partition('@')
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
+        raise UserError(f'{source}: expected hf:USER/REPO or hf:USER/REPO@REVISION.')
     files = [safetensors.FILE_NAME, 'config.json', image_stats_file.FILE_NAME]
     try:
         folder = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files)
     except Exception as error:  # of many types, also from the libraries below
-        raise UserError(f'{source} cannot be fetched ({first_line(error)}); expected hf:USER/REPO.') from error
+        remedy = 'check the name and the connection, or download its files by hand and give their folder'
+        raise UserError(f'{source} cannot be fetched ({first_line(error)}); {remedy}.') from error
     if not os.path.isfile(os.path.join(folder, safetensors.FILE_NAME)):
         raise UserError(f'{source} has no {safetensors.FILE_NAME}, which alexnet_jax export writes.')
     return folder

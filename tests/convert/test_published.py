@@ -454,10 +454,66 @@ def test_hub_names_are_passed_on(exported, monkeypatch):
     for source, revision in (('hf:user/net', None), ('hf:user/net@v1', 'v1')):
         chex.assert_trees_all_equal(alexnet_jax.load_checkpoint(source).params, exported[0].params)
         assert calls[-1] == ('user/net', revision, files)
-    with pytest.raises(UserError, match=r'hf:user/none cannot be fetched \(404 Client Error.\); expected hf:USER/REPO'):
+    with pytest.raises(UserError, match=r'hf:user/none cannot be fetched \(404 Client Error.\); check the name'):
         alexnet_jax.load_checkpoint('hf:user/none')
     with pytest.raises(UserError, match='hf:user/empty has no model.safetensors, which alexnet_jax export writes'):
         alexnet_jax.load_checkpoint('hf:user/empty')
+    for wrong in ('hf:', 'hf:net', 'hf:no/such/name', 'hf:/net', 'hf:user/'):
+        with pytest.raises(UserError, match=f'{wrong}: expected hf:USER/REPO or hf:USER/REPO@REVISION'):
+            alexnet_jax.load_checkpoint(wrong)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(UserError, match=r"needs huggingface_hub; pip install 'alexnet_jax\[hub\]'"):
         alexnet_jax.load_checkpoint('hf:user/net')
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Serves `server.folder` as the repository user/net of a Hub, with the three routes that a download needs."""
+
+    def do_GET(self):
+        path, commit, files = self.path.partition('?')[0], 'c' * 40, sorted(os.listdir(self.server.folder))
+        name = os.path.basename(path)
+        status, headers, content = 200, {}, b''
+        if path == '/api/models/user/net/revision/main':
+            content = json.dumps({'_id': '1', 'id': 'user/net', 'sha': commit}).encode()
+        elif path == f'/api/models/user/net/tree/{commit}':
+            sizes = {file: os.path.getsize(os.path.join(self.server.folder, file)) for file in files}
+            rows = [{'type': 'file', 'path': file, 'oid': file, 'size': size} for file, size in sizes.items()]
+            content = json.dumps(rows).encode()
+        elif path == f'/user/net/resolve/{commit}/{name}' and name in files:
+            with open(os.path.join(self.server.folder, name), 'rb') as file:
+                content = file.read()
+            headers = {'X-Repo-Commit': commit, 'ETag': f'"{name}"'}
+        else:
+            status, headers = 404, {'X-Error-Code': 'RepoNotFound'}
+        self.send_response(status)
+        for key, value in {**headers, 'Content-Length': str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+def test_networks_are_loaded_from_a_hub(exported, tmp_path, monkeypatch):
+    """The real huggingface_hub, against a server on this machine; then from its cache, without the server."""
+    constants = pytest.importorskip(
+        'huggingface_hub.constants', reason="needs huggingface_hub: pip install 'alexnet_jax[hub]'"
+    )
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub) as running:
+        running.folder = str(exported[1])
+        url = f'http://127.0.0.1:{running.server_port}'
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+        monkeypatch.setattr(constants, 'ENDPOINT', url)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+        threading.Thread(target=running.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
+        _assert_same(alexnet_jax.load_checkpoint('hf:user/net'), exported[0])
+        with pytest.raises(UserError, match='hf:user/other cannot be fetched .*; check the name') as raised:
+            alexnet_jax.load_checkpoint('hf:user/other')
+        assert '\n' not in str(raised.value)
+        running.shutdown()
+    _assert_same(alexnet_jax.load_checkpoint('hf:user/net'), exported[0])
