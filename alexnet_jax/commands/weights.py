@@ -5,7 +5,8 @@
 
 The weights are fetched and converted on first use, and kept in the cache that this command names. The errors are those
 that the sources publish, for the ILSVRC-2012 validation set and center crops. A file fetched by hand is found under its
-published name in the cache or in the folder named by the environment variable ALEXNET_JAX_WEIGHTS.
+published name in the cache or in the folder named by the environment variable ALEXNET_JAX_WEIGHTS. The column `cached`
+says `converted` for weights that are ready, and `file` for files that are found but not yet checked and converted.
 """
 
 import json

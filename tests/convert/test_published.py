@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from absl import flags
+from PIL import Image
 
 import alexnet_jax
 from alexnet_jax.checkpoints import manager
@@ -29,7 +31,7 @@ from alexnet_jax.convert.published import File, Published
 from alexnet_jax.core import architecture
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
-from tests import ROOT
+from tests import ROOT, helpers
 
 WIDTHS = (4, 6, 6, 6, 4)
 NAMES = ('features.0', 'features.3', 'features.6', 'features.8', 'features.10')
@@ -382,6 +384,46 @@ def test_weights_command_lists_them(server, cache, monkeypatch, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [rows[name]['cached'] for name in names] == ['converted', '']
     assert rows['torchvision']['top1_error'] == 43.48 and rows['torchvision']['license'] == 'BSD-3-Clause'
+
+
+_COMMAND = """import sys
+from alexnet_jax import __main__
+from alexnet_jax.convert import published
+url, digest = sys.argv.pop(1), sys.argv.pop(1)
+entry = published.PUBLISHED['torchvision']
+published.PUBLISHED['torchvision'] = entry._replace(weights=published.File(url, digest))
+__main__.main()
+"""
+
+
+def _start(url, *words):
+    """Starts a command with another file in place of torchvision's."""
+    words = [sys.executable, '-c', _COMMAND, url, f'sha256:{SHA256[:8]}', *map(str, words)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_commands_use_published_weights(server, cache, tmp_path):
+    """`predict` without --checkpoint, twice at once; `convert` by name; one line and exit code 2 for a failure."""
+    Image.fromarray(helpers.picture(0)).save(tmp_path / 'a.png')
+    failed = _start(f'{server.url}/missing/small.safetensors', 'predict', tmp_path / 'a.png')
+    assert failed.wait() == 2 and failed.stdout.read() == ''
+    errors = [line for line in failed.stderr if not re.match('No --checkpoint|Fetching', line)]
+    assert len(errors) == 1 and errors[0].startswith('error: http://127.0.0.1')
+    server.requests.clear()
+    url = f'{server.url}/slow/small.safetensors'
+    started = [_start(url, 'predict', '--json', '--top=7', tmp_path / 'a.png') for _ in range(2)]
+    outputs = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0] and server.requests == ['slow']
+    rows = [json.loads(out) for out, _ in outputs]  # nothing else on stdout
+    assert all('No --checkpoint: using the published weights' in err for _, err in outputs) and rows[0] == rows[1]
+    expected = alexnet_jax.predict(_read(tmp_path), tmp_path / 'a.png')
+    found = {row['index']: row['probability'] for row in rows[0]['top']}
+    np.testing.assert_allclose([found[i] for i in range(7)], expected, rtol=1e-4)
+    converted = _start(url, 'convert', '--input=torchvision', f'--output={tmp_path}/out', '--to=safetensors')
+    assert converted.wait() == 0
+    _assert_same(alexnet_jax.load_checkpoint(tmp_path / 'out'), _read(tmp_path))
 
 
 # Exported folders.
