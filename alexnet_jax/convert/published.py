@@ -63,7 +63,7 @@ class Published(NamedTuple):
 
 
 _CAFFE = 'http://dl.caffe.berkeleyvision.org'
-# Hosts may serve the .tar.gz with or without its gzip layer, so the digest is that of the file in it.
+# Caffe states no digest of the archive. This one is of the file in it, and is listed by Apache MXNet's Caffe converter.
 _CAFFE_MEAN = File(
     f'{_CAFFE}/caffe_ilsvrc12.tar.gz', 'sha1:63e4652e656abc1e87b7a8339a7e02fca63a2c0c', 'imagenet_mean.binaryproto'
 )
@@ -189,7 +189,7 @@ def _unpack(file: File, path: str, where: str, folder: str, remedy: str) -> str:
 def _check_digest(file: File, path: str, where: str, remedy: str) -> None:
     """Raises UserError if a file does not have the published digest. where: its origin, for the message."""
     algorithm, _, expected = file.digest.partition(':')
-    with open(path, 'rb') as content:
+    with as_user_error(f'{path!r} cannot be read', remedy), open(path, 'rb') as content:
         found = hashlib.file_digest(content, algorithm).hexdigest()
     if not found.startswith(expected):
         raise UserError(

@@ -232,7 +232,7 @@ def _pytorchcv_net(normalized, classes=CLASSES):
     a, b, c, d, e = WIDTHS
 
     def unit(*sizes, norm=False):
-        parts = {'conv': nn.Conv2d(*sizes), 'activ': nn.ReLU()}
+        parts = {'conv': nn.Conv2d(*sizes), 'act': nn.ReLU()}
         return nn.Sequential(
             collections.OrderedDict(parts | ({'norm': nn.LocalResponseNorm(5, k=2.0)} if norm else {}))
         )
@@ -242,7 +242,7 @@ def _pytorchcv_net(normalized, classes=CLASSES):
         return nn.Sequential(collections.OrderedDict(named | {'pool': nn.MaxPool2d(3, 2, ceil_mode=True)}))
 
     def dense(inputs, outputs):
-        return nn.Sequential(collections.OrderedDict(fc=nn.Linear(inputs, outputs), activ=nn.ReLU(), drop=nn.Dropout()))
+        return nn.Sequential(collections.OrderedDict(fc=nn.Linear(inputs, outputs), act=nn.ReLU(), drop=nn.Dropout()))
 
     torch.manual_seed(3)
     net = nn.Module()
