@@ -10,6 +10,7 @@ says `converted` for weights that are ready, and `file` for files that are found
 """
 
 import json
+import os
 
 from absl import flags
 
@@ -19,8 +20,6 @@ FLAGS = (Flag('json', False, 'Print one JSON object, by name.'),)
 
 
 def main(args: flags.FlagValues) -> None:
-    import os
-
     from alexnet_jax.convert import loading, published
 
     rows = {}

@@ -78,7 +78,8 @@ def convert(
         with atomic_directory(output) as folder:
             safetensors.write(folder, checkpoint)
         return
-    assert not isinstance(source, Checkpoint)
+    if isinstance(source, Checkpoint):
+        raise UserError('source is a Checkpoint: expected the path of a file of weights; `save` writes checkpoints.')
     checkpoint = read(source, mean=mean, config=config, classes=classes, color_order=color_order, log=True)
     save(checkpoint, output)
     logging.info('%s is ready.', os.fspath(output))
