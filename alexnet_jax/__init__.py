@@ -19,7 +19,7 @@ _MODULES = {
     'get_config': 'alexnet_jax.utils.config_files',
     'in_memory': 'alexnet_jax.data.datasets',
     'init_params': 'alexnet_jax.core.model',
-    'load_checkpoint': 'alexnet_jax.checkpoints.loading',
+    'load_checkpoint': 'alexnet_jax.convert.loading',
     'load_lpips': 'alexnet_jax.inference.lpips',
     'lpips': 'alexnet_jax.inference.lpips',
     'predict': 'alexnet_jax.inference.predict',

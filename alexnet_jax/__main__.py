@@ -9,7 +9,7 @@ from alexnet_jax.utils.errors import did_you_mean
 
 COMMANDS = (
     'train', 'finetune', 'prepare', 'evaluate', 'predict', 'activations', 'figures', 'experiments', 'convert', 'export',
-    'benchmark', 'verify', 'env',
+    'weights', 'benchmark', 'verify', 'env',
 )  # fmt: skip
 
 

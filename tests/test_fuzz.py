@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
-from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.convert import caffe, convert, fit, safetensors, weight_file
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import caffe, convert, fit, loading, safetensors, weight_file
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_io, image_stats_file
 from alexnet_jax.prepare import discovery

@@ -34,6 +34,8 @@ ONLY = {
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
     'onnx': {'export/onnx_model.py'},
+    'pooch': {'convert/published.py'},
+    'huggingface_hub': {'convert/loading.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.commands import app
-from alexnet_jax.convert import pytorch
+from alexnet_jax.convert import loading, pytorch
 from alexnet_jax.inference import evaluate
 from tests import helpers
 

@@ -1,4 +1,4 @@
-"""Loads the network of a checkpoint for inference or fine-tuning."""
+"""Loads the network of a saved checkpoint for inference or fine-tuning."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import absolute_local_path, as_path
 
 
-def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Loads a network for evaluation, prediction or fine-tuning.
+def load_saved(path: str | os.PathLike) -> Checkpoint:
+    """Loads a network that `alexnet_jax` has saved as a checkpoint.
 
     Args:
       path: the folder of a step, or a workdir or its `checkpoints` folder (loads the best step, else the latest).

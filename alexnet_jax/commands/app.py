@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 from alexnet_jax.utils import logs, processes
 from alexnet_jax.utils.errors import DivergedError, TerminatedError, UserError, first_line
-from alexnet_jax.utils.files import absolute_local_path
+from alexnet_jax.utils.files import absolute_local_path, cache_folder
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
@@ -116,8 +116,7 @@ def set_up_jax(cpu_devices: int) -> None:
     # finds in its cache, and would wait for its share of the autotuning.
     cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache_dir is None and not processes.on_several_machines():
-        base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-        cache = os.path.join(base, 'alexnet_jax')
+        cache = cache_folder()
         with contextlib.suppress(OSError):  # no cache without a writable home folder
             os.makedirs(cache, exist_ok=True)
             jax.config.update('jax_compilation_cache_dir', cache)

@@ -17,7 +17,7 @@ FLAGS = (
     Flag(
         'input',
         None,
-        'Weights: .caffemodel, .pth, .npy or .safetensors; for --to=safetensors a checkpoint.',
+        'Weights: .caffemodel, .pth, .npy, .safetensors, or a .zip of one; for --to=safetensors a checkpoint.',
         required=True,
     ),
     Flag('output', None, 'New directory to write.', required=True),
@@ -38,9 +38,15 @@ def main(args: flags.FlagValues) -> None:
     import jax
 
     from alexnet_jax.convert import convert
+    from alexnet_jax.convert.loading import load_checkpoint
+    from alexnet_jax.utils.files import check_new
 
     jax.config.update('jax_platforms', 'cpu')  # conversion needs no accelerator
+    check_new(args.output)
+    options = (args.mean, args.config, args.classes, args.color_order)
+    # With other options, `convert` reports the error before anything is fetched.
+    source = load_checkpoint(args.input) if args.to == 'safetensors' and not any(options) else args.input
     convert.convert(
-        args.input, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes,
+        source, args.output, to=args.to, mean=args.mean, config=args.config, classes=args.classes,
         color_order=args.color_order,
     )  # fmt: skip

@@ -38,7 +38,7 @@ FLAGS = (
 def main(args: flags.FlagValues) -> None:
     import jax
 
-    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.convert.loading import load_checkpoint
     from alexnet_jax.core import architecture, sharding
     from alexnet_jax.data import datasets
     from alexnet_jax.inference import class_map, evaluate

@@ -28,7 +28,7 @@ FLAGS = (
 
 def main(args: flags.FlagValues) -> None:
     check_new(args.output)
-    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.convert.loading import load_checkpoint
     from alexnet_jax.export import hub
 
     formats = args.formats.split(',')

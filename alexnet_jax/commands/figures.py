@@ -27,7 +27,7 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
-    from alexnet_jax.checkpoints.loading import load_checkpoint
+    from alexnet_jax.convert.loading import load_checkpoint
     from alexnet_jax.data import datasets
     from alexnet_jax.experiments import figures
     from alexnet_jax.inference import evaluate

@@ -21,7 +21,11 @@ FLAGS = (
     Flag('nested_classes', False, 'Classes are in groups: each folder that holds images is a class, GROUP/CLASS.'),
     Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
     ConfigFlag('config', 'finetune', 'Config of learning rates and length; without --init_from also of the network.'),
-    Flag('init_from', '', 'Checkpoint to start from: a workdir, or the output of alexnet_jax convert.'),
+    Flag(
+        'init_from',
+        '',
+        'Checkpoint to start from: a workdir, the output of alexnet_jax convert, or a name as torchvision.',
+    ),
     Flag('val_fraction', 0.1, 'Fraction of the images set aside for validation if there is no val folder.'),
     Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
     CPU_DEVICES,

@@ -94,6 +94,12 @@ def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
         yield from _flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
 
 
-CHECKPOINT = Flag('checkpoint', None, 'A workdir (best step, else latest) or the folder of one step.', required=True)
+CHECKPOINT = Flag(
+    'checkpoint',
+    None,
+    'A workdir (best step, else latest), the folder of one step, an exported folder, published weights by name (see '
+    'alexnet_jax weights), or hf:USER/REPO.',
+    required=True,
+)
 CPU_DEVICES = Flag('cpu_devices', 0, 'Number of CPU devices to run on; 0: the devices that JAX finds.', at_least=0)
 VIEWS = Flag('views', 1, '1: center crop; 10: mean softmax output of the ten views (section 4.1).', choices=(1, 10))

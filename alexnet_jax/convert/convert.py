@@ -3,8 +3,11 @@
 import ast
 import collections
 import dataclasses
+import json
 import os
 import pathlib
+import tempfile
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +17,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from alexnet_jax.checkpoints import loading, manager
-from alexnet_jax.convert import caffe, layout, npy, pytorch, safetensors
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.convert import archive, caffe, layout, npy, pytorch, safetensors
 from alexnet_jax.convert.fit import fit_config
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, check_kind, reading
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, check_kind, printable, reading
 from alexnet_jax.core.architecture import ConvSpec
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
@@ -26,7 +30,7 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import image_stats_file
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
-from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.errors import UserError, as_user_error, first_line
 from alexnet_jax.utils.files import atomic_directory, check_new
 
 _READERS = {
@@ -44,7 +48,7 @@ _PAPER_CONVS = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]
 
 
 def convert(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Checkpoint,
     output: str | os.PathLike,
     *,
     to: str = 'checkpoint',
@@ -56,10 +60,47 @@ def convert(
     """Writes the converted weights to a new directory. Logs the layers and the assumed preprocessing and config.
 
     Args:
-      source: a .caffemodel, a PyTorch file that contains a state_dict (.pth, .pt, .bin, .tar, .ckpt), a .safetensors
-        file, or a .npy dictionary of layers. With to='safetensors', anything `load_checkpoint` accepts.
+      source: see `read`. With to='safetensors', a loaded checkpoint or the path of one.
       output: the directory to create. It is written as `.NAME.incomplete` beside it and renamed when complete.
       to: 'checkpoint' or 'safetensors'.
+      mean, config, classes, color_order: see `read`.
+
+    Raises:
+      UserError: a file or option is invalid, or the disk is full. Then nothing is written.
+    """
+    if to not in ('checkpoint', 'safetensors'):
+        raise UserError(f'--to={to!r}: expected checkpoint or safetensors.')
+    check_new(os.fspath(output))
+    if to == 'safetensors':
+        if mean or config is not None or classes or color_order:
+            raise UserError(
+                '--to=safetensors: remove --mean, --config, --classes and --color_order; the checkpoint contains them.'
+            )
+        checkpoint = source if isinstance(source, Checkpoint) else loading.load_saved(source)
+        with atomic_directory(output) as folder:
+            safetensors.write(folder, checkpoint)
+        return
+    if isinstance(source, Checkpoint):
+        raise UserError('source is a Checkpoint: expected the path of a file of weights; `save` writes checkpoints.')
+    checkpoint = read(source, mean=mean, config=config, classes=classes, color_order=color_order, log=True)
+    save(checkpoint, output)
+    logging.info('%s is ready.', os.fspath(output))
+
+
+def read(
+    source: str | os.PathLike,
+    *,
+    mean: str | os.PathLike | None = None,
+    config: ConfigDict | None = None,
+    classes: str | os.PathLike | None = None,
+    color_order: str | None = None,
+    log: bool = False,
+) -> Checkpoint:
+    """Reads a file of weights as a checkpoint of step 0.
+
+    Args:
+      source: a .caffemodel, a PyTorch file that contains a state_dict (.pth, .pt, .bin, .tar, .ckpt), a .safetensors
+        file, a .npy dictionary of layers, or a zip archive of one such file.
       mean: a .binaryproto (Caffe, BGR), or a .npy of shape [3, S, S], [S, S, 3] or [3] with values from 0 to 255 and
         the channel order of the network's input. S becomes the checkpoint's record size. Required for networks that
         expect BGR, such as Caffe's.
@@ -69,27 +110,16 @@ def convert(
         `_parse_class_names`. Default: the WordNet ids of ILSVRC-2012 for 1,000 outputs, else the class numbers.
       color_order: 'rgb' or 'bgr', the order of the channels that the network expects. Default: 'bgr' for a .caffemodel
         and a .npy, else 'rgb'.
+      log: whether to log the layers and the assumed preprocessing and config.
 
     Raises:
-      UserError: a file or option is invalid, or the disk is full. Then nothing is written.
+      UserError: a file or option is invalid.
     """
-    source, output = os.fspath(source), os.fspath(output)
+    source = os.fspath(source)
     mean = None if mean is None else os.fspath(mean)
     classes = None if classes is None else os.fspath(classes)
-    if to not in ('checkpoint', 'safetensors'):
-        raise UserError(f'--to={to!r}: expected checkpoint or safetensors.')
     if color_order not in (None, 'rgb', 'bgr'):
         raise UserError(f'--color_order={color_order!r}: expected rgb or bgr.')
-    check_new(output)
-    if to == 'safetensors':
-        if mean or config is not None or classes or color_order:
-            raise UserError(
-                '--to=safetensors: remove --mean, --config, --classes and --color_order; the checkpoint contains them.'
-            )
-        checkpoint = loading.load_checkpoint(source)
-        with atomic_directory(output) as folder:
-            safetensors.write(folder, checkpoint)
-        return
     weights = _read(source)
     default = 'caffe' if weights.bgr or color_order == 'bgr' else 'torchvision'
     if color_order:
@@ -97,28 +127,36 @@ def convert(
             raise UserError(f'--color_order={color_order}: {source!r} already states its order; remove the option.')
         weights = dataclasses.replace(weights, bgr=color_order == 'bgr')
     config_source, fitted = _choose_config(weights, config, default)
-    network, image_size = model_from_config(fitted['model']), fitted['data']['image_size']
+    network, augmentation = model_from_config(fitted['model']), augmentation_from_config(fitted['data'])
     layers = [*weights.of_rank(4), *weights.of_rank(2)]
     layers = [_to_float32(name, layer) for name, layer in zip(network.layers, layers, strict=True)]
-    stats = _image_stats(weights, augmentation_from_config(fitted['data']), mean)
+    stats = _image_stats(weights, augmentation, mean)
+    names = tuple(_class_names(network.num_classes, classes, weights.metadata))
+    params = layout.to_params(network, augmentation.image_size, layers, bgr=weights.bgr)
+    if log:
+        _log_network(network, layers, fitted['data'], config_source)
+    fitted = json.loads(json.dumps(fitted))  # lists instead of tuples, as in a saved checkpoint
+    return Checkpoint(0, params, network, augmentation, len(stats.mean_image), names, stats, fitted)
+
+
+def save(checkpoint: Checkpoint, output: str | os.PathLike) -> None:
+    """Writes a checkpoint to a new directory. Raises UserError if it cannot be written; then nothing is written."""
     meta = {
-        'config': fitted,
-        'class_names': _class_names(network.num_classes, classes, weights.metadata),
-        'record_size': len(stats.mean_image),
+        'config': checkpoint.config,
+        'class_names': list(checkpoint.class_names),
+        'record_size': checkpoint.record_size,
         'examples': 0,
         'fingerprint': '',
     }
-    state = TrainState(jnp.int32(0), layout.to_params(network, image_size, layers, bgr=weights.bgr), None)
+    state = TrainState(jnp.int32(checkpoint.step), checkpoint.params, None)
     with atomic_directory(output) as folder, manager.CheckpointManager(folder) as checkpoints:
-        checkpoints.save(state, stats, meta, None)
+        checkpoints.save(state, checkpoint.image_stats, meta, None)
         checkpoints.wait()
-    _log_network(network, layers, fitted['data'], config_source)
-    logging.info('%s is ready.', output)
 
 
 def _read(source: str) -> WeightFile:
     """Reads a file in the format of its suffix, or of its first bytes if the suffix is unknown."""
-    reader = _READERS.get(os.path.splitext(source)[1].lower())
+    reader = _READERS.get(_suffix(source))
     if os.path.isfile(source) and not reader:
         with open(source, 'rb') as file:
             start = file.read(8)
@@ -136,7 +174,25 @@ def _read(source: str) -> WeightFile:
             f'--input={source!r}: expected an existing .caffemodel, .pth, .npy or .safetensors file; for a checkpoint '
             'use --to=safetensors.'
         )
-    return reader(source)
+    inner = archive.find(source, lambda name: _suffix(name) in _READERS) if zipfile.is_zipfile(source) else None
+    return _read_zipped(source, inner) if inner else reader(source)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _read_zipped(source: str, inner: str) -> WeightFile:
+    """Reads the weights in a zip archive. Errors name them as a path in the archive."""
+    logging.info('%s: reading %s, the only weights in this archive.', source, printable(inner))
+    with tempfile.TemporaryDirectory() as folder:
+        with reading(source, 'a zip archive'), as_user_error('it cannot be unpacked', 'Unpack it yourself.'):
+            path = archive.unpack(source, inner, folder)
+        try:
+            weights = _READERS[_suffix(inner)](path)
+        except UserError as error:
+            raise UserError(str(error).replace(path, os.path.join(source, os.path.basename(path)))) from error
+    return dataclasses.replace(weights, path=source)  # mapped files stay readable after their removal
 
 
 def _choose_config(weights: WeightFile, config: ConfigDict | None, default: str) -> tuple[str, dict[str, Any]]:

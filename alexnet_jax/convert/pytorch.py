@@ -140,6 +140,8 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     if len(roots) != 1:
         names = ', '.join(printable(name) for name in list(entries)[:4])
         raise UserError(f'expected a file written by torch.save, found a zip archive of {names}; unpack it.')
+    # torch.save does not compress, so a larger declared size is an attack or damage.
+    check_declared_size(path, sum(entry.file_size for entry in entries.values()))
 
     def content(name: str) -> np.ndarray:
         entry = entries[roots[0] + name]

@@ -4,6 +4,7 @@ import json
 import operator
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,15 @@ def read(path: str) -> WeightFile:
         if not all(isinstance(name, str) for name in metadata['class_names']):
             raise TypeError('class names must be strings')
     return WeightFile(path, layers, metadata=metadata)
+
+
+def read_metadata(path: str) -> dict[str, Any] | None:
+    """Returns the metadata that this package has written into a file, or None. Raises UserError for a damaged file."""
+    import safetensors
+
+    with reading(path, 'a safetensors file'), safetensors.safe_open(path, 'numpy') as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        return None if text is None else json.loads(text)
 
 
 def write(folder: str, checkpoint: Checkpoint) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.checkpoints.manager import Checkpoint, check_workdir
+from alexnet_jax.convert.loading import load_checkpoint
 from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, default_record_size
 from alexnet_jax.core.config import MODEL_FIELDS, to_tuples

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from alexnet_jax.checkpoints.loading import load_checkpoint
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import pytorch
+from alexnet_jax.convert.loading import load_checkpoint
 from alexnet_jax.core import pooling
 from alexnet_jax.core.architecture import ConvSpec
 from alexnet_jax.core.config import is_number, model_from_config

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import loading
 from alexnet_jax.core import train_step
 from alexnet_jax.core.config import MODEL_FIELDS
 from alexnet_jax.training import metric_writer, train_log

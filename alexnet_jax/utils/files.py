@@ -45,6 +45,12 @@ def absolute_local_path(path: str | os.PathLike) -> str:
     return os.path.abspath(path)
 
 
+def cache_folder() -> str:
+    """Returns the folder for files that can be made or fetched again. It may not exist."""
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(base, 'alexnet_jax')
+
+
 def check_new(path: str) -> None:
     """Raises UserError if the output of a command exists, even as a dangling link, or is not valid UTF-8."""
     if as_utf8(path) != path:

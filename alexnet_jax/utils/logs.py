@@ -17,9 +17,13 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 class _PlainHandler(std_logging.Handler):
     """Prints each record as a line. A StreamHandler would hide write errors, such as a full disk."""
 
+    def __init__(self, to_stdout: bool):
+        super().__init__()
+        self._to_stdout = to_stdout
+
     def emit(self, record: std_logging.LogRecord) -> None:
         prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
-        stream = sys.stdout if not prefix and _is_own(record) else sys.stderr
+        stream = sys.stdout if self._to_stdout and not prefix and _is_own(record) else sys.stderr
         print(f'{prefix}{record.getMessage()}', file=stream, flush=True)
 
 
@@ -36,9 +40,12 @@ def _is_wanted(record: std_logging.LogRecord) -> bool:
     return f'{os.sep}orbax{os.sep}' not in record.pathname  # orbax logs errors before it raises them
 
 
-def configure() -> None:
-    """Prints this package's records and all warnings as plain lines. Replaces the handlers of the root logger."""
-    handler = _PlainHandler()
+def configure(*, to_stdout: bool = True) -> None:
+    """Prints this package's records and all warnings as plain lines. Replaces the handlers of the root logger.
+
+    to_stdout: whether information is printed to stdout; False: to stderr, for commands whose stdout is data.
+    """
+    handler = _PlainHandler(to_stdout)
     handler.addFilter(_is_wanted)
     std_logging.root.handlers[:] = [handler]
     logging.set_verbosity(logging.INFO)

@@ -87,7 +87,7 @@ def _change_error(step):
 
 def _enlarge_fc7(step):
     """Replaces the kernel of fc7 with 4000 x 4000 zeros: 64 MB of memory, a few kB on disk."""
-    saved = loading.load_checkpoint(str(step))
+    saved = loading.load_saved(str(step))
     saved.params['fc7']['kernel'] = np.zeros((4000, 4000), np.float32)
     shutil.rmtree(step / 'params')
     with ocp.StandardCheckpointer() as writer:
@@ -128,7 +128,7 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
     change(step)
     checksums.write(str(step))
     with pytest.raises(UserError, match=message) as error:
-        loading.load_checkpoint(str(step))
+        loading.load_saved(str(step))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -147,17 +147,17 @@ def _flip(path, rng):
 def test_flipped_bit_is_refused_though_orbax_loads_it(copy):
     """As a control, with checksums written after the damage the same files load and a weight differs."""
     rng, silent = np.random.default_rng(0), 0
-    whole = loading.load_checkpoint(str(copy / 'checkpoints' / '3')).params
+    whole = loading.load_saved(str(copy / 'checkpoints' / '3')).params
     step = copy / 'checkpoints' / '3'
     for path in sorted((step / 'params' / 'ocdbt.process_0' / 'd').iterdir(), key=lambda p: p.stat().st_size)[-3:]:
         before = path.read_bytes()
         for _ in range(4):
             _flip(path, rng)
             with pytest.raises(UserError, match=f'is damaged: .*{path.name}: its content has changed .* in .*: 2'):
-                loading.load_checkpoint(str(step))
+                loading.load_saved(str(step))
             checksums.write(str(step))
             try:
-                loaded = loading.load_checkpoint(str(step)).params
+                loaded = loading.load_saved(str(step)).params
                 silent += any((a != b).any() for a, b in zip(*map(_leaves, (whole, loaded)), strict=True))
             except UserError:
                 pass
@@ -175,7 +175,7 @@ def test_opening_for_training_repairs_checkpoints(copy):
     (copy / 'checkpoints' / '4' / '_CHECKPOINT_METADATA').write_text('{}')
     (copy / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir()
     _flip(copy / 'checkpoints' / '3' / 'meta' / 'metadata', np.random.default_rng(0))
-    before = loading.load_checkpoint(str(copy / 'checkpoints' / '2'))
+    before = loading.load_saved(str(copy / 'checkpoints' / '2'))
     with manager.CheckpointManager(str(copy), read_only=True) as saved:
         assert saved.steps() == [2, 3]  # read-only access changes nothing
         assert (copy / 'checkpoints' / '4').exists()
@@ -186,7 +186,7 @@ def test_opening_for_training_repairs_checkpoints(copy):
         assert sorted(path.name for path in map(_parse_half_written, half_written)) == ['4', '5.orbax-checkpoint-tmp']
         state = train_step.TrainState(jnp.int32(3), before.params, None)  # the damaged step is written again
         saved.save(state, before.image_stats, json.loads((copy / 'meta.json').read_text()), 5.0)
-    assert loading.load_checkpoint(str(copy)).step == 3
+    assert loading.load_saved(str(copy)).step == 3
     assert {path.name for path in (copy / 'checkpoints').iterdir()} == {'2', '3', '3.damaged'}
 
 
@@ -287,8 +287,8 @@ def test_best_step_is_not_chosen_by_damaged_error(copy):
     path = copy / 'checkpoints' / '3' / 'metrics' / 'metrics'
     path.write_text(path.read_text().replace('20.0', '00.0'))
     with pytest.raises(UserError, match='is damaged: .*checkpoints/3/metrics/metrics'):
-        loading.load_checkpoint(str(copy))
-    assert loading.load_checkpoint(str(copy / 'checkpoints' / '2')).step == 2
+        loading.load_saved(str(copy))
+    assert loading.load_saved(str(copy / 'checkpoints' / '2')).step == 2
 
 
 def test_step_retired_during_search_is_not_best(copy):
@@ -309,7 +309,7 @@ def test_incomplete_best_step_is_not_skipped(copy, change):
     """A step is never skipped silently because one of its files is missing."""
     change(copy / 'checkpoints' / '2')
     with pytest.raises(UserError, match=r'the checkpoint is damaged: .*checkpoints/2/.*: missing\. Other steps .*: 3'):
-        loading.load_checkpoint(str(copy))
+        loading.load_saved(str(copy))
 
 
 def test_verify(copy, tmp_path, capsys):
@@ -375,7 +375,7 @@ def test_any_file_damage_loads_or_raises_one_line(workdir, tmp_path_factory, dat
         if sealed and victim.name != checksums.FILE_NAME:
             checksums.write(str(step))
         try:
-            found = loading.load_checkpoint(str(step))
+            found = loading.load_saved(str(step))
             chex.assert_tree_all_finite(found.image_stats)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
@@ -397,16 +397,16 @@ def test_early_best_step_is_kept(tmp_path):
     saved.wait()
     assert saved.steps() == [2, 5, 6]
     saved.close()
-    assert loading.load_checkpoint(str(tmp_path)).step == 2
-    assert loading.load_checkpoint(str(tmp_path / 'checkpoints' / '5')).step == 5
+    assert loading.load_saved(str(tmp_path)).step == 2
+    assert loading.load_saved(str(tmp_path / 'checkpoints' / '5')).step == 5
 
 
 def test_missing_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match='there is no checkpoint at'):
-        loading.load_checkpoint(str(tmp_path))
+        loading.load_saved(str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='there is no checkpoint in .* yet'):
-        loading.load_checkpoint(str(tmp_path))
+        loading.load_saved(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_missing_checkpoints_are_refused(tmp_path):
 )
 def test_unusual_paths_are_saved_and_loaded(name, workdir, tmp_path):
     _save_again(workdir, tmp_path / name)
-    assert loading.load_checkpoint(tmp_path / name).step == 3
+    assert loading.load_saved(tmp_path / name).step == 3
 
 
 @pytest.mark.parametrize('name', ['lr[0.1]', '[!a]', 'a]', 'a*', 'a?', 'a\\b', os.fsdecode(b'\xff\xfe')])
@@ -441,12 +441,12 @@ def test_step_that_cannot_be_read_is_not_finalized(copy, monkeypatch):
     with pytest.raises(UserError, match='step 4 was saved in .* but cannot be read .NOT_FOUND'):
         _save_again(copy, copy, step=4)
     assert not checksums.present(str(copy / 'checkpoints' / '4'))
-    assert loading.load_checkpoint(copy).step == 2  # the best
+    assert loading.load_saved(copy).step == 2  # the best
 
 
 def _save_again(source, target, step=3):
     """Saves the network of a workdir into another one."""
-    loaded = loading.load_checkpoint(source / 'checkpoints' / '3')
+    loaded = loading.load_saved(source / 'checkpoints' / '3')
     meta = {'config': loaded.config, 'class_names': list(loaded.class_names), 'record_size': 32}
     with manager.CheckpointManager(target) as saved:
         state = train_step.TrainState(jnp.int32(step), loaded.params, None)

@@ -69,7 +69,7 @@ def _assert_user_error(result, pattern):
         (['train', '--workdir=W', '--config=papr'], r"no config file 'papr'. Did you mean 'paper'\?"),
         (['train', '--workdir=W', '--config=ablations'], "unknown variant ''; expected one of no_normalization"),
         (['train', '--workdir=W', '--config=configs/paper.py:init=x'], "variant 'init=x'; expected 'init=paper'"),
-        (['train', '--workdir=W', '--config=configs/caffe.py:x'], "'configs/caffe.py' has no variants"),
+        (['train', '--workdir=W', '--config=configs/torchvision.py:x'], "'configs/torchvision.py' has no variants"),
         (['prepare', '--output=W'], '--input is missing'),
         (['prepare', '--input=W', '--output=W/out'], 'input .* does not exist'),
         (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.commands import experiments
+from alexnet_jax.convert import loading
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import ablations, cifar10, figures, runner
 from alexnet_jax.inference import predict

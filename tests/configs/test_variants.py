@@ -13,7 +13,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.benchmark import hlo_cost
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import architecture, model, sharding
 from alexnet_jax.core.config import augmentation_from_config, model_from_config, optimizer_from_config
 from alexnet_jax.core.post_ops import POST_OPS, PostOp
@@ -28,6 +28,10 @@ CONV4, CONV5 = (3 * 3 * 192 * 384, 384, 13 * 13), (3 * 3 * 192 * 256, 256, 13 * 
 FC6, FC7, FC8 = (9216 * 4096, 4096, 1), (4096 * 4096, 4096, 1), (4096 * 1000, 1000, 1)
 PAPER = [CONV1, CONV2, CONV3, CONV4, CONV5, FC6, FC7, FC8]
 SIX = [*PAPER[:5], (3 * 3 * 256 * 256, 256, 6 * 6)]
+TORCHVISION = [
+    (11 * 11 * 3 * 64, 64, 55 * 55), (5 * 5 * 64 * 192, 192, 27 * 27), (3 * 3 * 192 * 384, 384, 13 * 13),
+    (3 * 3 * 384 * 256, 256, 13 * 13), (3 * 3 * 256 * 256, 256, 13 * 13), FC6, FC7, FC8,
+]  # fmt: skip
 VARIANTS = {
     'paper': (60_965_224, PAPER),
     'paper:init=authors': (60_965_224, PAPER),
@@ -66,13 +70,16 @@ VARIANTS = {
     'sixth_conv:authors=2009': (None, [*SIX, FC6, FC7, (4096 * 10_184, 10_184, 1)]),
     'sixth_conv:authors=2011': (None, [*SIX, FC6, FC7, (4096 * 2048, 2048, 1), (2048 * 21_843, 21_843, 1)]),
     'caffe': (60_965_224, PAPER),
-    'torchvision': (
-        61_100_840,
+    'caffe:net=caffenet': (60_965_224, PAPER),
+    'pytorchcv': (  # no groups; conv 1 without padding
+        62_378_344,
         [
-            (11 * 11 * 3 * 64, 64, 55 * 55), (5 * 5 * 64 * 192, 192, 27 * 27), (3 * 3 * 192 * 384, 384, 13 * 13),
-            (3 * 3 * 384 * 256, 256, 13 * 13), (3 * 3 * 256 * 256, 256, 13 * 13), FC6, FC7, FC8,
+            (*CONV1[:2], 54 * 54), (5 * 5 * 96 * 256, 256, 27 * 27), CONV3,
+            (3 * 3 * 384 * 384, 384, 13 * 13), (3 * 3 * 384 * 256, 256, 13 * 13), FC6, FC7, FC8,
         ],
     ),
+    'torchvision': (61_100_840, TORCHVISION),
+    'pytorchcv:net=b': (61_100_840, TORCHVISION),
 }  # fmt: skip
 
 

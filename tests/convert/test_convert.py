@@ -4,12 +4,15 @@ The oracle is PyTorch's output. Default configs run at their full input size; on
 published files.
 """
 
+import collections
 import errno
+import hashlib
 import io
 import json
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 
 import chex
@@ -19,7 +22,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.checkpoints import manager
-from alexnet_jax.convert import convert, fit, layout
+from alexnet_jax.convert import convert, fit, layout, published
 from alexnet_jax.convert.weight_file import WeightFile
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.utils.errors import UserError
@@ -222,6 +225,100 @@ def test_caffemodel(kind, v1, pool_first, mean, images, mean_bgr, tmp_path):
     expected = _caffe_probabilities(net, images, mean_bgr)
     assert expected.max() > 0.2
     np.testing.assert_allclose(_predict(tmp_path / 'out', images), expected, rtol=2e-4)
+
+
+def _pytorchcv_net(normalized, classes=CLASSES):
+    """Builds pytorchcv's alexnet, or alexnetb if not normalized, from its source."""
+    a, b, c, d, e = WIDTHS
+
+    def unit(*sizes, norm=False):
+        parts = {'conv': nn.Conv2d(*sizes), 'act': nn.ReLU()}
+        return nn.Sequential(
+            collections.OrderedDict(parts | ({'norm': nn.LocalResponseNorm(5, k=2.0)} if norm else {}))
+        )
+
+    def stage(*units):
+        named = {f'unit{i}': unit for i, unit in enumerate(units, 1)}
+        return nn.Sequential(collections.OrderedDict(named | {'pool': nn.MaxPool2d(3, 2, ceil_mode=True)}))
+
+    def dense(inputs, outputs):
+        return nn.Sequential(collections.OrderedDict(fc=nn.Linear(inputs, outputs), act=nn.ReLU(), drop=nn.Dropout()))
+
+    torch.manual_seed(3)
+    net = nn.Module()
+    net.features = nn.Sequential(collections.OrderedDict(
+        stage1=stage(unit(3, a, 11, 4, 0 if normalized else 2, norm=normalized)),
+        stage2=stage(unit(a, b, 5, 1, 2, norm=normalized)),
+        stage3=stage(unit(b, c, 3, 1, 1), unit(c, d, 3, 1, 1), unit(d, e, 3, 1, 1)),
+    ))  # fmt: skip
+    net.output = nn.Sequential(collections.OrderedDict(
+        fc1=dense(36 * e, HIDDEN), fc2=dense(HIDDEN, HIDDEN), fc3=nn.Linear(HIDDEN, classes)
+    ))  # fmt: skip
+    net.forward = lambda x: net.output(net.features(x).flatten(1))
+    return net.eval()
+
+
+def _publish(monkeypatch, folder, name, content, mean=None):
+    """Writes files under the published names of an entry and replaces its digests by theirs."""
+    entry = published.PUBLISHED[name]
+    monkeypatch.setenv(published.FOLDER_VARIABLE, str(folder))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
+    files = []
+    for file, data in ((entry.weights, content), (entry.mean, mean)):
+        if file is not None:
+            written = data
+            if file.name.endswith('.zip'):
+                with zipfile.ZipFile(folder / file.name, 'w', zipfile.ZIP_DEFLATED) as archive:
+                    archive.writestr(file.member, data)
+            elif file.name.endswith('.tar.gz'):
+                with tarfile.open(folder / file.name, 'w:gz') as archive:
+                    member = tarfile.TarInfo(file.member)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+            else:
+                (folder / file.name).write_bytes(written)
+            file = file._replace(digest=f'sha1:{hashlib.sha1(data).hexdigest()}')
+        files.append(file)
+    monkeypatch.setitem(published.PUBLISHED, name, entry._replace(weights=files[0], mean=files[1]))
+
+
+@pytest.mark.parametrize('name', ['torchvision', 'caffe', 'caffenet', 'pytorchcv', 'pytorchcv-b'])
+def test_published_names(name, images, mean_bgr, tmp_path, monkeypatch):
+    """Small networks of the published layouts, under the published names of the files.
+
+    CaffeNet's file lists no operations here, so that their order is that of the config.
+    """
+    mean = None
+    if name.startswith('caffe'):
+        net = _caffe_net(pool_first=name == 'caffenet')
+        _sharpen(net[-1])
+        content, mean = _caffemodel(net, all_layers=name == 'caffe'), _blob(mean_bgr.transpose(2, 0, 1), 'shape')
+        expected = _caffe_probabilities(net, images, mean_bgr)
+    else:
+        net = _torchvision_net() if name == 'torchvision' else _pytorchcv_net(name == 'pytorchcv')
+        _sharpen(net.classifier[6] if name == 'torchvision' else net.output[-1])
+        buffer = io.BytesIO()
+        torch.save(net.state_dict(), buffer)
+        content, expected = buffer.getvalue(), _torchvision_probabilities(net, images)
+    assert expected.max() > 0.2
+    _publish(monkeypatch, tmp_path, name, content, mean)
+    np.testing.assert_allclose(_predict(name, images), expected, rtol=2e-4)
+
+
+def test_zipped_weights(images, tmp_path):
+    """As pytorchcv publishes them. With other files beside the weights, too."""
+    net = _pytorchcv_net(True)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    with zipfile.ZipFile(tmp_path / 'w.pth.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('net/w.pth', buffer.getvalue())
+        archive.writestr('net/README.txt', b'...')
+    convert.convert(tmp_path / 'w.pth.zip', tmp_path / 'out', config=_config('pytorchcv'))
+    (tmp_path / 'w.pth').write_bytes(buffer.getvalue())
+    chex.assert_trees_all_equal(
+        alexnet_jax.load_checkpoint(tmp_path / 'out').params,
+        convert.read(tmp_path / 'w.pth', config=_config('pytorchcv')).params,
+    )
 
 
 def test_safetensors_round_trip_is_bit_exact(images, tmp_path):

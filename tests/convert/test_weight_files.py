@@ -8,6 +8,7 @@ import lzma
 import os
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -179,6 +180,26 @@ def test_other_files_are_named(suffix, tmp_path):
         with pytest.raises(UserError, match=pattern) as caught:
             convert.convert(tmp_path / f'w{suffix}', tmp_path / 'out')
         assert '\n' not in str(caught.value)
+
+
+def test_zipped_weights_are_read_or_refused(tmp_path, capsys):
+    """An archive of one file of weights is read. Errors name the file as a path in the archive."""
+    rng = np.random.default_rng(1)
+    content = _saved({f'conv{i}': [rng.normal(size=(3, 3, 4, 4)), rng.normal(size=4)] for i in (1, 2)})
+    for names, data, pattern in (
+        (['a/w.npy', 'README'], content, r'the weights do not fit the config: .*\(4, 4, 3, 3\)'),
+        (['a/w.npy'], content[:-9], "w.zip/w.npy' cannot be read: expected a dictionary"),
+        (['a/w.npy', 'b/w.npy'], content, 'expected a file written by torch.save, found a zip archive of a/w.npy'),
+        (['README'], content, 'expected a file written by torch.save, found a zip archive of README'),
+        (['w.npy'], bytes(10**8), 'w.npy declares 100,000,000 bytes'),
+    ):
+        with zipfile.ZipFile(tmp_path / 'w.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.writestr(name, data)
+        with pytest.raises(UserError, match=pattern) as caught:
+            convert.convert(tmp_path / 'w.zip', tmp_path / 'out', mean='unused.npy')
+        assert '\n' not in str(caught.value) and os.listdir(tmp_path) == ['w.zip']
+    assert 'reading a/w.npy, the only weights in this archive' in capsys.readouterr().out
 
 
 class _Mkdir:

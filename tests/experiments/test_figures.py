@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import alexnet_jax
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import augment, model
 from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.core.config import model_from_config

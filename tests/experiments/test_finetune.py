@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.experiments import finetune
 from alexnet_jax.utils.errors import UserError
 from tests import helpers

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from jax import export as jax_export
 
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.commands import export
-from alexnet_jax.convert import convert
+from alexnet_jax.convert import convert, loading
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.data import datasets

@@ -13,9 +13,8 @@ import safetensors.numpy
 from PIL import Image
 
 import alexnet_jax
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.checkpoints.manager import Checkpoint
-from alexnet_jax.convert import layout
+from alexnet_jax.convert import layout, loading
 from alexnet_jax.convert.weight_file import LayerWeights
 from alexnet_jax.core import model
 from alexnet_jax.core.architecture import DenseSpec

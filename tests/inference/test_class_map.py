@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, imagenet_classes
 from alexnet_jax.inference import class_map, evaluate

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import sharding
 from alexnet_jax.data import datasets, image_io
 from alexnet_jax.inference import ensemble, evaluate, predict

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import loading
 from alexnet_jax.training import build, restore, train
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError

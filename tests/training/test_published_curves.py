@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.commands import figures as command
+from alexnet_jax.convert import loading
 from alexnet_jax.data import imagenet_classes
 from alexnet_jax.experiments import figures
 from alexnet_jax.training import published_curves

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import loading
 from alexnet_jax.core import train_step
 from alexnet_jax.training import recipes, train
 from alexnet_jax.utils.config_files import get_config

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from alexnet_jax.checkpoints import loading, manager
+from alexnet_jax.checkpoints import manager
+from alexnet_jax.convert import loading
 from alexnet_jax.core import image_stats, sharding
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.inference import evaluate, predict

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import sharding, train_step
 from alexnet_jax.core.augment import Augmentation, crop_on_device
 from alexnet_jax.data import cache, datasets, pipeline

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.checkpoints import loading
+from alexnet_jax.convert import loading
 from alexnet_jax.core import train_step
 from alexnet_jax.data import datasets, pipeline
 from alexnet_jax.training import build, train

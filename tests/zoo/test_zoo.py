@@ -20,8 +20,8 @@ import pytest
 import safetensors.numpy
 
 import alexnet_jax
-from alexnet_jax.checkpoints import loading
 from alexnet_jax.commands import app
+from alexnet_jax.convert import loading
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations
 from alexnet_jax.prepare import prepare
