@@ -31,6 +31,7 @@ ONLY = {
     'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
+    'pillow_heif': {'data/image_io.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

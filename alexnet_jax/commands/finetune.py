@@ -19,7 +19,12 @@ FLAGS = (
     ConfigFlag('config', 'finetune', 'Config of learning rates and length; without --init_from also of the network.'),
     Flag('init_from', '', 'Checkpoint to start from: a workdir, or the output of alexnet_jax convert.'),
     Flag('val_fraction', 0.1, 'Fraction of the images set aside for validation if there is no val folder.'),
-    Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
+    Flag(
+        'max_unreadable',
+        0,
+        'Allowed number of unreadable images in --input; --config.data.max_unreadable is for records in data/.',
+        at_least=0,
+    ),
     CPU_DEVICES,
 )
 

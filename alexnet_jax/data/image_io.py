@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from alexnet_jax.utils.errors import UserError, first_line
 from alexnet_jax.utils.files import as_utf8
@@ -19,7 +20,10 @@ from alexnet_jax.utils.files import as_utf8
 SUFFIXES = tuple('.jpeg .jpg .jpe .jfif .mpo .png .apng .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm'.split())
 # Files of these kinds are not opened to see whether they are images: data sets have as many of them as images.
 _TEXT_SUFFIXES = ('.txt', '.xml', '.json', '.csv', '.tsv')
-# Images of formats that are not read.
+_HEIF_SUFFIXES = ('.heic', '.heif', '.hif')
+_HEIF_MAGIC = re.compile(rb'.{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)', re.DOTALL)
+_HEIF_EXTRA = "pip install 'alexnet_jax[heif]'"
+# Images of formats that are not read (HEIF and AVIF: unless `_formats` finds a decoder).
 _CONVERTIBLE = (
     '.heic .heif .hif .avif .jxl .jp2 .j2k .tga .psd .ico .svg .pdf .exr .dng .nef .cr2 .cr3 .arw .raf .orf .rw2 .dcm'
 ).split()
@@ -51,8 +55,28 @@ class FileCounts:
         if self.skipped:
             formats = [suffix for suffix, _ in self.skipped.most_common() if suffix in _CONVERTIBLE]
             remedy = f'; to use them, convert them (magick mogrify -format jpg *{formats[0]})' if formats else ''
+            if any(suffix in formats for suffix in _HEIF_SUFFIXES):
+                remedy += f', or read HEIC with {_HEIF_EXTRA}'
             skipped = _listed(self.skipped)
             logging.warning('%s: skipped files that are not images of a known format: %s%s', folder, skipped, remedy)
+
+
+@functools.cache  # per process: registers pillow-heif with Pillow
+def _formats() -> tuple[str, ...]:
+    """Returns Pillow's names of the formats that are read: AVIF if Pillow has its decoder, HEIF with pillow-heif."""
+    avif = ('AVIF',) if features.check('avif') else ()
+    try:
+        import pillow_heif
+    except ImportError:
+        return (*_FORMATS, *avif)
+    pillow_heif.register_heif_opener()
+    return (*_FORMATS, *avif, 'HEIF')
+
+
+def suffixes() -> tuple[str, ...]:
+    """Returns the suffixes, in lower case, of files that are read as images."""
+    by_format = {'AVIF': ('.avif',), 'HEIF': _HEIF_SUFFIXES}
+    return (*SUFFIXES, *(suffix for name in _formats() for suffix in by_format.get(name, ())))
 
 
 def _listed(counts: collections.Counter[str]) -> str:
@@ -82,10 +106,10 @@ def is_image(entry: os.DirEntry, counts: FileCounts) -> bool:
     Camera raw files are TIFF files whose first image is a thumbnail. TIFF is therefore not recognized by content if
     the name has a suffix.
     """
-    if entry.name.lower().endswith(SUFFIXES):
+    if entry.name.lower().endswith(suffixes()):
         return True
     suffix = as_utf8(os.path.splitext(entry.name)[1].lower())
-    formats = [name for name in _FORMATS if name != 'TIFF' or not suffix]
+    formats = [name for name in _formats() if name != 'TIFF' or not suffix]
     # isfile is False for pipes, which must not be opened.
     if suffix not in _TEXT_SUFFIXES and os.path.isfile(entry.path) and _has_format(entry.path, formats):
         counts.by_content[suffix or 'without suffix'] += 1
@@ -187,7 +211,7 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
         raise ValueError('the file is empty')
     with warnings.catch_warnings(action='ignore'):  # Pillow warns about defects it repairs; sizes are checked below
         try:
-            opened = Image.open(io.BytesIO(image), formats=_FORMATS) if isinstance(image, bytes) else image
+            opened = Image.open(io.BytesIO(image), formats=_formats()) if isinstance(image, bytes) else image
             width, height = opened.size  # from the header
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'{width} x {height} pixels')
@@ -202,6 +226,8 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
             declared = str(error).split(' exceeds')[0]
             raise ValueError(f'{declared}; expected at most {MAX_PIXELS:,} pixels') from error
         except UnidentifiedImageError as error:  # its message names only the buffer
+            if isinstance(image, bytes) and _HEIF_MAGIC.match(image) and 'HEIF' not in _formats():
+                raise ValueError(f'a HEIC image; convert it, or {_HEIF_EXTRA}') from error
             raise ValueError('unknown image format') from error
         except Exception as error:  # Pillow raises undocumented exception types
             raise ValueError(f'damaged: {first_line(error)}') from error

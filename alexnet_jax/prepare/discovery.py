@@ -55,7 +55,7 @@ def _list_images(path: str) -> Listing:
     if not images:
         raise UserError(
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
-            f'({", ".join(image_io.SUFFIXES)}).'
+            f'({", ".join(image_io.suffixes())}).'
         )
     for split in {ref.split for ref, _ in images}:  # images must not count twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
@@ -164,7 +164,7 @@ def _list_classes(folders, root: str, split: str, counts: image_io.FileCounts) -
             logging.warning('two folders are the class %r: %r and %r.', name, other, entry.name)
         yield from ((_ref(image, root, split), name) for image in paths)
     if empty:
-        logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
+        logging.warning(f'skipped folders without images ({", ".join(image_io.suffixes())}): {", ".join(empty)}')
 
 
 def _list_annotated(
