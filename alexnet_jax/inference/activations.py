@@ -21,13 +21,13 @@ from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference.evaluate import Evaluator
-from alexnet_jax.inference.predict import Images, list_image_files, to_records
+from alexnet_jax.inference.predict import Images, list_image_files, to_records, unreadable
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, did_you_mean
 from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
 SUFFIXES = ('.safetensors', '.npz')
-_NAMED = 10  # most unreadable images that an error names
+_MAX_NAMED = 10  # unreadable images that an error names after warnings have named all
 # The operations after each layer of torchvision's AlexNet. `classifier` starts with the dropout before its first layer.
 _TORCHVISION = ['relu pool', 'relu pool', 'relu', 'relu', 'relu pool dropout', 'relu dropout', 'relu', '']
 _TORCHVISION_NAME = re.compile(r'(features|classifier)\.\d+|avgpool')
@@ -70,7 +70,7 @@ def activations(
       {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
 
     Raises:
-      UserError: a layer is unknown, an image cannot be read, or a folder has no images.
+      UserError: a layer is unknown, images cannot be read (the message names all), or a folder has no images.
     """
     check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
     names = _as_list(layers)
@@ -109,7 +109,7 @@ def iter_activations(
     def batches():
         for parts, _ in source.map(function, batch_size):
             yield dict(zip(names, parts, strict=True))
-        source.check()
+        source.check(max_named=_MAX_NAMED)
 
     return batches()
 
@@ -153,16 +153,12 @@ class _Source(Sequence):
                 self.readable[indices] = True
                 yield parts, indices
 
-    def check(self, outcome: str = '') -> None:
-        """Raises UserError if images were unreadable. outcome: a clause for the message."""
-        bad = np.flatnonzero(~self.readable).tolist()
-        if not bad:
-            return
-        reasons = [self._errors.get(index, repr(self.files[index])) for index in bad[:_NAMED]]
-        rest = f' and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
-        remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
-        named = ', '.join(reasons) + rest
-        raise UserError(f'{len(bad)} of {len(self)} images cannot be read{outcome}: {named}; {remedy}.')
+    def check(self, **options: Any) -> None:
+        """Raises the error of `unreadable`, which has these options, if images were unreadable."""
+        if bad := np.flatnonzero(~self.readable).tolist():
+            reasons = [self._errors.get(index, repr(self.files[index])) for index in bad]
+            remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
+            raise unreadable(reasons, len(self), remedy=remedy, **options)
 
 
 def _is_path(image: Any) -> bool:
@@ -260,7 +256,7 @@ def write_activations(
             progress.update(int(indices[-1]) + 1 if len(indices) else 0)
         rows = np.flatnonzero(source.readable)
         if not len(rows):
-            source.check()
+            source.check(max_named=_MAX_NAMED)
         arrays: dict[str, np.ndarray] = {}
         for name, file, shape in zip(names, files, shapes, strict=True):
             file.flush()
@@ -270,7 +266,7 @@ def write_activations(
         arrays['files'] = np.array([source.files[row] for row in rows])
         with atomic_file(output, 'wb') as target:
             write(target, arrays)
-    source.check(f' and have no row in {output!r}')
+    source.check(outcome=f' and have no row in {output!r}', max_named=_MAX_NAMED)
     return {name: (array.dtype.name if name != 'files' else 'names', array.shape) for name, array in arrays.items()}
 
 

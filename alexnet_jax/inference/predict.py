@@ -18,6 +18,7 @@ from alexnet_jax.utils.errors import UserError, first_line
 
 Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
 _BATCH = 32
+_MAX_NAMED = 1000  # unreadable images that an error names
 
 
 def predict(
@@ -39,14 +40,18 @@ def predict(
       float32 [N, K], or [K] for a single image. Column i is the probability of `checkpoint.class_names[i]`.
 
     Raises:
-      UserError: an image cannot be read, an image has the wrong type or shape, or views is neither 1 nor 10.
+      UserError: images cannot be read or have the wrong type or shape, or views is neither 1 nor 10. All images are
+        tried, and the message names each one that failed, with the reason.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
     return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
-    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`.
+
+    Raises UserError if images cannot be read, and names all of them.
+    """
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3) and images.dtype != np.uint16:
         return check_images(checkpoint, images)
@@ -55,8 +60,32 @@ def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
     except TypeError as error:
         found = type(images).__name__
         raise UserError(f'images are {found}: expected a path, a PIL image, an array or a list of these.') from error
-    records = [_to_record(image, size) for image in images_list]
+    records, errors = [], []
+    for image in images_list:
+        try:
+            records.append(_to_record(image, size))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(images_list) == 1 else unreadable(list(map(str, errors)), len(images_list))
     return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
+
+
+def unreadable(
+    reasons: Sequence[str],
+    total: int,
+    *,
+    outcome: str = '',
+    remedy: str = 'convert or remove them',
+    max_named: int = _MAX_NAMED,
+) -> UserError:
+    """Returns an error that counts unreadable images among `total` and gives the first `max_named` reasons.
+
+    reasons: one per unreadable image, with its name. outcome: a clause on what happened to the images.
+    """
+    more = f' and {len(reasons) - max_named} more' if len(reasons) > max_named else ''
+    named = ', '.join(reasons[:max_named]) + more
+    return UserError(f'{len(reasons)} of {total} images cannot be read{outcome}: {named}; {remedy}.')
 
 
 def _is_single(images: Images) -> bool:
