@@ -1,6 +1,7 @@
 """Predicts class probabilities for images in memory and for image files."""
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,8 +14,10 @@ from PIL import Image
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.data import image_io
 from alexnet_jax.inference.evaluate import Evaluator, check_images
+from alexnet_jax.prepare import discovery, split_folders
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.files import as_utf8
 
 Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
 _BATCH = 32
@@ -131,6 +134,33 @@ def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
             raise UserError(f'{path!r} contains no images.')
         files += found
     return files
+
+
+def class_folders(paths: Sequence[str | os.PathLike], files: Sequence[str]) -> tuple[list[int], tuple[str, ...]] | None:
+    """Returns the labels and class names of the image files at `paths`, if these are one folder of class folders.
+
+    The class of an image is the folder inside of `paths[0]` that holds it, as in `alexnet_jax prepare`. Returns None if
+    there are several paths, images outside such folders, fewer than two of them, or folders that are named like splits.
+    Logs what the classes are.
+
+    files: result of `list_image_files(paths)`.
+    """
+    root = os.fspath(paths[0])
+    relative = [os.path.relpath(file, root).split(os.sep) for file in files]
+    if len(paths) > 1 or any(len(parts) < 2 for parts in relative):
+        return None
+    folders = [unicodedata.normalize('NFC', as_utf8(parts[0])) for parts in relative]
+    classes = set(folders)
+    if len(classes) < 2:
+        return None
+    if all(map(split_folders.split_name, classes)):
+        logging.info('%s holds splits (%s): no labels; give the folder of one split.', root, ', '.join(sorted(classes)))
+        return None
+    class_names = discovery.in_label_order(classes)
+    more = ', ...' if len(classes) > 5 else ''
+    logging.info('labels are the %d folders in %s: %s%s', len(classes), root, ', '.join(class_names[:5]), more)
+    labels = {name: label for label, name in enumerate(class_names)}
+    return [labels[folder] for folder in folders], class_names
 
 
 def predict_files(

@@ -64,7 +64,7 @@ def _list_images(path: str) -> Listing:
                 f'the {split} images exist both in archives ({paths[True]}) and as files ({paths[False]}); '
                 'remove one of the two from the input.'
             )
-    class_names = wordnet_ids() if official else _in_label_order({class_name for _, class_name in images})
+    class_names = wordnet_ids() if official else in_label_order({class_name for _, class_name in images})
     labels = {name: i for i, name in enumerate(class_names)}
     train_classes = {class_name for ref, class_name in images if ref.split == 'train'}
     splits: dict[str, list[ImageRef]] = {}
@@ -78,7 +78,7 @@ def _list_images(path: str) -> Listing:
     return Listing(ordered, class_names, folder)
 
 
-def _in_label_order(class_names: set[str]) -> tuple[str, ...]:
+def in_label_order(class_names: set[str]) -> tuple[str, ...]:
     """Sorts class names. If all are numbers, as in ImageNet-V2, sorts them by value: '2' comes before '10'."""
     names = tuple(sorted(class_names))
     if not are_numbers(names) or names == (by_value := tuple(sorted(names, key=lambda name: (int(name), name)))):
