@@ -368,7 +368,7 @@ def test_terminals_of_other_encodings(encoding, tmp_path):
 
 @pytest.mark.slow
 def test_commands_print_names_in_ascii(tmp_path, monkeypatch):
-    names, digits = [f'café {i}' for i in range(10)], datasets.open_dataset('digits')
+    names, digits = [f'ü{i}' for i in range(10)], datasets.open_dataset('digits')
     monkeypatch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple(names)))
     checkpoint = helpers.save_untrained(tmp_path / 'rün')
     image = helpers.encode(helpers.picture(0), 'PNG')
@@ -377,12 +377,12 @@ def test_commands_print_names_in_ascii(tmp_path, monkeypatch):
     for words, text in (
         (
             ['prepare', f'--input={images}', f'--output={tmp_path}/dätä', '--size=32'],
-            'classes: 2 (caf\\xe9 0, caf\\xe9 1)',
+            'classes: 2 (\\xfc0, \\xfc1)',
         ),
-        (['evaluate', f'--data={tmp_path}/dätä', '--per_class'], '\ncaf\\xe9 1 '),
+        (['evaluate', f'--data={tmp_path}/dätä', '--per_class'], '\n\\xfc1 '),
         (
             ['activations', f'--images={images}/val', '--layers=fc7', f'--output={tmp_path}/ä.npz'],
-            'val: caf\\xe9 0, caf',
+            'val: \\xfc0, ',
         ),
     ):
         words += [] if words[0] == 'prepare' else [f'--checkpoint={checkpoint}', '--cpu_devices=1']
