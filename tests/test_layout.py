@@ -36,6 +36,7 @@ ONLY = {
     'onnx': {'export/onnx_model.py'},
     'pooch': {'convert/published.py'},
     'huggingface_hub': {'convert/loading.py'},
+    'pillow_heif': {'data/image_io.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

@@ -124,6 +124,8 @@ def set_up_jax(cpu_devices: int) -> None:
 
 def _call(command: Any, words: Sequence[str]) -> None:
     logs.configure()
+    if (encoding := sys.getfilesystemencoding()) != 'utf-8':
+        logging.warning('file names are read as %s: set PYTHONUTF8=1, or names that are not ASCII fail.', encoding)
     values = flags.FlagValues()
     words = parse(command, words, values)
     arguments = getattr(command, 'ARGUMENTS', None)

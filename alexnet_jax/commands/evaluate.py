@@ -11,7 +11,6 @@ Errors are over all classes of the network. --per_class prints a table with the 
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -58,7 +57,9 @@ def main(args: flags.FlagValues) -> None:
     classes = class_map.match_classes(dataset.class_names, names, path)
     left_out = 0
     if classes.method:
-        records, left_out = _relabel(records, classes, args.split, path)
+        class_map.log_method(classes, path)
+        logging.info('Errors are over all %d classes of the network.', len(names))
+        records, left_out = class_map.relabel_split(records, classes, args.split, path)
         if tune_on is not None:
             tune_on = records if args.split == 'val' else class_map.relabel(tune_on, classes.labels)[0]
     options = {'views': args.views, 'batch_size': args.batch_size, 'max_unreadable': args.max_unreadable}
@@ -88,24 +89,6 @@ def main(args: flags.FlagValues) -> None:
         _print_table(line['per_class'], few)
     if args.json:
         print(json.dumps(line))
-
-
-def _relabel(records: Sequence, classes, split: str, path: str) -> tuple[Sequence, int]:
-    """Returns the records with labels of the network and the number left out. Reports how the classes match."""
-    from alexnet_jax.inference import class_map
-
-    log = logging.warning if classes.method == 'index' else logging.info
-    count = len(classes.network_names)
-    log('data: %s. Errors are over all %d classes of the network.', classes.describe(path), count)
-    total = len(records)
-    records, left_out = class_map.relabel(records, classes.labels)
-    if missing := classes.missing:
-        logging.warning(
-            f'{len(missing)} of {len(classes.names)} classes of the data have no match in {path}: '
-            f'{", ".join(missing[:10])}{", ..." if len(missing) > 10 else ""}; {left_out} of {total} images of {split} '
-            'are left out. Name class folders by WordNet id, name or index of its classes.'
-        )
-    return records, left_out
 
 
 def _rows(per_class: dict[str, Any], classes) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@
     alexnet_jax figures --checkpoint=PATH --output=DIR [--data=DIR]
 
 Draws the network (figure 2) and the kernels of its first layer (figure 3). With --run, also draws the training curves
-(as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix.
+(as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix. The
+classes of the data may be some of the network's, in any order: they are matched as `alexnet_jax evaluate` does.
 """
 
 from collections.abc import Sequence
@@ -41,15 +42,16 @@ def main(args: flags.FlagValues) -> None:
     path = args.run or args.checkpoint
     dataset = datasets.open_dataset(args.data) if args.data else None
     checkpoint = load_checkpoint(path)
+    shown = None
     if dataset:
         dataset.split(args.split)
-        evaluate.check_data(checkpoint, dataset, path)
+        evaluate.check_record_size(checkpoint, dataset, path)
+        dataset, shown = figures.match_dataset(checkpoint, dataset, args.split, path)
     if args.beside:
         _check_beside(args.beside, checkpoint.class_names)
     print(f'{path} (step {checkpoint.step})', flush=True)
-    drawn = figures.draw(
-        checkpoint, run=args.run, dataset=dataset, split=args.split, seed=args.seed, beside=args.beside
-    )
+    options = {'split': args.split, 'shown': shown, 'seed': args.seed, 'beside': args.beside}
+    drawn = figures.draw(checkpoint, run=args.run, dataset=dataset, **options)
     for name, figure, lines in drawn:
         print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)
 

@@ -27,7 +27,12 @@ FLAGS = (
         'Checkpoint to start from: a workdir, the output of alexnet_jax convert, or a name as torchvision.',
     ),
     Flag('val_fraction', 0.1, 'Fraction of the images set aside for validation if there is no val folder.'),
-    Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
+    Flag(
+        'max_unreadable',
+        0,
+        'Allowed number of unreadable images in --input; --config.data.max_unreadable is for records in data/.',
+        at_least=0,
+    ),
     CPU_DEVICES,
 )
 

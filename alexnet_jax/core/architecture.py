@@ -55,7 +55,7 @@ KINDS = {'conv': ConvSpec, 'local': LocalSpec, 'fc': DenseSpec}  # layer name pr
 
 def parse_name(name: str) -> tuple[str, int]:
     """Splits a layer name into its kind (a key of `KINDS`) and its number. Raises UserError for any other name."""
-    match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', name)
+    match = re.fullmatch(f'({"|".join(KINDS)})([1-9][0-9]*)', str(name))
     if not match:
         raise UserError(f'model.layers has {name!r}: expected {", ".join(KINDS)} and a number, such as conv1 or fc6.')
     return match[1], int(match[2])

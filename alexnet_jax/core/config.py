@@ -1,37 +1,27 @@
 """Builds the objects of core/ from the sections of a config (see configs/paper.py) and checks every value."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from alexnet_jax.core import optim
-from alexnet_jax.core.architecture import INIT_PATTERN, KINDS, LayerSpec, parse_name, sort_layers
+from alexnet_jax.core import checks, optim
+from alexnet_jax.core.architecture import KINDS, LayerSpec, parse_name, sort_layers
 from alexnet_jax.core.augment import Augmentation
+from alexnet_jax.core.checks import (
+    are_numbers,
+    check_values,
+    is_nonnegative,
+    is_nonnegative_int,
+    is_number,
+    is_positive_int,
+)
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-Check = tuple[str, Callable[[Any], bool], str]  # (keys separated by spaces, predicate, description of a valid value)
-
-
-def is_number(value: Any, minimum: float = -1e300, maximum: float = 1e300, kind: Any = int | float) -> bool:
-    """Returns whether a value is a finite number (with kind=int: an integer) within bounds."""
-    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-def _are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Returns whether `values` is a tuple or list of `count` numbers within bounds."""
-    is_row = isinstance(values, tuple | list) and len(values) == count
-    return is_row and all(is_number(value, **bounds) for value in values)
-
-
-is_nonnegative = functools.partial(is_number, minimum=0)
-is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
-is_positive_int = functools.partial(is_number, minimum=1, kind=int)
 
 
 def _is_fraction(value: Any) -> bool:
@@ -39,29 +29,14 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_crop_area(value: Any) -> bool:
-    return value == () or (_are_numbers(value, 2, maximum=1) and 0 < value[0] <= value[1])
+    return value == () or (are_numbers(value, 2, maximum=1) and 0 < value[0] <= value[1])
 
 
-_LAYER_CHECKS = (
-    ('features kernel stride groups', is_positive_int, 'a positive integer'),
-    ('padding', lambda value: _are_numbers(value, 2, minimum=0, kind=int), 'a pair of integers (before, after)'),
-    ('bias', is_number, 'a number'),
-    ('init', lambda value: INIT_PATTERN.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
-    ('post', lambda value: isinstance(value, str), "names of operations, such as 'relu lrn pool'"),
-)
-_MODEL_CHECKS = (
-    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
-    ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
-    ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
-    ('dropout_rate', _is_fraction, 'a number of at least 0 and below 1'),
-    ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
-    ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
-)
 _AUGMENTATION_CHECKS = (
     ('image_size draw_every', is_positive_int, 'a positive integer'),
     ('crop_area', _is_crop_area, '() or (min, max), with 0 < min <= max <= 1'),
     ('mean', ('crop', 'center', 'channel').__contains__, "'crop', 'center' or 'channel'"),
-    ('pixel_std', lambda value: _are_numbers(value, 3) and min(value) > 0, 'three positive numbers'),
+    ('pixel_std', lambda value: are_numbers(value, 3) and min(value) > 0, 'three positive numbers'),
     ('color_std color_epochs', is_nonnegative, 'a number of 0 or more'),
     ('color_scale', ('eigenvalue', 'std').__contains__, "'eigenvalue' or 'std'"),
 )
@@ -76,14 +51,6 @@ OPTIM_CHECKS = (
 )
 
 
-def check_values(checks: Sequence[Check], values: Mapping[str, Any], template: str) -> None:
-    """Raises UserError for the first invalid value. `template` formats key and value, such as 'optim.{}={!r}'."""
-    for keys, is_valid, expected in checks:
-        for key in keys.split():
-            if key in values and not is_valid(values[key]):
-                raise UserError(f'{template.format(key, values[key])}: expected {expected}.')
-
-
 def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
     """Returns the network described by a config's `model`. Tuples may be lists, as in a config read from JSON.
 
@@ -92,7 +59,7 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
     for key in fields:
         if key not in MODEL_FIELDS:
             raise UserError(f"unknown config key 'model.{key}'.{did_you_mean(key, MODEL_FIELDS)}")
-    check_values(_MODEL_CHECKS, fields, 'model.{}={!r}')
+    check_values(checks.MODEL_CHECKS, fields, 'model.{}={!r}')
     fields = dict(fields)
     if 'layers' in fields:
         fields['layers'] = _layers_from_config(fields['layers'])
@@ -124,7 +91,7 @@ def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) ->
             raise UserError(f"unknown config key 'model.layers.{name}.{key}'.{hint}")
         for key in {'features', 'kernel'} & known.keys() - given.keys():
             raise UserError(f"missing config key 'model.layers.{name}.{key}'; see configs/paper.py.")
-        check_values(_LAYER_CHECKS, given, f'model.layers.{name}.{{}}={{!r}}')
+        check_values(checks.LAYER_CHECKS, given, f'model.layers.{name}.{{}}={{!r}}')
         specs[name] = kind(**{key: to_tuples(value) for key, value in given.items()})
     return specs
 
@@ -197,7 +164,7 @@ def optimizer_from_config(
 
 def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
     for row in stages if isinstance(stages, tuple | list) else [stages]:
-        if not isinstance(row, tuple | list) or len(row) != 4 or not _are_numbers(row[:3], 3, minimum=0):
+        if not isinstance(row, tuple | list) or len(row) != 4 or not are_numbers(row[:3], 3, minimum=0):
             raise UserError(
                 f'optim.stages has the row {row!r}: expected (first epoch, factor for weights, factor for biases, '
                 'overrides by layer).'
@@ -211,7 +178,7 @@ def _check_stages(stages: Any, layers: Sequence[str]) -> list[optim.Stage]:
 
 def _check_layer_rows(key: str, rows: Any, length: int, layers: Sequence[str]) -> None:
     for row in rows if isinstance(rows, tuple | list) else [rows]:
-        if not isinstance(row, tuple | list) or not _are_numbers(row[1:], length - 1, minimum=0):
+        if not isinstance(row, tuple | list) or not are_numbers(row[1:], length - 1, minimum=0):
             raise UserError(f'optim.{key} has {row!r}: expected a layer and {length - 1} factor(s) of 0 or more.')
         if row[0] not in layers:
             raise UserError(f'optim.{key} has an unknown layer {row[0]!r}.{did_you_mean(str(row[0]), layers)}')

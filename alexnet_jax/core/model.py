@@ -3,6 +3,7 @@
 The defaults are the paper's network (section 3.5, figure 2). Variants change `layers`, not the class.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,7 +17,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jax import Array, lax
 
-from alexnet_jax.core import architecture, ops
+from alexnet_jax.core import architecture, checks, ops
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LayerSpec, LocalSpec
 from alexnet_jax.core.post_ops import POST_OPS, Context
 from alexnet_jax.utils.errors import UserError, check_type
@@ -85,6 +86,8 @@ class AlexNet(nn.Module):
       dtype: dtype of the computation: 'float32', 'bfloat16' or 'float64'. Parameters are float32, or float64 with
         jax.enable_x64.
       tower_axis: mesh axis of the towers; None on one device.
+
+    Raises UserError for an attribute of another type or out of range.
     """
 
     layers: Mapping[str, LayerSpec] = cast(Any, None)  # a FrozenDict after __post_init__
@@ -108,10 +111,15 @@ class AlexNet(nn.Module):
 
     def __post_init__(self) -> None:
         layers = _PAPER_LAYERS if self.layers is None else self.layers
+        checks.check_layers(layers)
         names = architecture.sort_layers(layers)
         layers = {name: layers[name] for name in names}
         layers[names[-1]] = dataclasses.replace(layers[names[-1]], features=self.num_classes)
         self.layers = FrozenDict(layers)
+        if not isinstance(self.dtype, str | None):  # such as jnp.bfloat16
+            with contextlib.suppress(TypeError):
+                self.dtype = jnp.dtype(self.dtype).name
+        checks.check_network(self)
         super().__post_init__()
 
     @nn.compact
@@ -182,10 +190,12 @@ def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
 
     `image_size` is the side of the network's input in pixels. Kernels are float32: HWIO for convolutions, where I is
     the number of input channels of one group; [inputs, outputs] for dense layers; see `ops.local_conv` for local ones.
+    Raises UserError if the layers do not fit each other or the image size.
     """
     check_type('the model', model, AlexNet, 'an AlexNet, such as AlexNet()')
     if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size < 1:
         raise UserError(f'image_size={image_size!r}: expected a positive integer, in pixels.')
+    architecture.infer_shapes(model, image_size)
     return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 

@@ -17,7 +17,7 @@ from alexnet_jax.core.architecture import ConvSpec, infer_shapes
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.datasets import Dataset
-from alexnet_jax.inference import activations, predict
+from alexnet_jax.inference import activations, class_map, predict
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.training.published_curves import CURVES
 from alexnet_jax.utils.errors import UserError
@@ -151,6 +151,15 @@ def confusion(labels, predicted, classes: int) -> np.ndarray:
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
+def merge_others(matrix, shown: Sequence[int]) -> np.ndarray:
+    """Returns the confusion matrix of the classes `shown`; its last row and column stand for all others."""
+    index = np.full(len(matrix), len(shown))
+    index[list(shown)] = np.arange(len(shown))
+    merged = np.zeros((len(shown) + 1,) * 2, int)
+    np.add.at(merged, (index[:, None], index), matrix)
+    return merged
+
+
 def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[tuple[str, str, int, float]]:
     """Returns the most frequent errors: (true class, predicted class, number, share of the true class)."""
     wrong = np.array(matrix)
@@ -185,27 +194,51 @@ def towers_of(network: AlexNet, image_size: int) -> int:
     return 2
 
 
+def match_dataset(checkpoint: Checkpoint, dataset: Dataset, split: str, path: str) -> tuple[Dataset, list[int] | None]:
+    """Returns a dataset with labels of the network at `path`, and which of its classes the data have.
+
+    The latter is None if the classes are the network's. Otherwise logs how they match and what is left out, see
+    `class_map`. Raises UserError if the classes do not match, or if no image of the split has a class of the network.
+    """
+    classes = class_map.match_classes(dataset.class_names, checkpoint.class_names, path)
+    if not classes.method:
+        return dataset, None
+    class_map.log_method(classes, path)
+    splits = {
+        name: class_map.relabel_split(dataset.splits[name], classes, name, path)[0]
+        for name in dict.fromkeys((split, 'train'))
+        if name in dataset.splits
+    }
+    if not len(splits[split]):
+        raise UserError(f'no image of the {split} split has a class of {path}; use another --split.')
+    splits = {name: records for name, records in splits.items() if len(records)}
+    shown = sorted(classes.labels[classes.labels >= 0].tolist())
+    return dataset._replace(splits=splits, class_names=checkpoint.class_names), shown
+
+
 def draw(
     checkpoint: Checkpoint,
     *,
     run: str | os.PathLike | None = None,
     dataset: Dataset | None = None,
     split: str = 'val',
+    shown: Sequence[int] | None = None,
     seed: int = 0,
     beside: str = '',
 ) -> Iterator[Drawn]:
     """Yields all figures of a network: (name, matplotlib Figure, lines to print).
 
-    run: workdir of its run; draws the learning curves. dataset, split: images to show; without a dataset, figures that
-    show images are skipped. seed: random seed of the choice of images. beside: name of a published curve on ImageNet
+    run: workdir of its run; draws the learning curves. dataset, split: images to show, with labels of the network;
+    without a dataset, figures that show images are skipped. shown: classes in the confusion matrix, which merges all
+    others; None: all. seed: random seed of the choice of images. beside: name of a published curve on ImageNet
     (`published_curves.CURVES`), drawn beside those of the run.
     """
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     if run:
-        shown = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
+        of_split = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
         for name, field, label in (('error', 'top1_error', 'Top-1 error (%)'), ('loss', 'loss', 'Loss (nats)')):
-            drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in shown.items()}
+            drawn = {part: (curve.epoch, getattr(curve, field)) for part, curve in of_split.items()}
             if beside and len(CURVES[beside].points(field)[0]):
                 drawn[f'{beside}, val'] = CURVES[beside].points(field)
             yield name, plots.learning_curves(drawn, y_label=label), []
@@ -227,10 +260,10 @@ def draw(
     else:
         logging.info('No figure of kernels: %s is not a convolution over all three colors.', first)
     if dataset:
-        yield from _image_figures(checkpoint, dataset, split, seed)
+        yield from _image_figures(checkpoint, dataset, split, shown, seed)
 
 
-def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: int) -> Iterator[Drawn]:
+def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, shown, seed: int) -> Iterator[Drawn]:
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     source, classes = dataset.split(split), checkpoint.class_names
@@ -247,7 +280,11 @@ def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, seed: i
     lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images correct (center crop); most frequent errors:']
     for true, predicted, number, share in most_confused(matrix, classes):
         lines.append(f'  {true} predicted as {predicted}: {number} ({100 * share:.1f}% of {true})')
-    yield 'confusion', plots.confusion(matrix, classes), lines
+    if shown is None or len(shown) == len(classes):
+        yield 'confusion', plots.confusion(matrix, classes), lines
+    else:
+        names = [*(classes[label] for label in shown), 'other classes']
+        yield 'confusion', plots.confusion(merge_others(matrix, shown), names), lines
 
     if 'train' not in dataset.splits:
         logging.info('No figure of nearest training images: the dataset has no train split.')

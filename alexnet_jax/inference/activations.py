@@ -3,15 +3,12 @@
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import re
-import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +17,13 @@ import numpy as np
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.model import AlexNet
+from alexnet_jax.inference import activation_files
 from alexnet_jax.inference.evaluate import Evaluator
-from alexnet_jax.inference.predict import Images, list_image_files, to_records
+from alexnet_jax.inference.predict import Images, list_image_files, to_records, unreadable
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, did_you_mean
-from alexnet_jax.utils.files import atomic_file, check_new
 from alexnet_jax.utils.logs import Progress
 
-SUFFIXES = ('.safetensors', '.npz')
-_NAMED = 10  # most unreadable images that an error names
+_MAX_NAMED = 10  # unreadable images that an error names after warnings have named all
 # The operations after each layer of torchvision's AlexNet. `classifier` starts with the dropout before its first layer.
 _TORCHVISION = ['relu pool', 'relu pool', 'relu', 'relu', 'relu pool dropout', 'relu dropout', 'relu', '']
 _TORCHVISION_NAME = re.compile(r'(features|classifier)\.\d+|avgpool')
@@ -70,7 +66,7 @@ def activations(
       {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
 
     Raises:
-      UserError: a layer is unknown, an image cannot be read, or a folder has no images.
+      UserError: a layer is unknown, images cannot be read (the message names all), or a folder has no images.
     """
     check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
     names = _as_list(layers)
@@ -109,7 +105,7 @@ def iter_activations(
     def batches():
         for parts, _ in source.map(function, batch_size):
             yield dict(zip(names, parts, strict=True))
-        source.check()
+        source.check(max_named=_MAX_NAMED)
 
     return batches()
 
@@ -120,11 +116,13 @@ class _Source(Sequence):
     It keeps the name and the label of each record that is read. Labels may be missing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, items: Sequence):
+    def __init__(self, checkpoint: Checkpoint, items: Sequence, labels: Sequence[int] | None = None):
         self._checkpoint, self._items = checkpoint, items
         self._errors: dict[int, str] = {}  # of images that are not records
         self.files = [str(i) for i in range(len(items))]  # an image without a name has its index
         self.labels = np.full(len(items), -1, '<i4')  # -1: none
+        if labels is not None:
+            self.labels[:] = labels
         self.readable = np.zeros(len(items), bool)  # set by `map`
 
     def __len__(self) -> int:
@@ -153,16 +151,12 @@ class _Source(Sequence):
                 self.readable[indices] = True
                 yield parts, indices
 
-    def check(self, outcome: str = '') -> None:
-        """Raises UserError if images were unreadable. outcome: a clause for the message."""
-        bad = np.flatnonzero(~self.readable).tolist()
-        if not bad:
-            return
-        reasons = [self._errors.get(index, repr(self.files[index])) for index in bad[:_NAMED]]
-        rest = f' and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
-        remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
-        named = ', '.join(reasons) + rest
-        raise UserError(f'{len(bad)} of {len(self)} images cannot be read{outcome}: {named}; {remedy}.')
+    def check(self, **options: Any) -> None:
+        """Raises the error of `unreadable`, which has these options, if images were unreadable."""
+        if bad := np.flatnonzero(~self.readable).tolist():
+            reasons = [self._errors.get(index, repr(self.files[index])) for index in bad]
+            remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
+            raise unreadable(reasons, len(self), remedy=remedy, **options)
 
 
 def _is_path(image: Any) -> bool:
@@ -221,37 +215,42 @@ def write_activations(
     layers: Sequence[str] | str,
     *,
     batch_size: int = 128,
+    labels: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Writes the activations of layers for a split or for image files, with their names and labels, to a new file.
 
     The file has one array for each layer, under its name: float32 [N, ...]. `files` holds the name of each image, or
     its index if it has none: strings in .npz; in .safetensors, which has no strings, UTF-8 bytes uint8 [N, L] padded
-    with zeros. `labels` int32 [N] is left out if no image has a label; -1 stands for a missing one.
+    with zeros. `labels` int32 [N] is left out if no image has a label; -1 stands for a missing one. `class_names` [K]
+    holds strings as `files` does; it is left out without labels.
 
     One batch is held in memory. The rows of each layer are collected in a temporary file beside the output, so the
     disk must have space for twice the output. An error leaves no file, except for unreadable images: see `Raises`.
 
     Args:
-      output: path that ends in .safetensors or .npz.
+      output: path that ends in .safetensors or .npz. With '{layer}' in the file name, as in 'f/{layer}.npz', each layer
+        gets a file with its names and labels; their folder must be new, and appears when all files are complete.
       checkpoint: from `alexnet_jax.load_checkpoint`.
       images: the records of a split, or a list of images as `predict` takes them, such as paths.
       layers: one name or several, as for `activations`.
       batch_size: images per batch; it does not change the results.
+      labels: of images that are not records, int [N].
+      class_names: names of the classes, in label order.
 
     Returns:
-      {array: (dtype, shape)} of the arrays in the file.
+      {array: (dtype, shape)} of the arrays that are written.
 
     Raises:
-      UserError: as for `check_output`; a layer is unknown; there are no images; the file cannot be written; or images
-        could not be read. In the last case the file holds all other images, if there are any.
+      UserError: as for `activation_files.check_output`; a layer is unknown; there are no images; the file cannot be
+        written; or images could not be read. In the last case the file holds all other images, if there are any.
     """
     output, names = os.fspath(output), _as_list(layers)
-    check_output(output)
-    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, images)
-    shapes, folder = _shapes(checkpoint, function), os.path.dirname(output) or '.'
-    write = _write_npz if output.endswith('.npz') else _write_safetensors
+    activation_files.check_output(output)
+    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, images, labels)
+    shapes, folder = _shapes(checkpoint, function), activation_files.existing_folder(output)
     with as_user_error(f'{output!r} cannot be written'), contextlib.ExitStack() as stack:
-        _check_space(folder, output, 4 * len(source) * sum(map(math.prod, shapes)))
+        activation_files.check_space(folder, output, 4 * len(source) * sum(map(math.prod, shapes)))
         files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in names]
         progress = Progress(len(source), seconds=10)
         for parts, indices in stack.enter_context(contextlib.closing(source.map(function, batch_size))):
@@ -260,52 +259,17 @@ def write_activations(
             progress.update(int(indices[-1]) + 1 if len(indices) else 0)
         rows = np.flatnonzero(source.readable)
         if not len(rows):
-            source.check()
+            source.check(max_named=_MAX_NAMED)
         arrays: dict[str, np.ndarray] = {}
         for name, file, shape in zip(names, files, shapes, strict=True):
             file.flush()
             arrays[name] = np.memmap(file, '<f4', 'r', shape=(len(rows), *shape))
+        about = {'files': np.array([source.files[row] for row in rows])}
         if np.any(source.labels >= 0):
-            arrays['labels'] = source.labels[rows]
-        arrays['files'] = np.array([source.files[row] for row in rows])
-        with atomic_file(output, 'wb') as target:
-            write(target, arrays)
-    source.check(f' and have no row in {output!r}')
-    return {name: (array.dtype.name if name != 'files' else 'names', array.shape) for name, array in arrays.items()}
-
-
-def check_output(output: str) -> None:
-    """Raises UserError if `output` does not end in .safetensors or .npz, or already exists."""
-    if not output.endswith(SUFFIXES):
-        raise UserError(f'--output={output!r}: expected a name ending in {" or ".join(SUFFIXES)}.')
-    check_new(output)
-
-
-def _check_space(folder: str, output: str, size: int) -> None:
-    """Raises UserError if a folder has less space than `write_activations` needs for `size` bytes of activations."""
-    free = shutil.disk_usage(folder).free
-    if free < 2 * size:
-        raise UserError(
-            f'{output!r} takes {size / 1e9:.1f} GB, and as much again while it is written, but {free / 1e9:.1f} GB are '
-            'free; use another disk, fewer layers or fewer images.'
-        )
-
-
-def _write_npz(file: IO, arrays: dict[str, np.ndarray]) -> None:
-    np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def _write_safetensors(file: IO, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the safetensors format: header length (8 bytes), header (JSON), then the arrays one after another."""
-    names = np.array([os.fsencode(name) for name in arrays['files']])
-    arrays = {**arrays, 'files': names.view(np.uint8).reshape(len(names), -1)}
-    header, end = {}, 0
-    for name, array in arrays.items():
-        dtype = {'float32': 'F32', 'int32': 'I32', 'uint8': 'U8'}[array.dtype.name]
-        header[name] = {'dtype': dtype, 'shape': array.shape, 'data_offsets': [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # so that the arrays are aligned
-    file.write(struct.pack('<Q', len(text)) + text)
-    for array in arrays.values():
-        file.write(np.ascontiguousarray(array).data)
+            about = {'labels': source.labels[rows], **about}
+            if class_names:
+                about['class_names'] = np.array(class_names)
+        activation_files.write(output, arrays, about)
+    source.check(outcome=f' and have no row in {output!r}', max_named=_MAX_NAMED)
+    arrays |= about
+    return {name: ('names' if a.dtype.kind == 'U' else a.dtype.name, a.shape) for name, a in arrays.items()}

@@ -118,6 +118,24 @@ def relabel(records: Sequence, labels: np.ndarray) -> tuple[Sequence, int]:
     return _Relabeled(records, labels, kept), len(records) - len(kept)
 
 
+def log_method(classes: ClassMap, path: str) -> None:
+    """Logs how the classes of a dataset match those of the network at `path`; matches by index as a warning."""
+    log = logging.warning if classes.method == 'index' else logging.info
+    log('data: %s.', classes.describe(path))
+
+
+def relabel_split(records: Sequence, classes: ClassMap, split: str, path: str) -> tuple[Sequence, int]:
+    """Calls `relabel`. Warns of classes that the network at `path` does not have, and counts their images."""
+    kept, left_out = relabel(records, classes.labels)
+    if missing := classes.missing:
+        logging.warning(
+            f'{len(missing)} of {len(classes.names)} classes of the data have no match in {path}: '
+            f'{", ".join(missing[:10])}{", ..." if len(missing) > 10 else ""}; {left_out} of {len(records)} images of '
+            f'{split} are left out. Name class folders by WordNet id, name or index of its classes.'
+        )
+    return kept, left_out
+
+
 def align(checkpoints: Sequence[Any]) -> list[np.ndarray | None]:
     """Returns for each checkpoint the order in which its outputs have the classes of the first; None: as they are.
 

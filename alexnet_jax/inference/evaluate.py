@@ -283,16 +283,6 @@ def check_images(checkpoint: Checkpoint, image_NHWC) -> np.ndarray:
     return image_NHWC
 
 
-def check_data(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
-    """Raises UserError if the data's classes or record size differ from the checkpoint's. path: for the message."""
-    if len(dataset.class_names) != len(checkpoint.class_names):
-        raise UserError(f'the data have {len(dataset.class_names)} classes, {path} has {len(checkpoint.class_names)}.')
-    for ours, theirs in zip(dataset.class_names, checkpoint.class_names, strict=True):
-        if ours != theirs:
-            raise UserError(f'the data have a class {ours!r} where {path} has {theirs!r}; the labels do not match.')
-    check_record_size(checkpoint, dataset, path)
-
-
 def check_record_size(checkpoint: Checkpoint, dataset: Dataset, path: str) -> None:
     """Raises UserError if the data's record size differs from the checkpoint's. path: for the message."""
     if dataset.record_size != checkpoint.record_size:

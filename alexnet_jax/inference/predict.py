@@ -1,6 +1,7 @@
 """Predicts class probabilities for images in memory and for image files."""
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,13 +12,16 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from alexnet_jax.checkpoints.manager import Checkpoint
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files, image_io
 from alexnet_jax.inference.evaluate import Evaluator, check_images
+from alexnet_jax.prepare import class_lists, split_folders
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.files import as_utf8
 
 Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
 _BATCH = 32
+_MAX_NAMED = 1000  # unreadable images that an error names
 
 
 def predict(
@@ -39,14 +43,18 @@ def predict(
       float32 [N, K], or [K] for a single image. Column i is the probability of `checkpoint.class_names[i]`.
 
     Raises:
-      UserError: an image cannot be read, an image has the wrong type or shape, or views is neither 1 nor 10.
+      UserError: images cannot be read or have the wrong type or shape, or views is neither 1 nor 10. All images are
+        tried, and the message names each one that failed, with the reason.
     """
     outputs = Evaluator(checkpoint, mesh, views=views, batch_size=batch_size).predict(to_records(checkpoint, images))
     return outputs[0] if _is_single(images) else outputs
 
 
 def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
-    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`."""
+    """Converts images, given as for `predict`, to uint8 [N, S, S, 3] with S = `checkpoint.record_size`.
+
+    Raises UserError if images cannot be read, and names all of them.
+    """
     size = checkpoint.record_size
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3) and images.dtype != np.uint16:
         return check_images(checkpoint, images)
@@ -55,8 +63,32 @@ def to_records(checkpoint: Checkpoint, images: Images) -> np.ndarray:
     except TypeError as error:
         found = type(images).__name__
         raise UserError(f'images are {found}: expected a path, a PIL image, an array or a list of these.') from error
-    records = [_to_record(image, size) for image in images_list]
+    records, errors = [], []
+    for image in images_list:
+        try:
+            records.append(_to_record(image, size))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(images_list) == 1 else unreadable(list(map(str, errors)), len(images_list))
     return np.stack(records) if records else np.zeros((0, size, size, 3), np.uint8)
+
+
+def unreadable(
+    reasons: Sequence[str],
+    total: int,
+    *,
+    outcome: str = '',
+    remedy: str = 'convert or remove them',
+    max_named: int = _MAX_NAMED,
+) -> UserError:
+    """Returns an error that counts unreadable images among `total` and gives the first `max_named` reasons.
+
+    reasons: one per unreadable image, with its name. outcome: a clause on what happened to the images.
+    """
+    more = f' and {len(reasons) - max_named} more' if len(reasons) > max_named else ''
+    named = ', '.join(reasons[:max_named]) + more
+    return UserError(f'{len(reasons)} of {total} images cannot be read{outcome}: {named}; {remedy}.')
 
 
 def _is_single(images: Images) -> bool:
@@ -95,13 +127,40 @@ def list_image_files(paths: Sequence[str | os.PathLike]) -> list[str]:
     for path in [os.fspath(path) for path in paths]:
         if not os.path.exists(path):
             raise UserError(f'{path!r} does not exist; give an image file or a folder.')
-        counts = image_io.FileCounts()
-        found = list(image_io.iter_image_files(path, counts)) if os.path.isdir(path) else [path]
+        counts = image_files.FileCounts()
+        found = list(image_files.iter_image_files(path, counts)) if os.path.isdir(path) else [path]
         counts.log(path)
         if not found:
             raise UserError(f'{path!r} contains no images.')
         files += found
     return files
+
+
+def class_folders(paths: Sequence[str | os.PathLike], files: Sequence[str]) -> tuple[list[int], tuple[str, ...]] | None:
+    """Returns the labels and class names of the image files at `paths`, if these are one folder of class folders.
+
+    The class of an image is the folder inside of `paths[0]` that holds it, as in `alexnet_jax prepare`. Returns None if
+    there are several paths, images outside such folders, fewer than two of them, or folders that are named like splits.
+    Logs what the classes are.
+
+    files: result of `list_image_files(paths)`.
+    """
+    root = os.fspath(paths[0])
+    relative = [os.path.relpath(file, root).split(os.sep) for file in files]
+    if len(paths) > 1 or any(len(parts) < 2 for parts in relative):
+        return None
+    folders = [unicodedata.normalize('NFC', as_utf8(parts[0])) for parts in relative]
+    classes = set(folders)
+    if len(classes) < 2:
+        return None
+    if all(map(split_folders.split_name, classes)):
+        logging.info('%s holds splits (%s): no labels; give the folder of one split.', root, ', '.join(sorted(classes)))
+        return None
+    class_names = class_lists.in_label_order(classes)
+    more = ', ...' if len(classes) > 5 else ''
+    logging.info('labels are the %d folders in %s: %s%s', len(classes), root, ', '.join(class_names[:5]), more)
+    labels = {name: label for label, name in enumerate(class_names)}
+    return [labels[folder] for folder in folders], class_names
 
 
 def predict_files(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from absl import logging
 
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files, image_io
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.prepare import ground_truth, label_files, parquet, split_folders, tar, tfds
 from alexnet_jax.prepare.class_lists import CLASS_LISTS, in_label_order
@@ -27,7 +27,7 @@ class _Search:
     """A search for images in a folder."""
 
     root: str  # the input
-    counts: image_io.FileCounts
+    counts: image_files.FileCounts
     nested_classes: bool = False
     all_classes: tuple[str, ...] = ()  # if known, as for ILSVRC-2010: classes without an image keep their labels
 
@@ -69,7 +69,7 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None, nested_cl
 
 def _parquet_files(path: str) -> list[str]:
     """Returns the parquet files of an input that holds no image files."""
-    if not os.path.exists(path) or (os.path.isdir(path) and any(True for _ in image_io.iter_image_files(path))):
+    if not os.path.exists(path) or (os.path.isdir(path) and any(True for _ in image_files.iter_image_files(path))):
         return []
     return parquet.list_files(path)
 
@@ -80,7 +80,7 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
         raise UserError(
             f'input {path!r} does not exist; expected an ImageNet archive, an image folder, parquet files or tfds:NAME.'
         )
-    folder, counts = path, image_io.FileCounts()
+    folder, counts = path, image_files.FileCounts()
     search = _Search(path, counts, nested_classes)
     if labels_file:
         images = label_files.list_images(path, labels_file, counts)
@@ -92,7 +92,7 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
         if folder != path:
             logging.info('reading the images in %s', as_utf8(folder))
             _count_stray_files(
-                path, [e for e in image_io.list_entries(path, counts) if not image_io.is_folder(e)], counts
+                path, [e for e in image_files.list_entries(path, counts) if not image_files.is_folder(e)], counts
             )
         images = list(_list_folder(folder, search))
         counts.log(path)
@@ -102,7 +102,7 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
     if not images:
         raise UserError(
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
-            f'({", ".join(image_io.SUFFIXES)}).'
+            f'({", ".join(image_io.suffixes())}).'
         )
     for split in {ref.split for ref, _ in images}:  # images must not count twice
         paths = {ref.path.endswith('.tar'): ref.path for ref, _ in images if ref.split == split}
@@ -129,18 +129,18 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
 
 def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) for the images below a folder. Warns about skipped images and folders."""
-    entries = image_io.list_entries(path)
+    entries = image_files.list_entries(path)
     for entry in entries:
         if tar.is_archive(entry.name) and os.path.isfile(entry.path):
             yield from tar.list_images(entry.path)
-    folders = [entry for entry in entries if image_io.is_folder(entry)]
+    folders = [entry for entry in entries if image_files.is_folder(entry)]
     splits = split_folders.find_splits(folders)
     if not splits:
         split_folders.check_not_flat(path, folders)
         yield from _list_split(path, None, search)
         return
     split_folders.log_splits(search.root, splits)
-    image_io.list_entries(path, search.counts)  # counts what is left out; `_list_split` does so for other folders
+    image_files.list_entries(path, search.counts)  # counts what is left out; `_list_split` does so for other folders
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
     for entry, split in sorted(splits, key=lambda item: item[1] != 'train'):
@@ -150,7 +150,7 @@ def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
                 train_classes.add(class_name)
             yield ref, class_name
     if others := [entry for entry in folders if entry not in [split for split, _ in splits]]:
-        numbers = [sum(1 for _ in image_io.iter_image_files(entry.path)) for entry in others]
+        numbers = [sum(1 for _ in image_files.iter_image_files(entry.path)) for entry in others]
         listed = [f'{as_utf8(entry.name)} ({number} images)' for entry, number in zip(others, numbers, strict=True)]
         logging.warning('skipped folders that are not splits with class folders: %s', ', '.join(listed))
     files = [entry for entry in entries if entry not in folders and not tar.is_archive(entry.name)]
@@ -161,22 +161,22 @@ def _list_split(
     folder: str, split: str | None, search: _Search, train_classes: Collection[str] = ()
 ) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) from CLASS/**/images, one-class archives, or a flat folder with a ground truth."""
-    entries = image_io.list_entries(folder, search.counts)
-    folders = [entry for entry in entries if image_io.is_folder(entry)]
+    entries = image_files.list_entries(folder, search.counts)
+    folders = [entry for entry in entries if image_files.is_folder(entry)]
     only = folders[0] if len(folders) == 1 and split else None
     if only and os.path.isfile(os.path.join(folder, _ANNOTATIONS)):
         yield from _list_annotated(folder, only.path, split, search)
         return
     is_class = split == 'train' or not only or only.name in train_classes
     if only and not is_class and split_folders.is_generic(only.name, os.path.basename(folder)):
-        count = sum(1 for _ in image_io.iter_image_files(only.path))
+        count = sum(1 for _ in image_files.iter_image_files(only.path))
         logging.warning(
             'skipped the %s split: nothing says the classes of the %d images in %s', split, count, only.path
         )
         return
     yield from _list_classes(folders, split or 'train', search)
     flat = [entry for entry in entries if entry.name.startswith(ground_truth.PREFIXES) and entry not in folders]
-    flat = [entry for entry in flat if image_io.is_image(entry, image_io.FileCounts())]
+    flat = [entry for entry in flat if image_files.is_image(entry, image_files.FileCounts())]
     classes, known = ground_truth.classes_of(folder, [entry.name for entry in flat])
     search.all_classes = tuple(sorted({*search.all_classes, *known}))
     for entry in flat:
@@ -202,7 +202,7 @@ def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageR
     groups: list[str] = []
     folder_of: dict[str, str] = {}  # by class name
     for entry in folders:
-        paths = list(image_io.iter_image_files(entry.path, search.counts))
+        paths = list(image_files.iter_image_files(entry.path, search.counts))
         if not paths:
             empty.append(as_utf8(entry.name))
         parent = os.path.dirname(entry.path)
@@ -217,7 +217,7 @@ def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageR
             name = _class_name(os.path.join(parent, folder), folder, folder_of)
             yield from ((_ref(image, search.root, split), name) for image in members)
     if empty:
-        logging.warning(f'skipped folders without images ({", ".join(image_io.SUFFIXES)}): {", ".join(empty)}')
+        logging.warning(f'skipped folders without images ({", ".join(image_io.suffixes())}): {", ".join(empty)}')
     if groups:
         logging.warning(
             '%d class folders hold images in several folders, such as %s: %s.',
@@ -245,7 +245,7 @@ def _list_annotated(folder: str, images: str, split: str | None, search: _Search
     """Yields (image, class name) for a split of Tiny ImageNet whose classes are in `val_annotations.txt`."""
     with open(os.path.join(folder, _ANNOTATIONS), encoding='utf-8-sig', errors='replace') as file:
         classes = {cells[0]: cells[1].strip() for line in file if len(cells := line.split('\t')) > 1}
-    found = {os.path.basename(path): path for path in image_io.iter_image_files(images, search.counts)}
+    found = {os.path.basename(path): path for path in image_files.iter_image_files(images, search.counts)}
     for name, path in found.items():
         if name in classes:
             yield _ref(path, search.root, split or 'val'), classes[name]
@@ -257,10 +257,10 @@ def _list_annotated(folder: str, images: str, split: str | None, search: _Search
         )
 
 
-def _count_stray_files(folder: str, files: list[os.DirEntry], counts: image_io.FileCounts) -> None:
+def _count_stray_files(folder: str, files: list[os.DirEntry], counts: image_files.FileCounts) -> None:
     """Counts files outside class folders, and warns of images among them."""
     count = sum(
-        image_io.is_image(file, counts)
+        image_files.is_image(file, counts)
         for file in files
         if file.name not in (_ANNOTATIONS, ground_truth.KAGGLE_LIST, *CLASS_LISTS)
     )

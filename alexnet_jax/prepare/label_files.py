@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files, image_io
 from alexnet_jax.data.imagenet_classes import are_numbers
 from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.split_folders import split_name
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     split: str
 
 
-def list_images(folder: str, table: str, counts: image_io.FileCounts) -> list[tuple[ImageRef, str]]:
+def list_images(folder: str, table: str, counts: image_files.FileCounts) -> list[tuple[ImageRef, str]]:
     """Returns (image, class name) for the rows of a table. Logs rows without an image and images without a row.
 
     Args:
@@ -217,9 +217,9 @@ def _is_inside(path: str, folder: str) -> bool:
 class _Index:
     """The images below a folder, by their paths and by their names with and without suffix."""
 
-    def __init__(self, folder: str, counts: image_io.FileCounts):
+    def __init__(self, folder: str, counts: image_files.FileCounts):
         self._folder = folder
-        self.paths = list(image_io.iter_image_files(folder, counts))
+        self.paths = list(image_files.iter_image_files(folder, counts))
         self.guessed: dict[str, str] = {}  # path by the file in the table
         self._by_key = {_key(os.path.relpath(path, folder)): path for path in self.paths}
         self._by_name = collections.defaultdict(list)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files, image_io
 from alexnet_jax.prepare import split_folders
 from alexnet_jax.prepare.class_lists import in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
@@ -52,7 +52,7 @@ def list_files(path: str, _depth: int = 0) -> list[str]:
         return [path] if path.lower().endswith(_SUFFIX) else []
     if _depth > _MAX_DEPTH:
         return []
-    return [file for entry in image_io.list_entries(path) for file in list_files(entry.path, _depth + 1)]
+    return [file for entry in image_files.list_entries(path) for file in list_files(entry.path, _depth + 1)]
 
 
 def list_images(path: str, files: list[str]) -> Listing:

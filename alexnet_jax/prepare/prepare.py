@@ -1,5 +1,6 @@
 """Prepares raw images for training: square records of one size, the mean image and the color statistics."""
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -76,6 +77,7 @@ def prepare(
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
     more = ', ...' if len(class_names) > 5 else ''
     logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
+    _warn_of_untrained_classes(splits, class_names, val_fraction)
 
     # The names of the images tell their classes, unless files do.
     fingerprint = hashlib.sha256('\0'.join(listing.class_names).encode() if listing.in_files else b'')
@@ -147,11 +149,42 @@ def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits
             raise UserError(f'--val_fraction={val_fraction} moves {len(val)} of {len(refs)} images to val; change it.')
         shuffled['val'] = [ref for ref in refs if ref in val]
         shuffled['train'] = [ref for ref in refs if ref not in val]
-        if num_empty := len({ref.label for ref in refs} - {ref.label for ref in shuffled['train']}):
-            logging.warning(f'--val_fraction={val_fraction} leaves {num_empty} classes without training images.')
     # Random access to parquet files is slow. Training shuffles the records again.
     in_parquet = any(ref.path.startswith(parquet.PREFIX) for refs in splits.values() for ref in refs[:1])
     return {name: sorted(refs) if in_parquet else refs for name, refs in shuffled.items()}
+
+
+def _warn_of_untrained_classes(splits: Splits, class_names: Sequence[str], val_fraction: float) -> None:
+    """Warns of classes without training images, as in a part of ImageNet's archives or after a high val_fraction."""
+    labels = {ref.label for ref in splits.get('train', ())}
+    if labels and -1 not in labels and len(labels) < len(class_names):
+        untrained = [name for label, name in enumerate(class_names) if label not in labels]
+        cause = f' after --val_fraction={val_fraction}' if val_fraction else ''
+        logging.warning(f'no training images{cause} for {_counted(untrained, len(class_names))}.')
+
+
+def _counted(names: Sequence[str], total: int) -> str:
+    """Returns '2 of 5 classes (cat, dog)'. At most ten are named."""
+    more = ', ...' if len(names) > 10 else ''
+    return f'{len(names)} of {total} classes ({", ".join(names[:10])}{more})'
+
+
+def _check_lost_classes(split: str, refs, readable: collections.Counter[int], class_names, unreadable) -> None:
+    """Warns of classes all of whose images in a split are unreadable; two classes must have training images.
+
+    refs: the images of the split. readable: numbers of its readable images by label. unreadable: (name, reason) of each
+    unreadable image, for the message.
+    """
+    given = {ref.label for ref in refs}
+    if -1 in given:  # the labels of a TFDS dataset are in its records; those of unreadable records are unknown
+        given = set(range(len(class_names))) if split == 'train' else set()
+    lost = [class_names[label] for label in sorted(given - set(readable))]
+    if not lost:
+        return
+    which = f'no image of the {split} split can be read for {_counted(lost, len(class_names))}'
+    if split == 'train' and len(readable) < 2:
+        raise UserError(f'{which} ({_summary(unreadable)}): expected training images of at least two classes.')
+    logging.warning(f'{which}; they stay in the list of classes. Repair their images, or remove their folders.')
 
 
 def _write_dataset(folder, splits, class_names, size, format, max_unreadable, workers, fingerprint) -> None:
@@ -183,6 +216,8 @@ def _write_dataset(folder, splits, class_names, size, format, max_unreadable, wo
         if not any(lengths):
             total = len(splits[split])
             raise UserError(f'none of the {total} images of the {split} split can be read ({_summary(unreadable)}).')
+        readable = sum((r.labels for r in results), collections.Counter())
+        _check_lost_classes(split, splits[split], readable, class_names, unreadable)
         options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
         infos.append(tfds.core.SplitInfo(**options, filename_template=templates[split]))
         if split == 'train':

@@ -1,5 +1,6 @@
 """Writes a shard of prepared records: reads, resizes, crops and encodes its images. Runs in a worker process."""
 
+import collections
 import errno
 import functools
 import hashlib
@@ -34,6 +35,7 @@ class ShardResult(NamedTuple):
     digest: str  # of the records
     sha256: str  # of the file
     count: int  # type: ignore[assignment]
+    labels: collections.Counter[int]  # number of records by label
     num_bytes: int
     moments: image_stats.Moments
     unreadable: list[tuple[str, str]]  # (name, reason)
@@ -60,7 +62,8 @@ def write_shard(shard: Shard) -> ShardResult:
     record_features = features(shard.size, shard.format, shard.class_names)
     # One record per group, so that random access reads a single record. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
-    moments, digest, count, num_bytes = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0, 0
+    moments, digest, num_bytes = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0
+    labels: collections.Counter[int] = collections.Counter()
     unreadable: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
     for ref in shard.refs:
@@ -82,9 +85,11 @@ def write_shard(shard: Shard) -> ShardResult:
         writer.write(record)
         # The record itself is not hashed, because protobuf does not fix the order of the fields.
         digest.update(f'{ref.name}\0{label}\0'.encode() + content)
-        count, num_bytes = count + 1, num_bytes + len(record)
+        num_bytes += len(record)
+        labels[label] += 1
     writer.close()
-    return ShardResult(digest.hexdigest(), checksums.sha256(shard.path), count, num_bytes, moments, unreadable, notes)
+    hashes = digest.hexdigest(), checksums.sha256(shard.path)
+    return ShardResult(*hashes, labels.total(), labels, num_bytes, moments, unreadable, notes)
 
 
 def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files
 from alexnet_jax.prepare import ground_truth, tar
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8
@@ -63,9 +63,9 @@ def find_splits(folders: Sequence[os.DirEntry]) -> list[tuple[os.DirEntry, str]]
 
 def _holds_classes(folder: str) -> bool:
     """Returns whether a folder with the name of a split contains classes. If not, it is itself a class."""
-    entries = image_io.list_entries(folder)
+    entries = image_files.list_entries(folder)
     return any(
-        image_io.is_folder(e) or tar.is_archive(e.name) or e.name.startswith(ground_truth.PREFIXES) for e in entries
+        image_files.is_folder(e) or tar.is_archive(e.name) or e.name.startswith(ground_truth.PREFIXES) for e in entries
     )
 
 
@@ -74,8 +74,8 @@ def data_folder(path: str) -> str:
 
     Raises UserError if there are several such folders, or if splits are inside classes.
     """
-    entries = image_io.list_entries(path)
-    folders = [entry for entry in entries if image_io.is_folder(entry)]
+    entries = image_files.list_entries(path)
+    folders = [entry for entry in entries if image_files.is_folder(entry)]
     files = [entry.name for entry in entries if entry not in folders]
     if _are_splits(folders) or any(tar.is_archive(name) or name.startswith(ground_truth.PREFIXES) for name in files):
         return path
@@ -110,14 +110,14 @@ def _split_parents(folder: str, depth: int) -> list[str]:
 
     A class may have a single folder that is named like a split.
     """
-    folders = [entry for entry in image_io.list_entries(folder) if image_io.is_folder(entry)]
+    folders = [entry for entry in image_files.list_entries(folder) if image_files.is_folder(entry)]
     if len({split for _, split in find_splits(folders)}) > 1 or _are_flat_splits(folders):
         return [folder] if _holds_images(folder) else []
     return [nested for f in folders if depth > 1 for nested in _split_parents(f.path, depth - 1)]
 
 
 def _holds_images(folder: str) -> bool:
-    return any(True for _ in image_io.iter_image_files(folder))
+    return any(True for _ in image_files.iter_image_files(folder))
 
 
 def check_not_flat(path: str, folders: Sequence[os.DirEntry]) -> None:
@@ -129,10 +129,10 @@ def check_not_flat(path: str, folders: Sequence[os.DirEntry]) -> None:
 
 def class_parent(folder: str) -> str:
     """Returns the folder of a split's classes: train/train or train/images in place of train, if that holds folders."""
-    entries = image_io.list_entries(folder)
-    folders = [entry for entry in entries if image_io.is_folder(entry)]
+    entries = image_files.list_entries(folder)
+    folders = [entry for entry in entries if image_files.is_folder(entry)]
     if len(folders) == 1 and is_generic(folders[0].name, os.path.basename(folder)):
-        if any(map(image_io.is_folder, image_io.list_entries(folders[0].path))):
+        if any(map(image_files.is_folder, image_files.list_entries(folders[0].path))):
             return class_parent(folders[0].path)
     return folder
 

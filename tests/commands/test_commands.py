@@ -15,6 +15,7 @@ import pytest
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.commands import app
+from alexnet_jax.data import datasets
 from tests import ROOT, helpers
 from tests.commands import forked
 from tests.helpers import run_command
@@ -363,3 +364,34 @@ def test_terminals_of_other_encodings(encoding, tmp_path):
     assert done.returncode == 0, done.stderr
     for text in (*names, f'{tmp_path}/é is ready'):
         assert text.encode(encoding, 'backslashreplace') in done.stdout
+
+
+@pytest.mark.slow
+def test_commands_print_names_in_ascii(tmp_path, monkeypatch):
+    names, digits = [f'ü{i}' for i in range(10)], datasets.open_dataset('digits')
+    monkeypatch.setattr(datasets, 'open_dataset', lambda path: digits._replace(class_names=tuple(names)))
+    checkpoint = helpers.save_untrained(tmp_path / 'rün')
+    image = helpers.encode(helpers.picture(0), 'PNG')
+    images = helpers.write_files(tmp_path / 'in', {f'val/{name}/ä.png': image for name in names[:2]})
+    environment = {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C'}
+    for words, text in (
+        (
+            ['prepare', f'--input={images}', f'--output={tmp_path}/dätä', '--size=32'],
+            'classes: 2 (\\xfc0, \\xfc1)',
+        ),
+        (['evaluate', f'--data={tmp_path}/dätä', '--per_class'], '\n\\xfc1 '),
+        (
+            ['activations', f'--images={images}/val', '--layers=fc7', f'--output={tmp_path}/ä.npz'],
+            'val: \\xfc0, ',
+        ),
+    ):
+        words += [] if words[0] == 'prepare' else [f'--checkpoint={checkpoint}', '--cpu_devices=1']
+        done = helpers.run_command(*words, **environment)
+        assert done.returncode == 0 and text in done.stdout, done
+
+
+def test_other_encodings_of_file_names_are_said(tmp_path):
+    environment = {'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'LC_ALL': 'C'}
+    done = helpers.run_command('prepare', '--input=none', f'--output={tmp_path}/out', **environment)
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith('warning: file names are read as ascii: set PYTHONUTF8=1') and 'does not exist' in error

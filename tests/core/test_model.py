@@ -1,5 +1,7 @@
 """The network of the paper: counts and shapes computed by hand, connections checked by gradients."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -289,3 +291,55 @@ def test_logits_are_float32_in_bfloat16_networks():
     expected = np.asarray(hidden, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64) + bias
     chex.assert_trees_all_close(np.asarray(logits, np.float64), expected, rtol=1e-5, atol=1e-5)
     assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ('attributes', 'message'),
+    [
+        ({'num_classes': '10'}, "model.num_classes='10': expected a positive integer."),
+        ({'num_classes': 10.0}, 'model.num_classes=10.0: expected a positive integer.'),
+        ({'num_classes': 0}, 'model.num_classes=0: expected a positive integer.'),
+        ({'pool_window': None}, 'model.pool_window=None: expected a positive integer.'),
+        ({'lrn_alpha': '1e-4'}, "model.lrn_alpha='1e-4': expected a number."),
+        ({'dropout_rate': 1}, 'model.dropout_rate=1: expected a number of at least 0 and below 1.'),
+        ({'dropout_inverted': 'no'}, "model.dropout_inverted='no': expected True or False."),
+        ({'dtype': 'half'}, "model.dtype='half': expected one of float32, bfloat16, float64."),
+        ({'dtype': None}, 'model.dtype=None: expected one of float32, bfloat16, float64.'),
+        ({'layers': {}}, "model.layers={}: expected layers by name, such as {'fc1': DenseSpec()}."),
+        ({'layers': 8}, "model.layers=8: expected layers by name, such as {'fc1': DenseSpec()}."),
+        ({'layers': {1: DenseSpec()}}, 'model.layers has 1: expected conv, local, fc and a number'),
+        ({'layers': {'fc1': {'bias': 1}}}, "model.layers.fc1={'bias': 1}: expected a DenseSpec of "),
+        (
+            {'layers': helpers.layers(conv1={'kernel': 5.0})},
+            'model.layers.conv1.kernel=5.0: expected a positive integer.',
+        ),
+        ({'layers': helpers.layers(conv2={'padding': 2})}, 'model.layers.conv2.padding=2: expected a pair of integers'),
+        ({'layers': helpers.layers(conv2={'init': 0.1})}, "model.layers.conv2.init=0.1: expected 'normal(STD)'"),
+        ({'layers': helpers.layers(conv2={'post': ['relu']})}, "model.layers.conv2.post=['relu']: expected names of"),
+        ({'layers': helpers.layers(fc6={'features': 0})}, 'model.layers.fc6.features=0: expected a positive integer.'),
+    ],
+)
+def test_invalid_attributes_are_refused(attributes, message):
+    with pytest.raises(UserError) as error:
+        model.AlexNet(**attributes)
+    assert str(error.value).startswith(message)
+
+
+def test_numpy_numbers_and_dtypes_are_attributes():
+    network = helpers.network(num_classes=np.int64(7), lrn_k=np.float32(2), dtype=jnp.bfloat16)
+    assert network == helpers.network(num_classes=7, dtype='bfloat16')
+    assert helpers.init(network)['fc8']['bias'].shape == (7,)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'size', 'message'),
+    [
+        ({'conv1': {'post': 'relu blur'}}, 35, "conv1.post='relu blur': op 'blur' is not available for this layer"),
+        ({'fc6': {'post': 'relu pool'}}, 35, "fc6.post='relu pool': op 'pool' is not available for this layer"),
+        ({'conv2': {'groups': 3}}, 35, 'conv2'),
+        ({}, 3, 'data.image_size=3: conv1: a window of 5 px does not fit'),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(changes, size, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        model.init_params(helpers.network(layers=helpers.layers(**changes)), jax.random.key(0), size)

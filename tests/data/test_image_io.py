@@ -7,9 +7,10 @@ import zlib
 import chex
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from alexnet_jax.data import image_io
+from alexnet_jax.data import image_files, image_io
+from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
 
@@ -82,7 +83,7 @@ def test_very_deep_folders_are_refused(tmp_path):
         here /= 'd'
     here.mkdir(parents=True)
     with pytest.raises(UserError, match='nested more than 100 deep'):
-        list(image_io.iter_image_files(str(tmp_path)))
+        list(image_files.iter_image_files(str(tmp_path)))
 
 
 def test_ambiguous_gray_levels_are_refused():
@@ -246,3 +247,51 @@ def test_pil_images_are_read_as_their_files_are():
     cut = Image.open(io.BytesIO(helpers.encode(helpers.picture(1))[:700]))
     with pytest.raises(ValueError, match='^damaged: image file is truncated'):
         image_io.resize_center_crop(cut, 16)
+
+
+def _need(kind):
+    if kind == 'HEIF':
+        pytest.importorskip('pillow_heif', reason="needs pillow-heif: pip install 'alexnet_jax[heif]'")
+    elif not features.check('avif'):
+        pytest.skip('needs a Pillow with AVIF')
+    assert kind in image_io.formats()
+
+
+@pytest.mark.parametrize('kind', ['AVIF', 'HEIF'])
+def test_heif_and_avif_are_rotated_once(kind):
+    """Both formats store the rotation outside the EXIF block too, and pillow-heif applies it."""
+    _need(kind)
+    pixels = helpers.picture(1, 64, 96)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = helpers.encode(pixels, kind, quality=95, exif=exif.tobytes())
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(helpers.encode(pixels, 'PNG', exif=exif))))
+        expected = image_io.resize_center_crop(np.asarray(upright), 32).astype(int)
+        assert np.abs(image_io.resize_center_crop(content, 32) - expected).mean() < 3
+    assert image_io.resize_center_crop(content.replace(content[4:12], b'ftypmif1', 1), 32).shape == (32, 32, 3)
+    transparent = helpers.encode(Image.new('RGBA', (16, 16), (0, 0, 0, 0)), kind, quality=95)
+    notes = []
+    assert image_io.resize_center_crop(transparent, 8, notes).min() > 250 and notes == [image_io.BLANK]
+    for damaged in (content[: len(content) // 2], content[:40]):
+        with pytest.raises(ValueError, match='damaged|unknown image format'):
+            image_io.resize_center_crop(damaged, 32)
+
+
+@pytest.mark.parametrize('kind', ['AVIF', 'HEIF'])
+def test_heif_and_avif_files_are_found(kind, tmp_path, capfd):
+    _need(kind)
+    suffix, content = {'AVIF': '.avif', 'HEIF': '.HEIC'}[kind], helpers.encode(helpers.picture(1), kind)
+    helpers.write_files(tmp_path, {f'a{suffix}': content, 'b': content, 'c.jpg': content})
+    assert len(predict.list_image_files([tmp_path])) == 3
+    assert not capfd.readouterr().err
+
+
+def test_heic_without_pillow_heif_is_named(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(image_io, 'formats', lambda: image_io._FORMATS)
+    content = b'\0\0\0\x18ftypheic' + bytes(16)
+    with pytest.raises(ValueError, match=r"^a HEIC image; convert it, or pip install 'alexnet_jax\[heif\]'$"):
+        image_io.decode(content)
+    helpers.write_files(tmp_path, {'a.HEIC': content, 'b.png': b''})
+    assert len(predict.list_image_files([tmp_path])) == 1
+    assert "*.heic), or read HEIC with pip install 'alexnet_jax[heif]'" in capfd.readouterr().err

@@ -270,6 +270,47 @@ def test_plots_are_deterministic_and_leave_no_global_state(tmp_path):
         plots.save(figure, str(tmp_path / 'file'), 'confusion')
 
 
+def test_confusion_matrix_merges_other_classes():
+    matrix = np.arange(16).reshape(4, 4)
+    merged = figures.merge_others(matrix, [3, 1])
+    expected = [[15, 13, 12 + 14], [7, 5, 4 + 6], [3 + 11, 1 + 9, 0 + 2 + 8 + 10]]  # classes 3, 1, then 0 and 2
+    assert merged.tolist() == expected
+
+
+def _labeled(labels, names):
+    arrays = {'image': np.zeros((len(labels), 32, 32, 3), np.uint8), 'label': labels}
+    return alexnet_jax.in_memory({'train': arrays, 'val': arrays}, names)
+
+
+def test_data_with_other_classes_are_matched(path, capsys):
+    """Three of four classes are the network's: their images get its labels, the other images are left out."""
+    checkpoint = loading.load_checkpoint(path)
+    capsys.readouterr()
+    data = _labeled([0, 1, 2, 3] * 2, ['7', 'three', '02', '5'])
+    matched, shown = figures.match_dataset(checkpoint, data, 'val', path)
+    said = ' '.join(capsys.readouterr())
+    assert f"3 of 4 classes are classes of {path}, matched by name ('7' = '7', '02' = '2', '5' = '5')" in said
+    assert all(f'three; 2 of 8 images of {split} are left out' in said for split in ('train', 'val'))
+    assert [record['label'] for record in matched.split('val')] == [7, 2, 5] * 2 and shown == [2, 5, 7]
+    same = _labeled([0, 1], [str(i) for i in range(10)])
+    assert figures.match_dataset(checkpoint, same, 'val', path) == (same, None) and not any(capsys.readouterr())
+    with pytest.raises(UserError, match='none of the 4 classes of the data'):
+        figures.match_dataset(checkpoint, _labeled([0, 1], list('abcd')), 'val', path)
+    with pytest.raises(UserError, match='no image of the val split has a class of '):
+        figures.match_dataset(checkpoint, _labeled([0, 0], ['three', '1']), 'val', path)
+
+
+@pytest.mark.slow
+def test_confusion_matrix_of_a_subset(path):
+    checkpoint = loading.load_checkpoint(path)
+    matched, shown = figures.match_dataset(checkpoint, _labeled([0, 1, 2, 3] * 2, ['7', 'x', '2', '5']), 'val', path)
+    drawn = {name: figure for name, figure, _ in figures.draw(checkpoint, dataset=matched, shown=shown)}
+    labels = drawn['confusion'].axes[0].get_yticklabels()
+    assert [text.get_text() for text in labels] == ['2', '5', '7', 'other classes']
+    assert {axes.get_title() for axes in drawn['predictions'].axes} - {''} == {'2', '5', '7'}
+    assert 'neighbors' in drawn
+
+
 def _run(*words):
     return helpers.run_command('figures', '--cpu_devices=1', *words)
 

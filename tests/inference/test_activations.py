@@ -21,7 +21,7 @@ from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import datasets
-from alexnet_jax.inference import activations, predict
+from alexnet_jax.inference import activation_files, activations, predict
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
@@ -138,6 +138,65 @@ def test_files_keep_the_order_of_the_split(loaded, val, tmp_path, ending):
     for layer, shape in (('fc7', (360, 32)), ('conv5.pool', (360, 3, 3, 8))):
         assert found[layer].dtype == np.float32 and found[layer].shape == shape and arrays[layer] == ('float32', shape)
         np.testing.assert_allclose(found[layer], expected[layer], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'npz'])
+def test_one_file_a_layer(loaded, val, tmp_path, monkeypatch, ending):
+    """Each file has the names and labels, and is what the single file has; an error leaves no folder."""
+    given, layers = {'labels': [2, 0, 1], 'class_names': ['ä', 'b', 'c']}, ['fc7', 'conv5.pool']
+    images = list(val[1][:3])
+    activations.write_activations(tmp_path / f'all.{ending}', loaded, images, layers, **given)
+    whole, names = _read(tmp_path / f'all.{ending}')
+    activations.write_activations(tmp_path / f'f/l {{layer}}.{ending}', loaded, images, layers, **given)
+    assert sorted(os.listdir(tmp_path / 'f')) == [f'l conv5.pool.{ending}', f'l fc7.{ending}']
+    for layer in layers:
+        found, same_names = _read(tmp_path / 'f' / f'l {layer}.{ending}')
+        assert set(found) == {layer, 'labels', 'class_names'} and same_names == names
+        for name in found:
+            np.testing.assert_array_equal(found[name], whole[name])
+    texts = found['class_names'].tolist() if ending == 'npz' else [bytes(r).decode() for r in found['class_names']]
+    assert [text.rstrip('\0') for text in texts] == given['class_names'] and found['labels'].tolist() == [2, 0, 1]
+    for output, message in (
+        ('f/{layer}.npz', "f' already exists; remove it or choose another --output"),
+        ('f/', "a new folder and {layer}, as in 'f/{layer}.npz'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            activations.write_activations(f'{tmp_path}/{output}', loaded, images, layers)
+    with pytest.raises(UserError, match="expected a new folder for the files, as in 'f/{layer}.npz'"):
+        activations.write_activations('{layer}.npz', loaded, images, layers)
+    write = activation_files._write
+
+    def fail_at_the_second(file, arrays):
+        if 'conv5.pool' in arrays:
+            raise OSError(28, 'No space left on device')
+        write(file, arrays)
+
+    monkeypatch.setattr(activation_files, '_write', fail_at_the_second)
+    with pytest.raises(UserError, match='g.: No space left on device'):
+        activations.write_activations(f'{tmp_path}/g/{{layer}}.{ending}', loaded, images, layers)
+    assert sorted(os.listdir(tmp_path)) == [f'all.{ending}', 'f']
+
+
+def test_class_folders_give_labels(tmp_path, capfd):
+    """As in `prepare`: numbers by value. Flat folders, splits and several paths have no labels."""
+    image = helpers.encode(helpers.picture(0), 'PNG')
+
+    def found(*folders):
+        root = tmp_path / '-'.join(folders).replace('/', '_')
+        files = predict.list_image_files(
+            [helpers.write_files(root, {f'{f}/{i}.png': image for f in folders for i in (0, 1)})]
+        )
+        return predict.class_folders([root], files)
+
+    assert found('b', 'a/deeper', 'a') == ([0, 0, 0, 0, 1, 1], ('a', 'b'))
+    assert 'labels are the 2 folders in ' in (said := capfd.readouterr().out) and said.endswith(': a, b\n')
+    assert found('10', '9') == ([1, 1, 0, 0], ('9', '10'))
+    capfd.readouterr()
+    assert found('.', 'a', 'b') is None and found('a') is None and not capfd.readouterr().out
+    assert found('train/a', 'train/b', 'val/a') is None
+    assert 'holds splits (train, val): no labels' in capfd.readouterr().out
+    paths = [tmp_path / 'b-a_deeper-a' / name for name in 'ab']
+    assert predict.class_folders(paths, predict.list_image_files(paths)) is None
 
 
 @pytest.mark.parametrize('ending', ['safetensors', 'npz'])
@@ -380,13 +439,25 @@ def test_command_writes_a_split(path, loaded, val, tmp_path, flags):
     result = _run(path, tmp_path, '--data=digits', *flags, f'--output={tmp_path}/out.npz')
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert (
-        'fc7 float32 [360, 32], conv5 float32 [360, 3, 3, 8], labels int32 [360], files names [360];' in result.stdout
+        'fc7 float32 [360, 32], conv5 float32 [360, 3, 3, 8], labels int32 [360], files names [360], class_names names '
+        '[10];' in result.stdout
     )
     found, names = _read(tmp_path / 'out.npz')
     np.testing.assert_array_equal(found['labels'], val[2])
-    assert set(found) == {'fc7', 'conv5', 'labels'} and names[-1] == '359'
+    assert set(found) == {'fc7', 'conv5', 'labels', 'class_names'} and names[-1] == '359'
+    assert found['class_names'].tolist() == list('0123456789')
     expected = activations.activations(loaded, val[1][-3:], 'fc7')['fc7']
     np.testing.assert_allclose(found['fc7'][-3:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_command_labels_class_folders(path, tmp_path):
+    image = helpers.encode(helpers.picture(0), 'PNG')
+    folder = helpers.write_files(tmp_path / 'in', {f'{name}/0.png': image for name in ('dog', 'café')})
+    result = _run(path, tmp_path, f'--images={folder}', '--layers=fc7', f'--output={tmp_path}/f/{{layer}}.npz')
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    found, names = _read(tmp_path / 'f' / 'fc7.npz')
+    assert names == [f'{folder}/café/0.png', f'{folder}/dog/0.png']
+    assert found['labels'].tolist() == [0, 1] and found['class_names'].tolist() == ['café', 'dog']
 
 
 def test_command_reads_files_and_folders(path, stimuli, tmp_path):

@@ -47,6 +47,22 @@ def test_predict_and_activations_refuse_other_images(checkpoint, image):
             call(checkpoint, image)
 
 
+def test_all_unreadable_images_are_named_at_once(checkpoint, tmp_path):
+    """Files, and arrays among them; the readable ones in between do not hide those that follow."""
+    bad = {f'bad{i:02}.png': b'no image' for i in range(13)}
+    helpers.write_files(tmp_path, bad | {'good.png': helpers.encode(_IMAGE, 'PNG')})
+    paths = [tmp_path / name for name in ['bad00.png', 'good.png', *list(bad)[1:], 'none.png']]
+    for call in (alexnet_jax.predict, lambda *given: alexnet_jax.activations(*given, 'conv1')):
+        with _raises('15 of 17 images cannot be read: ') as error:
+            call(checkpoint, [*paths, _IMAGE, _IMAGE / 255])
+        message = str(error.value)
+        assert all(f"{name}' cannot be read as an image (unknown image format)" in message for name in bad)
+        assert "none.png' cannot be read as an image ([Errno 2] No such file" in message
+        assert 'an image is float64 of shape (40, 48, 3): expected uint8' in message
+        with _raises('2 of 3 images cannot be read: an image is float64 .* an image is bool'):
+            call(checkpoint, [_IMAGE / 255, _IMAGE, _IMAGE > 3])
+
+
 def test_predict_and_activations_refuse_other_arguments(checkpoint):
     for value in ('runs/x', None, {}, checkpoint.params):
         with _raises('checkpoint is .*: expected a Checkpoint; use alexnet_jax.load_checkpoint'):

@@ -159,8 +159,14 @@ def test_classes_without_training_images_are_counted(capsys):
     orders = prepare._shuffle_and_split({'train': refs}, 0.2, seed=0)
     labels = sorted(ref.label for ref in orders['val'])
     assert len(labels) == 4 and set(np.diff(labels)) == {5} and set(orders['train']) | set(orders['val']) == set(refs)
-    assert 'leaves 4 classes without training images' in capsys.readouterr().err
-    prepare._shuffle_and_split({'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}, 0.2, seed=0)
+    names = [f'c{i}' for i in range(20)]
+    prepare._warn_of_untrained_classes(orders, names, 0.2)
+    untrained = ', '.join(f'c{label}' for label in labels)
+    assert f'no training images after --val_fraction=0.2 for 4 of 20 classes ({untrained}).' in capsys.readouterr().err
+    doubled = {'train': refs + [ref._replace(name=f'{ref.name}b') for ref in refs]}
+    prepare._warn_of_untrained_classes(prepare._shuffle_and_split(doubled, 0.2, seed=0), names, 0.2)
+    for splits in ({'val': refs[:3]}, {'train': [refs[0]._replace(label=-1)]}):  # TFDS datasets: labels in the records
+        prepare._warn_of_untrained_classes(splits, names, 0.0)
     assert not capsys.readouterr().err
     with pytest.raises(UserError, match='moves 0 of 20 images to val; change'):
         prepare._shuffle_and_split({'train': refs}, 0.02, seed=0)
@@ -170,7 +176,7 @@ def test_files_outside_classes_are_reported(tmp_path, capfd):
     content = helpers.encode(helpers.picture(0))
     files = {f'{name}/1.jpg': content for name in ('a', 'b')} | {
         'loose.jpg': content,
-        'c/1.heic': b'\0\0\0\x18ftypheic',
+        'c/1.jp2': b'\0\0\0\x0cjP  ',
     }
     helpers.write_files(tmp_path / 'in', files)
     prepare.prepare(str(tmp_path / 'in'), str(tmp_path / 'out'), size=16, workers=1)
@@ -178,7 +184,40 @@ def test_files_outside_classes_are_reported(tmp_path, capfd):
     assert 'train: 2 images  classes: 2 (a, b)' in said
     assert f'skipped 1 images outside class folders in {tmp_path}/in' in errors
     assert errors.count('warning: skipped') == 2 and 'without images (.jpeg' in errors and '): c\n' in errors
-    assert 'known format: 1 .heic; to use them, convert them (magick mogrify -format jpg *.heic)' in errors
+    assert 'known format: 1 .jp2; to use them, convert them (magick mogrify -format jpg *.jp2)' in errors
+
+
+def test_classes_without_a_readable_image_are_named(tmp_path, capfd):
+    """AVIF and HEIC are read in the worker processes, where their decoders are installed."""
+    good = {'cat/0.png': 'PNG', 'dog/0.webp': 'WEBP'}
+    good |= {
+        f'cat/1{suffix}': kind for suffix, kind in (('.avif', 'AVIF'), ('.heic', 'HEIF')) if kind in image_io.formats()
+    }
+    files = {f'train/{name}': helpers.encode(helpers.picture(0), kind) for name, kind in good.items()}
+    files |= {
+        'val/cat/0.png': files['train/cat/0.png'],
+        'val/dog/0.png': b'',
+        'train/elk/0.png': b'',
+        'train/elk/1.png': b'',
+    }
+    out = tmp_path / 'out'
+    prepare.prepare(helpers.write_files(tmp_path / 'in', files), out, size=16, max_unreadable=3, workers=1)
+    said = capfd.readouterr().err
+    assert 'no image of the train split can be read for 1 of 3 classes (elk)' in said
+    assert 'no image of the val split can be read for 1 of 3 classes (dog)' in said
+    assert len(helpers.read_back(str(out), 'train')) == len(good)
+    assert datasets.open_dataset(str(out)).class_names == ('cat', 'dog', 'elk')
+    names, refs = ('cat', 'dog', 'elk'), [image_ref.ImageRef('', 0, 1, '', label) for label in range(3)]
+    with pytest.raises(
+        UserError, match=r'for 2 of 3 classes \(dog, elk\) \(1, such as a: b\): expected training images'
+    ):
+        prepare._check_lost_classes('train', refs, {0: 1}, names, [('a', 'b')])
+    # The labels of a TFDS dataset are known only from the records that were read.
+    refs = [ref._replace(label=-1) for ref in refs]
+    prepare._check_lost_classes('val', refs, {0: 1}, names, [])
+    assert 'no image' not in capfd.readouterr().err
+    prepare._check_lost_classes('train', refs, {0: 1, 1: 1}, names, [])
+    assert 'for 1 of 3 classes (elk)' in capfd.readouterr().err
 
 
 def test_bad_images_are_named_counted_and_limited(folder, tmp_path, capfd):
@@ -220,8 +259,8 @@ def test_one_run_counts_every_unreadable_image(tmp_path, capfd):
 def test_named_unreadable_images_are_limited(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(prepare, '_MAX_NAMED', 3)
     files = {f'a/{i}.jpg': b'text' for i in range(20)}
-    helpers.write_files(tmp_path / 'in', files | {'b/0.jpg': helpers.encode(helpers.picture(0))})
-    with pytest.raises(UserError, match='20 of 21 images cannot be read .*--max_unreadable=20'):
+    helpers.write_files(tmp_path / 'in', files | {f'{c}/0.jpg': helpers.encode(helpers.picture(0)) for c in 'bc'})
+    with pytest.raises(UserError, match='20 of 22 images cannot be read .*--max_unreadable=20'):
         prepare.prepare(tmp_path / 'in', tmp_path / 'out', size=16, workers=1)
     said = capfd.readouterr().err
     assert said.count('unreadable image: ') == 3 and 'warning: 17 more images cannot be read.' in said

@@ -182,8 +182,9 @@ def test_images_are_recognized_by_content(kind, suffix, tmp_path, capfd):
 def test_suffixes_are_read_or_listed(suffix, tmp_path, capfd):
     _write(tmp_path, 'cat', 'dog')
     _write(tmp_path, 'cat', suffix=suffix, count=3)
-    read = suffix.lower() in image_io.SUFFIXES
-    assert read == (suffix in ('.jfif', '.JPE', '.pbm', '.pnm', '.apng', '.mpo'))
+    read = suffix.lower() in image_io.suffixes()
+    if suffix not in ('.HEIC', '.avif'):  # these need a decoder
+        assert read == (suffix in ('.jfif', '.JPE', '.pbm', '.pnm', '.apng', '.mpo'))
     assert _found(tmp_path)['train'].count('cat') == 2 + 3 * read
     remedy = f'3 {suffix.lower()}; to use them, convert them (magick mogrify -format jpg *{suffix.lower()})'
     assert (remedy in capfd.readouterr().err) != read

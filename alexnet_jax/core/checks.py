@@ -1,0 +1,74 @@
+"""Checks of values in configs and of the network's attributes."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.core.architecture import INIT_PATTERN, KINDS, LayerSpec, parse_name
+from alexnet_jax.utils.errors import UserError
+
+Check = tuple[str, Callable[[Any], bool], str]  # (keys separated by spaces, predicate, description of a valid value)
+
+
+def is_number(value: Any, minimum: float = -1e300, maximum: float = 1e300, kind: Any = int | float) -> bool:
+    """Returns whether a value is a finite number (with kind=int: an integer) within bounds."""
+    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def are_numbers(values: Any, count: int, **bounds: Any) -> bool:
+    """Returns whether `values` is a tuple or list of `count` numbers within bounds."""
+    is_row = isinstance(values, tuple | list) and len(values) == count
+    return is_row and all(is_number(value, **bounds) for value in values)
+
+
+is_nonnegative = functools.partial(is_number, minimum=0)
+is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
+is_positive_int = functools.partial(is_number, minimum=1, kind=int)
+
+
+LAYER_CHECKS = (
+    ('features kernel stride groups', is_positive_int, 'a positive integer'),
+    ('padding', lambda value: are_numbers(value, 2, minimum=0, kind=int), 'a pair of integers (before, after)'),
+    ('bias', is_number, 'a number'),
+    ('init', lambda value: INIT_PATTERN.fullmatch(str(value)) is not None, "'normal(STD)' with STD >= 0, or 'fan_in'"),
+    ('post', lambda value: isinstance(value, str), "names of operations, such as 'relu lrn pool'"),
+)
+MODEL_CHECKS = (
+    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
+    ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
+    ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
+    ('dropout_rate', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
+    ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
+)
+
+
+def check_values(checks: Sequence[Check], values: Mapping[str, Any], template: str) -> None:
+    """Raises UserError for the first invalid value. `template` formats key and value, such as 'optim.{}={!r}'."""
+    for keys, is_valid, expected in checks:
+        for key in keys.split():
+            if key in values and not is_valid(values[key]):
+                raise UserError(f'{template.format(key, values[key])}: expected {expected}.')
+
+
+def check_layers(layers: Any) -> None:
+    """Raises UserError if `layers` are not layer specs by name."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise UserError(f"model.layers={layers!r}: expected layers by name, such as {{'fc1': DenseSpec()}}.")
+    for name, spec in layers.items():
+        kind = KINDS[parse_name(name)[0]].__name__
+        if not isinstance(spec, LayerSpec):
+            raise UserError(f'model.layers.{name}={spec!r}: expected a {kind} of alexnet_jax.core.architecture.')
+
+
+def check_network(network: Any) -> None:
+    """Raises UserError for an invalid attribute of an `AlexNet` or of one of its layers."""
+    check_values(MODEL_CHECKS, _plain(vars(network)), 'model.{}={!r}')
+    for name, spec in network.layers.items():
+        check_values(LAYER_CHECKS, _plain(vars(spec)), f'model.layers.{name}.{{}}={{!r}}')
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
