@@ -290,6 +290,7 @@ def test_files_in_archives_are_unpacked(server, cache, monkeypatch):
         (_zip(('w.pth', b'w' * 999)).replace(b'w.pth+', b'w.pth\x03', 1), 'a damaged archive'),
         (_zip(('w.pth', bytes(10**8))), 'w.pth declares 100,000,000 bytes'),
     ],
+    ids=['web page', 'other file', 'cut off', 'damaged', 'bomb'],  # the contents have the time of day
 )
 def test_unsuitable_archives_are_refused(content, problem, server, cache):
     server.files['w.zip'] = content
