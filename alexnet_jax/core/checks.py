@@ -1,32 +1,13 @@
-"""Checks of values in configs and of the network's attributes."""
+"""Checks of the network's attributes, which are also those of a config's `model`."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from alexnet_jax.core.architecture import INIT_PATTERN, KINDS, LayerSpec, parse_name
+from alexnet_jax.utils.checks import are_numbers, check_values, is_fraction, is_number, is_positive_int
 from alexnet_jax.utils.errors import UserError
-
-Check = tuple[str, Callable[[Any], bool], str]  # (keys separated by spaces, predicate, description of a valid value)
-
-
-def is_number(value: Any, minimum: float = -1e300, maximum: float = 1e300, kind: Any = int | float) -> bool:
-    """Returns whether a value is a finite number (with kind=int: an integer) within bounds."""
-    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-def are_numbers(values: Any, count: int, **bounds: Any) -> bool:
-    """Returns whether `values` is a tuple or list of `count` numbers within bounds."""
-    is_row = isinstance(values, tuple | list) and len(values) == count
-    return is_row and all(is_number(value, **bounds) for value in values)
-
-
-is_nonnegative = functools.partial(is_number, minimum=0)
-is_nonnegative_int = functools.partial(is_number, minimum=0, kind=int)
-is_positive_int = functools.partial(is_number, minimum=1, kind=int)
-
 
 LAYER_CHECKS = (
     ('features kernel stride groups', is_positive_int, 'a positive integer'),
@@ -39,18 +20,10 @@ MODEL_CHECKS = (
     ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
     ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
     ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
-    ('dropout_rate', lambda value: is_nonnegative(value) and value < 1, 'a number of at least 0 and below 1'),
+    ('dropout_rate', is_fraction, 'a number of at least 0 and below 1'),
     ('lrn_alpha_over_n dropout_inverted', lambda value: isinstance(value, bool), 'True or False'),
     ('dtype', ('float32', 'bfloat16', 'float64').__contains__, 'one of float32, bfloat16, float64'),
 )
-
-
-def check_values(checks: Sequence[Check], values: Mapping[str, Any], template: str) -> None:
-    """Raises UserError for the first invalid value. `template` formats key and value, such as 'optim.{}={!r}'."""
-    for keys, is_valid, expected in checks:
-        for key in keys.split():
-            if key in values and not is_valid(values[key]):
-                raise UserError(f'{template.format(key, values[key])}: expected {expected}.')
 
 
 def check_layers(layers: Any) -> None:

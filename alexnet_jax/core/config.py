@@ -10,22 +10,19 @@ from ml_collections import ConfigDict
 from alexnet_jax.core import checks, optim
 from alexnet_jax.core.architecture import KINDS, LayerSpec, parse_name, sort_layers
 from alexnet_jax.core.augment import Augmentation
-from alexnet_jax.core.checks import (
+from alexnet_jax.core.model import AlexNet
+from alexnet_jax.utils.checks import (
     are_numbers,
     check_values,
+    is_fraction,
     is_nonnegative,
     is_nonnegative_int,
     is_number,
     is_positive_int,
-)
-from alexnet_jax.core.model import AlexNet
+)  # fmt: skip
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
-
-
-def _is_fraction(value: Any) -> bool:
-    return is_nonnegative(value) and value < 1
 
 
 def _is_crop_area(value: Any) -> bool:
@@ -45,7 +42,7 @@ OPTIM_CHECKS = (
     ('learning_rate bias_rate weight_decay bias_decay', is_nonnegative, 'a number of 0 or more'),
     ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
     ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
-    ('momentum label_smoothing average_decay', _is_fraction, 'a number of at least 0 and below 1'),
+    ('momentum label_smoothing average_decay', is_fraction, 'a number of at least 0 and below 1'),
     ('drop_factor', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('patience', is_positive_int, 'a positive integer'),
 )

@@ -24,23 +24,12 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
 
-    @property
-    def eval_params(self) -> Any:
-        """Parameters for evaluation: their average over the updates if the optimizer keeps one, else `params`."""
-        average = None if self.opt_state is None else self.opt_state.average
-        return self.params if average is None else average
-
     def swap_average(self) -> 'TrainState':
-        """Exchanges the parameters and their average, if there is one. Checkpoints store the result as `params`."""
+        """Exchanges the parameters and their average, if the optimizer keeps one: `params` are then to be evaluated."""
         if self.opt_state is None or self.opt_state.average is None:
             return self
         opt_state = optax.tree.set(self.opt_state, average=self.params)
         return self._replace(params=self.opt_state.average, opt_state=opt_state)
-
-
-def true_log_likelihood(logits_NK: Array, batch: Batch) -> Array:
-    """Returns the log-probability of the true class, float [N] (section 3.5)."""
-    return metrics.log_likelihood(logits_NK, batch['label'])
 
 
 def init_state(network: model.AlexNet, optimizer: Optimizer, key: Array, image_size: int) -> TrainState:
@@ -57,16 +46,17 @@ def loss_and_sums(
     *,
     forward: Forward,
     total: Array | None = None,
-    likelihood: Callable[[Array, Batch], Array] = true_log_likelihood,
+    likelihood: Callable[[Array, Batch], Array] | None = None,
 ) -> tuple[Array, metrics.Sums]:
     """Returns the mean negative log-likelihood over the batch (section 3.5), and the metric sums.
 
     `x_NHWC` is float [N, s, s, 3] from `augment.preprocess`; `batch` has 'label' and 'weight', [N]. For a microbatch,
-    `total` is the total weight of the whole batch; the loss is divided by it. `likelihood` maps logits and batch to
-    float [N]; the loss is its negative.
+    `total` is the total weight of the whole batch; the loss is divided by it. `likelihood`, if given, replaces the
+    log-likelihood: it maps logits and batch to float [N].
     """
     logits = forward(params, x_NHWC, masks)
-    sums = metrics.sums(likelihood(logits, batch), logits, batch['label'], batch['weight'])
+    values = likelihood(logits, batch) if likelihood else metrics.log_likelihood(logits, batch['label'])
+    sums = metrics.sums(values, logits, batch['label'], batch['weight'])
     return sums['loss'] / (jnp.maximum(sums['weight'], 1) if total is None else total), sums
 
 
@@ -90,7 +80,7 @@ def train_step(
     grad_accum_steps: int = 1,
     data_shards: int = 1,
     mix: Callable[[Array, Batch, Array], tuple[Array, Batch]] | None = None,
-    likelihood: Callable[[Array, Batch], Array] = true_log_likelihood,
+    likelihood: Callable[[Array, Batch], Array] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains on one batch: forward pass, backward pass, update.
 

@@ -21,9 +21,10 @@ from alexnet_jax.convert import pytorch
 from alexnet_jax.convert.loading import load_checkpoint
 from alexnet_jax.core import pooling
 from alexnet_jax.core.architecture import ConvSpec
-from alexnet_jax.core.config import is_number, model_from_config
+from alexnet_jax.core.config import model_from_config
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.utils import checksums
+from alexnet_jax.utils.checks import is_number
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, check_type
 from alexnet_jax.utils.files import as_path

@@ -3,9 +3,9 @@
 from ml_collections import ConfigDict
 
 from alexnet_jax.core.augment import Augmentation
-from alexnet_jax.core.checks import check_values, is_nonnegative, is_nonnegative_int, is_number, is_positive_int
 from alexnet_jax.core.config import MODEL_FIELDS, OPTIM_CHECKS, augmentation_from_config, model_from_config
 from alexnet_jax.core.model import AlexNet
+from alexnet_jax.utils.checks import check_values, is_nonnegative, is_nonnegative_int, is_number, is_positive_int
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 _RUN_CHECKS = (

@@ -190,7 +190,7 @@ class StepHooks:
         config, setup = self.setup.config, self.setup
         examples = len(setup.dataset.splits['val'])
         batches = itertools.islice(self.val_batches, math.ceil(examples / config.batch_size))
-        arguments = (setup.steps.eval_step, state.eval_params, setup.image_stats, batches, setup.mesh)
+        arguments = (setup.steps.eval_step, state.swap_average().params, setup.image_stats, batches, setup.mesh)
         options = {'max_unreadable': config.data.max_unreadable, 'should_stop': self.should_stop}
         result = evaluate.evaluate_batches(*arguments, examples=examples, **options)
         if not math.isfinite(result['loss']):

@@ -385,12 +385,12 @@ refused(
     'tar archive', 'is a tar archive', 'a.tar', lambda: _tar('a.pth', torch_zip(state_dict())), 'refused by its name'
 )
 refused('HDF5 file of Keras', 'is an HDF5 file', 'a.pth', b'\x89HDF\r\n\x1a\n' + bytes(60), 'refused by its name')
-refused(
-    'ZIP archive of a .pth',
-    'found a zip archive of a.pth; unpack it',
+read(
+    'ZIP archive of a .pth, named .pth',
+    'as the file in it, with its name',
     'a.pth',
     lambda: weights.zipped([('a.pth', torch_zip(state_dict()))]),
-    'refused by its name',
+    says=['reading a.pth'],
 )
 refused(
     'TorchScript',

@@ -393,7 +393,7 @@ def official(name, content, found=None):
 CASES.read('the official train archive', 'not unpacked; 1,000 classes', says='classes: 1000')(
     official(TRAIN_TAR, train_tar, OFFICIAL)
 )
-CASES.read('train archive with the headers of GNU tar', 'the same')(
+CASES.read('train archive with the headers of GNU tar', 'the same', says='no training images for 998 of 1000 classes')(
     official(TRAIN_TAR, lambda: train_tar(format=tarfile.GNU_FORMAT), OFFICIAL)
 )
 CASES.read('the official val archive', 'classes from the published ground truth')(
@@ -414,7 +414,11 @@ def _(folder):
     return {'val': {'ILSVRC2012_val_00000001.JPEG': (VAL_CLASSES[0], 1)}}
 
 
-@CASES.read('archives of single classes in a folder', 'training images')
+@CASES.read(
+    'archives of single classes in a folder',
+    'training images; classes without any are counted',
+    says='no training images for 998 of 1000 classes',
+)
 def _(folder):
     files(folder, {f'{WORDNET[k]}.tar': tar({f'{WORDNET[k]}_1.JPEG': k}) for k in (0, 1)})
     return OFFICIAL

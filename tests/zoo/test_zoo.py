@@ -146,7 +146,7 @@ def _check_activations(output, expected, case, out, made):
         arrays['files'] = [os.fsdecode(bytes(row).rstrip(b'\0')) for row in arrays['files']]
     layers = {name.strip() for word in case.words if word.startswith('--layers=') for name in word[9:].split(',')}
     labels = [label for *_, label in expected]
-    assert set(arrays) == {'files', *layers, *([] if None in labels else ['labels'])}
+    assert set(arrays) == {'files', *layers, *([] if None in labels else ['labels', 'class_names'])}
     assert list(arrays['files']) == [name for name, *_ in expected]
     assert None in labels or arrays['labels'].tolist() == labels
     pixels = np.stack([_pixels(value) for _, value, _ in expected])
