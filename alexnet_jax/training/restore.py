@@ -77,7 +77,7 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
             f'{workdir} contains converted weights, not a run; to start from them, use another --workdir and '
             f'--config.init_from={workdir}.'
         )
-    if differences := _differences(old['config'], meta['config']):
+    if differences := config_differences(old['config'], meta['config']):
         raise UserError(
             f'{workdir} contains a run with another config ({"; ".join(differences)}); use the same config or another '
             '--workdir.'
@@ -133,7 +133,7 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
     return loaded
 
 
-def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:
+def config_differences(old: dict, new: dict, prefix: str = '') -> list[str]:
     """Returns 'key: old -> new' for each differing config key, except the keys that may change on resuming."""
     differences = []
     for key in sorted(old.keys() | new.keys()):
@@ -141,7 +141,7 @@ def _differences(old: dict, new: dict, prefix: str = '') -> list[str]:
         if name in _MAY_DIFFER or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            differences += _differences(a, b, name + '.')
+            differences += config_differences(a, b, name + '.')
         else:
             differences.append(f'{name}: {a} -> {b}')
     return differences
