@@ -28,7 +28,7 @@ ONLY = {
     'tensorflow_datasets': {'data/datasets.py', 'prepare/'},
     'orbax': {'checkpoints/'},
     'flax': {'core/model.py'},
-    'optax': {'core/optim.py', 'core/train_step.py', 'training/large_batch.py'},
+    'optax': {'core/optim.py', 'core/train_step.py', 'experiments/linear_probe.py', 'training/large_batch.py'},
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
     'matplotlib': {'experiments/plots.py'},

@@ -26,7 +26,9 @@ FLAGS = (
     Flag('output', None, 'Directory for data/, run/ and figures/.', required=True),
     ConfigFlag('config', 'finetune', 'Config of all settings; default: they follow from the number of images.'),
     Flag('init_from', None, "Weights to start from: a name, a workdir, the output of alexnet_jax convert, or 'none'."),
-    Flag('mode', 'auto', 'features: fit a new last layer; full: train all layers.', choices=('auto', 'features', 'full')),
+    Flag(
+        'mode', 'auto', 'features: fit a new last layer; full: train all layers.', choices=('auto', 'features', 'full')
+    ),
     Flag('val_fraction', 0.0, 'Fraction of the images set aside for validation if there is no val folder; 0: chosen.'),
     Flag('max_unreadable', 0, 'Allowed number of unreadable images.', at_least=0),
     CPU_DEVICES,
@@ -38,11 +40,9 @@ def main(args: flags.FlagValues) -> None:
 
     if not 0 <= args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}: expected a number between 0 and 1.')
-    flag = args['config']
-    config = args.config
-    overrides = {key: config_value(config, key) for key in config_flags.get_override_values(flag)}
+    overrides = {key: _value(args.config, key) for key in config_flags.get_override_values(args['config'])}
     result = finetune.finetune(
-        None if flag.using_default_value else config,
+        None if args['config'].using_default_value else args.config,
         args.input,
         args.output,
         init_from=args.init_from,
@@ -51,16 +51,15 @@ def main(args: flags.FlagValues) -> None:
         mode=args.mode,
         overrides=overrides,
     )
-    for line in result.verdict:
-        print(line)
-    print('Most confused:')
+    print(f'{result.workdir}, step {result.step}, {result.crops}:')
+    print(*result.verdict, sep='\n')
     for true, predicted, number, share in figures.most_confused(result.confusion, result.class_names):
         print(f'  {true} predicted as {predicted}: {number} ({100 * share:.0f}% of {true})')
     print(result.figure)
     print(f'Next: alexnet_jax predict --checkpoint={result.workdir} IMAGE_OR_FOLDER')
 
 
-def config_value(config, key: str):
+def _value(config, key: str):
     """Returns the value of a key such as 'optim.momentum'."""
     for part in key.split('.'):
         config = config[part]

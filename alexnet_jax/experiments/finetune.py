@@ -38,7 +38,6 @@ class FinetuneResult(NamedTuple):
     confusion: np.ndarray  # int [K, K], see `figures.confusion`
     crops: str  # 'ten views' or 'center crop'
     figure: str  # path of the plotted confusion matrix, or the reason why there is none
-    mode: str  # 'features' or 'full'
     verdict: list[str]  # lines: the error, whether guessing is as good, what to try next, each class
 
 
@@ -99,7 +98,7 @@ def finetune(
     found: list[str] = []
     if chosen.value == 'features':
         assert source is not None  # checked by `_check_mode` and `finetune_settings.mode`
-        workdir, found = _fit_last_layer(source, init_from, dataset, data, output)
+        workdir, found = _fit_last_layer(source, init_from, dataset, data, output, config.data.max_unreadable)
     else:
         if follows:
             settings = finetune_settings.schedule(num_train, trained=source is not None, given=overrides)
@@ -119,7 +118,7 @@ def finetune(
     )
     lines = [*found, *verdict.verdict(matrix, best.class_names, remedies)]
     figure = _plot(matrix, best.class_names, output, os.path.basename(workdir))
-    return FinetuneResult(workdir, best.step, best.class_names, matrix, crops, figure, chosen.value, lines)
+    return FinetuneResult(workdir, best.step, best.class_names, matrix, crops, figure, lines)
 
 
 def _check_mode(mode: str, init_from: str, given: list[str]) -> None:
@@ -128,7 +127,9 @@ def _check_mode(mode: str, init_from: str, given: list[str]) -> None:
     if mode == 'features' and not init_from:
         raise UserError('--mode=features needs trained weights; use --init_from=CHECKPOINT or --mode=full.')
     if mode == 'features' and given:
-        raise UserError(f'--mode=features has no --{given[0]}: only a last layer is fitted; remove it or use --mode=full.')
+        raise UserError(
+            f'--mode=features has no --{given[0]}: only a last layer is fitted; remove it or use --mode=full.'
+        )
 
 
 def _load_source(init_from: str) -> Checkpoint:
@@ -141,7 +142,9 @@ def _load_source(init_from: str) -> Checkpoint:
         raise UserError(
             f'{error} finetune starts from {DEFAULT_WEIGHTS!r} by default; to train from scratch, use --init_from=none.'
         ) from error
-    logging.info('starting from %s (%s classes); --init_from=none trains from scratch.', init_from, len(source.class_names))
+    logging.info(
+        'starting from %s (%s classes); --init_from=none trains from scratch.', init_from, len(source.class_names)
+    )
     return source
 
 
@@ -151,7 +154,7 @@ def _log(settings: list[finetune_settings.Setting]) -> None:
 
 
 def _fit_last_layer(
-    source: Checkpoint, init_from: str, dataset: Dataset, data: str, output: str
+    source: Checkpoint, init_from: str, dataset: Dataset, data: str, output: str, max_unreadable: int
 ) -> tuple[str, list[str]]:
     """Fits the last layer to frozen features, unless that is done. Returns the workdir and a line on the fit."""
     linear_probe.check_network(source)
@@ -164,13 +167,13 @@ def _fit_last_layer(
         return workdir, []
     records = dataset.split('train')
     views = 10 if len(records) <= finetune_settings.FEW else 1
-    features, labels = linear_probe.features(source, records, views, config['data'].get('max_unreadable', 0))
+    features, labels = linear_probe.features(source, records, views, max_unreadable)
     classifier = linear_probe.fit(features, labels, len(dataset.class_names))
     linear_probe.save(workdir, source, classifier, dataset.class_names, config)
     error = verdict.error_with_interval(classifier.correct, len(labels))
     return workdir, [
-        f'Cross-validation on the {len(labels)} training pictures ({classifier.folds} parts, L2 penalty '
-        f'{classifier.l2:.2g}): top-1 error {error}.'
+        f'cross-validation on {len(labels)} training pictures ({classifier.folds} parts, L2 penalty '
+        f'{classifier.l2:.2g}): top-1 error {error}'
     ]
 
 

@@ -12,6 +12,7 @@ FEW = 1000  # training pictures up to which a linear classifier is the default
 _NARROW = 10_000  # training pictures below which a network from scratch is narrow
 _ONE_SAVE = 500  # training pictures below which a run is saved and validated only at its end
 _VAL_PICTURES = 40  # with fewer, an error of 20% has a confidence interval of more than 25 percentage points
+_UPDATES = 500
 _STAGES = ((0.0, 1.0), (2 / 3, 0.1), (13 / 15, 0.01))  # (fraction of the epochs, factor of the learning rate)
 
 
@@ -80,19 +81,22 @@ def schedule(train: int, *, trained: bool, given: Mapping[str, Any]) -> list[Set
         found.append(Setting(key, value, reason))
         return value
 
-    largest = 64 if trained else 128
-    batch = choose('batch_size', _batch_size(train, largest), f'at least 8 updates per epoch, in batches of 8 to {largest}')
-    if 0 < batch <= train:
-        per_epoch = train / batch
-    else:
-        per_epoch = 1.0  # invalid values are refused later
+    largest, rate = (64, 0.001) if trained else (128, 0.01)
+    batch = choose(
+        'batch_size', _batch_size(train, largest), f'about 8 updates per epoch, in batches of 8 to {largest}'
+    )
+    per_epoch = train / max(1, batch)  # values below 1 are refused later
+    choose(
+        'optim.learning_rate', rate * batch / largest, f'{rate:g} for batches of {largest}, in proportion to the batch'
+    )
     if given.get('num_steps'):
         epochs = given['num_steps'] / per_epoch
     else:
-        updates, least = (500, 30.0) if trained else (1500, 60.0)
-        longest = max(least, float(math.ceil(updates / per_epoch)))
-        epochs = choose('num_epochs', min(300.0, longest), f'{updates} updates, but {least:g} to 300 epochs')
-    total = max(1, math.ceil(epochs * per_epoch))
+        least = 30 if trained else 60
+        epochs = float(max(least, math.ceil(_UPDATES / per_epoch)))
+        epochs = choose('num_epochs', epochs, f'{_UPDATES} updates, but at least {least} epochs')
+    epochs = epochs if 0 < epochs < 1e9 else 1.0  # other values are refused later
+    total = math.ceil(epochs * per_epoch)
     if given.get('optim.schedule', 'epochs') == 'epochs':
         stages = tuple((round(part * epochs, 2), factor, factor, ()) for part, factor in _STAGES)
         choose('optim.stages', stages, 'the rate drops after 2/3 and 13/15 of the epochs')

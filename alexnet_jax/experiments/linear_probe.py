@@ -3,7 +3,6 @@
 The classifier is the last layer of an ordinary checkpoint. All other layers and the preprocessing are unchanged.
 """
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
 from alexnet_jax.checkpoints.manager import Checkpoint, CheckpointManager
 from alexnet_jax.core.augment import views
@@ -44,7 +42,9 @@ def check_network(checkpoint: Checkpoint) -> None:
         raise UserError(f'--mode=features: {name} has groups or operations after it; use --mode=full.')
 
 
-def features(checkpoint: Checkpoint, records: Sequence, count: int, max_unreadable: int) -> tuple[Array, np.ndarray]:
+def features(
+    checkpoint: Checkpoint, records: Sequence, count: int, max_unreadable: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the inputs of the last layer, float32 [N, V, D], and the labels, int [N], of readable records.
 
     Dropout is off: its test-time factor is part of the features, so a classifier of them needs no rescaling.
@@ -95,19 +95,21 @@ def fit(feature_NVD: np.ndarray, label_N: np.ndarray, classes: int) -> LinearCla
     target_NK = np.eye(classes, dtype=np.float32)[label_N]
 
     fold_N = folds(label_N, _FOLDS)
-    kept_FN = (fold_N != np.arange(fold_N.max() + 1)[:, None]).astype(np.float32)
-    w_FDK = jnp.zeros((len(kept_FN), width + 1, classes))
+    num_folds = fold_N.max() + 1
+    # One problem without each fold, and one with all pictures.
+    kept_FN = (fold_N != np.arange(num_folds + 1)[:, None]).astype(np.float32)
+    w_FDK = jnp.zeros((num_folds + 1, width + 1, classes))
     tried = []
     for l2 in _L2:  # from strong to weak: each solution is the start of the next
-        w_FDK = _fit_folds(w_FDK, x_NVD, target_NK, kept_FN, l2)
+        w_FDK = _minimize_all(w_FDK, x_NVD, target_NK, kept_FN, l2)
         probability_NK = np.asarray(_left_out(w_FDK, x_NVD, fold_N))
         likelihood = np.log(np.maximum(probability_NK[np.arange(count), label_N], 1e-30)).mean()
-        tried.append((likelihood, l2, int((probability_NK.argmax(1) == label_N).sum())))
-    _, l2, correct = max(tried)
-    w_DK = np.asarray(_fit_folds(w_FDK[:1] * 0, x_NVD, target_NK, np.ones((1, count), np.float32), l2)[0], np.float64)
+        correct = int((probability_NK.argmax(1) == label_N).sum())
+        tried.append((likelihood, l2, correct, np.asarray(w_FDK[-1], np.float64)))
+    _, l2, correct, w_DK = max(tried, key=lambda result: result[:2])
     kernel = w_DK[:-1] / scale
     bias = w_DK[-1] - mean_D @ kernel
-    return LinearClassifier(kernel.astype(np.float32), bias.astype(np.float32), l2, len(kept_FN), correct)
+    return LinearClassifier(kernel.astype(np.float32), bias.astype(np.float32), l2, int(num_folds), correct)
 
 
 def folds(label_N: np.ndarray, count: int) -> np.ndarray:
@@ -119,7 +121,7 @@ def folds(label_N: np.ndarray, count: int) -> np.ndarray:
 
 
 @jax.jit
-def _fit_folds(w_FDK, x_NVD, target_NK, kept_FN, l2):
+def _minimize_all(w_FDK, x_NVD, target_NK, kept_FN, l2):
     return jax.vmap(_minimize, in_axes=(0, None, None, 0, None))(w_FDK, x_NVD, target_NK, kept_FN, l2)
 
 

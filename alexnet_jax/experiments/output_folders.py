@@ -58,12 +58,13 @@ def prepare_pictures(
     first = _read_description(os.path.join(output, 'data'))
     if first and first.get('source') != source:
         raise UserError(
-            f'{output} was made from {first.get("source")}, not from {source}; use the same --input or another --output.'
+            f'{output} was made from {first.get("source")}, not from {source}; use the same --input or another '
+            '--output.'
         )
     folder = _choose(output, 'data', description)
     if listed.listing is not None:
-        options = {'size': size, 'val_fraction': listed.val_fraction or 0.0, 'max_unreadable': max_unreadable}
-        prepare.prepare_if_needed(pictures, folder, listing=listed.listing, **options)
+        fraction, options = listed.val_fraction or 0.0, {'max_unreadable': max_unreadable}
+        prepare.prepare_if_needed(pictures, folder, size=size, val_fraction=fraction, listing=listed.listing, **options)
     elif not os.path.isdir(folder):
         raise UserError(f'{pictures} does not exist, and {output} has no images of {size} px with these options.')
     return folder, open_dataset(folder)

@@ -22,35 +22,28 @@ def error_with_interval(correct: int, total: int) -> str:
 
 
 def verdict(confusion: np.ndarray, class_names: tuple[str, ...], remedies: list[str]) -> list[str]:
-    """Returns lines that compare the network with guessing the most frequent class, and list every class.
+    """Returns lines that state the error, compare it with guessing the most frequent class, and list every class.
 
     Args:
       confusion: int [K, K]; rows are true classes, columns predicted classes.
       class_names: K names.
-      remedies: what to try if guessing is as good.
+      remedies: what to try if guessing may be as good.
     """
-    count_K, right_K = confusion.sum(1), confusion.diagonal()
+    count_K, answers_K, right_K = confusion.sum(1), confusion.sum(0), confusion.diagonal()
     total, correct, guessed = int(confusion.sum()), int(right_K.sum()), int(count_K.max())
-    guess = f'always answering {class_names[int(count_K.argmax())]!r} is right for {guessed} of {total}'
-    lines = []
-    if correct <= guessed:
-        lines.append(f'Not better than guessing: {correct} of {total} are right, and {guess}.')
-    elif wilson(correct, total)[0] <= guessed / total:
-        lines.append(f'Perhaps no better than guessing: {correct} of {total} are right, {guess}; too few to tell.')
+    lines = [f'top-1 error {error_with_interval(correct, total)} of {total} val images']
+    results = f'{correct} of {total} are right; always answering {class_names[int(count_K.argmax())]!r}: {guessed}'
+    better = wilson(correct, total)[0] > guessed / total
+    if better:
+        lines.append(f'better than guessing: {results}')
+    elif correct > guessed:
+        lines.append(f'too few val images to tell whether it is better than guessing: {results}')
     else:
-        lines.append(f'Better than guessing: {correct} of {total} are right, {guess}.')
-    if not lines[0].startswith('Better'):
-        lines += ['Try:', *(f'  - {remedy}' for remedy in remedies)]
-    for name, count, right, answers in zip(class_names, count_K, right_K, confusion.sum(0), strict=True):
-        note = ''
-        if not count:
-            note = ' (no val pictures)'
-        elif not answers:
-            note = ' (never predicted)'
-        lines.append(f'  {name}: {right} of {count} right{note}')
-    if total == confusion.sum(0).max():
-        lines.append(f'Every val picture is called {class_names[int(confusion.sum(0).argmax())]!r}.')
-    return lines
+        lines.append(f'not better than guessing: {results}')
+    notes = ['never predicted' if not answers else '' for answers in answers_K]
+    for name, count, right, note in zip(class_names, count_K, right_K, notes, strict=True):
+        lines.append(f'  {name}: {right} of {count} right' + (f' ({note})' if note else ''))
+    return lines if better else [*lines, 'try next:', *(f'  - {remedy}' for remedy in remedies)]
 
 
 def remedies(*, mode: str, trained: bool, train: int, classes: int, val: int) -> list[str]:
