@@ -78,8 +78,8 @@ def finetune(
     given = [*(['config'] if config is not None else []), *(f'config.{key}' for key in sorted(overrides))]
     _check_mode(mode, init_from, given)
     check_workdir(output)
-    source = _load_source(init_from) if init_from else None
     listed = output_folders.list_pictures(pictures, output, val_fraction)
+    source = _load_source(init_from) if init_from else None
     if listed.val_fraction is not None and val_fraction is None:
         _log([finetune_settings.Setting('val_fraction', listed.val_fraction, listed.reason)])
     follows = config is None

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from alexnet_jax.checkpoints import loading
+from alexnet_jax.data import datasets
 from alexnet_jax.experiments import finetune, output_folders
 from alexnet_jax.prepare import prepare
 from alexnet_jax.utils.config_files import get_config
@@ -131,9 +132,9 @@ def test_other_pictures_and_settings_get_new_folders(tmp_path, monkeypatch, capl
 
 
 def test_impossible_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
-    def refusal(config=None, **options):
+    def refusal(config=None, pictures='pictures', **options):
         with pytest.raises(UserError) as error:
-            finetune.finetune(config, tmp_path / 'pictures', tmp_path / 'out', **options)
+            finetune.finetune(config, tmp_path / pictures, tmp_path / 'out', **options)
         assert not (tmp_path / 'out').exists()
         return str(error.value)
 
@@ -142,14 +143,34 @@ def test_impossible_requests_are_refused_before_anything_is_written(tmp_path, mo
     assert 'has no --config.num_epochs' in refusal(init_from='runs/old', mode='features', overrides=overrides)
     assert '--mode=some: expected one of auto, features, full' in refusal(mode='some')
 
+    helpers.write_pictures(tmp_path / 'pictures', (0, 1), 2)
+
     def no_network(path):
         raise UserError(f'{path} cannot be fetched.')
 
     monkeypatch.setattr(finetune, 'load_checkpoint', no_network)
     assert 'torchvision cannot be fetched.' in refusal() and 'use --init_from=none' in refusal()
     assert refusal(init_from='runs/old') == 'runs/old cannot be fetched.'
-    # A config names a network, so without --init_from it is trained from scratch, as before there were defaults.
-    assert 'does not exist' in refusal(get_config('tiny_imagenet'))
+    assert "nothing' does not exist" in refusal(pictures='nothing')  # before weights are fetched
+
+
+def test_config_without_weights_is_trained_from_scratch(tmp_path, monkeypatch):
+    """A config names a network, so --init_from is not torchvision by default."""
+    pictures, trained = helpers.write_pictures(tmp_path / 'pictures', (0, 1), 2), []
+    monkeypatch.setattr(prepare, 'prepare_if_needed', lambda _, folder, **options: os.makedirs(folder))
+    monkeypatch.setattr(output_folders, 'open_dataset', lambda _: datasets.open_dataset('digits'))
+    monkeypatch.setattr(finetune.train, 'train_and_evaluate', lambda config, _: trained.append(config))
+    monkeypatch.setattr(finetune, 'load_checkpoint', lambda path: 1 / 0)
+    config = get_config('tiny_imagenet')
+    for given in (config, None):
+        with pytest.raises(ZeroDivisionError):  # when the result is loaded
+            finetune.finetune(given, pictures, tmp_path / f'out{len(trained)}', init_from=None if given else 'none')
+    one, other = trained
+    assert one.init_from == other.init_from == '' and one.model.layers == other.model.layers
+    # Without a config, the schedule follows from the 1,437 images; with one, only the classes change.
+    assert (other.batch_size, other.num_epochs, other.optim.stages[1][0]) == (128, 60.0, 40.0)
+    config.data.path, config.model.num_classes = one.data.path, 10
+    assert one == config
 
 
 @pytest.mark.parametrize(
