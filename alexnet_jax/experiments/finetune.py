@@ -113,10 +113,10 @@ def finetune(
     evaluator = Evaluator(best, sharding.make_mesh(data=0, tower=1), views=views)
     outputs, labels = evaluator.probabilities(dataset.split('val'), max_unreadable=config.data.max_unreadable)
     matrix = figures.confusion(labels, outputs.argmax(1), len(best.class_names))
-    remedies = verdict.remedies(
+    steps = verdict.next_steps(
         mode=chosen.value, trained=source is not None, train=num_train, classes=classes, val=num_val
     )
-    lines = [*found, *verdict.verdict(matrix, best.class_names, remedies)]
+    lines = [*found, *verdict.verdict(matrix, best.class_names, steps)]
     figure = _plot(matrix, best.class_names, output, os.path.basename(workdir))
     return FinetuneResult(workdir, best.step, best.class_names, matrix, crops, figure, lines)
 
@@ -166,7 +166,7 @@ def _fit_last_layer(
         logging.info('%s is finished.', workdir)
         return workdir, []
     records = dataset.split('train')
-    views = 10 if len(records) <= finetune_settings.FEW else 1
+    views = 10 if len(records) <= finetune_settings.TEN_VIEWS else 1
     features, labels = linear_probe.features(source, records, views, max_unreadable)
     classifier = linear_probe.fit(features, labels, len(dataset.class_names))
     linear_probe.save(workdir, source, classifier, dataset.class_names, config)

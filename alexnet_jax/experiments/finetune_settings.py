@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 MODES = ('auto', 'features', 'full')
-FEW = 1000  # training pictures up to which a linear classifier is the default
+_FEW = 1000  # training pictures up to which a linear classifier is the default
+TEN_VIEWS = 200  # training pictures up to which features are of ten views; beyond, the fit would take minutes
 _NARROW = 10_000  # training pictures below which a network from scratch is narrow
 _ONE_SAVE = 500  # training pictures below which a run is saved and validated only at its end
 _VAL_PICTURES = 40  # with fewer, an error of 20% has a confidence interval of more than 25 percentage points
@@ -57,7 +58,7 @@ def mode(wanted: str, train: int, *, trained: bool, given: Collection[str]) -> S
         return Setting('mode', 'full', 'there are no trained weights')
     if given:
         return Setting('mode', 'full', f'--{min(given)} is for training all layers')
-    if train <= FEW:
+    if train <= _FEW:
         return Setting(
             'mode', 'features', f'{train} training pictures are few: only a new last layer is fitted; --mode=full '
             'trains all layers'

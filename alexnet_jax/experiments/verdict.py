@@ -21,13 +21,13 @@ def error_with_interval(correct: int, total: int) -> str:
     return f'{100 * (1 - correct / total):.1f}% (95% confidence interval {100 * low:.1f}% to {100 * high:.1f}%)'
 
 
-def verdict(confusion: np.ndarray, class_names: tuple[str, ...], remedies: list[str]) -> list[str]:
+def verdict(confusion: np.ndarray, class_names: tuple[str, ...], steps: list[str]) -> list[str]:
     """Returns lines that state the error, compare it with guessing the most frequent class, and list every class.
 
     Args:
       confusion: int [K, K]; rows are true classes, columns predicted classes.
       class_names: K names.
-      remedies: what to try if guessing may be as good.
+      steps: what to try next if guessing may be as good.
     """
     count_K, answers_K, right_K = confusion.sum(1), confusion.sum(0), confusion.diagonal()
     total, correct, guessed = int(confusion.sum()), int(right_K.sum()), int(count_K.max())
@@ -43,10 +43,10 @@ def verdict(confusion: np.ndarray, class_names: tuple[str, ...], remedies: list[
     notes = ['never predicted' if not answers else '' for answers in answers_K]
     for name, count, right, note in zip(class_names, count_K, right_K, notes, strict=True):
         lines.append(f'  {name}: {right} of {count} right' + (f' ({note})' if note else ''))
-    return lines if better else [*lines, 'try next:', *(f'  - {remedy}' for remedy in remedies)]
+    return lines if better else [*lines, 'try next:', *(f'  - {step}' for step in steps)]
 
 
-def remedies(*, mode: str, trained: bool, train: int, classes: int, val: int) -> list[str]:
+def next_steps(*, mode: str, trained: bool, train: int, classes: int, val: int) -> list[str]:
     """Returns what to try next; nothing that is already set."""
     found = []
     per_class = train / classes

@@ -68,9 +68,7 @@ def test_from_class_folders_to_predictions(tmp_path):
     fitted = loading.load_checkpoint(str(tuned / 'run-2'))
     assert (fitted.image_stats.mean_image == first.image_stats.mean_image).all()
     assert (fitted.params['fc7']['kernel'] == first.params['fc7']['kernel']).all()
-    done = f'{tuned}/run-2'
-    assert 'top-1 error' in _run('evaluate', f'--checkpoint={done}', f'--data={tuned}/data')
-    assert f'{done} is finished' in _run('finetune', *words)  # also after another run in the same output
+    assert f'{tuned}/run-2 is finished' in _run('finetune', *words)
 
 
 def _nested(folder, pictures):

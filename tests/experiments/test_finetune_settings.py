@@ -106,9 +106,9 @@ def test_error_is_stated_with_its_interval():
     assert verdict.error_with_interval(32, 40) == '20.0% (95% confidence interval 10.5% to 34.8%)'
 
 
-def test_remedies_are_not_already_set():
+def test_next_steps_are_not_already_set():
     def found(mode, trained, train=60, val=40):
-        return ' '.join(verdict.remedies(mode=mode, trained=trained, train=train, classes=2, val=val))
+        return ' '.join(verdict.next_steps(mode=mode, trained=trained, train=train, classes=2, val=val))
 
     assert '--mode=full' in found('features', True) and '--mode=features' not in found('features', True)
     assert '--mode=features' in found('full', True) and '--mode=full' not in found('full', True)
