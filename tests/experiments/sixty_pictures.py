@@ -23,7 +23,8 @@ from alexnet_jax.prepare.prepare import prepare
 def train_without(images: pathlib.Path, pair: list[str], output: pathlib.Path) -> pathlib.Path:
     """Trains a network on all classes but two, unless that is done. Returns its workdir."""
     if not (output / 'data').exists():
-        shutil.copytree(images, output / 'others', ignore=lambda _, names: set(pair) & set(names))
+        for split in ('train', 'val'):
+            shutil.copytree(images / split, output / 'others' / split, ignore=lambda _, names: set(pair) & set(names))
         prepare(output / 'others', output / 'data', size=64, format='raw')
     config = alexnet_jax.get_config('tiny_imagenet')
     config.data.path = str(output / 'data')

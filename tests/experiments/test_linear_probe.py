@@ -43,7 +43,7 @@ def test_gradient_of_penalized_loss_is_zero_at_the_classifier():
     features, labels = _blobs()
     found = linear_probe.fit(features, labels, 3)
     assert np.abs(_gradient(features, labels, found)).max() < 1e-4
-    assert np.abs(_gradient(features, labels, found._replace(bias=[*found.bias, 0.1, 0, 0]))).max() > 1e-3
+    assert np.abs(_gradient(features, labels, found._replace(bias=np.add(found.bias, (0.1, 0, 0))))).max() > 1e-3
     # A picture can only be left out with all its views: noise does not look better than guessing.
     noise = np.repeat(np.random.default_rng(1).normal(size=(30, 1, 5)), 2, axis=1).astype(np.float32)
     assert linear_probe.fit(noise, labels, 3).correct < 20 and found.correct > 20
