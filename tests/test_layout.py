@@ -30,7 +30,7 @@ ONLY = {
     'scipy': {'prepare/ground_truth.py'},
     'orbax': {'checkpoints/'},
     'flax': {'core/model.py'},
-    'optax': {'core/optim.py', 'core/train_step.py', 'training/recipes.py'},
+    'optax': {'core/optim.py', 'core/train_step.py', 'experiments/linear_probe.py', 'training/recipes.py'},
     'torch': {'benchmark/'},
     'safetensors': {'convert/safetensors.py'},
     'onnx': {'export/onnx_model.py'},

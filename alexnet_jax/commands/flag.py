@@ -74,6 +74,7 @@ class ConfigFlag(NamedTuple):
             if key not in known:
                 raise UserError(f'unknown config key {key!r}.{did_you_mean(key, known)}')
         config_flags.DEFINE_config_dict(self.name, config, self.help, flag_values=values, sys_argv=rest)
+        values[self.name].using_default_value = given is None  # absl sets it from `rest`, which lacks the config's name
         return rest
 
     def _split(self, words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -93,8 +93,6 @@ def prepare_if_needed(
     *,
     size: int,
     val_fraction: float = 0.0,
-    labels: str | os.PathLike | None = None,
-    nested_classes: bool = False,
     listing: Listing | None = None,
     **options,
 ) -> None:
@@ -105,16 +103,11 @@ def prepare_if_needed(
     """
     source, output = os.fspath(source), os.fspath(output)
     path = source if source.startswith('tfds:') else absolute_local_path(source)
-    if labels:
-        with as_user_error(f'{os.fspath(labels)!r} cannot be read'):
-            labels = absolute_local_path(labels)
-            path += f' with --labels={labels} (SHA-256 {checksums.sha256(labels)[:16]})'
-    path += ' with --nested_classes' * nested_classes
     description = f'{path} with --val_fraction={val_fraction:g}' if val_fraction else path
     source_file = pathlib.Path(f'{output}.source')
     encoding = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     if not os.path.exists(output):
-        listing = listing or discovery.find_images(source, labels=labels, nested_classes=nested_classes)
+        listing = listing or discovery.find_images(source)
         if 'val' in listing.splits:
             val_fraction, description = 0.0, path
         with as_user_error(f'{output!r} cannot be written'):

@@ -80,9 +80,7 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
             f'{workdir} contains converted weights, not a run; to start from them, use another --workdir and '
             f'--config.init_from={workdir}.'
         )
-    # A cosine depends on the length of the run: with another length, the steps so far had other rates.
-    cosine = {'num_epochs', 'num_steps'} if setup.config.optim.schedule == 'cosine' else set()
-    if differences := _differences(_with_new_keys(old['config']), meta['config'], _MAY_DIFFER - cosine):
+    if differences := config_differences(_with_new_keys(old['config']), meta['config']):
         raise UserError(
             f'{workdir} contains a run with another config ({"; ".join(differences)}); use the same config or another '
             '--workdir.'
@@ -145,8 +143,14 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
     return loaded
 
 
-def _differences(old: dict, new: dict, may_differ: set[str], prefix: str = '') -> list[str]:
+def config_differences(old: dict, new: dict) -> list[str]:
     """Returns 'key: old -> new' for each differing config key, except the keys that may change on resuming."""
+    # A cosine depends on the length of the run: with another length, the steps so far had other rates.
+    cosine = new.get('optim', {}).get('schedule') == 'cosine'
+    return _differences(old, new, _MAY_DIFFER - {'num_epochs', 'num_steps'} if cosine else _MAY_DIFFER)
+
+
+def _differences(old: dict, new: dict, may_differ: set[str], prefix: str = '') -> list[str]:
     differences = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = prefix + key, old.get(key), new.get(key)
