@@ -145,7 +145,7 @@ def test_image_is_not_its_own_neighbor(split, path, monkeypatch):
     seen = {name: augment.center_crop(part, loaded.image_size) for name, part in images.items()}
     base, queries = (activations.activations(loaded, images[name], 'fc7')['fc7'] for name in ('train', split))
     monkeypatch.setattr(plots, 'neighbors', lambda *found: drawn.append(found))
-    list(figures._image_figures(loaded, digits._replace(splits=records), split, seed=0))
+    list(figures._image_figures(loaded, digits._replace(splits=records), split, shown=None, seed=0))
     ((shown, near, *_),) = drawn
     assert len(shown) == 5
     for image, found in zip(shown, near, strict=True):

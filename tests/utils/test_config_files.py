@@ -59,7 +59,8 @@ def test_error_inside_a_config_names_its_file(tmp_path):
     [
         ('papr', "no config file 'papr'. Did you mean 'paper'"),
         ('configs/paper.py', "no config file 'configs/paper.py'. Did you mean 'paper'"),
-        ('caffe:x', "'caffe' has no variants; remove ':x'"),
+        ('caffe:x', "'caffe': unknown variant 'x'; expected 'net=alexnet'"),
+        ('tiny_imagenet:x', "'tiny_imagenet' has no variants; remove ':x'"),
         ('cifar10:x', "'cifar10': unknown variant 'x'; expected one of 80sec"),
     ],
 )
