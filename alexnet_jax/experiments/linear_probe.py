@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
-from alexnet_jax.checkpoints.manager import Checkpoint, CheckpointManager
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.convert import convert
 from alexnet_jax.core.augment import views
-from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import atomic_directory
 
 _FOLDS = 5
 _L2 = tuple(10 ** (k / 2) for k in range(0, -11, -1))  # 1 to 1e-5, for features of mean square length 1
 _MAX_STEPS = 500  # of L-BFGS
-_TOLERANCE = 1e-5  # of the gradient's norm
+_TOLERANCE = 1e-5  # of the gradient's norm, at which L-BFGS stops
+_ACCEPTED = 1e-4  # of the gradient's norm; a larger one after `_MAX_STEPS` is reported
 
 
 class LinearClassifier(NamedTuple):
@@ -36,8 +37,11 @@ class LinearClassifier(NamedTuple):
 
 
 def check_network(checkpoint: Checkpoint) -> None:
-    """Raises UserError if the last layer is more than a matrix and a bias."""
-    name, layer = list(checkpoint.network.layers.items())[-1]
+    """Raises UserError if the last layer is more than a matrix and a bias, or the only layer."""
+    layers = checkpoint.network.layers
+    name, layer = list(layers.items())[-1]
+    if len(layers) == 1:
+        raise UserError(f'--mode=features: {name} is the only layer, so there are no features; use --mode=full.')
     if layer.groups > 1 or layer.ops:
         raise UserError(f'--mode=features: {name} has groups or operations after it; use --mode=full.')
 
@@ -55,10 +59,10 @@ def features(
     for part, label in Evaluator(checkpoint).map_records(_feature_function(checkpoint, count), records):
         rows.append(part)
         labels.append(label)
-    feature_NVD, label_N = np.concatenate(rows), np.concatenate(labels)
-    if (bad := len(records) - len(label_N)) > max_unreadable:
+    bad = len(records) - sum(map(len, labels))
+    if bad > max_unreadable or bad == len(records):
         raise UserError(f'{bad} of {len(records)} images cannot be read (named above); prepare the data again.')
-    return feature_NVD, label_N
+    return np.concatenate(rows), np.concatenate(labels)
 
 
 def _feature_function(checkpoint: Checkpoint, count: int):
@@ -86,8 +90,14 @@ def fit(feature_NVD: np.ndarray, label_N: np.ndarray, classes: int) -> LinearCla
     Minimizes the mean negative log-likelihood + l2 / 2 * (|W|^2 + |b|^2) for features that are centered and divided by
     one number, so that their mean square length is 1. All views of a picture are in the same fold. The best penalty has
     the highest likelihood of the left-out pictures, with softmax outputs averaged over views as in `Evaluator`.
+
+    Raises UserError if there are fewer than two pictures, or if a feature is NaN or infinite.
     """
     count, num_views, width = feature_NVD.shape
+    if count < 2:
+        raise UserError(f'--mode=features: expected two training pictures or more, found {count}; use --mode=full.')
+    if not np.isfinite(feature_NVD).all():
+        raise UserError('--mode=features: features of the network are NaN or infinite; use other weights.')
     mean_D = feature_NVD.mean((0, 1), dtype=np.float64).astype(np.float32)
     x_NVD = feature_NVD - mean_D
     scale = np.sqrt(np.square(x_NVD).sum(2, dtype=np.float64).mean()) or 1.0
@@ -101,12 +111,14 @@ def fit(feature_NVD: np.ndarray, label_N: np.ndarray, classes: int) -> LinearCla
     w_FDK = jnp.zeros((num_folds + 1, width + 1, classes))
     tried = []
     for l2 in _L2:  # from strong to weak: each solution is the start of the next
-        w_FDK = _minimize_all(w_FDK, x_NVD, target_NK, kept_FN, l2)
+        w_FDK, norm_F = _minimize_all(w_FDK, x_NVD, target_NK, kept_FN, l2)
         probability_NK = np.asarray(_left_out(w_FDK, x_NVD, fold_N))
         likelihood = np.log(np.maximum(probability_NK[np.arange(count), label_N], 1e-30)).mean()
         correct = int((probability_NK.argmax(1) == label_N).sum())
-        tried.append((likelihood, l2, correct, np.asarray(w_FDK[-1], np.float64)))
-    _, l2, correct, w_DK = max(tried, key=lambda result: result[:2])
+        tried.append((likelihood, l2, correct, np.asarray(w_FDK[-1], np.float64), float(norm_F.max())))
+    _, l2, correct, w_DK, norm = max(tried, key=lambda result: result[:2])
+    if norm > _ACCEPTED:
+        logging.warning('The last layer is not fully fitted: after %d steps the gradient is %.1g.', _MAX_STEPS, norm)
     kernel = w_DK[:-1] / scale
     bias = w_DK[-1] - mean_D @ kernel
     return LinearClassifier(kernel.astype(np.float32), bias.astype(np.float32), l2, int(num_folds), correct)
@@ -126,7 +138,7 @@ def _minimize_all(w_FDK, x_NVD, target_NK, kept_FN, l2):
 
 
 def _minimize(w_DK, x_NVD, target_NK, kept_N, l2):
-    """Minimizes the penalized loss of the pictures with kept_N = 1 by L-BFGS, starting from w_DK."""
+    """Minimizes the penalized loss of the pictures with kept_N = 1 by L-BFGS. Returns (w_DK, norm of the gradient)."""
 
     def loss(w_DK):
         log_softmax_NVK = jax.nn.log_softmax(jnp.dot(x_NVD, w_DK, precision='highest'))
@@ -144,7 +156,9 @@ def _minimize(w_DK, x_NVD, target_NK, kept_N, l2):
     def unfinished(carry):
         return (carry[2] > _TOLERANCE) & (carry[3] < _MAX_STEPS)
 
-    return jax.lax.while_loop(unfinished, step, (w_DK, optimizer.init(w_DK), jnp.float32(jnp.inf), 0))[0]
+    start = (w_DK, optimizer.init(w_DK), jnp.float32(jnp.inf), 0)
+    w_DK, _, norm, _ = jax.lax.while_loop(unfinished, step, start)
+    return w_DK, norm
 
 
 @jax.jit
@@ -160,16 +174,12 @@ def save(
     classifier: LinearClassifier,
     class_names: Sequence[str],
     config: dict,
-    top1_error: float | None = None,
 ) -> None:
     """Writes a new workdir with the source's network and the new classifier as step 0.
 
     config: JSON; the source's config with the new number of classes. Raises UserError if it cannot be written.
     """
-    params = dict(source.params)
-    params[list(source.network.layers)[-1]] = {'kernel': classifier.kernel, 'bias': classifier.bias}
-    meta = {'config': config, 'class_names': list(class_names), 'record_size': source.record_size}
-    meta |= {'examples': 0, 'fingerprint': ''}
-    with atomic_directory(workdir) as folder, CheckpointManager(folder) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, None), source.image_stats, meta, top1_error)
-        checkpoints.wait()
+    last = {'kernel': classifier.kernel, 'bias': classifier.bias}
+    params = {**source.params, list(source.network.layers)[-1]: last}
+    fitted = source._replace(step=0, params=params, class_names=tuple(class_names), config=config)
+    convert.save(fitted, workdir)

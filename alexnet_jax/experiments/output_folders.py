@@ -71,16 +71,19 @@ def prepare_pictures(
 
 
 def run_folder(output: str, config: dict, mode: str, source: Checkpoint | None, dataset: Dataset) -> str:
-    """Returns the workdir of a run with these settings: a new one, or that of the run to resume."""
+    """Returns the workdir of a run with these settings: a new one, or that of the run to resume. Raises UserError."""
     weights = 'none' if source is None else f'step {source.step} of {config["init_from"]}'
-    return _choose(output, 'run', {**config, 'mode': mode, 'weights': weights, 'images': dataset.fingerprint})
+    folder = _choose(output, 'run', {**config, 'mode': mode, 'weights': weights, 'images': dataset.fingerprint})
+    if mode == 'features' and os.path.exists(folder) and not _read_description(folder):
+        raise UserError(f'the settings of {folder} are unknown: {folder}.json is missing; use another --output.')
+    return folder
 
 
 def _choose(output: str, name: str, description: dict[str, Any]) -> str:
     """Returns the first of the folders NAME, NAME-2, ... that does not exist or has this description.
 
     The description of a folder is in FOLDER.json beside it; for a new folder it is written here. Keys that may change
-    when a run is resumed are not compared. A folder without a description is taken, because its users check it.
+    when a run is resumed are not compared. A folder without a description is taken: `prepare` and `train` check it.
     """
     description = json.loads(json.dumps(description))  # tuples become lists
     for number in itertools.count(1):

@@ -104,8 +104,11 @@ def card(checkpoint: Checkpoint, views: int, results: dict[str, str]) -> str:
 
 
 def _origin(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    # Only the last part of a path: the others say where it is on this machine.
+    data, start = (os.path.basename(path.rstrip('/')) for path in (config['data']['path'], config.get('init_from', '')))
     if not checkpoint.step:
-        return 'with weights converted by alexnet_jax from a file of another framework'
-    data = os.path.basename(checkpoint.config['data']['path'].rstrip('/')) or 'not recorded'
-    batches = f'{checkpoint.step:,} updates on batches of {checkpoint.config["batch_size"]}'
-    return f'trained with alexnet_jax for {batches}; data: {data}'
+        return f'with weights that alexnet_jax derived from {start}' if start else 'with weights read from a file'
+    batches = f'{checkpoint.step:,} updates on batches of {config["batch_size"]}'
+    start = f', starting from {start}' if start else ''
+    return f'trained with alexnet_jax for {batches}{start}; data: {data or "not recorded"}'

@@ -77,7 +77,7 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
         raise UserError(f'{workdir}: step {step} was not written by alexnet_jax train; use another --workdir.')
     if not old['examples']:
         raise UserError(
-            f'{workdir} contains converted weights, not a run; to start from them, use another --workdir and '
+            f'{workdir} contains converted or fitted weights, not a run; to start from them, use another --workdir and '
             f'--config.init_from={workdir}.'
         )
     if differences := config_differences(_with_new_keys(old['config']), meta['config']):

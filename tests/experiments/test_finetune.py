@@ -134,6 +134,15 @@ def test_other_pictures_and_settings_get_new_folders(tmp_path, monkeypatch, capl
         _prepare(one, out)
 
 
+def test_a_fitted_run_without_its_settings_is_refused(tmp_path):
+    """Else the result of another run would be reported. A run that is trained is checked by `train`."""
+    dataset = datasets.open_dataset('digits')
+    (tmp_path / 'run').mkdir()
+    assert output_folders.run_folder(str(tmp_path), {'seed': 0}, 'full', None, dataset) == f'{tmp_path}/run'
+    with pytest.raises(UserError, match='settings of .*run are unknown: .*run.json is missing; use another --output'):
+        output_folders.run_folder(str(tmp_path), {'seed': 0}, 'features', None, dataset)
+
+
 def test_impossible_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     def refusal(config=None, pictures='pictures', **options):
         with pytest.raises(UserError) as error:

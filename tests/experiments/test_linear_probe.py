@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.convert.loading import load_checkpoint
+from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import linear_probe
 from alexnet_jax.inference import activations, evaluate
@@ -49,6 +50,27 @@ def test_gradient_of_penalized_loss_is_zero_at_the_classifier():
     assert linear_probe.fit(noise, labels, 3).correct < 20 and found.correct > 20
 
 
+@pytest.mark.parametrize(
+    ('count', 'value', 'problem'),
+    [(1, 0.0, 'expected two training pictures or more, found 1'), (4, np.nan, 'are NaN or infinite')],
+)
+def test_features_that_determine_no_classifier_are_refused(count, value, problem):
+    features, labels = _blobs(count)
+    features[0, 0, 0] += value
+    with pytest.raises(UserError, match=f'--mode=features: .*{problem}'):
+        linear_probe.fit(features, labels, 3)
+
+
+def test_unfinished_fit_is_reported(monkeypatch, caplog):
+    features, labels = _blobs()
+    linear_probe.fit(features, labels, 3)
+    assert 'not fully fitted' not in caplog.text
+    monkeypatch.setattr(linear_probe, '_MAX_STEPS', 1)
+    features = features[:, :1]  # another shape, which is compiled anew
+    linear_probe.fit(features, labels, 3)
+    assert 'The last layer is not fully fitted: after 1 steps the gradient is' in caplog.text
+
+
 def test_folds_have_equal_shares_of_each_class():
     labels = np.array([0] * 20 + [1] * 10)
     folds = linear_probe.folds(labels, 5)
@@ -85,7 +107,21 @@ def test_saved_network_applies_the_classifier_to_its_features(tmp_path, inverted
     assert (saved.image_stats.mean_image == source.image_stats.mean_image).all()
 
 
-def test_classifier_with_groups_is_refused():
-    network = helpers.network(layers=helpers.layers(fc8={'groups': 2}))
-    with pytest.raises(UserError, match='fc8 has groups or operations after it; use --mode=full'):
+@pytest.mark.parametrize(
+    ('layers', 'problem'),
+    [
+        (helpers.layers(fc8={'groups': 2}), 'fc8 has groups or operations after it'),
+        ({'fc1': DenseSpec()}, 'fc1 is the only layer, so there are no features'),
+    ],
+)
+def test_networks_without_a_plain_last_layer_are_refused(layers, problem):
+    network = helpers.network(layers=layers)
+    with pytest.raises(UserError, match=f'{problem}.*; use --mode=full'):
         linear_probe.check_network(type('Source', (), {'network': network}))
+
+
+def test_unreadable_images_are_refused(tmp_path, monkeypatch):
+    source = load_checkpoint(helpers.save_untrained(tmp_path / 'source'))
+    monkeypatch.setattr(evaluate.Evaluator, 'map_records', lambda *_: iter(()))
+    with pytest.raises(UserError, match='3 of 3 images cannot be read'):
+        linear_probe.features(source, [{}] * 3, 1, max_unreadable=3)

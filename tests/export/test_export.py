@@ -61,11 +61,17 @@ def test_card_has_valid_metadata_and_the_written_formats():
             ('up to 6 months newer' in text) == (f'Written with JAX {jax.__version__}.' in text) == (library == 'jax')
         )
     assert '[N, 10, 3], of each crop' in card.card(source, 10, {'onnx': ''})
-    assert 'converted by alexnet_jax from a file of another framework' in text  # it has no step
+    assert 'with weights read from a file.' in text  # it has no step
     assert 'mean subtracted.' in text
     scaled = source._replace(step=7, augmentation=source.augmentation._replace(pixel_std=(58.0, 57.0, 57.0)))
     text = card.card(scaled, 1, {'onnx': ''})
-    assert 'for 7 updates on batches of' in text and 'divided by a standard deviation per color.' in text
+    assert 'for 7 updates on batches of 128; data: not recorded' in text
+    assert 'divided by a standard deviation per color.' in text
+    # A last layer that `finetune` has fitted, and all layers; no folder of this machine is named.
+    config = {**source.config, 'init_from': '/home/me/runs/first/', 'data': {'path': '/home/me/data/cats'}}
+    assert 'weights that alexnet_jax derived from first.' in card.card(source._replace(config=config), 1, {'onnx': ''})
+    text = card.card(scaled._replace(config={**config, 'batch_size': 8}), 1, {'onnx': ''})
+    assert 'on batches of 8, starting from first; data: cats.' in text and '/home' not in text
 
 
 def test_formats_are_checked_before_anything_is_written(tmp_path):

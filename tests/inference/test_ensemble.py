@@ -242,7 +242,7 @@ def test_closed_stdout_is_not_an_error(checkpoints, photos):
 def test_converted_weights_cannot_be_resumed(checkpoints, tmp_path):
     """A workdir without optimizer state is distinguished from a run."""
 
-    with pytest.raises(UserError, match='contains converted weights, not a run; .*--config.init_from='):
+    with pytest.raises(UserError, match='contains converted or fitted weights, not a run; .*--config.init_from='):
         train.train_and_evaluate(helpers.digits_config(num_steps=1), checkpoints[0])
     config = helpers.digits_config(**{'num_steps': 1, 'init_from': checkpoints[0], 'optim.learning_rate': 0.0})
     train.train_and_evaluate(config, str(tmp_path))
