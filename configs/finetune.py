@@ -8,8 +8,8 @@ It can also be used with `train`:
 
 The defaults are for small datasets and not from a paper: batches of 64, 30 epochs, a tenth of the paper's learning
 rate, which drops twice. From scratch: 60 epochs and the full learning rate. Without --config, the `finetune` command
-uses batches and epochs that follow the number of images. It trains the new classifier with ten times the learning rate.
-Initial weights of conv 3-5 are those of the authors' code.
+uses batches and epochs that follow the number of images. The command trains the new classifier with ten times the
+learning rate. Initial weights of conv 3-5 are those of the authors' code.
 No source reports an error for it. Here: a narrow network was fine-tuned on 500 small images (top-1 error over ten views
 in docs/own_pictures.md); the paper's network was not.
 """

@@ -11,12 +11,13 @@ The argument selects one of its two networks:
          (k = 2, alpha / n, across all maps). 62,378,344 parameters. Conv 1 has no padding: its maps are 54x54.
   net=b  `alexnetb`: torchvision's network with dropout after fc 6 and fc 7. 61,100,840 parameters.
 
-Input: 224 px of 256, ImageNet's mean color and standard deviation, as in torchvision. Initial weights are from
-Kaiming's uniform distribution there; here, and all settings of training, are torchvision's, because the source does not
-state those of the published weights.
+Input: 224 px of 256, ImageNet's mean color and standard deviation, as in torchvision. Initial weights and all settings
+of training are torchvision's. In the source, initial weights are from Kaiming's uniform distribution, and the published
+weights were trained in MXNet with another recipe (configs/modern.py) and converted.
 
 Reported by the source, ILSVRC-2012 validation set, center crop: net=a 38.50% top-1 and 16.64% top-5 error, net=b 39.74%
-and 17.47%. Here: the outputs agree with PyTorch (tests/convert/test_convert.py). It was not trained.
+and 17.47%. (For the MXNet originals it reports 38.07% and 16.10%, 39.30% and 17.05%.) Here: the outputs agree with
+PyTorch (tests/convert/test_convert.py). It was not trained.
 """
 
 import ml_collections

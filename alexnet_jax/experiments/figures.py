@@ -263,7 +263,9 @@ def draw(
         yield from _image_figures(checkpoint, dataset, split, shown, seed)
 
 
-def _image_figures(checkpoint: Checkpoint, dataset: Dataset, split: str, shown, seed: int) -> Iterator[Drawn]:
+def _image_figures(
+    checkpoint: Checkpoint, dataset: Dataset, split: str, shown: Sequence[int] | None, seed: int
+) -> Iterator[Drawn]:
     from alexnet_jax.experiments import plots  # matplotlib is an extra
 
     source, classes = dataset.split(split), checkpoint.class_names
