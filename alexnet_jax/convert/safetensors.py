@@ -49,18 +49,23 @@ def read_metadata(path: str) -> dict[str, Any] | None:
         return None if text is None else json.loads(text)
 
 
+def tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Returns the weights in PyTorch's layout, by name."""
+    named = {}
+    for layer in layout.from_params(checkpoint.network, checkpoint.image_size, checkpoint.params):
+        named[f'{layer.name}.weight'], named[f'{layer.name}.bias'] = layer.weight, layer.bias
+    return named
+
+
 def write(folder: str, checkpoint: Checkpoint) -> None:
     """Writes the weights in PyTorch's layout (`FILE_NAME`) and the image statistics to a folder."""
-    tensors = {}
-    for layer in layout.from_params(checkpoint.network, checkpoint.image_size, checkpoint.params):
-        tensors[f'{layer.name}.weight'], tensors[f'{layer.name}.bias'] = layer.weight, layer.bias
     own = {'config': checkpoint.config, 'class_names': checkpoint.class_names, 'record_size': checkpoint.record_size}
-    write_tensors(pathlib.Path(folder, FILE_NAME), tensors, {METADATA_KEY: json.dumps(own)})
+    write_tensors(pathlib.Path(folder, FILE_NAME), tensors(checkpoint), {METADATA_KEY: json.dumps(own)})
     image_stats_file.save(folder, checkpoint.image_stats)
 
 
-def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes contiguous tensors and metadata to a file."""
+def write_tensors(path: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes contiguous arrays and metadata to a file."""
     import safetensors.numpy
 
-    path.write_bytes(safetensors.numpy.save(tensors, metadata={'format': 'pt', **(metadata or {})}))
+    path.write_bytes(safetensors.numpy.save(arrays, metadata={'format': 'pt', **(metadata or {})}))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.checkpoints.manager import Checkpoint
-from alexnet_jax.convert import layout
+from alexnet_jax.convert import safetensors
 from alexnet_jax.core import augment, sharding
 from alexnet_jax.utils.errors import UserError
 
@@ -171,11 +171,10 @@ def reference(checkpoint: Checkpoint, images: np.ndarray, views: int, dtype: str
 
 def _describe_tensors(checkpoint: Checkpoint) -> set[str]:
     """Returns the name, dtype, shape and digest of each tensor of model.safetensors, as the other process does."""
-    tensors: dict[str, np.ndarray] = {}
-    for layer in layout.from_params(checkpoint.network, checkpoint.image_size, checkpoint.params):
-        tensors |= {f'{layer.name}.weight': layer.weight, f'{layer.name}.bias': layer.bias}
-    digest = lambda value: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()  # noqa: E731
-    return {f'{key} {value.dtype} {value.shape} {digest(value)}' for key, value in tensors.items()}
+    return {
+        f'{name} {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}'
+        for name, value in safetensors.tensors(checkpoint).items()
+    }
 
 
 def _run(folder: str, proof: _Proof, images: np.ndarray) -> dict[str, np.ndarray]:
