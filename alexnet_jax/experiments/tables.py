@@ -106,7 +106,11 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
         '"no weight decay" it is in the training error. The numbers of the paper and of the authors\' log (top-1 / '
         'top-5) are from their full data and full training length.'
     )
-    return report.Table(f'{suite}: comparison with the paper', columns, table, note, verdict(rows, variants))
+    title = f'{suite}: comparison with the paper'
+    if suite == 'recipe':
+        title = 'recipe: comparison with the base'
+        note += ' With mixup, training errors count only the first label of each mixed image: do not compare them.'
+    return report.Table(title, columns, table, note, verdict(rows, variants))
 
 
 def verdict(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> str:

@@ -47,6 +47,9 @@ def test_comparison_table():
         for variant, seed, error in (('base', 0, 10.0), ('base', 1, 12.0), ('worse', 0, 13.0), ('worse', 1, 13.0))
     ]
     table = tables.comparison_table('ablations', rows, variants)
+    assert table.title.endswith('with the paper') and 'mixup' not in table.note
+    recipe = tables.comparison_table('recipe', rows, variants)
+    assert recipe.title.endswith('with the base') and 'With mixup' in recipe.note and recipe.rows == table.rows
     named = dict(zip(table.columns, table.rows[1], strict=True))
     assert (named['top-1'], named['difference']) == ('13.00 ± 0.00', '+2.00 ± 1.41')
     assert (named['paper'], named["authors' log"], named['sign']) == ('+1.40 / +1.20', '+1.37', 'agrees')
