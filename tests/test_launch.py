@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from alexnet_jax.utils.config_files import get_config
-from tests import ROOT
+from tests import ROOT, helpers, test_docs
 
 LAUNCH = ROOT / 'launch'
 # Fakes of the Slurm commands that the script uses. srun numbers the tasks, returns their highest exit code, and gives
@@ -189,3 +190,50 @@ def test_dockerfile_copies_the_sources_of_the_package():
     copied = {word for line in re.findall(r'^COPY (.*) \S+$', text, re.M) for word in line.split()}
     assert {'pyproject.toml', 'README.md', 'LICENSE', 'alexnet_jax', 'configs'} == copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+# Replaces Python in gpu_figures.sh: notes the commands of the package, and runs everything else.
+NOTES = """#!/bin/sh
+if [ "$1" = -m ]; then shift 2; echo "$@" >> "$NOTED"; else exec "$REAL" "$@"; fi
+"""
+STAGES = ('step', 'train', 'inference', 'resume', 'learn', 'cifar')
+
+
+def _gpu_figures(tmp_path, *stages, **environment):
+    here = {'OUT': str(tmp_path / 'out'), 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT), **environment}
+    command = [str(LAUNCH / 'gpu_figures.sh'), *stages]
+    return subprocess.run(command, env={**os.environ, **here}, cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('small', ['', '1'])
+def test_commands_of_gpu_figures_exist(small, tmp_path):
+    """The options of every command of every stage, at full size and at toy size."""
+    (tmp_path / 'python').write_text(NOTES)
+    (tmp_path / 'python').chmod(0o755)
+    fake = {'PYTHON': str(tmp_path / 'python'), 'REAL': sys.executable, 'NOTED': str(tmp_path / 'noted')}
+    done = _gpu_figures(tmp_path, *STAGES, SMALL=small, TINY='tiny', CIFAR='cifar', **fake)
+    assert done.returncode == 0, done.stderr
+    commands = ['alexnet_jax ' + line for line in (tmp_path / 'noted').read_text().splitlines()]
+    assert len(commands) >= 36 - 6 * bool(small)  # at toy size, stage learn has one seed
+    assert {command: test_docs._missing(shlex.split(command)) for command in commands} == dict.fromkeys(commands, [])
+    assert {path.name for path in (tmp_path / 'out').glob('*.json')} == {f'{stage}.json' for stage in STAGES}
+
+
+def test_gpu_figures_refuses_other_stages(tmp_path):
+    done = _gpu_figures(tmp_path, 'step', 'steps')
+    assert done.returncode == 2 and 'unknown stage steps: expected step, train' in done.stderr
+    assert not list((tmp_path / 'out').glob('*.json'))
+
+
+@pytest.mark.slow
+def test_gpu_figures_at_toy_size(tmp_path):
+    pictures = helpers.write_pictures(tmp_path / 'pictures', range(10), 20)
+    small = {'SMALL': '1', 'TINY': str(pictures), 'CLASSES': '10'}
+    done = _gpu_figures(tmp_path, 'inference', 'resume', **small)
+    assert done.returncode == 0 and done.stdout.count(' 0 failed') == 2, done.stdout + done.stderr
+    found = {name: json.loads((tmp_path / f'out/{name}.json').read_text()) for name in ('inference', 'resume')}
+    (measured,) = found['inference']['commands']
+    assert set(measured['result']['images_per_second']) == {'1', '8'} and found['inference']['environment']['versions']
+    same = [row['result'] for row in found['resume']['commands'] if row['command'].startswith('compare')]
+    assert [row['same_bits'] for row in same] == [True, True]  # on a CPU in any case

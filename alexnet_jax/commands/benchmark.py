@@ -1,6 +1,6 @@
-"""Measures images per second of updates, input pipeline, training or preparation, optionally also with PyTorch.
+"""Measures images per second of updates, input, training, inference or preparation, also with other programs.
 
-    alexnet_jax benchmark step|input|train|prepare [--against=torch] [--batch_size=128] [--repeats=5]
+    alexnet_jax benchmark step|input|train|inference|prepare [--against=torch] [--batch_size=128] [--repeats=5]
 
 The measured programs alternate. Each measurement waits for the device once, at its end. The output is a table of
 medians, the FLOPs, memory traffic and communication of the compiled step, a line of JSON, and with --against=torch a
@@ -110,7 +110,41 @@ class Prepare:
         _measure(args, 'prepare', raw=args.input)
 
 
-SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'prepare': Prepare}
+class Inference:
+    """Measures the prediction of images in memory on the CPU, with random weights.
+
+    alexnet_jax benchmark inference [--against=torch,onnxruntime,openvino] [--config=paper] [--batch_sizes=1,8,64]
+
+    The other programs run the exports of the network (see alexnet_jax export). Their probabilities are compared first.
+    The ratio is ours to the fastest other program, at the batch size where it is lowest.
+    """
+
+    FLAGS = (
+        ConfigFlag('config', 'paper', 'Name or file of a config, for the network and its preprocessing.'),
+        Flag('against', '', 'Programs to compare with: torch, onnxruntime, openvino.'),
+        Flag('batch_sizes', '1,8,64', 'Images per call, separated by commas.'),
+        Flag('repeats', 5, 'Measurements of each program.', at_least=1),
+        CPU_DEVICES,
+    )
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        from alexnet_jax.benchmark import inference
+        from alexnet_jax.utils.environment import describe_environment
+
+        against = [name for part in args.against.split(',') if (name := part.strip())]
+        inference.check_peers(against)
+        sizes = args.batch_sizes.split(',')
+        if not all(size.strip().isdecimal() and int(size) for size in sizes):
+            raise UserError(f'--batch_sizes={args.batch_sizes}: expected positive integers, such as 1,8,64.')
+        with contextlib.ExitStack() as stack:
+            rates = inference.measure(args.config, against, list(map(int, sizes)), args.repeats, stack)
+        settings = {'mode': 'inference', 'precision': 'float32', 'repeats': args.repeats, **describe_environment()}
+        settings |= {'config': args.config.to_dict(), 'peers': inference.versions(against)}
+        print(inference.report(rates, settings), flush=True)
+
+
+SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'inference': Inference, 'prepare': Prepare}
 
 
 def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:

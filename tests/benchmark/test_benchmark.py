@@ -1,6 +1,8 @@
 """The benchmark command at a small scale: cost counts, report format, and every mode against PyTorch."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.benchmark import hlo_cost, throughput
+from alexnet_jax.benchmark import hlo_cost, inference, throughput
 from alexnet_jax.benchmark.throughput import Contender
 from alexnet_jax.core import architecture, sharding
 from alexnet_jax.data import datasets
@@ -284,3 +286,40 @@ def test_network_unsupported_by_peer_is_refused(change):
 
     with pytest.raises(UserError, match='no PyTorch equivalent of (fc6|conv1)'):
         torch_baseline.Net(helpers.network(layers=helpers.layers(**change)), helpers.SIZE)
+
+
+def test_inference_ratio_is_the_lowest_to_the_fastest():
+    rates = {
+        1: {'alexnet_jax': [30.0], 'torch': [10.0], 'openvino': [20.0]},
+        8: {'alexnet_jax': [90.0], 'torch': [60.0]},
+    }
+    *table, record, ratio = inference.report(rates, {'n': 1}).splitlines()
+    assert ratio == 'ratio: 1.500'  # 30 / 20 = 90 / 60
+    assert table[1].split() == ['alexnet_jax', '1', '30.0', '30.0', '30.0', '1'] and len(table) == 6
+    assert json.loads(record)['images_per_second']['8']['torch']['median'] == 60
+    assert json.loads(inference.report({1: {'alexnet_jax': [1.0]}}, {}).splitlines()[-1])  # no ratio without others
+
+
+def test_inference_refuses_unknown_programs_and_other_results(monkeypatch):
+    with pytest.raises(UserError, match='--against=tflite: expected names of torch, onnxruntime, openvino'):
+        inference.check_peers(['onnxruntime', 'tflite'])
+    uniform = lambda checkpoint, stack: lambda images: np.full((len(images), 10), 0.1)  # noqa: E731
+    monkeypatch.setitem(inference.PEERS, 'torch', uniform)
+    config = helpers.digits_config(**{'model.layers.fc8.init': 'normal(1.0)'})
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match='--against=torch: its probabilities differ'):
+        inference.measure(config, ['torch'], [2], 1, stack)
+
+
+@pytest.mark.slow
+def test_inference_against_other_runtimes():
+    pytest.importorskip('torch')
+    against = [name for name in inference.PEERS if importlib.util.find_spec(name)]
+    assert {'torch', 'onnxruntime'} <= set(against)
+    words = ['--config=quickstart', f'--against={",".join(against)}', '--batch_sizes=1,3', '--repeats=1']
+    done = helpers.run_command('benchmark', 'inference', *words, '--cpu_devices=1')
+    assert done.returncode == 0, done.stderr
+    *_, record, ratio = done.stdout.splitlines()
+    assert {size: set(rows) for size, rows in json.loads(record)['images_per_second'].items()} == {
+        size: {'alexnet_jax', *against} for size in '13'
+    }
+    assert float(ratio.removeprefix('ratio: ')) > 0
