@@ -20,8 +20,8 @@ from alexnet_jax.data import image_files, image_io
 from alexnet_jax.prepare import split_folders
 from alexnet_jax.prepare.class_lists import in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
-from alexnet_jax.utils.errors import UserError, first_line
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import as_utf8, describe_damage
 
 PREFIX = 'parquet:'  # of `ImageRef.path`
 _SUFFIX = '.parquet'
@@ -48,7 +48,7 @@ class _Columns(NamedTuple):
 
 def list_files(path: str, _depth: int = 0) -> list[str]:
     """Returns the parquet files at a path: a file, or all files below a folder, sorted by name."""
-    if os.path.isfile(path):
+    if not os.path.isdir(path):
         return [path] if path.lower().endswith(_SUFFIX) else []
     if _depth > _MAX_DEPTH:
         return []
@@ -154,10 +154,7 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
     except UserError:
         raise
     except Exception as error:  # pyarrow's types, for damaged files
-        with open(file, 'rb') as content:
-            pointer = content.read(100).startswith(b'version https://git-lfs')
-        remedy = 'is a Git LFS pointer, not the file itself; run git lfs pull' if pointer else 'cannot be read'
-        raise UserError(f'{file!r} {remedy}: {first_line(error)}.') from error
+        raise UserError(describe_damage(file, error)) from error
     labels = table[columns.label].to_pylist()
     paths = (
         [item and item['path'] for item in table[columns.image].to_pylist()] if columns.path else [None] * len(labels)

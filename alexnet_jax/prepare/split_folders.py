@@ -8,7 +8,7 @@ from absl import logging
 
 from alexnet_jax.data import image_files
 from alexnet_jax.prepare import ground_truth, tar
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, listed
 from alexnet_jax.utils.files import as_utf8
 
 _MAX_DEPTH = 4  # of folders that wrap the data
@@ -74,10 +74,8 @@ def data_folder(path: str) -> str:
 
     Raises UserError if there are several such folders, or if splits are inside classes.
     """
-    entries = image_files.list_entries(path)
-    folders = [entry for entry in entries if image_files.is_folder(entry)]
-    files = [entry.name for entry in entries if entry not in folders]
-    if _are_splits(folders) or any(tar.is_archive(name) or name.startswith(ground_truth.PREFIXES) for name in files):
+    folders, files = image_files.partition(image_files.list_entries(path))
+    if _are_splits(folders) or any(tar.is_archive(f.name) or f.name.startswith(ground_truth.PREFIXES) for f in files):
         return path
     found = [nested for folder in folders for nested in _split_parents(folder.path, _MAX_DEPTH)]
     if len(found) == 1:
@@ -85,10 +83,10 @@ def data_folder(path: str) -> str:
         if not any(_holds_images(folder.path) for folder in others):
             return found[0]
     if found:
-        listed = ', '.join(repr(nested) for nested in found[:3]) + (', ...' if len(found) > 3 else '')
+        nested_folders = listed([repr(nested) for nested in found], 3)
         raise UserError(
             f'{path!r}: expected SPLIT/CLASS/images or CLASS/images, got train and test folders inside other folders; '
-            f'use one of the folders that hold them as the input ({listed}), or move them up.'
+            f'use one of the folders that hold them as the input ({nested_folders}), or move them up.'
         )
     if len(folders) == 1 and _holds_classes(folders[0].path):
         return data_folder(folders[0].path)

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -45,6 +45,11 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error message, or the name of the error's class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Returns 'cat, dog, ...': at most `most` names, separated by commas."""
+    return ', '.join([*names[:most], *(['...'] if len(names) > most else [])])
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -103,7 +103,7 @@ def _(folder):
     return found
 
 
-@CASES.read('class folder without files', 'no class, with its name', says='skipped folders without images .*: bird')
+@CASES.read('class folder without files', 'no class, with its name', says='skipped 1 folders without images .*: bird')
 def _(folder):
     (folder / 'bird').mkdir()
     return plain(folder)
