@@ -137,6 +137,7 @@ def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
         yield from _list_split(path, None, search)
         return
     split_folders.log_splits(search.root, splits)
+    split_folders.warn_of_links(splits)
     image_files.list_entries(path, search.counts)  # counts what is left out; `_list_split` does so for other folders
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
@@ -243,15 +244,18 @@ def _list_annotated(folder: str, images: str, split: str | None, search: _Search
     """Yields (image, class name) for a split of Tiny ImageNet whose classes are in `val_annotations.txt`."""
     with open(os.path.join(folder, _ANNOTATIONS), encoding='utf-8-sig', errors='replace') as file:
         classes = {cells[0]: cells[1].strip() for line in file if len(cells := line.split('\t')) > 1}
-    found = {os.path.basename(path): path for path in image_files.iter_image_files(images, search.counts)}
-    for name, path in found.items():
+    missing, num_unlabeled = set(classes), 0
+    for path in image_files.iter_image_files(images, search.counts):
+        name = os.path.basename(path)
+        missing.discard(name)
         if name in classes:
             yield _ref(path, search.root, split or 'val'), classes[name]
-    unlabeled, missing = found.keys() - classes.keys(), classes.keys() - found.keys()
-    if unlabeled or missing:
+        else:
+            num_unlabeled += 1
+    if num_unlabeled or missing:
         logging.warning(
             '%s: %d images are not in %s and are skipped; %d of its files are missing.',
-            *(images, len(unlabeled), _ANNOTATIONS, len(missing)),
+            *(images, num_unlabeled, _ANNOTATIONS, len(missing)),
         )
 
 

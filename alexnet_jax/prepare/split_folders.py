@@ -140,6 +140,15 @@ def is_generic(name: str, split_folder: str) -> bool:
     return name.lower() in (*_GENERIC, split_folder.lower()) or split_name(name) is not None
 
 
+def warn_of_links(splits: Sequence[tuple[os.DirEntry, str]]) -> None:
+    """Warns if several folders are one by links, so that images count twice, or train and val have the same ones."""
+    name_of: dict[str, str] = {}
+    for folder, _ in splits:
+        other = name_of.setdefault(os.path.realpath(folder.path), folder.name)
+        if other != folder.name:
+            logging.warning('%s and %s link to the same images.', as_utf8(other), as_utf8(folder.name))
+
+
 def log_splits(root: str, splits: Sequence[tuple[os.DirEntry, str]]) -> None:
     """Logs which folder is which split."""
     for split in sorted({split for _, split in splits}):

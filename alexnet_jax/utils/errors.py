@@ -29,10 +29,10 @@ def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f'{what}: {error.strerror or error}. {remedy}') from error
+        raise UserError(f'{what}: {error.strerror or error}. {remedy}'.rstrip()) from error
     except Exception as error:
         if reason := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
-            raise UserError(f'{what}: {reason[1]}. {remedy}') from error
+            raise UserError(f'{what}: {reason[1]}. {remedy}'.rstrip()) from error
         raise
 
 

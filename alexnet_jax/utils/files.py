@@ -33,7 +33,8 @@ def describe_damage(path: str, error: Exception) -> str:
             kind = foreign_kind(file.read(512))
     except OSError as lost:
         kind, error = None, lost
-    return f'{path!r} is {kind}.' if kind else f'{path!r} cannot be read: {first_line(error)}.'
+    reason = getattr(error, 'strerror', None) or first_line(error)
+    return f'{path!r} is {kind}.' if kind else f'{path!r} cannot be read: {reason}.'
 
 
 def as_path(path: str | os.PathLike) -> str:
