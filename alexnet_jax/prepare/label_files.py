@@ -255,7 +255,8 @@ class _Index:
 
     def _find_end(self, key: str) -> set[str]:
         """Returns the paths of up to two images whose key ends with `key`, or is an end of it, also without suffix."""
-        whole, found, end = _reverse(key.lstrip('/')), set(), 0
+        whole, end = _reverse(key.lstrip('/')), 0
+        found: set[str] = set()
         while len(found) < 2 and (end := whole.find('/', end) + 1):
             part = whole[:end]
             for i in range(bisect.bisect_left(self._reversed, (part,)), len(self._reversed)):
