@@ -40,6 +40,7 @@ def formats() -> tuple[str, ...]:
     return (*_FORMATS, *avif, 'HEIF')
 
 
+@functools.cache
 def suffixes() -> tuple[str, ...]:
     """Returns the suffixes, in lower case, of files that are read as images."""
     by_format = {'AVIF': ('.avif',), 'HEIF': HEIF_SUFFIXES}

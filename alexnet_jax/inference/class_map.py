@@ -12,7 +12,7 @@ from absl import logging
 
 from alexnet_jax.data import imagenet_classes
 from alexnet_jax.data.imagenet_classes import are_numbers, with_meaning
-from alexnet_jax.utils.errors import UnreadableError, UserError
+from alexnet_jax.utils.errors import UnreadableError, UserError, listed
 
 _WORDNET_ID = re.compile(r'(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])')
 _EXAMPLES = 3  # classes that a message names
@@ -34,10 +34,9 @@ class ClassMap(NamedTuple):
     def describe(self, path: str) -> str:
         """Returns "2 of 3 classes are classes of PATH, matched by name ('cat' = 'Cat', 'dog' = 'Dog')", for example."""
         pairs = [(name, self.network_names[k]) for name, k in zip(self.names, self.labels, strict=True) if k >= 0]
-        shown = [f'{name!r} = {with_meaning(own)!r}' for name, own in pairs[:_EXAMPLES]]
-        shown += ['...'] if len(pairs) > _EXAMPLES else []
+        shown = [f'{name!r} = {with_meaning(own)!r}' for name, own in pairs[: _EXAMPLES + 1]]
         matched = f'{len(pairs)} of {len(self.names)} classes are classes of {path}'
-        return f'{matched}, matched by {self.method} ({", ".join(shown)})'
+        return f'{matched}, matched by {self.method} ({listed(shown, _EXAMPLES)})'
 
 
 def match_classes(names: Sequence[str], network_names: Sequence[str], path: str) -> ClassMap:
@@ -130,7 +129,7 @@ def relabel_split(records: Sequence, classes: ClassMap, split: str, path: str) -
     if missing := classes.missing:
         logging.warning(
             f'{len(missing)} of {len(classes.names)} classes of the data have no match in {path}: '
-            f'{", ".join(missing[:10])}{", ..." if len(missing) > 10 else ""}; {left_out} of {len(records)} images of '
+            f'{listed(missing, 10)}; {left_out} of {len(records)} images of '
             f'{split} are left out. Name class folders by WordNet id, name or index of its classes.'
         )
     return kept, left_out
@@ -222,4 +221,4 @@ def _check_unique(names: Sequence[str], network_names: Sequence[str], labels: np
 
 
 def _some(names: Sequence[str]) -> str:
-    return ', '.join([*map(repr, names[:_EXAMPLES]), *(['...'] if len(names) > _EXAMPLES else [])])
+    return listed(list(map(repr, names)), _EXAMPLES)

@@ -16,7 +16,7 @@ from alexnet_jax.data import image_files, image_io
 from alexnet_jax.inference.evaluate import Evaluator, check_images
 from alexnet_jax.prepare import class_lists, split_folders
 from alexnet_jax.utils import processes
-from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.errors import UserError, first_line, listed
 from alexnet_jax.utils.files import as_utf8
 
 Images = str | os.PathLike | Image.Image | np.ndarray | Sequence[str | os.PathLike | Image.Image | np.ndarray]
@@ -146,7 +146,7 @@ def class_folders(paths: Sequence[str | os.PathLike], files: Sequence[str]) -> t
     files: result of `list_image_files(paths)`.
     """
     root = os.fspath(paths[0])
-    relative = [os.path.relpath(file, root).split(os.sep) for file in files]
+    relative = [image_files.relative_to(root, file).split(os.sep) for file in files]
     if len(paths) > 1 or any(len(parts) < 2 for parts in relative):
         return None
     folders = [unicodedata.normalize('NFC', as_utf8(parts[0])) for parts in relative]
@@ -154,11 +154,10 @@ def class_folders(paths: Sequence[str | os.PathLike], files: Sequence[str]) -> t
     if len(classes) < 2:
         return None
     if all(map(split_folders.split_name, classes)):
-        logging.info('%s holds splits (%s): no labels; give the folder of one split.', root, ', '.join(sorted(classes)))
+        logging.info('%s holds splits (%s): no labels; give the folder of one split.', root, listed(sorted(classes), 5))
         return None
     class_names = class_lists.in_label_order(classes)
-    more = ', ...' if len(classes) > 5 else ''
-    logging.info('labels are the %d folders in %s: %s%s', len(classes), root, ', '.join(class_names[:5]), more)
+    logging.info('labels are the %d folders in %s: %s', len(classes), root, listed(class_names, 5))
     labels = {name: label for label, name in enumerate(class_names)}
     return [labels[folder] for folder in folders], class_names
 

@@ -16,7 +16,7 @@ from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.prepare import ground_truth, label_files, parquet, split_folders, tar, tfds
 from alexnet_jax.prepare.class_lists import CLASS_LISTS, in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, listed
 from alexnet_jax.utils.files import as_path, as_utf8
 
 _ANNOTATIONS = 'val_annotations.txt'  # of Tiny ImageNet: NAME<tab>CLASS<tab>... for the images in images/
@@ -91,9 +91,7 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
         folder = split_folders.data_folder(path)
         if folder != path:
             logging.info('reading the images in %s', as_utf8(folder))
-            _count_stray_files(
-                path, [e for e in image_files.list_entries(path, counts) if not image_files.is_folder(e)], counts
-            )
+            _count_stray_files(path, image_files.partition(image_files.list_entries(path, counts))[1], counts)
         images = list(_list_folder(folder, search))
         counts.log(path)
     official = not labels_file and any(
@@ -129,17 +127,17 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
 
 def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) for the images below a folder. Warns about skipped images and folders."""
-    entries = image_files.list_entries(path)
-    for entry in entries:
-        if tar.is_archive(entry.name) and os.path.isfile(entry.path):
-            yield from tar.list_images(entry.path)
-    folders = [entry for entry in entries if image_files.is_folder(entry)]
+    folders, files = image_files.partition(image_files.list_entries(path))
+    for file in files:
+        if tar.is_archive(file.name) and os.path.isfile(file.path):
+            yield from tar.list_images(file.path)
     splits = split_folders.find_splits(folders)
     if not splits:
         split_folders.check_not_flat(path, folders)
         yield from _list_split(path, None, search)
         return
     split_folders.log_splits(search.root, splits)
+    split_folders.warn_of_links(splits)
     image_files.list_entries(path, search.counts)  # counts what is left out; `_list_split` does so for other folders
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
@@ -149,20 +147,19 @@ def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
             if ref.split == 'train':
                 train_classes.add(class_name)
             yield ref, class_name
-    if others := [entry for entry in folders if entry not in [split for split, _ in splits]]:
+    split_entries = {entry for entry, _ in splits}
+    if others := [entry for entry in folders if entry not in split_entries]:
         numbers = [sum(1 for _ in image_files.iter_image_files(entry.path)) for entry in others]
-        listed = [f'{as_utf8(entry.name)} ({number} images)' for entry, number in zip(others, numbers, strict=True)]
-        logging.warning('skipped folders that are not splits with class folders: %s', ', '.join(listed))
-    files = [entry for entry in entries if entry not in folders and not tar.is_archive(entry.name)]
-    _count_stray_files(path, files, search.counts)
+        named = [f'{as_utf8(entry.name)} ({number} images)' for entry, number in zip(others, numbers, strict=True)]
+        logging.warning('skipped %d folders that are not splits with class folders: %s', len(others), listed(named, 10))
+    _count_stray_files(path, [file for file in files if not tar.is_archive(file.name)], search.counts)
 
 
 def _list_split(
     folder: str, split: str | None, search: _Search, train_classes: Collection[str] = ()
 ) -> Iterator[tuple[ImageRef, str]]:
     """Yields (image, class name) from CLASS/**/images, one-class archives, or a flat folder with a ground truth."""
-    entries = image_files.list_entries(folder, search.counts)
-    folders = [entry for entry in entries if image_files.is_folder(entry)]
+    folders, files = image_files.partition(image_files.list_entries(folder, search.counts))
     only = folders[0] if len(folders) == 1 and split else None
     if only and os.path.isfile(os.path.join(folder, _ANNOTATIONS)):
         yield from _list_annotated(folder, only.path, split, search)
@@ -175,21 +172,21 @@ def _list_split(
         )
         return
     yield from _list_classes(folders, split or 'train', search)
-    flat = [entry for entry in entries if entry.name.startswith(ground_truth.PREFIXES) and entry not in folders]
-    flat = [entry for entry in flat if image_files.is_image(entry, image_files.FileCounts())]
-    classes, known = ground_truth.classes_of(folder, [entry.name for entry in flat])
+    flat = [file for file in files if file.name.startswith(ground_truth.PREFIXES)]
+    flat = [file for file in flat if image_files.is_image(file, image_files.FileCounts())]
+    classes, known = ground_truth.classes_of(folder, [file.name for file in flat])
     search.all_classes = tuple(sorted({*search.all_classes, *known}))
-    for entry in flat:
-        if entry.name in classes:
-            yield _ref(entry.path, folder, split or ground_truth.split_of(entry.name)), classes[entry.name]
-    stray, flat_names = [], {entry.name for entry in flat}
-    for entry in entries:
-        if entry.name in flat_names:  # those without a class have been counted
+    for file in flat:
+        if file.name in classes:
+            yield _ref(file.path, folder, split or ground_truth.split_of(file.name)), classes[file.name]
+    stray, flat_names = [], {file.name for file in flat}
+    for file in files:
+        if file.name in flat_names:  # those without a class have been counted
             continue
-        if split and tar.is_archive(entry.name) and (split == 'train' or not tar.class_of_tar(entry.name)):
-            yield from tar.list_images(entry.path)
-        elif entry not in folders and (split or not tar.is_archive(entry.name)):  # those of the root have been read
-            stray.append(entry)
+        if split and tar.is_archive(file.name) and (split == 'train' or not tar.class_of_tar(file.name)):
+            yield from tar.list_images(file.path)
+        elif split or not tar.is_archive(file.name):  # those of the root have been read
+            stray.append(file)
     _count_stray_files(folder, stray, search.counts)
 
 
@@ -206,9 +203,10 @@ def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageR
         if not paths:
             empty.append(as_utf8(entry.name))
         parent = os.path.dirname(entry.path)
-        by_folder: dict[str, list[str]] = {}
+        by_path: dict[str, list[str]] = {}
         for path in paths:
-            by_folder.setdefault(os.path.relpath(os.path.dirname(path), parent), []).append(path)
+            by_path.setdefault(os.path.dirname(path), []).append(path)
+        by_folder = {os.path.relpath(path, parent): members for path, members in by_path.items()}
         if len(by_folder) > 1 and (not search.nested_classes or entry.name in by_folder):
             groups.append(entry.name)
         if not search.nested_classes:
@@ -217,7 +215,8 @@ def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageR
             name = _class_name(os.path.join(parent, folder), folder, folder_of)
             yield from ((_ref(image, search.root, split), name) for image in members)
     if empty:
-        logging.warning(f'skipped folders without images ({", ".join(image_io.suffixes())}): {", ".join(empty)}')
+        suffixes = ', '.join(image_io.suffixes())
+        logging.warning('skipped %d folders without images (%s): %s', len(empty), suffixes, listed(empty, 10))
     if groups:
         logging.warning(
             '%d class folders hold images in several folders, such as %s: %s.',
@@ -245,15 +244,18 @@ def _list_annotated(folder: str, images: str, split: str | None, search: _Search
     """Yields (image, class name) for a split of Tiny ImageNet whose classes are in `val_annotations.txt`."""
     with open(os.path.join(folder, _ANNOTATIONS), encoding='utf-8-sig', errors='replace') as file:
         classes = {cells[0]: cells[1].strip() for line in file if len(cells := line.split('\t')) > 1}
-    found = {os.path.basename(path): path for path in image_files.iter_image_files(images, search.counts)}
-    for name, path in found.items():
+    missing, num_unlabeled = set(classes), 0
+    for path in image_files.iter_image_files(images, search.counts):
+        name = os.path.basename(path)
+        missing.discard(name)
         if name in classes:
             yield _ref(path, search.root, split or 'val'), classes[name]
-    unlabeled, missing = found.keys() - classes.keys(), classes.keys() - found.keys()
-    if unlabeled or missing:
+        else:
+            num_unlabeled += 1
+    if num_unlabeled or missing:
         logging.warning(
             '%s: %d images are not in %s and are skipped; %d of its files are missing.',
-            *(images, len(unlabeled), _ANNOTATIONS, len(missing)),
+            *(images, num_unlabeled, _ANNOTATIONS, len(missing)),
         )
 
 
@@ -269,7 +271,7 @@ def _count_stray_files(folder: str, files: list[os.DirEntry], counts: image_file
 
 
 def _ref(path: str, root: str, split: str) -> ImageRef:
-    return ImageRef(path, 0, -1, as_utf8(os.path.relpath(path, root)), -1, split)
+    return ImageRef(path, 0, -1, as_utf8(image_files.relative_to(root, path)), -1, split)
 
 
 def read_image(ref: ImageRef) -> tuple[bytes | np.ndarray, int]:

@@ -1,7 +1,9 @@
 """Lists images whose classes are in a table: rows FILE,LABEL[,SPLIT] with commas, semicolons, tabs or blanks."""
 
+import bisect
 import collections
 import csv
+import functools
 import io
 import os
 import re
@@ -193,10 +195,11 @@ def _splits(splits: dict[str, str], folder: str) -> dict[str, str]:
     """Returns the split of each image. Without splits in the table, takes the folders if all of them name a split."""
     if all(splits.values()):
         return splits
-    named = {}
-    for path in splits:
-        parts = os.path.relpath(os.path.dirname(path), folder).split(os.sep)
-        named[path] = next((split for part in parts if (split := split_name(part))), None)
+    by_folder = {}
+    for parent in {os.path.dirname(path) for path in splits}:
+        parts = os.path.relpath(parent, folder).split(os.sep)
+        by_folder[parent] = next((split for part in parts if (split := split_name(part))), None)
+    named = {path: by_folder[os.path.dirname(path)] for path in splits}
     known = {path: split for path, split in named.items() if split}
     if len(known) == len(named):
         logging.info('the folders of the images say their splits: %s.', ', '.join(sorted(set(known.values()))))
@@ -215,22 +218,17 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 class _Index:
-    """The images below a folder, by their paths and by their names with and without suffix."""
+    """The images below a folder, by their paths and by the ends of their paths, with and without suffix."""
 
     def __init__(self, folder: str, counts: image_files.FileCounts):
         self._folder = folder
         self.paths = list(image_files.iter_image_files(folder, counts))
         self.guessed: dict[str, str] = {}  # path by the file in the table
-        self._by_key = {_key(os.path.relpath(path, folder)): path for path in self.paths}
-        self._by_name = collections.defaultdict(list)
-        for key in self._by_key:
-            for name in {key, os.path.splitext(key)[0]}:
-                self._by_name[os.path.basename(name)].append((name, self._by_key[key]))
+        self._by_key = {_key(image_files.relative_to(folder, path)): path for path in self.paths}
 
     def name(self, path: str) -> str:
         """Returns the path relative to the folder, or the path of an image outside."""
-        relative = os.path.relpath(path, self._folder)
-        return as_utf8(path if relative.startswith(os.pardir) else relative)
+        return as_utf8(image_files.relative_to(self._folder, path))
 
     def find(self, file: str) -> str | None:
         """Returns the path of a file of the table, or None. Raises UserError if several images may be meant."""
@@ -238,20 +236,40 @@ class _Index:
         if (path := self._by_key.get(key)) is not None:
             return path
         outside = os.path.join(self._folder, file)
-        if key.startswith(os.pardir) and os.path.isfile(outside) and outside.lower().endswith(image_io.SUFFIXES):
+        if key.startswith(os.pardir) and os.path.isfile(outside) and outside.lower().endswith(image_io.suffixes()):
             return os.path.normpath(outside)
-        key = _key(file)
-        ends = {
-            path for name, path in self._by_name.get(os.path.basename(key), ())
-            if f'/{name}'.endswith(f'/{key.lstrip("/")}') or f'/{key}'.endswith(f'/{name}')
-        }  # fmt: skip
+        ends = self._find_end(_key(file))
         if len(ends) > 1:
-            names = ' and '.join(sorted(map(self.name, ends))[:2])
+            names = ' and '.join(sorted(map(self.name, ends)))
             raise UserError(f'{file!r} may be {names}; write paths relative to {self._folder!r} into the labels.')
         if ends:
             self.guessed[file] = path = ends.pop()
             return path
         return None
+
+    @functools.cached_property
+    def _reversed(self) -> list[tuple[str, str]]:
+        """(key from the last part to the first, path) of all images, also without suffix, sorted."""
+        names = ((name, path) for key, path in self._by_key.items() for name in {key, os.path.splitext(key)[0]})
+        return sorted((_reverse(name), path) for name, path in names)
+
+    def _find_end(self, key: str) -> set[str]:
+        """Returns the paths of up to two images whose key ends with `key`, or is an end of it, also without suffix."""
+        whole, end = _reverse(key.lstrip('/')), 0
+        found: set[str] = set()
+        while len(found) < 2 and (end := whole.find('/', end) + 1):
+            part = whole[:end]
+            for i in range(bisect.bisect_left(self._reversed, (part,)), len(self._reversed)):
+                name, path = self._reversed[i]
+                if len(found) > 1 or not (name.startswith(whole) if part == whole else name == part):
+                    break
+                found.add(path)
+        return found
+
+
+def _reverse(key: str) -> str:
+    """Returns 'c/b/a/' for 'a/b/c': the images whose paths have one end are then neighbors in a sorted list."""
+    return '/'.join(reversed(key.split('/'))) + '/'
 
 
 def _key(file: str) -> str:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,13 +21,15 @@ from alexnet_jax.data import image_files, image_io
 from alexnet_jax.prepare import split_folders
 from alexnet_jax.prepare.class_lists import in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
-from alexnet_jax.utils.errors import UserError, first_line
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import as_utf8, describe_damage
 
 PREFIX = 'parquet:'  # of `ImageRef.path`
 _SUFFIX = '.parquet'
 _MAX_DEPTH = 6  # of folders with parquet files
-_SHARD = re.compile(r'-\d+-of-(\d+)(-[0-9a-f]+)?$')  # the end of train-00000-of-00294 and of valid-00000-of-00001-9a8f
+_SHARD = re.compile(
+    r'-(\d+)-of-(\d+)(-[0-9a-f]+)?$'
+)  # the end of train-00000-of-00294 and of valid-00000-of-00001-9a8f
 # Names of columns. The first that is there counts.
 _IMAGES = ('image', 'img', 'images', 'picture', 'photo', 'jpg', 'png')
 _LABELS = ('label', 'labels', 'fine_label', 'class', 'target', 'category', 'cls')
@@ -48,7 +51,7 @@ class _Columns(NamedTuple):
 
 def list_files(path: str, _depth: int = 0) -> list[str]:
     """Returns the parquet files at a path: a file, or all files below a folder, sorted by name."""
-    if os.path.isfile(path):
+    if not os.path.isdir(path):
         return [path] if path.lower().endswith(_SUFFIX) else []
     if _depth > _MAX_DEPTH:
         return []
@@ -117,9 +120,6 @@ def _listing(path: str, rows: dict[str, list[tuple[ImageRef, Any]]], names: tupl
     splits = {
         split: [ref._replace(label=index[label]) for ref, label in labeled] for split, labeled in sorted(rows.items())
     }
-    trained = {ref.label for ref in splits.get('train', ())}
-    if trained and len(trained) < len(names):
-        logging.warning('%d of %d classes have no training images.', len(names) - len(trained), len(names))
     return Listing(splits, class_names, path if os.path.isdir(path) else '', True)
 
 
@@ -139,10 +139,24 @@ def _by_split(root: str, files: list[str]) -> dict[str, list[str]]:
         raise UserError(f'{root!r} has parquet files in several folders; use one of them as the input: {listed}.')
     for split, members in sorted(by_split.items()):
         logging.info('%s split: %d parquet files, such as %s', split, len(members), as_utf8(members[0]))
-        shards = [match for file in members if (match := _SHARD.search(file[: -len(_SUFFIX)]))]
-        if shards and len(members) < (total := max(int(match[1]) for match in shards)):
-            logging.warning('%s split: only %d of %d parquet files are there.', split, len(members), total)
+        _check_shards(split, members)
     return by_split
+
+
+def _check_shards(split: str, files: list[str]) -> None:
+    """Warns of shards that are missing. Raises UserError for shards of several versions, which have the same images."""
+    shards: dict[str, list[tuple[int, int]]] = {}  # (number of a shard, total) by the start of the names of the files
+    for file in files:
+        if match := _SHARD.search(file[: -len(_SUFFIX)]):
+            shards.setdefault(file[: match.start()], []).append((int(match[1]), int(match[2])))
+    for start, members in shards.items():
+        if len({total for _, total in members}) > 1 or len(set(members)) < len(members):
+            raise UserError(
+                f'{start}-*.parquet are shards of several versions, whose images would count twice; keep one version.'
+            )
+    found, expected = sum(map(len, shards.values())), sum(members[0][1] for members in shards.values())
+    if found < expected:
+        logging.warning('%s split: only %d of %d parquet files are there.', split, found, expected)
 
 
 def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple[ImageRef, Any]]]:
@@ -154,11 +168,9 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
     except UserError:
         raise
     except Exception as error:  # pyarrow's types, for damaged files
-        with open(file, 'rb') as content:
-            pointer = content.read(100).startswith(b'version https://git-lfs')
-        remedy = 'is a Git LFS pointer, not the file itself; run git lfs pull' if pointer else 'cannot be read'
-        raise UserError(f'{file!r} {remedy}: {first_line(error)}.') from error
+        raise UserError(describe_damage(file, error)) from error
     labels = table[columns.label].to_pylist()
+    labels = [unicodedata.normalize('NFC', label) if isinstance(label, str) else label for label in labels]
     paths = (
         [item and item['path'] for item in table[columns.image].to_pylist()] if columns.path else [None] * len(labels)
     )

@@ -19,7 +19,7 @@ from alexnet_jax.prepare import class_lists, discovery, parquet, record_writer
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils import checksums, processes
-from alexnet_jax.utils.errors import UserError, as_user_error
+from alexnet_jax.utils.errors import UserError, as_user_error, listed
 from alexnet_jax.utils.files import absolute_local_path, as_path, atomic_directory, check_new
 from alexnet_jax.utils.logs import Progress
 
@@ -75,8 +75,7 @@ def prepare(
     class_names = class_lists.class_names((source, listing.folder or source), listing.class_names)
     splits = _shuffle_and_split(listing.splits, val_fraction, seed)
     counts = '  '.join(f'{name}: {len(refs)} images' for name, refs in splits.items())
-    more = ', ...' if len(class_names) > 5 else ''
-    logging.info(f'{counts}  classes: {len(class_names)} ({", ".join(class_names[:5])}{more})')
+    logging.info(f'{counts}  classes: {len(class_names)} ({listed(class_names, 5)})')
     _warn_of_untrained_classes(splits, class_names, val_fraction)
 
     # The names of the images tell their classes, unless files do.
@@ -158,8 +157,7 @@ def _warn_of_untrained_classes(splits: Splits, class_names: Sequence[str], val_f
 
 def _counted(names: Sequence[str], total: int) -> str:
     """Returns '2 of 5 classes (cat, dog)'. At most ten are named."""
-    more = ', ...' if len(names) > 10 else ''
-    return f'{len(names)} of {total} classes ({", ".join(names[:10])}{more})'
+    return f'{len(names)} of {total} classes ({listed(names, 10)})'
 
 
 def _check_lost_classes(split: str, refs, readable: collections.Counter[int], class_names, unreadable) -> None:

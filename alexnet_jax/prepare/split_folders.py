@@ -8,7 +8,7 @@ from absl import logging
 
 from alexnet_jax.data import image_files
 from alexnet_jax.prepare import ground_truth, tar
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, listed
 from alexnet_jax.utils.files import as_utf8
 
 _MAX_DEPTH = 4  # of folders that wrap the data
@@ -74,10 +74,8 @@ def data_folder(path: str) -> str:
 
     Raises UserError if there are several such folders, or if splits are inside classes.
     """
-    entries = image_files.list_entries(path)
-    folders = [entry for entry in entries if image_files.is_folder(entry)]
-    files = [entry.name for entry in entries if entry not in folders]
-    if _are_splits(folders) or any(tar.is_archive(name) or name.startswith(ground_truth.PREFIXES) for name in files):
+    folders, files = image_files.partition(image_files.list_entries(path))
+    if _are_splits(folders) or any(tar.is_archive(f.name) or f.name.startswith(ground_truth.PREFIXES) for f in files):
         return path
     found = [nested for folder in folders for nested in _split_parents(folder.path, _MAX_DEPTH)]
     if len(found) == 1:
@@ -85,10 +83,10 @@ def data_folder(path: str) -> str:
         if not any(_holds_images(folder.path) for folder in others):
             return found[0]
     if found:
-        listed = ', '.join(repr(nested) for nested in found[:3]) + (', ...' if len(found) > 3 else '')
+        nested_folders = listed([repr(nested) for nested in found], 3)
         raise UserError(
             f'{path!r}: expected SPLIT/CLASS/images or CLASS/images, got train and test folders inside other folders; '
-            f'use one of the folders that hold them as the input ({listed}), or move them up.'
+            f'use one of the folders that hold them as the input ({nested_folders}), or move them up.'
         )
     if len(folders) == 1 and _holds_classes(folders[0].path):
         return data_folder(folders[0].path)
@@ -140,6 +138,15 @@ def class_parent(folder: str) -> str:
 def is_generic(name: str, split_folder: str) -> bool:
     """Returns whether the name of a split's only subfolder says nothing about a class."""
     return name.lower() in (*_GENERIC, split_folder.lower()) or split_name(name) is not None
+
+
+def warn_of_links(splits: Sequence[tuple[os.DirEntry, str]]) -> None:
+    """Warns if several folders are one by links, so that images count twice, or train and val have the same ones."""
+    name_of: dict[str, str] = {}
+    for folder, _ in splits:
+        other = name_of.setdefault(os.path.realpath(folder.path), folder.name)
+        if other != folder.name:
+            logging.warning('%s and %s link to the same images.', as_utf8(other), as_utf8(folder.name))
 
 
 def log_splits(root: str, splits: Sequence[tuple[os.DirEntry, str]]) -> None:

@@ -9,7 +9,7 @@ from typing import IO, BinaryIO, cast
 from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.tfds import validation_classes
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import as_utf8, foreign_kind
+from alexnet_jax.utils.files import as_utf8, describe_damage
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
@@ -49,10 +49,7 @@ def list_images(path: str) -> Iterator[tuple[ImageRef, str]]:
     except UserError:
         raise
     except Exception as error:  # tarfile raises many exception types for invalid headers
-        with open(path, 'rb') as file:
-            if kind := foreign_kind(file.read(512)):
-                raise UserError(f'{path!r} is {kind}.') from error
-        raise UserError(f'the archive {path!r} cannot be read: {str(error) or type(error).__name__}.') from error
+        raise UserError(f'the archive {describe_damage(path, error)}') from error
 
 
 class _Window:

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -29,10 +29,10 @@ def as_user_error(what: str, remedy: str = '') -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f'{what}: {error.strerror or error}. {remedy}') from error
+        raise UserError(f'{what}: {error.strerror or error}. {remedy}'.rstrip()) from error
     except Exception as error:
         if reason := re.search(r"(?:.*: )?(.*) \[os_error_code='\d+'", str(error)):
-            raise UserError(f'{what}: {reason[1]}. {remedy}') from error
+            raise UserError(f'{what}: {reason[1]}. {remedy}'.rstrip()) from error
         raise
 
 
@@ -45,6 +45,11 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error message, or the name of the error's class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Returns 'cat, dog, ...': at most `most` names, separated by commas."""
+    return ', '.join([*names[:most], *(['...'] if len(names) > most else [])])
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

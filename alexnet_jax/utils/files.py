@@ -26,6 +26,17 @@ def foreign_kind(start: bytes) -> str | None:
     return next((kind for beginning, kind in _FOREIGN.items() if text.startswith(beginning)), None)
 
 
+def describe_damage(path: str, error: Exception) -> str:
+    """Returns a sentence on a file that a library failed to read with `error`: what the file is, or the reason."""
+    try:
+        with open(path, 'rb') as file:
+            kind = foreign_kind(file.read(512))
+    except OSError as lost:
+        kind, error = None, lost
+    reason = getattr(error, 'strerror', None) or first_line(error)
+    return f'{path!r} is {kind}.' if kind else f'{path!r} cannot be read: {reason}.'
+
+
 def as_path(path: str | os.PathLike) -> str:
     """Returns a path as str. Raises UserError if it is not a path."""
     check_type('a path', path, str | os.PathLike, 'str or pathlib.Path')

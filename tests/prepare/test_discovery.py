@@ -100,7 +100,7 @@ def test_class_may_be_named_like_a_split(tmp_path, capfd):
     assert set(found.splits) == {'train'} and len(found.splits['train']) == 2
     said = capfd.readouterr().err
     assert (
-        'skipped folders that are not splits with class folders: extra (1 images)' in said
+        'skipped 1 folders that are not splits with class folders: extra (1 images)' in said
         and 'skipped 1 images outside' in said
     )
 

@@ -50,7 +50,7 @@ def test_imagenet_of_kaggle(given, tmp_path, capfd):
     assert sorted(found['train'].values()) == ['n01751748', 'n02105855'] and set(found) == {'train', 'val'}
     said = capfd.readouterr()
     assert 'are those of' in said.out and 'LOC_val_solution.csv' in said.out
-    assert 'skipped folders that are not splits with class folders: test (2 images)' in said.err
+    assert 'skipped 1 folders that are not splits with class folders: test (2 images)' in said.err
 
 
 @pytest.mark.parametrize(

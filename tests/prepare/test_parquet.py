@@ -87,6 +87,7 @@ def test_val_fraction_keeps_the_order_of_the_rows(tmp_path):
         ({'names': None}, ['2', '0', '2'], ['0', '1', '2']),
         ({'names': None, 'labels': [10, 9, None]}, ['10', '9'], [str(i) for i in range(11)]),
         ({'names': None, 'labels': ['dog', 'cat', '']}, ['dog', 'cat'], ['cat', 'dog']),
+        ({'names': None, 'labels': ['e\u0301', 'b', '\u00e9']}, ['\u00e9', 'b', '\u00e9'], ['b', '\u00e9']),
         ({'names': None, 'labels': ['10', '9', '9'], 'kind': pa.large_string()}, ['10', '9', '9'], ['9', '10']),
         ({'names': ['crane', 'a', 'crane']}, ['crane (2)', 'crane (0)', 'crane (2)'], ['crane (0)', 'a', 'crane (2)']),
     ],
@@ -124,6 +125,8 @@ def test_names_say_the_splits(files, splits, tmp_path):
         ({'a.parquet': {'labels': [[0], [1], [2]]}}, 'one column of labels'),
         ({'a.parquet': {'labels': [0.5, 1.0, 2.0]}}, 'one column of labels'),
         ({'a.parquet': {'labels': [0, 1, 2**40], 'names': None}}, 'label 1099511627776, but no class names'),
+        ({'train-00000-of-00002.parquet': {}, 'train-00000-of-00001.parquet': {}}, 'train-.* of several versions'),
+        ({'x-00000-of-00002.parquet': {}, 'x-00000-of-00002-9a8f.parquet': {}}, 'x-.* of several versions'),
         ({'a.parquet': {'names': ['a']}}, 'is not one of the 1 classes'),
     ],
 )  # fmt: skip

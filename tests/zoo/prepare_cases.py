@@ -103,7 +103,7 @@ def _(folder):
     return found
 
 
-@CASES.read('class folder without files', 'no class, with its name', says='skipped folders without images .*: bird')
+@CASES.read('class folder without files', 'no class, with its name', says='skipped 1 folders without images .*: bird')
 def _(folder):
     (folder / 'bird').mkdir()
     return plain(folder)
@@ -233,6 +233,39 @@ def _(folder):
     os.symlink('../cat', folder / 'dog' / 'y')
     found['train'] |= {'cat/x/2.png': ('cat', 2), 'dog/y/1.png': ('dog', 1)}
     return found
+
+
+@CASES.read('val folder that is a link to train', 'read', says='train and val link to the same images')
+def _(folder):
+    found = plain(folder, 'train/')
+    os.symlink('train', folder / 'val')
+    val = {name.replace('train/', 'val/'): image for name, image in found['train'].items()}
+    return {**found, 'val': val}
+
+
+@CASES.read('folder named like an archive of one class', 'a class')
+def _(folder):
+    return tree(folder, 'train/cat/1.png', 'train/n01440764.tar/1.png')
+
+
+CASES.refused(
+    'archive of one class that is a link to nothing', 'refused', by='archive .* cannot be read: No such file'
+)(lambda f: (plain(f, 'train/'), os.symlink('nothing', f / 'train' / 'n01440764.tar')))
+CASES.refused('parquet file that is a link to nothing', 'refused', by="train.parquet' cannot be read: No such file")(
+    lambda f: os.symlink('nothing', f / 'train.parquet')
+)
+CASES.refused('no images, and a link to nothing', 'refused', by='contains no images; expected')(
+    lambda f: os.symlink('nothing', f / 'README')
+)
+
+
+@CASES.read(
+    '20 class folders without files', 'no classes, with their number', says=r'skipped 20 folders .*, j, \.\.\.$'
+)
+def _(folder):
+    for name in 'abcdefghijklmnopqrst':
+        (folder / name).mkdir()
+    return plain(folder)
 
 
 @CASES.refused(
