@@ -61,8 +61,8 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None, nested_cl
     if len(listing.class_names) < 2:
         raise UserError(
             f'{path!r}: expected at least two classes, got only {listing.class_names[0]!r}; use the folder that '
-            'contains the class folders (are they one level further up or down?), or --nested_classes if they are in '
-            'groups.'
+            'contains the class folders (are they one level further up or down?), --nested_classes if they are in '
+            'groups, or --labels=FILE if a table names the classes.'
         )
     return listing
 
