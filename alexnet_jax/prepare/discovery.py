@@ -100,6 +100,11 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
         ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images
     )
     if not images:
+        if os.path.isdir(path) and any(True for _ in image_files.iter_image_files(path)):
+            raise UserError(
+                f'{path!r}: the images are in no class folders; expected SPLIT/CLASS/*.jpg or CLASS/*.jpg, or give '
+                '--labels=FILE, a table of their classes.'
+            )
         raise UserError(
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.suffixes())}).'
