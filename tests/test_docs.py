@@ -97,7 +97,8 @@ def _missing(words):
         if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(\S*?))?\]?', word)):  # [--option] in a synopsis
             continue
         name, value = option.groups()
-        known = _is_key(name.removeprefix('config.')) if name.startswith('config.') else name in defined
+        flag, _, key = name.partition('.')  # --config.KEY and --base.KEY
+        known = _is_key(key) if key and flag in (*defined, 'config') else name in defined
         if name in ('config', 'base') and re.fullmatch(r'[\w/.]+(:\S+)?', value) and not value.isupper():
             known = known and _config_exists(value)
         missing += [] if known else [name]
@@ -237,6 +238,8 @@ def test_readme_is_short_and_starts_with_commands():
         'alexnet_jax benchmark speed',
         'alexnet_jax benchmark prepare --against=torch',
         'alexnet_jax experiments figure1 [--basis=configs/paper.py]',
+        'alexnet_jax experiments ablations --base.optim.nothing=1',
+        'alexnet_jax train --base.seed=1',
         'launch/local.sh 2 --configs=configs/paper.py',
     ],
 )

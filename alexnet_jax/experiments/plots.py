@@ -2,11 +2,14 @@
 
 import math
 import os
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from alexnet_jax.utils.errors import UserError, as_user_error
 
@@ -40,10 +43,24 @@ def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[str]:
     """
     folder = os.fspath(folder)
     paths = [os.path.join(folder, f'{name}.{kind}') for kind in ('png', 'svg')]
-    with as_user_error(f'{folder!r} cannot be written'), matplotlib.rc_context({'svg.hashsalt': 'alexnet_jax'}):
+    with (
+        as_user_error(f'{folder!r} cannot be written'),
+        matplotlib.rc_context({'svg.hashsalt': 'alexnet_jax'}),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter('always')
         os.makedirs(folder, exist_ok=True)
         figure.savefig(paths[0], dpi=150, metadata={'Software': None})
         figure.savefig(paths[1], dpi=150, metadata={'Date': None})
+    missing = set()
+    for warning in caught:
+        if found := re.match(r'Glyph (\d+) .* missing from', str(warning.message)):
+            missing.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if missing:
+        text = "%s: characters that the font lacks are boxes: %s; add a font that has them to matplotlib's font.family."
+        logging.warning(text, paths[0], ' '.join(sorted(missing)[:10]))
     return paths
 
 

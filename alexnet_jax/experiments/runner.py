@@ -70,6 +70,7 @@ class Trial(NamedTuple):
     seed: int
     config: ConfigDict
     output: str  # of the suite
+    ten_views: bool = True  # False: neither it nor the base is trained with reflections, as half of the views are
 
     @property
     def workdir(self) -> str:
@@ -95,8 +96,9 @@ def make_trials(variants: Sequence[Variant], base: ConfigDict, seeds: int, outpu
             optimizer_from_config(config.optim, steps_per_epoch=1.0, layers=list(network.layers))
         except UserError as error:
             raise UserError(f'variant {variant.name!r} cannot be built from this base: {error}') from error
+        reflect = base.data.reflect or config.data.reflect
         for seed in range(base.seed, base.seed + seeds):
-            trials.append(Trial(variant, seed, ablations.with_changes(config, {'seed': seed}), output))
+            trials.append(Trial(variant, seed, ablations.with_changes(config, {'seed': seed}), output, reflect))
     return trials
 
 
@@ -205,12 +207,11 @@ def measure(trial: Trial, dataset: datasets.Dataset) -> dict[str, Any]:
     if config.stop_at_error:
         row['reached'] = error <= config.stop_at_error
     if name := tables.eval_split(dataset):
-        split = dataset.splits[name]
-        row['test_images'] = len(split)
+        row['test_images'] = len(dataset.splits[name])
         options = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': config.data.max_unreadable}
-        ten = dataset.record_size > config.data.image_size  # otherwise there are only two different views
+        ten = trial.ten_views and dataset.record_size > config.data.image_size  # else only two views differ
         for views, suffix in ((1, 'error'), (10, 'ten')) if ten else ((1, 'error'),):
-            errors = evaluate.evaluate(checkpoint, split, views=views, **options)
+            errors = evaluate.evaluate(checkpoint, dataset.splits[name], views=views, **options)
             row |= {f'top{k}_{suffix}': errors[f'top{k}_error'] for k in (1, 5)}
     name, first = next(iter(checkpoint.network.layers.items()))
     if type(first) is ConvSpec and first.features % 2 == 0:

@@ -102,7 +102,8 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
     note = (
         'Errors in percent: mean and standard deviation over the seeds, last checkpoint, center crop or ten views. '
         'Training errors are of the last epoch, with dropout and augmentation. "difference" is in percentage points '
-        'against "base" (11pct: against 13pct) with the same seed, in the ten-view top-1 error if it was measured; for '
+        'against "base" (11pct: against 13pct) with the same seed, in the ten-view top-1 error if it was measured (not '
+        'without reflections); for '
         '"no weight decay" it is in the training error. The numbers of the paper and of the authors\' log (top-1 / '
         'top-5) are from their full data and full training length.'
     )

@@ -41,9 +41,9 @@ The weights in PyTorch's layout. `alexnet_jax convert` converts the file back to
 Needs the packages torch and safetensors, and `model.safetensors` and `preprocessing.safetensors` beside it.
 
 ```python
-import alexnet
+import alexnet, torch
 model = alexnet.load()
-probabilities = model.probabilities(images)
+probabilities = model.probabilities(torch.tensor(images))
 ```
 
 {result}

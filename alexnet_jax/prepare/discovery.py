@@ -61,8 +61,8 @@ def find_images(path: str, *, labels: str | os.PathLike | None = None, nested_cl
     if len(listing.class_names) < 2:
         raise UserError(
             f'{path!r}: expected at least two classes, got only {listing.class_names[0]!r}; use the folder that '
-            'contains the class folders (are they one level further up or down?), or --nested_classes if they are in '
-            'groups.'
+            'contains the class folders (are they one level further up or down?), --nested_classes if they are in '
+            'groups, or --labels=FILE if a table names the classes.'
         )
     return listing
 
@@ -98,6 +98,11 @@ def _list_images(path: str, labels_file: str | None, nested_classes: bool) -> Li
         ref.path.endswith('.tar') or ref.name.startswith(tar.VAL_PREFIX) for ref, _ in images
     )
     if not images:
+        if os.path.isdir(path) and any(True for _ in image_files.iter_image_files(path)):
+            raise UserError(
+                f'{path!r}: the images are in no class folders; expected SPLIT/CLASS/*.jpg or CLASS/*.jpg, or give '
+                '--labels=FILE, a table of their classes.'
+            )
         raise UserError(
             f'{path!r} contains no images; expected {tar.TRAIN_TAR}, {tar.VAL_TAR}, SPLIT/CLASS/*.jpg or CLASS/*.jpg '
             f'({", ".join(image_io.suffixes())}).'

@@ -51,6 +51,8 @@ def list_images(folder: str, table: str, counts: image_files.FileCounts) -> list
 
     Raises UserError if the table cannot be understood, or if it gives an image two labels or splits.
     """
+    if not os.path.exists(table) and os.path.exists(inside := os.path.join(folder, table)):
+        raise UserError(f'--labels={table!r} does not exist; use --labels={inside!r}.')
     rows = read_rows(table)
     index = _Index(folder, counts)
     if _is_inside(table, folder):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import matplotlib
 import numpy as np
@@ -268,6 +269,15 @@ def test_plots_are_deterministic_and_leave_no_global_state(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot be written'):
         plots.save(figure, str(tmp_path / 'file'), 'confusion')
+
+
+def test_characters_that_the_font_lacks_are_named_once(tmp_path, capfd):
+    figure = plots.confusion(np.eye(2, dtype=int), ('\U0001f33c', 'cat'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plots.save(figure, tmp_path, 'confusion')
+    said = capfd.readouterr().err
+    assert said.count('\n') == 1 and 'characters that the font lacks are boxes: \U0001f33c;' in said
 
 
 def test_confusion_matrix_merges_other_classes():

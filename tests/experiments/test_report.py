@@ -93,6 +93,7 @@ def test_tables(tmp_path):
         ('', 'network'), (' class="number"', 'error'), (' class="number"', 'images')
     ]  # fmt: skip
     assert '<h1>&lt;i&gt;</h1>' in page and '<a href="#table-1">Errors &lt;b&gt;</a>' in page and '>n&lt;t</p>' in page
+    assert page.index('<details><summary>Contents') < page.index('Errors &lt;b&gt;'), 'the page begins with the result'
     assert '<script' not in page and not re.search('<!--(?!data)', html.unescape(page)), (
         'no interactive, no markers left'
     )

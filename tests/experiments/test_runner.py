@@ -68,6 +68,13 @@ def test_invalid_variant_is_refused_before_training(tmp_path):
         runner.make_trials(variants, base, 1, str(tmp_path))
 
 
+def test_ten_views_need_a_base_or_variant_with_reflections(tmp_path):
+    variants = [Variant('base', {}), Variant('none', {'data.reflect': False}), Variant('own', {'data.reflect': True})]
+    for reflect, expected in ((True, [True, True, True]), (False, [False, False, True])):
+        base = helpers.digits_config(**{'data.reflect': reflect})
+        assert [trial.ten_views for trial in runner.make_trials(variants, base, 1, str(tmp_path))] == expected
+
+
 @pytest.mark.slow
 def test_network_without_first_layer_is_measured(tmp_path):
     base = helpers.digits_config(**{'num_steps': 2, 'mesh.tower': 1, 'optim.layer_rates': (('conv1', 0.1),)})
@@ -75,6 +82,7 @@ def test_network_without_first_layer_is_measured(tmp_path):
     (trial,) = runner.make_trials(variants, base, 1, str(tmp_path))
     row = runner.run_trial(trial, 'ablations', datasets.open_dataset('digits'))
     assert not row['diverged'] and 0 <= row['color_0'] and row['test_images'] == 360
+    assert 'top1_error' in row and 'top1_ten' not in row, 'digits are not reflected'
 
 
 def test_rate_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
@@ -296,7 +304,7 @@ def test_immediate_divergence_is_a_result(tmp_path, capsys):
         assert row['diverged'] and 'top1_error' not in row
     assert 'not finite' in capsys.readouterr().out
     table = tables.comparison_table('ablations', [row], [trial.variant])
-    assert table.rows[0][:4] == ('wild', '0', '', '')
+    assert table.rows[0][:4] == ('wild', '0, 1 diverged', '', '')
 
 
 @pytest.mark.slow

@@ -135,6 +135,8 @@ def test_labels_need_a_folder(tmp_path):
             discovery.find_images(source, labels=table)
     with pytest.raises(UserError, match="none.csv' cannot be read: No such file"):
         discovery.find_images(str(tmp_path), labels=tmp_path / 'none.csv')
+    with pytest.raises(UserError, match=f"--labels='labels.csv' does not exist; use --labels='{table}'"):
+        discovery.find_images(str(tmp_path), labels='labels.csv')
 
 
 def test_prepared_data_depend_on_the_table(tmp_path):

@@ -247,7 +247,9 @@ def test_nested_classes_are_named_by_their_path(splits, tmp_path, capfd):
 
 def test_nested_classes_beside_images_and_in_one_group(tmp_path, capfd):
     _write(tmp_path, 'train/animals/cat', 'train/animals/dog', count=1)
-    with pytest.raises(UserError, match="got only 'animals'; .* or --nested_classes if they are in groups"):
+    with pytest.raises(
+        UserError, match="got only 'animals'; .* --nested_classes if they are in groups, or --labels=FILE"
+    ):
         _found(tmp_path)
     _write(tmp_path, 'train/animals', count=1)
     capfd.readouterr()

@@ -122,7 +122,7 @@ CASES.read(
     'folder beside the splits', 'skipped, with a count', says='not splits with class folders: extra \\(1 images\\)'
 )(lambda f: (files(f, {'extra/a/1.png': 3}), tree(f, 'train/cat/1.png', 'train/dog/1.png', 'val/cat/1.png'))[1])
 CASES.refused('one class', 'refused', by="at least two classes, got only 'cat'")(lambda f: files(f, {'cat/1.png': 1}))
-CASES.refused('flat folder of images', 'refused', by='contains no images; expected')(lambda f: files(f, {'1.png': 1}))
+CASES.refused('flat folder of images', 'refused', by='in no class folders')(lambda f: files(f, {'1.png': 1}))
 CASES.refused('`train` and `test` without class folders', 'refused', by="'test' and 'train' hold images outside class")(
     lambda f: files(f, {'train/cat.0.png': 1, 'test/1.png': 2})
 )
