@@ -39,5 +39,5 @@ def main(args: flags.FlagValues) -> None:
     for name, row in rows.items():
         errors = f'{row["top1_error"]:.2f}%, {row["top5_error"]:.2f}%'
         line = f'{name:12} {row["mebibytes"]:4}  {errors:18}  {row["license"]:16}  {row["cached"] or "no":9}'
-        print(f'{line}  {row["network"]}; {row["source"]}')
+        print(f'{line}  {row["network"]}; {row["source"]}', *row['urls'], sep='\n    ')
     print(f'Cache: {published.cache()}. Trained on ImageNet, whose terms allow non-commercial research and education.')

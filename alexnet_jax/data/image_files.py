@@ -38,6 +38,7 @@ class FileCounts:
     hidden: list[str] = dataclasses.field(default_factory=list)  # paths of images and folders
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     by_content: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # a suffix of `skipped`, as the first file has it
 
     def log(self, folder: str) -> None:
         """Logs the counts, with a remedy for images of formats that are not read."""
@@ -49,7 +50,9 @@ class FileCounts:
             logging.warning('%s: files read as images because of their content: %s', folder, _listed(self.by_content))
         if self.skipped:
             formats = [suffix for suffix, _ in self.skipped.most_common() if suffix in _CONVERTIBLE]
-            remedy = f'; to use them, convert them (magick mogrify -format jpg *{formats[0]})' if formats else ''
+            remedy = ''
+            if formats:
+                remedy = f'; to use them, convert them (magick mogrify -format jpg *{self.spelled[formats[0]]})'
             if any(suffix in _ARCHIVES for suffix in self.skipped):
                 remedy += '; unpack the archives to use their images'
             if any(suffix in formats for suffix in HEIF_SUFFIXES):
@@ -104,6 +107,7 @@ def is_image(entry: os.DirEntry, counts: FileCounts) -> bool:
         counts.by_content[suffix or 'without suffix'] += 1
         return True
     counts.skipped[suffix or 'without suffix'] += 1
+    counts.spelled.setdefault(suffix, as_utf8(os.path.splitext(entry.name)[1]))
     return False
 
 

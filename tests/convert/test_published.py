@@ -15,6 +15,7 @@ import threading
 import time
 import types
 import zipfile
+from types import SimpleNamespace
 
 import chex
 import numpy as np
@@ -385,6 +386,9 @@ def test_weights_command_lists_them(server, cache, monkeypatch, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [rows[name]['cached'] for name in names] == ['converted', '']
     assert rows['torchvision']['top1_error'] == 43.48 and rows['torchvision']['license'] == 'BSD-3-Clause'
+    weights.main(SimpleNamespace(json=False))
+    text = capsys.readouterr().out
+    assert all(url in text for row in rows.values() for url in row['urls']) and str(cache) in text
 
 
 _COMMAND = """import sys

@@ -294,4 +294,4 @@ def test_heic_without_pillow_heif_is_named(monkeypatch, tmp_path, capfd):
         image_io.decode(content)
     helpers.write_files(tmp_path, {'a.HEIC': content, 'b.png': b''})
     assert len(predict.list_image_files([tmp_path])) == 1
-    assert "*.heic), or read HEIC with pip install 'alexnet_jax[heif]'" in capfd.readouterr().err
+    assert "*.HEIC), or read HEIC with pip install 'alexnet_jax[heif]'" in capfd.readouterr().err

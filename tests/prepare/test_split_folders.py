@@ -186,7 +186,7 @@ def test_suffixes_are_read_or_listed(suffix, tmp_path, capfd):
     if suffix not in ('.HEIC', '.avif'):  # these need a decoder
         assert read == (suffix in ('.jfif', '.JPE', '.pbm', '.pnm', '.apng', '.mpo'))
     assert _found(tmp_path)['train'].count('cat') == 2 + 3 * read
-    remedy = f'3 {suffix.lower()}; to use them, convert them (magick mogrify -format jpg *{suffix.lower()})'
+    remedy = f'3 {suffix.lower()}; to use them, convert them (magick mogrify -format jpg *{suffix})'
     assert (remedy in capfd.readouterr().err) != read
 
 
