@@ -13,7 +13,6 @@ import sys
 import tarfile
 import threading
 import time
-import types
 import zipfile
 from types import SimpleNamespace
 
@@ -495,7 +494,7 @@ def test_hub_names_are_passed_on(exported, monkeypatch):
             raise OSError('404 Client Error.\n\nRepository Not Found for url')
         return str(exported[1]) if repo_id == 'user/net' else os.path.dirname(exported[1])
 
-    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
+    fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', fake)
     files = ['model.safetensors', 'config.json', 'image_stats.npz']
     for source, revision in (('hf:user/net', None), ('hf:user/net@v1', 'v1')):
