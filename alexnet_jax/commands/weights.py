@@ -11,6 +11,7 @@ says `converted` for weights that are ready, and `file` for files that are found
 
 import json
 import os
+from typing import Any
 
 from absl import flags
 
@@ -22,7 +23,7 @@ FLAGS = (Flag('json', False, 'Print one JSON object, by name.'),)
 def main(args: flags.FlagValues) -> None:
     from alexnet_jax.convert import loading, published
 
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, entry in published.PUBLISHED.items():
         files = [file for file in (entry.weights, entry.mean) if file]
         converted = os.path.isdir(loading.converted_path(name))
