@@ -24,19 +24,24 @@ def get_config():
 """
 
 
-class _NoTorch:
-    """Makes `import torch` fail, as if PyTorch were not installed."""
+class _WithoutTorch:
+    """A finder of modules that does not find PyTorch, as if it were not installed."""
 
-    def find_spec(self, name, *_):
-        if name.partition('.')[0] == 'torch':
-            raise ModuleNotFoundError(f'No module named {name!r}')
+    def __init__(self, finder):
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+    def find_spec(self, name, *options):
+        return None if name.partition('.')[0] == 'torch' else self._finder.find_spec(name, *options)
 
 
 @pytest.fixture
 def no_torch(monkeypatch):
     for name in [name for name in sys.modules if name.partition('.')[0] == 'torch']:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, 'meta_path', [_NoTorch(), *sys.meta_path])
+    monkeypatch.setattr(sys, 'meta_path', [_WithoutTorch(finder) for finder in sys.meta_path])
     with pytest.raises(ImportError):
         importlib.import_module('torch')
 

@@ -77,7 +77,7 @@ def test_suite_end_to_end(suite, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     out = tmp_path / 'out'
     words = (suite, '--data=digits', f'--output={out}', f'--base={tmp_path}/base.py', '--seeds=2', '--scale=0.25')
-    if suite == 'ablations':  # compiling each network takes most of the time
+    if suite in ('ablations', 'recipe'):  # compiling each network takes most of the time
         words = (*words[:-2], '--seeds=1', '--scale=0.1')
     elif suite == 'figure1':
         # Overrides the number of epochs of the variants.
@@ -98,7 +98,7 @@ def test_suite_end_to_end(suite, tmp_path):
     elif suite == 'figure1':
         assert {row['variant'].split()[0] for row in rows} == {'relu', 'tanh'} and 'tanh / ReLU' in said
     else:
-        assert len(seen) == {'cifar10': len(cifar10.NETS), 'recipe': 4 * 2}.get(suite, 2)
+        assert len(seen) == {'cifar10': len(cifar10.NETS), 'recipe': 4}.get(suite, 2)
     assert all(row['diverged'] == 'True' or 0 <= float(row['train_error']) <= 100 for row in rows)
     # A second run trains nothing and changes no result.
     before = {path: path.read_bytes() for path in out.rglob('SHA256SUMS')}
