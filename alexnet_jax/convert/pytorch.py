@@ -140,8 +140,6 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     if len(roots) != 1:
         names = ', '.join(printable(name) for name in list(entries)[:4])
         raise UserError(f'expected a file written by torch.save, found a zip archive of {names}; unpack it.')
-    if any(entry.compress_type for entry in entries.values()):
-        raise UserError('its entries are compressed, and those of torch.save are not; pack them again with zip -0 -r.')
 
     def content(name: str) -> np.ndarray:
         entry = entries[roots[0] + name]
@@ -156,6 +154,8 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
     if f'{roots[0]}constants.pkl' in entries:
         raise UserError('expected a state_dict, found TorchScript; use torch.save(torch.jit.load(FILE).state_dict(), '
                         'OTHER).')  # fmt: skip
+    if any(entry.compress_type for entry in entries.values()):
+        raise UserError('its entries are compressed, and those of torch.save are not; pack them again with zip -0 -r.')
     # Nothing is compressed, so a larger declared size is an attack or damage.
     check_declared_size(path, sum(entry.file_size for entry in entries.values()))
     _check_byte_order(f'{roots[0]}byteorder' not in entries or bytes(content('byteorder')) == b'little')
