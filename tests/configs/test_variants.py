@@ -277,6 +277,7 @@ def test_summary_of_the_paper():
     assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
 
 
+@pytest.mark.slow
 def test_custom_operation_trains_on_two_towers(monkeypatch, tmp_path):
     """A custom operation is a function and a table entry. It mixes pairs of channels, so it states its groups."""
 

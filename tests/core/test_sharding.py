@@ -127,7 +127,8 @@ def test_updates_agree_with_one_device(data, tower, full_size):
         assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
 
 
-@pytest.mark.parametrize(('data', 'tower'), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'tower'), [(1, 1), (2, 2)])
 def test_gradient_accumulation_makes_the_same_update(data, tower):
     """With dropout and one unreadable image, so that the microbatches have different weights."""
     weight = (1, 0, 1, 1)

@@ -211,7 +211,7 @@ def test_checkpoint_restores_on_any_mesh(uninterrupted):
         chex.assert_trees_all_equal(other, states[0])
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/python_api.md'])
+@pytest.mark.parametrize('page', ['README.md', pytest.param('docs/python_api.md', marks=pytest.mark.slow)])
 def test_python_code_of_a_page_runs(page, uninterrupted):
     _, workdir, _ = uninterrupted
     code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.S))
