@@ -147,6 +147,7 @@ def test_finished_run_is_reported(uninterrupted, capsys):
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resume_with_more_steps_on_another_mesh(uninterrupted, tmp_path):
     config, workdir, _ = uninterrupted
     shutil.copytree(workdir, tmp_path / 'copy')

@@ -70,6 +70,7 @@ def test_interrupted_validation_is_repeated_first(uninterrupted, tmp_path, monke
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
 
 
+@pytest.mark.slow
 def test_shortened_run_completes_its_validation(uninterrupted, tmp_path, monkeypatch):
     _stop_after(monkeypatch, 14)  # in the validation at step 12
     with pytest.raises(TerminatedError, match='step 12 of 30'):
