@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from alexnet_jax.checkpoints import manager
 from alexnet_jax.core import sharding
@@ -197,6 +198,8 @@ def averaged_table(suite: str, workdirs: Sequence[str], dataset: Dataset, max_un
     split = dataset.splits[str(eval_split(dataset))]
     options: dict[str, Any] = {'mesh': sharding.make_mesh(data=0, tower=1), 'max_unreadable': max_unreadable}
     networks = [load_last(workdir) for workdir in workdirs]
+    if not networks[0].augmentation.reflect:
+        logging.warning('%s: trained without reflections; five of the ten views are reflections.', suite)
     before = after = [evaluate.evaluate(network, split, views=10, **options) for network in networks]
     if suite == 'views':
         names = ('center', 'ten views')

@@ -142,7 +142,7 @@ def _list_folder(path: str, search: _Search) -> Iterator[tuple[ImageRef, str]]:
         yield from _list_split(path, None, search)
         return
     split_folders.log_splits(search.root, splits)
-    split_folders.warn_of_links(splits)
+    split_folders.warn_of_links([entry for entry, _ in splits])
     image_files.list_entries(path, search.counts)  # counts what is left out; `_list_split` does so for other folders
     train_classes: set[str] = set()
     # Training images first: they tell whether a folder of another split is a class.
@@ -203,6 +203,7 @@ def _list_classes(folders, split: str, search: _Search) -> Iterator[tuple[ImageR
     empty: list[str] = []
     groups: list[str] = []
     folder_of: dict[str, str] = {}  # by class name
+    split_folders.warn_of_links(folders)
     for entry in folders:
         paths = list(image_files.iter_image_files(entry.path, search.counts))
         if not paths:

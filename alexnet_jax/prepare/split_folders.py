@@ -140,13 +140,18 @@ def is_generic(name: str, split_folder: str) -> bool:
     return name.lower() in (*_GENERIC, split_folder.lower()) or split_name(name) is not None
 
 
-def warn_of_links(splits: Sequence[tuple[os.DirEntry, str]]) -> None:
-    """Warns if several folders are one by links, so that images count twice, or train and val have the same ones."""
+def warn_of_links(folders: Sequence[os.DirEntry]) -> None:
+    """Warns if splits or classes are one folder by links: their images count twice, or are in train and val."""
+    if not any(folder.is_symlink() for folder in folders):
+        return
     name_of: dict[str, str] = {}
-    for folder, _ in splits:
+    pairs = []
+    for folder in folders:
         other = name_of.setdefault(os.path.realpath(folder.path), folder.name)
         if other != folder.name:
-            logging.warning('%s and %s link to the same images.', as_utf8(other), as_utf8(folder.name))
+            pairs.append(f'{as_utf8(folder.name)} and {as_utf8(other)}')
+    if pairs:
+        logging.warning('folders that link to the images of another one: %d (%s)', len(pairs), listed(pairs, 10))
 
 
 def log_splits(root: str, splits: Sequence[tuple[os.DirEntry, str]]) -> None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import runner, tables
 from alexnet_jax.experiments.ablations import Variant
@@ -85,13 +86,18 @@ def test_ensemble_gain(averaging):
     assert one['difference'] == one['sign'] == '' and 'There is only one average' in table.note
 
 
-def test_ten_views_gain(averaging):
+def test_ten_views_gain(averaging, caplog):
     table = tables.averaged_table('views', ['10', '14'], averaging, max_unreadable=3)
+    assert 'views: trained without reflections; five of the ten views are reflections' in caplog.text
     center, ten = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (center['evaluated as'], center['top-1'], center['top-5']) == ('center', '12.00 ± 2.83', '7.00 ± 2.83')
     assert (ten['evaluated as'], ten['top-1'], ten['top-5']) == ('ten views', '11.00 ± 2.83', '7.00 ± 2.83')
     assert ten['difference'] == '-1.00 ± 0.00 / +0.00 ± 0.00' and ten['sign'] == 'agrees'
     assert ten['paper'] == '-1.50 / -1.30' and 'There is only one average' not in table.note
+
+
+class _Network(float):
+    augmentation = Augmentation(reflect=False)
 
 
 @pytest.fixture
@@ -106,7 +112,7 @@ def averaging(monkeypatch):
         assert (networks, split, views, max_unreadable) == ([10.0, 14.0], ['of val'], 10, 3)
         return {'top1_error': 8.0, 'top5_error': 6.0}
 
-    monkeypatch.setattr(tables, 'load_last', float)
+    monkeypatch.setattr(tables, 'load_last', _Network)
     monkeypatch.setattr(evaluate, 'evaluate', evaluated)
     monkeypatch.setattr(evaluate, 'evaluate_ensemble', evaluated_ensemble)
     return datasets.Dataset({'train': [], 'val': ['of val'], 'test': ['of test']}, ('a',), 32, None)

@@ -201,6 +201,18 @@ def _(folder):
     return found
 
 
+@CASES.read(
+    'class folder that is a link to another one',
+    'read as two classes, with a warning',
+    says=r'images of another one: 1 \(puma and cat\)',
+)
+def _(folder):
+    found = plain(folder)
+    os.symlink('cat', folder / 'puma')
+    found['train']['puma/1.png'] = 'puma', 1
+    return found
+
+
 @CASES.read('image that is a link', 'read')
 def _(folder):
     found = with_file(folder, '../store/x.png', 3)
@@ -235,7 +247,7 @@ def _(folder):
     return found
 
 
-@CASES.read('val folder that is a link to train', 'read', says='train and val link to the same images')
+@CASES.read('val folder that is a link to train', 'read', says=r'images of another one: 1 \(val and train\)')
 def _(folder):
     found = plain(folder, 'train/')
     os.symlink('train', folder / 'val')
