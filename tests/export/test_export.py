@@ -116,7 +116,7 @@ def test_files_that_differ_or_cannot_be_loaded_are_rejected(name, tmp_path):
     (result,) = check.check(str(tmp_path), [name], source, 1).values()
     assert 'bit for bit' in result or "gives the checkpoint's probabilities to " in result
     other = {**source.params, 'fc2': {**source.params['fc2'], 'bias': source.params['fc2']['bias'] + [0.001, 0, 0]}}
-    with pytest.raises(UserError, match='differ from the checkpoint|expected at most 0.0001.*nothing was written'):
+    with pytest.raises(UserError, match='differ from the checkpoint|expected at most 1e-05.*nothing was written'):
         check.check(str(tmp_path), [name], source._replace(params=other), 1)
     (tmp_path / hub.FORMATS[name]).write_bytes(b'nothing')
     with pytest.raises(UserError, match='cannot load the exported files: .*nothing was written'):
@@ -127,11 +127,11 @@ def test_differences_of_any_output_are_rejected():
     expected = {'probabilities': np.array([[0.25, 0.75]]), 'logits': np.array([[-20.0, 10.0]])}
     assert check.compare(expected, expected, 'float32') == 'probabilities to 0 and logits to 0 of the largest'
     for key, value in (
-        ('probabilities', [[0.2502, 0.7498]]),
-        ('logits', [[-20.0, 10.003]]),
+        ('probabilities', [[0.25002, 0.74998]]),
+        ('logits', [[-20.0, 10.0003]]),
         ('logits', [[-20, np.nan]]),
     ):
-        with pytest.raises(UserError, match=f'{key} to .*: expected at most 0.0001'):
+        with pytest.raises(UserError, match=f'{key} to .*: expected at most 1e-05'):
             check.compare({**expected, key: np.array(value)}, expected, 'float32')
     with pytest.raises(UserError, match=r'logits with the shape \(2,\): expected \(1, 2\)'):
         check.compare({'logits': np.array([-20.0, 10.0])}, expected, 'float32')
