@@ -19,7 +19,7 @@ from alexnet_jax.utils.checks import (
     is_nonnegative_int,
     is_number,
     is_positive_int,
-)  # fmt: skip
+)
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
