@@ -125,6 +125,7 @@ def run(tmp_path_factory):
         return config, workdir, train.train_and_evaluate(config, workdir)
 
 
+@pytest.mark.slow
 def test_checkpoint_has_the_averaged_parameters(run):
     config, workdir, result = run
     state = helpers.last_state(config, workdir)
@@ -136,6 +137,7 @@ def test_checkpoint_has_the_averaged_parameters(run):
     assert val['top1_error'] == result['top1_error'] < 90
 
 
+@pytest.mark.slow
 def test_run_with_all_parts_resumes_bit_exactly(run, tmp_path):
     config, workdir, _ = run
     step = min(int(name) for name in os.listdir(workdir / 'checkpoints'))
@@ -148,6 +150,7 @@ def test_run_with_all_parts_resumes_bit_exactly(run, tmp_path):
     chex.assert_trees_all_equal(helpers.last_state(config, tmp_path), helpers.last_state(config, workdir))
 
 
+@pytest.mark.slow
 def test_cosine_run_cannot_change_its_length(run):
     config, workdir, _ = run
     longer = config.copy_and_resolve_references()

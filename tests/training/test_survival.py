@@ -100,6 +100,7 @@ def test_overflowing_update_is_discarded_and_not_saved(tmp_path, monkeypatch):
     chex.assert_tree_all_finite(state.params)
 
 
+@pytest.mark.slow
 def test_divergence_error_names_last_good_checkpoint(tmp_path, monkeypatch):
     batches = pipeline.train_batches
 
