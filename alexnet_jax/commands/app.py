@@ -139,6 +139,7 @@ def _call(command: Any, words: Sequence[str]) -> None:
     if arguments and not words:
         raise UserError(f'missing argument: give {arguments}.')
     if 'cpu_devices' in values:
+        processes.use_huge_pages()
         set_up_jax(values.cpu_devices)
     command.main(values, *([words] if arguments else []))
 

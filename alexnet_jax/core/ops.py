@@ -14,7 +14,6 @@ from jax import Array, lax
 from alexnet_jax.core import cpu_gradients
 
 _Arrays = tuple[Array, Array]  # feature maps and kernel, or their gradients
-_LARGE_BYTES = 5 << 20  # output gradients above this size were faster with patches, see `_convolve_backward`
 
 
 def regroup(parts: list[Array], count: int) -> list[Array]:
@@ -57,17 +56,11 @@ def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: A
 
 
 def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
-    """Returns XLA's gradients, except for the weight gradient on a CPU if stride > 1 or the output gradient is large.
+    def derived(x: Array, kernel: Array, gradient: Array) -> _Arrays:
+        return jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)[1](gradient)
 
-    In those cases XLA took 1.3 to 2.6 times as long as `cpu_gradients`; in the others, as little as half as long.
-    """
-    x, kernel = arrays
-    _, vjp = jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)
-    if stride == 1 and gradient.size * gradient.dtype.itemsize <= _LARGE_BYTES:
-        return vjp(gradient)
-    by_patches = functools.partial(cpu_gradients.weight_gradient, stride, padding, kernel)
-    kernel_gradient = lax.platform_dependent(x, gradient, cpu=by_patches, default=lambda _, g: vjp(g)[1])
-    return vjp(gradient)[0], kernel_gradient
+    rewritten = functools.partial(cpu_gradients.conv_gradients, stride, padding)
+    return lax.platform_dependent(*arrays, gradient, cpu=rewritten, default=derived)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

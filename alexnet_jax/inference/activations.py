@@ -20,6 +20,7 @@ from alexnet_jax.core.model import AlexNet
 from alexnet_jax.inference import activation_files
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.inference.predict import Images, list_image_files, to_records, unreadable
+from alexnet_jax.utils import compiler
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, did_you_mean
 from alexnet_jax.utils.logs import Progress
 
@@ -198,7 +199,8 @@ def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, in
         _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
         return [state['intermediates'][key][index].astype(jnp.float32) for key, index in keys]
 
-    return jax.jit(outputs)  # XLA removes the layers that the requested outputs do not need
+    options = compiler.compiler_options(jax.default_backend())
+    return jax.jit(outputs, compiler_options=options)  # XLA removes the layers that the requested outputs do not need
 
 
 def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:

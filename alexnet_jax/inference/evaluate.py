@@ -19,6 +19,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.inference import class_map, ensemble
+from alexnet_jax.utils import compiler
 from alexnet_jax.utils.errors import TerminatedError, UserError, check_type
 
 
@@ -183,7 +184,8 @@ def _jit(function: Callable, network, augmentation, mesh: Mesh, views: int):
     """Jits a function of `train_step`, or `_outputs`, for a network, its preprocessing and a number of views."""
     forward = sharding.forward(network, mesh)
     bound = functools.partial(function, forward=forward, augmentation=augmentation, views=views)
-    return jax.jit(bound, out_shardings=sharding.replicated(mesh))
+    options = compiler.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(bound, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
 def _outputs(params, batch, image_stats, **options):

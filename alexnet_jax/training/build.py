@@ -24,7 +24,7 @@ from alexnet_jax.data.cache import Batch, DeviceCache, HostCache, Records, Stora
 from alexnet_jax.data.image_stats_file import FILE_NAME
 from alexnet_jax.training import recipes
 from alexnet_jax.training.check_config import network_and_augmentation
-from alexnet_jax.utils import processes
+from alexnet_jax.utils import compiler, processes
 from alexnet_jax.utils.errors import UserError, check_type, first_line
 
 DeviceBatch = dict[str, jax.Array]  # batch on the mesh; global shapes
@@ -218,7 +218,9 @@ def make_steps(
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
     # With the first option alone, XLA (JAX 0.11) lowers products to Triton, which that option forbids, and fails.
-    options = {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False} if config.deterministic else {}
+    options: dict[str, Any] = compiler.compiler_options(mesh.devices.flat[0].platform)
+    if config.deterministic:
+        options |= {'xla_gpu_deterministic_ops': True, 'xla_gpu_enable_triton_gemm': False}
     jit = functools.partial(jax.jit, compiler_options=options)
     update = functools.partial(
         train_step.train_step,

@@ -68,6 +68,24 @@ def on_several_machines() -> bool:
     return several and 'LOCAL_WORLD_SIZE' not in os.environ
 
 
+def use_huge_pages() -> None:
+    """Restarts this command with memory in pages of 2 MB, if the machine offers them to programs that ask.
+
+    On a CPU, XLA allocates the memory of a training step anew in each step. With pages of 4 kB, a third of the time of
+    a small network's step went into page faults. glibc reads its setting only when a program starts, therefore the
+    restart, which takes 20 ms. Does nothing if JAX is already imported, in a debugger, or if GLIBC_TUNABLES has the
+    setting.
+    """
+    tunables = os.environ.get('GLIBC_TUNABLES', '')
+    started = 'jax' in sys.modules or sys.gettrace() is not None
+    if started or 'hugetlb' in tunables or sys.platform != 'linux':
+        return
+    with contextlib.suppress(OSError):  # the system has no huge pages
+        if '[madvise]' in pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled').read_text():
+            os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, (tunables, 'glibc.malloc.hugetlb=1')))
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def cores() -> int:
     """Returns the number of cores for this process: its share of the cores of the machine or container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

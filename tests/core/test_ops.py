@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.core import cpu_gradients, normalization, ops, pooling
+from alexnet_jax.core import normalization, ops, pooling
+from alexnet_jax.utils import compiler
 
 
 def _random(*shape):
@@ -151,9 +152,7 @@ def test_conv_matches_loop(groups):
     ('count', 'size', 'stride', 'padding', 'groups'),
     [(8, 11, 4, (0, 3), 1), (3, 5, 2, (2, 2), 2), (2, 3, 5, (1, 0), 1), (2, 3, 1, (1, 1), 2)],
 )
-def test_conv_gradients_match_loop(monkeypatch, count, size, stride, padding, groups):
-    monkeypatch.setattr(cpu_gradients, '_PATCH_BYTES', 60_000)  # several chunks of several images
-    monkeypatch.setattr(ops, '_LARGE_BYTES', 0)
+def test_conv_gradients_match_loop(count, size, stride, padding, groups):
     x, kernel = _random(count, 19, 23, 4), _random(size, size, 4 // groups, 6)
     conv = functools.partial(_grouped, functools.partial(ops.conv, stride=stride, padding=padding), groups)
     with jax.enable_x64():
@@ -172,6 +171,30 @@ def test_conv_gradients_match_loop(monkeypatch, count, size, stride, padding, gr
     before = padding[0]
     chex.assert_trees_all_close(np.asarray(found[0]), of_x[:, before : before + 19, before : before + 23], rtol=1e-10)
     chex.assert_trees_all_close(np.asarray(found[1]), of_kernel, rtol=1e-10)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='the form of the convolutions matters on a CPU only')
+@pytest.mark.parametrize(('size', 'stride', 'padding'), [(3, 1, (1, 1)), (5, 2, (0, 3))])
+def test_conv_gradients_in_a_loop_use_the_fast_form(size, stride, padding):
+    """Any other form is compiled to nested loops there, which took fifty times as long."""
+
+    def step(total, x):
+        conv = functools.partial(ops.conv, stride=stride, padding=padding)
+        gradients = jax.grad(lambda x, kernel: jnp.square(conv(x, kernel)).sum(), argnums=(0, 1))(x, total)
+        return total + gradients[1], gradients[0]
+
+    kernel, images = jnp.ones((size, size, 4, 6)), jnp.ones((3, 2, 19, 19, 4))
+    options = compiler.compiler_options('cpu')
+    text = (
+        jax.jit(lambda *args: jax.lax.scan(step, *args), compiler_options=options)
+        .lower(kernel, images)
+        .compile()
+        .as_text()
+    )
+    found = [line for line in text.splitlines() if ' convolution(' in line]
+    assert len(found) == 3
+    for line in found:
+        assert 'dim_labels=b01f_01io->b01f' in line and 'rhs_reversal' not in line, line
 
 
 def test_dense_matches_numpy():
