@@ -475,8 +475,10 @@ def rendered(tmp_path):
     def render(kind, *records):
         for number, record in enumerate(records):
             (tmp_path / 'results' / f'a_{number}.json').write_text(json.dumps(record))
-        lines = tables.render(f'<!-- table: a_*.json {kind} -->\nold\n<!-- end -->\n').splitlines()[1:-1]
-        return [line.strip('| ').split(' | ') if line.startswith('|') else line for line in lines if '---' not in line]
+        text = tables.render(f'<!-- table: a_*.json {kind} -->\nold\n<!-- end -->\n')
+        head, _, *rows, empty, source, _ = text.splitlines()[1:]
+        assert not empty
+        return [*([cell.strip() for cell in row.split('|')[1:-1]] for row in (head, *rows)), source]
 
     return render
 
