@@ -87,7 +87,7 @@ def _rates(record: Record) -> Row:
         values, digits = program['measurements'], 0 if program['median'] >= 1000 else 1
         median, low, high = (f'{value:,.{digits}f}' for value in (program['median'], min(values), max(values)))
         row[_PROGRAMS.get(name, name)] = f'{median} ({low} - {high})'
-    if others := [program['median'] for name, program in programs.items() if name != _OURS]:
+    if others := [program['median'] for name, program in programs.items() if not name.startswith(_OURS)]:
         row['ratio'] = f'**{programs[_OURS]["median"] / max(others):.2f}**'
     return row
 

@@ -487,28 +487,22 @@ def test_step_table_has_ratios_and_shares(rendered):
     ours = _measured(alexnet_jax=[30.0, 20.0, 40.0], torch=[10.0, 1500.0, 20.0])
     ours['alexnet_jax']['flops'] = 2e9
     limits = {'float32 product': {'median': 120.0}, 'share': 0.5}
-    two = _measured(**{'alexnet_jax': [4e3, 2e3, 3e3], 'one device': [2e3, 2e3, 2e3]})
+    two = {'alexnet_jax': [4e3, 2e3, 3e3], 'alexnet_jax, alone': [9e3] * 3, 'one device': [2e3] * 3}
+    two = _measured(**two)
     two['alexnet_jax']['flops'] = 1e6
-    first = _record('step', '--against=torch --repeats=3', images_per_second=ours, limits=limits)
-    second = _record('step', '--cpu_devices=2', images_per_second=two)
-    other = _record('inference', '', images_per_second={})  # not a step
-    assert rendered('step', first, second, other) == [
-        ['network', 'batch', 'alexnet_jax', 'one device', 'PyTorch', 'ratio', 'GFLOP/s', 'of a product', 'share'],
-        ['paper', '128', '30.0 (20.0 - 40.0)', '', '20.0 (10.0 - 1,500.0)', '**1.50**', '60', '120', '50%'],
-        [
-            'paper, `cpu_devices=2`',
-            '128',
-            '3,000 (2,000 - 4,000)',
-            '2,000 (2,000 - 2,000)',
-            '',
-            '**1.50**',
-            '3',
-            '',
-            '',
-        ],
-        '',
-        'Measured on EPYC (2 cores, 24 GiB); jax 1.2 torch 3.4; commit ffffffffffff; 2026-11-27; n = 3.',
+    records = [
+        _record('step', '--against=torch --repeats=3', images_per_second=ours, limits=limits),
+        _record('step', '--cpu_devices=2', images_per_second=two),
+        _record('inference', '', images_per_second={}),  # not a step
     ]
+    head, first, second, source = rendered('step', *records)
+    both = ['alexnet_jax', 'alexnet_jax, alone', 'one device', 'PyTorch']
+    assert head == ['network', 'batch', *both, 'ratio', 'GFLOP/s', 'of a product', 'share']
+    rates = ['30.0 (20.0 - 40.0)', '', '', '20.0 (10.0 - 1,500.0)']
+    assert first == ['paper', '128', *rates, '**1.50**', '60', '120', '50%']
+    rates = ['3,000 (2,000 - 4,000)', '9,000 (9,000 - 9,000)', '2,000 (2,000 - 2,000)', '']
+    assert second == ['paper, `cpu_devices=2`', '128', *rates, '**1.50**', '3', '', '']
+    assert source == 'Measured on EPYC (2 cores, 24 GiB); jax 1.2 torch 3.4; commit ffffffffffff; 2026-11-27; n = 3.'
 
 
 def test_inference_and_input_tables_have_their_columns(rendered):
