@@ -8,14 +8,15 @@
 # variables:
 #   IMAGES: original photos, as for `alexnet_jax prepare` (stages input, train and prepare)
 #   OUT: the folder of the results (cpu_figures), one file for each measurement; WORK: of prepared data ($OUT/work)
-#   SMALL=1: everything at toy size, to try this script
+#   SMALL=1: everything at toy size and without other programs, to try this script
 # Leave the machine alone meanwhile. A failure ends that measurement only.
-set -u
 python=${PYTHON:-python}
 out=${OUT:-cpu_figures} small=${SMALL:-} failed=()
 work=${WORK:-$out/work}
 mkdir -p "$out" "$work"
 
+torch=(--against=torch) runtimes=(--against=torch,onnxruntime,openvino)
+[ "$small" ] && torch=() runtimes=()
 pick() { if [ "$small" ]; then echo "$1"; else echo "$2"; fi; } # toy size, full size
 
 measure() { # NAME MODE OPTIONS...: writes cpu_NAME.json
@@ -28,25 +29,24 @@ measure() { # NAME MODE OPTIONS...: writes cpu_NAME.json
 step() {
   local config all="cifar10:80sec cifar10:19pct cifar10:18pct cifar10:13pct cifar10:11pct tiny_imagenet quickstart paper"
   for config in $(pick "cifar10:80sec" "$all"); do
-    measure "step_${config/:/_}" step --config="$config" --batch_size="$(pick 2 128)" --against=torch
+    measure "step_${config/:/_}" step --config="$config" --batch_size="$(pick 2 128)" "${torch[@]}"
   done
   measure step_two_devices step --config="$(pick quickstart paper)" --batch_size="$(pick 2 128)" --cpu_devices=2
 }
 inference() {
   local config
   for config in $(pick quickstart "paper torchvision"); do
-    measure "inference_$config" inference --config="$config" --batch_sizes="$(pick 1,2 1,8,64)" \
-      --against="$(pick torch torch,onnxruntime,openvino)"
+    measure "inference_$config" inference --config="$config" --batch_sizes="$(pick 1,2 1,8,64)" "${runtimes[@]}"
   done
 }
 with_data() { # NAME MODE OPTIONS...: reads squares of 256 px, which it prepares once
   [ -d "$work/squares" ] || "$python" -m alexnet_jax prepare --input="$IMAGES" --output="$work/squares" --size=256
-  measure "$@" --config.data.path="$work/squares" --batch_size="$(pick 4 128)" --against=torch
+  measure "$@" --config.data.path="$work/squares" --batch_size="$(pick 4 128)" "${torch[@]}"
 }
 input() { # two worker processes, or two threads; PyTorch reads the same squares, or the original photos
   with_data input_processes input --config.data.num_workers=2
   with_data input_threads input --config.data.num_threads=2
-  with_data input_originals input --config.data.num_workers=2 --input="$IMAGES"
+  [ "$small" ] || with_data input_originals input --config.data.num_workers=2 --input="$IMAGES"
 }
 train() { with_data train train --config="$(pick quickstart paper)"; }
 prepare() { measure prepare prepare --input="$IMAGES"; }

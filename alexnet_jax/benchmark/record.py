@@ -36,9 +36,13 @@ def config_digest(config: ConfigDict) -> str:
 
 def command(words: Sequence[str]) -> str:
     """Returns a command line, from the words after the program's name, with only the last part of each path."""
-    parts = [word.partition('=') for word in words]
-    shown = [name + equals + _last_part(value) if equals else _last_part(name) for name, equals, value in parts]
-    return shlex.join(['alexnet_jax', *shown])
+    return shlex.join(['alexnet_jax', *map(_without_folders, words)])
+
+
+def _without_folders(word: str) -> str:
+    """Returns PATH or --NAME=PATH with only the last part of the path."""
+    name, equals, value = word.partition('=')
+    return name + equals + _last_part(value) if equals else _last_part(name)
 
 
 def _last_part(path: str) -> str:
@@ -53,7 +57,7 @@ def write(path: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     versions = {**settings['versions'], **settings.get('peers', {})}
     if 'torch' in settings:
         versions['torch'] = settings['torch']
-    flags = ' '.join(map(_last_part, (settings['xla_flags'] or '').split()))
+    flags = ' '.join(map(_without_folders, (settings['xla_flags'] or '').split()))
     found = {
         'mode': settings['mode'],
         'command': command(settings['command'][1:]),

@@ -109,7 +109,7 @@ def test_record_is_short_json(tmp_path):
     assert f' "a": [{", ".join(["0.333333"] * 40)}],' in lines and ' "b": {"1": {"c": 2.0}},' in lines
     assert f'  "3": "{"x" * 20}",' in lines
     found = json.loads('\n'.join(lines))
-    assert (found['config'], found['xla_flags'], found['versions']) == ('y.py', 'b', {'onnx': '1'})
+    assert (found['config'], found['xla_flags'], found['versions']) == ('y.py', '--a=b', {'onnx': '1'})
     with pytest.raises(UserError, match='--output=.*none/a.json: expected a file in an existing folder'):
         record.check_output(str(tmp_path / 'none' / 'a.json'))
 
