@@ -15,7 +15,7 @@ out=${OUT:-cpu_figures} small=${SMALL:-} failed=()
 work=${WORK:-$out/work}
 mkdir -p "$out" "$work"
 
-torch=(--against=torch) runtimes=(--against=torch,onnxruntime,openvino)
+torch=(--against=torch) runtimes=('--against=torch,onnxruntime,openvino')
 [ "$small" ] && torch=() runtimes=()
 pick() { if [ "$small" ]; then echo "$1"; else echo "$2"; fi; } # toy size, full size
 
