@@ -69,6 +69,17 @@ def inference(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def communication(records: Sequence[Record]) -> list[Row]:
+    """A row for each mesh: the bytes that a device receives in a training step, from the compiled program."""
+    table = []
+    for record in records:
+        found = record['images_per_second'][_OURS]['collectives']
+        sizes = {name: f'{count}: {size / 1e6:.3g} MB' for name, (count, size) in sorted(found.items())}
+        total = f'{sum(size for _, size in found.values()) / 1e6:.1f} MB'
+        table.append({'mesh': '{data}x{tower}'.format(**record['mesh']), **sizes, 'per step and device': total})
+    return table
+
+
 def _name(record: Record) -> str:
     """Returns the name of the network, and the options of the measurement."""
     return ', '.join(filter(None, [record['config'], _options(record)]))
@@ -119,6 +130,7 @@ def _environment(record: Record) -> list[str]:
 _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | None, ...]]] = {  # and the modes
     'suite': (suite, (None,)),
     'step': (step, ('step', 'train')),
+    'communication': (communication, ('step',)),
     'rates': (rates, ('input', 'prepare')),
     'inference': (inference, ('inference',)),
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the CPU tables of docs/performance.md, beside the other programs in the same calls.
 #
-#     launch/cpu_figures.sh STAGE...       step, inference, input, train, prepare; in the root of a clone
+#     launch/cpu_figures.sh STAGE...       step, inference, input, train, prepare, mesh; in the root of a clone
 #
 # Afterwards: cp cpu_figures/cpu_*.json docs/results && python docs/tables.py
 # The environment needs '.[oracle]' and, for inference, onnx, onnxruntime and openvino. Settings are environment
@@ -20,10 +20,11 @@ torch=(--against=torch) runtimes=('--against=torch,onnxruntime,openvino')
 pick() { if [ "$small" ]; then echo "$1"; else echo "$2"; fi; } # toy size, full size
 
 measure() { # NAME MODE OPTIONS...: writes cpu_NAME.json
-  local name=$1
-  shift
+  local name=$1 mode=$2
+  shift 2
+  set -- "$mode" --repeats="$(pick 1 5)" "$@" --output="$out/cpu_$name.json"
   echo "+ alexnet_jax benchmark $*"
-  "$python" -m alexnet_jax benchmark "$@" --repeats="$(pick 1 5)" --output="$out/cpu_$name.json" || failed+=("$name")
+  "$python" -m alexnet_jax benchmark "$@" || failed+=("$name")
 }
 
 step() {
@@ -49,15 +50,23 @@ input() { # two worker processes, or two threads; PyTorch reads the same squares
   [ "$small" ] || with_data input_originals input --config.data.num_workers=2 --input="$IMAGES"
 }
 train() { with_data train train --config="$(pick quickstart paper)"; }
+mesh() { # bytes between devices: computed, so a single step is enough
+  local mesh
+  for mesh in $(pick 1x2 "1x2 2x1 2x2"); do
+    local data=${mesh%x*} tower=${mesh#*x}
+    measure "mesh_$mesh" step --config="$(pick quickstart paper)" --batch_size="$(pick 2 128)" --repeats=1 --steps=1 \
+      --cpu_devices=$((data * tower)) --config.mesh.data="$data" --config.mesh.tower="$tower"
+  done
+}
 prepare() { measure prepare prepare --input="$IMAGES"; }
 
-(($#)) || { echo "usage: launch/cpu_figures.sh step|inference|input|train|prepare ..." >&2; exit 2; }
+(($#)) || { echo "usage: launch/cpu_figures.sh step|inference|input|train|prepare|mesh ..." >&2; exit 2; }
 for stage in "$@"; do
   case $stage in
-    step | inference) ;;
+    step | inference | mesh) ;;
     input | train | prepare) : "${IMAGES:?set IMAGES, see the head of this script}" ;;
     *)
-      echo "unknown stage $stage: expected step, inference, input, train or prepare" >&2
+      echo "unknown stage $stage: expected step, inference, input, train, prepare or mesh" >&2
       exit 2
       ;;
   esac

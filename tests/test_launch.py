@@ -217,12 +217,12 @@ def _noted(tmp_path, *stages, **settings):
 
 @pytest.mark.parametrize('small', ['', '1'])
 def test_commands_of_cpu_figures_exist(small, tmp_path):
-    stages = ('step', 'inference', 'input', 'train', 'prepare')
+    stages = ('step', 'inference', 'input', 'train', 'prepare', 'mesh')
     commands = _noted(tmp_path, *stages, script='cpu_figures.sh', SMALL=small, IMAGES='photos')
     assert [command for command in commands if test_docs._missing(shlex.split(command))] == []
     outputs = [re.search(r' --output=\S+/cpu_(\w+).json', command) for command in commands if ' benchmark ' in command]
     names = {found[1] for found in outputs}
-    assert len(names) == len(outputs) == (7 if small else 16)
+    assert len(names) == len(outputs) == (8 if small else 19)
 
 
 @pytest.mark.slow

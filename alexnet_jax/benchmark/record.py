@@ -14,7 +14,7 @@ from alexnet_jax.checkpoints.manager import config_to_json
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import atomic_file
 
-_BATCHES = ('step', 'train', 'input')  # modes that use the batch size of the config
+_BATCHES = ('step', 'train', 'input')  # modes that use the batch size and the mesh of the config
 _WIDTH = 100  # of lines, if possible
 
 
@@ -73,7 +73,7 @@ def write(path: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
         'devices': settings['devices'],
         **{key: settings[key] for key in ('peak_host_bytes', 'device_memory') if settings.get(key)},
         **({'xla_flags': flags} if flags else {}),
-        **({'batch_size': settings['config']['batch_size']} if settings['mode'] in _BATCHES else {}),
+        **({key: settings['config'][key] for key in ('batch_size', 'mesh')} if settings['mode'] in _BATCHES else {}),
         **results,
     }
     rounded = json.loads(json.dumps(found), parse_float=lambda number: float(f'{float(number):.6g}'))
