@@ -101,7 +101,8 @@ def test_record_is_short_json(tmp_path):
     value = {'a': numbers, 'b': {1: {'c': 2.0}}, 'd': {str(i): 'x' * 20 for i in range(5)}}
     settings = {
         'mode': 'step', 'command': ['prog', 'benchmark'], 'config_name': '/x/y.py', 'config_digest': 'f', 'repeats': 1,
-        'xla_flags': '--a=/tmp/b', 'config': {'batch_size': 3, 'mesh': {}}, 'peers': {'onnx': '1'}, 'precision': 'float32',
+        'xla_flags': '--a=/tmp/b', 'config': {'batch_size': 3, 'mesh': {}}, 'peers': {'onnx': '1'},
+        'precision': 'float32',
         **{key: {} for key in ('commit', 'python', 'versions', 'cpu', 'cores', 'memory_gib', 'devices')},
     }  # fmt: skip
     record.write(str(tmp_path / 'a.json'), settings, value)
