@@ -19,10 +19,12 @@ torch=(--against=torch) runtimes=('--against=torch,onnxruntime,openvino')
 [ "$small" ] && torch=() runtimes=()
 pick() { if [ "$small" ]; then echo "$1"; else echo "$2"; fi; } # toy size, full size
 
+repeats=$(pick 1 5)
+
 measure() { # NAME MODE OPTIONS...: writes cpu_NAME.json
   local name=$1 mode=$2
   shift 2
-  set -- "$mode" --repeats="$(pick 1 5)" "$@" --output="$out/cpu_$name.json"
+  set -- "$mode" "$@" --repeats="$repeats" --output="$out/cpu_$name.json"
   echo "+ alexnet_jax benchmark $*"
   "$python" -m alexnet_jax benchmark "$@" || failed+=("$name")
 }
@@ -51,10 +53,10 @@ input() { # two worker processes, or two threads; PyTorch reads the same squares
 }
 train() { with_data train train --config="$(pick quickstart paper)"; }
 mesh() { # bytes between devices: computed, so a single step is enough
-  local mesh
+  local mesh repeats=1
   for mesh in $(pick 1x2 "1x2 2x1 2x2"); do
     local data=${mesh%x*} tower=${mesh#*x}
-    measure "mesh_$mesh" step --config="$(pick quickstart paper)" --batch_size="$(pick 2 128)" --repeats=1 --steps=1 \
+    measure "mesh_$mesh" step --config="$(pick quickstart paper)" --batch_size="$(pick 2 128)" --steps=1 \
       --cpu_devices=$((data * tower)) --config.mesh.data="$data" --config.mesh.tower="$tower"
   done
 }
