@@ -74,7 +74,10 @@ def communication(records: Sequence[Record]) -> list[Row]:
     table = []
     for record in records:
         found = record['images_per_second'][_OURS]['collectives']
-        sizes = {name: f'{count}: {size / 1e6:.3g} MB' for name, (count, size) in sorted(found.items())}
+        sizes = {
+            name: f'{count}: {size / 1e6:{".1f" if size > 1e6 else ".1g"}} MB'
+            for name, (count, size) in sorted(found.items())
+        }
         total = f'{sum(size for _, size in found.values()) / 1e6:.1f} MB'
         table.append({'mesh': '{data}x{tower}'.format(**record['mesh']), **sizes, 'per step and device': total})
     return table
@@ -112,15 +115,18 @@ def _share(record: Record) -> Row:
     return row
 
 
-def _source(records: Sequence[Record]) -> str:
-    """Returns a sentence on where and when measurements were made. Several values are separated by semicolons."""
-    columns = zip(*map(_environment, records), strict=True)
-    return f'Measured on {"; ".join(", ".join(dict.fromkeys(column)) for column in columns)}.'
+def _source(records: Sequence[Record], kind: str) -> str:
+    """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
+    if kind == 'suite':
+        return ''
+    parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
+    computed = kind == 'communication'
+    return f'\n{"Computed with" if computed else "Measured on"} {", ".join(parts[1:-1] if computed else parts)}.\n'
 
 
 def _environment(record: Record) -> list[str]:
     machine, programs = record['machine'], ('jax', *_PROGRAMS)
-    versions = ' '.join(f'{name} {version}' for name in programs if (version := record['versions'].get(name)))
+    versions = ', '.join(f'{name} {version}' for name in programs if (version := record['versions'].get(name)))
     devices = [device.partition(' ')[2] for device in record['devices'] if not device.startswith('cpu')]
     where = devices or [f'{machine["cpu"]} ({machine["cores"]} cores, {machine["memory_gib"]:.0f} GiB)']
     commit, dirty = re.fullmatch(r'(.{,12}).*?(-dirty)?', record['commit'] or 'unknown').groups()
@@ -167,8 +173,7 @@ def render(page: str) -> str:
         columns = _columns(rows)
         lines = [columns, ['---'] * len(columns), *([row.get(column, '') for column in columns] for row in rows)]
         text = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-        source = '' if found[3] == 'suite' else f'\n{_source(records)}\n'
-        return found[1] + text + source + found[4]
+        return found[1] + text + _source(records, found[3]) + found[4]
 
     return _MARK.sub(table, page)
 

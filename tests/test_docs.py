@@ -502,16 +502,17 @@ def test_step_table_has_ratios_and_shares(rendered):
     assert first == ['paper', '128', *rates, '**1.50**', '60', '120', '50%']
     rates = ['3,000 (2,000 - 4,000)', '9,000 (9,000 - 9,000)', '2,000 (2,000 - 2,000)', '']
     assert second == ['paper, `cpu_devices=2`', '128', *rates, '**1.50**', '3', '', '']
-    assert source == 'Measured on EPYC (2 cores, 24 GiB); jax 1.2 torch 3.4; commit ffffffffffff; 2026-11-27; n = 3.'
+    assert source == 'Measured on EPYC (2 cores, 24 GiB), jax 1.2, torch 3.4, commit ffffffffffff, 2026-11-27, n = 3.'
 
 
 def test_communication_table_has_totals(rendered):
     collectives = {'all-gather': [4, 15.54e6], 'all-reduce': [1, 4.9e3]}
     ours = {'alexnet_jax': {'median': 1.0, 'measurements': [1.0], 'collectives': collectives}}
     record = _record('step', '', images_per_second=ours, mesh={'data': 1, 'tower': 2})
-    head, row, _ = rendered('communication', record)
+    head, row, source = rendered('communication', record)
+    assert source == 'Computed with jax 1.2, torch 3.4, commit ffffffffffff, 2026-11-27.'
     assert head == ['mesh', 'all-gather', 'all-reduce', 'per step and device']
-    assert row == ['1x2', '4: 15.5 MB', '1: 0.0049 MB', '15.5 MB']
+    assert row == ['1x2', '4: 15.5 MB', '1: 0.005 MB', '15.5 MB']
 
 
 def test_inference_and_input_tables_have_their_columns(rendered):
