@@ -2,64 +2,178 @@
 
     python docs/tables.py
 
-Replaces the text between `<!-- table: FILE KIND -->` and `<!-- end -->` in every page of this folder. A suite of
-`alexnet_jax experiments` writes such a file, DIR/SUITE.json, and `alexnet_jax benchmark` prints one as a line of JSON.
+Replaces the text between `<!-- table: FILES KIND -->` and `<!-- end -->` in every page of this folder. FILES is a name
+or a pattern, such as `step_*.json`. A suite of `alexnet_jax experiments` writes such a file, DIR/SUITE.json, and
+`alexnet_jax benchmark --output` one for each measurement. A stage of `launch/gpu_figures.sh` holds several of them.
 """
 
 import json
 import pathlib
 import re
-import statistics
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alexnet_jax.experiments import ablations, tables
 
 DOCS = pathlib.Path(__file__).parent
 _MARK = re.compile(r'(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
+_OURS = 'alexnet_jax'
+_PRODUCT = 'float32 product'
+Record = dict[str, Any]
+Row = dict[str, str]  # {column: cell}
+# Flags that the other columns show, or that do not change what is measured.
+_SHOWN = ('config', 'batch_size', 'batch_sizes', 'against', 'output', 'repeats', 'steps')
+_PROGRAMS = {'torch': 'PyTorch', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 
 
-def suite(result: dict[str, Any]) -> list[list[str]]:
+def suite(records: Sequence[Record]) -> list[Row]:
     """A row for each network of a suite: seeds, errors, and the difference from its baseline."""
+    (result,), table = records, []
     rows = result['runs']
-    table = [['network', 'seeds', 'training error', 'top-1', 'top-5', 'difference']]
     for name, baseline in result['networks'].items():
         runs = [row for row in rows if row['variant'] == name]
         measured = [row for row in runs if not row['diverged']]
         diverged = f', {len(runs) - len(measured)} diverged' if len(measured) < len(runs) else ''
         change = tables.deltas(rows, ablations.Variant(name, {}, baseline)) if baseline else []
         views = 'ten' if all('top1_ten' in row for row in measured) else 'error'
-        errors = [tables.format_mean_std([row[key] for row in measured]) for key in ('train_error', f'top1_{views}')]
-        errors.append(tables.format_mean_std([row[f'top5_{views}'] for row in measured]))
-        table.append([name, f'{len(measured)}{diverged}', *errors, tables.format_mean_std(change, signed=True)])
+        keys = {'training error': 'train_error', 'top-1': f'top1_{views}', 'top-5': f'top5_{views}'}
+        errors = {title: tables.format_mean_std([row[key] for row in measured]) for title, key in keys.items()}
+        first = {'network': name, 'seeds': f'{len(measured)}{diverged}'}
+        table.append({**first, **errors, 'difference': tables.format_mean_std(change, signed=True)})
     return table
 
 
-def speed(result: dict[str, Any]) -> list[list[str]]:
-    """A row for each measured program: median, lowest and highest images/s, and our ratio to it."""
-    programs = result['images_per_second']
-    ours = programs['alexnet_jax']['median']
-    table = [['program', 'images/s', 'lowest - highest', 'n', 'alexnet_jax / program']]
+def step(records: Sequence[Record]) -> list[Row]:
+    """A row for each measurement of a training step: images/s, ratio, and the share of the machine's product."""
+    return [
+        {'network': _name(record), 'batch': str(record['batch_size']), **_rates(record), **_share(record)}
+        for record in records
+    ]
+
+
+def rates(records: Sequence[Record]) -> list[Row]:
+    """A row for each measurement of the input or the preparation: images/s and ratio."""
+    return [{'options': _options(record) or 'default', **_rates(record)} for record in records]
+
+
+def inference(records: Sequence[Record]) -> list[Row]:
+    """A row for each batch size: images/s, the ratio to the fastest other program, the bound and the share of it."""
+    table = []
+    for record in records:
+        for size, programs in record['images_per_second'].items():
+            row = {'network': _name(record), 'batch': size, **_rates({'images_per_second': programs})}
+            if limits := record.get('limits', {}).get(size):
+                row |= {'at most': f'{limits["bound"]:,.0f} ({limits["bound_by"]})', 'share': f'{limits["share"]:.0%}'}
+            table.append(row)
+    return table
+
+
+def communication(records: Sequence[Record]) -> list[Row]:
+    """A row for each mesh: the bytes that a device receives in a training step, from the compiled program."""
+    table = []
+    for record in records:
+        found = record['images_per_second'][_OURS]['collectives']
+        sizes = {
+            name: f'{count}: {size / 1e6:{".1f" if size > 1e6 else ".1g"}} MB'
+            for name, (count, size) in sorted(found.items())
+        }
+        total = f'{sum(size for _, size in found.values()) / 1e6:.1f} MB'
+        table.append({'mesh': '{data}x{tower}'.format(**record['mesh']), **sizes, 'per step and device': total})
+    return table
+
+
+def _name(record: Record) -> str:
+    """Returns the name of the network, and the options of the measurement."""
+    return ', '.join(filter(None, [record['config'], _options(record)]))
+
+
+def _options(record: Record) -> str:
+    words = [word.removeprefix('--') for word in shlex.split(record['command']) if word.startswith('--')]
+    return ', '.join(f'`{word}`' for word in words if word.partition('=')[0] not in _SHOWN)
+
+
+def _rates(record: Record) -> Row:
+    """Returns images/s of each program, as 'median (lowest - highest)', and our ratio to the fastest other program."""
+    programs = record['images_per_second']
+    row = {}
     for name, program in programs.items():
-        values = program['measurements']
-        median = statistics.median(values)
-        spread = f'{min(values):,.1f} - {max(values):,.1f}'
-        table.append(
-            [name, f'{median:,.1f}', spread, str(len(values)), '' if median == ours else f'{ours / median:.2f}']
-        )
-    return table
+        values, digits = program['measurements'], 0 if program['median'] >= 1000 else 1
+        median, low, high = (f'{value:,.{digits}f}' for value in (program['median'], min(values), max(values)))
+        row[_PROGRAMS.get(name, name)] = f'{median} ({low} - {high})'
+    if others := [program['median'] for name, program in programs.items() if not name.startswith(_OURS)]:
+        row['ratio'] = f'**{programs[_OURS]["median"] / max(others):.2f}**'
+    return row
 
 
-_KINDS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {'suite': suite, 'speed': speed}
+def _share(record: Record) -> Row:
+    """Returns our GFLOP/s and, on a CPU, those of a large product and the share that is reached."""
+    ours = record['images_per_second'][_OURS]
+    row = {'GFLOP/s': f'{ours["median"] * ours["flops"] / 1e9:,.0f}'}
+    if limits := record.get('limits'):
+        row |= {'of a product': f'{limits[_PRODUCT]["median"]:,.0f}', 'share': f'{limits["share"]:.0%}'}
+    return row
+
+
+def _source(records: Sequence[Record], kind: str) -> str:
+    """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
+    if kind == 'suite':
+        return ''
+    parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
+    computed = kind == 'communication'
+    return f'\n{"Computed with" if computed else "Measured on"} {", ".join(parts[1:-1] if computed else parts)}.\n'
+
+
+def _environment(record: Record) -> list[str]:
+    machine, programs = record['machine'], ('jax', *_PROGRAMS)
+    versions = ', '.join(f'{name} {version}' for name in programs if (version := record['versions'].get(name)))
+    devices = [device.partition(' ')[2] for device in record['devices'] if not device.startswith('cpu')]
+    where = devices or [f'{machine["cpu"]} ({machine["cores"]} cores, {machine["memory_gib"]:.0f} GiB)']
+    commit, dirty = re.fullmatch(r'(.{,12}).*?(-dirty)?', record['commit'] or 'unknown').groups()
+    return [' + '.join(where), versions, f'commit {commit}{dirty or ""}', record['date'], f'n = {record["n"]}']
+
+
+_KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | None, ...]]] = {  # and the modes
+    'suite': (suite, (None,)),
+    'step': (step, ('step', 'train')),
+    'communication': (communication, ('step',)),
+    'rates': (rates, ('input', 'prepare')),
+    'inference': (inference, ('inference',)),
+}
+
+
+def read(pattern: str, modes: Sequence[str | None]) -> Iterator[Record]:
+    """Yields the measurements of some modes in docs/results, sorted by file name."""
+    for path in sorted((DOCS / 'results').glob(pattern)):
+        content = json.loads(path.read_text(encoding='utf-8'))
+        records = [row['result'] or {} for row in content['commands']] if 'stage' in content else [content]
+        yield from (record for record in records if record.get('mode') in modes)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Returns the columns of all rows. One that only later rows have follows the column that precedes it there."""
+    columns: list[str] = []
+    for row in rows:
+        at = 0
+        for column in row:
+            if column not in columns:
+                columns.insert(at, column)
+            at = columns.index(column) + 1
+    return columns
 
 
 def render(page: str) -> str:
-    """Returns the text of a page with its tables replaced."""
+    """Returns the text of a page with its tables replaced. Raises ValueError if a table has no file."""
 
     def table(found: re.Match[str]) -> str:
-        head, *rows = _KINDS[found[3]](json.loads((DOCS / 'results' / found[2]).read_text(encoding='utf-8')))
-        lines = [head, ['---'] * len(head), *rows]
-        return found[1] + ''.join(f'| {" | ".join(line)} |\n' for line in lines) + found[4]
+        kind, modes = _KINDS[found[3]]
+        if not (records := list(read(found[2], modes))):
+            raise ValueError(f'{found[1].strip()}: there is no such file in docs/results')
+        rows = kind(records)
+        columns = _columns(rows)
+        lines = [columns, ['---'] * len(columns), *([row.get(column, '') for column in columns] for row in rows)]
+        text = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+        return found[1] + text + _source(records, found[3]) + found[4]
 
     return _MARK.sub(table, page)
 

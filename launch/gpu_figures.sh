@@ -18,11 +18,12 @@ mkdir -p "$out" "$work"
 
 pick() { if [ "$small" ]; then echo "$1"; else echo "$2"; fi; } # toy size, full size
 
-# run SECONDS COMMAND...: runs `alexnet_jax COMMAND...` and adds a line to the stage's results. The result is the last
-# line of JSON that the command prints, or the last validation of a training run.
+# run SECONDS COMMAND...: runs `alexnet_jax COMMAND...` and adds a line to the stage's results. The result is the file of
+# a benchmark, the last line of JSON that the command prints, or the last validation of a training run.
 run() {
   local limit=$1 began=$SECONDS status=0
   shift
+  rm -f "$work/record.json"
   if [ "$budget" ] && ((SECONDS + limit > budget)); then
     echo "no time left for: $*"
     status=skipped
@@ -32,15 +33,19 @@ run() {
     timeout -k 10 "$limit" "$python" -m alexnet_jax "$@" | tee "$work/stdout"
     status=${PIPESTATUS[0]}
   fi
-  "$python" - "$results" "$status" $((SECONDS - began)) "$work/stdout" "$@" <<'P'
+  "$python" - "$results" "$status" $((SECONDS - began)) "$work" "$@" <<'P'
 import json, pathlib, sys
-results, status, seconds, stdout, *words = sys.argv[1:]
-found = [line for line in pathlib.Path(stdout).read_text().splitlines() if line.startswith('{')]
+from alexnet_jax.benchmark.record import command
+results, status, seconds, work, *words = sys.argv[1:]
+stdout, record = pathlib.Path(work, 'stdout'), pathlib.Path(work, 'record.json')
+found = [line for line in stdout.read_text().splitlines() if line.startswith('{')]
 workdir = next((word.partition('=')[2] for word in words if word.startswith('--workdir=')), None)
 if not found and workdir and pathlib.Path(workdir, 'metrics.jsonl').exists():
     lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
     found = [line for line in lines if '"split": "val"' in line]
-row = {'command': ' '.join(['alexnet_jax', *words]), 'exit': status, 'seconds': int(seconds)}
+if record.exists():
+    found = [record.read_text()]
+row = {'command': command(words), 'exit': status, 'seconds': int(seconds)}
 with open(results, 'a') as file:
     file.write(json.dumps({**row, 'result': json.loads(found[-1]) if found else None}) + '\n')
 P
@@ -50,7 +55,7 @@ bench() { # SECONDS MODE OPTIONS...
   local limit=$1 mode=$2
   shift 2
   local toy=(--config=quickstart --repeats=1)
-  run "$limit" benchmark "$mode" ${small:+"${toy[@]}"} "$@"
+  run "$limit" benchmark "$mode" ${small:+"${toy[@]}"} "$@" --output="$work/record.json"
 }
 
 train_run() { run "$1" train --workdir="$work/runs/$2" --config="$3" "${@:4}"; } # SECONDS NAME CONFIG OPTIONS...
@@ -71,7 +76,8 @@ row = {'same_bits': all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 row['largest_relative_difference'] = max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in zip(a, b, strict=True))
 print(row)
 with open(results, 'a') as file:
-    file.write(json.dumps({'command': f'compare {" ".join(paths)}', 'result': row}) + '\n')
+    names = ' '.join(path.rpartition('/')[2] for path in paths)
+    file.write(json.dumps({'command': f'compare {names}', 'result': row}) + '\n')
 P
 }
 

@@ -409,11 +409,33 @@ def _tables():
 
 
 def test_generated_tables_are_up_to_date():
-    """`python docs/tables.py` changes nothing, and every result is in a table."""
+    """`python docs/tables.py` changes nothing, every table has its files, and every result is in a table."""
     pages = {path.name: path.read_text() for path in (ROOT / 'docs').glob('*.md')}
     assert {name: _tables().render(page) for name, page in pages.items()} == pages
-    used = set(re.findall(r'<!-- table: (\S+) ', '\n'.join(pages.values())))
-    assert used == {path.name for path in (ROOT / 'docs' / 'results').glob('*.json')}
+    results = ROOT / 'docs' / 'results'
+    patterns = re.findall(r'<!-- table: (\S+) ', '\n'.join(pages.values()))
+    assert {path.name for name in patterns for path in results.glob(name)} == {p.name for p in results.iterdir()}
+
+
+def test_table_without_a_file_is_refused():
+    with pytest.raises(ValueError, match='table: nothing_.*json step -->: there is no such file'):
+        _tables().render('<!-- table: nothing_*.json step -->\n<!-- end -->\n')
+
+
+def _beside_generated(page):
+    """Returns the header of every table of rates that is written by hand in a section with a generated table."""
+    sections = re.split(r'^#+ .*$', page, flags=re.M)
+    texts = [re.sub(r'<!-- table: .*?<!-- end -->', '', text, flags=re.S) for text in sections if '<!-- table' in text]
+    return re.findall(r'^\|(?=.*(?:images/s|ratio)).*\|$(?=\n\| ?-)', '\n'.join(texts), re.M)
+
+
+def test_rates_are_not_written_by_hand_beside_generated_ones():
+    for page in (ROOT / 'docs').glob('*.md'):
+        assert not _beside_generated(page.read_text()), page.name
+    by_hand = '\n| network | images/s |\n|---|---|\n| paper | 20 |\n'
+    generated = '\n<!-- table: a.json step -->\n| ratio |\n| --- |\n<!-- end -->\n'
+    assert _beside_generated(f'## A\n{generated}{by_hand}') == ['| network | images/s |']
+    assert _beside_generated(f'## A\n{generated}\n## B\n{by_hand}') == []
 
 
 def test_suite_table_has_means_and_differences_by_seed():
@@ -423,16 +445,84 @@ def test_suite_table_has_means_and_differences_by_seed():
         for seed, error in enumerate(errors)
     ]
     runs[-1] = {'variant': 'other', 'seed': 1, 'diverged': True}
-    assert _tables().suite({'runs': runs, 'networks': {'base': '', 'other': 'base'}})[1:] == [
+    rows = _tables().suite([{'runs': runs, 'networks': {'base': '', 'other': 'base'}}])
+    assert [list(row.values()) for row in rows] == [
         ['base', '2', '50.00 ± 0.00', '21.00 ± 1.41', '5.00 ± 0.00', ''],
         ['other', '1, 1 diverged', '50.00', '21.00', '5.00', '+1.00'],
     ]
 
 
-def test_speed_table_has_medians_and_ratios():
-    programs = {'alexnet_jax': [30.0, 20.0, 40.0], 'torch': [10.0, 30.0, 20.0]}
-    rates = {name: {'median': sorted(values)[1], 'measurements': values} for name, values in programs.items()}
-    assert _tables().speed({'images_per_second': rates})[1:] == [
-        ['alexnet_jax', '30.0', '20.0 - 40.0', '3', ''],
-        ['torch', '20.0', '10.0 - 30.0', '3', '1.50'],
+def _measured(**rates):
+    return {name: {'median': sorted(values)[1], 'measurements': values} for name, values in rates.items()}
+
+
+def _record(mode, words, **results):
+    environment = {
+        'machine': {'cpu': 'EPYC', 'cores': 2, 'memory_gib': 23.5}, 'devices': ['cpu:0 cpu'], 'commit': 'f' * 40,
+        'versions': {'jax': '1.2', 'torch': '3.4'}, 'date': '2026-11-27', 'n': 3,
+    }  # fmt: skip
+    command = f'alexnet_jax benchmark {mode} --config=paper {words}'
+    return {'mode': mode, 'command': command, 'config': 'paper', 'batch_size': 128, **environment, **results}
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """Returns a function that renders the table of a kind over files of records, as lists of cells."""
+    tables = _tables()
+    tables.DOCS = tmp_path
+    (tmp_path / 'results').mkdir()
+
+    def render(kind, *records):
+        for number, record in enumerate(records):
+            (tmp_path / 'results' / f'a_{number}.json').write_text(json.dumps(record))
+        text = tables.render(f'<!-- table: a_*.json {kind} -->\nold\n<!-- end -->\n')
+        head, _, *rows, empty, source, _ = text.splitlines()[1:]
+        assert not empty
+        return [*([cell.strip() for cell in row.split('|')[1:-1]] for row in (head, *rows)), source]
+
+    return render
+
+
+def test_step_table_has_ratios_and_shares(rendered):
+    ours = _measured(alexnet_jax=[30.0, 20.0, 40.0], torch=[10.0, 1500.0, 20.0])
+    ours['alexnet_jax']['flops'] = 2e9
+    limits = {'float32 product': {'median': 120.0}, 'share': 0.5}
+    two = {'alexnet_jax': [4e3, 2e3, 3e3], 'alexnet_jax, alone': [9e3] * 3, 'one device': [2e3] * 3}
+    two = _measured(**two)
+    two['alexnet_jax']['flops'] = 1e6
+    records = [
+        _record('step', '--against=torch --repeats=3', images_per_second=ours, limits=limits),
+        _record('step', '--cpu_devices=2', images_per_second=two),
+        _record('inference', '', images_per_second={}),  # not a step
     ]
+    head, first, second, source = rendered('step', *records)
+    both = ['alexnet_jax', 'alexnet_jax, alone', 'one device', 'PyTorch']
+    assert head == ['network', 'batch', *both, 'ratio', 'GFLOP/s', 'of a product', 'share']
+    rates = ['30.0 (20.0 - 40.0)', '', '', '20.0 (10.0 - 1,500.0)']
+    assert first == ['paper', '128', *rates, '**1.50**', '60', '120', '50%']
+    rates = ['3,000 (2,000 - 4,000)', '9,000 (9,000 - 9,000)', '2,000 (2,000 - 2,000)', '']
+    assert second == ['paper, `cpu_devices=2`', '128', *rates, '**1.50**', '3', '', '']
+    assert source == 'Measured on EPYC (2 cores, 24 GiB), jax 1.2, torch 3.4, commit ffffffffffff, 2026-11-27, n = 3.'
+
+
+def test_communication_table_has_totals(rendered):
+    collectives = {'all-gather': [4, 15.54e6], 'all-reduce': [1, 4.9e3]}
+    ours = {'alexnet_jax': {'median': 1.0, 'measurements': [1.0], 'collectives': collectives}}
+    record = _record('step', '', images_per_second=ours, mesh={'data': 1, 'tower': 2})
+    head, row, source = rendered('communication', record)
+    assert source == 'Computed with jax 1.2, torch 3.4, commit ffffffffffff, 2026-11-27.'
+    assert head == ['mesh', 'all-gather', 'all-reduce', 'per step and device']
+    assert row == ['1x2', '4: 15.5 MB', '1: 0.005 MB', '15.5 MB']
+
+
+def test_inference_and_input_tables_have_their_columns(rendered):
+    programs = {'1': _measured(alexnet_jax=[30.0, 20.0, 40.0], torch=[9.0, 7.0, 8.0], openvino=[60.0, 60.0, 60.0])}
+    limits = {'1': {'bound': 100.0, 'bound_by': 'dense weights', 'share': 0.3}}
+    _, row, *_ = rendered('inference', _record('inference', '', images_per_second=programs, limits=limits))
+    assert row[:3] == ['paper', '1', '30.0 (20.0 - 40.0)'] and row[-3:] == ['**0.50**', '100 (dense weights)', '30%']
+    stage = {'stage': 'train', 'commands': [{'result': None}, {'result': {'same_bits': True}}]}
+    stage['commands'].append(
+        {'result': _record('input', '--input=a', images_per_second=_measured(alexnet_jax=[1, 2, 3]))}
+    )
+    _, row, *_ = rendered('rates', stage)
+    assert row == ['`input=a`', '2.0 (1.0 - 3.0)']

@@ -150,7 +150,7 @@ def _check_with(tool, *words):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize('name', ['local.sh', 'slurm.sh'])
+@pytest.mark.parametrize('name', ['local.sh', 'slurm.sh', 'cpu_figures.sh'])
 def test_shell_scripts_pass_shellcheck(name):
     subprocess.run(['bash', '-n', str(LAUNCH / name)], check=True)
     _check_with('shellcheck', str(LAUNCH / name))
@@ -192,36 +192,51 @@ def test_dockerfile_copies_the_sources_of_the_package():
     assert all((ROOT / name).exists() for name in copied)
 
 
-# Replaces Python in gpu_figures.sh: notes the commands of the package, and runs everything else.
+# Replaces Python in gpu_figures.sh and cpu_figures.sh: notes the commands of the package, and runs everything else.
 NOTES = """#!/bin/sh
 if [ "$1" = -m ]; then shift 2; echo "$@" >> "$NOTED"; else exec "$REAL" "$@"; fi
 """
 STAGES = ('step', 'train', 'inference', 'resume', 'learn', 'cifar')
 
 
-def _gpu_figures(tmp_path, *stages, **environment):
+def _figures(tmp_path, *stages, script='gpu_figures.sh', **environment):
     here = {'OUT': str(tmp_path / 'out'), 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT), **environment}
-    command = [str(LAUNCH / 'gpu_figures.sh'), *stages]
+    command = [str(LAUNCH / script), *stages]
     return subprocess.run(command, env={**os.environ, **here}, cwd=tmp_path, capture_output=True, text=True)
+
+
+def _noted(tmp_path, *stages, **settings):
+    """Returns the commands of the package that a script would run."""
+    (tmp_path / 'python').write_text(NOTES)
+    (tmp_path / 'python').chmod(0o755)
+    fake = {'PYTHON': str(tmp_path / 'python'), 'REAL': sys.executable, 'NOTED': str(tmp_path / 'noted')}
+    done = _figures(tmp_path, *stages, **settings, **fake)
+    assert done.returncode == 0, done.stderr
+    return ['alexnet_jax ' + line for line in (tmp_path / 'noted').read_text().splitlines()]
+
+
+@pytest.mark.parametrize('small', ['', '1'])
+def test_commands_of_cpu_figures_exist(small, tmp_path):
+    stages = ('step', 'inference', 'input', 'train', 'prepare', 'mesh')
+    commands = _noted(tmp_path, *stages, script='cpu_figures.sh', SMALL=small, IMAGES='photos')
+    assert [command for command in commands if test_docs._missing(shlex.split(command))] == []
+    outputs = [re.search(r' --output=\S+/cpu_(\w+).json', command) for command in commands if ' benchmark ' in command]
+    names = {found[1] for found in outputs}
+    assert len(names) == len(outputs) == (8 if small else 19)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('small', ['', '1'])
 def test_commands_of_gpu_figures_exist(small, tmp_path):
     """The options of every command of every stage, at full size and at toy size."""
-    (tmp_path / 'python').write_text(NOTES)
-    (tmp_path / 'python').chmod(0o755)
-    fake = {'PYTHON': str(tmp_path / 'python'), 'REAL': sys.executable, 'NOTED': str(tmp_path / 'noted')}
-    done = _gpu_figures(tmp_path, *STAGES, SMALL=small, TINY='tiny', CIFAR='cifar', **fake)
-    assert done.returncode == 0, done.stderr
-    commands = ['alexnet_jax ' + line for line in (tmp_path / 'noted').read_text().splitlines()]
+    commands = _noted(tmp_path, *STAGES, SMALL=small, TINY='tiny', CIFAR='cifar')
     assert len(commands) >= 36 - 6 * bool(small)  # at toy size, stage learn has one seed
     assert [command for command in commands if test_docs._missing(shlex.split(command))] == []
     assert {path.name for path in (tmp_path / 'out').glob('*.json')} == {f'{stage}.json' for stage in STAGES}
 
 
 def test_gpu_figures_refuses_other_stages(tmp_path):
-    done = _gpu_figures(tmp_path, 'step', 'steps')
+    done = _figures(tmp_path, 'step', 'steps')
     assert done.returncode == 2 and 'unknown stage steps: expected step, train' in done.stderr
     assert not list((tmp_path / 'out').glob('*.json'))
 
@@ -230,10 +245,26 @@ def test_gpu_figures_refuses_other_stages(tmp_path):
 def test_gpu_figures_at_toy_size(tmp_path):
     pictures = helpers.write_pictures(tmp_path / 'pictures', range(10), 20)
     small = {'SMALL': '1', 'TINY': str(pictures), 'CLASSES': '10'}
-    done = _gpu_figures(tmp_path, 'inference', 'resume', **small)
+    done = _figures(tmp_path, 'inference', 'resume', **small)
     assert done.returncode == 0 and done.stdout.count(' 0 failed') == 2, done.stdout + done.stderr
     found = {name: json.loads((tmp_path / f'out/{name}.json').read_text()) for name in ('inference', 'resume')}
     (measured,) = found['inference']['commands']
+    assert measured['command'].endswith('--output=record.json')
     assert set(measured['result']['images_per_second']) == {'1', '8'} and found['inference']['environment']['versions']
     same = [row['result'] for row in found['resume']['commands'] if row['command'].startswith('compare')]
     assert [row['same_bits'] for row in same] == [True, True]  # on a CPU in any case
+
+
+@pytest.mark.slow
+def test_cpu_figures_at_toy_size(tmp_path):
+    photos = helpers.write_pictures(tmp_path / 'pictures', range(2), 4)
+    done = _figures(tmp_path, 'step', 'prepare', script='cpu_figures.sh', SMALL='1', IMAGES=str(photos))
+    assert done.returncode == 0, done.stdout + done.stderr
+    texts = {path.stem: path.read_text() for path in (tmp_path / 'out').glob('*.json')}
+    assert set(texts) == {'cpu_step_cifar10_80sec', 'cpu_step_two_devices', 'cpu_prepare'}
+    assert not [name for name, text in texts.items() if str(tmp_path) in text]
+    tables = test_docs._tables()
+    tables.DOCS = tmp_path
+    (tmp_path / 'out').rename(tmp_path / 'results')
+    for pattern, kind in (('cpu_step_*', 'step'), ('cpu_prepare', 'rates')):
+        assert 'Measured on' in tables.render(f'<!-- table: {pattern}.json {kind} -->\n<!-- end -->\n')

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from alexnet_jax.benchmark import limits
 from alexnet_jax.benchmark.throughput import OURS, Contender, images_per_second, measure_in_turns
 from alexnet_jax.checkpoints.manager import Checkpoint, config_to_json
 from alexnet_jax.core.model import init_params
@@ -106,14 +107,16 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 def measure(
     config: ConfigDict, against: Sequence[str], batch_sizes: Sequence[int], repeats: int, stack: ExitStack
-) -> dict[int, dict[str, list[float]]]:
-    """Returns the images/s of all measurements by batch size and program. Compilation is not included.
+) -> tuple[dict[int, dict[str, list[float]]], dict[int, dict[str, Any]], list[str]]:
+    """Returns (rates, limits, lines): the images/s by batch size and program, and on a CPU see `limits.add_bound`.
 
-    Every program maps uint8 images in memory to probabilities in memory. Raises UserError if their results differ.
+    Every program maps uint8 images in memory to probabilities in memory. Compilation is not included. Raises UserError
+    if their results differ.
     """
     checkpoint = random_checkpoint(config)
     peers = {name: PEERS[name](checkpoint, stack) for name in against}
-    side, rates = checkpoint.record_size, {}
+    side, rates, bounds, lines = checkpoint.record_size, {}, {}, []
+    machine = limits.contenders() if jax.default_backend() == 'cpu' else []
     for size in batch_sizes:
         images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
         programs = {OURS: Evaluator(checkpoint, batch_size=size).predict, **peers}
@@ -122,9 +125,14 @@ def measure(
             if not (difference := float(np.abs(predict(images) - expected).max())) < _TOLERANCE:
                 raise UserError(f'--against={name}: its probabilities differ by {difference:.2g}; nothing is measured.')
         contenders = [Contender(name, _measurement(predict, images)) for name, predict in programs.items()]
-        rates[size] = measure_in_turns(contenders, repeats)
+        measured = measure_in_turns([*contenders, *machine], repeats)
+        rates[size] = {name: measured[name] for name in programs}
+        if machine:
+            bounds[size] = limits.summary(measured)
+            ours = statistics.median(measured[OURS])
+            lines.append(limits.add_bound(bounds[size], ours, checkpoint.network, checkpoint.image_size, size))
         print(f'batch {size}: measured', file=sys.stderr, flush=True)
-    return rates
+    return rates, bounds, lines
 
 
 def _measurement(predict: Predict, images: np.ndarray) -> Callable[[], float]:
@@ -133,17 +141,23 @@ def _measurement(predict: Predict, images: np.ndarray) -> Callable[[], float]:
     return lambda: images_per_second(once, steps, len(images))
 
 
-def report(rates: dict[int, dict[str, list[float]]], settings: dict[str, Any]) -> str:
-    """Formats the table, a line of JSON and, with other programs, our lowest ratio to the fastest of them."""
-    lines, ratios = [f'{"":24} {"batch":>6} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], []
-    results: dict[int, dict[str, Any]] = {}
-    for size, programs in rates.items():
-        medians = {name: statistics.median(values) for name, values in programs.items()}
-        results[size] = {name: {'median': medians[name], 'measurements': programs[name]} for name in programs}
-        for name, values in programs.items():
+def results(rates: dict[int, dict[str, list[float]]]) -> dict[int, dict[str, Any]]:
+    """Returns the median and the measurements of each program by batch size and name."""
+    return {
+        size: {name: {'median': statistics.median(v), 'measurements': v} for name, v in programs.items()}
+        for size, programs in rates.items()
+    }
+
+
+def report(results: dict[int, dict[str, Any]], settings: dict[str, Any], lines: Sequence[str] = ()) -> str:
+    """Formats the table, more lines, a line of JSON and, with other programs, our lowest ratio to the fastest."""
+    table, ratios = [f'{"":24} {"batch":>6} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], []
+    for size, programs in results.items():
+        for name, found in programs.items():
+            values = found['measurements']
             spread = f'{min(values):10.1f} {max(values):10.1f} {len(values):6}'
-            lines.append(f'{name:24} {size:6} {medians[name]:10.1f} {spread}')
-        if others := [median for name, median in medians.items() if name != OURS]:
-            ratios.append(medians[OURS] / max(others))
-    lines.append(json.dumps({'images_per_second': results, **settings}))
-    return '\n'.join([*lines, *([f'ratio: {min(ratios):.3f}'] if ratios else [])])
+            table.append(f'{name:24} {size:6} {found["median"]:10.1f} {spread}')
+        if others := [found['median'] for name, found in programs.items() if name != OURS]:
+            ratios.append(programs[OURS]['median'] / max(others))
+    table += [*lines, json.dumps({'images_per_second': results, **settings})]
+    return '\n'.join([*table, *([f'ratio: {min(ratios):.3f}'] if ratios else [])])

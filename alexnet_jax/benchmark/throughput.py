@@ -33,7 +33,7 @@ class Contender(NamedTuple):
     """A program that is measured, alternating with others."""
 
     name: str
-    measure: Callable[[], float]  # runs one measurement and returns images/s
+    measure: Callable[[], float]  # runs one measurement and returns the rate, such as images/s
     facts: dict[str, Any] = {}  # noqa: RUF012  compile time, memory, FLOPs
 
 
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 def measure_in_turns(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Returns the images/s of all measurements by contender. Every second round reverses the order."""
+    """Returns the rates of all measurements by contender. Every second round reverses the order."""
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for i in range(repeats):
         for contender in contenders if i % 2 == 0 else contenders[::-1]:
@@ -69,26 +69,33 @@ def images_per_second(step: Callable[[], Any], steps: int, batch_size: int, wait
     return steps * batch_size / (time.perf_counter() - began)
 
 
-def report(contenders: Sequence[Contender], rates: dict[str, list[float]], settings: dict[str, Any]) -> str:
-    """Formats the tables, a line of JSON and, with PyTorch, a line with the ratio of the medians."""
-    lines, results = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}'], {}
-    for contender in contenders:
-        measured, facts = rates[contender.name], contender.facts
-        median = statistics.median(measured)
-        line = f'{contender.name:24} {median:10.1f} {min(measured):10.1f} {max(measured):10.1f} {len(measured):6}'
-        if 'flops' in facts:
-            line += f'  {facts["flops"] * median / 1e9:.0f} GFLOP/s'
-        if 'compile_seconds' in facts:
-            line += f', compiled in {facts["compile_seconds"]} s'
-        if facts.get('bytes'):
-            line += f', {facts["bytes"] / 2**30:.2f} GiB'
-        lines.append(line)
-        results[contender.name] = {'median': median, 'measurements': measured, **facts}
-    lines += compiled_report(contenders[0].facts)
-    lines.append(json.dumps({'images_per_second': results, **settings}))
+def results(contenders: Sequence[Contender], rates: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Returns the median, the measurements and the facts of each contender by name."""
+    measured = {contender.name: (rates[contender.name], contender.facts) for contender in contenders}
+    return {
+        name: {'median': statistics.median(values), 'measurements': values, **facts}
+        for name, (values, facts) in measured.items()
+    }
+
+
+def report(results: dict[str, dict[str, Any]], settings: dict[str, Any], lines: Sequence[str] = ()) -> str:
+    """Formats the tables, more lines, a line of JSON and, with PyTorch, a line with the ratio of the medians."""
+    table = [f'{"":24} {"images/s":>10} {"lowest":>10} {"highest":>10} {"n":>6}']
+    for name, found in results.items():
+        measured, median = found['measurements'], found['median']
+        line = f'{name:24} {median:10.1f} {min(measured):10.1f} {max(measured):10.1f} {len(measured):6}'
+        if 'flops' in found:
+            line += f'  {found["flops"] * median / 1e9:.0f} GFLOP/s'
+        if 'compile_seconds' in found:
+            line += f', compiled in {found["compile_seconds"]} s'
+        if found.get('bytes'):
+            line += f', {found["bytes"] / 2**30:.2f} GiB'
+        table.append(line)
+    table += compiled_report(next(iter(results.values())))
+    table += [*lines, json.dumps({'images_per_second': results, **settings})]
     if TORCH in results:
-        lines.append(f'ratio: {results[OURS]["median"] / results[TORCH]["median"]:.3f}')
-    return '\n'.join(lines)
+        table.append(f'ratio: {results[OURS]["median"] / results[TORCH]["median"]:.3f}')
+    return '\n'.join(table)
 
 
 def compiled_report(facts: dict[str, Any]) -> list[str]:

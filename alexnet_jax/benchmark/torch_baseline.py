@@ -45,21 +45,40 @@ class Net(nn.Sequential):
         modules, shapes = [], architecture.infer_shapes(network, image_size)
         for name, spec in network.layers.items():
             grouped = isinstance(spec, DenseSpec) and spec.groups > 1
-            if grouped or isinstance(spec, LocalSpec) or set(spec.ops) - operations.keys():
+            if grouped or set(spec.ops) - operations.keys():
                 raise UserError(f'--against=torch: no PyTorch equivalent of {name}, {spec}; use another --config.')
             inputs = shapes[name].inputs
             if isinstance(spec, ConvSpec):
                 before, after = spec.padding
                 padding = before if before == after else 0
                 modules += [] if before == after else [nn.ZeroPad2d((before, after, before, after))]
-                modules.append(
-                    nn.Conv2d(inputs[-1], spec.features, spec.kernel, spec.stride, padding, groups=spec.groups)
-                )
+                window = (spec.kernel, spec.stride, padding)
+                if isinstance(spec, LocalSpec):
+                    modules.append(_Local(inputs[-1], shapes[name].linear, *window))
+                else:
+                    modules.append(nn.Conv2d(inputs[-1], spec.features, *window, groups=spec.groups))
             else:
                 modules += [nn.Flatten(), nn.Linear(math.prod(inputs), spec.features)]
             modules += [operations[operation]() for operation in spec.ops]
         super().__init__(*modules)
-        self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
+        self.layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear | _Local)]
+
+
+class _Local(nn.Module):
+    """A locally connected layer, which PyTorch does not have: patches, and one matrix product for each position."""
+
+    def __init__(self, channels: int, outputs: tuple[int, ...], kernel: int, stride: int, padding: int):
+        super().__init__()
+        *self.sides, features = outputs
+        self.window = {'kernel_size': kernel, 'stride': stride, 'padding': padding}
+        fan_in = channels * kernel**2
+        self.weight = nn.Parameter(torch.randn(math.prod(self.sides), fan_in, features) / math.sqrt(fan_in))
+        self.bias = nn.Parameter(torch.zeros(features, math.prod(self.sides)))
+
+    def forward(self, x):
+        patches = nn.functional.unfold(x, **self.window)  # [N, C * kernel^2, positions]
+        y = torch.einsum('npl,lpo->nol', patches, self.weight) + self.bias
+        return y.reshape(len(x), -1, *self.sides)
 
 
 class _GroupedNorm(nn.Module):
@@ -145,8 +164,8 @@ def training(setup: TrainingSetup, precision: str) -> tuple[Callable, Callable]:
     optim = setup.config.optim
     layout = torch.channels_last if _GPU else torch.contiguous_format  # no faster on the CPU
     net = Net(setup.network, setup.augmentation.image_size).to(_DEVICE, memory_format=layout).train()
-    weights = [p for p in net.parameters() if p.ndim > 1]
-    biases = [p for p in net.parameters() if p.ndim == 1]
+    weights = [p for name, p in net.named_parameters() if name.endswith('weight')]
+    biases = [p for name, p in net.named_parameters() if name.endswith('bias')]
     groups = [{'params': weights, 'weight_decay': optim.weight_decay}, {'params': biases}]
     optimizer = torch.optim.SGD(groups, lr=optim.learning_rate, momentum=optim.momentum, fused=_GPU)
     mean_color = np.asarray(setup.image_stats.mean_image).mean((0, 1))

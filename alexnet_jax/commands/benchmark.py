@@ -4,7 +4,10 @@
 
 The measured programs alternate. Each measurement waits for the device once, at its end. The output is a table of
 medians, the FLOPs, memory traffic and communication of the compiled step, a line of JSON, and with --against=torch a
-line `ratio: X`.
+line `ratio: X`. On a CPU, step, train and inference also measure a large matrix product and the rates of the memory,
+and print the share of these limits that is reached.
+
+--output=FILE.json also writes the measurements to a file, from which docs/tables.py writes tables.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import importlib
 import json
 import os
 import resource
+import sys
 from typing import Any
 
 from absl import flags
@@ -21,13 +25,16 @@ from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
 AGAINST = Flag('against', None, 'torch: also measure PyTorch, alternating.', choices=('torch',))
+CONFIG = ConfigFlag('config', 'paper', 'Name or file of a config, for the network and the optimizer.')
+OUTPUT = Flag('output', None, 'A file for the result, in JSON; an existing file is replaced.')
 SHARED = (
-    ConfigFlag('config', 'paper', 'Name or file of a config, for the network and the optimizer.'),
+    CONFIG,
     Flag('batch_size', 0, "Images per batch; 0: the config's batch_size.", at_least=0),
     Flag('repeats', 5, 'Measurements of each program.', at_least=1),
     Flag('steps', 0, 'Batches per measurement; 0: about two seconds, at least twice the buffered batches.', at_least=0),
     Flag('precision', None, 'float32, tf32 or bfloat16, for both; bfloat16 sets model.dtype.', choices=(*PRECISIONS,)),
     CPU_DEVICES,
+    OUTPUT,
 )
 
 
@@ -51,17 +58,18 @@ class Step:
             raise UserError('--compile_for only compiles; remove --against.')
         import jax
 
-        from alexnet_jax.benchmark import hlo_cost, throughput
+        from alexnet_jax.benchmark import hlo_cost, record, throughput
         from alexnet_jax.data import datasets
-        from alexnet_jax.utils.environment import describe_environment
 
+        record.check_output(args.output)
         jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
-        precision, config = _set_precision(args, gpu=True), args.config
+        settings, config = _settings(args, 'step', _set_precision(args, gpu=True)), args.config
         dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
-        facts = hlo_cost.compile_step_for(config, dataset, precision, args.compile_for)
-        record = {'mode': 'step', 'precision': precision, **describe_environment()}
-        record |= {'config': config.to_dict(), 'compiled': facts}
-        print('\n'.join([*throughput.compiled_report(facts), json.dumps(record)]), flush=True)
+        facts = hlo_cost.compile_step_for(config, dataset, settings['precision'], args.compile_for)
+        settings |= {'config': config.to_dict(), 'compiled': facts}
+        print('\n'.join([*throughput.compiled_report(facts), json.dumps(settings)]), flush=True)
+        if args.output:
+            record.write(args.output, settings, {'compiled': facts})
 
 
 class Train:
@@ -125,23 +133,28 @@ class Inference:
         Flag('batch_sizes', '1,8,64', 'Images per call, separated by commas.'),
         Flag('repeats', 5, 'Measurements of each program.', at_least=1),
         CPU_DEVICES,
+        OUTPUT,
     )
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
-        from alexnet_jax.benchmark import inference
-        from alexnet_jax.utils.environment import describe_environment
+        from alexnet_jax.benchmark import inference, record
 
+        record.check_output(args.output)
         against = [name for part in args.against.split(',') if (name := part.strip())]
         inference.check_peers(against)
         sizes = args.batch_sizes.split(',')
         if not all(size.strip().isdecimal() and int(size) for size in sizes):
             raise UserError(f'--batch_sizes={args.batch_sizes}: expected positive integers, such as 1,8,64.')
-        with contextlib.ExitStack() as stack:
-            rates = inference.measure(args.config, against, list(map(int, sizes)), args.repeats, stack)
-        settings = {'mode': 'inference', 'precision': 'float32', 'repeats': args.repeats, **describe_environment()}
+        settings = _settings(args, 'inference', 'float32')
         settings |= {'config': args.config.to_dict(), 'peers': inference.versions(against)}
-        print(inference.report(rates, settings), flush=True)
+        with contextlib.ExitStack() as stack:
+            measured = inference.measure(args.config, against, list(map(int, sizes)), args.repeats, stack)
+        rates, settings['limits'], lines = measured
+        results = inference.results(rates)
+        print(inference.report(results, settings, lines), flush=True)
+        if args.output:
+            record.write(args.output, settings, {'images_per_second': results, 'limits': settings['limits']})
 
 
 SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'inference': Inference, 'prepare': Prepare}
@@ -151,9 +164,9 @@ def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
     """Measures the programs of a mode and prints the report. options: of the mode's function in `CONTENDERS`."""
     import jax
 
-    from alexnet_jax.benchmark import throughput
-    from alexnet_jax.utils.environment import describe_environment
+    from alexnet_jax.benchmark import limits, record, throughput
 
+    record.check_output(args.output)
     against = 'against' in args and bool(args.against)
     if against:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs memory too
@@ -166,18 +179,35 @@ def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:
         torch_baseline = importlib.import_module('alexnet_jax.benchmark.torch_baseline')
         if gpu:
             config.mesh.update({'data': 1, 'tower': 1})  # PyTorch uses one GPU
-    precision = _set_precision(args, gpu)
-    settings = {'mode': mode, 'precision': precision, **describe_environment()}
-    measurement = throughput.Options(torch_baseline, args.steps, precision)
+    settings = _settings(args, mode, _set_precision(args, gpu))
+    measurement = throughput.Options(torch_baseline, args.steps, settings['precision'])
+    machine = limits.contenders() if mode in ('step', 'train') and jax.default_backend() == 'cpu' else []
     with contextlib.ExitStack() as stack:
         contenders = throughput.CONTENDERS[mode](config, measurement, stack, **options)
-        rates = throughput.measure_in_turns(contenders, args.repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    settings |= {'config': config.to_dict(), 'repeats': args.repeats, 'peak_host_bytes': peak}
-    settings['device_memory'] = jax.devices()[0].memory_stats()
+        rates = throughput.measure_in_turns([*contenders, *machine], args.repeats)
+    settings |= {'config': config.to_dict(), 'device_memory': jax.devices()[0].memory_stats()}
+    if not machine:  # which holds large arrays of its own
+        settings['peak_host_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch_baseline:
         settings |= torch_baseline.facts()
-    print(throughput.report(contenders, rates, settings), flush=True)
+    results, lines = throughput.results(contenders, rates), []
+    if machine:
+        ours, settings['limits'] = results[throughput.OURS], limits.summary(rates)
+        lines = [limits.add_share(settings['limits'], ours['median'], ours['flops'])]
+    print(throughput.report(results, settings, lines), flush=True)
+    if args.output:
+        limited = {'limits': settings['limits']} if machine else {}
+        record.write(args.output, settings, {'images_per_second': results, **limited})
+
+
+def _settings(args: flags.FlagValues, mode: str, precision: str) -> dict[str, Any]:
+    """Returns what is known before a measurement. Call it before the config is changed by what the machine has."""
+    from alexnet_jax.benchmark import record
+    from alexnet_jax.utils.environment import describe_environment
+
+    name, _ = CONFIG.split(sys.argv)
+    settings = {'mode': mode, 'precision': precision, 'repeats': args.repeats, **describe_environment()}
+    return settings | {'config_name': name or CONFIG.default, 'config_digest': record.config_digest(args.config)}
 
 
 def _set_precision(args: flags.FlagValues, gpu: bool) -> str:

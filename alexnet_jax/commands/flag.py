@@ -59,7 +59,7 @@ class ConfigFlag(NamedTuple):
         if words is None:  # for --help
             flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
             return []
-        given, rest = self._split(words)
+        given, rest = self.split(words)
         is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]*)')
         keys = [match[1] for word in rest if (match := is_key.match(word))]
         spec = self.default if given is None else given
@@ -77,7 +77,7 @@ class ConfigFlag(NamedTuple):
         values[self.name].using_default_value = given is None  # absl sets it from `rest`, which lacks the config's name
         return rest
 
-    def _split(self, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    def split(self, words: Sequence[str]) -> tuple[str | None, list[str]]:
         """Returns (name of the config or None, the other words)."""
         given, rest, remaining = None, [], iter(words)
         for word in remaining:

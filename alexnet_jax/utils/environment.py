@@ -17,7 +17,7 @@ from alexnet_jax.utils import distributed, processes
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns versions, devices and commit, for environment.json and for published measurements."""
+    """Returns versions, devices, machine and commit, for environment.json and for published measurements."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # The ceiling prevents git from describing another repository that contains the virtual environment.
     git_env = {**os.environ, 'GIT_CEILING_DIRECTORIES': os.path.dirname(root)}
@@ -34,13 +34,23 @@ def describe_environment() -> dict[str, Any]:
     return {
         'python': platform.python_version(),
         'machine': platform.platform(),
+        'cpu': _cpu_model(),
         'cores': processes.cores() * processes.local_processes(),  # for all processes of the run on this machine
+        'memory_gib': round(processes.memory() * processes.local_processes() / 2**30, 1),
         'versions': versions,
         'devices': [f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()],
         'xla_flags': os.environ.get('XLA_FLAGS'),
         'commit': commit or None,
         'command': sys.argv,
     }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:  # Linux
+        for line in file:
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.benchmark import hlo_cost, inference, throughput
+from alexnet_jax.benchmark import hlo_cost, inference, limits, record, throughput
 from alexnet_jax.benchmark.throughput import Contender
 from alexnet_jax.core import architecture, sharding
 from alexnet_jax.data import datasets
@@ -40,8 +40,9 @@ def test_report_ends_with_ratio_of_medians():
         Contender(throughput.TORCH, lambda: 0.0),
     )
     rates = {throughput.OURS: [30.0, 10.0, 20.0], throughput.TORCH: [5.0, 8.0, 90.0]}
-    *table, record, ratio = throughput.report([ours, torch], rates, {'n': 3}).splitlines()
-    assert ratio == 'ratio: 2.500'
+    results = throughput.results([ours, torch], rates)
+    *table, line, record, ratio = throughput.report(results, {'n': 3}, ['limits']).splitlines()
+    assert ratio == 'ratio: 2.500' and line == 'limits'
     found = json.loads(record)
     assert found['n'] == 3 and found['images_per_second'][throughput.TORCH] == {
         'median': 8.0,
@@ -49,8 +50,69 @@ def test_report_ends_with_ratio_of_medians():
     }
     assert table[1].split()[:5] == ['alexnet_jax', '20.0', '10.0', '30.0', '3']
     assert '20 GFLOP/s' in table[1] and '1.00 GiB' in table[1]
-    alone = throughput.report([ours], {throughput.OURS: [1.0]}, {}).splitlines()
+    alone = throughput.report(throughput.results([ours], {throughput.OURS: [1.0]}), {}).splitlines()
     assert json.loads(alone[-1])  # no ratio without a peer
+
+
+def test_limits_are_those_of_product_and_memory(monkeypatch):
+    monkeypatch.setattr(limits, '_SIDE', 64)
+    monkeypatch.setattr(limits, '_BYTES', 2**20)
+    monkeypatch.setattr(limits, '_MIN_SECONDS', 1e-9)
+    rates = throughput.measure_in_turns(limits.contenders(), 3)
+    found = limits.summary(rates)
+    assert [len(row['measurements']) for row in found.values()] == [3, 3, 3]
+    assert all(row['median'] > 0 for row in found.values())
+
+
+def test_bound_of_inference_is_the_larger_time():
+    """fc6 reads 64 x 32 weights and 32 biases, fc7 32 x 32 and 32, fc8 32 x 12 and 12."""
+    dense, network = 4 * (65 * 32 + 33 * 32 + 33 * 12), helpers.network()
+    flops = sum(cost.flops for cost in architecture.infer_shapes(network, helpers.SIZE).values())
+    for read, batch, seconds, by in ((1e-6, 1, dense / 1e3, 'dense weights'), (1e9, 8, 8 * flops / 1e9, 'product')):
+        found = {name: {'median': rate} for name, rate in (('float32 product', 1.0), ('copy', 5.0), ('read', read))}
+        line = limits.add_bound(found, 0.25 * batch / seconds, network, helpers.SIZE, batch)
+        assert found['bound'] == pytest.approx(batch / seconds) and found['bound_by'] == by
+        assert found['share'] == pytest.approx(0.25) and line.endswith('alexnet_jax reaches 25%')
+
+
+def test_share_of_a_step_is_that_of_the_product():
+    found = {name: {'median': 100.0} for name in ('float32 product', 'copy', 'read')}
+    assert limits.add_share(found, images_per_second=20.0, flops=2e9).endswith('the step reaches 40% of the product')
+
+
+def test_record_of_a_measurement_names_no_folder():
+    words = [
+        'benchmark',
+        'input',
+        '--config.data.path=/home/me/my data/squares/',
+        '--input',
+        '/raw/a.tar',
+        '--repeats=2',
+    ]
+    assert record.command(words) == ('alexnet_jax benchmark input --config.data.path=squares --input a.tar --repeats=2')
+    configs = [helpers.digits_config(**{'data.path': path}) for path in ('/a/digits', '../digits', '/a/others')]
+    first, same, other = map(record.config_digest, configs)
+    assert first == same != other and len(first) == 12
+    assert first != record.config_digest(helpers.digits_config(**{'data.path': '/a/digits', 'seed': 7}))
+
+
+def test_record_is_short_json(tmp_path):
+    numbers = [1 / 3] * 40
+    value = {'a': numbers, 'b': {1: {'c': 2.0}}, 'd': {str(i): 'x' * 20 for i in range(5)}}
+    settings = {
+        'mode': 'step', 'command': ['prog', 'benchmark'], 'config_name': '/x/y.py', 'config_digest': 'f', 'repeats': 1,
+        'xla_flags': '--a=/tmp/b', 'config': {'batch_size': 3, 'mesh': {}}, 'peers': {'onnx': '1'},
+        'precision': 'float32',
+        **{key: {} for key in ('commit', 'python', 'versions', 'cpu', 'cores', 'memory_gib', 'devices')},
+    }  # fmt: skip
+    record.write(str(tmp_path / 'a.json'), settings, value)
+    lines = (tmp_path / 'a.json').read_text().splitlines()
+    assert f' "a": [{", ".join(["0.333333"] * 40)}],' in lines and ' "b": {"1": {"c": 2.0}},' in lines
+    assert f'  "3": "{"x" * 20}",' in lines
+    found = json.loads('\n'.join(lines))
+    assert (found['config'], found['xla_flags'], found['versions']) == ('y.py', '--a=b', {'onnx': '1'})
+    with pytest.raises(UserError, match='--output=.*none/a.json: expected a file in an existing folder'):
+        record.check_output(str(tmp_path / 'none' / 'a.json'))
 
 
 def test_collective_bytes_follow_ring_algorithms():
@@ -230,7 +292,11 @@ def test_step_on_two_devices_compares_with_one():
 
 @pytest.mark.slow
 def test_prepare_and_input_modes(images):
-    lines = _benchmark('prepare', f'--input={images}/raw', '--repeats=1')
+    output = images / 'prepare.json'
+    lines = _benchmark('prepare', f'--input={images}/raw', '--repeats=1', f'--output={output}')
+    written = json.loads(output.read_text())
+    assert written['command'].endswith('prepare --input=raw --repeats=1 --output=prepare.json')
+    assert 'batch_size' not in written and 'limits' not in written
     assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
     lines = _benchmark('input', *TINY, f'--config.data.path={images}/prepared')
     assert json.loads(lines[-1])['images_per_second']['alexnet_jax']['median'] > 0
@@ -242,10 +308,15 @@ def test_every_mode_against_pytorch(images, mode):
     mode, *of = mode.split(' of ')
     arguments = [] if mode == 'step' else [f'--config.data.path={images}/prepared']
     arguments += [f'--input={images}/raw'] if of else []
-    *_, record, ratio = _benchmark(mode, '--against=torch', *TINY, *arguments)
+    output = images / f'{mode}.json'
+    *_, line, record, ratio = _benchmark(mode, '--against=torch', *TINY, *arguments, f'--output={output}')
     found = json.loads(record)
     ours, theirs = (found['images_per_second'][name]['median'] for name in ('alexnet_jax', 'torch'))
     assert ratio == f'ratio: {ours / theirs:.3f}' and found['torch']
+    written = json.loads(text := output.read_text())
+    assert str(images) not in text and written['versions']['torch'] == found['torch']
+    assert len(written['images_per_second']['torch']['measurements']) == written['n'] == 2
+    assert ('limits' in written) == (mode in ('step', 'train')) == line.startswith('machine: float32 product ')
 
 
 @pytest.mark.parametrize(('ours', 'theirs'), [(False, True), (True, False)])
@@ -258,20 +329,30 @@ def test_peer_on_another_kind_of_device_is_refused(ours, theirs, monkeypatch):
     throughput.check_torch(theirs)
 
 
-def test_peer_computes_same_network():
+@pytest.mark.parametrize('local', [False, True])
+def test_peer_computes_same_network(local):
     torch = pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 
-    network = helpers.network(dropout_rate=0.0)
+    layers = helpers.layers(conv5={'groups': 1 if local else 2})
+    if local:
+        layers = {name.replace('conv5', 'local5'): layer for name, layer in layers.items()}
+        layers['local5'] = architecture.LocalSpec(**dataclasses.asdict(layers['local5']))
+    network = helpers.network(dropout_rate=0.0, layers=layers)
     params, x = helpers.init(network), 60 * np.random.default_rng(0).standard_normal((2, helpers.SIZE, helpers.SIZE, 3))
     net = torch_baseline.Net(network, helpers.SIZE).eval()
     with torch.no_grad():
-        for name, layer in zip(params, net.layers, strict=True):
+        for name, layer in zip(network.layers, net.layers, strict=True):
             kernel = np.asarray(params[name]['kernel'])
             if kernel.ndim == 2 and name == 'fc6':  # PyTorch flattens maps in (C, H, W) order
                 kernel = kernel.reshape(2, 2, 16, -1).transpose(2, 0, 1, 3).reshape(64, -1)
-            layer.weight.copy_(torch.tensor(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
-            layer.bias.copy_(torch.tensor(np.asarray(params[name]['bias'])))
+            bias = np.asarray(params[name]['bias'])
+            if name == 'local5':
+                kernel, bias = kernel.reshape(-1, *kernel.shape[2:]), bias.reshape(-1, bias.shape[-1]).T
+            else:
+                kernel = kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)
+            layer.weight.copy_(torch.tensor(kernel))
+            layer.bias.copy_(torch.tensor(bias))
         theirs = net(torch.tensor(np.float32(x.transpose(0, 3, 1, 2)))).numpy()
     ours = np.asarray(network.apply({'params': params}, np.float32(x)))
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
@@ -293,11 +374,13 @@ def test_inference_ratio_is_the_lowest_to_the_fastest():
         1: {'alexnet_jax': [30.0], 'torch': [10.0], 'openvino': [20.0]},
         8: {'alexnet_jax': [90.0], 'torch': [60.0]},
     }
-    *table, record, ratio = inference.report(rates, {'n': 1}).splitlines()
+    *table, record, ratio = inference.report(inference.results(rates), {'n': 1}).splitlines()
     assert ratio == 'ratio: 1.500'  # 30 / 20 = 90 / 60
     assert table[1].split() == ['alexnet_jax', '1', '30.0', '30.0', '30.0', '1'] and len(table) == 6
     assert json.loads(record)['images_per_second']['8']['torch']['median'] == 60
-    assert json.loads(inference.report({1: {'alexnet_jax': [1.0]}}, {}).splitlines()[-1])  # no ratio without others
+    assert json.loads(
+        inference.report(inference.results({1: {'alexnet_jax': [1.0]}}), {}).splitlines()[-1]
+    )  # no ratio without others
 
 
 def test_inference_refuses_unknown_programs_and_other_results(monkeypatch):
@@ -311,13 +394,16 @@ def test_inference_refuses_unknown_programs_and_other_results(monkeypatch):
 
 
 @pytest.mark.slow
-def test_inference_against_other_runtimes():
+def test_inference_against_other_runtimes(tmp_path):
     pytest.importorskip('torch')
     against = [name for name in inference.PEERS if importlib.util.find_spec(name)]
     assert {'torch', 'onnxruntime'} <= set(against)
     words = ['--config=quickstart', f'--against={",".join(against)}', '--batch_sizes=1,3', '--repeats=1']
-    done = helpers.run_command('benchmark', 'inference', *words, '--cpu_devices=1')
+    output = tmp_path / 'inference.json'
+    done = helpers.run_command('benchmark', 'inference', *words, '--cpu_devices=1', f'--output={output}')
     assert done.returncode == 0, done.stderr
+    written = json.loads(output.read_text())
+    assert set(against) < set(written['versions']) and set(written['limits']) == {'1', '3'}
     *_, record, ratio = done.stdout.splitlines()
     assert {size: set(rows) for size, rows in json.loads(record)['images_per_second'].items()} == {
         size: {'alexnet_jax', *against} for size in '13'
