@@ -192,7 +192,7 @@ def our_updates(
     stream = setup.train_batches(0)
     stack.callback(stream.close)
     batch, state = setup.to_mesh(next(stream)), setup.steps.init(key)
-    prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
+    prefetched = setup.prefetch(stream)
     if not on_batches:
         stream.close()
     # The log fetches step reports but writes nothing. With num_classes=1 it never detects a loss at chance level.

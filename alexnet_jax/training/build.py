@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +136,19 @@ class TrainingSetup:
     def to_mesh(self, batch: Batch) -> DeviceBatch:
         """Copies a training batch to the devices. Logs a warning for each image that could not be read."""
         return {**sharding.to_mesh(self.mesh, pipeline.warn_unreadable(batch)), **self.storage.on_device}
+
+    def prefetch(self, batches: Iterator[Batch]) -> Iterator[tuple[DeviceBatch, float]]:
+        """Yields (batch on the mesh, seconds waited for it), from `train_batches`. See `pipeline.prefetch_to_device`."""
+        at_once = pipeline.batches_at_once(self.storage)
+        groups = iter(lambda: list(itertools.islice(batches, at_once)), [])
+        for sent, waited in pipeline.prefetch_to_device(groups, self._send):
+            for batch in sent:
+                yield batch, waited / len(sent)
+
+    def _send(self, batches: list[Batch]) -> list[DeviceBatch]:
+        if len(batches) < pipeline.batches_at_once(self.storage) or len(batches) == 1:  # fewer at the end of a run
+            return [self.to_mesh(batch) for batch in batches]
+        return [{**batch, **self.storage.on_device} for batch in sharding.to_mesh_at_once(self.mesh, batches)]
 
     @property
     def _input_options(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def train_and_evaluate(
             if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
             remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # 0 if num_epochs was lowered
-            prefetched = () if hooks.done else pipeline.prefetch_to_device(remaining, setup.to_mesh)
+            prefetched = () if hooks.done else setup.prefetch(remaining)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
                 state, report = setup.steps.train_step(state, batch, setup.image_stats, key)
