@@ -225,7 +225,8 @@ def our_updates(
 def num_buffered(config: ConfigDict) -> int:
     """Returns the largest number of batches that either input pipeline buffers."""
     workers = config.data.num_workers  # PyTorch prefetches two batches per worker
-    return max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
+    parts = pipeline.INDEX_BATCHES if config.data.cache == 'device' else 1
+    return parts * max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
 
 
 def check_torch(gpu: bool) -> None:

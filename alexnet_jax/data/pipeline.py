@@ -28,7 +28,7 @@ UNREADABLE_LABEL = -2  # label in `decode_all` of unreadable images; TFDS uses -
 _MIN_WORKERS = 3  # fewer worker processes are not faster than threads
 _CHUNK = 1024  # most images per chunk: a worker holds several chunks in shared memory
 _SHARED_MEMORY = '/dev/shm'
-_INDEX_BATCHES = 16  # batches of a `DeviceCache` that are drawn and sent at once; more are not faster
+INDEX_BATCHES = 16  # batches of a `DeviceCache` that are drawn and sent at once: each is only a few kB
 
 
 def train_batches(
@@ -78,7 +78,7 @@ def train_batches(
 
 def batches_at_once(storage: Storage) -> int:
     """Returns the number of batches to draw and to send at once. Batches with images are handled one by one."""
-    return _INDEX_BATCHES if isinstance(storage, DeviceCache) else 1
+    return INDEX_BATCHES if isinstance(storage, DeviceCache) else 1
 
 
 def _split(several: Generator[Batch, None, None], parts: int, size: int) -> Generator[Batch, None, None]:

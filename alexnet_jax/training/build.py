@@ -146,7 +146,7 @@ class TrainingSetup:
                 yield batch, waited / len(sent)
 
     def _send(self, batches: list[Batch]) -> list[DeviceBatch]:
-        if len(batches) < pipeline.batches_at_once(self.storage) or len(batches) == 1:  # fewer at the end of a run
+        if len(batches) == 1 or len(batches) < pipeline.batches_at_once(self.storage):  # the end of a run
             return [self.to_mesh(batch) for batch in batches]
         return [{**batch, **self.storage.on_device} for batch in sharding.to_mesh_at_once(self.mesh, batches)]
 
