@@ -162,10 +162,13 @@ class Loop:
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
+        from absl import logging
+
         from alexnet_jax.benchmark import loop
         from alexnet_jax.utils.environment import describe_environment
 
         args.config.batch_size = args.batch_size
+        logging.set_verbosity(logging.ERROR)  # the lines of the run would look like those of training
         measured = loop.host_milliseconds(args.config, args.steps, args.repeats)
         settings = {'mode': 'loop', 'steps': args.steps, **describe_environment(), 'config': args.config.to_dict()}
         print(json.dumps({'host_milliseconds': measured, **settings}), loop.report(measured, args.batch_size), sep='\n')

@@ -24,8 +24,8 @@ def shuffled_indices(positions: range, count: int, seed: int) -> np.ndarray:
     (first_seed,) = map(int, np.random.SeedSequence((seed, 1)).generate_state(1))
     parts = []
     for number in range(int(epoch[0]), int(epoch[-1]) + 1):
-        rows, epoch_seed = index[epoch == number], (first_seed + number) % 2**32
-        parts.append(_permutation(count, epoch_seed)[rows] if bits == _MIN_BITS else _walk(rows, count, epoch_seed, bits))
+        rows, key = index[epoch == number], (first_seed + number) % 2**32
+        parts.append(_permutation(count, key)[rows] if bits == _MIN_BITS else _walk(rows, count, key, bits))
     return np.concatenate(parts)
 
 
@@ -42,6 +42,7 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 
 def _walk(index: np.ndarray, count: int, seed: int, bits: int) -> np.ndarray:
+    """Returns the order of an epoch at some positions."""
     result = _encrypt(index.astype(np.uint32), seed, bits)
     rows = np.flatnonzero(result >= count)
     while rows.size:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -138,17 +137,13 @@ class TrainingSetup:
         return {**sharding.to_mesh(self.mesh, pipeline.warn_unreadable(batch)), **self.storage.on_device}
 
     def prefetch(self, batches: Iterator[Batch]) -> Iterator[tuple[DeviceBatch, float]]:
-        """Yields (batch on the mesh, seconds waited for it), from `train_batches`. See `pipeline.prefetch_to_device`."""
-        at_once = pipeline.batches_at_once(self.storage)
-        groups = iter(lambda: list(itertools.islice(batches, at_once)), [])
-        for sent, waited in pipeline.prefetch_to_device(groups, self._send):
-            for batch in sent:
-                yield batch, waited / len(sent)
+        """Yields (batch on the mesh, seconds waited), from `train_batches`. See `pipeline.prefetch_groups`."""
+        return pipeline.prefetch_groups(batches, self._send, pipeline.batches_at_once(self.storage))
 
     def _send(self, batches: list[Batch]) -> list[DeviceBatch]:
         if len(batches) == 1 or len(batches) < pipeline.batches_at_once(self.storage):  # the end of a run
             return [self.to_mesh(batch) for batch in batches]
-        return [{**batch, **self.storage.on_device} for batch in sharding.to_mesh_at_once(self.mesh, batches)]
+        return [{**batch, **self.storage.on_device} for batch in pipeline.to_mesh_at_once(self.mesh, batches)]
 
     @property
     def _input_options(self) -> dict[str, Any]:
