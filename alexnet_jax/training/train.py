@@ -49,7 +49,8 @@ def train_and_evaluate(
       DivergedError: a loss, gradient or update is not finite. Its message names the step and the last checkpoint.
       TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
-    return run(build.build(config, dataset), as_path(workdir), profile)
+    workdir = as_path(workdir)
+    return run(build.build(config, dataset), workdir, profile)
 
 
 def run(setup: TrainingSetup, workdir: str, profile: int = 0) -> dict[str, float]:
