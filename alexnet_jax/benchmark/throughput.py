@@ -199,7 +199,7 @@ def our_updates(
     stream = setup.train_batches(0)
     stack.callback(stream.close)
     batch, state = setup.to_mesh(next(stream)), setup.steps.init(key)
-    prefetched = pipeline.prefetch_to_device(stream, setup.to_mesh)
+    prefetched = setup.prefetch(stream)
     if not on_batches:
         stream.close()
     # The log fetches step reports but writes nothing. With num_classes=1 it never detects a loss at chance level.
@@ -232,7 +232,8 @@ def our_updates(
 def num_buffered(config: ConfigDict) -> int:
     """Returns the largest number of batches that either input pipeline buffers."""
     workers = config.data.num_workers  # PyTorch prefetches two batches per worker
-    return max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
+    parts = pipeline.INDEX_BATCHES if config.data.cache == 'device' else 1
+    return parts * max(1, workers) * (2 * (config.data.num_threads or pipeline.default_threads(workers)) + 4)
 
 
 def check_torch(gpu: bool) -> None:

@@ -1,6 +1,6 @@
 """Measures images per second of updates, input, training, inference or preparation, also with other programs.
 
-    alexnet_jax benchmark step|input|train|inference|prepare [--against=torch] [--batch_size=128] [--repeats=5]
+    alexnet_jax benchmark step|input|train|inference|prepare|loop [--against=torch] [--batch_size=128] [--repeats=5]
 
 The measured programs alternate. Each measurement waits for the device once, at its end. The output is a table of
 medians, the FLOPs, memory traffic and communication of the compiled step, a line of JSON, and with --against=torch a
@@ -157,7 +157,39 @@ class Inference:
             record.write(args.output, settings, {'images_per_second': results, 'limits': settings['limits']})
 
 
-SUBCOMMANDS = {'step': Step, 'input': Input, 'train': Train, 'inference': Inference, 'prepare': Prepare}
+class Loop:
+    """Measures the work of the host for each step: the training loop around a step that computes nothing.
+
+    alexnet_jax benchmark loop [--config=quickstart] [--batch_size=128] [--steps=2000] [--repeats=5]
+
+    Synthetic images are in the memory of the device. The last line is the median time of a step.
+    """
+
+    FLAGS = (
+        ConfigFlag('config', 'quickstart', 'Name or file of a config, for the network and the optimizer.'),
+        Flag('batch_size', 128, 'Images per batch.', at_least=1),
+        Flag('repeats', 5, 'Measurements.', at_least=1),
+        Flag('steps', 2000, 'Steps per measurement.', at_least=1),
+        CPU_DEVICES,
+    )
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        from absl import logging
+
+        from alexnet_jax.benchmark import loop
+        from alexnet_jax.utils.environment import describe_environment
+
+        args.config.batch_size = args.batch_size
+        logging.set_verbosity(logging.ERROR)  # the lines of the run would look like those of training
+        measured = loop.host_milliseconds(args.config, args.steps, args.repeats)
+        settings = {'mode': 'loop', 'steps': args.steps, **describe_environment(), 'config': args.config.to_dict()}
+        print(json.dumps({'host_milliseconds': measured, **settings}), loop.report(measured, args.batch_size), sep='\n')
+
+
+SUBCOMMANDS = {
+    'step': Step, 'input': Input, 'train': Train, 'inference': Inference, 'prepare': Prepare, 'loop': Loop,
+}  # fmt: skip
 
 
 def _measure(args: flags.FlagValues, mode: str, **options: str | None) -> None:

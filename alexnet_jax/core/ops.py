@@ -73,14 +73,18 @@ def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, pad
     size x size pixels, flattened in (channel, row, column) order. See `conv` for `stride` and `padding`.
     """
     chex.assert_rank([x_NHWC, kernel_HWPO], 4)
-    return lax.conv_general_dilated_local(
-        x_NHWC,
-        kernel_HWPO,
-        (stride, stride),
-        (padding, padding),
-        filter_shape=(size, size),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
+    height, width, _, features = kernel_HWPO.shape
+    x_HWNC = jnp.pad(x_NHWC.transpose(1, 2, 0, 3), (padding, padding, (0, 0), (0, 0)))
+    pixels = [
+        x_HWNC[i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    # The product sums in (row, column, channel) order, in which the patches consist of contiguous pieces.
+    patches_QNP = jnp.concatenate(pixels, axis=-1).reshape(height * width, len(x_NHWC), -1)
+    kernel_QPO = kernel_HWPO.reshape(height * width, -1, size**2, features).swapaxes(1, 2)
+    y_QNO = jnp.matmul(patches_QNP, kernel_QPO.reshape(height * width, -1, features))
+    return y_QNO.reshape(height, width, len(x_NHWC), features).transpose(2, 0, 1, 3)
 
 
 def dense(x: Array, kernel_IO: Array, *, dtype: jax.typing.DTypeLike | None = None) -> Array:

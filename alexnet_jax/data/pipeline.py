@@ -1,23 +1,31 @@
-"""Grain input pipeline: shuffle, draw random parameters, read, crop, batch. It can start at any step.
+"""Input pipeline (grain): shuffle, draw random parameters, read, crop, batch. It can start at any step.
 
 A batch depends only on the step: with batch size B, batch k holds the positions kB to (k+1)B - 1 of an endless stream
 that is reshuffled every epoch. Random parameters depend only on (seed, position), not on threads, processes or mesh.
 """
 
 import contextlib
+import functools
+import itertools
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags, logging
+from jax.sharding import Mesh
 
+from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, crop_positions
 from alexnet_jax.data import random_crops
-from alexnet_jax.data.cache import Batch, Records, Storage, decode
+from alexnet_jax.data.cache import Batch, DeviceCache, Records, Storage, decode
+from alexnet_jax.data.shuffle import shuffled_indices
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
 
@@ -25,6 +33,7 @@ UNREADABLE_LABEL = -2  # label in `decode_all` of unreadable images; TFDS uses -
 _MIN_WORKERS = 3  # fewer worker processes are not faster than threads
 _CHUNK = 1024  # most images per chunk: a worker holds several chunks in shared memory
 _SHARED_MEMORY = '/dev/shm'
+INDEX_BATCHES = 16  # batches of a `DeviceCache` that are drawn and sent at once: each is only a few kB
 
 
 def train_batches(
@@ -58,15 +67,31 @@ def train_batches(
     record_size, image_size = storage.record_size, augmentation.image_size
     crop_positions(record_size, image_size)  # raises UserError here rather than in a worker
 
-    def build(rows):  # not a partial: grain logs its repr, which would contain all records
-        first, indices = rows[0][0], [int(index) for _, index in rows]
-        params = random_crops.draw_batch(augmentation, seed=seed, first=first, count=len(rows), record_size=record_size)
+    def build(positions: range) -> Batch:  # not a partial: grain logs its repr, which would contain all records
+        count = len(positions)
+        params = random_crops.draw_batch(
+            augmentation, seed=seed, first=positions.start, count=count, record_size=record_size
+        )
+        indices: Any = shuffled_indices(positions, len(storage.records), seed)
         return {**params._asdict(), **storage.read(indices, params, image_size)}
 
-    # The index is added before the stream is divided between processes, so positions are global.
-    order = grain.MapDataset.range(len(storage.records)).seed(seed).shuffle().repeat()
-    stream = order.map_with_index(lambda position, index: (position, index))
-    return _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads)
+    parts = batches_at_once(storage) if shard[1] == 1 else 1
+    start, size = start_step * batch_size, parts * batch_size
+    several = _iterate(build, start, sys.maxsize, size, shard, num_workers, num_threads)
+    return _split(several, parts, batch_size) if parts > 1 else several
+
+
+def batches_at_once(storage: Storage) -> int:
+    """Returns the number of batches to draw and to send at once. Batches with images are handled one by one."""
+    return INDEX_BATCHES if isinstance(storage, DeviceCache) else 1
+
+
+def _split(several: Generator[Batch, None, None], parts: int, size: int) -> Generator[Batch, None, None]:
+    """Yields the batches of arrays that hold `parts` batches of `size` rows each."""
+    with contextlib.closing(several):
+        for arrays in several:
+            for first in range(0, parts * size, size):
+                yield {name: array[first : first + size] for name, array in arrays.items()}
 
 
 def eval_batches(
@@ -89,13 +114,15 @@ def eval_batches(
     """
     count = -(-len(records) // batch_size)
     workers = min(num_workers, count * math.ceil(batch_size // shard[1] / _CHUNK))
-    source, stream = Records(records, record_size), grain.MapDataset.range(count * batch_size)
+    source, length = Records(records, record_size), count * batch_size
     # Worker processes take seconds to start, so they are kept. Threads would hold batches of the next pass in memory.
-    if repeat and workers:
-        stream = stream.repeat()
+    end = sys.maxsize if repeat and workers else length
+
+    def build(positions: range) -> Batch:
+        return source.read([position % length for position in positions])
 
     while True:
-        yield from _iterate(stream, source.read, batch_size, 0, shard, workers, num_threads)
+        yield from _iterate(build, 0, end, batch_size, shard, workers, num_threads)
         if not repeat:
             return
 
@@ -165,18 +192,19 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
 
 
-def _iterate(stream, build, batch_size, start_step, shard, num_workers, num_threads) -> Generator[Batch, None, None]:
+def _iterate(build, start, end, batch_size, shard, num_workers, num_threads) -> Generator[Batch, None, None]:
+    """Yields `build(positions)` for this process's rows of each batch, from position `start` to position `end`."""
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
 
-    def read_chunk(number):
-        """Returns the elements of the stream for chunk `number` of this process."""
+    def build_chunk(number):
+        """Returns chunk `number` of this process. Positions are global; a process's rows in a batch are contiguous."""
         batch, chunk = divmod(number, chunks)
-        first = (start_step + batch) * batch_size + index * rows  # a process's rows are contiguous in the global batch
-        return [stream[first + row] for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks)]
+        first = start + batch * batch_size + index * rows
+        return build(range(first + rows * chunk // chunks, first + rows * (chunk + 1) // chunks))
 
-    dataset = grain.MapDataset.range((len(stream) // batch_size - start_step) * chunks).map(read_chunk).map(build)
+    dataset = grain.MapDataset.range((end - start) // batch_size * chunks).map(build_chunk)
     # Each thread builds one chunk, and two more chunks are buffered. Grain would buffer 500 by default.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if num_workers:
@@ -214,13 +242,13 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             ) from error
 
 
-def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) -> Iterator[tuple[dict, float]]:
+def prefetch_to_device(batches: Iterator[Any], send: Callable[[Any], Any]) -> Iterator[tuple[Any, float]]:
     """Yields (batch on the devices, seconds waited for it). Each batch is sent before the previous one is yielded.
 
     A GPU writes to newly allocated memory only after all previously dispatched work. A batch sent after the dispatch of
     a step is copied after that step; a batch sent before it is copied while the previous step computes.
 
-    send: function that puts a batch on the devices, such as `sharding.to_mesh`.
+    send: function that puts a batch, or several, on the devices, such as `sharding.to_mesh`.
     """
     pending, start = None, time.perf_counter()
     for batch in batches:
@@ -231,3 +259,30 @@ def prefetch_to_device(batches: Iterator[dict], send: Callable[[dict], dict]) ->
         pending, start = sent, time.perf_counter()
     if pending is not None:
         yield pending
+
+
+def prefetch_groups(
+    batches: Iterator[Batch], send: Callable[[list[Batch]], list[dict]], size: int
+) -> Iterator[tuple[dict, float]]:
+    """Like `prefetch_to_device`, but sends `size` batches at once. The last group may be smaller."""
+    groups = iter(lambda: list(itertools.islice(batches, size)), [])
+    for sent, waited in prefetch_to_device(groups, send):
+        for batch in sent:
+            yield batch, waited / len(sent)
+
+
+def to_mesh_at_once(mesh: Mesh, batches: list[Batch]) -> list[dict[str, jax.Array]]:
+    """Returns the same as `sharding.to_mesh` for each batch, in one transfer: faster if batches are small."""
+    # Stacked along the second axis, because the first one is divided between devices.
+    stacked = {name: np.stack([batch[name] for batch in batches], axis=1) for name in batches[0]}
+    return _unstack(mesh, len(batches))(sharding.to_mesh(mesh, stacked))
+
+
+@functools.cache
+def _unstack(mesh: Mesh, count: int) -> Callable[[dict[str, jax.Array]], list[dict[str, jax.Array]]]:
+    """Returns a jitted function that separates stacked batches."""
+
+    def unstack(stacked: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
+        return [{name: array[:, i] for name, array in stacked.items()} for i in range(count)]
+
+    return jax.jit(unstack, out_shardings=sharding.batch_sharding(mesh))

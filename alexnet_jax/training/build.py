@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +135,15 @@ class TrainingSetup:
     def to_mesh(self, batch: Batch) -> DeviceBatch:
         """Copies a training batch to the devices. Logs a warning for each image that could not be read."""
         return {**sharding.to_mesh(self.mesh, pipeline.warn_unreadable(batch)), **self.storage.on_device}
+
+    def prefetch(self, batches: Iterator[Batch]) -> Iterator[tuple[DeviceBatch, float]]:
+        """Yields (batch on the mesh, seconds waited), from `train_batches`. See `pipeline.prefetch_groups`."""
+        return pipeline.prefetch_groups(batches, self._send, pipeline.batches_at_once(self.storage))
+
+    def _send(self, batches: list[Batch]) -> list[DeviceBatch]:
+        if len(batches) == 1 or len(batches) < pipeline.batches_at_once(self.storage):  # the end of a run
+            return [self.to_mesh(batch) for batch in batches]
+        return [{**batch, **self.storage.on_device} for batch in pipeline.to_mesh_at_once(self.mesh, batches)]
 
     @property
     def _input_options(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.checkpoints.manager import CheckpointManager, check_workdir, config_to_json
 from alexnet_jax.core import sharding
 from alexnet_jax.core.train_step import TrainState
-from alexnet_jax.data import datasets, pipeline
+from alexnet_jax.data import datasets
 from alexnet_jax.data.cache import Batch
 from alexnet_jax.inference import evaluate
 from alexnet_jax.training import build, metric_writer, published_curves, restore, train_log
@@ -50,7 +50,12 @@ def train_and_evaluate(
       TerminatedError: SIGTERM was received. The current step is saved; an interrupted validation is repeated on resume.
     """
     workdir = as_path(workdir)
-    setup = build.build(config, dataset)
+    return run(build.build(config, dataset), workdir, profile)
+
+
+def run(setup: TrainingSetup, workdir: str, profile: int = 0) -> dict[str, float]:
+    """Trains like `train_and_evaluate`, with the objects of `build.build`."""
+    config = setup.config
     key = sharding.random_key(setup.mesh, config.seed)
     data = setup.dataset
     meta: dict[str, Any] = {'config': config_to_json(config), 'class_names': list(data.class_names)}
@@ -86,7 +91,7 @@ def train_and_evaluate(
             if unfinished:  # SIGTERM was received between this step's update and its validation or save
                 state = hooks.after_update(state, start, hooks.due(start), resumed=True)
             remaining = itertools.islice(batches, max(0, setup.total_steps - start))  # 0 if num_epochs was lowered
-            prefetched = () if hooks.done else pipeline.prefetch_to_device(remaining, setup.to_mesh)
+            prefetched = () if hooks.done else setup.prefetch(remaining)
             for step, (batch, waited) in enumerate(prefetched, start + 1):
                 profiler.before_update(step)
                 state, report = setup.steps.train_step(state, batch, setup.image_stats, key)

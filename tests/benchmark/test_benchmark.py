@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.benchmark import hlo_cost, inference, limits, record, throughput
+from alexnet_jax.benchmark import hlo_cost, inference, limits, loop, record, throughput
 from alexnet_jax.benchmark.throughput import Contender
 from alexnet_jax.core import architecture, sharding
 from alexnet_jax.data import datasets
@@ -409,3 +409,14 @@ def test_inference_against_other_runtimes(tmp_path):
         size: {'alexnet_jax', *against} for size in '13'
     }
     assert float(ratio.removeprefix('ratio: ')) > 0
+
+
+@pytest.mark.slow
+def test_loop_reports_the_median_step():
+    record, last = _benchmark('loop', '--batch_size=8', '--steps=20', '--repeats=3')
+    measured = json.loads(record)['host_milliseconds']
+    assert len(measured) == 3 and min(measured) > 0
+    assert last.startswith(f'host work per step: {sorted(measured)[1]:.3f} ms (') and last.endswith(' images/s')
+    assert loop.report([2.0, 1.0, 4.0], 100) == (
+        'host work per step: 2.000 ms (1.000 - 4.000, n = 3), at most 50,000 images/s'
+    )

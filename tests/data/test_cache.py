@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.core import augment
-from alexnet_jax.data import cache
+from alexnet_jax.data import cache, pipeline
 from alexnet_jax.training import build
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UnreadableError, UserError
@@ -106,3 +106,37 @@ def test_cache_larger_than_memory_is_refused(monkeypatch, tmp_path):
         monkeypatch.delenv('LOCAL_WORLD_SIZE')
     container.write_text('5600000')
     build.build(helpers.run_config(**{'data.cache': 'host'}))
+
+
+@pytest.mark.parametrize('shard', [(0, 1), (1, 2)])
+@pytest.mark.parametrize('start_step', [0, 5])
+def test_batches_drawn_at_once_equal_single_batches(start_step, shard):
+    """In a device cache, 16 batches at once: 40 batches of 8 from 50 images span three groups and seven epochs."""
+    pixels, labels = np.zeros((50, 6, 6, 3), np.uint8), np.arange(50, dtype=np.int32) - 1  # one without a label
+    options = {'batch_size': 8, 'seed': 3, 'start_step': start_step, 'shard': shard, 'num_threads': 2}
+    options['augmentation'] = augment.Augmentation(image_size=4)
+    single, grouped = (
+        list(itertools.islice(pipeline.train_batches(kind(pixels, labels), **options), 40))
+        for kind in (cache.HostCache, cache.DeviceCache)
+    )
+    assert not any(batch.pop('whole').any() for batch in single)
+    for batch, other in zip(grouped, single, strict=True):
+        index = batch.pop('index')
+        assert index.dtype == np.int32 and (np.maximum(labels[index], 0) == batch['label']).all()
+        chex.assert_trees_all_equal(batch, other)
+    assert sum(batch['weight'].sum() for batch in grouped) < 40 * 8 / shard[1]
+
+
+@pytest.mark.parametrize('mesh', [{'data': 1, 'tower': 1}, {'data': 2, 'tower': 2}])
+def test_batches_sent_at_once_equal_single_batches(mesh):
+    run = build.build(helpers.run_config(**{'data.cache': 'device', **{f'mesh.{name}': n for name, n in mesh.items()}}))
+    batches = run.train_batches(3)
+    host = list(itertools.islice(batches, 20))  # 16 at once, then the last 4 one by one
+    batches.close()
+    sent = list(run.prefetch(iter([dict(batch) for batch in host])))
+    for (batch, waited), values in zip(sent, host, strict=True):
+        expected = run.to_mesh(values)
+        assert 0 <= waited < 10 and list(batch) == list(expected)
+        chex.assert_trees_all_equal(batch, expected)
+        for x, y in zip(batch.values(), expected.values(), strict=True):
+            assert x.dtype == y.dtype and x.sharding == y.sharding

@@ -55,6 +55,23 @@ def test_repeated_sigterm_gives_the_same_result(uninterrupted, tmp_path, monkeyp
     chex.assert_trees_all_equal(last_state(resume_config(), tmp_path), last_state(resume_config(), uninterrupted))
 
 
+@pytest.mark.slow
+def test_batches_sent_at_once_leave_a_run_unchanged(tmp_path, monkeypatch):
+    """From the memory of the device, one by one or 16 at once and stopped at step 10: the same lines and states."""
+    config, single, grouped = resume_config(**{'data.cache': 'device'}), tmp_path / 'single', tmp_path / 'grouped'
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, 'INDEX_BATCHES', 1)
+        train.train_and_evaluate(config, str(single))
+    _stop_after(monkeypatch, 10)
+    with pytest.raises(TerminatedError, match='step 10 of 30'):
+        train.train_and_evaluate(config, str(grouped))
+    monkeypatch.undo()
+    train.train_and_evaluate(config, str(grouped))
+    assert untimed_metrics(grouped) == untimed_metrics(single)
+    assert sorted(os.listdir(grouped / 'checkpoints')) == sorted(os.listdir(single / 'checkpoints'))
+    chex.assert_trees_all_equal(last_state(config, grouped), last_state(config, single))
+
+
 def test_interrupted_validation_is_repeated_first(uninterrupted, tmp_path, monkeypatch):
     _stop_after(monkeypatch, 15)  # in the third batch of the validation at step 12
     with pytest.raises(TerminatedError, match='step 12 of 30'):

@@ -1,0 +1,17 @@
+"""The order of the training images is grain's."""
+
+import grain
+import numpy as np
+import pytest
+
+from alexnet_jax.data import shuffle
+
+
+@pytest.mark.parametrize('count', [1, 20, 50, 1437, 65535, 65536, 65537, 65538, 1_281_167, 2**24 + 1, 2**32 - 1])
+def test_order_equals_grain(count):
+    """Positions at the start of an epoch, at its end and in a later epoch; words of 8, 9, 11, 13 and 16 bits."""
+    for seed in (0, 2**32 - 1):
+        order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        for first in (0, max(0, count - 9), 3 * count + 1):
+            found = shuffle.shuffled_indices(range(first, first + 20), count, seed)
+            assert found.dtype == np.uint32 and found.tolist() == [order[first + i] for i in range(20)]
