@@ -8,6 +8,7 @@ import stat
 import warnings
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from alexnet_jax.utils.errors import first_line
@@ -96,6 +97,23 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def decode_jpeg(content: bytes, height: int, width: int) -> np.ndarray | None:
+    """Returns the pixels of a JPEG, uint8 [height, width, 3], or None if Pillow has to decode the image.
+
+    simplejpeg and Pillow use the same library, libjpeg-turbo, with the same settings. Their pixels are equal, and
+    simplejpeg is faster. Pillow has to decode other formats, CMYK and unusual subsampling. For damaged files and files
+    of another size, it states what is wrong.
+    """
+    if not content.startswith(b'\xff\xd8'):
+        return None
+    try:
+        *size, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+        is_usual = size == [height, width] and colorspace in ('YCbCr', 'RGB', 'Gray')
+        return simplejpeg.decode_jpeg(content, 'RGB') if is_usual else None
+    except ValueError:
+        return None
+
+
 def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.Image:
     """Converts an image file or a PIL image to RGB, on a white background, and applies its EXIF rotation.
 
@@ -113,11 +131,15 @@ def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.
             raw_mode = str(getattr(opened, 'tile', ''))  # how the file stores the pixels; loading clears it
             if isinstance(image, bytes) and _has_frames(opened):
                 notes.append(FRAMES)
-            # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
-            opened.load()
+            pixels = None
+            if isinstance(image, bytes) and opened.format == 'JPEG':
+                pixels = decode_jpeg(image, height, width)
+            if pixels is None:
+                # Load before reading EXIF data: `getexif` of a PNG also loads the pixels, and would hide their errors.
+                opened.load()
             is_32_bit = opened.mode == 'F' or (opened.mode == 'I' and opened.format != 'PPM')  # PGM's mode I: 16 bits
             if not is_32_bit:
-                rgb = _on_white(opened, raw_mode, notes)
+                rgb = _on_white(opened, raw_mode, notes) if pixels is None else Image.fromarray(pixels)
                 method = _exif_rotation(opened)
         except Image.DecompressionBombError as error:  # Pillow itself raises it above 2 * MAX_PIXELS
             declared = str(error).split(' exceeds')[0]

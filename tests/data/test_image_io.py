@@ -1,13 +1,14 @@
 """Decoding of image files of all supported kinds."""
 
 import io
+import itertools
 import struct
 import zlib
 
 import chex
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from alexnet_jax.data import image_files, image_io
 from alexnet_jax.inference import predict
@@ -296,3 +297,41 @@ def test_heic_without_pillow_heif_is_named(monkeypatch, tmp_path, capfd):
     helpers.write_files(tmp_path, {'a.HEIC': content, 'b.png': b''})
     assert len(predict.list_image_files([tmp_path])) == 1
     assert "*.HEIC), or read HEIC with pip install 'alexnet_jax[heif]'" in capfd.readouterr().err
+
+
+def _jpegs():
+    """Yields JPEGs of every usual kind: odd sizes, subsampling, progressive, restart markers, gray, stored as RGB."""
+    for height, width in ((1, 1), (7, 9), (16, 17), (33, 64)):
+        for seed, (subsampling, progressive) in enumerate(itertools.product(('4:4:4', '4:2:2', '4:2:0'), (0, 1))):
+            image = Image.fromarray(helpers.picture(seed, height, width))
+            options = {'subsampling': subsampling, 'progressive': progressive, 'restart_marker_blocks': seed % 3}
+            yield from (helpers.encode(image, quality=quality, **options) for quality in (10, 95))
+            yield helpers.encode(image.convert('L'), progressive=progressive)
+        yield helpers.encode(image, keep_rgb=True)
+
+
+def test_jpegs_have_the_pixels_of_pillow():
+    contents = list(_jpegs())
+    for content in contents:
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+        np.testing.assert_array_equal(image_io.decode_jpeg(content, *expected.shape[:2]), expected)
+    assert len(contents) == 76
+
+
+def test_other_jpegs_are_left_to_pillow():
+    picture = Image.fromarray(helpers.picture(0, 16, 16))
+    content = helpers.encode(picture)
+    assert image_io.decode_jpeg(content, 16, 16) is not None
+    other = (helpers.encode(picture.convert('CMYK')), helpers.encode(picture, 'PNG'), content[:-20], content[:30], b'')
+    assert [image_io.decode_jpeg(data, 16, 16) for data in other] == [None] * 5
+    assert image_io.decode_jpeg(content, 16, 17) is None
+
+
+@pytest.mark.parametrize('orientation', [1, 3, 6])
+def test_prepared_square_does_not_depend_on_the_decoder(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = helpers.encode(helpers.picture(1, 60, 41), exif=exif.tobytes())
+    square = image_io.resize_center_crop(content, 32)
+    monkeypatch.setattr(image_io, 'decode_jpeg', lambda *_: None)
+    np.testing.assert_array_equal(image_io.resize_center_crop(content, 32), square)
