@@ -53,7 +53,13 @@ class Records:
     record_size: int  # side of a record's image, pixels
     on_device: ClassVar[dict[str, jax.Array]] = {}  # device arrays to add to every batch
 
-    def read(self, indices: Sequence[int], params: AugmentParams | None = None, image_size: int | None = None) -> Batch:
+    def read(
+        self,
+        indices: Sequence[int],
+        params: AugmentParams | None = None,
+        image_size: int | None = None,
+        out: np.ndarray | None = None,
+    ) -> Batch:
         """Returns a batch of crops of side `image_size` selected by `params`, or of whole images if both are None.
 
         A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], which is 0
@@ -61,7 +67,7 @@ class Records:
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.
-        images = np.empty((count, size, size, 3), np.uint8)
+        images = np.empty((count, size, size, 3), np.uint8) if out is None else out
         labels, weight, unreadable = np.zeros(count, np.int32), np.zeros(count, np.float32), []
         for i, index in enumerate(indices):
             if index >= len(self.records):
