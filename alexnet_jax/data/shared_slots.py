@@ -87,12 +87,14 @@ class SharedSlots:
             return None
         with _lock:
             memory = self._memory = self._memory or self._open()
+            if memory is None:
+                return None
             first = _worker_index * self._slots
-            for slot in range(first, first + self._slots) if memory else ():
-                if not memory[slot]:
-                    self._set_in_use(slot, True)
-                    return slot
-        return None
+            slot = memory.find(b'\0', first, first + self._slots)
+            if slot < 0:
+                return None
+            self._set_in_use(slot, True)
+            return slot
 
     def _set_in_use(self, slot: int, in_use: bool) -> None:
         assert self._memory
