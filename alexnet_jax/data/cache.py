@@ -64,6 +64,8 @@ class Records:
 
         A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], which is 0
         for unreadable images and indices past the last record. 'unreadable' lists the reasons, if there are any.
+
+        out: memory for the images, which is used instead of new memory.
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.

@@ -1,7 +1,8 @@
 """Shared memory in which worker processes pass the images of batches to their parent.
 
-New shared memory is slow: its pages are allocated and zeroed, mapped in two processes and freed. These slots are used
-again as soon as nothing in the parent refers to the images of a batch.
+New shared memory is slow: its pages are allocated and zeroed, mapped in two processes and freed. On a virtual machine
+this took 140 us per image of 224 px, beside 255 us to decode it. These slots are used again as soon as nothing in the
+parent refers to the images of a batch.
 """
 
 import dataclasses
