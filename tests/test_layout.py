@@ -39,6 +39,7 @@ ONLY = {
     'pooch': {'convert/published.py'},
     'huggingface_hub': {'convert/loading.py'},
     'pillow_heif': {'data/image_io.py'},
+    'simplejpeg': {'data/image_io.py'},
     'matplotlib': {'experiments/plots.py'},
     'google': {'convert/caffe.py', 'training/metric_writer.py'},
     'configs': set(),

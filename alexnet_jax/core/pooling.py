@@ -52,15 +52,15 @@ def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -
 
 
 def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Also counts how many values of each window equal its maximum. One pass over x computes both.
-
-    The maximum is taken over slices, which XLA fuses with the count. `_max_pool` has no count and uses `reduce_window`,
-    because XLA would fuse slices with the operation that computes x, and recompute a value for each window over it.
-    """
+    """Also counts how many values of each window equal its maximum, first along rows, then along columns."""
     rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
-    values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]
+    row_max = functools.reduce(jnp.maximum, rows)
+    row_ties = sum((row == row_max).astype(jnp.float32) for row in rows)
+    row_max, row_ties = lax.optimization_barrier((row_max, row_ties))
+    values = _window_slices(row_max, window, stride, 2, fill=-jnp.inf)
+    counts = _window_slices(row_ties, window, stride, 2, fill=0)
     y = functools.reduce(jnp.maximum, values)
-    ties = sum((value == y).astype(np.min_scalar_type(window**2)) for value in values)
+    ties = sum(jnp.where(value == y, count, 0) for value, count in zip(values, counts, strict=True))
     y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
     return y, (x, y, ties)
 
@@ -68,26 +68,26 @@ def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[
 def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], gradient: Array) -> tuple[Array]:
     x, y, ties = arrays
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    share = gradient.astype(wide) / ties.astype(wide)
     # Position p is at offset p % stride + m * stride of window p // stride - m, if that offset is less than `window`.
     back = range(-(-window // stride))
+    counts = [-(-size // stride) for size in x.shape[1:3]]  # of p // stride
+    edges = [(back[-1], max(0, count - size)) for count, size in zip(counts, y.shape[1:3], strict=True)]
+    y, share = (jnp.pad(a, [(0, 0), *edges, (0, 0)]) for a in (y, gradient.astype(wide) / ties.astype(wide)))
+    y, share = lax.optimization_barrier((y, share))
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
+
+    def upsample(a: Array, *shift: int) -> Array:
+        """Returns an array of the shape of x with a[i // stride - m, j // stride - n] at (i, j)."""
+        for axis, m in zip((1, 2), shift, strict=True):
+            a = lax.slice_in_dim(a, back[-1] - m, back[-1] - m + counts[axis - 1], axis=axis)
+            a = lax.slice_in_dim(jnp.repeat(a, stride, axis), 0, x.shape[axis], axis=axis)
+        return a
+
     total: Any = 0
     for m, n in itertools.product(back, back):
-        upsample = functools.partial(_upsample, back=(m, n), stride=stride, shape=x.shape)
-        is_max = (x == upsample(y)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
-        total += jnp.where(is_max, upsample(share), 0)
+        is_max = (x == upsample(y, m, n)) & (inside[0][m][:, None] & inside[1][n])[None, :, :, None]
+        total += jnp.where(is_max, upsample(share, m, n), 0)
     return (total.astype(x.dtype),)
-
-
-def _upsample(y: Array, back: tuple[int, int], stride: int, shape: tuple[int, ...]) -> Array:
-    """Returns an array of `shape` with y[i // stride - back[0], j // stride - back[1]] at (i, j), and 0 outside y."""
-    for axis, m in zip((1, 2), back, strict=True):
-        count = -(-shape[axis] // stride)
-        widths = [(m, max(0, count - m - y.shape[axis])) if i == axis else (0, 0) for i in range(4)]
-        y = lax.slice_in_dim(jnp.pad(y, widths), 0, count, axis=axis)
-        y = lax.slice_in_dim(jnp.repeat(y, stride, axis), 0, shape[axis], axis=axis)
-    return y
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from alexnet_jax.data import image_io
 from alexnet_jax.data.random_crops import AugmentParams, crop
 from alexnet_jax.utils.errors import UnreadableError
 
@@ -23,15 +24,20 @@ def decode(record: dict[str, Any], size: int) -> np.ndarray:
     image = record['image']
     try:
         if not isinstance(image, np.ndarray):
-            with Image.open(io.BytesIO(image), formats=('JPEG', 'PNG')) as file:
-                if file.size != (size, size):  # checked before the pixels are allocated
-                    raise ValueError(f'{file.width} x {file.height} px; expected {size} x {size}')
-                image = np.asarray(file if file.mode == 'RGB' else file.convert('RGB'))
+            pixels = image_io.decode_jpeg(image, size, size)
+            image = _decode_with_pillow(image, size) if pixels is None else pixels
         if image.shape != (size, size, 3) or image.dtype != np.uint8:
             raise ValueError(f'{image.dtype} of shape {image.shape}; expected uint8 of shape {(size, size, 3)}')
     except Exception as error:  # Pillow raises undocumented exception types
         raise UnreadableError(f'record {_name(record)!r} cannot be decoded ({error}); prepare it again.') from error
     return image
+
+
+def _decode_with_pillow(content: bytes, size: int) -> np.ndarray:
+    with Image.open(io.BytesIO(content), formats=('JPEG', 'PNG')) as file:
+        if file.size != (size, size):  # checked before the pixels are allocated
+            raise ValueError(f'{file.width} x {file.height} px; expected {size} x {size}')
+        return np.asarray(file if file.mode == 'RGB' else file.convert('RGB'))
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -47,15 +53,23 @@ class Records:
     record_size: int  # side of a record's image, pixels
     on_device: ClassVar[dict[str, jax.Array]] = {}  # device arrays to add to every batch
 
-    def read(self, indices: Sequence[int], params: AugmentParams | None = None, image_size: int | None = None) -> Batch:
+    def read(
+        self,
+        indices: Sequence[int],
+        params: AugmentParams | None = None,
+        image_size: int | None = None,
+        out: np.ndarray | None = None,
+    ) -> Batch:
         """Returns a batch of crops of side `image_size` selected by `params`, or of whole images if both are None.
 
         A batch has 'image' uint8 [n, image_size, image_size, 3], 'label' int32 [n] and 'weight' float32 [n], which is 0
         for unreadable images and indices past the last record. 'unreadable' lists the reasons, if there are any.
+
+        out: memory for the images, which is used instead of new memory.
         """
         count, size = len(indices), image_size or self.record_size
         # Crop directly into the batch: the first access to newly allocated memory is slow.
-        images = np.empty((count, size, size, 3), np.uint8)
+        images = np.empty((count, size, size, 3), np.uint8) if out is None else out
         labels, weight, unreadable = np.zeros(count, np.int32), np.zeros(count, np.float32), []
         for i, index in enumerate(indices):
             if index >= len(self.records):

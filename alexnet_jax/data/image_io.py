@@ -8,6 +8,7 @@ import stat
 import warnings
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from alexnet_jax.utils.errors import first_line
@@ -94,6 +95,23 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, 'JPEG', quality=95)
     return buffer.getvalue()
+
+
+def decode_jpeg(content: bytes, height: int, width: int) -> np.ndarray | None:
+    """Returns the pixels of a JPEG, uint8 [height, width, 3], or None if Pillow has to decode the image.
+
+    simplejpeg and Pillow use the same library, libjpeg-turbo, with the same settings, so their pixels are equal. At
+    256 px simplejpeg takes 0.7 of Pillow's time; for photos of 500 px, which `decode` reads, Pillow is as fast. Pillow
+    has to decode other formats and CMYK, and to say what is wrong with damaged files and files of another size.
+    """
+    if not content.startswith(b'\xff\xd8'):
+        return None
+    try:
+        *size, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+        is_usual = size == [height, width] and colorspace in ('YCbCr', 'RGB', 'Gray')
+        return simplejpeg.decode_jpeg(content, 'RGB') if is_usual else None
+    except (ValueError, KeyError):
+        return None
 
 
 def decode(image: bytes | Image.Image, notes: list[str] | None = None) -> Image.Image:

@@ -25,6 +25,7 @@ from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, crop_positions
 from alexnet_jax.data import random_crops
 from alexnet_jax.data.cache import Batch, DeviceCache, Records, Storage, decode
+from alexnet_jax.data.shared_slots import SHARED_MEMORY, SharedSlots, start_worker
 from alexnet_jax.data.shuffle import shuffled_indices
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError
@@ -32,7 +33,7 @@ from alexnet_jax.utils.errors import UserError
 UNREADABLE_LABEL = -2  # label in `decode_all` of unreadable images; TFDS uses -1 for a missing label
 _MIN_WORKERS = 3  # fewer worker processes are not faster than threads
 _CHUNK = 1024  # most images per chunk: a worker holds several chunks in shared memory
-_SHARED_MEMORY = '/dev/shm'
+_SLOTS = 6  # chunks of a worker in shared memory, at most: w workers were seen to hold 5 w + 2
 INDEX_BATCHES = 16  # batches of a `DeviceCache` that are drawn and sent at once: each is only a few kB
 
 
@@ -67,17 +68,20 @@ def train_batches(
     record_size, image_size = storage.record_size, augmentation.image_size
     crop_positions(record_size, image_size)  # raises UserError here rather than in a worker
 
-    def build(positions: range) -> Batch:  # not a partial: grain logs its repr, which would contain all records
+    def build(
+        positions: range, **options: Any
+    ) -> Batch:  # not a partial: grain logs its repr, which would contain all records
         count = len(positions)
         params = random_crops.draw_batch(
             augmentation, seed=seed, first=positions.start, count=count, record_size=record_size
         )
         indices: Any = shuffled_indices(positions, len(storage.records), seed)
-        return {**params._asdict(), **storage.read(indices, params, image_size)}
+        return {**params._asdict(), **storage.read(indices, params, image_size, **options)}
 
+    slot_size = image_size if isinstance(storage, Records) else None
     parts = batches_at_once(storage) if shard[1] == 1 else 1
     start, size = start_step * batch_size, parts * batch_size
-    several = _iterate(build, start, sys.maxsize, size, shard, num_workers, num_threads)
+    several = _iterate(build, start, sys.maxsize, size, shard, num_workers, num_threads, slot_size)
     return _split(several, parts, batch_size) if parts > 1 else several
 
 
@@ -118,11 +122,11 @@ def eval_batches(
     # Worker processes take seconds to start, so they are kept. Threads would hold batches of the next pass in memory.
     end = sys.maxsize if repeat and workers else length
 
-    def build(positions: range) -> Batch:
-        return source.read([position % length for position in positions])
+    def build(positions: range, **options: Any) -> Batch:
+        return source.read([position % length for position in positions], **options)
 
     while True:
-        yield from _iterate(build, 0, end, batch_size, shard, workers, num_threads)
+        yield from _iterate(build, 0, end, batch_size, shard, workers, num_threads, record_size)
         if not repeat:
             return
 
@@ -173,15 +177,15 @@ def default_workers(rows: int, row_bytes: int, devices: int) -> int:
     workers = min(processes.cores() - 1, 32 * devices)
     if workers < _MIN_WORKERS:
         return 0
-    free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
     free //= processes.local_processes()
-    # Measured for training and for validation: w processes hold 4 w + 2 chunks in shared memory, plus the chunks that
+    # Measured for training and for validation: w processes hold 5 w + 2 chunks in shared memory, plus the chunks that
     # wait until their batch is complete.
     chunks = free // (min(rows, _CHUNK) * row_bytes)
-    if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) + 1) // 5) < workers:
+    if (fitting := max(0, chunks - math.ceil(rows / _CHUNK) - 1) // 5) < workers:
         workers = fitting if fitting >= _MIN_WORKERS else 0
         logging.warning(
-            f'{_SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in '
+            f'{SHARED_MEMORY} has {free >> 20} MiB free, enough for {fitting} decoding processes: decoding in '
             f'{f"{workers} processes" if workers else "threads"}. In a container, use --ipc=host or --shm-size=16g.'
         )
     return workers
@@ -192,29 +196,40 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(processes.cores(), 16) // max(1, num_workers))
 
 
-def _iterate(build, start, end, batch_size, shard, num_workers, num_threads) -> Generator[Batch, None, None]:
-    """Yields `build(positions)` for this process's rows of each batch, from position `start` to position `end`."""
+def _iterate(build, start, end, batch_size, shard, num_workers, num_threads, slot_size) -> Generator[Batch, None, None]:
+    """Yields `build(positions)` for this process's rows of each batch, from position `start` to position `end`.
+
+    slot_size: side of the images that worker processes pass in `SharedSlots`; None: grain passes the arrays.
+    """
     index, count = shard
     rows, threads = batch_size // count, num_threads or default_threads(num_workers)
     chunks = math.ceil(rows / _CHUNK) if num_workers else 1
+    # In a worker, the queue to the parent buffers chunks. With one thread, the worker itself builds them.
+    ahead = threads + 2 if not num_workers else threads if threads > 1 else 0
+    slots = None
+    if num_workers and slot_size:
+        with contextlib.suppress(OSError):  # grain then copies each chunk to new shared memory
+            slots = SharedSlots(num_workers, _SLOTS + ahead, (math.ceil(rows / chunks), slot_size, slot_size, 3))
 
     def build_chunk(number):
         """Returns chunk `number` of this process. Positions are global; a process's rows in a batch are contiguous."""
         batch, chunk = divmod(number, chunks)
         first = start + batch * batch_size + index * rows
-        return build(range(first + rows * chunk // chunks, first + rows * (chunk + 1) // chunks))
+        positions = range(first + rows * chunk // chunks, first + rows * (chunk + 1) // chunks)
+        return slots.build(build, positions) if slots else build(positions)
 
     dataset = grain.MapDataset.range((end - start) // batch_size * chunks).map(build_chunk)
     # Each thread builds one chunk, and two more chunks are buffered. Grain would buffer 500 by default.
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(ahead, threads), prefetch_buffer_size=ahead))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in notebooks and scripts; grain reads an absl flag
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)  # more is not faster
-        dataset = dataset.mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=start_worker)
         # Only images are passed in shared memory: for labels and random parameters its overhead is too large.
         options = grain.experimental.DatasetOptions(min_shm_size=1 << 14)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+        dataset = dataset.map(slots.open) if slots else dataset
     if chunks > 1:
         dataset = dataset.batch(chunks, batch_fn=_concat_chunks)
     return _closing(dataset, processes.signals_blocked() if num_workers else contextlib.nullcontext())
@@ -237,7 +252,7 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             if 'terminated unexpectedly' not in str(error):
                 raise
             raise UserError(
-                f'a decoding process died ({str(error).split(". ")[0]}), maybe for lack of memory or {_SHARED_MEMORY}. '
+                f'a decoding process died ({str(error).split(". ")[0]}), maybe for lack of memory or {SHARED_MEMORY}. '
                 'Run the same command to resume, or add --config.data.num_workers=0 to decode in threads.'
             ) from error
 

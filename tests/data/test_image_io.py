@@ -1,18 +1,23 @@
 """Decoding of image files of all supported kinds."""
 
 import io
+import itertools
+import re
 import struct
 import zlib
 
 import chex
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps, features
 
-from alexnet_jax.data import image_files, image_io
+from alexnet_jax.data import cache, image_files, image_io
 from alexnet_jax.inference import predict
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UnreadableError, UserError
 from tests import helpers
+from tests.zoo import images
+from tests.zoo.case import SIZE
 
 
 def test_shorter_side_is_resized_and_center_cropped():
@@ -296,3 +301,54 @@ def test_heic_without_pillow_heif_is_named(monkeypatch, tmp_path, capfd):
     helpers.write_files(tmp_path, {'a.HEIC': content, 'b.png': b''})
     assert len(predict.list_image_files([tmp_path])) == 1
     assert "*.HEIC), or read HEIC with pip install 'alexnet_jax[heif]'" in capfd.readouterr().err
+
+
+def _jpegs():
+    """Yields JPEGs of every usual kind: odd sizes, subsampling, progressive, restart markers, gray, stored as RGB."""
+    for height, width in ((1, 1), (7, 9), (16, 17), (33, 64)):
+        for seed, (subsampling, progressive) in enumerate(itertools.product(('4:4:4', '4:2:2', '4:2:0'), (0, 1))):
+            image = Image.fromarray(helpers.picture(seed, height, width))
+            options = {'subsampling': subsampling, 'progressive': progressive, 'restart_marker_blocks': seed % 3}
+            yield from (helpers.encode(image, quality=quality, **options) for quality in (10, 95))
+            yield helpers.encode(image.convert('L'), progressive=progressive)
+        yield helpers.encode(image, keep_rgb=True)
+        yield from (simplejpeg.encode_jpeg(np.asarray(image), colorsubsampling=kind) for kind in ('440', '411'))
+
+
+def test_jpegs_have_the_pixels_of_pillow():
+    contents = list(_jpegs())
+    for content in contents:
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+        np.testing.assert_array_equal(image_io.decode_jpeg(content, *expected.shape[:2]), expected)
+    assert len(contents) == 84
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
+def test_jpegs_of_the_zoo_have_the_pixels_of_pillow(monkeypatch):
+    """Read, refused or left to Pillow, a record gives the same pixels or the same error without simplejpeg."""
+    names = {case.input: case.content() for case in images.CASES if case.content().startswith(b'\xff\xd8')}
+    decoded = {name for name, content in names.items() if image_io.decode_jpeg(content, SIZE, SIZE) is not None}
+    found = {name: _decoded(content) for name, content in names.items()}
+    monkeypatch.setattr(image_io, 'decode_jpeg', lambda *_: None)
+    for name, content in names.items():
+        chex.assert_trees_all_equal(found[name], _decoded(content))
+    assert (
+        len(decoded) >= 8 and {'JPEG cut in its pixels', 'JPEG, CMYK as Photoshop writes it'} <= names.keys() - decoded
+    )
+
+
+def _decoded(content):
+    """Returns the pixels of a record, or its error."""
+    try:
+        return cache.decode({'image': content}, SIZE)
+    except UnreadableError as error:
+        return re.sub('0x[0-9a-f]+', '', str(error))
+
+
+def test_other_jpegs_are_left_to_pillow():
+    picture = Image.fromarray(helpers.picture(0, 16, 16))
+    content = helpers.encode(picture)
+    assert image_io.decode_jpeg(content, 16, 16) is not None
+    other = (helpers.encode(picture.convert('CMYK')), helpers.encode(picture, 'PNG'), content[:-20], content[:30], b'')
+    assert [image_io.decode_jpeg(data, 16, 16) for data in other] == [None] * 5
+    assert image_io.decode_jpeg(content, 16, 17) is None

@@ -62,11 +62,11 @@ def test_default_workers_leave_one_core_free(cores, free_mib, devices, workers, 
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # as launch/local.sh sets it
     assert pipeline.default_workers(128, row_bytes, devices) == (workers if free_mib == 65536 else 0)
     monkeypatch.delenv('LOCAL_WORLD_SIZE')
-    assert pipeline.default_workers(8192, row_bytes, devices) == (min(workers, 37) if free_mib == 65536 else 0)
+    assert pipeline.default_workers(8192, row_bytes, devices) == (min(workers, 36) if free_mib == 65536 else 0)
 
 
 def test_default_workers_count_queued_chunks(monkeypatch, capsys):
-    """Four processes were seen to hold 4 * 4 + 2 + 7 chunks of a batch of eight: more than the 24 that fit in 8 GiB."""
+    """Four processes were seen to hold 5 * 4 + 2 + 7 chunks of a batch of eight: more than the 24 that fit in 8 GiB."""
     monkeypatch.setattr(pipeline.processes, 'cores', lambda: 16)
     monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: SimpleNamespace(free=8 << 30))
     row_bytes = 3 * (224**2 + 256**2)
