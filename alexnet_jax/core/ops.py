@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from alexnet_jax.core import cpu_gradients
+from alexnet_jax.core import cpu
 
 _Arrays = tuple[Array, Array]  # feature maps and kernel, or their gradients
 
@@ -59,7 +59,7 @@ def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, g
     def derived(x: Array, kernel: Array, gradient: Array) -> _Arrays:
         return jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)[1](gradient)
 
-    rewritten = functools.partial(cpu_gradients.conv_gradients, stride, padding)
+    rewritten = functools.partial(cpu.conv_gradients, stride, padding)
     return lax.platform_dependent(*arrays, gradient, cpu=rewritten, default=derived)
 
 

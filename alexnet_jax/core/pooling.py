@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from alexnet_jax.core import cpu
+
 
 def pooled_size(size: int, window: int, stride: int) -> int:
     """Number of windows along a side of `size` pixels. The last may be truncated, as in the authors' code."""
@@ -33,6 +35,21 @@ def _max_pool(window: int, stride: int, x: Array) -> Array:
 
     The gradient is written in one pass, without the scatter that `reduce_window`'s gradient needs.
     """
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_max_pool_by_axis, window, stride),
+        default=functools.partial(_reduce_window, window, stride),
+    )
+
+
+def _max_pool_by_axis(window: int, stride: int, x: Array) -> Array:
+    for axis in (1, 2):
+        x = lax.optimization_barrier(x)  # otherwise XLA would recompute x for each window over it
+        x = functools.reduce(jnp.maximum, _window_slices(x, window, stride, axis, fill=-jnp.inf))
+    return x
+
+
+def _reduce_window(window: int, stride: int, x: Array) -> Array:
     ends = [(0, max(0, _span(size, window, stride) + window - 1 - size)) for size in x.shape[1:3]]
     windows, strides = (1, window, window, 1), (1, stride, stride, 1)
     return lax.reduce_window(x, np.asarray(-np.inf, x.dtype), lax.max, windows, strides, [(0, 0), *ends, (0, 0)])
@@ -52,7 +69,26 @@ def _window_slices(x: Array, window: int, stride: int, axis: int, fill: float) -
 
 
 def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Also counts how many values of each window equal its maximum, first along rows, then along columns."""
+    """Also counts how many values of each window equal its maximum.
+
+    On a GPU, one pass over x computes both. `_max_pool` without a count uses `reduce_window` there, because XLA would
+    fuse slices with the operation that computes x, and recompute a value for each window over it.
+    """
+    by_axis, at_once = (functools.partial(f, window, stride) for f in (_count_by_axis, _count_at_once))
+    y, ties = lax.platform_dependent(x, cpu=by_axis, default=at_once)
+    y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
+    return y, (x, y, ties)
+
+
+def _count_at_once(window: int, stride: int, x: Array) -> tuple[Array, Array]:
+    rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
+    values = [value for row in rows for value in _window_slices(row, window, stride, 2, fill=-jnp.inf)]
+    y = functools.reduce(jnp.maximum, values)
+    return y, cast(Array, sum((value == y).astype(np.min_scalar_type(window**2)) for value in values))
+
+
+def _count_by_axis(window: int, stride: int, x: Array) -> tuple[Array, Array]:
+    """Along rows, then along columns. The integers are counted in float32, which is faster on a CPU."""
     rows = _window_slices(x, window, stride, 1, fill=-jnp.inf)
     row_max = functools.reduce(jnp.maximum, rows)
     row_ties = sum((row == row_max).astype(jnp.float32) for row in rows)
@@ -61,8 +97,7 @@ def _max_pool_forward(window: int, stride: int, x: Array) -> tuple[Array, tuple[
     counts = _window_slices(row_ties, window, stride, 2, fill=0)
     y = functools.reduce(jnp.maximum, values)
     ties = sum(jnp.where(value == y, count, 0) for value, count in zip(values, counts, strict=True))
-    y, ties = lax.optimization_barrier((y, ties))  # otherwise XLA delays the count and reads x again
-    return y, (x, y, ties)
+    return y, cast(Array, ties).astype(np.min_scalar_type(window**2))
 
 
 def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], gradient: Array) -> tuple[Array]:
@@ -73,7 +108,7 @@ def _max_pool_backward(window: int, stride: int, arrays: tuple[Array, ...], grad
     counts = [-(-size // stride) for size in x.shape[1:3]]  # of p // stride
     edges = [(back[-1], max(0, count - size)) for count, size in zip(counts, y.shape[1:3], strict=True)]
     y, share = (jnp.pad(a, [(0, 0), *edges, (0, 0)]) for a in (y, gradient.astype(wide) / ties.astype(wide)))
-    y, share = lax.optimization_barrier((y, share))
+    y, share = cpu.barrier(y, share)
     inside = [[np.arange(size) % stride + m * stride < window for m in back] for size in x.shape[1:3]]  # axis, then m
 
     def upsample(a: Array, *shift: int) -> Array:

@@ -1,4 +1,4 @@
-"""The gradients of a convolution in the only form that XLA computes fast in every program for a CPU."""
+"""Operations in the form that XLA computes fast on a CPU. The results are those of the plain forms."""
 
 from jax import Array, lax
 
@@ -37,3 +37,11 @@ def conv_gradients(
         dimension_numbers=_ORDER,
     )
     return x_gradient, kernel_gradient_IHWO.transpose(1, 2, 0, 3)
+
+
+def barrier(*arrays: Array) -> tuple[Array, ...]:
+    """On a CPU, makes XLA store the arrays instead of fusing their computation with operations that use them.
+
+    XLA would repeat the computation for each use. Elsewhere returns the arrays: a GPU is limited by its memory.
+    """
+    return lax.platform_dependent(*arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a)
