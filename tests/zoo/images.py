@@ -16,7 +16,14 @@ RGB = picture(1)
 GRAY = np.ascontiguousarray(RGB[..., 1])
 RIGHT = np.arange(SIZE) >= SIZE // 2  # the right half of each row
 LEFT_WHITE = np.where(RIGHT[:, None], RGB, np.uint8(255))
-FRAMES = [Image.fromarray(picture(seed)) for seed in (1, 2, 3)]
+
+
+def _animation(kind: str, frames: int = 3, **options) -> bytes:
+    """Encodes several pictures in one file. They are new each time: Pillow stores settings of an encoder in them."""
+    first, *others = (Image.fromarray(picture(seed)) for seed in range(1, 1 + frames))
+    return helpers.encode(first, kind, save_all=True, append_images=others, **options)
+
+
 FIRST_OF_SEVERAL = 'several frames or pages'
 
 
@@ -288,7 +295,7 @@ _read(
     'GIF, animated',
     'the first frame, with a warning',
     'a.gif',
-    lambda: helpers.encode(FRAMES[0], 'GIF', save_all=True, append_images=FRAMES[1:]),
+    lambda: _animation('GIF'),
     _by_pillow,
     FIRST_OF_SEVERAL,
 )
@@ -296,7 +303,7 @@ _read(
     'WebP, animated',
     'the first frame, with a warning',
     'a.webp',
-    lambda: helpers.encode(FRAMES[0], 'WEBP', save_all=True, append_images=FRAMES[1:], lossless=True),
+    lambda: _animation('WEBP', lossless=True),
     _exactly(picture(1)),
     FIRST_OF_SEVERAL,
 )
@@ -304,7 +311,7 @@ _read(
     'PNG, animated',
     'the first frame, with a warning',
     'a.png',
-    lambda: helpers.encode(FRAMES[0], 'PNG', save_all=True, append_images=FRAMES[1:]),
+    lambda: _animation('PNG'),
     _exactly(picture(1)),
     FIRST_OF_SEVERAL,
 )
@@ -312,7 +319,7 @@ _read(
     'TIFF of several pages',
     'the first page, with a warning',
     'a.tif',
-    lambda: helpers.encode(FRAMES[0], 'TIFF', save_all=True, append_images=FRAMES[1:]),
+    lambda: _animation('TIFF'),
     _exactly(picture(1)),
     FIRST_OF_SEVERAL,
 )
@@ -320,7 +327,7 @@ _read(
     'MPO, a JPEG of phones with a second picture',
     'the first picture',
     'a.jpg',
-    lambda: helpers.encode(FRAMES[0], 'MPO', save_all=True, append_images=FRAMES[1:2]),
+    lambda: _animation('MPO', frames=2),
     _by_pillow,
 )
 _read(
