@@ -20,7 +20,8 @@ def shuffled_indices(positions: range, count: int, seed: int) -> np.ndarray:
     epoch, index = np.divmod(np.arange(positions.start, positions.stop), count)
     if count == 1:
         return index.astype(np.uint32)
-    bits = max(_MIN_BITS, (int(np.ceil(np.log2(count - 1))) + 1) // 2)
+    # Grain has too few bits for 65,537, 262,145, ... images (4^k + 1): it would use one image twice and one never.
+    bits = max(_MIN_BITS, ((count - 1).bit_length() + 1) // 2)
     (first_seed,) = map(int, np.random.SeedSequence((seed, 1)).generate_state(1))
     parts = []
     for number in range(int(epoch[0]), int(epoch[-1]) + 1):
@@ -31,10 +32,10 @@ def shuffled_indices(positions: range, count: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(4)
 def _permutation(count: int, seed: int) -> np.ndarray:
-    """Returns the order of an epoch of up to 2^16 + 1 images. Few images need many encryptions: tabulate them."""
+    """Returns the order of an epoch of up to 2^16 images. Few images need many encryptions: tabulate them."""
     blocks = np.arange(2 ** (2 * _MIN_BITS), dtype=np.uint32)
     encrypted = _encrypt(blocks, seed, _MIN_BITS)
-    result = encrypted[np.arange(count) % len(blocks)]
+    result = encrypted[:count]
     leap = np.where(blocks < count, blocks, encrypted)
     while (result >= count).any():
         result, leap = leap[result], leap[leap]  # twice as many encryptions each time
