@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import shlex
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,18 @@ def step(records: Sequence[Record]) -> list[Row]:
 def rates(records: Sequence[Record]) -> list[Row]:
     """A row for each measurement of the input or the preparation: images/s and ratio."""
     return [{'options': _options(record) or 'default', **_rates(record)} for record in records]
+
+
+def loop(records: Sequence[Record]) -> list[Row]:
+    """A row for each measurement of the training loop around an empty step."""
+    rows = []
+    for record in records:
+        times = record['host_milliseconds']
+        median = statistics.median(times)
+        row = {'network': record['config'], 'batch': str(record['batch_size'])}
+        row['host work per step, ms'] = f'{median:.3f} ({min(times):.3f} - {max(times):.3f})'
+        rows.append({**row, 'images/s, at most': f'{1000 * record["batch_size"] / median:,.0f}'})
+    return rows
 
 
 def inference(records: Sequence[Record]) -> list[Row]:
@@ -139,6 +152,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'communication': (communication, ('step',)),
     'rates': (rates, ('input', 'prepare')),
     'inference': (inference, ('inference',)),
+    'loop': (loop, ('loop',)),
 }
 
 

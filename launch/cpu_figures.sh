@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the CPU tables of docs/performance.md, beside the other programs in the same calls.
 #
-#     launch/cpu_figures.sh STAGE...       step, inference, input, train, prepare, mesh; in the root of a clone
+#     launch/cpu_figures.sh STAGE...       step, inference, loop, input, train, prepare, mesh; in the root of a clone
 #
 # Afterwards: cp cpu_figures/cpu_*.json docs/results && python docs/tables.py
 # The environment needs '.[oracle]' and, for inference, onnx, onnxruntime and openvino. Settings are environment
@@ -60,15 +60,21 @@ mesh() { # bytes between devices: computed, so a single step is enough
       --cpu_devices=$((data * tower)) --config.mesh.data="$data" --config.mesh.tower="$tower"
   done
 }
+loop() {
+  local config
+  for config in $(pick quickstart "quickstart cifar10:18pct"); do
+    measure "loop_${config/:/_}" loop --config="$config" --steps="$(pick 20 1000)"
+  done
+}
 prepare() { measure prepare prepare --input="$IMAGES"; }
 
-(($#)) || { echo "usage: launch/cpu_figures.sh step|inference|input|train|prepare|mesh ..." >&2; exit 2; }
+(($#)) || { echo "usage: launch/cpu_figures.sh step|inference|loop|input|train|prepare|mesh ..." >&2; exit 2; }
 for stage in "$@"; do
   case $stage in
-    step | inference | mesh) ;;
+    step | inference | loop | mesh) ;;
     input | train | prepare) : "${IMAGES:?set IMAGES, see the head of this script}" ;;
     *)
-      echo "unknown stage $stage: expected step, inference, input, train, prepare or mesh" >&2
+      echo "unknown stage $stage: expected step, inference, loop, input, train, prepare or mesh" >&2
       exit 2
       ;;
   esac

@@ -217,12 +217,12 @@ def _noted(tmp_path, *stages, **settings):
 
 @pytest.mark.parametrize('small', ['', '1'])
 def test_commands_of_cpu_figures_exist(small, tmp_path):
-    stages = ('step', 'inference', 'input', 'train', 'prepare', 'mesh')
+    stages = ('step', 'inference', 'loop', 'input', 'train', 'prepare', 'mesh')
     commands = _noted(tmp_path, *stages, script='cpu_figures.sh', SMALL=small, IMAGES='photos')
     assert [command for command in commands if test_docs._missing(shlex.split(command))] == []
     outputs = [re.search(r' --output=\S+/cpu_(\w+).json', command) for command in commands if ' benchmark ' in command]
     names = {found[1] for found in outputs}
-    assert len(names) == len(outputs) == (8 if small else 19)
+    assert len(names) == len(outputs) == (9 if small else 21)
 
 
 @pytest.mark.slow
@@ -258,13 +258,13 @@ def test_gpu_figures_at_toy_size(tmp_path):
 @pytest.mark.slow
 def test_cpu_figures_at_toy_size(tmp_path):
     photos = helpers.write_pictures(tmp_path / 'pictures', range(2), 4)
-    done = _figures(tmp_path, 'step', 'prepare', script='cpu_figures.sh', SMALL='1', IMAGES=str(photos))
+    done = _figures(tmp_path, 'step', 'loop', 'prepare', script='cpu_figures.sh', SMALL='1', IMAGES=str(photos))
     assert done.returncode == 0, done.stdout + done.stderr
     texts = {path.stem: path.read_text() for path in (tmp_path / 'out').glob('*.json')}
-    assert set(texts) == {'cpu_step_cifar10_80sec', 'cpu_step_two_devices', 'cpu_prepare'}
+    assert set(texts) == {'cpu_step_cifar10_80sec', 'cpu_step_two_devices', 'cpu_loop_quickstart', 'cpu_prepare'}
     assert not [name for name, text in texts.items() if str(tmp_path) in text]
     tables = test_docs._tables()
     tables.DOCS = tmp_path
     (tmp_path / 'out').rename(tmp_path / 'results')
-    for pattern, kind in (('cpu_step_*', 'step'), ('cpu_prepare', 'rates')):
+    for pattern, kind in (('cpu_step_*', 'step'), ('cpu_loop_*', 'loop'), ('cpu_prepare', 'rates')):
         assert 'Measured on' in tables.render(f'<!-- table: {pattern}.json {kind} -->\n<!-- end -->\n')

@@ -14,7 +14,7 @@ from alexnet_jax.checkpoints.manager import config_to_json
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import atomic_file
 
-_BATCHES = ('step', 'train', 'input')  # modes that use the batch size and the mesh of the config
+_BATCHES = ('step', 'train', 'input', 'loop')  # modes that use the batch size and the mesh of the config
 _WIDTH = 100  # of lines, if possible
 
 

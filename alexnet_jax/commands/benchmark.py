@@ -171,20 +171,24 @@ class Loop:
         Flag('repeats', 5, 'Measurements.', at_least=1),
         Flag('steps', 2000, 'Steps per measurement.', at_least=1),
         CPU_DEVICES,
+        OUTPUT,
     )
 
     @staticmethod
     def main(args: flags.FlagValues) -> None:
         from absl import logging
 
-        from alexnet_jax.benchmark import loop
-        from alexnet_jax.utils.environment import describe_environment
+        from alexnet_jax.benchmark import loop, record
 
+        record.check_output(args.output)
+        settings = _settings(args, 'loop', 'float32')
         args.config.batch_size = args.batch_size
         logging.set_verbosity(logging.ERROR)  # the lines of the run would look like those of training
         measured = loop.host_milliseconds(args.config, args.steps, args.repeats)
-        settings = {'mode': 'loop', 'steps': args.steps, **describe_environment(), 'config': args.config.to_dict()}
+        settings |= {'steps': args.steps, 'config': args.config.to_dict()}
         print(json.dumps({'host_milliseconds': measured, **settings}), loop.report(measured, args.batch_size), sep='\n')
+        if args.output:
+            record.write(args.output, settings, {'host_milliseconds': measured})
 
 
 SUBCOMMANDS = {
