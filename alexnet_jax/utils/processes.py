@@ -15,6 +15,7 @@ from typing import Any
 # would warn about a leak.
 _NO_LEAK_WARNING = 'ignore:resource_tracker:UserWarning'
 _CONTAINER = pathlib.Path('/sys/fs/cgroup')  # cgroup v2
+_HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def end_with_parent(*_: object) -> None:
@@ -77,11 +78,11 @@ def use_huge_pages() -> None:
     setting.
     """
     tunables = os.environ.get('GLIBC_TUNABLES', '')
-    started = 'jax' in sys.modules or sys.gettrace() is not None
+    started = sys.gettrace() is not None or not sys.modules.keys().isdisjoint({'jax', 'pydevd'})
     if started or 'hugetlb' in tunables or sys.platform != 'linux':
         return
     with contextlib.suppress(OSError):  # the system has no huge pages
-        if '[madvise]' in pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled').read_text():
+        if '[madvise]' in _HUGE_PAGES.read_text():
             os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, (tunables, 'glibc.malloc.hugetlb=1')))
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -80,3 +80,37 @@ def test_leftover_shared_memory_is_removed_silently():
     while left.exists() and time.monotonic() < deadline:  # the tracker outlives the program briefly
         time.sleep(0.05)
     assert not left.exists()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='huge pages are a setting of Linux')
+@pytest.mark.parametrize(
+    ('pages', 'tunables', 'jax', 'expected'),
+    [
+        ('always [madvise] never', None, False, 'glibc.malloc.hugetlb=1'),
+        (
+            'always [madvise] never',
+            'glibc.malloc.arena_max=2',
+            False,
+            'glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1',
+        ),
+        ('always [madvise] never', 'glibc.malloc.hugetlb=0', False, None),
+        ('always [madvise] never', None, True, None),
+        ('[always] madvise never', None, False, None),
+        (None, None, False, None),
+    ],
+)
+def test_command_restarts_once_for_huge_pages(monkeypatch, tmp_path, pages, tunables, jax, expected):
+    restarts = []
+    monkeypatch.setattr(os, 'execv', lambda path, words: restarts.append((path, words)))
+    monkeypatch.setattr(processes, '_HUGE_PAGES', tmp_path / 'enabled')
+    monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'alexnet_jax', 'train'])
+    monkeypatch.setattr(sys, 'modules', {'sys': sys} | ({'jax': None} if jax else {}))
+    monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+    if tunables:
+        monkeypatch.setenv('GLIBC_TUNABLES', tunables)
+    if pages:
+        (tmp_path / 'enabled').write_text(pages)
+    processes.use_huge_pages()
+    processes.use_huge_pages()  # after a restart
+    found = [(sys.executable, [sys.executable, '-m', 'alexnet_jax', 'train'])] if expected else []
+    assert restarts == found and os.environ.get('GLIBC_TUNABLES') == (expected or tunables)
