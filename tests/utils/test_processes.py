@@ -104,7 +104,10 @@ def test_command_restarts_once_for_huge_pages(monkeypatch, tmp_path, pages, tuna
     monkeypatch.setattr(os, 'execv', lambda path, words: restarts.append((path, words)))
     monkeypatch.setattr(processes, '_HUGE_PAGES', tmp_path / 'enabled')
     monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'alexnet_jax', 'train'])
-    monkeypatch.setattr(sys, 'modules', {'sys': sys} | ({'jax': None} if jax else {}))
+    monkeypatch.setattr(sys, 'gettrace', lambda: None)
+    monkeypatch.delitem(sys.modules, 'jax', raising=False)
+    if jax:
+        monkeypatch.setitem(sys.modules, 'jax', sys)
     monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
     if tunables:
         monkeypatch.setenv('GLIBC_TUNABLES', tunables)
