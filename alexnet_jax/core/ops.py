@@ -56,6 +56,8 @@ def _convolve_forward(stride: int, padding: tuple[int, int], x: Array, kernel: A
 
 
 def _convolve_backward(stride: int, padding: tuple[int, int], arrays: _Arrays, gradient: Array) -> _Arrays:
+    """Returns the gradients that JAX derives; on a CPU in another form, which is faster in loops."""
+
     def derived(x: Array, kernel: Array, gradient: Array) -> _Arrays:
         return jax.vjp(functools.partial(_xla_conv, stride, padding), x, kernel)[1](gradient)
 
@@ -80,7 +82,7 @@ def local_conv(x_NHWC: Array, kernel_HWPO: Array, *, size: int, stride: int, pad
         for i in range(size)
         for j in range(size)
     ]
-    # The product sums in (row, column, channel) order, in which the patches consist of contiguous pieces.
+    # One product for each position Q. It sums in (row, column, channel) order, so patches consist of contiguous pieces.
     patches_QNP = jnp.concatenate(pixels, axis=-1).reshape(height * width, len(x_NHWC), -1)
     kernel_QPO = kernel_HWPO.reshape(height * width, -1, size**2, features).swapaxes(1, 2)
     y_QNO = jnp.matmul(patches_QNP, kernel_QPO.reshape(height * width, -1, features))

@@ -68,9 +68,8 @@ def train_batches(
     record_size, image_size = storage.record_size, augmentation.image_size
     crop_positions(record_size, image_size)  # raises UserError here rather than in a worker
 
-    def build(
-        positions: range, **options: Any
-    ) -> Batch:  # not a partial: grain logs its repr, which would contain all records
+    # Not a partial: grain logs its repr, which would contain all records.
+    def build(positions: range, **options: Any) -> Batch:
         count = len(positions)
         params = random_crops.draw_batch(
             augmentation, seed=seed, first=positions.start, count=count, record_size=record_size
@@ -208,8 +207,10 @@ def _iterate(build, start, end, batch_size, shard, num_workers, num_threads, slo
     ahead = threads + 2 if not num_workers else threads if threads > 1 else 0
     slots = None
     if num_workers and slot_size:
-        with contextlib.suppress(OSError):  # grain then copies each chunk to new shared memory
+        try:
             slots = SharedSlots(num_workers, _SLOTS + ahead, (math.ceil(rows / chunks), slot_size, slot_size, 3))
+        except OSError as error:
+            logging.info('Workers copy images to new shared memory, which is slower (%s).', error)
 
     def build_chunk(number):
         """Returns chunk `number` of this process. Positions are global; a process's rows in a batch are contiguous."""

@@ -72,8 +72,8 @@ def on_several_machines() -> bool:
 def use_huge_pages() -> None:
     """Restarts this command with memory in pages of 2 MB, if the machine offers them to programs that ask.
 
-    On a CPU, XLA allocates the memory of a training step anew in each step. With pages of 4 kB, a third of the time of
-    a small network's step went into page faults. glibc reads its setting only when a program starts, therefore the
+    On a CPU, XLA allocates the memory of a training step anew in each step. With pages of 4 kB, up to 30% of the time
+    of a small network's step went into page faults. glibc reads its setting only when a program starts, therefore the
     restart, which takes 20 ms. Does nothing if JAX is already imported, in a debugger, or if GLIBC_TUNABLES has the
     setting.
     """
