@@ -4,7 +4,7 @@
 #     launch/gpu_figures.sh STAGE...       step, train, inference, resume, learn, cifar; in the root of a clone
 #
 # The environment needs '.[cuda13,oracle]'. Settings are environment variables:
-#   TINY, CIFAR: folders or archives of tiny_imagenet_20 and CIFAR-10, as for `alexnet_jax prepare` (stages train,
+#   TINY, CIFAR: folders of tiny_imagenet_20 and CIFAR-10, as for `alexnet_jax prepare` (stages train,
 #     resume and learn; cifar). CLASSES: number of classes of TINY (20)
 #   OUT: the folder of the results (gpu_figures), STAGE.json and STAGE.log; WORK: of data and runs ($OUT/work)
 #   BUDGET: seconds for all stages together (none); a command that does not fit is not started

@@ -15,21 +15,24 @@ from alexnet_jax.utils.errors import UserError
 
 OTHER = 'other'  # scope of operations that belong to none of the requested scopes
 # By JAX's device kind: peak FLOP/s of matrix products by precision, and memory bytes/s. Data sheet, without sparsity.
-PEAKS = {'NVIDIA H200': {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12, 'bytes': 4.8e12}}
+_HOPPER = {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12}
+PEAKS = {'NVIDIA H100 80GB HBM3': {**_HOPPER, 'bytes': 3.35e12}, 'NVIDIA H200': {**_HOPPER, 'bytes': 4.8e12}}
 # Device descriptions for XLA, from the data sheet and the CUDA programming guide (compute capability 9).
+_DESCRIPTION = """
+    gpu_device_info {{
+      cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+      memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: 52428800
+      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+      registers_per_block_limit: 65536 registers_per_core_limit: 65536
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    }}
+    platform_name: "CUDA" device_description_str: "{name}"
+    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
+"""
 _DESCRIPTIONS = {
-    'h200': """
-        gpu_device_info {
-          cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-          memory_bandwidth: 4800000000000 device_memory_size: 150754820096 l2_cache_size: 52428800
-          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-          registers_per_block_limit: 65536 registers_per_core_limit: 65536
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-        }
-        platform_name: "CUDA" device_description_str: "NVIDIA H200"
-        dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
-    """,
+    'h100': _DESCRIPTION.format(name='NVIDIA H100 80GB HBM3', bandwidth=3_350_000_000_000, memory=85_520_809_984),
+    'h200': _DESCRIPTION.format(name='NVIDIA H200', bandwidth=4_800_000_000_000, memory=150_754_820_096),
 }
 
 
@@ -38,8 +41,8 @@ def topology_devices(target: str) -> list:
 
     If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX finds no GPU and unloads the CUDA compiler.
 
-    target: a device ('h200'), or a count and a device ('2xh200'). Raises UserError if the device is unknown or if the
-    compiler, part of the extras `cuda12` and `cuda13`, is not installed.
+    target: a device ('h100', 'h200'), or a count and a device ('2xh200'). Raises UserError if the device is unknown or
+    if the compiler, part of the extras `cuda12` and `cuda13`, is not installed.
     """
     from jax.experimental import topologies
 

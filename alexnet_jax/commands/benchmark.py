@@ -47,7 +47,7 @@ class Step:
     --compile_for only compiles the step, for a GPU that need not be present.
     """
 
-    COMPILE_FOR = Flag('compile_for', None, "Only compile, for GPUs that need not be present: 'h200', '2xh200'.")
+    COMPILE_FOR = Flag('compile_for', None, "Only compile, for absent GPUs: 'h100', 'h200', '2xh200'.")
     FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
