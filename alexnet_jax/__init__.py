@@ -17,6 +17,7 @@ _MODULES = {
     'activations': 'alexnet_jax.inference.activations',
     'build': 'alexnet_jax.training.build',
     'get_config': 'alexnet_jax.utils.config_files',
+    'gradients': 'alexnet_jax.inference.gradients',
     'in_memory': 'alexnet_jax.data.datasets',
     'init_params': 'alexnet_jax.core.model',
     'load_checkpoint': 'alexnet_jax.convert.loading',

@@ -56,6 +56,18 @@ def test_example_program_of_the_python_api(tmp_path):
     assert {path.name for path in tmp_path.glob('*.png')} == {'kernels.png', 'maps.png'}
 
 
+@pytest.mark.slow
+def test_code_of_the_page_on_the_inside_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    helpers.save_untrained(tmp_path / 'runs' / 'quickstart')
+    code = re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'inside.md').read_text(), re.S | re.M)
+    names = {}
+    for block in code:
+        exec(block, names)
+    assert names['means']['conv1'].ndim == 2 and names['found']['pixels'].shape[0] == 8
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
 def test_custom_loop_matches_train_and_evaluate(tmp_path):
     """All images are equal, so the order in which the pipeline reads them does not matter."""
     config = helpers.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})

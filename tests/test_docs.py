@@ -356,7 +356,7 @@ def _blocks(page):
 
 PAGES = (
     'imagenet.md', 'two_gpus.md', 'own_pictures.md', 'experiments.md', 'variants.md', 'trouble.md', 'weights.md',
-    'configuration.md',
+    'configuration.md', 'inside.md',
 )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ The activations are computed from center crops, without dropout. `conv3` is the 
 operation before dropout. `conv3.linear` is its convolution plus bias. `conv3.relu` and `conv1.pool` are the outputs of
 single operations. A network of torchvision's layout also has torchvision's names, such as `features.6`.
 
-The file holds one array float32 [N, ...] for each layer, under its name; `files`, the names of the images; and, if they
-are known, `labels` int32 [N] and `class_names`. With {layer} in the file name, each layer gets a file in a new folder.
+The file holds one array for each layer, under its name: float32 [N, ...], with --pool [N, C] for feature maps. It also
+holds `files`, the names of the images, and, if they are known, `labels` int32 [N] and `class_names`. With {layer} in
+the file name, each layer gets a file in a new folder.
 
 Rows are in the order of the split. Image files are cropped as `alexnet_jax predict` does; those of a folder, which is
 searched recursively, are in the order of their names. They have labels if --images is one folder of class folders.
@@ -32,6 +33,7 @@ FLAGS = (
         'layers', [], "Layers or operations, such as 'conv3,conv1.pool'. May be repeated.", required=True, repeated=True
     ),
     Flag('output', None, 'New file, ending in .safetensors or .npz, or FOLDER/{layer}.npz.', required=True),
+    Flag('pool', None, 'Mean or maximum over the positions of feature maps.', choices=('mean', 'max')),
     Flag('batch_size', 128, 'Images per batch.', at_least=1),
     CPU_DEVICES,
 )
@@ -64,7 +66,12 @@ def main(args: flags.FlagValues) -> None:
         source, images = f'{args.split} of {args.data}', dataset.split(args.split)
         checkpoint = load_checkpoint(args.checkpoint)
         evaluate.check_record_size(checkpoint, dataset, args.checkpoint)  # the classes may differ
-    options: dict[str, Any] = {'batch_size': args.batch_size, 'labels': labels, 'class_names': class_names}
+    options: dict[str, Any] = {
+        'batch_size': args.batch_size,
+        'pool': args.pool,
+        'labels': labels,
+        'class_names': class_names,
+    }
     arrays = activations.write_activations(args.output, checkpoint, images, layers, **options)
     contents = ', '.join(f'{name} {dtype} {list(shape)}' for name, (dtype, shape) in arrays.items())
     print(f'{args.output}: {contents}; {args.checkpoint} (step {checkpoint.step}), {source}, center crop.')

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from alexnet_jax.core.post_ops import POST_OPS, Context
 from alexnet_jax.utils.errors import UserError, check_type
 
 Masks = dict[str, Array]  # dropout masks by layer: bool, True keeps the unit
+Edits = Mapping[str, Callable[[Array], Array]]  # functions by operation: output [N, ...] -> output of the same shape
 _PAPER_LAYERS: Mapping[str, LayerSpec] = FrozenDict(
     conv1=ConvSpec(features=96, kernel=11, stride=4, padding=(0, 3), post='relu lrn pool'),
     conv2=ConvSpec(features=256, kernel=5, padding=(2, 2), groups=2, bias=1.0, post='relu lrn pool'),
@@ -64,7 +65,8 @@ class AlexNet(nn.Module):
     `network.apply({'params': params}, x_NHWC)` maps float [N, S, S, 3], mean-subtracted, on the 0-255 scale, to float32
     logits [N, num_classes]; `params` come from `init_params`. Dropout is on with `train=True, rng=key`, which draws the
     masks from the key, or with given masks, `masks=dropout_masks(...)`. `mutable='intermediates'` also returns the
-    output of every operation: `conv1.linear`, `conv1.relu`, ...
+    output of every operation: `conv1.linear`, `conv1.relu`, ... `edit={'conv2.relu': function}` replaces an output by
+    the function of it before the next operation reads it; of equal operations of a layer, that of the last.
 
     Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers. The module then holds only its
     tower's part of every parameter and feature map. It gathers a split input before each layer with one group.
@@ -124,7 +126,13 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_NHWC: Array, masks: Masks | None = None, *, train: bool = False, rng: Array | None = None
+        self,
+        x_NHWC: Array,
+        masks: Masks | None = None,
+        *,
+        train: bool = False,
+        rng: Array | None = None,
+        edit: Edits | None = None,
     ) -> Array:
         if (rank := getattr(x_NHWC, 'ndim', 0)) != 4:
             raise UserError(f'the input has {rank} axes: expected 4, as in [N, S, S, 3].')
@@ -141,11 +149,11 @@ class AlexNet(nn.Module):
                     (x,) = ops.regroup(parts, 1)
                     parts = [lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)]
                 parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)), towers)
-                self._sow_output(f'{name}.linear', parts)
-                for op in layer.ops:
+                parts = self._output(f'{name}.linear', parts, edit or {})
+                for i, op in enumerate(layer.ops):
                     with jax.named_scope(op):
                         parts = self._apply_op(op, parts, None if masks is None else masks.get(name), towers)
-                    self._sow_output(f'{name}.{op}', parts)
+                    parts = self._output(f'{name}.{op}', parts, {} if op in layer.ops[i + 1 :] else edit or {})
             split = towers > 1
         return ops.regroup(parts, 1)[0]
 
@@ -169,9 +177,20 @@ class AlexNet(nn.Module):
         kernels, biases = (ops.regroup([whole], len(parts)) for whole in (kernel.astype(self.dtype), bias))
         return [ops.add_bias(op(x, w), b) for x, w, b in zip(parts, kernels, biases, strict=True)]
 
-    def _sow_output(self, name: str, parts: list[Array]) -> None:
+    def _output(self, name: str, parts: list[Array], edit: Edits) -> list[Array]:
+        """Returns the edited output of an operation, and sows it. An edit reads the channels of both towers."""
+        if name in edit:
+            (x,) = ops.regroup(parts, 1)
+            axis, channels, last = self.tower_axis, x.shape[-1], x.ndim - 1
+            whole = x if axis is None else lax.all_gather(x, axis, axis=last, tiled=True)
+            edited = jnp.asarray(edit[name](whole), x.dtype)
+            if edited.shape != whole.shape:
+                raise UserError(f'edit of {name!r} returns the shape {edited.shape}: expected {whole.shape}.')
+            start = 0 if axis is None else lax.axis_index(axis) * channels
+            parts = [lax.dynamic_slice_in_dim(edited, start, channels, axis=last)]
         if self.is_mutable_collection('intermediates'):
             self.sow('intermediates', name, *ops.regroup(parts, 1))
+        return parts
 
     def _apply_op(self, name: str, parts: list[Array], mask: Array | None, towers: int) -> list[Array]:
         """Applies a post op to each part of a layer's output."""

@@ -3,8 +3,9 @@
 This is the only file that uses PartitionSpec. The mesh is always passed explicitly.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.core.model import AlexNet, Masks
+from alexnet_jax.core.model import AlexNet, Edits, Masks
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
 
@@ -53,6 +54,9 @@ def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None)
 def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     """Returns the network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, with global shapes.
 
+    `f(..., edit=EDITS, outputs=[('conv1.relu', -1), ...])` returns sown outputs, by name and index, not the logits. An
+    edit (see `AlexNet`) reads one shard's images, and a last class of 0 if two towers hold an odd number of classes.
+
     Each device computes its tower for its shard of the batch. The logits are split over both axes. In the forward pass
     devices communicate only where `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network. (If the
     number of classes is odd, every device holds the whole classifier, which costs some more communication.)
@@ -71,33 +75,38 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     def spec(*names: str | None) -> P:
         return P(*[name if name in axes else None for name in names])
 
-    def local_forward(params: Any, x_nHWC: Array, masks: Masks | None) -> Array:
+    def local_forward(params: Any, x_nHWC: Array, masks: Masks | None, edit: Edits | None, outputs: Any) -> Any:
         # The parameters' gradients are partial sums over the batch; the image's gradients are partial sums over towers.
         # Mark both inputs as varying: JAX does not do it implicitly for `custom_vjp` functions, which `ops` uses.
         if 'data' in axes:
             params = lax.pcast(params, 'data', to='varying')
         if 'tower' in axes:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
-        return cast(Array, local_model.apply({'params': params}, x_nHWC, masks))  # returns a pair only with `mutable`
+        call = functools.partial(local_model.apply, {'params': params}, x_nHWC, masks, edit=edit)
+        if not outputs:
+            return [call()]
+        sown = call(mutable='intermediates')[1]['intermediates']
+        return [sown[name][index] for name, index in outputs]
 
-    def apply(params: Any, x_NHWC: Array, masks: Masks | None = None) -> Array:
-        if padding:  # an odd number of classes: add a class here, and remove its logits below
+    def apply(
+        params: Any, x: Array, masks: Masks | None = None, *, edit: Edits | None = None, outputs: Sequence = ()
+    ) -> Any:
+        if padding:  # an odd number of classes: add a class here, and remove its outputs below
             padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])
             params = {**params, classifier: padded}
-        if not axes:
-            return local_forward(params, x_NHWC, masks)
-        logits = jax.shard_map(
-            local_forward,
-            mesh=mesh,
-            in_specs=(
-                jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
-                spec('data'),
-                jax.tree.map(lambda m: spec('data', *[None] * (m.ndim - 2), 'tower'), masks),
-            ),
-            out_specs=spec('data', 'tower'),
-            axis_names=axes,
-        )(params, x_NHWC, masks)
-        return logits[:, : model.num_classes] if padding else logits
+        local = functools.partial(local_forward, edit=edit, outputs=outputs)
+        layers = [name.partition('.')[0] for name, _ in outputs] or [classifier]
+        in_specs = (
+            jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
+            spec('data'),
+            jax.tree.map(lambda m: spec('data', *[None] * (m.ndim - 2), 'tower'), masks),
+        )
+        out_specs = [spec('data', *[None] * 2 * (not name.startswith('fc')), 'tower') for name in layers]
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
+        results = (mapped if axes else local)(params, x, masks)
+        if padding:
+            results = [y[:, :-padding] if name == classifier else y for name, y in zip(layers, results, strict=True)]
+        return results if outputs else results[0]
 
     return apply
 

@@ -2,26 +2,28 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core import sharding
 from alexnet_jax.core.augment import Augmentation, views
-from alexnet_jax.core.model import AlexNet
-from alexnet_jax.inference import activation_files
+from alexnet_jax.core.model import AlexNet, Edits
+from alexnet_jax.inference import activation_files, image_source
 from alexnet_jax.inference.evaluate import Evaluator
-from alexnet_jax.inference.predict import Images, list_image_files, to_records, unreadable
+from alexnet_jax.inference.image_source import ImageSource
+from alexnet_jax.inference.predict import Images
 from alexnet_jax.utils import compiler
-from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, did_you_mean
+from alexnet_jax.utils.errors import UserError, as_user_error, check_type, did_you_mean
 from alexnet_jax.utils.logs import Progress
 
 _MAX_NAMED = 10  # unreadable images that an error names after warnings have named all
@@ -50,7 +52,13 @@ def activation_names(network: AlexNet) -> dict[str, tuple[str, int]]:
 
 
 def activations(
-    checkpoint: Checkpoint, images: Images, layers: Sequence[str] | str, *, batch_size: int = 128
+    checkpoint: Checkpoint,
+    images: Images,
+    layers: Sequence[str] | str,
+    *,
+    batch_size: int = 128,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Returns the outputs of layers for the center crops of images. Dropout is off.
 
@@ -62,115 +70,55 @@ def activations(
         'conv3.linear' is its convolution plus bias, before all other operations (torchvision's `features.6`).
         'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
       batch_size: images per batch; it does not change the results.
+      mesh: from `sharding.make_mesh`; None uses one device.
+      **options: pool, units, edit.
+        pool: 'mean' or 'max' over the positions of feature maps.
+        units: {name: channels [U]}, or {name: [(row, column, channel), ...]} for single units of feature maps. Other
+          units of the layer are not returned.
+        edit: {name: function}. The function replaces the output of the operation, float [n, H, W, C] or [n, F] for a
+          batch of images, before the next operation reads it: it ablates, scales or exchanges units. It is traced by
+          `jax.jit`. The outputs that are returned are the edited ones.
 
     Returns:
-      {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}.
+      {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}; with `pool` [N, C]; with `units`
+      [N, H, W, U], or [N, U] for single units, dense layers and with `pool`.
 
     Raises:
-      UserError: a layer is unknown, images cannot be read (the message names all), or a folder has no images.
+      UserError: a layer is unknown, an option is invalid, images cannot be read (the message names all), or a folder
+        has no images.
     """
-    check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
-    names = _as_list(layers)
-    function, source = _layer_outputs(checkpoint, names), None
-    several: Any = [images] if _is_path(images) else images
-    if isinstance(several, Sequence) and any(map(_is_path, several)):
-        source = _Source(checkpoint, _expand_folders(several))
-    batches: Iterator[list[np.ndarray]]
-    if source:
-        count, batches = len(source), (parts for parts, _ in source.map(function, batch_size))
-    else:
-        image_NHWC = to_records(checkpoint, images)
-        count, batches = len(image_NHWC), Evaluator(checkpoint, batch_size=batch_size).map_images(function, image_NHWC)
-    arrays = [np.zeros((count, *shape), np.float32) for shape in _shapes(checkpoint, function)]
-    start = 0
-    for parts in batches:
-        for array, part in zip(arrays, parts, strict=True):
-            array[start : start + len(part)] = part
-        start += len(parts[0])
-    if source:
-        source.check()
-    return dict(zip(names, arrays, strict=True))
+    evaluator = Evaluator(checkpoint, mesh, batch_size=batch_size)
+    names = as_list(layers)
+    function = layer_outputs(checkpoint, names, mesh, **options)
+    return dict(zip(names, image_source.compute(evaluator, function, images), strict=True))
 
 
 def iter_activations(
-    checkpoint: Checkpoint, records: Sequence, layers: Sequence[str] | str, batch_size: int = 128
+    checkpoint: Checkpoint,
+    records: Sequence,
+    layers: Sequence[str] | str,
+    batch_size: int = 128,
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields the activations of layers for all records of a split, in order, one batch at a time.
 
-    Yields {name: float32 [n, ...]}. layers: names as for `activations`. Raises UserError for an unknown layer and, at
-    the end, if records could not be read; warnings have named them.
+    Yields {name: float32 [n, ...]}. Other arguments: as for `activations`. Raises UserError as it does and, at the end,
+    if records could not be read; warnings have named them.
     """
-    names = _as_list(layers)
-    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, records)
+    names, evaluator = as_list(layers), Evaluator(checkpoint, mesh, batch_size=batch_size)
+    function, source = layer_outputs(checkpoint, names, mesh, **options), ImageSource(checkpoint, records)
 
     def batches():
-        for parts, _ in source.map(function, batch_size):
+        for parts, _ in source.map(function, evaluator):
             yield dict(zip(names, parts, strict=True))
         source.check(max_named=_MAX_NAMED)
 
     return batches()
 
 
-class _Source(Sequence):
-    """The records of a split, or images as `predict` takes them, as records whose label is their index.
-
-    It keeps the name and the label of each record that is read. Labels may be missing.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, items: Sequence, labels: Sequence[int] | None = None):
-        self._checkpoint, self._items = checkpoint, items
-        self._errors: dict[int, str] = {}  # of images that are not records
-        self.files = [str(i) for i in range(len(items))]  # an image without a name has its index
-        self.labels = np.full(len(items), -1, '<i4')  # -1: none
-        if labels is not None:
-            self.labels[:] = labels
-        self.readable = np.zeros(len(items), bool)  # set by `map`
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: Any) -> Any:
-        item = self._items[index]
-        if isinstance(item, Mapping):
-            self.labels[index] = item.get('label', -1)
-            if name := item.get('file_name'):
-                self.files[index] = os.fsdecode(name)
-            return {**item, 'label': index}
-        if _is_path(item):
-            self.files[index] = os.fsdecode(item)
-        try:
-            return {'image': to_records(self._checkpoint, item)[0], 'label': index}
-        except UserError as error:
-            self._errors[index] = str(error)
-            raise UnreadableError(str(error)) from error
-
-    def map(self, function: Callable, batch_size: int) -> Generator[tuple[list[np.ndarray], np.ndarray], None, None]:
-        """Yields (outputs of the function, indices) of the readable images, in order, one batch at a time."""
-        evaluator = Evaluator(self._checkpoint, batch_size=batch_size)
-        with contextlib.closing(evaluator.map_records(function, self)) as batches:
-            for parts, indices in batches:
-                self.readable[indices] = True
-                yield parts, indices
-
-    def check(self, **options: Any) -> None:
-        """Raises the error of `unreadable`, which has these options, if images were unreadable."""
-        if bad := np.flatnonzero(~self.readable).tolist():
-            reasons = [self._errors.get(index, repr(self.files[index])) for index in bad]
-            remedy = 'convert or remove the files' if self._errors else 'prepare the data again'
-            raise unreadable(reasons, len(self), remedy=remedy, **options)
-
-
-def _is_path(image: Any) -> bool:
-    return isinstance(image, str | os.PathLike)
-
-
-def _expand_folders(images: Iterable) -> list:
-    """Replaces the folders among images by the image files below them."""
-    lists = (list_image_files([image]) if _is_path(image) and os.path.isdir(image) else [image] for image in images)
-    return list(itertools.chain.from_iterable(lists))
-
-
-def _as_list(layers: Sequence[str] | str) -> list[str]:
+def as_list(layers: Sequence[str] | str) -> list[str]:
     """Returns the names of layers without repetitions. Raises UserError if they are no names."""
     names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
     if not all(isinstance(name, str) for name in names):
@@ -178,36 +126,109 @@ def _as_list(layers: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
-    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
-    known = activation_names(checkpoint.network)
+def layer_outputs(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    mesh: Mesh | None = None,
+    *,
+    pool: str | None = None,
+    units: Mapping[str, Any] | None = None,
+    edit: Edits | None = None,
+) -> Callable:
+    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...].
+
+    Arguments and errors: as for `activations`.
+    """
+    network = checkpoint.network
     if not names:
-        raise UserError(f'no layers given; choose from: {", ".join(known)}.')
-    for name in names:
-        if name not in known and 'features.0' not in known and _TORCHVISION_NAME.fullmatch(name):
-            own = ', '.join(name for name in known if '.' not in name)
-            raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
-        if name not in known:
-            raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
-    return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
+        raise UserError(f'no layers given; choose from: {", ".join(activation_names(network))}.')
+    keys = tuple(find_output(network, name) for name in names)
+    if pool not in (None, 'mean', 'max'):
+        raise UserError(f"pool={pool!r}: expected 'mean', 'max' or None.")
+    mesh = sharding.make_mesh(data=1, tower=1) if mesh is None else mesh
+    common = (network, checkpoint.augmentation, mesh, keys, checked_edits(network, edit))
+    chosen: tuple = (None,) * len(names)
+    if units is not None:
+        shapes = image_source.output_shapes(checkpoint, _jit(*common, None, chosen))
+        chosen = _checked_units(units, dict(zip(names, shapes, strict=True)))
+    return _jit(*common, pool, chosen)
+
+
+def find_output(network: AlexNet, name: str) -> tuple[str, int]:
+    """Returns the value of a name in `activation_names`. Raises UserError if it is unknown."""
+    known = activation_names(network)
+    if name not in known and 'features.0' not in known and _TORCHVISION_NAME.fullmatch(name):
+        own = ', '.join(name for name in known if '.' not in name)
+        raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
+    if name not in known:
+        raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
+    return known[name]
+
+
+def checked_edits(network: AlexNet, edit: Edits | None) -> tuple[tuple[str, Callable], ...]:
+    """Returns edits as hashable pairs (operation, function). Raises UserError if they are invalid."""
+    found: dict[str, Callable] = {}
+    for name, function in ({} if edit is None else check_mapping('edit', edit)).items():
+        key, index = find_output(network, name)
+        layer, _, op = key.partition('.')
+        if index not in (-1, network.layers[layer].ops.count(op) - 1) and op != 'linear':
+            raise UserError(f'edit[{name!r}]: only the last {op} of {layer} can be edited; use {key!r}.')
+        if key in found:
+            raise UserError(f'edit has two functions for {key!r}.')
+        if not callable(function):
+            raise UserError(f'edit[{name!r}] is {type(function).__name__}: expected a function of the output.')
+        found[key] = function
+    return tuple(found.items())
+
+
+def check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    check_type(name, value, Mapping, "a dict by layer, such as {'conv3': ...}")
+    return value
+
+
+def _checked_units(units: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple:
+    """Returns the units of each layer as hashable tuples, or None. shapes: of one image's outputs."""
+    if unknown := [name for name in check_mapping('units', units) if name not in shapes]:
+        raise UserError(f'units[{unknown[0]!r}]: not one of the layers {", ".join(shapes)}.')
+    return tuple(
+        units_of(f'units[{name!r}]', units[name], shape) if name in units else None for name, shape in shapes.items()
+    )
+
+
+def units_of(what: str, units: Any, shape: tuple[int, ...]) -> tuple:
+    """Returns channels or (row, column, channel) triples as tuples. Raises UserError if they are not of a shape."""
+    array = np.asarray(units)
+    single = array.ndim == 2 and len(shape) == 3 and array.shape[1] == 3
+    limits = shape if single else shape[-1:]
+    valid = array.dtype.kind in 'iu' and array.size and (single or array.ndim == 1)
+    if not valid or (array < 0).any() or (array >= np.array(limits)).any():
+        positions = f' or (row, column, channel) below {shape}' if len(shape) == 3 else ''
+        raise UserError(f'{what}={units!r}: expected a list of channels from 0 to {shape[-1] - 1}{positions}.')
+    return tuple(map(tuple, array.tolist())) if single else tuple(array.tolist())
 
 
 @functools.lru_cache(maxsize=8)
-def _jit(network: AlexNet, augmentation: Augmentation, keys: tuple[tuple[str, int], ...]):
+def _jit(network: AlexNet, augmentation: Augmentation, mesh: Mesh, keys: tuple, edit: tuple, pool: str | None, units):
+    forward = sharding.forward(network, mesh)
+
     def outputs(params, image_NHWC, image_stats):
         (x_NHWC,) = views(image_NHWC, image_stats, augmentation, count=1)
-        _, state = network.apply({'params': params}, x_NHWC, mutable='intermediates')
-        return [state['intermediates'][key][index].astype(jnp.float32) for key, index in keys]
+        found = forward(params, x_NHWC, edit=dict(edit), outputs=keys)
+        return [_select(x, pool, chosen).astype(jnp.float32) for x, chosen in zip(found, units, strict=True)]
 
-    options = compiler.compiler_options(jax.default_backend())
-    return jax.jit(outputs, compiler_options=options)  # XLA removes the layers that the requested outputs do not need
+    options = compiler.compiler_options(mesh.devices.flat[0].platform)
+    # XLA removes the layers that the requested outputs do not need.
+    return jax.jit(outputs, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
-def _shapes(checkpoint: Checkpoint, function) -> list[tuple[int, ...]]:
-    """Returns the shapes of the activations of one image."""
-    side = checkpoint.record_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    return [x.shape[1:] for x in jax.eval_shape(function, checkpoint.params, image, checkpoint.image_stats)]
+def _select(x: jax.Array, pool: str | None, units: tuple | None) -> jax.Array:
+    """Returns the chosen units of an output [N, ...], and pools over the positions of what are feature maps then."""
+    if units is not None:
+        index = np.array(units)
+        x = x[..., index] if index.ndim == 1 else x[:, index[:, 0], index[:, 1], index[:, 2]]
+    if pool is None or x.ndim < 4:
+        return x
+    return x.max((1, 2)) if pool == 'max' else x.mean((1, 2))
 
 
 def write_activations(
@@ -219,6 +240,8 @@ def write_activations(
     batch_size: int = 128,
     labels: Sequence[int] | None = None,
     class_names: Sequence[str] = (),
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Writes the activations of layers for a split or for image files, with their names and labels, to a new file.
 
@@ -239,6 +262,7 @@ def write_activations(
       batch_size: images per batch; it does not change the results.
       labels: of images that are not records, int [N].
       class_names: names of the classes, in label order.
+      mesh, **options: as for `activations`.
 
     Returns:
       {array: (dtype, shape)} of the arrays that are written.
@@ -247,15 +271,16 @@ def write_activations(
       UserError: as for `activation_files.check_output`; a layer is unknown; there are no images; the file cannot be
         written; or images could not be read. In the last case the file holds all other images, if there are any.
     """
-    output, names = os.fspath(output), _as_list(layers)
+    output, names = os.fspath(output), as_list(layers)
     activation_files.check_output(output)
-    function, source = _layer_outputs(checkpoint, names), _Source(checkpoint, images, labels)
-    shapes, folder = _shapes(checkpoint, function), activation_files.existing_folder(output)
+    function, source = layer_outputs(checkpoint, names, mesh, **options), ImageSource(checkpoint, images, labels)
+    evaluator = Evaluator(checkpoint, mesh, batch_size=batch_size)
+    shapes, folder = image_source.output_shapes(checkpoint, function), activation_files.existing_folder(output)
     with as_user_error(f'{output!r} cannot be written'), contextlib.ExitStack() as stack:
         activation_files.check_space(folder, output, 4 * len(source) * sum(map(math.prod, shapes)))
         files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in names]
         progress = Progress(len(source), seconds=10)
-        for parts, indices in stack.enter_context(contextlib.closing(source.map(function, batch_size))):
+        for parts, indices in stack.enter_context(contextlib.closing(source.map(function, evaluator))):
             for file, part in zip(files, parts, strict=True):
                 file.write(part.astype('<f4', copy=False).tobytes())
             progress.update(int(indices[-1]) + 1 if len(indices) else 0)

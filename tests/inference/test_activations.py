@@ -110,8 +110,8 @@ def test_compiled_once_and_float32(loaded, val):
     whole = activations.activations(loaded, val[1][:2], 'conv2')['conv2']
     assert 0 < np.abs(found - whole).max() < 0.1 * whole.max()
     activations.activations(loaded, val[1][2:4], 'conv2')
-    function = activations._layer_outputs(loaded, ['conv2'])
-    assert function is activations._layer_outputs(loaded, ['conv2']) and function._cache_size() == 1
+    function = activations.layer_outputs(loaded, ['conv2'])
+    assert function is activations.layer_outputs(loaded, ['conv2']) and function._cache_size() == 1
     assert activations.activations(loaded, val[1][:0], 'conv2')['conv2'].shape == (0, *found.shape[1:])
 
 
@@ -448,6 +448,14 @@ def test_command_writes_a_split(path, loaded, val, tmp_path, flags):
     assert found['class_names'].tolist() == list('0123456789')
     expected = activations.activations(loaded, val[1][-3:], 'fc7')['fc7']
     np.testing.assert_allclose(found['fc7'][-3:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_command_pools_feature_maps(path, loaded, val, tmp_path):
+    output = tmp_path / 'out.npz'
+    result = _run(path, tmp_path, '--data=digits', '--layers=conv5', '--layers=fc7', '--pool=max', f'--output={output}')
+    assert 'conv5 float32 [360, 8], fc7 float32 [360, 32]' in result.stdout
+    maps = activations.activations(loaded, val[1][:5], 'conv5')['conv5']
+    np.testing.assert_allclose(_read(output)[0]['conv5'][:5], maps.max((1, 2)), rtol=1e-5)
 
 
 def test_command_labels_class_folders(path, tmp_path):
