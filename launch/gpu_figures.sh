@@ -81,19 +81,19 @@ with open(results, 'a') as file:
 P
 }
 
-step() { # beside PyTorch (channels-last, autocast, compiled), in the same call
-  for batch in 1024 128; do
-    for precision in bfloat16 tf32; do
-      bench 240 step --against=torch --precision=$precision --batch_size="$(pick 8 $batch)"
-    done
-  done
+step() { # beside PyTorch (channels-last, autocast, compiled), in the same call. Its compiler alone may take two minutes
+  bench 300 step --against=torch --precision=bfloat16 --batch_size="$(pick 8 128)"
+  bench 400 step --against=torch --precision=bfloat16 --batch_size="$(pick 8 1024)"
   bench 120 step --precision=bfloat16 --batch_size="$(pick 8 4096)"
   bench 120 step --precision=bfloat16 --batch_size="$(pick 8 1024)" --config.deterministic=True
-  bench 120 step --against=torch --precision=float32 --batch_size="$(pick 8 128)"
+  for batch in 128 1024; do
+    bench 400 step --against=torch --precision=tf32 --batch_size="$(pick 8 $batch)"
+  done
+  bench 300 step --against=torch --precision=float32 --batch_size="$(pick 8 128)"
 }
 train() { # real images, decoded by worker processes, or kept on the device
   prepared tiny256 "${TINY:-}" --size=256
-  bench 240 train --against=torch --precision=bfloat16 "${tiny[@]}" --batch_size="$(pick 8 1024)"
+  bench 400 train --against=torch --precision=bfloat16 "${tiny[@]}" --batch_size="$(pick 8 1024)"
   bench 120 train --precision=bfloat16 "${tiny[@]}" --config.data.cache=device --batch_size="$(pick 8 1024)"
   bench 120 input "${tiny[@]}" --batch_size="$(pick 8 1024)"
 }
