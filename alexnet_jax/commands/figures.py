@@ -4,8 +4,9 @@
     alexnet_jax figures --checkpoint=PATH --output=DIR [--data=DIR]
 
 Draws the network (figure 2) and the kernels of its first layer (figure 3). With --run, also draws the training curves
-(as figure 1). With --data, also draws predictions and nearest training images (figure 4) and the confusion matrix. The
-classes of the data may be some of the network's, in any order: they are matched as `alexnet_jax evaluate` does.
+(as figure 1) and the norms of gradients and updates of each layer. With --data, also draws predictions and nearest
+training images (figure 4) and the confusion matrix. The classes of the data may be some of the network's, in any order:
+they are matched as `alexnet_jax evaluate` does.
 """
 
 from collections.abc import Sequence

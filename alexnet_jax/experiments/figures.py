@@ -174,15 +174,32 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
 
 def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     """Returns the 'train' and 'val' curves of a run, finished or not. Raises UserError without metrics.jsonl."""
+    rows_of: dict[str, list] = {'train': [], 'val': []}
+    for line in _log_lines(workdir):
+        with contextlib.suppress(KeyError):
+            rows_of[line['split']].append([line[key] for key in Curve._fields])
+    return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
+
+
+def norms(workdir: str | os.PathLike, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns {layer: (epochs, norms)} of a run. kind: 'gradient_norms', or 'update_norms', those of the updates.
+
+    A norm is that of a layer's weights and biases together, the mean over the updates of a log line.
+    """
+    rows = [(line['epoch'], line[kind]) for line in _log_lines(workdir) if kind in line]
+    epochs = np.array([epoch for epoch, _ in rows])
+    return {layer: (epochs, np.array([row[layer] for _, row in rows])) for layer in (rows[0][1] if rows else ())}
+
+
+def _log_lines(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the lines of metrics.jsonl. Raises UserError if there is no such file."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():
         raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint instead of --run.')
-    rows_of: dict[str, list] = {'train': [], 'val': []}
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
-            line = json.loads(text)
-            rows_of[line['split']].append([line[key] for key in Curve._fields])
-    return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
+        with contextlib.suppress(ValueError):  # an incomplete line
+            if isinstance(line := json.loads(text), dict):
+                yield line
 
 
 def towers_of(network: AlexNet, image_size: int) -> int:
@@ -242,6 +259,9 @@ def draw(
             if beside and len(CURVES[beside].points(field)[0]):
                 drawn[f'{beside}, val'] = CURVES[beside].points(field)
             yield name, plots.learning_curves(drawn, y_label=label), []
+        for name, label in (('gradient_norms', 'Gradient norm'), ('update_norms', 'Update norm')):
+            if of_layer := norms(run, name):
+                yield name, plots.learning_curves(of_layer, y_label=label, log_scale=True), []
     network, size = checkpoint.network, checkpoint.image_size
     towers = towers_of(network, size)
     yield 'architecture', plots.architecture(architecture(network, size, towers), size), []

@@ -268,7 +268,11 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
 
 
 def learning_curves(
-    curves: Mapping[str, tuple | list[tuple]], *, threshold: float | None = None, y_label: str = 'Training error rate'
+    curves: Mapping[str, tuple | list[tuple]],
+    *,
+    threshold: float | None = None,
+    y_label: str = 'Training error rate',
+    log_scale: bool = False,
 ) -> Figure:
     """Draws learning curves like figure 1: the first solid, the second dashed, a horizontal line at `threshold`.
 
@@ -286,7 +290,13 @@ def learning_curves(
             axes.plot(x, y, color=color, linestyle=style, linewidth=width, label=None if j else name)
     if threshold is not None:
         axes.axhline(threshold, color='#666666', linewidth=0.6)
-    axes.set(xlabel='Epochs', ylabel=y_label, xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel='Epochs', ylabel=y_label, xlim=(0, None))
+    if log_scale:
+        axes.set(yscale='log')
+        axes.yaxis.set_major_formatter('{x:g}')  # without mathematical fonts
+        axes.yaxis.set_minor_formatter(lambda *_: '')
+    else:
+        axes.set(ylim=(0, None))
     axes.spines[['top', 'right']].set_visible(False)
     if many:
         axes.legend(frameon=False, fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))

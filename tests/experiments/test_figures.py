@@ -183,6 +183,22 @@ def test_curves(tmp_path):
         figures.curves(str(tmp_path / 'none'))
 
 
+def test_norms_of_layers(tmp_path):
+    """Validation lines and lines that were cut off have no norms."""
+    lines = [
+        {'epoch': 0.5, 'split': 'train', 'update_norms': {'conv1': 0.25, 'fc2': 2.0}},
+        {'epoch': 0.5, 'split': 'val', 'loss': 2.2},
+        {'epoch': 1.0, 'split': 'train', 'update_norms': {'conv1': 0.5, 'fc2': 1.0}},
+    ]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{"epoch": 2.0, "upd')
+    found = figures.norms(tmp_path, 'update_norms')
+    assert {name: values.tolist() for name, (_, values) in found.items()} == {'conv1': [0.25, 0.5], 'fc2': [2.0, 1.0]}
+    assert all(epochs.tolist() == [0.5, 1.0] for epochs, _ in found.values())
+    assert figures.norms(tmp_path, 'gradient_norms') == {}
+    axes = plots.learning_curves(found, log_scale=True).axes[0]
+    assert axes.get_yscale() == 'log' and [line.get_label() for line in axes.lines] == ['conv1', 'fc2']
+
+
 def _crossing(figure):
     return sum(line.get_color() == plots.VERMILION for line in figure.axes[0].lines)
 
