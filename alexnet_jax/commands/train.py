@@ -16,20 +16,20 @@ from alexnet_jax.utils.errors import UserError
 FLAGS = (
     ConfigFlag('config', None, "Name or file of a config; a variant follows ':': paper:init=authors.", required=True),
     Flag('workdir', None, 'Directory for checkpoints, metrics and config.'),
-    Flag('summary', False, 'Only print layers, shapes, parameters and communication between towers.'),
+    Flag('summary', False, 'Only print layers, shapes, receptive fields, parameters and communication between towers.'),
     Flag('profile', 0, 'Trace this many updates, after two warm-up updates, to WORKDIR/profile.', at_least=0),
     CPU_DEVICES,
 )
 
 
 def main(args: flags.FlagValues) -> None:
-    from alexnet_jax.core import architecture
+    from alexnet_jax.inference import summary
     from alexnet_jax.training import train
     from alexnet_jax.training.check_config import network_and_augmentation
 
     if args.summary:
         network, augmentation = network_and_augmentation(args.config)
-        print(architecture.summary(network, augmentation.image_size, args.config.mesh.tower))
+        print(summary.summary(network, augmentation.image_size, args.config.mesh.tower))
         return
     if not args.workdir:
         raise UserError('--workdir is missing; see --help.')

@@ -161,28 +161,6 @@ def gathered_elements(model: Any, image_size: int, towers: int) -> dict[str, int
     }
 
 
-def summary(model: Any, image_size: int, towers: int) -> str:
-    """Formats a table of the layers: shapes, parameters, FLOPs, and elements received from the other tower."""
-    shapes, gathered = infer_shapes(model, image_size, towers), gathered_elements(model, image_size, towers)
-    rows = [tuple('layer,input,window,groups,output,post,parameters,Mflops,from the other tower'.split(','))]
-    for name, layer in model.layers.items():
-        window = f'{layer.kernel}x{layer.kernel} / {layer.stride}' if isinstance(layer, ConvSpec) else ''
-        inputs, outputs = ('x'.join(map(str, shape)) for shape in (shapes[name].inputs, shapes[name].outputs))
-        received = f'{gathered[name]:,}' if name in gathered else ''
-        counts = f'{shapes[name].parameters:,}', f'{shapes[name].flops / 1e6:,.1f}', received
-        rows.append((name, inputs, window, str(layer.groups), outputs, layer.post, *counts))
-    parameters, flops = (sum(getattr(shape, key) for shape in shapes.values()) for key in ('parameters', 'flops'))
-    rows.append(('all', *[''] * 5, f'{parameters:,}', f'{flops / 1e6:,.1f}', f'{sum(gathered.values()):,}'))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = '  '.join(f'{{:{side}{width}}}' for side, width in zip('<<<<<<>>>', widths, strict=True))
-    text = [line.format(*row).rstrip() for row in rows]
-    text.append(
-        f'{towers} tower{"s" if towers > 1 else ""}, {image_size} px, forward pass of one image. A multiply-add is two '
-        'FLOPs. The last column counts the elements that each tower receives; the backward pass sends as many back.'
-    )
-    return '\n'.join(text)
-
-
 def _fan_in(layer: LayerSpec, inputs: Shape) -> int:
     """Returns the number of inputs of each output unit."""
     if isinstance(layer, ConvSpec):

@@ -83,10 +83,8 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
         if 'tower' in axes:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
         call = functools.partial(local_model.apply, {'params': params}, x_nHWC, masks, edit=edit)
-        if not outputs:
-            return [call()]
-        sown = call(mutable='intermediates')[1]['intermediates']
-        return [sown[name][index] for name, index in outputs]
+        sown = call(mutable='intermediates')[1]['intermediates'] if outputs else {}
+        return [sown[name][index] for name, index in outputs] or [call()]
 
     def apply(
         params: Any, x: Array, masks: Masks | None = None, *, edit: Edits | None = None, outputs: Sequence = ()

@@ -1,5 +1,6 @@
 """Draws the data of figures.py as matplotlib Figure objects, without windows or changes to global state."""
 
+import itertools
 import math
 import os
 import re
@@ -184,6 +185,27 @@ def maps(x_HWC: np.ndarray) -> Figure:
     axes.imshow(_sheet(np.repeat(gray[..., None], 3, axis=-1)), interpolation='nearest')
     axes.set_axis_off()
     axes.set_title(f'{len(gray)} maps of {x_HWC.shape[0]}x{x_HWC.shape[1]}', fontsize=9, loc='left')
+    return figure
+
+
+def receptive_fields(image: np.ndarray, fields: Mapping[str, Sequence[int]]) -> Figure:
+    """Draws the receptive fields of units on an image.
+
+    image: the network's input, uint8 [S, S, 3]. fields: {layer: (top, left, bottom, right)} from `ReceptiveField.box`.
+    """
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(6, 4.2), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(image, extent=(0, width, height, 0), interpolation='nearest')
+    for (color, style), (name, (top, left, bottom, right)) in zip(itertools.cycle(_MANY_LINES), fields.items()):
+        rows, columns = bottom - top, right - left
+        for line, edge in ((3.6, {'edgecolor': 'white'}), (1.8, {'edgecolor': color, 'linestyle': style})):
+            box = Rectangle((left, top), columns, rows, fill=False, linewidth=line, clip_on=False, **edge)
+            box.set_zorder(3 - rows * columns / (height * width))  # the smaller above the larger
+            axes.add_patch(box)
+        box.set_label(f'{name}: {rows}\u00d7{columns}')
+    axes.set_axis_off()
+    figure.legend(frameon=False, fontsize=9, loc='outside right upper')
     return figure
 
 

@@ -140,9 +140,7 @@ def layer_outputs(
     Arguments and errors: as for `activations`.
     """
     network = checkpoint.network
-    if not names:
-        raise UserError(f'no layers given; choose from: {", ".join(activation_names(network))}.')
-    keys = tuple(find_output(network, name) for name in names)
+    keys = tuple(find_outputs(network, names))
     if pool not in (None, 'mean', 'max'):
         raise UserError(f"pool={pool!r}: expected 'mean', 'max' or None.")
     mesh = sharding.make_mesh(data=1, tower=1) if mesh is None else mesh
@@ -154,22 +152,25 @@ def layer_outputs(
     return _jit(*common, pool, chosen)
 
 
-def find_output(network: AlexNet, name: str) -> tuple[str, int]:
-    """Returns the value of a name in `activation_names`. Raises UserError if it is unknown."""
+def find_outputs(network: AlexNet, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Returns the values of `activation_names` for these names. Raises UserError for none or an unknown one."""
     known = activation_names(network)
-    if name not in known and 'features.0' not in known and _TORCHVISION_NAME.fullmatch(name):
-        own = ', '.join(name for name in known if '.' not in name)
-        raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
-    if name not in known:
-        raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
-    return known[name]
+    if not names:
+        raise UserError(f'no layers given; choose from: {", ".join(known)}.')
+    for name in names:
+        if name not in known and 'features.0' not in known and _TORCHVISION_NAME.fullmatch(name):
+            own = ', '.join(name for name in known if '.' not in name)
+            raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
+        if name not in known:
+            raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
+    return [known[name] for name in names]
 
 
 def checked_edits(network: AlexNet, edit: Edits | None) -> tuple[tuple[str, Callable], ...]:
     """Returns edits as hashable pairs (operation, function). Raises UserError if they are invalid."""
     found: dict[str, Callable] = {}
     for name, function in ({} if edit is None else check_mapping('edit', edit)).items():
-        key, index = find_output(network, name)
+        ((key, index),) = find_outputs(network, [name])
         layer, _, op = key.partition('.')
         if index not in (-1, network.layers[layer].ops.count(op) - 1) and op != 'linear':
             raise UserError(f'edit[{name!r}]: only the last {op} of {layer} can be edited; use {key!r}.')
@@ -197,7 +198,10 @@ def _checked_units(units: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 def units_of(what: str, units: Any, shape: tuple[int, ...]) -> tuple:
     """Returns channels or (row, column, channel) triples as tuples. Raises UserError if they are not of a shape."""
-    array = np.asarray(units)
+    try:
+        array = np.asarray(units)
+    except ValueError:  # lists of different lengths
+        array = np.zeros(0)
     single = array.ndim == 2 and len(shape) == 3 and array.shape[1] == 3
     limits = shape if single else shape[-1:]
     valid = array.dtype.kind in 'iu' and array.size and (single or array.ndim == 1)

@@ -63,7 +63,7 @@ def gradients(
         network,
         checkpoint.augmentation,
         evaluator.mesh,
-        (activations.find_output(network, unit[0]), index),
+        (activations.find_outputs(network, [unit[0]])[0], index),
         keys,
         activations.checked_edits(network, edit),
     )

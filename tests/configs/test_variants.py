@@ -17,6 +17,7 @@ from alexnet_jax.convert import loading
 from alexnet_jax.core import architecture, model, sharding
 from alexnet_jax.core.config import augmentation_from_config, model_from_config, optimizer_from_config
 from alexnet_jax.core.post_ops import POST_OPS, PostOp
+from alexnet_jax.inference import summary
 from alexnet_jax.training import train
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
@@ -271,10 +272,20 @@ def test_summary_of_the_paper():
     gathered = architecture.gathered_elements(model.AlexNet(), 224, 2)
     assert gathered == {'conv3': 13 * 13 * 128, 'fc6': 6 * 6 * 128, 'fc7': 2048, 'fc8': 2048}
     assert architecture.gathered_elements(model.AlexNet(), 224, 1) == {}
-    text = architecture.summary(model.AlexNet(), 224, 2)
+    text = summary.summary(model.AlexNet(), 224, 2)
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert '60,965,224' in rows['all'] and '30,336' in rows['all']
     assert '21,632' in rows['conv3'] and '3x3 / 1' in rows['conv3'] and '13x13x384' in rows['conv3']
+
+
+def test_summary_has_receptive_fields(monkeypatch):
+    """A dense layer sees 223 pixels of pytorchcv's net=a: its 54 windows of 11 px with stride 4 end there."""
+    network = model_from_config(load('pytorchcv').model)
+    rows = {line.split()[0]: line.split() for line in summary.summary(network, 224, 1).splitlines()}
+    assert ['195x195', '/', '32'] == rows['conv5'][-5:-2] and '223x223' in rows['fc6']
+    monkeypatch.setitem(POST_OPS, 'relu', POST_OPS['relu']._replace(window=None))
+    rows = {line.split()[0]: line.split() for line in summary.summary(network, 224, 1).splitlines()}
+    assert '?' in rows['conv1'] and '?' in rows['fc8']
 
 
 @pytest.mark.slow

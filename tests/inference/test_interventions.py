@@ -113,6 +113,7 @@ def test_two_towers_give_the_same_edits_and_gradients(checkpoint, images):
         ({'units': {'conv2': [(0, 99, 0)]}}, r'or \(row, column, channel\) below'),
         ({'units': {'fc7': [(0, 0, 0)]}}, 'expected a list of channels from 0 to'),
         ({'units': {'fc7': [0.5]}}, 'expected a list of channels from 0 to'),
+        ({'units': {'conv2': [(0, 1, 2), (3,)]}}, 'expected a list of channels from 0 to'),
         ({'units': {'fc7': []}}, 'expected a list of channels from 0 to'),
         ({'edit': lambda y: y}, 'edit is function: expected a dict by layer'),
         ({'edit': {'conv9': lambda y: y}}, "unknown layer 'conv9'"),
