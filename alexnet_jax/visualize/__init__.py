@@ -1,0 +1,31 @@
+"""Pictures of what a network has learned, as functions of a checkpoint and images.
+
+    pictures = alexnet_jax.visualize.deconvnet(checkpoint, images, 'conv5', unit=3)  # float32 [N, s, s, 3]
+
+| function | picture | source |
+|---|---|---|
+| `deconvnet` | a unit's activation projected to the pixels | Zeiler and Fergus 2014 |
+| `guided_backprop` | a unit's gradient at the pixels, without negative parts | Springenberg et al. 2015 |
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    'deconvnet': 'projections',
+    'guided_backprop': 'projections',
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a function on first use, so that `import alexnet_jax` does not import JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
