@@ -6,6 +6,7 @@
 |---|---|---|
 | `deconvnet` | a unit's activation projected to the pixels | Zeiler and Fergus 2014 |
 | `guided_backprop` | a unit's gradient at the pixels, without negative parts | Springenberg et al. 2015 |
+| `grad_cam` | where a layer supports a class | Selvaraju et al. 2017 |
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import Any
 _MODULES = {
     'deconvnet': 'projections',
     'guided_backprop': 'projections',
+    'grad_cam': 'class_maps',
 }
 __all__ = list(_MODULES)
 

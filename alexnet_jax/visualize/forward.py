@@ -17,6 +17,8 @@ from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.post_ops import POST_OPS, Context
 from alexnet_jax.inference.activations import activation_names
+from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.inference.predict import Images, to_records
 from alexnet_jax.utils import compiler
 from alexnet_jax.utils.errors import UserError, check_type, did_you_mean
 
@@ -125,16 +127,31 @@ def by_position(y: Array) -> Array:
     return y.reshape(y.shape[0], -1, y.shape[-1])
 
 
-def select(y: Array, index: Array, position: Array) -> tuple[Array, Array]:
+def select(y: Array, unit: Array, position: Array) -> tuple[Array, Array]:
     """Returns the values [N] of a unit in an activation y, and a mask of the shape of y, True at the unit.
 
     At the position `ANYWHERE` it is each map's first maximum in row-major order.
     """
-    map_NP = jnp.take(by_position(y), index, axis=2)
+    map_NP = jnp.take(by_position(y), unit, axis=2)
     at_N1 = jnp.where(position == ANYWHERE, jnp.argmax(map_NP, axis=1), position)[:, None]
     at_NP = jnp.arange(map_NP.shape[1])[None] == at_N1
-    mask = at_NP[:, :, None] & (jnp.arange(y.shape[-1]) == index)[None, None]
+    mask = at_NP[:, :, None] & (jnp.arange(y.shape[-1]) == unit)[None, None]
     return jnp.take_along_axis(map_NP, at_N1, axis=1)[:, 0], mask.reshape(y.shape)
+
+
+def map_images(
+    checkpoint: Checkpoint, function: Callable, images: Images, *arguments: int, batch_size: int
+) -> list[Any]:
+    """Applies a jitted function (params, uint8 [n, S, S, 3], image_stats, *arguments) to images, in batches.
+
+    Returns its results for each batch, in order, as numpy arrays. Raises UserError if images cannot be read.
+    """
+    evaluator = Evaluator(checkpoint, batch_size=batch_size)
+
+    def with_arguments(params: Any, image_NHWC: Array, image_stats: Any) -> Any:
+        return function(params, image_NHWC, image_stats, *arguments)
+
+    return list(evaluator.map_images(with_arguments, to_records(checkpoint, images)))
 
 
 def jit(function: Callable) -> Callable:

@@ -13,8 +13,7 @@ from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.pooling import pooled_size
-from alexnet_jax.inference.evaluate import Evaluator
-from alexnet_jax.inference.predict import Images, to_records
+from alexnet_jax.inference.predict import Images
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.visualize import forward
 from alexnet_jax.visualize.forward import Position
@@ -100,15 +99,9 @@ def _project(
 ) -> np.ndarray:
     found = forward.find_unit(checkpoint, layer, unit, position)
     function = jitted(checkpoint.network, checkpoint.augmentation, found.stop)
-    bound = functools.partial(_with_unit, function, found.unit, found.position)
-    evaluator = Evaluator(checkpoint, batch_size=batch_size)
-    parts = [part.astype(np.float32) for part in evaluator.map_images(bound, to_records(checkpoint, images))]
+    parts = forward.map_images(checkpoint, function, images, found.unit, found.position, batch_size=batch_size)
     side = checkpoint.image_size
-    return np.concatenate(parts) if parts else np.zeros((0, side, side, 3), np.float32)
-
-
-def _with_unit(function: Callable, index: int, position: int, params: Any, image_NHWC: Array, image_stats: Any):
-    return function(params, image_NHWC, image_stats, index, position)
+    return np.concatenate(parts).astype(np.float32) if parts else np.zeros((0, side, side, 3), np.float32)
 
 
 @functools.lru_cache(maxsize=8)
@@ -118,12 +111,12 @@ def _jit_deconvnet(network: AlexNet, augmentation: Augmentation, stop: int) -> C
         if op not in (*_TRANSPOSED, *_UNCHANGED, 'relu', 'pool'):
             raise UserError(f'{layer}.{op} cannot be reversed by a deconvolutional network; use guided_backprop.')
 
-    def project(params, image_NHWC, image_stats, index, position):
+    def project(params, image_NHWC, image_stats, unit, position):
         y, reversals = forward.network_input(network, augmentation, image_NHWC, image_stats), []
         for layer, op in operations:
             y, reverse = _reversible(network, params, layer, op, y)
             reversals.append(reverse)
-        signal = jnp.where(forward.select(y, index, position)[1], y, 0)
+        signal = jnp.where(forward.select(y, unit, position)[1], y, 0)
         for reverse in reversed(reversals):
             signal = reverse(signal)
         return _per_gray_level(signal, augmentation)
@@ -164,10 +157,10 @@ def _unpool(x: Array, window: int, stride: int, signal: Array) -> Array:
 
 @functools.lru_cache(maxsize=8)
 def _jit_guided_backprop(network: AlexNet, augmentation: Augmentation, stop: int) -> Callable:
-    def gradient(params, image_NHWC, image_stats, index, position):
+    def gradient(params, image_NHWC, image_stats, unit, position):
         def total(x_NHWC: Array) -> Array:
             y = forward.run(network, params, x_NHWC, 0, stop, replace={'relu': _guided_relu})
-            return forward.select(y, index, position)[0].sum()  # each image's gradient depends on this image only
+            return forward.select(y, unit, position)[0].sum()  # each image's gradient depends on this image only
 
         x_NHWC = forward.network_input(network, augmentation, image_NHWC, image_stats)
         return _per_gray_level(jax.grad(total)(x_NHWC), augmentation)

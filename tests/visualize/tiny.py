@@ -69,7 +69,7 @@ def backward(checkpoint, inputs, signal, rules):
     rules: {'relu': 'gradient', 'guided' or 'deconvnet', 'lrn': 'gradient' or 'unchanged'}.
     """
     for name in reversed(inputs):
-        signal = _reverse(checkpoint, name, inputs[name], signal, rules)
+        signal = reverse(checkpoint, name, inputs[name], signal, rules)
     return signal / checkpoint.augmentation.pixel_std
 
 
@@ -123,7 +123,7 @@ def _apply(checkpoint, name, x):
     return y
 
 
-def _reverse(checkpoint, name, x, signal, rules):
+def reverse(checkpoint, name, x, signal, rules):
     network, (layer, op) = checkpoint.network, name.split('.')
     if op == 'relu':
         rectified = signal if rules['relu'] == 'gradient' else np.maximum(signal, 0)

@@ -1,0 +1,72 @@
+"""Grad-CAM against backward passes written as NumPy loops, and occlusion maps against predictions one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+import alexnet_jax
+from alexnet_jax.inference import predict
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.visualize import class_maps
+from tests.visualize import tiny
+
+
+@pytest.fixture(scope='module')
+def x64():
+    with jax.enable_x64(True):
+        yield tiny.checkpoint()
+
+
+def _cam(checkpoint, image, layer, label):
+    """Weights each map by its mean gradient, from backward loops below the logit."""
+    inputs, y = tiny.forward(checkpoint, tiny.network_input(checkpoint, image), 'fc4.linear')
+    label = int(np.argmax(y)) if label is None else label
+    names = list(inputs)
+    gradient = np.eye(len(y))[label]
+    for name in reversed(names[names.index(layer) + 1 :]):
+        gradient = tiny.reverse(checkpoint, name, inputs[name], gradient, {'relu': 'gradient', 'lrn': 'gradient'})
+    maps = inputs[names[names.index(layer) + 1]]
+    return np.maximum((gradient.mean((0, 1)) * maps).sum(2), 0), label
+
+
+def _resize(map_, side):
+    """Bilinear interpolation between the centers of the cells; the border is repeated."""
+    place = np.clip((np.arange(side) + 0.5) * len(map_) / side - 0.5, 0, len(map_) - 1)
+    low = np.minimum(place.astype(int), len(map_) - 2)
+    part = place - low
+    rows = map_[low] * (1 - part)[:, None] + map_[low + 1] * part[:, None]
+    return rows[:, low] * (1 - part) + rows[:, low + 1] * part
+
+
+@pytest.mark.parametrize(
+    ('layer', 'operation', 'label'),
+    [(None, 'conv2.relu', None), pytest.param('conv1.linear', 'conv1.linear', 2, marks=pytest.mark.slow)],
+)
+def test_grad_cam_matches_numpy_loops(x64, layer, operation, label):
+    images = tiny.images(5)
+    found = alexnet_jax.visualize.grad_cam(x64, images, label, layer, batch_size=2)
+    assert found.maps.dtype == found.resized.dtype == np.float32 and found.resized.shape == (5, 19, 19)
+    for i, image in enumerate(images):
+        expected, expected_label = _cam(x64, image, operation, label)
+        assert found.labels[i] == expected_label
+        np.testing.assert_allclose(found.maps[i], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.resized[i], _resize(expected, 19), rtol=1e-5, atol=1e-6)
+    assert np.any(found.maps > 0, axis=(1, 2)).sum() > 2
+    if label is None:
+        np.testing.assert_array_equal(found.labels, np.argmax(predict.predict(x64, images), axis=1))
+        empty = class_maps.grad_cam(x64, images[:0])
+        assert empty.maps.shape == (0, 4, 4) and empty.resized.shape == (0, 19, 19) and empty.labels.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'label': 5}, 'label=5: expected an integer from 0 to 4, the classes'),
+        ({'label': 'cat'}, "label='cat': expected an integer"),
+        ({'layer': 'fc3'}, "layer='fc3' has no feature maps; use a convolutional layer"),
+        ({'layer': 'conv6'}, "layer='conv6': the network has no layer of this name"),
+    ],
+)
+def test_invalid_labels_and_layers_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        class_maps.grad_cam(tiny.checkpoint(), tiny.images(1), **options)
