@@ -7,6 +7,7 @@
 | `deconvnet` | a unit's activation projected to the pixels | Zeiler and Fergus 2014 |
 | `guided_backprop` | a unit's gradient at the pixels, without negative parts | Springenberg et al. 2015 |
 | `grad_cam` | where a layer supports a class | Selvaraju et al. 2017 |
+| `occlusion_map` | the probability of a class with parts of an image covered | Zeiler and Fergus 2014 |
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ _MODULES = {
     'deconvnet': 'projections',
     'guided_backprop': 'projections',
     'grad_cam': 'class_maps',
+    'occlusion_map': 'class_maps',
 }
 __all__ = list(_MODULES)
 

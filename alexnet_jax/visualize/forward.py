@@ -122,6 +122,13 @@ def check_index(name: str, value: Any, count: int, what: str) -> int:
     return int(value)
 
 
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raises UserError if a value is not an integer from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1 or (most and value > most):
+        expected = f'an integer from 1 to {most}' if most else 'a positive integer'
+        raise UserError(f'{name}={value!r}: expected {expected}.')
+
+
 def by_position(y: Array) -> Array:
     """Reshapes an activation to [N, P, F], with P = H * W; P = 1 for a dense layer."""
     return y.reshape(y.shape[0], -1, y.shape[-1])

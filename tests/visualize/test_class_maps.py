@@ -58,6 +58,52 @@ def test_grad_cam_matches_numpy_loops(x64, layer, operation, label):
         assert empty.maps.shape == (0, 4, 4) and empty.resized.shape == (0, 19, 19) and empty.labels.shape == (0,)
 
 
+def test_occlusion_matches_single_predictions():
+    """The network's own forward pass on each covered input. Positions 0, 4 and 8: 3 pixels at the edge stay."""
+    checkpoint, (image,) = tiny.checkpoint(), tiny.images(1)
+    found = alexnet_jax.visualize.occlusion_map(checkpoint, image, size=8, stride=4, batch_size=4)
+    expected = np.zeros((3, 3))
+    whole = predict.predict(checkpoint, image)
+    label, apply = int(np.argmax(whole)), jax.jit(checkpoint.network.apply)
+    for i, j in np.ndindex(3, 3):
+        x = tiny.network_input(checkpoint, image).astype(np.float32)
+        x[4 * i : 4 * i + 8, 4 * j : 4 * j + 8] = 0
+        logits = np.asarray(apply({'params': checkpoint.params}, x[None])[0], np.float64)
+        expected[i, j] = np.exp(logits[label]) / np.exp(logits).sum()
+    np.testing.assert_allclose(found.probability, expected, rtol=1e-4)
+    assert found.probability.dtype == np.float32 and np.ptp(expected) > 0.01
+    assert (found.label, found.size, found.starts.tolist()) == (label, 8, [0, 4, 8])
+    np.testing.assert_allclose(found.baseline, whole[label], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_occlusion_of_a_given_class_at_default_positions():
+    checkpoint, (image,) = tiny.checkpoint(), tiny.images(1)
+    found = class_maps.occlusion_map(checkpoint, image, 3)
+    assert found.probability.shape == (17, 17) and (found.label, found.size) == (3, 3)
+    same = class_maps.occlusion_map(checkpoint, image, 3, size=3, stride=2)
+    np.testing.assert_allclose(same.probability, found.probability[::2, ::2], rtol=1e-4)
+    np.testing.assert_allclose(found.baseline, predict.predict(checkpoint, image)[3], rtol=1e-4)
+    whole = class_maps.occlusion_map(checkpoint, image, 3, size=19)
+    assert whole.probability.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ('images', 'options', 'message'),
+    [
+        (2, {}, 'there are 2 images: expected one'),
+        (1, {'label': 5}, 'label=5: expected an integer from 0 to 4, the classes'),
+        (1, {'size': 20}, 'size=20: expected an integer from 1 to 19.'),
+        (1, {'size': 0}, 'size=0: expected an integer from 1 to 19.'),
+        (1, {'stride': 1.5}, 'stride=1.5: expected an integer from 1 to 19.'),
+        (1, {'batch_size': 0}, 'batch_size=0: expected a positive integer.'),
+    ],
+)
+def test_invalid_occlusions_are_refused(images, options, message):
+    with pytest.raises(UserError, match=message):
+        class_maps.occlusion_map(tiny.checkpoint(), tiny.images(images), **options)
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
