@@ -23,6 +23,7 @@ _MODULES = {
     'load_lpips': 'alexnet_jax.inference.lpips',
     'lpips': 'alexnet_jax.inference.lpips',
     'predict': 'alexnet_jax.inference.predict',
+    'receptive_field': 'alexnet_jax.inference.receptive_field',
     'ten_views': 'alexnet_jax.core.augment',
     'train_and_evaluate': 'alexnet_jax.training.train',
 }

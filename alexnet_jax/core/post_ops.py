@@ -23,6 +23,16 @@ class Context(NamedTuple):
     mask: jax.Array | None  # dropout mask, bool, the shape of the input; None at test time
 
 
+class Window(NamedTuple):
+    """The positions of its input that each position of an operation's output reads, along rows and columns alike."""
+
+    size: int = 1
+    stride: int = 1
+    before: int = 0  # positions added before the first
+    after: int = 0
+    truncated: bool = False  # True: the edge may truncate the last window, see `pooling.pooled_size`
+
+
 class PostOp(NamedTuple):
     """An operation on the output of a layer.
 
@@ -33,6 +43,7 @@ class PostOp(NamedTuple):
     function: Callable[[jax.Array, Context], jax.Array]
     maps_only: bool = False  # True: cannot follow a fully connected layer
     groups: Callable[[Any], int] | None = None  # network -> number of groups that it mixes within; None: mixes none
+    window: Callable[[Any], Window] | None = None  # network -> window; None: unknown, only `receptive_field` needs it
 
 
 def _dropout(x: jax.Array, context: Context) -> jax.Array:
@@ -63,12 +74,24 @@ def _pool_with(pool: Callable[..., jax.Array]) -> Callable[[jax.Array, Context],
     return function
 
 
+def _point(network: Any) -> Window:
+    return Window()
+
+
+def _pooling(network: Any) -> Window:
+    return Window(network.pool_window, network.pool_stride, truncated=True)
+
+
+def _around(network: Any) -> Window:
+    return Window(network.spatial_n, before=network.spatial_n // 2, after=(network.spatial_n - 1) // 2)
+
+
 POST_OPS: dict[str, PostOp] = {
-    'relu': PostOp(lambda x, context: jax.nn.relu(x)),
-    'tanh': PostOp(lambda x, context: jnp.tanh(x)),
-    'dropout': PostOp(_dropout),
-    'lrn': PostOp(_lrn, maps_only=True, groups=lambda network: network.norm_groups),
-    'spatial_norm': PostOp(_spatial_norm, maps_only=True),
-    'pool': PostOp(_pool_with(pooling.max_pool), maps_only=True),
-    'avg_pool': PostOp(_pool_with(pooling.avg_pool), maps_only=True),
+    'relu': PostOp(lambda x, context: jax.nn.relu(x), window=_point),
+    'tanh': PostOp(lambda x, context: jnp.tanh(x), window=_point),
+    'dropout': PostOp(_dropout, window=_point),
+    'lrn': PostOp(_lrn, maps_only=True, groups=lambda network: network.norm_groups, window=_point),
+    'spatial_norm': PostOp(_spatial_norm, maps_only=True, window=_around),
+    'pool': PostOp(_pool_with(pooling.max_pool), maps_only=True, window=_pooling),
+    'avg_pool': PostOp(_pool_with(pooling.avg_pool), maps_only=True, window=_pooling),
 }

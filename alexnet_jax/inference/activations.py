@@ -178,9 +178,9 @@ def _as_list(layers: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
-    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
-    known = activation_names(checkpoint.network)
+def find_outputs(network: AlexNet, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Returns the values of `activation_names` for these names. Raises UserError for none or an unknown one."""
+    known = activation_names(network)
     if not names:
         raise UserError(f'no layers given; choose from: {", ".join(known)}.')
     for name in names:
@@ -189,7 +189,12 @@ def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
             raise UserError(f"unknown layer {name!r}: the network does not have torchvision's layout; use {own}.")
         if name not in known:
             raise UserError(f'unknown layer {name!r}.{did_you_mean(name, known)}')
-    return _jit(checkpoint.network, checkpoint.augmentation, tuple(known[name] for name in names))
+    return [known[name] for name in names]
+
+
+def _layer_outputs(checkpoint: Checkpoint, names: Sequence[str]):
+    """Returns a cached jitted function (params, uint8 [N, S, S, 3], image_stats) -> list of float32 [N, ...]."""
+    return _jit(checkpoint.network, checkpoint.augmentation, tuple(find_outputs(checkpoint.network, names)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -308,7 +308,7 @@ def test_public_names():
         assert getattr(alexnet_jax, name)
     assert set(alexnet_jax.__all__) == {
         'AlexNet', 'activations', 'build', 'get_config', 'in_memory', 'init_params', 'load_checkpoint', 'load_lpips',
-        'lpips', 'predict', 'ten_views', 'train_and_evaluate', 'visualize', '__version__',
+        'lpips', 'predict', 'receptive_field', 'ten_views', 'train_and_evaluate', 'visualize', '__version__',
     }  # fmt: skip
     with pytest.raises(AttributeError):
         alexnet_jax.nothing  # noqa: B018
