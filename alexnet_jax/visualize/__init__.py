@@ -8,6 +8,7 @@
 | `guided_backprop` | a unit's gradient at the pixels, without negative parts | Springenberg et al. 2015 |
 | `grad_cam` | where a layer supports a class | Selvaraju et al. 2017 |
 | `occlusion_map` | the probability of a class with parts of an image covered | Zeiler and Fergus 2014 |
+| `top_patches` | the patches of many images that excite units most | Zeiler and Fergus 2014 |
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ _MODULES = {
     'guided_backprop': 'projections',
     'grad_cam': 'class_maps',
     'occlusion_map': 'class_maps',
+    'top_patches': 'patches',
 }
 __all__ = list(_MODULES)
 

@@ -16,11 +16,11 @@ from alexnet_jax.core.augment import Augmentation, views
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.core.post_ops import POST_OPS, Context
-from alexnet_jax.inference.activations import activation_names
+from alexnet_jax.inference.activations import find_outputs
 from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.inference.predict import Images, to_records
 from alexnet_jax.utils import compiler
-from alexnet_jax.utils.errors import UserError, check_type, did_you_mean
+from alexnet_jax.utils.errors import UserError, check_type
 
 Position = tuple[int, int] | None  # (row, column) in a feature map
 ANYWHERE = -1  # the flat position that stands for the maximum of the map
@@ -75,10 +75,7 @@ def stop_after(checkpoint: Checkpoint, layer: str) -> int:
     """Returns how many operations it takes to compute an activation. Raises UserError if its name is unknown."""
     check_type('checkpoint', checkpoint, Checkpoint, 'a Checkpoint; use alexnet_jax.load_checkpoint(PATH)')
     check_type('layer', layer, str, "the name of a layer, such as 'conv1'")
-    known = activation_names(checkpoint.network)
-    if layer not in known:
-        raise UserError(f'layer={layer!r}: the network has no layer of this name.{did_you_mean(layer, known)}')
-    key, index = known[layer]
+    ((key, index),) = find_outputs(checkpoint.network, [layer])
     ends = [i for i, names in enumerate(operations(checkpoint.network), 1) if '.'.join(names) == key]
     return ends[index]
 

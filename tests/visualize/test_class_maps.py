@@ -110,7 +110,7 @@ def test_invalid_occlusions_are_refused(images, options, message):
         ({'label': 5}, 'label=5: expected an integer from 0 to 4, the classes'),
         ({'label': 'cat'}, "label='cat': expected an integer"),
         ({'layer': 'fc3'}, "layer='fc3' has no feature maps; use a convolutional layer"),
-        ({'layer': 'conv6'}, "layer='conv6': the network has no layer of this name"),
+        ({'layer': 'conv6'}, "unknown layer 'conv6'. Did you mean"),
     ],
 )
 def test_invalid_labels_and_layers_are_refused(options, message):

@@ -104,7 +104,7 @@ def test_batches_do_not_change_projections(x64):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('conv9', 0), "layer='conv9': the network has no layer of this name. Did you mean 'conv[12]'"),
+        (('conv9', 0), "unknown layer 'conv9'. Did you mean 'conv[12]'"),
         ((2, 0), 'layer is int: expected the name of a layer'),
         (('conv2', 6), 'unit=6: expected an integer from 0 to 5, the units of conv2'),
         (('conv2', -1), 'unit=-1: expected an integer'),
