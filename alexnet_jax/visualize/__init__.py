@@ -9,6 +9,7 @@
 | `grad_cam` | where a layer supports a class | Selvaraju et al. 2017 |
 | `occlusion_map` | the probability of a class with parts of an image covered | Zeiler and Fergus 2014 |
 | `top_patches` | the patches of many images that excite units most | Zeiler and Fergus 2014 |
+| `maximize_activation` | an image made to excite a unit | Yosinski et al. 2015, with regularizers of others |
 """
 
 from importlib import import_module
@@ -20,6 +21,7 @@ _MODULES = {
     'grad_cam': 'class_maps',
     'occlusion_map': 'class_maps',
     'top_patches': 'patches',
+    'maximize_activation': 'maximization',
 }
 __all__ = list(_MODULES)
 
