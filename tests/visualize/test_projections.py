@@ -83,7 +83,8 @@ def test_the_own_forward_pass_is_that_of_the_network(dtype):
     x = forward.network_input(checkpoint.network, checkpoint.augmentation, images, checkpoint.image_stats)
     names = list(activations.activation_names(checkpoint.network))
     found = activations.activations(checkpoint, images, names)
-    tolerance = 0.05 if dtype == 'bfloat16' else 1e-4  # the pictures of a bfloat16 network are computed in float32
+    assert x.dtype == np.float32  # the pictures of a bfloat16 network are computed in float32
+    tolerance = 0.05 if dtype == 'bfloat16' else 1e-4
     stops = [forward.stop_after(checkpoint, name) for name in names]
     outputs = jax.jit(lambda x: [forward.run(checkpoint.network, params, x, 0, stop) for stop in stops])(x)
     for name, y in zip(names, outputs, strict=True):
