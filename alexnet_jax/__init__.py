@@ -32,11 +32,13 @@ _MODULES = {
     'ten_views': 'alexnet_jax.core.augment',
     'train_and_evaluate': 'alexnet_jax.training.train',
 }
-__all__ = ['__version__', *_MODULES]
+__all__ = ['__version__', *_MODULES, 'visualize']
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first use, so that the worker processes of `alexnet_jax prepare` do not import JAX."""
+    if name == 'visualize':
+        return import_module('alexnet_jax.visualize')
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(_MODULES[name]), name)

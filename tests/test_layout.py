@@ -15,7 +15,7 @@ LAYERS = (
     ('data', 'checkpoints'),
     ('prepare', 'convert'),
     ('inference',),
-    ('training', 'export'),
+    ('training', 'export', 'visualize'),
     ('benchmark',),
     ('experiments',),
     ('commands',),

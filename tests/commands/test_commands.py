@@ -307,9 +307,9 @@ def test_public_names():
     for name in alexnet_jax.__all__:
         assert getattr(alexnet_jax, name)
     assert set(alexnet_jax.__all__) == {
-        'AlexNet', 'activations', 'build', 'get_config', 'in_memory', 'init_params', 'linear_cka', 'load_checkpoint',
-        'load_lpips', 'lpips', 'noise_ceiling', 'predict', 'rdm', 'receptive_field', 'rsa', 'ten_views',
-        'train_and_evaluate', '__version__',
+        'AlexNet', 'activations', 'build', 'get_config', 'gradients', 'in_memory', 'init_params', 'linear_cka',
+        'load_checkpoint', 'load_lpips', 'lpips', 'noise_ceiling', 'predict', 'rdm', 'receptive_field', 'rsa',
+        'ten_views', 'train_and_evaluate', 'visualize', '__version__',
     }  # fmt: skip
     with pytest.raises(AttributeError):
         alexnet_jax.nothing  # noqa: B018
