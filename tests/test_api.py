@@ -65,7 +65,7 @@ def test_code_of_the_page_on_the_inside_runs(tmp_path, monkeypatch, capsys):
     for block in code:
         exec(block, names)
     assert names['means']['conv1'].ndim == 2 and names['found']['pixels'].shape[0] == 8
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 4 + 1 + 2
 
 
 def test_custom_loop_matches_train_and_evaluate(tmp_path):

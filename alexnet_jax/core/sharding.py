@@ -87,7 +87,7 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
         return [sown[name][index] for name, index in outputs] or [call()]
 
     def apply(
-        params: Any, x: Array, masks: Masks | None = None, *, edit: Edits | None = None, outputs: Sequence = ()
+        params: Any, x: Array, masks: Masks | None = None, *, edit: Edits | None = None, outputs: Sequence[Any] = ()
     ) -> Any:
         if padding:  # an odd number of classes: add a class here, and remove its outputs below
             padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])

@@ -1,6 +1,5 @@
 """Draws the data of figures.py as matplotlib Figure objects, without windows or changes to global state."""
 
-import itertools
 import math
 import os
 import re
@@ -31,7 +30,7 @@ BLUE, VERMILION, PURPLE = '#0072B2', '#D55E00', '#CC79A7'
 _LINES = ((BLUE, '-'), (VERMILION, '--'), (GREEN, '-.'), (PURPLE, ':'), (BLACK, (0, (5, 1, 1, 1, 1, 1))))
 # For more than five curves: five styles and six colors make 30 different lines.
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE, BLACK, ORANGE)
-_MANY_LINES = [(_COLORS[i % 6], _LINES[i % 5][1]) for i in range(30)]
+MANY_LINES = [(_COLORS[i % 6], _LINES[i % 5][1]) for i in range(30)]
 _OP_NAMES = {'relu': 'ReLU', 'lrn': 'norm', 'pool': 'max pool', 'avg_pool': 'mean pool', 'spatial_norm': 'spatial norm'}
 _COLUMN, _ROW = 1.5, 2.2  # inches, for figure 2
 _PER_ROW = 16  # kernels or maps per row
@@ -188,27 +187,6 @@ def maps(x_HWC: np.ndarray) -> Figure:
     return figure
 
 
-def receptive_fields(image: np.ndarray, fields: Mapping[str, Sequence[int]]) -> Figure:
-    """Draws the receptive fields of units on an image.
-
-    image: the network's input, uint8 [S, S, 3]. fields: {layer: (top, left, bottom, right)} from `ReceptiveField.box`.
-    """
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(6, 4.2), layout='constrained')
-    axes = figure.subplots()
-    axes.imshow(image, extent=(0, width, height, 0), interpolation='nearest')
-    for (color, style), (name, (top, left, bottom, right)) in zip(itertools.cycle(_MANY_LINES), fields.items()):
-        rows, columns = bottom - top, right - left
-        for line, edge in ((3.6, {'edgecolor': 'white'}), (1.8, {'edgecolor': color, 'linestyle': style})):
-            box = Rectangle((left, top), columns, rows, fill=False, linewidth=line, clip_on=False, **edge)
-            box.set_zorder(3 - rows * columns / (height * width))  # the smaller above the larger
-            axes.add_patch(box)
-        box.set_label(f'{name}: {rows}\u00d7{columns}')
-    axes.set_axis_off()
-    figure.legend(frameon=False, fontsize=9, loc='outside right upper')
-    return figure
-
-
 def _sheet(pictures: np.ndarray) -> np.ndarray:
     """Tiles images [O, H, W, 3] on white, one pixel apart."""
     count, height, width, _ = pictures.shape
@@ -301,7 +279,7 @@ def learning_curves(
     curves: {name: (x, y)}, or {name: list of (x, y), one per seed}, drawn with thin lines.
     """
     many = len(curves) > len(_LINES)
-    lines = _MANY_LINES if many else _LINES
+    lines = MANY_LINES if many else _LINES
     figure = Figure(figsize=(7.5 if many else 5, 3.8), layout='constrained')
     axes = figure.subplots()
     for i, (name, values) in enumerate(curves.items()):

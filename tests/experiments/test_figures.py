@@ -232,19 +232,6 @@ def test_kernels_plot():
         assert np.all(sheet[5:8, 9:] == 1)
 
 
-def test_receptive_fields_are_outlined_and_named():
-    fields = {'conv1': (3, 0, 10, 7), 'fc6': (0, 0, 28, 28)}
-    figure = plots.receptive_fields(np.zeros((28, 28, 3), np.uint8), fields)
-    boxes = [
-        (p.get_y(), p.get_x(), p.get_y() + p.get_height(), p.get_x() + p.get_width()) for p in figure.axes[0].patches
-    ]
-    assert boxes == [fields['conv1']] * 2 + [fields['fc6']] * 2  # each on a white line
-    assert [text.get_text() for text in figure.legends[0].texts] == ['conv1: 7\u00d77', 'fc6: 28\u00d728']
-    colors = [patch.get_edgecolor() for patch in figure.axes[0].patches]
-    assert colors[0] == colors[2] == (1, 1, 1, 1) and len({*colors}) == 3
-    assert figure.axes[0].images[0].get_extent() == [0, 28, 28, 0]  # pixel i covers i to i + 1
-
-
 def test_predictions_plot():
     found = [
         figures.Prediction('owl, night bird', ('cat', 'owl, night bird'), (0.75, 0.25), 1),
