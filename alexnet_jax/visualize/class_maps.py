@@ -98,8 +98,8 @@ def _jit_grad_cam(network: AlexNet, augmentation: Augmentation, stop: int) -> Ca
             return jnp.take_along_axis(logits_NK, label_N[:, None], axis=1).sum(), label_N
 
         gradient_NHWC, label_N = jax.grad(logits_of, has_aux=True)(maps_NHWC)
-        weights_NC = gradient_NHWC.mean((1, 2), keepdims=True)
-        found_NHW = jax.nn.relu((weights_NC * maps_NHWC).sum(3))
+        weights_N11C = gradient_NHWC.mean((1, 2), keepdims=True)
+        found_NHW = jax.nn.relu((weights_N11C * maps_NHWC).sum(3))
         side = augmentation.image_size
         return found_NHW, jax.image.resize(found_NHW, (len(x), side, side), 'bilinear'), label_N
 

@@ -106,7 +106,7 @@ def find_unit(checkpoint: Checkpoint, layer: str, unit: int, position: Position 
     if len(shape) == 1:
         raise UserError(f'position={position!r}: {layer} has no positions; use position=None.')
     if not isinstance(position, tuple | list | np.ndarray) or len(position) != 2:
-        raise UserError(f'position={position!r}: expected (row, column), or None for the maximum of the map.')
+        raise UserError(f'position={position!r}: expected (row, column) or None.')
     sides = zip(('row', 'column'), position, shape, strict=False)
     row, column = (check_index(name, value, side, f'the {name}s of {layer}') for name, value, side in sides)
     return Unit(stop, index, row * shape[1] + column, shape)
