@@ -174,7 +174,7 @@ def test_filter_demo_needs_a_convolution(tmp_path):
 def test_custom_step_is_shown_by_its_name():
     """docs/variants.md: the report describes steps it knows and shows others by name."""
     network = helpers.network()
-    assert report._describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+    assert report.describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
 def test_repeated_step_is_shown_twice(tmp_path):
