@@ -11,6 +11,8 @@ The patches are from up to 1,000 images, drawn at random but always the same. Im
 predict` does.
 """
 
+import os
+
 from absl import flags
 
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
@@ -27,8 +29,6 @@ FLAGS = (
 
 
 def main(args: flags.FlagValues) -> None:
-    import os
-
     from alexnet_jax.convert.loading import load_checkpoint
     from alexnet_jax.data import datasets
     from alexnet_jax.experiments import inside_page
@@ -52,7 +52,9 @@ def main(args: flags.FlagValues) -> None:
     source = f'{args.split} of {args.data}' if dataset else ', '.join(args.images)
     some = f'{len(images):,} of {len(records):,} images of {source}'
     source = f'{args.checkpoint} (step {checkpoint.step}); {some}.'
-    inside_page.write(args.output, checkpoint, images, captions, source=source, log=lambda line: print(line, flush=True))
+    inside_page.write(
+        args.output, checkpoint, images, captions, source=source, log=lambda line: print(line, flush=True)
+    )
     reason = inside_page.why_large(checkpoint)
     print(f'Wrote {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB): {some}.')
     if reason:

@@ -330,7 +330,7 @@ function inside(section) {
   }
 
   function silence(l, u) {
-    if (!small) return;
+    if (!small) return choose(l, u);
     if (!silenced[l].delete(u)) silenced[l].add(u);
     chosen = [l, u];
     draw();

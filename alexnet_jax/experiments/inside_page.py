@@ -1,7 +1,7 @@
 """Writes a page to look inside a network, as one HTML file that works offline.
 
 For a small network, the page has the weights and computes the forward pass itself, so that units can be silenced in it.
-`inside_page.html` is the template. `inside_page.js` follows `report.js`, whose helpers and filter demonstration it uses.
+`inside_page.html` is the template. `inside_page.js` uses the helpers and the filter demonstration of `report.js`.
 """
 
 import io
