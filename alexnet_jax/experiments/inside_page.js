@@ -240,10 +240,10 @@ function inside(section) {
 
   function drawUnit() {
     const [l, u] = chosen, layer = layers[l], map = mapOf(l, u), size = sideOf(l);
-    const at = map.reduce((most, value, i) => (value > map[most] ? i : most), 0);
-    const row = small ? Math.floor(at / size) : layer.maxima[picture][layer.units.indexOf(u)][0];
-    const column = small ? at % size : layer.maxima[picture][layer.units.indexOf(u)][1];
-    const [top, bottom] = layer.spans[row], [left, right] = layer.spans[column], most = map[at];
+    const first = map.reduce((most, value, i) => (value > map[most] ? i : most), 0);
+    const inPage = [Math.floor(first / size), first % size, map[first]]; // the stored maps are smaller
+    const [row, column, most] = small ? inPage : layer.maxima[picture][layer.units.indexOf(u)];
+    const [top, bottom] = layer.spans[row], [left, right] = layer.spans[column];
     const off = silenced[l].has(u), tower = layer.towers > 1 ? ` (tower ${towerOf(l, u)})` : '';
     find('unit').textContent = `${nameOf(l, u)}${tower}`;
     drawField(top, left, bottom, right);
