@@ -140,7 +140,11 @@ function inside(section) {
   }
 
   const sideOf = (l) => (small ? layers[l].shape[0] : layers[l].map);
-  const nameOf = (l, u) => `${layers[l].name}, ${layers[l].kind === 'fc' ? 'unit' : 'map'} ${u}`;
+  function nameOf(l, u) {
+    const name = `${layers[l].name}, ${layers[l].kind === 'fc' ? 'unit' : 'map'} ${u}`;
+    return l === layers.length - 1 ? `${name}: ${data.class_names[u]}` : name;
+  }
+
   const towerOf = (l, u) => Math.floor(u / (layers[l].shape[2] / layers[l].towers));
 
   function addLayers() {
@@ -246,26 +250,30 @@ function inside(section) {
     const [top, bottom] = layer.spans[row], [left, right] = layer.spans[column];
     const off = silenced[l].has(u), tower = layer.towers > 1 ? ` (tower ${towerOf(l, u)})` : '';
     find('unit').textContent = `${nameOf(l, u)}${tower}`;
-    drawField(top, left, bottom, right);
+    drawField(most === 0 ? null : [left, top, right - left, bottom - top]);
     const where = layer.kind === 'fc' ? '' : ` at row ${row}, column ${column}`;
     const see = layer.kind === 'fc' ? 'It sees the whole image.' : `It sees ${bottom - top} x ${right - left} pixels there.`;
-    find('about').textContent = off ? 'Silenced: its output is zero.' : `Its largest value for this image is ${short(most)}${where}. ${see}`;
-    find('field').setAttribute('aria-label', `Rows ${top} to ${bottom - 1}, columns ${left} to ${right - 1} of ${data.captions[picture]}`);
+    const active = `Its largest value for this image is ${short(most)}${where}. ${see}`;
+    find('about').textContent = off ? 'Silenced: its output is zero.' : most === 0 ? 'It is not active for this image.' : active;
+    const rows = `Rows ${top} to ${bottom - 1}, columns ${left} to ${right - 1} of `;
+    find('field').setAttribute('aria-label', `${most === 0 ? '' : rows}${data.captions[picture]}`);
     find('silence').textContent = off ? 'Restore this unit' : 'Silence this unit';
     for (const other of layers) for (const button of other.buttons.values()) button.removeAttribute('aria-current');
     layer.buttons.get(u).setAttribute('aria-current', true);
     drawPictures(layer, layer.units.indexOf(u));
   }
 
-  function drawField(top, left, bottom, right) {
+  /** Draws the picture, and darkens all of it but a field [left, top, width, height], or nothing for null. */
+  function drawField(field) {
     const canvas = find('field'), zoom = Math.max(1, Math.floor(336 / side)), still = document.createElement('canvas');
     paintPicture(still, picture);
     canvas.width = canvas.height = zoom * side;
     const context = canvas.getContext('2d');
     context.imageSmoothingEnabled = false;
     context.drawImage(still, 0, 0, zoom * side, zoom * side);
+    if (!field) return;
     context.fillStyle = 'rgb(0 0 0 / 55%)';
-    const box = [left, top, right - left, bottom - top].map((x) => zoom * x);
+    const box = field.map((x) => zoom * x);
     context.beginPath(); // everything but the field
     context.rect(0, 0, zoom * side, zoom * side);
     context.rect(...box);

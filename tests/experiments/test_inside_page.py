@@ -240,7 +240,7 @@ def test_towers_taps_and_pointer(visit, checkpoint):
     assert text == 'Silenced: tower 1 of conv1.'
     assert _pairs(labels, was=True) == _labels(checkpoint, _edit({'conv1': [4, 5, 6, 7]}))
     assert _pairs(visit['after'][0]) == _labels(checkpoint) and visit['after'][1] == ''
-    assert visit['taps'] == [['fc4, unit 11', 'false'], ['fc4, unit 11', 'true']]
+    assert visit['taps'] == [['fc4, unit 11: class 11', 'false'], ['fc4, unit 11: class 11', 'true']]
     assert visit['hovered'] == 'conv1, map 0 (tower 0)' and visit['painted'] > 0.9
 
 
