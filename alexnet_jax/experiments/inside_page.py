@@ -121,7 +121,7 @@ def why_large(checkpoint: Checkpoint) -> str:
     shapes, network = _shapes(checkpoint), checkpoint.network
     parameters, flops = _parameters(checkpoint), sum(layer.flops for layer in shapes.values())
     if parameters > MAX_PARAMETERS:
-        return f'it has {parameters:,} parameters, and a page with more than {MAX_PARAMETERS:,} would be too large'
+        return f'the network has {parameters:,} parameters, and a page with over {MAX_PARAMETERS:,} would be too large'
     if flops > MAX_FLOPS:
         limit = f'{MAX_FLOPS // 10**6:,}'
         return f'an image takes {flops / 1e6:,.0f} MFLOPs, and more than {limit} would take a browser too long'
@@ -152,6 +152,8 @@ def page_data(
     for name in network.layers:
         layer = {**_layer(checkpoint, name), **_unit_pictures(checkpoint, image_NHWC, name, not reason)}
         layer |= _large_layer(checkpoint, shown_NHWC, name, layer['units']) if reason else _weights(checkpoint, name)
+        if reason:
+            layer['note'] += f' Shown: {len(layer["units"])} of {layer["shape"][-1]}, evenly spaced.'
         data['layers'].append(layer)
         log(f'{name}: patches of {len(layer["units"])} of {layer["shape"][-1]} units')
     if reason:
@@ -169,8 +171,7 @@ def _how(reason: str) -> str:
         return f'{look} A click, a second tap or Enter silences it, and your browser computes the network again.'
     return (
         f'{look} Units cannot be silenced in this page, because {reason}. Their effect is computed with '
-        "alexnet_jax.activations(checkpoint, images, layers, edit={'conv3': function}). Some units of each layer are "
-        'shown, evenly spaced.'
+        "alexnet_jax.activations(checkpoint, images, layers, edit={'conv3': function})."
     )
 
 

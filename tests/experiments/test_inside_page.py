@@ -265,8 +265,9 @@ def test_large_network_has_maps_and_labels_of_its_own(monkeypatch, tmp_path):
     page = _write(tmp_path / 'p.html', checkpoint, count=2)
     data = pages.page_data(page)
     assert data['projection'] == 'guided backpropagation', 'a deconvnet cannot reverse tanh'
-    assert 'it has 6,' in data['how'] and 'edit={' in data['how'] and 'weights' not in data['layers'][0]
+    assert 'the network has 6,' in data['how'] and 'edit={' in data['how'] and 'weights' not in data['layers'][0]
     first = data['layers'][0]
+    assert first['note'].endswith('Shown: 3 of 8, evenly spaced.')
     assert first['units'] == [0, 4, 7], 'evenly spaced'
     found = activations(checkpoint, images, 'conv1')['conv1'][1][..., [0, 4, 7]]
     values = np.frombuffer(base64.b64decode(first['maps'][1]['bytes']), np.uint8).reshape(3, 8, 8)
@@ -311,7 +312,7 @@ def test_large_networks_are_named_with_their_reason():
         augmentation = checkpoint.augmentation._replace(image_size=size)
         return inside_page.why_large(checkpoint._replace(network=network, augmentation=augmentation))
 
-    assert 'it has 60,965,224 parameters, and a page with more than 2,000,000' in reason(AlexNet(), 224)
+    assert 'the network has 60,965,224 parameters, and a page with over 2,000,000' in reason(AlexNet(), 224)
     assert reason(helpers.network(), 35) == ''
     wide = {**helpers.layers(conv1={'stride': 1, 'features': 32}), 'fc6': DenseSpec(features=2, post='relu')}
     assert 'more than 500 would take a browser too long' in reason(helpers.network(layers=wide), 400)
