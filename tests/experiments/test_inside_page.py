@@ -157,12 +157,13 @@ _VISIT = """
   found.count = units.map((group) => group.children.length);
   network.querySelectorAll('.pictures input')[2].click();
   found.plain = labels();
+  units[0].children[1].focus();
+  found.field = find('field').getAttribute('aria-label');
+  found.about = text('about');
   units[2].firstChild.focus(); // as the tab key does
   found.focused = text('unit');
   for (const key of ['ArrowRight', 'ArrowDown', 'ArrowLeft', 'ArrowRight']) press(key);
   found.moved = [text('unit'), document.activeElement.tabIndex, units[2].querySelectorAll('[tabindex="0"]').length];
-  found.field = find('field').getAttribute('aria-label');
-  found.about = text('about');
   document.activeElement.click(); // as Enter does: `detail` is 0
   found.pressed = [document.activeElement.getAttribute('aria-pressed'), text('silenced'), text('silence')];
   found.edited = labels();
@@ -247,9 +248,10 @@ def test_towers_taps_and_pointer(visit, checkpoint):
 @pytest.mark.slow
 @in_browser
 def test_receptive_field_of_the_maximum_is_drawn(visit, checkpoint):
-    maps = activations(checkpoint, noise_images(12)[2:3], 'conv2')['conv2'][0, ..., 1]
+    maps = activations(checkpoint, noise_images(12)[2:3], 'conv1')['conv1'][0, ..., 1]
     row, column = np.unravel_index(maps.argmax(), maps.shape)
-    box = receptive_field(checkpoint.network, 'conv2').box(int(row), int(column), checkpoint.image_size)
+    assert row != column, 'choose another map'
+    box = receptive_field(checkpoint.network, 'conv1').box(int(row), int(column), checkpoint.image_size)
     top, left, bottom, right = box
     assert visit['field'] == f'Rows {top} to {bottom - 1}, columns {left} to {right - 1} of {HOSTILE}'
     assert f'at row {row}, column {column}. It sees {bottom - top} x {right - left} pixels' in visit['about']
@@ -260,7 +262,10 @@ def test_receptive_field_of_the_maximum_is_drawn(visit, checkpoint):
 def test_large_network_has_maps_and_labels_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(inside_page, 'MAX_PARAMETERS', 10)
     monkeypatch.setattr(inside_page, '_UNITS', {False: 3})
-    layers = {'conv1': dataclasses.replace(LAYERS['conv1'], post='tanh lrn pool'), 'fc5': LAYERS['fc4']}
+    layers = {
+        'conv1': dataclasses.replace(LAYERS['conv1'], init='normal(0.0005)', post='tanh lrn pool'),
+        'fc5': LAYERS['fc4'],
+    }
     checkpoint, images = small_checkpoint(layers=layers), noise_images(2)
     page = _write(tmp_path / 'p.html', checkpoint, count=2)
     data = pages.page_data(page)
@@ -273,14 +278,14 @@ def test_large_network_has_maps_and_labels_of_its_own(monkeypatch, tmp_path):
     values = np.frombuffer(base64.b64decode(first['maps'][1]['bytes']), np.uint8).reshape(3, 8, 8)
     restored = np.moveaxis((values - 128.0) / 127 * first['maps'][1]['scale'], 0, -1)
     np.testing.assert_allclose(restored, found, atol=first['maps'][1]['scale'] / 253)
-    row, column, value = first['maxima'][1][2]
-    assert value == pytest.approx(found[..., 2].max(), abs=1e-4)
-    assert value == pytest.approx(found[int(row), int(column), 2], abs=1e-4)
+    row, column, value = first['maxima'][1][0]
+    assert (row, column) == np.unravel_index(found[..., 0].argmax(), (8, 8)) and row != column, 'choose another map'
+    assert value == pytest.approx(found[..., 0].max(), abs=1e-4)
     script = """
       const text = (name) => document.querySelector(`#network .${name}`).textContent;
       document.querySelectorAll('#network .pictures input')[1].click();
       const units = document.querySelectorAll('#network .units button');
-      units[2].click();
+      for (const button of [units[2], units[0]]) button.click();
       const hidden = getComputedStyle(document.querySelector('.editing')).display, count = units.length;
       const labels = [...document.querySelectorAll('.bars dt')].map((node) => node.textContent);
       return { wrong, unit: text('unit'), about: text('about'), hidden, count, labels };
@@ -288,7 +293,7 @@ def test_large_network_has_maps_and_labels_of_its_own(monkeypatch, tmp_path):
     shown = run_in_page(tmp_path, page, script, width=390)
     order = np.argsort(-predict(checkpoint, images)[1])[:5]
     assert shown['labels'] == [checkpoint.class_names[i] for i in order]
-    assert (shown['wrong'], shown['unit'], shown['hidden'], shown['count']) == ([], 'conv1, map 7', 'none', 6)
+    assert (shown['wrong'], shown['unit'], shown['hidden'], shown['count']) == ([], 'conv1, map 0', 'none', 6)
     assert f'at row {int(row)}, column {int(column)}.' in shown['about']
 
 
