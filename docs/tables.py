@@ -45,6 +45,32 @@ def suite(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def figure1(records: Sequence[Record]) -> list[Row]:
+    """A row for each activation and learning rate of figure 1, and the ratios of epochs with own and common rates."""
+    (result,), table = records, []
+    runs: dict[str, list[Record]] = {}
+    for row in result['runs']:
+        runs.setdefault(row['variant'], []).append(row)
+    reached = {name: {row['seed']: row['epochs'] for row in rows if row['reached']} for name, rows in runs.items()}
+    for name, rows in sorted(runs.items(), key=lambda item: (item[0].split()[0], float(item[0].split()[1]))):
+        found = list(reached[name].values())
+        row = {'network': name, 'seeds that reach 25%': f'{len(found)} of {len(rows)}'}
+        row['epochs'] = tables.format_mean_std(found) if found else f'more than {rows[0]["epochs"]:.0f}'
+        table.append({**row, 'training error at the end': tables.format_mean_std([one['train_error'] for one in rows])})
+
+    def ratio(relu: str, tanh: str, title: str) -> None:
+        ratios = [reached[tanh][seed] / reached[relu][seed] for seed in reached[relu].keys() & reached[tanh].keys()]
+        if ratios:
+            row = {'network': title, 'seeds that reach 25%': f'{len(ratios)}', 'epochs': tables.format_mean_std(ratios)}
+            table.append({**row, 'paper': '6'})
+
+    ratio(*sorted(result['networks']), '**tanh / ReLU, each with its own rate**')
+    for name in sorted(runs):
+        if name.startswith('relu') and (tanh := name.replace('relu', 'tanh')) in runs:
+            ratio(name, tanh, f'tanh / ReLU, both with {name.split()[1]}')
+    return table
+
+
 def step(records: Sequence[Record]) -> list[Row]:
     """A row for each measurement of a training step: images/s, ratio, and the share of the machine's product."""
     return [
@@ -130,7 +156,7 @@ def _share(record: Record) -> Row:
 
 def _source(records: Sequence[Record], kind: str) -> str:
     """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
-    if kind == 'suite':
+    if kind in ('suite', 'figure1'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
     computed = kind == 'communication'
@@ -148,6 +174,7 @@ def _environment(record: Record) -> list[str]:
 
 _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | None, ...]]] = {  # and the modes
     'suite': (suite, (None,)),
+    'figure1': (figure1, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
     'rates': (rates, ('input', 'prepare')),

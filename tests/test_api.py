@@ -68,6 +68,7 @@ def test_code_of_the_page_on_the_inside_runs(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4 + 1 + 2
 
 
+@pytest.mark.slow
 def test_custom_loop_matches_train_and_evaluate(tmp_path):
     """All images are equal, so the order in which the pipeline reads them does not matter."""
     config = helpers.digits_config(**{'batch_size': 8, 'num_steps': 3, 'mesh.tower': 1, 'data.reflect': True})

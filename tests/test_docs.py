@@ -452,6 +452,25 @@ def test_suite_table_has_means_and_differences_by_seed():
     ]
 
 
+def test_figure1_table_has_ratios_by_seed():
+    """A run that does not reach 25% has trained for longer than the epochs it states."""
+    cases = [
+        ('relu 0.01', 0, 8.0, False), ('relu 0.003', 0, 8.0, True), ('relu 0.003', 1, 5.0, True),
+        ('tanh 0.01', 0, 40.0, True), ('tanh 0.01', 1, 20.0, True), ('tanh 0.003', 0, 48.0, True),
+    ]  # fmt: skip
+    names = ('variant', 'seed', 'epochs', 'reached')
+    runs = [{**dict(zip(names, case, strict=True)), 'train_error': 20.0 + case[1]} for case in cases]
+    rows = _tables().figure1([{'runs': runs, 'networks': {'relu 0.003': '', 'tanh 0.01': ''}}])
+    assert [list(row.values()) for row in rows] == [
+        ['relu 0.003', '2 of 2', '6.50 ± 2.12', '20.50 ± 0.71'],
+        ['relu 0.01', '0 of 1', 'more than 8', '20.00'],
+        ['tanh 0.003', '1 of 1', '48.00', '20.00'],
+        ['tanh 0.01', '2 of 2', '30.00 ± 14.14', '20.50 ± 0.71'],
+        ['**tanh / ReLU, each with its own rate**', '2', '4.50 ± 0.71', '6'],
+        ['tanh / ReLU, both with 0.003', '1', '6.00', '6'],
+    ]
+
+
 def _measured(**rates):
     return {name: {'median': sorted(values)[1], 'measurements': values} for name, values in rates.items()}
 

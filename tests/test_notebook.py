@@ -10,32 +10,32 @@ import pytest
 
 from tests import ROOT
 
-PATH = ROOT / 'notebooks' / 'tour.ipynb'
+TOUR, TOWERS = (ROOT / 'notebooks' / f'{name}.ipynb' for name in ('tour', 'two_towers'))
 
 
-def _cells():
-    return [''.join(cell['source']) for cell in json.loads(PATH.read_text())['cells'] if cell['cell_type'] == 'code']
-
-
-@pytest.mark.slow
-def test_tour_runs(tmp_path):
-    # A notebook shows the value of the last expression of a cell.
+def _run(path, tmp_path):
+    """Runs the code cells of a notebook. Returns what they print, with the value of the last expression of each."""
     program = 'import ast\n'
-    for cell in _cells():
-        program += (
-            f'tree = ast.parse({cell!r})\nshown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None\n'
-        )
-        program += "exec(compile(tree, 'cell', 'exec'))\n"
-        program += "if shown: print(eval(compile(ast.Expression(shown.value), 'cell', 'eval')))\n"
+    for cell in json.loads(path.read_text())['cells']:
+        if cell['cell_type'] == 'code':
+            program += f'tree = ast.parse({"".join(cell["source"])!r})\n'
+            program += 'shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None\n'
+            program += "exec(compile(tree, 'cell', 'exec'))\n"
+            program += "if shown: print(eval(compile(ast.Expression(shown.value), 'cell', 'eval')))\n"
     done = subprocess.run(
         [sys.executable, '-c', program],
-        cwd=PATH.parent,
+        cwd=path.parent,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_tour_runs(tmp_path):
+    said = _run(TOUR, tmp_path)
     assert '60,965,224' in said and "'all-gather': (4," in said
     towers, update = (float(found) for found in re.findall(r'largest difference (\S+)', said))
     assert towers < 1e-4 and update < 1e-8
@@ -43,14 +43,28 @@ def test_tour_runs(tmp_path):
     assert (tmp_path / 'alexnet_jax_tour' / 'figures' / 'kernels.png').exists()
 
 
-def test_notebook_is_stored_with_its_outputs():
+@pytest.mark.slow
+def test_two_towers_runs(tmp_path):
+    """Each tower alone is worse than both, and exchanged towers are worst."""
+    said = _run(TOWERS, tmp_path)
+    whole = float(re.search(r'top-1 error (\S+)% of 360 images\n', said)[1])
+    assert whole < 25 and float(re.search(r'largest difference (\S+)', said)[1]) < 1e-3
+    alone = [float(error) for pair in re.findall(r'^conv\d +(\S+)% +(\S+)%$', said, re.M) for error in pair]
+    exchanged = [float(error) for error in re.findall(r'^conv\d, towers exchanged: top-1 error (\S+)%', said, re.M)]
+    assert len(alone) == 10 and len(exchanged) == 2
+    assert min(alone) >= whole and min(exchanged) > 60
+    assert len(re.findall('between the towers 0', said)) == 7
+
+
+@pytest.mark.parametrize(('path', 'shown'), [(TOUR, 3), (TOWERS, 1)])
+def test_notebook_is_stored_with_its_outputs(path, shown):
     """The outputs are from one run of all cells in order, and contain no paths of the machine."""
-    cells = json.loads(PATH.read_text())['cells']
+    cells = json.loads(path.read_text())['cells']
     code = [cell for cell in cells if cell['cell_type'] == 'code']
     assert [cell['execution_count'] for cell in code] == list(range(1, len(code) + 1))
     assert all(cell['outputs'] for cell in code)
     assert not any(output['output_type'] == 'error' for cell in code for output in cell['outputs'])
     pictures = [output for cell in code for output in cell['outputs'] if 'image/png' in output.get('data', {})]
-    assert len(pictures) == 3
+    assert len(pictures) == shown
     assert len({cell['id'] for cell in cells}) == len(cells)
-    assert not re.search('/(tmp|home|root|work|Users)/', PATH.read_text())
+    assert not re.search('/(tmp|home|root|work|Users)/', path.read_text())

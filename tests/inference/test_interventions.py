@@ -63,6 +63,7 @@ def test_edit_changes_what_follows(checkpoint, images):
     np.testing.assert_allclose(edited['fc8'], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences(checkpoint, images):
     """In float64. Edits are part of the function, whether the gradient is taken there or not."""
     with jax.enable_x64(True):
@@ -144,6 +145,7 @@ def test_invalid_units_and_layers_are_refused(checkpoint, images, unit, layers, 
         alexnet_jax.gradients(checkpoint, images, unit, layers)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_batch_is_that_of_each_image(checkpoint, images):
     whole = alexnet_jax.gradients(checkpoint, images, ('fc8', 0), batch_size=2)['pixels']
     each = [alexnet_jax.gradients(checkpoint, image, ('fc8', 0))['pixels'] for image in images]
