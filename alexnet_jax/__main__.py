@@ -8,8 +8,8 @@ from alexnet_jax.commands import app
 from alexnet_jax.utils.errors import did_you_mean
 
 COMMANDS = (
-    'train', 'finetune', 'prepare', 'evaluate', 'predict', 'activations', 'figures', 'experiments', 'convert', 'export',
-    'weights', 'benchmark', 'verify', 'env',
+    'train', 'finetune', 'prepare', 'evaluate', 'predict', 'activations', 'figures', 'report', 'experiments', 'convert',
+    'export', 'weights', 'benchmark', 'verify', 'env',
 )  # fmt: skip
 
 

@@ -100,9 +100,11 @@ def first_batch(run):
     return next(run.train_batches(0))
 
 
-def save_untrained(path, seed=0, **changes):
-    """Saves a small network with initial weights as a checkpoint in `path`; returns its path."""
+def save_untrained(path, seed=0, without=(), **changes):
+    """Saves a small network with initial weights, without some layers, as a checkpoint in `path`; returns its path."""
     config, digits = digits_config(**changes), datasets.open_dataset('digits')
+    for name in without:
+        del config.model.layers[name]
     meta = {'config': manager.config_to_json(config), 'class_names': list(digits.class_names)}
     meta |= {'record_size': 32, 'examples': 0, 'fingerprint': ''}
     with manager.CheckpointManager(str(path)) as saved:

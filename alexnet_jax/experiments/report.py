@@ -32,7 +32,7 @@ from alexnet_jax.utils.files import atomic_file
 
 _PICTURES = 6  # the page has about 3 MB with images of 224 px and 16 maps per layer
 _MAPS = 16  # maps shown per layer
-_MAP_SIZE = 32  # pixels; larger maps are downsampled
+MAP_SIZE = 32  # pixels; larger maps are downsampled
 _UNITS = 4096  # units shown per fully connected layer
 _STRIP = 128  # units shown per row
 _NUMBER = ' class="number"'
@@ -93,7 +93,7 @@ def write(
         'summary': escape(summary),
         'contents': ''.join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in links),
         'sections': '\n'.join(body),
-        'data': json.dumps(data, allow_nan=False).replace('<', '\\u003c'),  # `</script>` in data would end the script
+        'data': to_json(data),
     }
     folder = resources.files('alexnet_jax.experiments')
     page, parts['script'] = (folder.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('html', 'js'))
@@ -102,6 +102,11 @@ def write(
     page = re.sub(r'<!--(\w+)-->', lambda found: parts[found[1]], page)  # one pass: inserted text is not scanned
     with as_user_error(f'the report {path!r} cannot be written'), atomic_file(path) as file:
         file.write(page)
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Formats data for a script element, which `</script>` in a text would end."""
+    return json.dumps(data, allow_nan=False).replace('<', '\\u003c')
 
 
 def _table(table: Table) -> str:
@@ -157,24 +162,30 @@ def _interactive_data(checkpoint: Checkpoint, image_NHWC: np.ndarray, captions: 
     data = {
         'side': checkpoint.image_size,
         'captions': [*captions[: len(image_NHWC)], *numbered[len(captions) :]],
-        'pictures': [_encode(image) for image in augment.center_crop(image_NHWC, checkpoint.image_size)],
+        'pictures': [encode(image) for image in augment.center_crop(image_NHWC, checkpoint.image_size)],
         'walk': _walk(checkpoint, image_NHWC),
     }
-    name, first = next(iter(checkpoint.network.layers.items()))
-    if isinstance(first, ConvSpec) and not isinstance(first, LocalSpec) and first.groups == 1:
-        black = np.zeros_like(image_NHWC[:1])
-        weights = checkpoint.params[name]
-        data['slide'] = {  # the input of the layer is byte / std + background
-            'layer': name,
-            'size': first.kernel,
-            'stride': first.stride,
-            'padding': first.padding,
-            'std': checkpoint.augmentation.pixel_std,
-            'background': _encode(_views(checkpoint, black), '<f4'),
-            'kernels': _encode(np.moveaxis(weights['kernel'], -1, 0), '<f4'),  # [O, h, w, 3]
-            'biases': _encode(weights['bias'], '<f4'),
-        }
+    if slide := slide_data(checkpoint):
+        data['slide'] = slide
     return data
+
+
+def slide_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the data for `slideFilter` of report.js; {} if the first layer is not a convolution over all colors."""
+    name, first = next(iter(checkpoint.network.layers.items()))
+    if not isinstance(first, ConvSpec) or isinstance(first, LocalSpec) or first.groups > 1:
+        return {}
+    black, weights = np.zeros((1, *[checkpoint.record_size] * 2, 3), np.uint8), checkpoint.params[name]
+    return {  # the input of the layer is byte / std + background
+        'layer': name,
+        'size': first.kernel,
+        'stride': first.stride,
+        'padding': first.padding,
+        'std': checkpoint.augmentation.pixel_std,
+        'background': encode(_views(checkpoint, black), '<f4'),
+        'kernels': encode(np.moveaxis(weights['kernel'], -1, 0), '<f4'),  # [O, h, w, 3]
+        'biases': encode(weights['bias'], '<f4'),
+    }
 
 
 def _views(checkpoint: Checkpoint, image_NHWC: np.ndarray):
@@ -193,7 +204,7 @@ def _walk(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Any]:
         for op in ('linear', *layer.ops):
             x = seen['intermediates'][f'{name}.{op}'][calls[op]]
             calls[op] += 1
-            operation, description = _describe_op(network, layer, sizes.inputs, op)
+            operation, description = describe_op(network, layer, sizes.inputs, op)
             stage = {'layer': name, 'operation': operation, 'description': description}
             shown = _maps(x) if x.ndim == 4 else _strip(x)
             stages.append({**stage, 'parameters': sizes.parameters if op == 'linear' else 0, **shown})
@@ -209,13 +220,17 @@ def _maps(x_NHWC: np.ndarray) -> dict[str, Any]:
     """Encodes a selection of feature maps, the same for all images and all operations of a layer."""
     side, _, count = x_NHWC.shape[1:]
     chosen = np.unique(np.linspace(0, count - 1, _MAPS).round().astype(int))
-    size = min(side, _MAP_SIZE)
+    size = min(side, MAP_SIZE)
     pictures = []
     for maps in np.moveaxis(np.asarray(x_NHWC[..., chosen], np.float32), -1, 1):
-        smaller = [Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in maps]
-        pictures.append(_signed(np.stack([np.asarray(x) for x in smaller])))
+        pictures.append(signed(downsample(maps, size)))
     shape = f'{side} x {side} x {count}'
     return {'shape': shape, 'width': size, 'height': size, 'chosen': (chosen + 1).tolist(), 'pictures': pictures}
+
+
+def downsample(maps: np.ndarray, size: int) -> np.ndarray:
+    """Reduces float32 maps [N, H, W] to [N, size, size] by averaging."""
+    return np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BOX)) for x in maps])
 
 
 def _strip(x_NF: np.ndarray) -> dict[str, Any]:
@@ -223,22 +238,22 @@ def _strip(x_NF: np.ndarray) -> dict[str, Any]:
     shown = min(x_NF.shape[1], _UNITS)
     width = min(shown, _STRIP)
     height = math.ceil(shown / width)
-    pictures = [_signed(np.asarray(x[:shown], np.float32)) for x in x_NF]
+    pictures = [signed(np.asarray(x[:shown], np.float32)) for x in x_NF]
     return {'shape': f'{x_NF.shape[1]}', 'width': width, 'height': height, 'units': shown, 'pictures': pictures}
 
 
-def _signed(x: np.ndarray) -> dict[str, Any]:
+def signed(x: np.ndarray) -> dict[str, Any]:
     """Encodes values as bytes 1 to 255, with 128 for zero. 'scale' is the largest magnitude."""
     x = np.nan_to_num(x)
     scale = float(np.abs(x).max())
-    return {'scale': scale, 'bytes': _encode(np.round(x / (scale or 1) * 127) + 128)}
+    return {'scale': scale, 'bytes': encode(np.round(x / (scale or 1) * 127) + 128)}
 
 
-def _encode(array, dtype: str = 'u1') -> str:
+def encode(array, dtype: str = 'u1') -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
 
 
-def _describe_op(network: AlexNet, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
+def describe_op(network: AlexNet, layer: LayerSpec, inputs: tuple[int, ...], op: str) -> tuple[str, str]:
     """Returns (name, description) of one operation of a layer."""
     towers = 'Each half of them reads only its own half of the inputs: the two towers do not communicate here.'
     towers = f' {towers}' if layer.groups == 2 else ''

@@ -2,10 +2,7 @@
 
 import base64
 import html
-import json
 import re
-import shutil
-import subprocess
 
 import jax
 import numpy as np
@@ -13,48 +10,18 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax.checkpoints.manager import Checkpoint
-from alexnet_jax.core import augment, image_stats
+from alexnet_jax.core import augment
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec
 from alexnet_jax.experiments import report
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
-
-RECORD = 40  # px; the network reads the central 35 px, conv1 with stride 2 and padding (0, 1)
-HOSTILE = '</script><script>alert("x")</script><!--data-->'
-BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason='needs chromium, chromium-browser or google-chrome')
-
-
-def _images(count=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, RECORD, RECORD, 3), np.uint8)
-
-
-def _checkpoint(mean='crop', **changes):
-    network = helpers.network(**changes)
-    params = jax.device_get(helpers.init(network))
-    first = params[next(iter(network.layers))]
-    first['bias'] = np.arange(first['bias'].size, dtype=np.float32)
-    images = _images(20, seed=1)
-    moments = image_stats.Moments.zeros(RECORD)
-    for image in images // np.arange(1, 4, dtype=np.uint8):  # channels with different means
-        moments = moments.add(image)
-    return Checkpoint(
-        step=1,
-        params=params,
-        network=network,
-        augmentation=augment.Augmentation(image_size=helpers.SIZE, mean=mean, pixel_std=(1.0, 2.0, 3.0)),
-        record_size=RECORD,
-        class_names=(HOSTILE, *(f'class {i}' for i in range(1, network.num_classes))),
-        image_stats=image_stats.from_moments(moments),
-        config={},
-    )
+from tests.experiments.pages import HOSTILE, RECORD, in_browser, noise_images, page_data, run_in_page, small_checkpoint
 
 
 @pytest.fixture(scope='module')
 def checkpoint():
-    return _checkpoint()
+    return small_checkpoint()
 
 
 @pytest.fixture(scope='module')
@@ -64,17 +31,13 @@ def interactive(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp('interactive')
     Image.new('RGB', (2025, 90)).save(folder / 'wide.png')
     content = {'tables': [TABLE, wide], 'figures': [report.Figure('Wide <i>', str(folder / 'wide.png'))]}
-    content |= {'checkpoint': checkpoint, 'image_NHWC': _images(), 'captions': [HOSTILE]}
+    content |= {'checkpoint': checkpoint, 'image_NHWC': noise_images(), 'captions': [HOSTILE]}
     return _write(folder / 'r.html', title='title' * 30, **content)
 
 
 def _write(path, **contents):
     report.write(str(path), **{'title': 'T', 'summary': 'S', **contents})
     return path.read_text()
-
-
-def _data(page):
-    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
 TABLE = report.Table(
@@ -105,7 +68,7 @@ def test_figures_and_scripts_are_embedded(checkpoint, tmp_path):
     (tmp_path / 'a.svg').write_text(svg)
     Image.new('RGB', (3, 2)).save(tmp_path / 'b.PNG')
     figures = [report.Figure('A', str(tmp_path / 'a.svg'), '"quoted"'), report.Figure('B', str(tmp_path / 'b.PNG'))]
-    page = _write(tmp_path / 'r.html', figures=figures, checkpoint=checkpoint, image_NHWC=_images(1))
+    page = _write(tmp_path / 'r.html', figures=figures, checkpoint=checkpoint, image_NHWC=noise_images(1))
     assert f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" alt="&quot;quoted&quot;"' in page
     assert 'src="data:image/png;base64,' in page and 'alt="B"' in page
     assert re.findall('<div class="scroll" tabindex="0" role="region" aria-label="(.)">\n<img', page) == ['A', 'B']
@@ -116,13 +79,13 @@ def test_figures_and_scripts_are_embedded(checkpoint, tmp_path):
 
 def test_class_names_and_captions_are_escaped(interactive):
     assert interactive.count('<script') == interactive.count('</script>') == 2 and 'alert("x")<' not in interactive
-    data = _data(interactive)
+    data = page_data(interactive)
     assert data['captions'] == [HOSTILE, 'image 2', 'image 3']
     assert HOSTILE in {row['label'] for rows in data['walk']['labels'] for row in rows}, 'choose another seed'
 
 
 def test_walk_shows_the_networks_activations(checkpoint, interactive):
-    walk, images = _data(interactive)['walk'], _images()
+    walk, images = page_data(interactive)['walk'], noise_images()
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
     apply = jax.jit(lambda params, x: checkpoint.network.apply({'params': params}, x, mutable='intermediates'))
     _, seen = jax.device_get(apply(checkpoint.params, x))
@@ -156,8 +119,8 @@ def test_many_images_and_large_layers_are_truncated(tmp_path):
         'fc2': DenseSpec(features=5000, init=helpers.INIT, bias=0.5, post='tanh'),
         'fc3': DenseSpec(init=helpers.INIT),
     }
-    checkpoint = _checkpoint(layers=layers, pool_window=9, pool_stride=9, num_classes=3)
-    data = _data(_write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=_images(9)))
+    checkpoint = small_checkpoint(layers=layers, pool_window=9, pool_stride=9, num_classes=3)
+    data = page_data(_write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=noise_images(9)))
     assert len(data['pictures']) == len(data['captions']) == 6
     first = data['walk']['stages'][0]
     assert first['shape'] == '35 x 35 x 40' and (first['width'], len(first['chosen'])) == (32, 16)
@@ -167,20 +130,20 @@ def test_many_images_and_large_layers_are_truncated(tmp_path):
 
 
 def test_filter_demo_needs_a_convolution(tmp_path):
-    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers()), image_NHWC=_images())
+    page = _write(tmp_path / 'r.html', checkpoint=small_checkpoint(layers=_layers()), image_NHWC=noise_images())
     assert 'id="walk"' in page and 'id="slide"' not in page and '#slide' not in page
 
 
 def test_custom_step_is_shown_by_its_name():
     """docs/variants.md: the report describes steps it knows and shows others by name."""
     network = helpers.network()
-    assert report._describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
+    assert report.describe_op(network, network.layers['conv1'], (8, 8, 3), 'swish') == ('swish', '')
 
 
 def test_repeated_step_is_shown_twice(tmp_path):
     """8 kernels on 8 px maps are pooled to 4 px, then to 2 px."""
     row = ConvSpec(features=8, kernel=3, stride=5, padding=(1, 1), init=helpers.INIT, post='relu pool pool')
-    page = _write(tmp_path / 'r.html', checkpoint=_checkpoint(layers=_layers(row)), image_NHWC=_images())
+    page = _write(tmp_path / 'r.html', checkpoint=small_checkpoint(layers=_layers(row)), image_NHWC=noise_images())
     sizes = re.findall(r'"operation": "max pooling".*?"shape": "(\d+) x', page)
     assert len(sizes) == 2 and int(sizes[1]) < int(sizes[0])
 
@@ -219,37 +182,6 @@ def test_missing_folder_is_refused(tmp_path):
         _write(tmp_path / 'none' / 'r.html')
 
 
-LISTEN = """<script>
-const wrong = [];
-addEventListener('error', (event) => wrong.push(event.message));
-addEventListener('securitypolicyviolation', (event) => wrong.push(event.blockedURI));
-console.error = console.warn = (...all) => wrong.push(all.join(' '));
-</script>"""
-WRAP = """<iframe src="%s" width="375" height="800"></iframe><script>
-addEventListener('message', (event) => {
-  const found = document.createElement('pre');
-  found.textContent = 'FOUND' + event.data + 'END';
-  document.body.append(found);
-});
-</script>"""
-
-
-def _run_in_page(folder, page, script):
-    """Returns the result of an async script that runs in the page, in a window of 375 px."""
-    tell = f'parent.postMessage(JSON.stringify(await (async () => {{ {script} }})()), "*")'
-    instrumented = page.replace('<head>', '<head>' + LISTEN).replace(
-        '</body>', f'<script type="module">{tell}</script></body>'
-    )
-    (folder / 'played.html').write_text(instrumented)
-    (folder / 'wrap.html').write_text(WRAP % 'played.html')  # Chromium's own windows are at least 500 px wide
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile']
-    flags += ['--virtual-time-budget=20000', '--dump-dom', f'file://{folder}/wrap.html']
-    result = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
-    found = re.search('<pre>FOUND(.*)END</pre>', result.stdout, re.S)
-    assert found, result.stdout[-2000:] + result.stderr[-2000:]
-    return json.loads(html.unescape(found[1]))
-
-
 @pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize(
@@ -263,9 +195,12 @@ def _run_in_page(folder, page, script):
 )
 def test_page_computes_the_convolution(mean, row, tmp_path):
     row = ConvSpec(features=8, init=helpers.INIT, bias=0.1, **row)
-    checkpoint, images = _checkpoint(mean, layers={'conv1': row, 'fc2': DenseSpec(init=helpers.INIT)}), _images()
+    checkpoint, images = (
+        small_checkpoint(mean, layers={'conv1': row, 'fc2': DenseSpec(init=helpers.INIT)}),
+        noise_images(),
+    )
     page = _write(tmp_path / 'r.html', checkpoint=checkpoint, image_NHWC=images)
-    found = _run_in_page(
+    found = run_in_page(
         tmp_path, page, 'return [[0, 0], [2, 5]].map((pair) => [...window.report.featureMap(...pair)]);'
     )
     x = augment.views(images, checkpoint.image_stats, checkpoint.augmentation, count=1)[0]
@@ -349,7 +284,7 @@ def visit(interactive, tmp_path_factory):
       found.endWidth = [document.documentElement.scrollWidth, innerWidth];
       return { ...found, wrong };
     """
-    return _run_in_page(tmp_path_factory.mktemp('played'), interactive, script)
+    return run_in_page(tmp_path_factory.mktemp('played'), interactive, script)
 
 
 @pytest.mark.slow
