@@ -62,7 +62,8 @@ def test_edit_of_another_shape_is_refused(setup):
         _apply(*setup, fc7__relu=lambda y: y[:, :1])
 
 
-@pytest.mark.parametrize('classes', [7, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/inference/test_interventions.py has a fast one
+@pytest.mark.parametrize('classes', [7, 10])
 def test_edits_and_outputs_agree_on_two_towers(setup, classes):
     """The edits mix the channels of both towers. Seven classes do not divide among two towers."""
     network, _, x = setup
