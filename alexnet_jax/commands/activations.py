@@ -21,8 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag, check_data_or_images
 
 FLAGS = (
     CHECKPOINT,
@@ -44,12 +43,7 @@ def main(args: flags.FlagValues) -> None:
     from alexnet_jax.data import datasets
     from alexnet_jax.inference import activation_files, activations, evaluate, predict
 
-    if bool(args.data) == bool(args.images):
-        raise UserError('expected either --data=DIR or --images=FOLDER_OR_FILE.')
-    if args.images and not args['split'].using_default_value:
-        raise UserError(
-            f'--split={args.split}: --images has no splits; use --data=DIR, or give the folder of the split.'
-        )
+    check_data_or_images(args)
     activation_files.check_output(args.output)
     layers = [name.strip() for names in args.layers for name in names.split(',') if name.strip()]
     images: Sequence

@@ -104,3 +104,13 @@ CHECKPOINT = Flag(
 )
 CPU_DEVICES = Flag('cpu_devices', 0, 'Number of CPU devices to run on; 0: the devices that JAX finds.', at_least=0)
 VIEWS = Flag('views', 1, '1: center crop; 10: mean softmax output of the ten views (section 4.1).', choices=(1, 10))
+
+
+def check_data_or_images(args: flags.FlagValues) -> None:
+    """Raises UserError unless exactly one of --data and --images is given, and --split only with --data."""
+    if bool(args.data) == bool(args.images):
+        raise UserError('expected either --data=DIR or --images=FOLDER_OR_FILE.')
+    if args.images and not args['split'].using_default_value:
+        raise UserError(
+            f'--split={args.split}: --images has no splits; use --data=DIR, or give the folder of the split.'
+        )

@@ -15,7 +15,7 @@ import os
 
 from absl import flags
 
-from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag
+from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, Flag, check_data_or_images
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -34,12 +34,7 @@ def main(args: flags.FlagValues) -> None:
     from alexnet_jax.experiments import inside_page
     from alexnet_jax.inference import evaluate, predict
 
-    if bool(args.data) == bool(args.images):
-        raise UserError('expected either --data=DIR or --images=FOLDER_OR_FILE.')
-    if args.images and not args['split'].using_default_value:
-        raise UserError(
-            f'--split={args.split}: --images has no splits; use --data=DIR, or give the folder of the split.'
-        )
+    check_data_or_images(args)
     if not os.path.isdir(os.path.dirname(args.output) or '.'):
         raise UserError(f'--output={args.output}: there is no folder {os.path.dirname(args.output)!r}; make it first.')
     dataset = datasets.open_dataset(args.data) if args.data else None

@@ -169,7 +169,7 @@ def find_outputs(network: AlexNet, names: Sequence[str]) -> list[tuple[str, int]
 def checked_edits(network: AlexNet, edit: Edits | None) -> tuple[tuple[str, Callable], ...]:
     """Returns edits as hashable pairs (operation, function). Raises UserError if they are invalid."""
     found: dict[str, Callable] = {}
-    for name, function in ({} if edit is None else check_mapping('edit', edit)).items():
+    for name, function in ({} if edit is None else _check_mapping('edit', edit)).items():
         ((key, index),) = find_outputs(network, [name])
         layer, _, op = key.partition('.')
         if index not in (-1, network.layers[layer].ops.count(op) - 1) and op != 'linear':
@@ -182,14 +182,14 @@ def checked_edits(network: AlexNet, edit: Edits | None) -> tuple[tuple[str, Call
     return tuple(found.items())
 
 
-def check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
     check_type(name, value, Mapping, "a dict by layer, such as {'conv3': ...}")
     return value
 
 
 def _checked_units(units: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple:
     """Returns the units of each layer as hashable tuples, or None. shapes: of one image's outputs."""
-    if unknown := [name for name in check_mapping('units', units) if name not in shapes]:
+    if unknown := [name for name in _check_mapping('units', units) if name not in shapes]:
         raise UserError(f'units[{unknown[0]!r}]: not one of the layers {", ".join(shapes)}.')
     return tuple(
         units_of(f'units[{name!r}]', units[name], shape) if name in units else None for name, shape in shapes.items()

@@ -15,6 +15,7 @@ from alexnet_jax.core.augment import Augmentation, center_crop
 from alexnet_jax.core.model import AlexNet
 from alexnet_jax.data import pipeline
 from alexnet_jax.inference.evaluate import Evaluator
+from alexnet_jax.inference.image_source import ImageSource
 from alexnet_jax.inference.predict import to_records
 from alexnet_jax.inference.receptive_field import receptive_field
 from alexnet_jax.utils.errors import UserError
@@ -75,25 +76,12 @@ def top_patches(
         raise UserError(f'units={units!r}: expected at least one unit of {layer}.')
     forward.check_count('count', count)
     field = receptive_field(checkpoint.network, layer)  # refuses a network before hours of work
-    source = _Indexed(_as_records(checkpoint, records))
+    source = ImageSource(checkpoint, _as_records(checkpoint, records))
     values, indices, flat, images = _search(checkpoint, source, stop, unit_U, count, batch_size)
     positions = np.stack(np.divmod(flat, shape[1] if len(shape) == 3 else 1), axis=2)
     boxes = [[field.box(row, column, checkpoint.image_size) for row, column in unit] for unit in positions.tolist()]
     boxes_array = np.array(boxes, int).reshape(*values.shape, 4)
     return TopPatches(values, indices, positions, boxes_array, _cut(checkpoint, source, indices, boxes_array), images)
-
-
-class _Indexed(Sequence):
-    """Records whose label is their index."""
-
-    def __init__(self, records: Any):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: Any) -> Any:
-        return {**self._records[index], 'label': index}
 
 
 def _as_records(checkpoint: Checkpoint, records: Any) -> Any:
@@ -107,7 +95,7 @@ def _as_records(checkpoint: Checkpoint, records: Any) -> Any:
 
 
 def _search(
-    checkpoint: Checkpoint, source: Sequence, stop: int, units: list[int], count: int, batch_size: int
+    checkpoint: Checkpoint, source: ImageSource, stop: int, units: list[int], count: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Returns values, images and flat positions of the largest activations [U, k], and the number of images."""
     jitted, unit_U = _jit_maxima(checkpoint.network, checkpoint.augmentation, stop), np.array(units)
@@ -118,7 +106,7 @@ def _search(
         return jitted(params, image_NHWC, image_stats, unit_U)
 
     evaluator = Evaluator(checkpoint, batch_size=batch_size)
-    with contextlib.closing(evaluator.map_records(maxima, source)) as batches:
+    with contextlib.closing(source.map(maxima, evaluator)) as batches:
         for (value_NU, flat_NU), index_N in batches:
             index_UN = np.tile(index_N.astype(int), (len(units), 1))
             best = _keep_largest(best, (value_NU.T, index_UN, flat_NU.T.astype(int)), count)

@@ -120,8 +120,8 @@ def test_cka_equals_the_sum_over_pairs_of_images(count, units, others):
     x, y = _activations(count, units), 3 + _activations(count, others, seed=1)
     y[:, 0] += x[:, 0]
     center = np.eye(count) - 1 / count
-    k, l = (center @ np.inner(z.astype(np.float64), z) @ center for z in (x, y))  # noqa: E741
-    expected = np.trace(k @ l) / np.sqrt(np.trace(k @ k) * np.trace(l @ l))
+    gram_x, gram_y = (center @ np.inner(z.astype(np.float64), z) @ center for z in (x, y))
+    expected = np.trace(gram_x @ gram_y) / np.sqrt(np.trace(gram_x @ gram_x) * np.trace(gram_y @ gram_y))
     assert 0.05 < expected < 0.95
     np.testing.assert_allclose(linear_cka(x, y), expected, rtol=1e-12)
     np.testing.assert_allclose(linear_cka(y.reshape(count, 1, -1), x), expected, rtol=1e-12)
