@@ -1,4 +1,4 @@
-"""Runs the cells of the notebook as a program and checks its output."""
+"""Runs the cells of the notebooks as programs and checks their output."""
 
 import json
 import os
@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests import ROOT
 
-TOUR, TOWERS = (ROOT / 'notebooks' / f'{name}.ipynb' for name in ('tour', 'two_towers'))
+NAMES = ('tour', 'two_towers', 'edges_parts_objects', 'own_experiment')
+TOUR, TOWERS, PARTS, OWN = (ROOT / 'notebooks' / f'{name}.ipynb' for name in NAMES)
 
 
 def _run(path, tmp_path):
@@ -56,7 +58,31 @@ def test_two_towers_runs(tmp_path):
     assert len(re.findall('between the towers 0', said)) == 7
 
 
-@pytest.mark.parametrize(('path', 'shown'), [(TOUR, 3), (TOWERS, 1)])
+@pytest.mark.slow
+def test_edges_parts_objects_runs(tmp_path):
+    """Classes are more alike in fc 6 than in the pixels, and there as much as is possible."""
+    said = _run(PARTS, tmp_path)
+    assert float(re.search(r'top-1 error (\S+)% of 360 images\n', said)[1]) < 5
+    layers = re.findall(r'^(pixels|conv\d|fc\d) +\S+% +(\S+)$', said, re.M)
+    correlation = {name: float(value) for name, value in layers}
+    highest = float(re.search(r'highest possible +(\S+)', said)[1])
+    assert len(correlation) == 9 and 0.5 < highest < 0.55  # sqrt(3 p (1 - p)) for p = 1 / 10 of the pairs
+    assert correlation['pixels'] < 0.45 < highest - 0.03 < correlation['fc6'] <= highest
+    assert len(re.findall(r'^conv\d: \d+ x \d+ pixels', said, re.M)) == 4
+
+
+@pytest.mark.slow
+def test_own_experiment_runs(tmp_path):
+    """Networks recognize the images that they were trained on; blurred training helps with blurred images."""
+    said = _run(OWN, tmp_path)
+    found = re.findall(r'^(.*), seed \d: sharp (\S+)%, blur 2 (\S+)%$', said, re.M)
+    means = {arm: np.mean([list(map(float, row[1:])) for row in found if row[0] == arm], axis=0) for arm, *_ in found}
+    assert len(found) == 9 and len(means) == 3
+    assert means['always sharp'][0] < 10 and means['always sharp'][0] < means['blurred at first'][0]
+    assert means['always blurred'][1] < means['always sharp'][1]
+
+
+@pytest.mark.parametrize(('path', 'shown'), [(TOUR, 3), (TOWERS, 1), (PARTS, 8), (OWN, 2)])
 def test_notebook_is_stored_with_its_outputs(path, shown):
     """The outputs are from one run of all cells in order, and contain no paths of the machine."""
     cells = json.loads(path.read_text())['cells']

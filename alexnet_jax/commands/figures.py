@@ -5,8 +5,8 @@
 
 Draws the network (figure 2) and the kernels of its first layer (figure 3). With --run, also draws the training curves
 (as figure 1) and the norms of gradients and updates of each layer. With --data, also draws predictions and nearest
-training images (figure 4) and the confusion matrix. The classes of the data may be some of the network's, in any order:
-they are matched as `alexnet_jax evaluate` does.
+training images (figure 4), the confusion matrix, and pictures of what the network has learned (docs/inside.md). The
+classes of the data may be some of the network's, in any order: they are matched as `alexnet_jax evaluate` does.
 """
 
 from collections.abc import Sequence

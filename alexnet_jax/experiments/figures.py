@@ -250,7 +250,7 @@ def draw(
     others; None: all. seed: random seed of the choice of images. beside: name of a published curve on ImageNet
     (`published_curves.CURVES`), drawn beside those of the run.
     """
-    from alexnet_jax.experiments import plots  # matplotlib is an extra
+    from alexnet_jax.experiments import picture_plots, plots  # matplotlib is an extra
 
     if run:
         of_split = {part: curve for part, curve in curves(run).items() if len(curve.epoch)}
@@ -281,6 +281,8 @@ def draw(
         logging.info('No figure of kernels: %s is not a convolution over all three colors.', first)
     if dataset:
         yield from _image_figures(checkpoint, dataset, split, shown, seed)
+        order = np.random.default_rng(seed).permutation(len(dataset.split(split)))
+        yield from picture_plots.draw(checkpoint, dataset.split(split), order)
 
 
 def _image_figures(

@@ -1,11 +1,80 @@
 """Draws the pictures of `alexnet_jax.visualize` and receptive fields as matplotlib Figure objects."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
+from alexnet_jax import visualize
+from alexnet_jax.checkpoints.manager import Checkpoint
+from alexnet_jax.core import augment
+from alexnet_jax.core.architecture import ConvSpec
+from alexnet_jax.data import pipeline
 from alexnet_jax.experiments.plots import MANY_LINES, Figure, Rectangle
+from alexnet_jax.inference.activations import activations
+from alexnet_jax.inference.receptive_field import receptive_field
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.visualize.class_maps import last_maps
+
+_IMAGES, _MAPS, _CLASSES = 8, 6, 8
+
+
+def draw(checkpoint: Checkpoint, records: Sequence, order: Sequence[int]) -> Iterator[tuple[str, Figure, list[str]]]:
+    """Yields the pictures of `alexnet_jax.visualize` for a split: (name, figure, lines to print).
+
+    'classes': images made to excite the first classes. For a network with convolutions also 'receptive_fields' on an
+    image; 'visualizations' of eight images, where deconvnet and guided backpropagation are those of the map of the last
+    convolution that responds most to the image; and 'patches', nine for each of six maps of that layer.
+
+    records: the records of a split. order: indices of the images to show first.
+    """
+    classes = list(checkpoint.class_names[:_CLASSES])
+    made = [
+        visualize.maximize_activation(checkpoint, _classifier(checkpoint), i, steps=100) for i in range(len(classes))
+    ]
+    line = f'images made to excite {", ".join(classes)}'
+    yield 'classes', pictures({'': [result.image.round().astype(np.uint8) for result in made]}), [line]
+    try:
+        layer = last_maps(checkpoint)
+    except UserError as error:
+        logging.info('No figures of receptive fields, visualizations and patches: %s', error)
+        return
+    image_NHWC, _ = pipeline.decode_some(records, order[:_IMAGES], checkpoint.record_size)
+    crops = augment.center_crop(image_NHWC, checkpoint.image_size)
+    yield 'receptive_fields', receptive_fields(crops[0], _central_fields(checkpoint, image_NHWC[:1])), []
+
+    unit_N = activations(checkpoint, image_NHWC, layer, pool='max')[layer].argmax(1)
+    rows: dict[str, Sequence[np.ndarray]] = {'center crop': crops}
+    for title, function in (('deconvnet', visualize.deconvnet), ('guided\nbackpropagation', visualize.guided_backprop)):
+        try:
+            rows[title] = [
+                function(checkpoint, x[None], layer, int(i))[0] for x, i in zip(image_NHWC, unit_N, strict=True)
+            ]
+        except UserError as error:
+            logging.info('No pictures of %s: %s', title, error)
+    rows['Grad-CAM'] = visualize.grad_cam(checkpoint, image_NHWC).resized
+    rows['occlusion'] = [visualize.occlusion_map(checkpoint, image).probability for image in image_NHWC]
+    yield 'visualizations', pictures(rows), [f'maps of {layer}: {", ".join(map(str, unit_N))}']
+
+    units = range(min(_MAPS, checkpoint.network.layers[layer.partition('.')[0]].features))
+    top = visualize.top_patches(checkpoint, records, layer, list(units))
+    yield 'patches', pictures({f'{layer} {unit}': row for unit, row in zip(units, top.patches, strict=True)}), []
+
+
+def _classifier(checkpoint: Checkpoint) -> str:
+    return f'{list(checkpoint.network.layers)[-1]}.linear'
+
+
+def _central_fields(checkpoint: Checkpoint, image_NHWC: np.ndarray) -> dict[str, Sequence[int]]:
+    """Returns the receptive field of the unit at the center of each convolution: {layer: box}."""
+    names = [f'{name}.linear' for name, spec in checkpoint.network.layers.items() if isinstance(spec, ConvSpec)]
+    boxes: dict[str, Sequence[int]] = {}
+    for name, maps in activations(checkpoint, image_NHWC, names).items():
+        row, column = maps.shape[1] // 2, maps.shape[2] // 2
+        box = receptive_field(checkpoint.network, name).box(row, column, checkpoint.image_size)
+        boxes[name.partition('.')[0]] = box
+    return boxes
 
 
 def pictures(rows: Mapping[str, Sequence[np.ndarray]]) -> Figure:

@@ -60,7 +60,7 @@ def grad_cam(
     Raises:
       UserError: the layer is unknown or has no feature maps, the label is out of range, or images cannot be read.
     """
-    stop = forward.stop_after(checkpoint, _last_maps(checkpoint) if layer is None else layer)
+    stop = forward.stop_after(checkpoint, last_maps(checkpoint) if layer is None else layer)
     shape, side = forward.shape_after(checkpoint, stop), checkpoint.image_size
     if len(shape) == 1:
         raise UserError(f'layer={layer!r} has no feature maps; use a convolutional layer.')
@@ -73,8 +73,8 @@ def grad_cam(
     return GradCam(maps.astype(np.float32), resized.astype(np.float32), labels.astype(int))
 
 
-def _last_maps(checkpoint: Checkpoint) -> str:
-    """Returns the name of the last feature maps before the last pooling."""
+def last_maps(checkpoint: Checkpoint) -> str:
+    """Returns the name of the last feature maps before the last pooling. Raises UserError if there are none."""
     layers = checkpoint.network.layers
     convolutional = [name for name, spec in layers.items() if isinstance(spec, ConvSpec)]
     if not convolutional:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -350,17 +351,19 @@ def test_command(path, tmp_path):
     result = _run(f'--run={path}', '--data=digits', f'--output={tmp_path}/out')
     os.remove(metrics)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    names = ['architecture', 'confusion', 'error', 'kernels', 'loss', 'neighbors', 'predictions']
+    names = ['architecture', 'classes', 'confusion', 'error', 'kernels', 'loss', 'neighbors', 'patches', 'predictions']
+    names = [*names, 'receptive_fields', 'visualizations']
     assert sorted(os.listdir(tmp_path / 'out')) == [f'{name}.{kind}' for name in names for kind in ('png', 'svg')]
     for name in names:
         assert f'{tmp_path}/out/{name}.png\n{tmp_path}/out/{name}.svg\n' in result.stdout
         with Image.open(tmp_path / 'out' / f'{name}.png') as image:
-            assert min(image.size) > 200 and len(image.convert('L').getcolors()) > 2
+            assert min(image.size) > 150 and len(image.convert('L').getcolors()) > 2
     kernel = loading.load_checkpoint(path).params['conv1']['kernel']
     share = figures.color_share(kernel)[:4].mean()
     assert f'conv1, tower 0: mean color share {share:.3f}, ' in result.stdout
     assert 'of 360 images correct (center crop); most frequent errors:' in result.stdout
     assert 'nearest training images in fc7: ' in result.stdout
+    assert len(re.search(r'maps of conv5.relu: (.*)\n', result.stdout)[1].split(', ')) == 8
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """Rows of pictures, and receptive fields on an image, as matplotlib figures."""
 
+import dataclasses
+import logging
+
 import numpy as np
+import pytest
 
 from alexnet_jax.experiments import picture_plots
+from tests.visualize import tiny
 
 
 def test_pictures_keep_images_and_center_signs():
@@ -34,3 +39,33 @@ def test_receptive_fields_are_outlined_and_named():
     colors = [patch.get_edgecolor() for patch in figure.axes[0].patches]
     assert colors[0] == colors[2] == (1, 1, 1, 1) and len({*colors}) == 3
     assert figure.axes[0].images[0].get_extent() == [0, 28, 28, 0]  # pixel i covers i to i + 1
+
+
+@pytest.mark.slow
+def test_pictures_of_a_network_are_of_its_most_active_maps():
+    checkpoint, images = tiny.checkpoint(), tiny.images(10)
+    records = [{'image': image, 'label': 0} for image in images]
+    drawn = {name: (figure, lines) for name, figure, lines in picture_plots.draw(checkpoint, records, range(9, -1, -1))}
+    assert list(drawn) == ['classes', 'receptive_fields', 'visualizations', 'patches']
+    inputs = [tiny.network_input(checkpoint, image) for image in images[:1:-1]]
+    units = [tiny.forward(checkpoint, x, 'conv2.relu')[1].max((0, 1)).argmax() for x in inputs]
+    figure, lines = drawn['visualizations']
+    assert lines == [f'maps of conv2.relu: {", ".join(map(str, units))}'] and len(units) == 8
+    titles = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert titles == ['center crop', 'deconvnet', 'guided\nbackpropagation', 'Grad-CAM', 'occlusion']
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), images[9, 1:20, 1:20])
+    assert len(drawn['classes'][0].axes) == 5 and len(drawn['patches'][0].axes) == 6 * 9
+    legend = [text.get_text() for text in drawn['receptive_fields'][0].legends[0].texts]
+    assert [text.partition(':')[0] for text in legend] == ['conv1', 'conv2']
+
+
+@pytest.mark.slow
+def test_pictures_that_a_network_cannot_have_are_named(caplog):
+    records = [{'image': image, 'label': 0} for image in tiny.images(3)]
+    conv1 = dataclasses.replace(tiny.LAYERS['conv1'], post='tanh pool')
+    tanh = tiny.checkpoint(layers={**tiny.LAYERS, 'conv1': conv1})
+    with caplog.at_level(logging.INFO):
+        drawn = {name: figure for name, figure, _ in picture_plots.draw(tanh, records, [0, 1, 2])}
+    titles = [text.get_text() for axes in drawn['visualizations'].axes for text in axes.texts]
+    assert 'deconvnet' not in titles and 'Grad-CAM' in titles
+    assert 'No pictures of deconvnet: conv1.tanh cannot be reversed' in caplog.text
