@@ -98,6 +98,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = 0  # shards of the batch; 0: as many as the devices allow
     config.mesh.tower = 2  # devices that share the network; a single device holds both towers
+    config.mesh.dense = 'replicated'  # over data shards; 'split': over all devices, see docs/scaling.md
 
     config.optim = ml_collections.ConfigDict()
     config.optim.learning_rate = 0.01  # section 5

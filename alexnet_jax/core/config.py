@@ -22,7 +22,8 @@ from alexnet_jax.utils.checks import (
 )
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
-MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in ('parent', 'name', 'tower_axis'))
+_NOT_KEYS = ('parent', 'name', 'tower_axis', 'dense_axis')
+MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(AlexNet) if f.name not in _NOT_KEYS)
 
 
 def _is_crop_area(value: Any) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -70,6 +70,7 @@ class AlexNet(nn.Module):
 
     Inside `shard_map` (see sharding.py) `tower_axis` names the mesh axis of the towers. The module then holds only its
     tower's part of every parameter and feature map. It gathers a split input before each layer with one group.
+    `dense_axis` names a second axis that splits the dense layers, that of the batch: see `sharding.forward`.
 
     Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
     `bvlc_alexnet`; torchvision's `alexnet`):
@@ -87,7 +88,7 @@ class AlexNet(nn.Module):
       dropout_inverted: whether units are scaled in training (Caffe, torchvision), not at test time (section 4.2).
       dtype: dtype of the computation: 'float32', 'bfloat16' or 'float64'. Parameters are float32, or float64 with
         jax.enable_x64.
-      tower_axis: mesh axis of the towers; None on one device.
+      tower_axis, dense_axis: mesh axes of the towers and of the split dense layers; None: not split.
 
     Raises UserError for an attribute of another type or out of range.
     """
@@ -110,6 +111,7 @@ class AlexNet(nn.Module):
     dropout_inverted: bool = False
     dtype: str = 'float32'
     tower_axis: str | None = None
+    dense_axis: str | None = None
 
     def __post_init__(self) -> None:
         layers = _PAPER_LAYERS if self.layers is None else self.layers
@@ -142,24 +144,40 @@ class AlexNet(nn.Module):
             masks = dropout_masks(self, cast(Array, rng), len(x_NHWC), x_NHWC.shape[1])
         towers = 1 if self.tower_axis is None else lax.axis_size(self.tower_axis)
         parts = [x_NHWC.astype(self.dtype)]  # feature maps: one array, or one for each group (see `ops.regroup`)
-        split = False  # whether `parts` hold only this tower's channels
+        split: tuple[str, ...] = ()  # mesh axes over which the channels of `parts` are split
+        whole_batch = False  # whether `parts` hold the images of all devices
         for name, layer in self.layers.items():
             with jax.named_scope(name):
-                if split and layer.groups == 1:
-                    (x,) = ops.regroup(parts, 1)
-                    parts = [lax.all_gather(x, self.tower_axis, axis=x.ndim - 1, tiled=True)]
-                parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)), towers)
+                parts = self._gather(parts, [axis for axis in split if layer.groups == 1 or axis != self.tower_axis])
+                if self.dense_axis in self.split_axes(name) and not whole_batch:
+                    parts, whole_batch = self._gather(parts, [self.dense_axis], axis=0), True
+                parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)))
                 parts = self._output(f'{name}.linear', parts, edit or {})
                 for i, op in enumerate(layer.ops):
                     with jax.named_scope(op):
                         parts = self._apply_op(op, parts, None if masks is None else masks.get(name), towers)
                     parts = self._output(f'{name}.{op}', parts, {} if op in layer.ops[i + 1 :] else edit or {})
-            split = towers > 1
-        return ops.regroup(parts, 1)[0]
+            split = self.split_axes(name)
+        (x,) = ops.regroup(parts, 1)
+        # Back to this device's images, with the classes of its tower.
+        return lax.all_to_all(x, self.dense_axis, split_axis=0, concat_axis=1, tiled=True) if whole_batch else x
 
-    def _linear(self, name: str, layer: LayerSpec, parts: list[Array], towers: int) -> list[Array]:
+    def split_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes over which the parameters and outputs of a layer are split, the slowest first."""
+        axes = (self.tower_axis, self.dense_axis if isinstance(self.layers[name], DenseSpec) else None)
+        return tuple(axis for axis in axes if axis)
+
+    def _gather(self, parts: list[Array], mesh_axes: Sequence[str], axis: int = -1) -> list[Array]:
+        """Gathers the channels, or with axis=0 the images, that other devices hold."""
+        if not mesh_axes:
+            return parts
+        (x,) = ops.regroup(parts, 1)
+        return [lax.all_gather(x, tuple(mesh_axes), axis=axis % x.ndim, tiled=True)]
+
+    def _linear(self, name: str, layer: LayerSpec, parts: list[Array]) -> list[Array]:
         """Computes a layer's weighted sums plus biases, separately for each group."""
-        features, inputs = layer.features // towers, parts[0].shape[-1]
+        axes = self.split_axes(name)
+        features, inputs = layer.features // (lax.axis_size(axes) if axes else 1), parts[0].shape[-1]
         positions: tuple[int, ...] = ()
         if isinstance(layer, LocalSpec):
             shape: tuple[int, ...] = (inputs * layer.kernel**2, features)
@@ -178,15 +196,15 @@ class AlexNet(nn.Module):
         return [ops.add_bias(op(x, w), b) for x, w, b in zip(parts, kernels, biases, strict=True)]
 
     def _output(self, name: str, parts: list[Array], edit: Edits) -> list[Array]:
-        """Returns the edited output of an operation, and sows it. An edit reads the channels of both towers."""
+        """Returns the edited output of an operation, and sows it. An edit reads the channels of all devices."""
         if name in edit:
-            (x,) = ops.regroup(parts, 1)
-            axis, channels, last = self.tower_axis, x.shape[-1], x.ndim - 1
-            whole = x if axis is None else lax.all_gather(x, axis, axis=last, tiled=True)
+            (x,), axes = ops.regroup(parts, 1), self.split_axes(name.partition('.')[0])
+            channels, last = x.shape[-1], x.ndim - 1
+            (whole,) = self._gather([x], axes)
             edited = jnp.asarray(edit[name](whole), x.dtype)
             if edited.shape != whole.shape:
                 raise UserError(f'edit of {name!r} returns the shape {edited.shape}: expected {whole.shape}.')
-            start = 0 if axis is None else lax.axis_index(axis) * channels
+            start = lax.axis_index(axes) * channels if axes else 0
             parts = [lax.dynamic_slice_in_dim(edited, start, channels, axis=last)]
         if self.is_mutable_collection('intermediates'):
             self.sow('intermediates', name, *ops.regroup(parts, 1))
@@ -215,7 +233,7 @@ def init_params(model: AlexNet, key: Array, image_size: int) -> Any:
     if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size < 1:
         raise UserError(f'image_size={image_size!r}: expected a positive integer, in pixels.')
     architecture.infer_shapes(model, image_size)
-    return model.clone(tower_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
+    return model.clone(tower_axis=None, dense_axis=None).init(key, jnp.zeros((1, image_size, image_size, 3)))['params']
 
 
 def dropout_masks(model: AlexNet, key: Array, batch_size: int, image_size: int) -> Masks:

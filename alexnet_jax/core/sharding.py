@@ -4,6 +4,7 @@ This is the only file that uses PartitionSpec. The mesh is always passed explici
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.core.architecture import DenseSpec
 from alexnet_jax.core.model import AlexNet, Edits, Masks
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
@@ -51,36 +53,49 @@ def make_mesh(*, data: int, tower: int, devices: list[jax.Device] | None = None)
     return Mesh(chosen, ('data', 'tower'), axis_types=(AxisType.Auto,) * 2)
 
 
-def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
+def forward(model: AlexNet, mesh: Mesh, *, split_dense: bool = False) -> Callable[..., Array]:
     """Returns the network mapped over the mesh: `f(params, x_NHWC, masks=None) -> logits_NK`, with global shapes.
 
     `f(..., edit=EDITS, outputs=[('conv1.relu', -1), ...])` returns sown outputs, by name and index, not the logits. An
-    edit (see `AlexNet`) reads one shard's images, and a last class of 0 if two towers hold an odd number of classes.
+    edit (see `AlexNet`) reads the images and channels that the layer's devices hold together, with classes of 0 added
+    if the devices do not divide the classes.
 
     Each device computes its tower for its shard of the batch. The logits are split over both axes. In the forward pass
     devices communicate only where `AlexNet` gathers: before conv3, fc6, fc7 and fc8 in the paper's network. (If the
-    number of classes is odd, every device holds the whole classifier, which costs some more communication.)
+    devices do not divide the classes, every device holds the whole classifier, which costs more communication.)
+
+    With `split_dense` all devices share each dense layer by its outputs, and compute them for the whole batch: their
+    gradients are not summed over `data`. The first dense layer gathers the images, and an all-to-all returns the logits
+    to the device of each image. This is scheme (a) of Krizhevsky, "One weird trick for parallelizing convolutional
+    neural networks", 2014 (arXiv:1404.5997). Its (b) and (c) gather the same bytes in parts. Raises UserError if the
+    devices cannot share a hidden dense layer.
 
     Take `jax.grad` of a loss of these logits, outside `shard_map`. (Inside, gradients taken after a gather would be
     exactly two times too large, without an error.)
     """
-    towers = mesh.shape['tower']
-    padding = -model.num_classes % towers
-    local_model = model.clone(tower_axis='tower' if towers > 1 else None, num_classes=model.num_classes + padding)
-    classifier = list(model.layers)[-1]
-
     # Axes of size 1 are left out: XLA's CPU backend would copy all gradients to sum over a single device.
     axes = {axis for axis, size in mesh.shape.items() if size > 1}
+    tower_axis, batch_axis = ('tower' if 'tower' in axes else None), ('data' if 'data' in axes else None)
+    dense_axis = batch_axis if split_dense else None
+    classifier = list(model.layers)[-1]
+    padding = -model.num_classes % (mesh.size if dense_axis else mesh.shape['tower'])
+    local_model = model.clone(tower_axis=tower_axis, dense_axis=dense_axis, num_classes=model.num_classes + padding)
+    if dense_axis:
+        _check_dense(local_model, mesh)
 
-    def spec(*names: str | None) -> P:
-        return P(*[name if name in axes else None for name in names])
+    def output_spec(name: str, rank: int) -> P:
+        """Returns the spec of a layer's outputs, [N, ..., features]."""
+        layer_axes = local_model.split_axes(name)
+        images = None if dense_axis in layer_axes else batch_axis
+        return P(images, *[None] * (rank - 2), layer_axes)
 
     def local_forward(params: Any, x_nHWC: Array, masks: Masks | None, edit: Edits | None, outputs: Any) -> Any:
         # The parameters' gradients are partial sums over the batch; the image's gradients are partial sums over towers.
         # Mark both inputs as varying: JAX does not do it implicitly for `custom_vjp` functions, which `ops` uses.
-        if 'data' in axes:
-            params = lax.pcast(params, 'data', to='varying')
-        if 'tower' in axes:
+        if batch_axis:
+            whole = {name: layer for name, layer in params.items() if dense_axis not in local_model.split_axes(name)}
+            params = {**params, **lax.pcast(whole, batch_axis, to='varying')}
+        if tower_axis:
             x_nHWC = lax.pcast(x_nHWC, 'tower', to='varying')
         call = functools.partial(local_model.apply, {'params': params}, x_nHWC, masks, edit=edit)
         sown = call(mutable='intermediates')[1]['intermediates'] if outputs else {}
@@ -89,17 +104,18 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     def apply(
         params: Any, x: Array, masks: Masks | None = None, *, edit: Edits | None = None, outputs: Sequence[Any] = ()
     ) -> Any:
-        if padding:  # an odd number of classes: add a class here, and remove its outputs below
+        if padding:  # the devices do not divide the classes: add some here, and remove their outputs below
             padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])
             params = {**params, classifier: padded}
         local = functools.partial(local_forward, edit=edit, outputs=outputs)
         layers = [name.partition('.')[0] for name, _ in outputs] or [classifier]
         in_specs = (
-            jax.tree.map(lambda p: spec(*_tower_spec(p)), params),
-            spec('data'),
-            jax.tree.map(lambda m: spec('data', *[None] * (m.ndim - 2), 'tower'), masks),
+            {name: jax.tree.map(_last_axis(local_model.split_axes(name)), layer) for name, layer in params.items()},
+            P(batch_axis),
+            masks and {name: output_spec(name, mask.ndim) for name, mask in masks.items()},
         )
-        out_specs = [spec('data', *[None] * 2 * (not name.startswith('fc')), 'tower') for name in layers]
+        out_specs = [output_spec(name, 2 if name.startswith('fc') else 4) for name in layers]
+        out_specs = out_specs if outputs else [P(batch_axis, tower_axis)]
         mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
         results = (mapped if axes else local)(params, x, masks)
         if padding:
@@ -109,20 +125,38 @@ def forward(model: AlexNet, mesh: Mesh) -> Callable[..., Array]:
     return apply
 
 
-def _tower_spec(array: Array) -> P:
-    """Returns the spec that splits kernels and biases along the output channels (last axis) and replicates scalars."""
-    return P(*[None] * (array.ndim - 1), 'tower') if array.ndim else P()
+def _check_dense(model: AlexNet, mesh: Mesh) -> None:
+    """Raises UserError if the devices of a mesh cannot share the dense layers."""
+    for name, layer in model.layers.items():
+        if isinstance(layer, DenseSpec) and (
+            layer.features % mesh.size or layer.groups not in (1, mesh.shape['tower'])
+        ):
+            raise UserError(
+                f"mesh.dense='split': {mesh.size} devices in {mesh.shape['tower']} towers cannot share the "
+                f'{layer.features} outputs of {name} (groups={layer.groups}): expected devices that divide them, and '
+                "one group or one for each tower; change mesh.data or use mesh.dense='replicated'."
+            )
 
 
-def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """Returns a NamedSharding for every leaf of a training state. All leaves are scalars or shaped like parameters."""
+def _last_axis(axes: Sequence[str]) -> Callable[[Array], P]:
+    """Returns a function that gives the spec for splitting an array by output channels, its last axis."""
+    return lambda array: P(*[None] * (array.ndim - 1), tuple(axes)) if array.ndim else P()
 
-    def leaf_sharding(leaf: Array) -> NamedSharding:
-        # With an odd number of classes the classifier is replicated.
-        is_odd = leaf.ndim and leaf.shape[-1] % mesh.shape['tower']
-        return NamedSharding(mesh, P() if is_odd else _tower_spec(leaf))
 
-    return jax.tree.map(leaf_sharding, state)
+def state_sharding(mesh: Mesh, state: Any, *, split_dense: bool = False) -> Any:
+    """Returns a NamedSharding for every leaf of a training state. All leaves are scalars or shaped like parameters.
+
+    split_dense: as for `forward`.
+    """
+
+    def leaf_sharding(path: Any, leaf: Array) -> NamedSharding:
+        is_dense = any(str(getattr(key, 'key', '')).startswith('fc') for key in path)
+        axes = ('tower', 'data') if split_dense and is_dense else ('tower',)
+        # A classifier whose classes the devices do not divide is replicated.
+        replicated = leaf.ndim and leaf.shape[-1] % math.prod(mesh.shape[axis] for axis in axes)
+        return NamedSharding(mesh, P() if replicated else _last_axis(axes)(leaf))
+
+    return jax.tree.map_with_path(leaf_sharding, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

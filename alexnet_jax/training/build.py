@@ -181,7 +181,7 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     check_type('the dataset', dataset, datasets.Dataset, 'a Dataset; use alexnet_jax.in_memory, or None for data.path')
     _check_dataset(dataset, config.data.path, network)
     augment.crop_positions(dataset.record_size, augmentation.image_size)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    mesh = sharding.make_mesh(data=config.mesh.data, tower=config.mesh.tower, devices=devices)
     if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
         raise UserError(  # XLA's AllReducePromotion pass would crash the process
             "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
@@ -222,10 +222,12 @@ def make_steps(
     hooks = recipes.optimizer_hooks(config.optim, steps_per_epoch, total_steps)
     layers = list(network.layers)
     optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
-    forward = sharding.forward(network, mesh)
+    split_dense = config.mesh.dense == 'split'
+    forward = sharding.forward(network, mesh, split_dense=split_dense)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings, replicated = sharding.state_sharding(mesh, shapes), sharding.replicated(mesh)
+    shardings = sharding.state_sharding(mesh, shapes, split_dense=split_dense)
+    replicated = sharding.replicated(mesh)
     # With the first option alone, XLA (JAX 0.11) lowers products to Triton, which that option forbids, and fails.
     options: dict[str, Any] = compiler.compiler_options(mesh.devices.flat[0].platform)
     if config.deterministic:

@@ -36,7 +36,7 @@ _KEYS = {  # keys of every config; configs/paper.py explains the values
     ),
     'data.': ('path', *_keys(_DATA_CHECKS), *Augmentation._fields),
     'model.': MODEL_FIELDS,
-    'mesh.': ('data', 'tower'),
+    'mesh.': ('data', 'tower', 'dense'),
     'optim.': (*_keys(OPTIM_CHECKS), 'rate_in_velocity', 'layer_rates', 'layer_decays', 'stages'),
 }  # fmt: skip
 
@@ -52,6 +52,8 @@ def network_and_augmentation(config: ConfigDict) -> tuple[AlexNet, Augmentation]
         )
     if config.mesh.tower not in (1, 2):
         raise UserError(f'mesh.tower={config.mesh.tower}: expected 1 or 2.')
+    if config.mesh.dense not in ('replicated', 'split'):
+        raise UserError(f"mesh.dense={config.mesh.dense!r}: expected 'replicated' or 'split'.")
     if config.init_fresh and not config.init_from:
         raise UserError(
             f'init_fresh={config.init_fresh}: init_from is empty, so all layers are new; set init_from or remove '

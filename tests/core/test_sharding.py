@@ -2,7 +2,10 @@
 
 import collections
 import functools
+import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import chex
@@ -11,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alexnet_jax.benchmark import hlo_cost
 from alexnet_jax.core import architecture, augment, model, sharding, train_step
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.data import pipeline
 from alexnet_jax.training import recipes
 from alexnet_jax.utils import environment
 from alexnet_jax.utils.errors import UserError
-from tests import helpers
+from tests import ROOT, helpers
 
 MESHES = [(1, 2), (2, 2)]
+SPLIT = [(4, 1), (2, 2)]  # for mesh.dense='split'
 
 
 def test_gpus_of_several_hosts_form_a_mesh():
@@ -54,29 +59,32 @@ def test_undetected_gpu_is_reported(platform, wanted, plugins, told, monkeypatch
     assert told in said and bool(said) == bool(told)
 
 
-def _place(mesh, tree):
-    return jax.device_put(tree, sharding.state_sharding(mesh, tree))
+def _place(mesh, tree, split_dense=False):
+    return jax.device_put(tree, sharding.state_sharding(mesh, tree, split_dense=split_dense))
 
 
-@pytest.mark.parametrize(('data', 'tower'), MESHES)
+@pytest.mark.parametrize(
+    ('data', 'tower', 'split_dense'), [*((*mesh, False) for mesh in MESHES), *((*mesh, True) for mesh in SPLIT)]
+)
 @pytest.mark.parametrize('full_size', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_forward_agrees_with_one_device(data, tower, full_size):
+def test_forward_agrees_with_one_device(data, tower, split_dense, full_size):
     network, size = (model.AlexNet(), 224) if full_size else (helpers.network(), helpers.SIZE)
     params = helpers.init(network, 0, size)
     x = 60 * jax.random.normal(jax.random.key(1), (4, size, size, 3))
     masks = model.dropout_masks(network, jax.random.key(2), 4, size)
     mesh = sharding.make_mesh(data=data, tower=tower)
-    forward = jax.jit(sharding.forward(network, mesh))
+    forward = jax.jit(sharding.forward(network, mesh, split_dense=split_dense))
     for train in (None, masks):
         expected = jax.jit(network.apply)({'params': params}, x, train)
-        logits = forward(_place(mesh, params), x, train)
+        logits = forward(_place(mesh, params, split_dense), x, train)
         chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
         # Each device holds the logits of its images for the classes of its tower.
         assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
 
 
-def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None, **changes):
+def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None, split_dense=False, **changes):
     """Runs `number` float64 updates with dropout, decay and a drop; returns the first velocity and the last state."""
+    count = len(weight)
     schedule = {'schedule': 'epochs', 'stages': ((0, 1, 1, ()), (0.2, 0.1, 0.1, ()))}
     optimizer = helpers.optimizer(network, **{**schedule, **changes})
     rng = np.random.default_rng(0)
@@ -84,8 +92,8 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None
         rng.uniform(100, 140, (size + 5, size + 5, 3)), np.array([300.0, 1000.0, 9000.0]), np.eye(3)
     )
     params = helpers.to_float64(helpers.init(network, 0, size))
-    state = _place(mesh, train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params)))
-    forward = sharding.forward(network, mesh)
+    state = _place(mesh, train_step.TrainState(jnp.int32(0), params, optimizer.tx.init(params)), split_dense)
+    forward = sharding.forward(network, mesh, split_dense=split_dense)
     fixed = dict(
         network=network, forward=forward, optimizer=optimizer, grad_accum_steps=parts, data_shards=mesh.shape['data']
     )
@@ -94,11 +102,11 @@ def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None
     gradient = None
     for i in range(number):
         batch = {
-            'image': rng.integers(0, 256, (4, size, size, 3), np.uint8),
-            'offset': rng.integers(0, 5, (4, 2), np.int32),
-            'reflect': rng.random(4) < 0.5,
-            'color': rng.normal(0, 0.1, (4, 3)),
-            'label': rng.integers(0, 12, 4, np.int32),
+            'image': rng.integers(0, 256, (count, size, size, 3), np.uint8),
+            'offset': rng.integers(0, 5, (count, 2), np.int32),
+            'reflect': rng.random(count) < 0.5,
+            'color': rng.normal(0, 0.1, (count, 3)),
+            'label': rng.integers(0, 12, count, np.int32),
             'weight': np.array(weight, np.float32),
         }
         state, report = step(state, sharding.to_mesh(mesh, batch), image_stats, jax.random.key(7))
@@ -125,6 +133,64 @@ def test_updates_agree_with_one_device(data, tower, full_size):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == np.float64
         assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+def check_split_dense(data, tower, parts=1, classes=12, full_size=False):
+    """Compares three updates with split dense layers with those of one device, in float64."""
+    weight = (1, 0, 1, 1) + (1,) * (max(4, parts * data) - 4)  # with one unreadable image
+    with jax.enable_x64():
+        changes = {} if full_size else {'num_classes': classes}
+        network = model.AlexNet(dtype='float64') if full_size else helpers.network(dtype='float64', **changes)
+        size = 224 if full_size else helpers.SIZE
+        mesh = sharding.make_mesh(data=data, tower=tower)
+        expected = _train(network, sharding.make_mesh(data=1, tower=1), 3, size, weight=weight)
+        found = _train(network, mesh, 3, size, parts=parts, weight=weight, split_dense=True)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float64
+        assert np.abs(a - b).max() <= 1e-9 * np.abs(b).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('data', 'tower', 'parts', 'classes', 'full_size'),
+    [(2, 1, 1, 12, False), (2, 2, 1, 13, False), (4, 1, 1, 12, False), (2, 2, 2, 12, False), (2, 2, 1, 1000, True)],
+)
+def test_split_dense_layers_make_the_same_update(data, tower, parts, classes, full_size):
+    """Also with microbatches, and with a number of classes that the devices do not divide."""
+    check_split_dense(data, tower, parts, classes, full_size)
+
+
+@pytest.mark.slow
+def test_eight_devices_share_the_dense_layers():
+    code = """
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+from tests.core.test_sharding import check_split_dense
+check_split_dense(4, 2)
+check_split_dense(8, 1, parts=2)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unshareable_dense_layers_are_refused():
+    mesh = sharding.make_mesh(data=4, tower=1)
+    with pytest.raises(UserError, match=r'4 devices in 1 towers cannot share the 30 outputs of fc6'):
+        sharding.forward(helpers.network(layers=helpers.layers(fc6={'features': 30})), mesh, split_dense=True)
+    with pytest.raises(UserError, match=r'outputs of fc6 \(groups=2\)'):
+        sharding.forward(helpers.network(layers=helpers.layers(fc6={'groups': 2})), mesh, split_dense=True)
+
+
+@pytest.mark.slow
+def test_towers_can_stay_separate_in_split_dense_layers():
+    """With one group for each tower, a dense layer reads its own tower."""
+    network = helpers.network(layers=helpers.layers(fc6={'groups': 2}, fc7={'groups': 2}))
+    mesh, params = sharding.make_mesh(data=2, tower=2), helpers.init(network)
+    x = 60 * jax.random.normal(jax.random.key(1), (4, helpers.SIZE, helpers.SIZE, 3))
+    logits = jax.jit(sharding.forward(network, mesh, split_dense=True))(_place(mesh, params, True), x)
+    expected = network.apply({'params': params}, x)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.slow
@@ -179,6 +245,35 @@ def test_collectives_of_the_papers_network(data, tower):
     found = _collectives(lambda p, x, b: train_step.loss_and_sums(p, x, b, None, forward=forward), params, x, batch)
     assert found.pop('all-gather') == 4
     assert set(found) == {'all-reduce'}
+
+
+@pytest.mark.parametrize(('data', 'tower'), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_bytes_of_split_dense_layers_follow_the_formula(data, tower):
+    """The formulas of docs/scaling.md, for the gradient with 8 images for each shard."""
+    network, mesh, images = helpers.network(), sharding.make_mesh(data=data, tower=tower), 8
+    shapes = jax.eval_shape(lambda: helpers.init(network))
+    shardings, on_data = sharding.state_sharding(mesh, shapes, split_dense=True), sharding.batch_sharding(mesh)
+    put = lambda shape, kind, s: jax.ShapeDtypeStruct(shape, kind, sharding=s)  # noqa: E731
+    params = jax.tree.map(lambda x, s: put(x.shape, x.dtype, s), shapes, shardings)
+    batch = images * data
+    x = put((batch, helpers.SIZE, helpers.SIZE, 3), jnp.float32, on_data)
+    labels = {'label': put((batch,), jnp.int32, on_data), 'weight': put((batch,), jnp.float32, on_data)}
+    forward = sharding.forward(network, mesh, split_dense=True)
+    loss = functools.partial(train_step.loss_and_sums, forward=forward)
+    gradient = jax.jit(jax.grad(loss, has_aux=True), out_shardings=(shardings, None))
+    found = hlo_cost.collective_bytes(gradient.lower(params, x, labels, None).compile().as_text(), mesh.size)
+
+    inputs = {name: math.prod(sizes.inputs) for name, sizes in architecture.infer_shapes(network, helpers.SIZE).items()}
+    conv3 = images * inputs['conv3'] * (tower - 1) / tower
+    fc6 = batch * inputs['fc6'] - images * inputs['fc6'] / tower
+    others = batch * (inputs['fc7'] + inputs['fc8']) * (mesh.size - 1) / mesh.size
+    assert found['all-gather'][1] == found['reduce-scatter'][1] == 4 * (conv3 + fc6 + others)
+    logits = batch * network.num_classes / mesh.size * (data - 1) / data
+    assert found['all-to-all'] == (2, 4 * 2 * logits)
+    convolutions = sum(x.size for name, layer in shapes.items() if name < 'fc' for x in layer.values()) / tower
+    rest = found['all-reduce'][1] - 4 * 2 * convolutions * (data - 1) / data
+    assert 0 <= rest <= 512  # the sums of the loss over classes and images
+    assert set(found) == {'all-gather', 'reduce-scatter', 'all-to-all', 'all-reduce'}
 
 
 def test_all_gathers_follow_from_groups():

@@ -28,6 +28,7 @@ from tests import helpers
         ({'num_steps': 0, 'num_epochs': 0.0}, 'num_epochs=0.0, num_steps=0: expected one of them above 0'),
         ({'num_steps': 0, 'num_epochs': float('inf')}, 'num_epochs=inf'),
         ({'mesh.tower': 0}, 'mesh.tower=0: expected 1 or 2'),
+        ({'mesh.dense': 'half'}, "mesh.dense='half': expected 'replicated' or 'split'"),
         ({'data.color_epochs': float('inf')}, 'data.color_epochs=inf: expected a number of 0 or more'),
         ({'optim.learning_rate': float('inf')}, 'optim.learning_rate=inf: expected a number of 0 or more'),
         ({'optim.stages': ((0, 1.0, 1.0, 5),)}, r'optim.stages has 5: expected a layer and 2 factor'),

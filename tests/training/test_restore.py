@@ -198,14 +198,17 @@ def test_resume_with_other_data_is_refused(uninterrupted, tmp_path, what):
 def test_checkpoint_restores_on_any_mesh(uninterrupted):
     config, workdir, _ = uninterrupted
     states = []
-    for data_axis, tower in ((1, 1), (1, 2), (2, 2), (4, 1)):
+    meshes = ((1, 1, 'replicated'), (1, 2, 'split'), (2, 2, 'replicated'), (2, 2, 'split'), (4, 1, 'split'))
+    for data_axis, tower, dense in meshes:
         there = config.copy_and_resolve_references()
-        there.mesh.data, there.mesh.tower = data_axis, tower
+        there.mesh.data, there.mesh.tower, there.mesh.dense = data_axis, tower, dense
         run = build.build(there)
         with manager.CheckpointManager(str(workdir)) as saved:
             state = saved.restore(30, run.steps.state_shapes)
         kernel = state.params['conv2']['kernel']
         assert kernel.addressable_data(0).shape[-1] == kernel.shape[-1] // tower
+        parts, hidden = (data_axis if dense == 'split' else 1) * tower, state.opt_state.velocity['fc6']['kernel']
+        assert hidden.addressable_data(0).shape[-1] == hidden.shape[-1] // parts
         assert state.opt_state.velocity['conv2']['kernel'].sharding == kernel.sharding
         states.append(jax.device_get(state))
     for other in states[1:]:

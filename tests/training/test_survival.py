@@ -314,13 +314,15 @@ def _use_float64(monkeypatch):
 
 @pytest.mark.slow
 def test_resume_on_other_meshes_gives_the_same_result(tmp_path, monkeypatch):
-    """float64: one device, 1x2, 2x2, 4x1 and back, with other threads, caches and workers."""
+    """float64: one device, 1x2, 2x2, 4x1 and back, with split dense layers, other threads, caches and workers."""
     with jax.enable_x64():
         _use_float64(monkeypatch)
         config = resume_config(**{'model.dtype': 'float64'})
         train.train_and_evaluate(config, str(tmp_path / 'whole'))
         made = [0]
-        ways = ({'data.num_threads': 3}, {'data.cache': 'host'}, {'data.num_workers': 2}, {'data.cache': 'device'}, {})
+        split = {'mesh.dense': 'split'}
+        workers, device = {'data.num_workers': 2, **split}, {'data.cache': 'device', **split}
+        ways = ({'data.num_threads': 3}, {'data.cache': 'host'}, workers, device, {})
         for (parts, towers), way, calls in zip(_MESHES, ways, (5, 6, 7, 12, 1000), strict=True):
             moved = resume_config(**{'model.dtype': 'float64', 'mesh.data': parts, 'mesh.tower': towers, **way})
             with monkeypatch.context() as patch, contextlib.suppress(TerminatedError):
@@ -367,7 +369,7 @@ def _two_processes(script, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', [(2, 1), (1, 2)])
+@pytest.mark.parametrize('mesh', [(2, 1, 'replicated'), (1, 2, 'replicated'), (2, 1, 'split')])
 def test_two_processes_resume_the_run_of_one(tmp_path, monkeypatch, mesh):
     """float64: 12 updates in one process and the rest in two with one device each, compared with one process."""
     script = tmp_path / 'child.py'
@@ -380,7 +382,11 @@ def test_two_processes_resume_the_run_of_one(tmp_path, monkeypatch, mesh):
             _stop_after(patch, 14)  # in a validation
             train.train_and_evaluate(config, str(tmp_path / 'moved'))
     options = [f'--workdir={tmp_path}/moved', '--config.model.dtype=float64', '--config.num_steps=30']
-    _two_processes(script, *options, f'--config.mesh.data={mesh[0]}', f'--config.mesh.tower={mesh[1]}')
+    _two_processes(
+        script,
+        *options,
+        *(f'--config.mesh.{key}={value}' for key, value in zip(('data', 'tower', 'dense'), mesh, strict=True)),
+    )
     with jax.enable_x64():
         a, b = (last_state(config, tmp_path / name) for name in ('whole', 'moved'))
         assert b.params['conv1']['kernel'].dtype == np.float64
