@@ -112,7 +112,7 @@ def forward(model: AlexNet, mesh: Mesh, *, split_dense: bool = False) -> Callabl
         in_specs = (
             {name: jax.tree.map(_last_axis(local_model.split_axes(name)), layer) for name, layer in params.items()},
             P(batch_axis),
-            masks and {name: output_spec(name, mask.ndim) for name, mask in masks.items()},
+            None if masks is None else {name: output_spec(name, mask.ndim) for name, mask in masks.items()},
         )
         out_specs = [output_spec(name, 2 if name.startswith('fc') else 4) for name in layers]
         out_specs = out_specs if outputs else [P(batch_axis, tower_axis)]

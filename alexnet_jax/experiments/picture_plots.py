@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -20,14 +21,14 @@ from alexnet_jax.visualize.class_maps import last_maps
 _IMAGES, _MAPS, _CLASSES = 8, 6, 8
 
 
-def draw(checkpoint: Checkpoint, records: Sequence, order: Sequence[int]) -> Iterator[tuple[str, Figure, list[str]]]:
+def draw(checkpoint: Checkpoint, records: Sequence, order: Any) -> Iterator[tuple[str, Figure, list[str]]]:
     """Yields the pictures of `alexnet_jax.visualize` for a split: (name, figure, lines to print).
 
     'classes': images made to excite the first classes. For a network with convolutions also 'receptive_fields' on an
     image; 'visualizations' of eight images, where deconvnet and guided backpropagation are those of the map of the last
     convolution that responds most to the image; and 'patches', nine for each of six maps of that layer.
 
-    records: the records of a split. order: indices of the images to show first.
+    records: the records of a split. order: int [N], indices of its records; the first are shown.
     """
     classes = list(checkpoint.class_names[:_CLASSES])
     made = [
@@ -45,7 +46,7 @@ def draw(checkpoint: Checkpoint, records: Sequence, order: Sequence[int]) -> Ite
     yield 'receptive_fields', receptive_fields(crops[0], _central_fields(checkpoint, image_NHWC[:1])), []
 
     unit_N = activations(checkpoint, image_NHWC, layer, pool='max')[layer].argmax(1)
-    rows: dict[str, Sequence[np.ndarray]] = {'center crop': crops}
+    rows: dict[str, Any] = {'center crop': crops}
     for title, function in (('deconvnet', visualize.deconvnet), ('guided\nbackpropagation', visualize.guided_backprop)):
         try:
             rows[title] = [
