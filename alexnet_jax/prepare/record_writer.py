@@ -92,6 +92,17 @@ def write_shard(shard: Shard) -> ShardResult:
     return ShardResult(*hashes, labels.total(), labels, num_bytes, moments, unreadable, notes)
 
 
+def is_readable(ref: image_ref.ImageRef, size: int) -> bool:
+    """Returns whether `write_shard` can read an image. Raises UserError for lost files."""
+    try:
+        image_io.resize_center_crop(_read_image(ref)[0], size)
+    except UserError:
+        raise
+    except Exception:  # as in `write_shard`
+        return False
+    return True
+
+
 def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:
     """Calls `discovery.read_image`. Raises UserError for file system errors that are not a defect of the image."""
     try:
