@@ -126,7 +126,8 @@ def finish(folder: str, plan: Plan, results: Iterable[ShardResult], max_unreadab
     infos = []
     digests: dict[str, str] = {}
     for split, counts in plan.shards.items():
-        lengths, num_bytes, readable, moments = [], 0, collections.Counter[int](), None
+        lengths, num_bytes, readable = [], 0, collections.Counter[int]()
+        moments: image_stats.Moments | None = None
         fingerprint.update(split.encode())
         for result in itertools.islice(results, len(counts)):
             digests[os.path.basename(next(paths))] = result.sha256
@@ -143,7 +144,7 @@ def finish(folder: str, plan: Plan, results: Iterable[ShardResult], max_unreadab
         _check_lost_classes(split, plan, readable, unreadable)
         options = {'name': split, 'shard_lengths': lengths, 'num_bytes': num_bytes}
         infos.append(tfds.core.SplitInfo(**options, filename_template=_template(folder, split)))
-        if split == 'train':
+        if split == 'train' and moments:
             image_stats_file.save(folder, image_stats.from_moments(moments))
     _check_unreadable(unreadable, sum(map(sum, plan.shards.values())), max_unreadable)
     for note, noted in _by_second(notes):

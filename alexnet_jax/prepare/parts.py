@@ -152,7 +152,9 @@ def _conditions(plan: Plan, splits: Splits, options: Mapping[str, float]) -> dic
         'the digest of the class names': hashlib.sha256(names.encode()).hexdigest(),
         'the digest of the names and labels of the images': digest.hexdigest(),
         'the version of alexnet_jax': alexnet_jax.__version__,
-        'the digest of its code': hashlib.sha256(''.join(map(inspect.getsource, _CODE)).encode()).hexdigest(),
+        'the digest of the code of alexnet_jax': hashlib.sha256(
+            ''.join(map(inspect.getsource, _CODE)).encode()
+        ).hexdigest(),
         **{f'the version of {name}': _version(name) for name in _PACKAGES},
         'the version of libjpeg-turbo': features.version('libjpeg_turbo'),
     }
