@@ -243,9 +243,9 @@ def _write_shard(shard: Shard, folder: str, scratch: str) -> ShardResult:
     with open(path, 'rb') as file:
         os.fsync(file.fileno())
     rest = result._asdict() | {'moments': None, 'labels': sorted(result.labels.items())}
-    texts = {'rest': np.array(json.dumps(rest)), 'rounding': np.array(_rounding(shard.size))}
+    arrays: dict[str, Any] = {**result.moments._asdict(), 'rest': json.dumps(rest), 'rounding': _rounding(shard.size)}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **result.moments._asdict(), **texts)
+    np.savez_compressed(buffer, **arrays)
     with contextlib.suppress(FileNotFoundError):  # of a shard that is written again
         os.remove(_result_path(folder, shard.path))
     os.replace(path, shard.path)
