@@ -58,8 +58,10 @@ def features(size: int, format: str, class_names: tuple[str, ...]):
 def write_shard(shard: Shard) -> ShardResult:
     """Reads, resizes, crops, encodes and writes the images of a shard. Raises UserError for lost files."""
     from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer
 
     record_features = features(shard.size, shard.format, shard.class_names)
+    serializer = example_serializer.ExampleSerializer(record_features.get_serialized_info())
     # One record per group, so that random access reads a single record. JPEGs do not compress further.
     writer = array_record_module.ArrayRecordWriter(shard.path, 'group_size:1,uncompressed')
     moments, digest, num_bytes = image_stats.Moments.zeros(shard.size), hashlib.sha256(), 0
@@ -81,15 +83,28 @@ def write_shard(shard: Shard) -> ShardResult:
             moments = moments.add(pixels)
         content = image_io.encode_jpeg(pixels) if shard.format == 'jpeg' else pixels.tobytes()
         feature = io.BytesIO(content) if shard.format == 'jpeg' else pixels
-        record = record_features.serialize_example({'image': feature, 'label': label, 'file_name': ref.name})
+        example = record_features.encode_example({'image': feature, 'label': label, 'file_name': ref.name})
+        # `features.serialize_example` would write the fields in an order that differs between processes.
+        record = serializer.get_tf_example(example).SerializeToString(deterministic=True)
         writer.write(record)
-        # The record itself is not hashed, because protobuf does not fix the order of the fields.
+        # The record itself is not hashed, because the order of the fields may change with the version of protobuf.
         digest.update(f'{ref.name}\0{label}\0'.encode() + content)
         num_bytes += len(record)
         labels[label] += 1
     writer.close()
     hashes = digest.hexdigest(), checksums.sha256(shard.path)
     return ShardResult(*hashes, labels.total(), labels, num_bytes, moments, unreadable, notes)
+
+
+def is_readable(ref: image_ref.ImageRef, size: int) -> bool:
+    """Returns whether `write_shard` can read an image. Raises UserError for lost files."""
+    try:
+        image_io.resize_center_crop(_read_image(ref)[0], size)
+    except UserError:
+        raise
+    except Exception:  # as in `write_shard`
+        return False
+    return True
 
 
 def _read_image(ref: image_ref.ImageRef) -> tuple[bytes | np.ndarray, int]:

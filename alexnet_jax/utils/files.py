@@ -122,7 +122,7 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
     """
     output = absolute_local_path(output)
     partial = os.path.join(os.path.dirname(output), f'.{os.path.basename(output)}.incomplete')
-    try:
+    with as_write_error(output):
         os.makedirs(partial, exist_ok=True)
         # The lock file is outside the folder, because another process may remove the folder.
         with file_lock(f'{partial}.lock', f'writing {output!r}'):
@@ -134,6 +134,13 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
                 os.remove(f'{partial}.lock')
+
+
+@contextlib.contextmanager
+def as_write_error(output: str) -> Iterator[None]:
+    """Converts the errors of a folder that cannot be written to UserError."""
+    try:
+        yield
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # different types in array_record, orbax, tensorstore

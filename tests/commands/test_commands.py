@@ -74,6 +74,8 @@ def _assert_user_error(result, pattern):
         (['prepare', '--output=W'], '--input is missing'),
         (['prepare', '--input=W', '--output=W/out'], 'input .* does not exist'),
         (['prepare', '--input=W', '--output=W/out', '--size=big'], r'--size=big'),
+        (['prepare', '--input=W', '--output=W/out', '--part='], '--part=: expected i/n with i from 1 to n'),
+        (['prepare', '--output=W/out', '--join', '--size=64'], '--size=64: not used with --join, which takes it from'),
         (['evaluate', '--checkpoint=W', '--data=digits'], "there is no checkpoint at"),
         (['evaluate', '--checkpoint=W', '--data=digits', '--split=best'], "no split 'best' .*; choose from: train"),
         (['evaluate', '--checkpoint=W', '--data=digits', '--views=3'], '--views=3: expected 1'),
@@ -319,7 +321,7 @@ def test_public_names():
     'code',
     [
         'import alexnet_jax',
-        'import alexnet_jax.prepare.prepare, alexnet_jax.prepare.record_writer',
+        'import alexnet_jax.prepare.prepare, alexnet_jax.prepare.parts, alexnet_jax.prepare.record_writer',
         'import importlib; from alexnet_jax import __main__; from alexnet_jax.commands import app; '
         '[app.help_text(importlib.import_module(f"alexnet_jax.commands.{name}")) for name in __main__.COMMANDS]',
     ],

@@ -21,7 +21,7 @@ from PIL import Image
 from alexnet_jax.core import augment
 from alexnet_jax.data import cache, datasets, image_io, image_stats_file, pipeline
 from alexnet_jax.inference import predict
-from alexnet_jax.prepare import discovery, image_ref, prepare, record_writer
+from alexnet_jax.prepare import dataset_writer, discovery, image_ref, prepare, record_writer
 from alexnet_jax.prepare import tfds as tfds_input
 from alexnet_jax.utils.errors import UnreadableError, UserError
 from tests import ROOT, helpers
@@ -208,15 +208,17 @@ def test_classes_without_a_readable_image_are_named(tmp_path, capfd):
     assert len(helpers.read_back(str(out), 'train')) == len(good)
     assert datasets.open_dataset(str(out)).class_names == ('cat', 'dog', 'elk')
     names, refs = ('cat', 'dog', 'elk'), [image_ref.ImageRef('', 0, 1, '', label) for label in range(3)]
+    plan = dataset_writer.make_plan({'train': refs}, 16, 'raw', names, '')
     with pytest.raises(
         UserError, match=r'for 2 of 3 classes \(dog, elk\) \(1, such as a: b\): expected training images'
     ):
-        prepare._check_lost_classes('train', refs, {0: 1}, names, [('a', 'b')])
+        dataset_writer._check_lost_classes('train', plan, {0: 1}, [('a', 'b')])
     # The labels of a TFDS dataset are known only from the records that were read.
     refs = [ref._replace(label=-1) for ref in refs]
-    prepare._check_lost_classes('val', refs, {0: 1}, names, [])
+    plan = dataset_writer.make_plan({'train': refs, 'val': refs}, 16, 'raw', names, '')
+    dataset_writer._check_lost_classes('val', plan, {0: 1}, [])
     assert 'no image' not in capfd.readouterr().err
-    prepare._check_lost_classes('train', refs, {0: 1, 1: 1}, names, [])
+    dataset_writer._check_lost_classes('train', plan, {0: 1, 1: 1}, [])
     assert 'for 1 of 3 classes (elk)' in capfd.readouterr().err
 
 
@@ -257,7 +259,7 @@ def test_one_run_counts_every_unreadable_image(tmp_path, capfd):
 
 
 def test_named_unreadable_images_are_limited(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(prepare, '_MAX_NAMED', 3)
+    monkeypatch.setattr(dataset_writer, '_MAX_NAMED', 3)
     files = {f'a/{i}.jpg': b'text' for i in range(20)}
     helpers.write_files(tmp_path / 'in', files | {f'{c}/0.jpg': helpers.encode(helpers.picture(0)) for c in 'bc'})
     with pytest.raises(UserError, match='20 of 22 images cannot be read .*--max_unreadable=20'):
