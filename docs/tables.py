@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from alexnet_jax.benchmark.scaling_report import best, duration
 from alexnet_jax.experiments import ablations, tables
 
 DOCS = pathlib.Path(__file__).parent
@@ -122,6 +123,47 @@ def communication(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+_SCHEMES = {'data': 'Nx1', 'towers': 'N/2 x 2', 'hybrid': 'hybrid'}
+
+
+def scaling(records: Sequence[Record]) -> list[Row]:
+    """A row for each number of devices: predicted images/s of each scheme, and the step of the fastest."""
+    table = []
+    for record in records:
+        for devices, schemes in record['steps'].items():
+            fastest = best(schemes)
+            step, row = schemes[fastest], {'devices': devices, 'batch': f'{schemes["data"]["batch"]:,}'}
+            for name, title in _SCHEMES.items():
+                rate = f'{schemes[name]["images_per_second"]:,.0f}' if name in schemes else ''
+                row[f'{title}, images/s'] = f'**{rate}**' if name == fastest else rate
+            row['compute + communication, ms'] = f'{step["compute_ms"]:.2f} + {step["communication_ms"]:.2f}'
+            row |= {
+                'efficiency': f'{step["efficiency"]:.0%}',
+                f'{record["epochs"]:g} epochs': duration(step['seconds']),
+            }
+            table.append({**row, 'limit': step['limit']})
+    return table
+
+
+def published(records: Sequence[Record]) -> list[Row]:
+    """A row for each published rate of several devices: the prediction and its error, without and with overlap."""
+    table, (record,) = [], records
+    ways = ('without overlap', 'with overlap')
+    for point in record['published']['points']:
+        scheme = '' if point['scheme'] == 'data' else f', {point["scheme"]}'
+        row = {'publication': point['who'] + scheme, 'devices': f'{point["devices"]} ({point["machine"]})'}
+        row |= {'batch per device': str(point['batch']), 'published images/s': f'{point["rate"]:,.0f}'}
+        if point['alone'] is None:
+            table.append({**row, 'of one device': f'not published; needs {point["needed"]:,.0f}'})
+            continue
+        row |= {'of one device': f'{point["alone"]:,.0f}', 'predicted': f'{point["predicted"][ways[0]]:,.0f}'}
+        table.append({**row, **{way: f'{point["error_percent"][way]:+.1f}%' for way in ways}})
+    for name, mean in record['published']['mean_error_percent'].items():
+        row = {'publication': f'**mean error, {name}, {mean["points"]} points**'}
+        table.append({**row, **{way: f'**{mean[way]:.1f}%**' for way in ways}})
+    return table
+
+
 def _name(record: Record) -> str:
     """Returns the name of the network, and the options of the measurement."""
     return ', '.join(filter(None, [record['config'], _options(record)]))
@@ -159,7 +201,7 @@ def _source(records: Sequence[Record], kind: str) -> str:
     if kind in ('suite', 'figure1'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
-    computed = kind == 'communication'
+    computed = kind in ('communication', 'scaling', 'published')
     return f'\n{"Computed with" if computed else "Measured on"} {", ".join(parts[1:-1] if computed else parts)}.\n'
 
 
@@ -180,6 +222,8 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'rates': (rates, ('input', 'prepare')),
     'inference': (inference, ('inference',)),
     'loop': (loop, ('loop',)),
+    'scaling': (scaling, ('scaling',)),
+    'published': (published, ('scaling',)),
 }
 
 

@@ -524,6 +524,31 @@ def test_step_table_has_ratios_and_shares(rendered):
     assert source == 'Measured on EPYC (2 cores, 24 GiB), jax 1.2, torch 3.4, commit ffffffffffff, 2026-11-27, n = 3.'
 
 
+def test_scaling_tables_have_the_fastest_scheme_and_errors(rendered):
+    step = {
+        'batch': 256, 'compute_ms': 4.0, 'communication_ms': 0.5, 'images_per_second': 1e3, 'efficiency': 0.5,
+        'seconds': 200.0, 'limit': 'latency',
+    }  # fmt: skip
+    point = {
+        'who': 'A', 'machine': 'K', 'devices': 2, 'batch': 128, 'alone': 600.0, 'rate': 1e3, 'scheme': 'hybrid',
+        'predicted': {'without overlap': 1100.0}, 'error_percent': {'without overlap': 10.0, 'with overlap': -20.0},
+    }  # fmt: skip
+    published = {
+        'points': [point, {**point, 'alone': None, 'needed': 501.4, 'scheme': 'data'}],
+        'mean_error_percent': {'all': {'points': 1, 'without overlap': 10.0, 'with overlap': 20.0}},
+    }
+    steps = {'1': {'data': step}, '2': {'data': step, 'hybrid': {**step, 'images_per_second': 2e3, 'seconds': 50.0}}}
+    record = _record('scaling', '', steps=steps, epochs=90.0, published=published)
+    _, one, two, source = rendered('scaling', record)
+    assert one == ['1', '256', '**1,000**', '', '', '4.00 + 0.50', '50%', '3.3 min', 'latency']
+    assert two == ['2', '256', '1,000', '', '**2,000**', '4.00 + 0.50', '50%', '50 s', 'latency']
+    assert source.startswith('Computed with jax 1.2')
+    _, first, needed, mean, _ = rendered('published', record)
+    assert first == ['A, hybrid', '2 (K)', '128', '1,000', '600', '1,100', '+10.0%', '-20.0%']
+    assert needed == ['A', '2 (K)', '128', '1,000', 'not published; needs 501', '', '', '']
+    assert mean == ['**mean error, all, 1 points**', '', '', '', '', '', '**10.0%**', '**20.0%**']
+
+
 def test_communication_table_has_totals(rendered):
     collectives = {'all-gather': [4, 15.54e6], 'all-reduce': [1, 4.9e3]}
     ours = {'alexnet_jax': {'median': 1.0, 'measurements': [1.0], 'collectives': collectives}}

@@ -1,6 +1,7 @@
 """Measures images per second of updates, input, training, inference or preparation, also with other programs.
 
     alexnet_jax benchmark step|input|train|inference|prepare|loop [--against=torch] [--batch_size=128] [--repeats=5]
+    alexnet_jax benchmark scaling [--devices=1..1024] [--network=h200]
 
 The measured programs alternate. Each measurement waits for the device once, at its end. The output is a table of
 medians, the FLOPs, memory traffic and communication of the compiled step, a line of JSON, and with --against=torch a
@@ -24,6 +25,7 @@ from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
 from alexnet_jax.utils.errors import UserError
 
 PRECISIONS = {'float32': 'float32', 'tf32': 'default', 'bfloat16': 'bfloat16'}  # for jax_default_matmul_precision
+NETWORKS = ('h100', 'h200', 'h200_ethernet')  # keys of `scaling.NETWORKS`
 AGAINST = Flag('against', None, 'torch: also measure PyTorch, alternating.', choices=('torch',))
 CONFIG = ConfigFlag('config', 'paper', 'Name or file of a config, for the network and the optimizer.')
 OUTPUT = Flag('output', None, 'A file for the result, in JSON; an existing file is replaced.')
@@ -191,8 +193,45 @@ class Loop:
             record.write(args.output, settings, {'host_milliseconds': measured})
 
 
+class Scaling:
+    """Predicts the time of training on many devices, without running anything (docs/scaling.md).
+
+        alexnet_jax benchmark scaling [--devices=1..1024] [--network=h200] [--batch_size=128] [--epochs=90]
+
+    Computing in bfloat16 is a roofline times the share of it that one H100 reached. For a network other than the
+    paper's, this compiles its step, which needs JAX's compiler for NVIDIA GPUs.
+    """
+
+    FLAGS = (
+        CONFIG,
+        Flag('devices', '1..1024', 'Numbers of devices: 1,8,64, or doublings from A to B: A..B.'),
+        Flag('network', 'h200', 'Devices and links: h100, h200 or h200_ethernet.', choices=NETWORKS),
+        Flag('batch_size', 128, 'Images per batch and device.', at_least=1),
+        Flag('epochs', 90.0, 'Epochs of 1,281,167 images.'),
+        OUTPUT,
+    )
+
+    @staticmethod
+    def main(args: flags.FlagValues) -> None:
+        import jax
+
+        from alexnet_jax.benchmark import record, scaling_report
+
+        record.check_output(args.output)
+        counts = scaling_report.device_counts(args.devices)
+        if not args.epochs > 0:
+            raise UserError(f'--epochs={args.epochs:g}: expected a positive number.')
+        jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+        settings = _settings(args, 'scaling', 'bfloat16')
+        found = scaling_report.predictions(args.config, args.network, counts, args.batch_size, args.epochs)
+        print(scaling_report.report(found), flush=True)
+        if args.output:
+            record.write(args.output, settings, found)
+
+
 SUBCOMMANDS = {
     'step': Step, 'input': Input, 'train': Train, 'inference': Inference, 'prepare': Prepare, 'loop': Loop,
+    'scaling': Scaling,
 }  # fmt: skip
 
 
@@ -242,7 +281,8 @@ def _settings(args: flags.FlagValues, mode: str, precision: str) -> dict[str, An
     from alexnet_jax.utils.environment import describe_environment
 
     name, _ = CONFIG.split(sys.argv)
-    settings = {'mode': mode, 'precision': precision, 'repeats': args.repeats, **describe_environment()}
+    repeats = args.repeats if 'repeats' in args else 1  # a prediction is not repeated
+    settings = {'mode': mode, 'precision': precision, 'repeats': repeats, **describe_environment()}
     return settings | {'config_name': name or CONFIG.default, 'config_digest': record.config_digest(args.config)}
 
 
