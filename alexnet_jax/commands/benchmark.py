@@ -68,7 +68,7 @@ class Step:
         settings, config = _settings(args, 'step', _set_precision(args, gpu=True)), args.config
         dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
         facts = hlo_cost.compile_step_for(config, dataset, settings['precision'], args.compile_for)
-        settings |= {'config': config.to_dict(), 'compiled': facts}
+        settings |= {'config': config.to_dict(), 'compiled': facts, 'repeats': 1}
         print('\n'.join([*throughput.compiled_report(facts), json.dumps(settings)]), flush=True)
         if args.output:
             record.write(args.output, settings, {'compiled': facts})
