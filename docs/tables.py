@@ -127,12 +127,10 @@ def compiled(records: Sequence[Record]) -> list[Row]:
     table = []
     for record in _by_size(records):
         facts, cost = record['compiled'], record['compiled']['layers']['all']
-        least = facts['floor_us']
         row = _devices(record)
         row['GiB per device'] = f'{facts["bytes"] / 2**30:.2f} of {facts["memory"] / 2**30:.0f}'
-        row |= {'TFLOP per device': f'{cost["flops"] / 1e12:.2f}', 'compute': f'{least["compute"]:,.0f}'}
-        row['memory'] = f'{least["memory"]:,.0f}'
-        row |= {link: f'{value:,.0f}' for link, value in least.items() if link not in row}
+        row['TFLOP per device'] = f'{cost["flops"] / 1e12:.2f}'
+        row |= {f'{name}, us': f'{value:,.0f}' for name, value in facts['floor_us'].items()}
         table.append({**row, 'compiled in': f'{facts["compile_seconds"]:.0f} s'})
     return table
 

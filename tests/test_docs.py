@@ -549,7 +549,8 @@ def test_compiled_tables_are_ordered_by_size(rendered):
 
     records = [record(128, 2), record(8, 1, 'split')]
     head, first, second, source = rendered('compiled', *records)
-    columns = ['GiB per device', 'TFLOP per device', 'compute', 'memory', 'inside a host', 'between hosts']
+    columns = ['GiB per device', 'TFLOP per device']
+    columns += [f'{name}, us' for name in ('compute', 'memory', 'inside a host', 'between hosts')]
     assert head == ['devices', '`--compile_for`', 'mesh', *columns, 'compiled in']
     assert first[:3] == ['8', '`h200:8x1`', '8x1, dense split'] and second[:3] == ['128', '`h200:8x16`', '64x2']
     assert first[3:] == ['1.50 of 140', '1.23', '1,000', '2,000', '3', '0', '61 s']
