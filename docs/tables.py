@@ -164,6 +164,47 @@ def published(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def compiled(records: Sequence[Record]) -> list[Row]:
+    """A row for each compiled step: memory, arithmetic, bytes over each kind of link, and the least times in us."""
+    table = []
+    for record in _by_size(records):
+        facts, cost = record['compiled'], record['compiled']['layers']['all']
+        row = _devices(record)
+        row['GiB per device'] = f'{facts["bytes"] / 2**30:.2f} of {facts["memory"] / 2**30:.0f}'
+        row['TFLOP per device'] = f'{cost["flops"] / 1e12:.2f}'
+        row |= {f'{name}, us': f'{value:,.0f}' for name, value in facts['floor_us'].items()}
+        table.append({**row, 'compiled in': f'{facts["compile_seconds"]:.0f} s'})
+    return table
+
+
+def compiled_links(records: Sequence[Record]) -> list[Row]:
+    """A row for each compiled step: the count of each collective, and the MB that a device receives by kind of link."""
+    table = []
+    for record in _by_size(records):
+        facts, row = record['compiled'], _devices(record)
+        for name, (count, _) in sorted(facts['collectives'].items()):
+            moved = facts['links'][name].items()
+            parts = [f'{size / 1e6:,.{1 if size > 1e5 else 3}f} {link}' for link, size in moved if size]
+            row[name] = f'{count}: {" + ".join(parts) or 0}'
+        table.append(row)
+    return table
+
+
+def _by_size(records: Sequence[Record]) -> list[Record]:
+    """Returns compiled steps by device, number of devices and mesh."""
+    found = [(record['compiled'], record) for record in records]
+    keys = {id(record): (facts['device'], facts['devices'], *facts['mesh_shape'].values()) for facts, record in found}
+    return sorted(records, key=lambda record: keys[id(record)])
+
+
+def _devices(record: Record) -> Row:
+    """Returns the devices and the mesh of a compiled step."""
+    facts = record['compiled']
+    dense = record['mesh'].get('dense', 'replicated')
+    shape = '{data}x{tower}'.format(**facts['mesh_shape']) + ('' if dense == 'replicated' else f', dense {dense}')
+    return {'devices': f'{facts["devices"]:,}', '`--compile_for`': f'`{facts["target"]}`', 'mesh': shape}
+
+
 def _name(record: Record) -> str:
     """Returns the name of the network, and the options of the measurement."""
     return ', '.join(filter(None, [record['config'], _options(record)]))
@@ -201,12 +242,12 @@ def _source(records: Sequence[Record], kind: str) -> str:
     if kind in ('suite', 'figure1'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
-    computed = kind in ('communication', 'scaling', 'published')
+    computed = kind in ('communication', 'scaling', 'published', 'compiled', 'compiled_links')
     return f'\n{"Computed with" if computed else "Measured on"} {", ".join(parts[1:-1] if computed else parts)}.\n'
 
 
 def _environment(record: Record) -> list[str]:
-    machine, programs = record['machine'], ('jax', *_PROGRAMS)
+    machine, programs = record['machine'], ('jax', 'libtpu', *_PROGRAMS)
     versions = ', '.join(f'{name} {version}' for name in programs if (version := record['versions'].get(name)))
     devices = [device.partition(' ')[2] for device in record['devices'] if not device.startswith('cpu')]
     where = devices or [f'{machine["cpu"]} ({machine["cores"]} cores, {machine["memory_gib"]:.0f} GiB)']
@@ -219,6 +260,8 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'figure1': (figure1, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
+    'compiled': (compiled, ('step',)),
+    'compiled_links': (compiled_links, ('step',)),
     'rates': (rates, ('input', 'prepare')),
     'inference': (inference, ('inference',)),
     'loop': (loop, ('loop',)),

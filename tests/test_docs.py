@@ -559,6 +559,31 @@ def test_communication_table_has_totals(rendered):
     assert row == ['1x2', '4: 15.5 MB', '1: 0.005 MB', '15.5 MB']
 
 
+def test_compiled_tables_are_ordered_by_size(rendered):
+    def record(devices, tower, dense=None):
+        facts = {
+            'target': f'h200:8x{devices // 8}', 'device': 'NVIDIA H200', 'devices': devices, 'hosts': devices // 8,
+            'mesh_shape': {'data': devices // tower, 'tower': tower}, 'bytes': 3 * 2**29, 'memory': 140 * 2**30,
+            'layers': {'all': {'flops': 1.234e12}}, 'compile_seconds': 61.4,
+            'floor_us': {'compute': 1e3, 'memory': 2e3, 'inside a host': 3.0, 'between hosts': 0.4},
+            'collectives': {'all-reduce': [2, 5e6]},
+            'links': {'all-reduce': {'inside a host': 2e6, 'between hosts': 5e3}},
+        }  # fmt: skip
+        mesh = {'data': 0, 'tower': tower, **({'dense': dense} if dense else {})}
+        return _record('step', '', compiled=facts, mesh=mesh)
+
+    records = [record(128, 2), record(8, 1, 'split')]
+    head, first, second, source = rendered('compiled', *records)
+    columns = ['GiB per device', 'TFLOP per device']
+    columns += [f'{name}, us' for name in ('compute', 'memory', 'inside a host', 'between hosts')]
+    assert head == ['devices', '`--compile_for`', 'mesh', *columns, 'compiled in']
+    assert first[:3] == ['8', '`h200:8x1`', '8x1, dense split'] and second[:3] == ['128', '`h200:8x16`', '64x2']
+    assert first[3:] == ['1.50 of 140', '1.23', '1,000', '2,000', '3', '0', '61 s']
+    assert source.startswith('Computed with jax 1.2')
+    *_, row, _ = rendered('compiled_links', *records)
+    assert row[3] == '2: 2.0 inside a host + 0.005 between hosts'
+
+
 def test_inference_and_input_tables_have_their_columns(rendered):
     programs = {'1': _measured(alexnet_jax=[30.0, 20.0, 40.0], torch=[9.0, 7.0, 8.0], openvino=[60.0, 60.0, 60.0])}
     limits = {'1': {'bound': 100.0, 'bound_by': 'dense weights', 'share': 0.3}}

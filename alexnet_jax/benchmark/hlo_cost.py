@@ -1,6 +1,5 @@
-"""Computes FLOPs, memory traffic and roofline time of a compiled step per layer, also for GPUs that are not present."""
+"""Computes FLOPs, memory traffic and roofline time of a compiled step, also for devices that are not present."""
 
-import math
 import re
 import time
 from collections import defaultdict
@@ -9,53 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from alexnet_jax.benchmark.collectives import array_bytes, bytes_by_link, collective_bytes, collectives
+from alexnet_jax.benchmark.topologies import LINKS, MEMORY, PEAKS, topology_devices
 from alexnet_jax.core import architecture, sharding
+from alexnet_jax.data import pipeline
 from alexnet_jax.training import build
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, first_line
 
 OTHER = 'other'  # scope of operations that belong to none of the requested scopes
-# By JAX's device kind: peak FLOP/s of matrix products by precision, and memory bytes/s. Data sheet, without sparsity.
-_HOPPER = {'bfloat16': 989e12, 'tf32': 494e12, 'float32': 67e12}
-PEAKS = {'NVIDIA H100 80GB HBM3': {**_HOPPER, 'bytes': 3.35e12}, 'NVIDIA H200': {**_HOPPER, 'bytes': 4.8e12}}
-# Device descriptions for XLA, from the data sheet and the CUDA programming guide (compute capability 9).
-_DESCRIPTION = """
-    gpu_device_info {{
-      cuda_compute_capability {{ major: 9 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-      memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: 52428800
-      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-      registers_per_block_limit: 65536 registers_per_core_limit: 65536
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-    }}
-    platform_name: "CUDA" device_description_str: "{name}"
-    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
-"""
-_DESCRIPTIONS = {
-    'h100': _DESCRIPTION.format(name='NVIDIA H100 80GB HBM3', bandwidth=3_350_000_000_000, memory=85_520_809_984),
-    'h200': _DESCRIPTION.format(name='NVIDIA H200', bandwidth=4_800_000_000_000, memory=150_754_820_096),
-}
-
-
-def topology_devices(target: str) -> list:
-    """Returns the devices of a host for compilation only. They need not exist and cannot hold arrays.
-
-    If there is no GPU, set `jax_platforms` to 'cpu' first: otherwise JAX finds no GPU and unloads the CUDA compiler.
-
-    target: a device ('h100', 'h200'), or a count and a device ('2xh200'). Raises UserError if the device is unknown or
-    if the compiler, part of the extras `cuda12` and `cuda13`, is not installed.
-    """
-    from jax.experimental import topologies
-
-    match = re.fullmatch(r'(?:([1-9][0-9]{0,3})x)?(\w+)', target)
-    if not match or match[2] not in _DESCRIPTIONS:
-        raise UserError(f'--compile_for={target}: expected {" or ".join(_DESCRIPTIONS)}, or several such as 2xh200.')
-    options = {'topology': f'1x1x{match[1] or 1}', 'target_config': _DESCRIPTIONS[match[2]]}
-    try:
-        return list(topologies.get_topology_desc(platform='cuda', **options).devices)
-    except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"--compile_for={target} needs JAX's compiler for NVIDIA GPUs: pip install -e '.[cuda12]' ({error})."
-        ) from error
 
 
 def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[str, Any]]:
@@ -81,21 +41,65 @@ def compile_step(setup, precision: str, arguments: Sequence) -> tuple[Any, dict[
 
 
 def compile_step_for(config, dataset, precision: str, target: str) -> dict[str, Any]:
-    """Returns the facts of `compile_step` for devices that need not exist, with 'device' (kind) and 'devices' (count).
+    """Returns the facts of `compile_step` for devices that need not exist, and those of the devices together.
 
-    config, dataset: as for `build.build`. target: as for `topology_devices`. Raises UserError as they do, and if the
-    config caches images on a device.
+    These are 'target', 'device' (kind), 'devices' and 'hosts' (counts), 'mesh_shape', 'memory' (bytes of a device),
+    'links' (see `bytes_by_link`) and 'floor_us' (see `floors`). No images are made, so the batch can have any size.
+
+    config, dataset: as for `build.build`. target: as for `topology_devices`. Raises UserError as they do, if the
+    precision has no known peak, if the config caches images on a device, and if the step does not compile.
     """
     if config.data.cache == 'device':
         raise UserError("--config.data.cache=device is not possible with --compile_for; use --config.data.cache=''.")
     devices = topology_devices(target)
+    kind = devices[0].device_kind
+    if precision not in PEAKS[kind]:
+        raise UserError(f'--compile_for={target}: no peak is known for {precision}; use --precision=bfloat16.')
     setup = build.build(config, dataset, devices=devices)
-    batches = setup.train_batches(0)
-    batch = sharding.shape_structs(next(batches), sharding.batch_sharding(setup.mesh))
-    batches.close()
     key = sharding.shape_structs(jax.eval_shape(jax.random.key, 0), sharding.replicated(setup.mesh))
-    _, facts = compile_step(setup, precision, (setup.steps.state_shapes, batch, setup.image_stats, key))
-    return {**facts, 'device': devices[0].device_kind, 'devices': setup.mesh.size}
+    arguments = (setup.steps.state_shapes, _batch_shapes(setup), setup.image_stats, key)
+    try:
+        compiled, facts = compile_step(setup, precision, arguments)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f'--compile_for={target}: XLA cannot compile the step: {first_line(error)}') from error
+    hosts = [device.process_index for device in setup.mesh.devices.flat]
+    links = bytes_by_link(collectives(compiled.as_text(), setup.mesh.size), hosts, list(LINKS[kind]))
+    return {
+        'target': target,
+        'device': kind,
+        'devices': setup.mesh.size,
+        'hosts': len(set(hosts)),
+        'mesh_shape': dict(setup.mesh.shape),
+        'memory': MEMORY[kind],
+        **facts,
+        'links': links if setup.mesh.size > 1 else {},
+        'floor_us': floors(facts['layers']['all'], links, kind, precision),
+    }
+
+
+def _batch_shapes(setup: build.TrainingSetup) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch on the mesh, from a batch of one image."""
+    batches = pipeline.train_batches(
+        setup.storage, batch_size=1, seed=0, start_step=0, augmentation=setup.augmentation, num_threads=1
+    )
+    rows = next(batches)
+    batches.close()
+    whole = {name: jax.ShapeDtypeStruct((setup.config.batch_size, *x.shape[1:]), x.dtype) for name, x in rows.items()}
+    return sharding.shape_structs(whole, sharding.batch_sharding(setup.mesh))
+
+
+def floors(cost: dict[str, float], links: dict[str, dict[str, float]], kind: str, precision: str) -> dict[str, float]:
+    """Returns the least microseconds of a step for 'compute', for 'memory' and for each kind of links, by data sheet.
+
+    cost: the row 'all' of `by_layer`. links: from `bytes_by_link`. kind: of the devices, as in `PEAKS`.
+    """
+    peaks = PEAKS[kind]
+    seconds = {
+        'compute': cost['flops'] / peaks[precision],
+        'memory': (cost['product_bytes'] + cost['other_bytes']) / peaks['bytes'],
+        **{link: sum(row.get(link, 0.0) for row in links.values()) / rate for link, rate in LINKS[kind].items()},
+    }
+    return {name: 1e6 * value for name, value in seconds.items()}
 
 
 class HloOp(NamedTuple):
@@ -120,7 +124,7 @@ def hlo_ops(compiled_text: str, scopes: Sequence[str]) -> list[HloOp]:
 class _Instruction(NamedTuple):
     name: str
     shape: str
-    bytes: int  # of the output
+    bytes: int  # of the output, in the memory of the device
     kind: str
     operands: list[str]
     rest: str  # rest of the line: attributes and metadata
@@ -129,6 +133,10 @@ class _Instruction(NamedTuple):
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)$')
 # Instructions without memory traffic.
 _FREE = {'parameter', 'get-tuple-element', 'bitcast', 'tuple', 'constant', 'after-all', 'partition-id', 'replica-id'}
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
+# An array in the memory of a TPU core, not of the chip: its layout has tiles T(...), unless it is a scalar, and a space
+# S(1), S(2), ...
+_ON_CORE = re.compile(r'\w+\[[\d,]*\]\{(?:[^}]*T\([^}]*|:)S\([1-9]\d*\)\}')
 _SLICES = {'slice', 'dynamic-slice', 'gather'}
 _PRODUCTS = {'convolution', 'dot'}
 _PRODUCT_CALL = re.compile('custom_call_target="[^"]*(conv|gemm|matmul|dot)')
@@ -145,15 +153,19 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif current is not None and (parts := _INSTRUCTION.match(line)):
             name, shape, kind, operands, rest = parts.groups()
             names = re.findall(r'%([\w.\-]+)', operands) or [operands]  # a parameter has its number as operand
-            current.append(_Instruction(name, shape, sum(array_bytes(shape)), kind, names, rest))
+            current.append(_Instruction(name, shape, _device_bytes(shape), kind, names, rest))
     return programs, entry
+
+
+def _device_bytes(shape: str) -> int:
+    return sum(array_bytes(_ON_CORE.sub('', shape)))
 
 
 def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator[HloOp]:
     sizes = {op.name: op.bytes for op in programs[name]}
     for op in programs[name]:
         called = re.findall(r'(?:calls|body|to_apply)=%?([\w.\-]+)', op.rest)
-        if op.kind in _FREE or op.kind.endswith('-done'):
+        if op.kind in _FREE or op.kind.endswith('-done') or _ALLOCATION in op.rest:
             continue
         if op.kind in ('while', 'call'):
             trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
@@ -161,6 +173,8 @@ def _hlo_ops(programs, name: str, scopes: Sequence[str], times: int) -> Iterator
             continue
         inside = programs.get(called[0], []) if op.kind == 'fusion' else []
         read = [_bytes_read(sizes.get(operand, 0), i, inside) for i, operand in enumerate(op.operands)]
+        if op.kind == 'slice-start':  # of a TPU: ((input), output, counter)
+            read = [min(size, array_bytes(op.shape)[1]) for size in read]
         # The scopes of the instruction itself come before those of the instructions inside.
         paths = [path for part in (op, *inside) for path in re.findall(r'op_name="([^"]*)"', part.rest)]
         matches = [word for path in paths for word in re.split(r'[/()]', path) if word in scopes]
@@ -224,48 +238,3 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     for name, row in rows.items():
         lines.append(f'{name:8}' + ''.join(f'{row[key] / unit:14,.1f}' for key, _, unit in columns))
     return lines
-
-
-_COLLECTIVE = r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((.*)'
-
-
-def collective_bytes(compiled_text: str, devices: int) -> dict[str, tuple[int, float]]:
-    """Returns the communication of a compiled program: {operation: (count, bytes received per device)}.
-
-    Assumes ring algorithms, which need the least communication: with n devices, an all-gather or a reduce-scatter
-    receives (n - 1) / n of the full array, and an all-reduce twice as much.
-
-    compiled_text: as for `hlo_ops`. devices: number of devices the program runs on.
-    """
-    collectives: dict[str, tuple[int, float]] = {}
-    for match in re.finditer(_COLLECTIVE, compiled_text):
-        shapes, name, asynchronous, rest = match.groups()
-        arrays = array_bytes(shapes)
-        if asynchronous and name == 'collective-permute':
-            arrays = arrays[1:2]  # (input, output, two counters)
-        elif asynchronous and name != 'all-reduce':
-            arrays = arrays[len(arrays) // 2 :]  # (inputs, outputs)
-        group = _group_size(rest, devices)
-        share = {'all-reduce': 2 * (group - 1) / group, 'reduce-scatter': group - 1, 'collective-permute': 1.0}
-        count, total = collectives.get(name, (0, 0.0))
-        collectives[name] = (count + 1, total + sum(arrays) * share.get(name, (group - 1) / group))
-    return collectives
-
-
-def array_bytes(shape: str) -> list[int]:
-    """Returns the bytes of each array in an HLO shape, such as 'f32[2,3]{1,0}' or a tuple of shapes."""
-    return [
-        (1 if kind == 'pred' else int(bits or 0) // 8) * math.prod(map(int, re.findall(r'\d+', sides)))
-        for kind, bits, sides in re.findall(r'\b([a-z]+)(\d*)\[([\d,]*)\]', shape)
-    ]
-
-
-def _group_size(line: str, devices: int) -> int:
-    if groups := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
-        return len(groups[1].split(','))
-    if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
-        return int(groups[1])
-    if groups := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
-        sizes = dict(axis.split('=') for axis in groups[1].replace("'", '').split(','))
-        return math.prod(int(sizes[axis.strip()]) for axis in groups[2].replace("'", '').split(','))
-    return devices

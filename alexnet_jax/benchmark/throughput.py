@@ -99,10 +99,22 @@ def report(results: dict[str, dict[str, Any]], settings: dict[str, Any], lines: 
 
 
 def compiled_report(facts: dict[str, Any]) -> list[str]:
-    """Formats the cost of the compiled step by layer and its communication between devices."""
+    """Formats the cost of the compiled step by layer, its communication, and what is known of absent devices."""
     lines = hlo_cost.table(facts['layers']) if 'layers' in facts else []
     for name, (count, size) in facts.get('collectives', {}).items():
-        lines.append(f'{count} {name}: {size / 1e6:.3f} MB per step and device')
+        line = f'{count} {name}: {size / 1e6:.3f} MB per step and device'
+        links = {link: moved for link, moved in facts.get('links', {}).get(name, {}).items() if moved}
+        lines.append(line + ''.join(f', {moved / 1e6:.3f} MB {link}' for link, moved in links.items()))
+    if 'floor_us' in facts:
+        devices = f'{facts["devices"]} x {facts["device"]}'
+        if facts['hosts'] > 1 and 'ICI' not in facts['floor_us']:
+            devices += f' in {facts["hosts"]} hosts'
+        mesh = ' x '.join(f'{count} {axis}' for axis, count in facts['mesh_shape'].items())
+        lines.append(f'{devices}, mesh {mesh}: compiled in {facts["compile_seconds"]} s')
+        fits = 'fits' if facts['bytes'] <= facts['memory'] else 'DOES NOT FIT'
+        lines.append(f'memory per device: {facts["bytes"] / 2**30:.2f} of {facts["memory"] / 2**30:.1f} GiB: {fits}')
+        least = ', '.join(f'{name} {value:,.0f} us' for name, value in facts['floor_us'].items())
+        lines.append(f"at the data sheet's rates a step takes at least: {least}")
     return lines
 
 

@@ -46,10 +46,12 @@ class Step:
         alexnet_jax benchmark step [--against=torch] [--precision=bfloat16] [--batch_size=128] [--repeats=5]
         alexnet_jax benchmark step --compile_for=h200
 
-    --compile_for only compiles the step, for a GPU that need not be present.
+    --compile_for only compiles the step, for devices that need not be present: GPUs in one host (h100, 2xh200), 8 GPUs
+    in each of 16 hosts (h200:8x16), or the chips of a TPU slice (tpu_v5e:16x16, tpu_v6e:16x16, tpu_v5p:8x8x16,
+    tpu_v4:8x8x16). --batch_size counts the images of all devices.
     """
 
-    COMPILE_FOR = Flag('compile_for', None, "Only compile, for absent GPUs: 'h100', 'h200', '2xh200'.")
+    COMPILE_FOR = Flag('compile_for', None, 'Only compile, for absent devices: h200, 2xh200, h200:8x16, tpu_v5e:16x16.')
     FLAGS = (*SHARED, AGAINST, COMPILE_FOR)
 
     @staticmethod
@@ -64,11 +66,11 @@ class Step:
         from alexnet_jax.data import datasets
 
         record.check_output(args.output)
-        jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+        jax.config.update('jax_platforms', 'cpu')  # see `topologies.topology_devices`
         settings, config = _settings(args, 'step', _set_precision(args, gpu=True)), args.config
         dataset = datasets.synthetic(config.data.image_size, config.model.num_classes)
         facts = hlo_cost.compile_step_for(config, dataset, settings['precision'], args.compile_for)
-        settings |= {'config': config.to_dict(), 'compiled': facts}
+        settings |= {'config': config.to_dict(), 'compiled': facts, 'repeats': 1}
         print('\n'.join([*throughput.compiled_report(facts), json.dumps(settings)]), flush=True)
         if args.output:
             record.write(args.output, settings, {'compiled': facts})

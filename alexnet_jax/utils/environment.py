@@ -25,10 +25,10 @@ def describe_environment() -> dict[str, Any]:
     commit = None
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(describe, cwd=root, env=git_env, capture_output=True, text=True).stdout.strip()
-    gpu_packages = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
+    compilers = ('jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13', 'libtpu')
     packages = ('alexnet_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow')
     versions = dict.fromkeys(packages)  # None: not installed, for example alexnet_jax in a source folder
-    for name in packages + gpu_packages:
+    for name in packages + compilers:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {

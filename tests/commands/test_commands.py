@@ -92,7 +92,7 @@ def _assert_user_error(result, pattern):
         (['benchmark', 'train', '--input=W'], "Unknown command line flag 'input'"),
         (['benchmark', 'train', '--compile_for=h200'], "Unknown command line flag 'compile_for'"),
         (['benchmark', 'step', '--output=W/none/a.json'], '--output=.*: expected a file in an existing folder'),
-        (['benchmark', 'step', '--compile_for='], 'expected h100 or h200, or several such as 2xh200'),
+        (['benchmark', 'step', '--compile_for='], 'expected h100 or h200, several in one host such as 2xh200'),
         (['convert', '--output=W'], '--input is missing'),
         (['convert', '--input=W', '--output=W'], 'expected an existing .caffemodel, .pth, .npy or'),
         (['convert', '--input=README.md', '--output=W'], 'expected an existing .caffemodel, .pth, .npy or'),
