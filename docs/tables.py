@@ -123,6 +123,19 @@ def communication(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def moved(records: Sequence[Record]) -> list[Row]:
+    """A row for each mesh: the MB that a device receives in a step, for each number of images per device."""
+    table: dict[tuple, Row] = {}
+    for record in sorted(records, key=lambda record: record['batch_size']):
+        mesh, facts = record['mesh'], record['compiled']
+        keys = (facts['devices'], mesh['tower'], mesh['dense'])
+        shape = '{data}x{tower}'.format(**mesh)
+        row = table.setdefault(keys, {'devices': str(keys[0]), 'mesh': shape, '`mesh.dense`': mesh['dense']})
+        images = record['batch_size'] // facts['devices']
+        row[f'{images:,} images per device'] = f'{sum(size for _, size in facts["collectives"].values()) / 1e6:,.0f}'
+    return [table[keys] for keys in sorted(table)]
+
+
 _SCHEMES = {'data': 'Nx1', 'towers': 'N/2 x 2', 'hybrid': 'hybrid'}
 
 
@@ -242,7 +255,7 @@ def _source(records: Sequence[Record], kind: str) -> str:
     if kind in ('suite', 'figure1'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
-    computed = kind in ('communication', 'scaling', 'published', 'compiled', 'compiled_links')
+    computed = kind in ('communication', 'moved', 'scaling', 'published', 'compiled', 'compiled_links')
     return f'\n{"Computed with" if computed else "Measured on"} {", ".join(parts[1:-1] if computed else parts)}.\n'
 
 
@@ -260,6 +273,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'figure1': (figure1, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
+    'moved': (moved, ('step',)),
     'compiled': (compiled, ('step',)),
     'compiled_links': (compiled_links, ('step',)),
     'rates': (rates, ('input', 'prepare')),

@@ -395,6 +395,32 @@ def test_two_processes_resume_the_run_of_one(tmp_path, monkeypatch, mesh):
         chex.assert_trees_all_close(x | {'split': 0}, y | {'split': 0}, rtol=1e-9)
 
 
+@pytest.mark.slow
+def test_a_run_on_8_devices_goes_on_on_4_and_16(tmp_path, monkeypatch):
+    """float64, split dense layers: 12 updates on 8 devices, 12 on 4, 6 on 16, compared with one device."""
+    script = tmp_path / 'child.py'
+    script.write_text(_CHILD)
+    with jax.enable_x64():
+        _use_float64(monkeypatch)
+        config = resume_config(**{'model.dtype': 'float64'})
+        train.train_and_evaluate(config, str(tmp_path / 'whole'))
+    options = ['--config=tests/faults/config.py', f'--workdir={tmp_path}/moved', '--config.model.dtype=float64']
+    for devices, steps in ((8, 12), (4, 24), (16, 30)):
+        mesh = [f'--config.mesh.data={devices // 2}', '--config.mesh.tower=2', '--config.mesh.dense=split']
+        words = [*options, *mesh, f'--cpu_devices={devices}', f'--config.num_steps={steps}']
+        done = subprocess.run(
+            [sys.executable, str(script), *words],
+            cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f'Training on {devices} x cpu' in done.stdout
+    with jax.enable_x64():
+        a, b = (last_state(config, tmp_path / name) for name in ('whole', 'moved'))
+        chex.assert_trees_all_close(a, b, rtol=1e-9, atol=1e-12)
+    for x, y in zip(untimed_metrics(tmp_path / 'whole'), untimed_metrics(tmp_path / 'moved'), strict=True):
+        chex.assert_trees_all_close(x | {'split': 0}, y | {'split': 0}, rtol=1e-9)
+
+
 def test_shards_and_restarts_cover_every_image_once():
     """An epoch of 48 images read in parts: by one process, by two, by four, by one with other threads."""
     pieces = ((0, 2, 1), (2, 3, 2), (3, 5, 4), (5, 6, 1))
