@@ -31,7 +31,8 @@ class Network(NamedTuple):
     between: Link  # between nodes, the share of one device
 
 
-# Latencies: NCCL, src/graph/tuning.cc, hwLatencies and baseLatencies of the protocol for large messages ('Simple').
+# Latencies: NCCL, src/graph/tuning.cc, hwLat and baseLat of the protocol for large messages ('Simple'). Versions
+# differ in those of trees.
 NVLINK, PCIE, NET = (3.4e-6, 4.0e-6), (5.7e-6, 4.0e-6), (14e-6, 14e-6)  # ring, tree
 _LAUNCH = 8.4e-6  # of any collective
 # Bandwidths: the data sheets of NVIDIA's H100 and H200 (NVLink: 900 GB/s, which counts both directions) and of DGX H100
