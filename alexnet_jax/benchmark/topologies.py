@@ -94,7 +94,7 @@ def _tpu_devices(target: str, name: str, shape: str) -> list:
         raise UserError(f'--compile_for={target}: {_EXPECTED}.')
     (axes, most), sides = _TPUS[name], list(map(int, shape.split('x')))
     if len(sides) != axes or math.prod(sides) > most:
-        raise UserError(f'--compile_for={target}: expected {axes} numbers of chips, in all at most {most:,}.')
+        raise UserError(f'--compile_for={target}: expected {axes} sides, in all at most {most:,} chips.')
     if importlib.util.find_spec('libtpu') is None:
         raise UserError(f"--compile_for={target} needs the compiler for TPUs: pip install -e '.[tpu]'.")
     # libtpu reads these when it is loaded. Without them it asks the metadata server of a TPU machine and waits.

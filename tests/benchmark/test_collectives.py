@@ -133,9 +133,9 @@ def test_report_says_whether_the_step_fits():
         ('2xh200:8x2', 'expected h100 or h200'),
         ('tpu_v5e', 'expected h100 or h200'),
         ('h200:8x4096', 'expected at most 16,384 GPUs'),
-        ('tpu_v5e:4x4x4', 'expected 2 numbers of chips, in all at most 256'),
-        ('tpu_v5e:32x16', 'expected 2 numbers of chips, in all at most 256'),
-        ('tpu_v5p:8x8', 'expected 3 numbers of chips, in all at most 6,144'),
+        ('tpu_v5e:4x4x4', 'expected 2 sides, in all at most 256 chips'),
+        ('tpu_v5e:32x16', 'expected 2 sides, in all at most 256 chips'),
+        ('tpu_v5p:8x8', 'expected 3 sides, in all at most 6,144 chips'),
     ],
 )
 def test_unknown_topologies_are_refused(target, expected):
