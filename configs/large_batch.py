@@ -16,12 +16,13 @@ clipping and decay are those of a solver file of `borisgin/nvcaffe`:
     32768  alexnet_bn/solver_32k.prototxt         LARS, rate 32, from 1 over 400 updates
 
 `bvlc_alexnet` is this network with other initial weights. `alexnet_bn` has batch normalization instead of local
-response normalization: the recipe for 32,768 was made for another network. 1024-sgd has the rate 0.02 of the logs of
-`NVIDIA/caffe`, models/bvlc_alexnet.
+response normalization: the recipe for 32,768 was made for another network. 1024-sgd has the rate 0.02 of a comment in
+the file for 4,096 and of the logs of `NVIDIA/caffe`, models/bvlc_alexnet.
 
 Deviations from these files: initial weights of conv 3-5 are those of the authors' code (`paper.py:init=authors`), and
-crops, reflections and colors those of the paper. The file for 32,768 has 4,000 updates; 100 epochs are 3,910. LARS
-without clipping has the weight decay in its denominator, as in its paper; later versions of their solver do not.
+crops, reflections and colors those of the paper. The file for 32,768 has 4,000 updates; 100 epochs are 3,910. Versions
+of their solver differ: in an early one the rate rises linearly, here with the square of the update; in later ones LARS
+has no weight decay in its denominator, here only with clipping.
 Reported elsewhere (top-1, center crop): 58.6% for 1024-sgd (6,400 images); the LARS paper claims batches of 8,192
 without loss of accuracy for AlexNet.
 Here: updates, clipping and schedule agree with NumPy, microbatches with the whole batch. It was not trained.

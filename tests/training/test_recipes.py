@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import types
 
 import chex
 import jax
@@ -158,6 +159,20 @@ def test_run_with_all_parts_resumes_bit_exactly(run, tmp_path):
     )  # a key that is off has no effect
     train.train_and_evaluate(config, tmp_path)
     chex.assert_trees_all_equal(helpers.last_state(config, tmp_path), helpers.last_state(config, workdir))
+
+
+def test_keys_without_effect_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(train.distributed, 'warn', said.append)
+    mesh, dataset = types.SimpleNamespace(devices=np.array([jax.devices()[:1]])), types.SimpleNamespace(splits=['val'])
+    for changes in ({'warmup_start': 0.1}, {'trust_clip': True}, {'stages': ((0, 1, 1, ()),)}, {}):
+        changes = {f'optim.{key}': value for key, value in {'schedule': 'poly', 'stages': (), **changes}.items()}
+        train._describe_setup(types.SimpleNamespace(mesh=mesh, dataset=dataset, config=helpers.run_config(**changes)))
+    assert said == [
+        'optim.warmup_start=0.1 has no effect with optim.warmup_epochs=0.',
+        'optim.trust_clip=True has no effect with optim.trust_coefficient=0.',
+        "optim.stages has no effect with optim.schedule='poly'; use 'epochs'.",
+    ]
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'poly'])
