@@ -218,9 +218,9 @@ def large_batch(base: ConfigDict) -> list[Variant]:
     lars = {**large, 'optim.learning_rate': 10.0, 'optim.trust_coefficient': 0.001, 'optim.warmup_start': 1 / 10}
     return [
         Variant('base', poly),
-        Variant('batch x 16, rate x 4', root, 'base', source='square root of the batch, Krizhevsky 2014, section 5'),
-        Variant('batch x 16, rate x 16', linear, 'base', source='linear scaling, Goyal et al. 2017'),
-        Variant('batch x 16, LARS', lars, 'base', source='configs/large_batch.py'),
+        Variant('batch x 16 rate x 4', root, 'base', source='square root of the batch, Krizhevsky 2014, section 5'),
+        Variant('batch x 16 rate x 16', linear, 'base', source='linear scaling, Goyal et al. 2017'),
+        Variant('batch x 16 LARS', lars, 'base', source='configs/large_batch.py'),
     ]
 
 

@@ -66,6 +66,12 @@ def test_variants_work_for_small_networks():
         architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=config.mesh.tower)
 
 
+def test_names_of_variants_can_be_given_to_only():
+    """--only has names separated by commas."""
+    names = [variant.name for suite in ablations.SUITES.values() for variant in suite(_paper())]
+    assert len(names) > 20 and not [name for name in names if ',' in name or name != name.strip()]
+
+
 def test_large_batches_differ_only_in_batch_rate_and_warmup():
     quickstart = alexnet_jax.get_config('quickstart')
     configs = [ablations.with_changes(quickstart, variant.changes) for variant in ablations.large_batch(quickstart)]
