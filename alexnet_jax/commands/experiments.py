@@ -2,12 +2,12 @@
 
     alexnet_jax experiments SUITE --data=PATH --output=DIR [--base=paper] [--seeds=N] [--scale=F]
 
-SUITE is figure1, ablations, recipe, cifar10, ensemble or views (see docs/experiments.md). A suite trains networks that
-differ in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is trained as
-with `alexnet_jax train`. --base.KEY=VALUE changes a setting of all networks. The same command resumes a stopped suite.
-DIR receives results.csv, report.html and runs/. --scale=0.2 trains on a fixed fifth of the images. --only='no
-dropout,no color' runs these networks and the one that they are compared with. --dry_run prints the runs and their
-predicted durations.
+SUITE is figure1, ablations, recipe, large_batch, cifar10, ensemble or views (see docs/experiments.md). A suite trains
+networks that differ in one setting. PATH is a prepared directory or any input of `alexnet_jax prepare`. Each network is
+trained as with `alexnet_jax train`. --base.KEY=VALUE changes a setting of all networks. The same command resumes a
+stopped suite. DIR receives results.csv, report.html and runs/. --scale=0.2 trains on a fixed fifth of the images.
+--only='no dropout,no color' runs these networks and the one that they are compared with. --dry_run prints the runs and
+their predicted durations.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ FLAGS = (
     Flag('dry_run', False, 'Only print the runs, their images and predicted durations.'),
     CPU_DEVICES,
 )
-ARGUMENTS = 'one SUITE (figure1, ablations, recipe, cifar10, ensemble, views)'
+ARGUMENTS = 'one SUITE (figure1, ablations, recipe, large_batch, cifar10, ensemble, views)'
 
 
 def main(args: flags.FlagValues, words: Sequence[str]) -> None:

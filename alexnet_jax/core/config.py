@@ -39,11 +39,11 @@ _AUGMENTATION_CHECKS = (
     ('color_scale', ('eigenvalue', 'std').__contains__, "'eigenvalue' or 'std'"),
 )
 OPTIM_CHECKS = (
-    ('schedule', ('plateau', 'epochs', 'cosine').__contains__, "'plateau', 'epochs' or 'cosine'"),
+    ('schedule', ('plateau', 'epochs', 'cosine', 'poly').__contains__, "'plateau', 'epochs', 'cosine' or 'poly'"),
     ('learning_rate bias_rate weight_decay bias_decay', is_nonnegative, 'a number of 0 or more'),
     ('trust_coefficient warmup_epochs min_delta', is_nonnegative, 'a number of 0 or more'),
     ('max_drops', is_nonnegative_int, 'an integer of 0 or more'),
-    ('momentum label_smoothing average_decay', is_fraction, 'a number of at least 0 and below 1'),
+    ('momentum label_smoothing average_decay warmup_start', is_fraction, 'a number of at least 0 and below 1'),
     ('drop_factor', lambda value: is_number(value, maximum=1) and value > 0, 'a number above 0 and at most 1'),
     ('patience', is_positive_int, 'a positive integer'),
 )
@@ -140,7 +140,7 @@ def optimizer_from_config(
         _check_layer_rows(key, fields[key], 2, layers)
     if fields['schedule'] == 'epochs':
         stages, plateau = _check_stages(fields['stages'], layers), None
-    elif fields['schedule'] == 'cosine':  # `factor` has the schedule
+    elif fields['schedule'] in ('cosine', 'poly'):  # `factor` has the schedule
         stages, plateau = [optim.Stage(0.0, 1.0, 1.0)], None
     else:
         factors = [fields['drop_factor'] ** i for i in range(fields['max_drops'] + 1)]

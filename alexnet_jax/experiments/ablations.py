@@ -201,9 +201,33 @@ def cifar10(base: ConfigDict) -> list[Variant]:
     ]
 
 
+def large_batch(base: ConfigDict) -> list[Variant]:
+    """Returns the base and three recipes for batches 16 times as large, trained for as many epochs.
+
+    All multiply their learning rate by (1 - progress)^2, so that they differ only in what a larger batch changes.
+    """
+    poly = {'optim.schedule': 'poly', 'optim.stages': ()}
+    large = {
+        **poly,
+        'batch_size': 16 * base.batch_size,
+        'log_every_steps': base.log_every_steps // 16,
+        'optim.warmup_epochs': base.num_epochs / 10,
+    }
+    root = {**large, 'optim.learning_rate': 4 * base.optim.learning_rate, 'optim.warmup_start': 1 / 4}
+    linear = {**large, 'optim.learning_rate': 16 * base.optim.learning_rate, 'optim.warmup_start': 1 / 16}
+    lars = {**large, 'optim.learning_rate': 10.0, 'optim.trust_coefficient': 0.001, 'optim.warmup_start': 1 / 10}
+    return [
+        Variant('base', poly),
+        Variant('batch x 16 rate x 4', root, 'base', source='square root of the batch, Krizhevsky 2014, section 5'),
+        Variant('batch x 16 rate x 16', linear, 'base', source='linear scaling, Goyal et al. 2017'),
+        Variant('batch x 16 LARS', lars, 'base', source='configs/large_batch.py'),
+    ]
+
+
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
     'ablations': ablations,
     'recipe': recipe,
+    'large_batch': large_batch,
     'cifar10': cifar10,
     'ensemble': lambda base: [BASE],  # 'ensemble' and 'views' evaluate the base network in different ways
     'views': lambda base: [BASE],

@@ -108,9 +108,8 @@ def comparison_table(suite: str, rows: list[dict], variants: Sequence[ablations.
         '"no weight decay" it is in the training error. The numbers of the paper and of the authors\' log (top-1 / '
         'top-5) are from their full data and full training length.'
     )
-    title = f'{suite}: comparison with the paper'
+    title = f'{suite}: comparison with the {"base" if suite in ("recipe", "large_batch") else "paper"}'
     if suite == 'recipe':
-        title = 'recipe: comparison with the base'
         note += ' With mixup, training errors count only the first label of each mixed image: do not compare them.'
     return report.Table(title, columns, table, note, verdict(rows, variants))
 

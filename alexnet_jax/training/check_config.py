@@ -37,7 +37,7 @@ _KEYS = {  # keys of every config; configs/paper.py explains the values
     'data.': ('path', *_keys(_DATA_CHECKS), *Augmentation._fields),
     'model.': MODEL_FIELDS,
     'mesh.': ('data', 'tower', 'dense'),
-    'optim.': (*_keys(OPTIM_CHECKS), 'rate_in_velocity', 'layer_rates', 'layer_decays', 'stages'),
+    'optim.': (*_keys(OPTIM_CHECKS), 'rate_in_velocity', 'trust_clip', 'layer_rates', 'layer_decays', 'stages'),
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Parts of later training recipes, all off in configs/paper.py: LARS, warm-up, cosine schedule, label smoothing, mixup,
-average of the parameters. The functions of core/ take them as arguments.
+"""Parts of later training recipes, all off in configs/paper.py: LARS, warm-up, cosine and polynomial schedules, label
+smoothing, mixup, average of the parameters. The functions of core/ take them as arguments.
 """
 
 import functools
@@ -17,26 +17,37 @@ from alexnet_jax.core.augment import Batch
 from alexnet_jax.core.optim import DecayTable
 
 
-def add_decays_with_lars(table: DecayTable, *, trust_coefficient: float) -> optax.GradientTransformation:
+def add_decays_with_lars(
+    table: DecayTable, *, trust_coefficient: float, clip: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """LARS (You, Gitman and Ginsburg 2017, and their released code). Replaces `optim.add_decays`.
 
     Multiplies `gradient + decay * w` of each array by `trust_coefficient * |w| / (|gradient| + decay * |w|)`, or by 1
     if w or the gradient is 0. This adapts the large learning rate of a large batch to each layer.
     `optax.scale_by_trust_ratio` differs: it divides by `|gradient + decay * w|`.
+
+    With `clip` (NVIDIA's Caffe: `larc: true`, `larc_policy: "clip"`), the rate of each array is the smaller of its
+    learning rate and `trust_coefficient * |w| / |gradient|`, instead of their product.
     """
 
-    def scaled(path, gradient, w):
+    def scaled(path, gradient, w, rate):
         decay = table.of(path[0].key, path[-1].key)
         w_norm, gradient_norm = jnp.linalg.norm(w), jnp.linalg.norm(gradient)
-        ratio = trust_coefficient * w_norm / (gradient_norm + decay * w_norm)
-        return jnp.where((w_norm > 0) & (gradient_norm > 0), ratio, 1.0) * (gradient + decay * w)
+        ratio = trust_coefficient * w_norm / (gradient_norm + (0.0 if clip else decay * w_norm))
+        ratio = jnp.where((w_norm > 0) & (gradient_norm > 0), ratio, 1.0)
+        if clip:
+            ratio = jnp.minimum(1.0, ratio / rate)
+        return ratio * (gradient + decay * w)
 
-    return optax.stateless(lambda grads, params: jax.tree.map_with_path(scaled, grads, params))
+    def update(grads: Any, state: Any, params: Any = None, *, rates: Any) -> tuple[Any, Any]:
+        return jax.tree.map_with_path(scaled, grads, params, rates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def warmup(count: Array, steps: int) -> Array:
-    """Learning-rate factor that rises linearly to 1 over the first `steps` updates (Goyal et al. 2017)."""
-    return jnp.minimum(1.0, (count + 1) / steps)
+def warmup(count: Array, steps: int, *, start: float) -> Array:
+    """Learning-rate factor that rises linearly from `start` to 1 over `steps` updates (Goyal et al. 2017)."""
+    return jnp.minimum(1.0, start + (1 - start) * (count + 1) / steps)
 
 
 def cosine(count: Array, warmup_steps: int, total_steps: int) -> Array:
@@ -46,6 +57,16 @@ def cosine(count: Array, warmup_steps: int, total_steps: int) -> Array:
     """
     progress = (count - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0, 1)))
+
+
+def poly(count: Array, warmup_steps: int, total_steps: int, *, start: float) -> Array:
+    """Learning-rate factor of NVIDIA's Caffe for `lr_policy: "poly"` and `power: 2` (`sgd_solver.cpp:GetLearningRate`).
+
+    In warm-up it rises from `start` toward 1 with the square of the number of updates. Then it is
+    (1 - count / total_steps)^2, so that it drops at the end of warm-up: the decay counts from the first update.
+    """
+    rise = start + (1 - start) * (count / max(1, warmup_steps)) ** 2
+    return jnp.where(count < warmup_steps, rise, jnp.clip(1 - count / total_steps, 0) ** 2)
 
 
 class AverageState(NamedTuple):
@@ -119,10 +140,14 @@ def optimizer_hooks(fields: Mapping[str, Any], steps_per_epoch: float, total_ste
     """Returns keyword arguments of `config.optimizer_from_config` for a config's `optim`; {} if all parts are off."""
     hooks: dict[str, Any] = {}
     if trust_coefficient := fields['trust_coefficient']:
-        hooks['decay'] = functools.partial(add_decays_with_lars, trust_coefficient=trust_coefficient)
+        options = {'trust_coefficient': trust_coefficient, 'clip': fields['trust_clip']}
+        hooks['decay'] = functools.partial(add_decays_with_lars, **options)
     factors: list[Callable[[Array], Array]] = []
-    if steps := round(fields['warmup_epochs'] * steps_per_epoch):
-        factors.append(functools.partial(warmup, steps=steps))
+    steps, start = round(fields['warmup_epochs'] * steps_per_epoch), fields['warmup_start']
+    if fields['schedule'] == 'poly':  # has its own warm-up
+        factors.append(functools.partial(poly, warmup_steps=steps, total_steps=total_steps, start=start))
+    elif steps:
+        factors.append(functools.partial(warmup, steps=steps, start=start))
     if fields['schedule'] == 'cosine':
         factors.append(functools.partial(cosine, warmup_steps=steps, total_steps=total_steps))
     if factors:

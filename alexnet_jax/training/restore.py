@@ -147,9 +147,9 @@ def _load_pretrained(source: manager.Checkpoint, params, setup: TrainingSetup):
 
 def config_differences(old: dict, new: dict) -> list[str]:
     """Returns 'key: old -> new' for each differing config key, except the keys that may change on resuming."""
-    # A cosine depends on the length of the run: with another length, the steps so far had other rates.
-    cosine = new.get('optim', {}).get('schedule') == 'cosine'
-    return _differences(old, new, _MAY_DIFFER - {'num_epochs', 'num_steps'} if cosine else _MAY_DIFFER)
+    # These schedules depend on the length of the run: with another length, the steps so far had other rates.
+    fixed = new.get('optim', {}).get('schedule') in ('cosine', 'poly')
+    return _differences(old, new, _MAY_DIFFER - {'num_epochs', 'num_steps'} if fixed else _MAY_DIFFER)
 
 
 def _differences(old: dict, new: dict, may_differ: set[str], prefix: str = '') -> list[str]:

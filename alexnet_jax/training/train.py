@@ -243,9 +243,12 @@ def _describe_setup(setup: TrainingSetup) -> None:
     )
     if 'val' not in setup.dataset.splits:
         distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
-    schedule = setup.config.optim.schedule
-    if schedule != 'epochs' and setup.config.optim.stages:
-        distributed.warn(f"optim.stages has no effect with optim.schedule={schedule!r}; use optim.schedule='epochs'.")
+    optim = setup.config.optim
+    if optim.schedule != 'epochs' and optim.stages:
+        distributed.warn(f"optim.stages has no effect with optim.schedule={optim.schedule!r}; use 'epochs'.")
+    for key, needs in (('trust_clip', 'trust_coefficient'), ('warmup_start', 'warmup_epochs')):
+        if optim[key] and not optim[needs]:
+            distributed.warn(f'optim.{key}={optim[key]} has no effect with optim.{needs}=0.')
 
 
 def _is_finished(setup: TrainingSetup, step: int, log: dict | None, workdir: str) -> bool:

@@ -19,6 +19,7 @@ from alexnet_jax.core.config import augmentation_from_config, model_from_config,
 from alexnet_jax.core.post_ops import POST_OPS, PostOp
 from alexnet_jax.inference import summary
 from alexnet_jax.training import train
+from alexnet_jax.training.recipes import optimizer_hooks
 from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
 
@@ -41,6 +42,7 @@ VARIANTS = {
     'finetune:scratch': (60_965_224, PAPER),
     'large_batch': (60_965_224, PAPER),
     'large_batch:16384': (60_965_224, PAPER),
+    'large_batch:32768': (60_965_224, PAPER),
     'modern': (60_965_224, PAPER),
     'modern:authors_2012': (60_965_224, PAPER),
     'authors_2012:schedule=2012': (60_965_224, PAPER),
@@ -222,6 +224,46 @@ def test_torchvision_recipe():
     assert data.mean == 'channel' and np.allclose(np.array(data.pixel_std) / 255, [0.229, 0.224, 0.225])
     for count, rate in [(0, 0.01), (299, 0.01), (300, 1e-3), (599, 1e-3), (600, 1e-4), (899, 1e-4)]:
         assert _rate(config, count, 10) == pytest.approx((rate, rate)), count
+
+
+# base_lr, max_iter, rampup_interval and larc of the solver files. All have `lr_policy: "poly"` and `power: 2`.
+SOLVERS = {
+    '1024': (2, 125_000, 0, False),
+    '4096': (10, 31_300, 1250, False),
+    '8192': (10, 15_600, 0, True),
+    '16384': (16, 7_800, 0, True),
+    '32768': (32, 4_000, 400, False),
+    '1024-sgd': (0.02, 125_000, 0, False),
+}
+
+
+def _caffe_rate(step, base_lr, max_iter, rampup_interval):
+    """`SGDSolver::GetLearningRate` of NVIDIA's Caffe."""
+    if step < rampup_interval:
+        alpha = step / rampup_interval
+        return 1 + (base_lr - 1) * alpha * alpha
+    return base_lr * (1 - step / max_iter) ** 2
+
+
+@pytest.mark.parametrize('batch', SOLVERS)
+def test_large_batches_follow_nvidias_solver_files(batch):
+    """The learning rates at 100 updates of the run and around the end of warm-up."""
+    base_lr, max_iter, rampup, clip = SOLVERS[batch]
+    config = load(f'large_batch:{batch}')
+    assert config.batch_size == int(batch.partition('-')[0])
+    assert config.optim.trust_clip == clip and config.optim.trust_coefficient == (0.0 if 'sgd' in batch else 0.001)
+    assert config.optim.momentum == 0.9 and config.optim.weight_decay == config.optim.bias_decay == 0.0005
+    per_epoch = 1_281_167 / config.batch_size
+    assert abs(math.ceil(config.num_epochs * per_epoch) / max_iter - 1) < 0.025  # 100 epochs, as their comments state
+    hooks = optimizer_hooks(config.optim, per_epoch, max_iter)
+    optimizer = optimizer_from_config(
+        config.optim, steps_per_epoch=per_epoch, layers=list(config.model.layers), **hooks
+    )
+    state = optimizer.tx.init({'conv1': {'kernel': np.zeros(1), 'bias': np.zeros(1)}})
+    steps = [*np.linspace(0, max_iter - 1, 100).astype(int), max(rampup - 1, 0), rampup, rampup + 1]
+    rates = jax.vmap(lambda step: optimizer.learning_rate(state._replace(count=step)))(jnp.asarray(steps, jnp.int32))
+    expected = [_caffe_rate(int(step), base_lr, max_iter, rampup) for step in steps]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6 * base_lr)
 
 
 def _flat(config, prefix=''):

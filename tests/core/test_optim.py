@@ -91,7 +91,8 @@ def test_after_validation_is_pure_and_keeps_velocity():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'schedule': 'step'}, "optim.schedule='step': expected 'plateau', 'epochs' or 'cosine'"),
+        ({'schedule': 'step'}, "optim.schedule='step': expected 'plateau', 'epochs', 'cosine' or 'poly'"),
+        ({'warmup_start': 1.0}, 'optim.warmup_start=1.0: expected a number of at least 0 and below 1'),
         ({'patience': 0}, 'optim.patience=0: expected a positive integer'),
         ({'learning_rate': -1.0}, 'optim.learning_rate=-1.0: expected a number of 0 or more'),
         ({'stages': ()}, 'expected increasing epochs'),
@@ -196,6 +197,26 @@ def test_lars_matches_its_paper():
         chex.assert_trees_all_close(from_zero[0][part], -0.01 * gradients[0], rtol=1e-12)
 
 
+@pytest.mark.parametrize('trust', [0.001, 0.1, 10.0])  # |w| / |gradient| is about 1: 10 exceeds the learning rate
+def test_lars_clips_as_nvidias_caffe(trust):
+    """`SGDSolver::ComputeUpdateValue` with `larc_policy: "clip"`: min(rate, local); local is 1 for a norm of 0."""
+    rng = np.random.default_rng(0)
+    w, gradients = rng.standard_normal(5), rng.standard_normal((6, 5))
+    gradients[4] = 0
+    options = {'learning_rate': 2.0, 'bias_rate': 1.5, 'stages': DROPS, 'trust_coefficient': trust, 'trust_clip': True}
+    with jax.enable_x64():
+        history, _ = _run(_optimizer(**options), w, gradients)
+        from_zero, _ = _run(_optimizer(**options), np.zeros(5), gradients[:1])
+    for part, factor, decay in (('kernel', 1.0, 0.0005), ('bias', 1.5, 0.0)):
+        by_hand, v = w.copy(), np.zeros(5)
+        for i, g in enumerate(gradients):
+            local = trust * math.sqrt(by_hand @ by_hand) / math.sqrt(g @ g) if i != 4 else 1.0
+            v = 0.9 * v - min(2.0 * factor / 10 ** (i >= 3), local) * (g + decay * by_hand)
+            by_hand = by_hand + v
+            chex.assert_trees_all_close(history[i][part], by_hand, rtol=1e-12)
+        chex.assert_trees_all_close(from_zero[0][part], -1.0 * gradients[0], rtol=1e-12)
+
+
 def test_warmup_is_linear():
     """Four updates of warm-up use a quarter, a half, three quarters and all of the rate; later ones the full rate."""
     optimizer = _optimizer(warmup_epochs=0.4, momentum=0.0, weight_decay=0.0)
@@ -204,6 +225,10 @@ def test_warmup_is_linear():
     chex.assert_trees_all_close(steps, 0.01 * np.array([0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-5)
     assert float(optimizer.learning_rate(optimizer.tx.init({}))) == pytest.approx(0.0025)
     assert float(optimizer.learning_rate(state)) == pytest.approx(0.01)
+    state = optimizer.tx.init({})
+    started = _optimizer(warmup_epochs=0.4, warmup_start=0.2)
+    rates = [float(started.learning_rate(state._replace(count=jnp.int32(i)))) for i in range(5)]
+    assert rates == pytest.approx([0.004, 0.006, 0.008, 0.01, 0.01])
 
 
 def test_state_tree_does_not_depend_on_frozen_layers():

@@ -66,6 +66,26 @@ def test_variants_work_for_small_networks():
         architecture.infer_shapes(model_from_config(config.model), config.data.image_size, towers=config.mesh.tower)
 
 
+def test_names_of_variants_can_be_given_to_only():
+    """--only has names separated by commas."""
+    names = [variant.name for suite in ablations.SUITES.values() for variant in suite(_paper())]
+    assert len(names) > 20 and not [name for name in names if ',' in name or name != name.strip()]
+
+
+def test_large_batches_differ_only_in_batch_rate_and_warmup():
+    quickstart = alexnet_jax.get_config('quickstart')
+    configs = [ablations.with_changes(quickstart, variant.changes) for variant in ablations.large_batch(quickstart)]
+    assert [config.batch_size for config in configs] == [64, 1024, 1024, 1024]
+    assert [config.optim.learning_rate for config in configs] == [0.01, 0.04, 0.16, 10.0]
+    assert [config.optim.trust_coefficient for config in configs] == [0.0, 0.0, 0.0, 0.001]
+    assert [config.optim.warmup_epochs for config in configs] == [0.0, 2.0, 2.0, 2.0]
+    base, *large = configs
+    for config in large:  # the rest is the base's: also the schedule and the number of epochs
+        config.update(batch_size=64, log_every_steps=base.log_every_steps)
+        config.optim.update(learning_rate=0.01, trust_coefficient=0.0, warmup_epochs=0.0, warmup_start=0.0)
+        assert config.to_dict() == base.to_dict() and base.optim.schedule == 'poly'
+
+
 def test_cifar10_variants_name_their_sources():
     """The sources are files in layers/layers-cifar of the release, and section 3.3."""
     variants = {variant.name: variant for variant in ablations.cifar10(_paper())}

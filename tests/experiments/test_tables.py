@@ -51,6 +51,8 @@ def test_comparison_table():
     assert table.title.endswith('with the paper') and 'mixup' not in table.note
     recipe = tables.comparison_table('recipe', rows, variants)
     assert recipe.title.endswith('with the base') and 'With mixup' in recipe.note and recipe.rows == table.rows
+    large = tables.comparison_table('large_batch', rows, variants)
+    assert large.title.endswith('with the base') and large.note == table.note
     named = dict(zip(table.columns, table.rows[1], strict=True))
     assert (named['top-1'], named['difference']) == ('13.00 ± 0.00', '+2.00 ± 1.41')
     assert (named['paper'], named["authors' log"], named['sign']) == ('+1.40 / +1.20', '+1.37', 'agrees')

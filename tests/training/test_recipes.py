@@ -1,8 +1,9 @@
-"""Parts of later recipes: cosine schedule, mixup, smoothed labels, average of the parameters. LARS: test_optim.py."""
+"""Parts of later recipes: schedules, mixup, smoothed labels, average of the parameters. LARS: test_optim.py."""
 
 import math
 import os
 import shutil
+import types
 
 import chex
 import jax
@@ -14,7 +15,7 @@ import pytest
 from alexnet_jax.checkpoints import manager
 from alexnet_jax.convert import loading
 from alexnet_jax.core import train_step
-from alexnet_jax.training import recipes, train
+from alexnet_jax.training import recipes, restore, train
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
@@ -45,6 +46,16 @@ def test_cosine_starts_after_warmup():
     root = math.sqrt(0.5)
     expected = [0.5, 1, 1, (1 + root) / 2, 0.5, (1 - root) / 2]
     assert _rates(schedule='cosine', warmup_epochs=0.2) == pytest.approx(expected, abs=1e-6)
+
+
+def test_poly_without_warmup_is_a_square():
+    assert _rates(schedule='poly') == pytest.approx([1, 25 / 36, 16 / 36, 9 / 36, 4 / 36, 1 / 36], abs=1e-6)
+
+
+def test_poly_rises_quadratically_and_counts_warmup():
+    """Four updates of warm-up from a fifth: 0.2 + 0.8 * (0, 1/16, 4/16, 9/16); then (1 - 4/6)^2 and (1 - 5/6)^2."""
+    expected = [0.2, 0.25, 0.4, 0.65, 4 / 36, 1 / 36]
+    assert _rates(schedule='poly', warmup_epochs=0.4, warmup_start=0.2) == pytest.approx(expected, abs=1e-6)
 
 
 def test_parts_are_off_in_the_papers_config():
@@ -148,6 +159,27 @@ def test_run_with_all_parts_resumes_bit_exactly(run, tmp_path):
     )  # a key that is off has no effect
     train.train_and_evaluate(config, tmp_path)
     chex.assert_trees_all_equal(helpers.last_state(config, tmp_path), helpers.last_state(config, workdir))
+
+
+def test_keys_without_effect_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(train.distributed, 'warn', said.append)
+    mesh, dataset = types.SimpleNamespace(devices=np.array([jax.devices()[:1]])), types.SimpleNamespace(splits=['val'])
+    for changes in ({'warmup_start': 0.1}, {'trust_clip': True}, {'stages': ((0, 1, 1, ()),)}, {}):
+        changes = {f'optim.{key}': value for key, value in {'schedule': 'poly', 'stages': (), **changes}.items()}
+        train._describe_setup(types.SimpleNamespace(mesh=mesh, dataset=dataset, config=helpers.run_config(**changes)))
+    assert said == [
+        'optim.warmup_start=0.1 has no effect with optim.warmup_epochs=0.',
+        'optim.trust_clip=True has no effect with optim.trust_coefficient=0.',
+        "optim.stages has no effect with optim.schedule='poly'; use 'epochs'.",
+    ]
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'poly'])
+def test_length_is_fixed_by_a_schedule_over_it(schedule):
+    new = {'optim': {'schedule': schedule}, 'num_steps': 40}
+    assert restore.config_differences({**new, 'num_steps': 30}, new) == ['num_steps: 30 -> 40']
+    assert not restore.config_differences({'num_steps': 30}, {'num_steps': 40})
 
 
 @pytest.mark.slow
