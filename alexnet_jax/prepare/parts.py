@@ -142,6 +142,7 @@ def _conditions(plan: Plan, splits: Splits, options: Mapping[str, float]) -> dic
         for ref in refs:
             digest.update(f'{ref.name}\0{ref.label}\0{ref.offset}\0{ref.length}\0'.encode())
     names = '\n'.join([*plan.class_names, plan.named_classes])
+    code = ''.join(map(inspect.getsource, _CODE))
     return {
         '--size': plan.size,
         '--format': plan.format,
@@ -150,9 +151,7 @@ def _conditions(plan: Plan, splits: Splits, options: Mapping[str, float]) -> dic
         'the number of classes': len(plan.class_names),
         'the digest of the class names': hashlib.sha256(names.encode()).hexdigest(),
         'the digest of the names and labels of the images': digest.hexdigest(),
-        'the digest of the code of alexnet_jax': hashlib.sha256(
-            ''.join(map(inspect.getsource, _CODE)).encode()
-        ).hexdigest(),
+        'the digest of the code of alexnet_jax': hashlib.sha256(code.encode()).hexdigest(),
         **{f'the version of {name}': _version(name) for name in _PACKAGES},
         'the version of libjpeg-turbo': features.version('libjpeg_turbo'),
     }
