@@ -29,7 +29,6 @@ import numpy as np
 from absl import logging
 from PIL import features
 
-import alexnet_jax
 from alexnet_jax.core import image_stats
 from alexnet_jax.data import image_io
 from alexnet_jax.prepare import dataset_writer, record_writer
@@ -40,7 +39,7 @@ from alexnet_jax.utils.errors import UserError, first_line, listed
 from alexnet_jax.utils.files import absolute_local_path, as_write_error, atomic_file, check_new, file_lock
 
 _MAX_PARTS = 500  # `join` holds the locks of all parts
-_PACKAGES = ('numpy', 'pillow', 'array-record', 'tensorflow-datasets', 'protobuf')
+_PACKAGES = ('alexnet_jax', 'numpy', 'pillow', 'array-record', 'tensorflow-datasets', 'protobuf')
 _CODE = (dataset_writer, record_writer, image_io, image_stats)  # decides the content of records and their statistics
 
 
@@ -143,6 +142,7 @@ def _conditions(plan: Plan, splits: Splits, options: Mapping[str, float]) -> dic
         for ref in refs:
             digest.update(f'{ref.name}\0{ref.label}\0{ref.offset}\0{ref.length}\0'.encode())
     names = '\n'.join([*plan.class_names, plan.named_classes])
+    code = ''.join(map(inspect.getsource, _CODE))
     return {
         '--size': plan.size,
         '--format': plan.format,
@@ -151,10 +151,7 @@ def _conditions(plan: Plan, splits: Splits, options: Mapping[str, float]) -> dic
         'the number of classes': len(plan.class_names),
         'the digest of the class names': hashlib.sha256(names.encode()).hexdigest(),
         'the digest of the names and labels of the images': digest.hexdigest(),
-        'the version of alexnet_jax': alexnet_jax.__version__,
-        'the digest of the code of alexnet_jax': hashlib.sha256(
-            ''.join(map(inspect.getsource, _CODE)).encode()
-        ).hexdigest(),
+        'the digest of the code of alexnet_jax': hashlib.sha256(code.encode()).hexdigest(),
         **{f'the version of {name}': _version(name) for name in _PACKAGES},
         'the version of libjpeg-turbo': features.version('libjpeg_turbo'),
     }

@@ -221,7 +221,7 @@ def test_unreadable_images_are_counted_by_join(folder, tmp_path, in_process):
         ('fewer', 'the number of train images is 19, but it was 20'),
         ('renamed', 'the digest of the names and labels of the images is '),
         ('other classes', 'the digest of the class names is '),
-        ('other version', 'the version of numpy is 1.0, but it was '),
+        ('other version', 'the version of alexnet_jax is 1.0, but it was '),
     ],
 )
 def test_parts_of_other_conditions_are_refused(folder, tmp_path, in_process, monkeypatch, change, message):
