@@ -22,7 +22,7 @@ def main() -> None:
     name, words = (sys.argv[1:2] or [''])[0], sys.argv[2:]
     if name in ('', '-h', '--help', 'help'):
         lines = [f'alexnet_jax {command:12} {str(_load(command).__doc__).splitlines()[0]}' for command in COMMANDS]
-        print('\n'.join([*lines, 'For details, add --help to a command.']))
+        app.report_errors(lambda: print('\n'.join([*lines, 'For details, add --help to a command.'])))
     elif name in COMMANDS:
         app.run(_load(name), words)
     else:

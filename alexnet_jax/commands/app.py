@@ -45,14 +45,14 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
         elif not any(map(_asks_for_help, words)):
             _fail(f'subcommand {" ".join(words[:1])!r}: expected one of {", ".join(subcommands)}.', 2)
     if any(map(_asks_for_help, words)):
-        _report_errors(lambda: print(help_text(command)))
+        report_errors(lambda: print(help_text(command)))
         sys.exit(0)
 
     def parser(_):
         flags.FLAGS.mark_as_parsed()  # absl's global flags; commands use their own FlagValues
         return sys.argv[:1]
 
-    app.run(lambda _: _report_errors(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
+    app.run(lambda _: report_errors(lambda: _call(command, words)), argv=sys.argv[:1], flags_parser=parser)
 
 
 def _asks_for_help(word: str) -> bool:
@@ -144,7 +144,7 @@ def _call(command: Any, words: Sequence[str]) -> None:
     command.main(values, *([words] if arguments else []))
 
 
-def _report_errors(function: Callable[[], None]) -> None:
+def report_errors(function: Callable[[], None]) -> None:
     """Calls a function. Exits with a one-line message for every error that `_describe_error` recognizes."""
     try:
         function()

@@ -246,6 +246,16 @@ def test_full_size_network_on_imagenet_photos(imagenet_tar, tmp_path):
     assert json.loads(result.stdout.splitlines()[-1])['count'] == 30
 
 
+@pytest.mark.parametrize('words', [[], ['train', '--help']])
+def test_closed_output_pipe_is_no_traceback(words):
+    """As in `alexnet_jax | head`."""
+    command = [sys.executable, '-m', 'alexnet_jax', *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ''
+    assert process.returncode == 141
+
+
 def test_package_lists_its_commands():
     result = subprocess.run([sys.executable, '-m', 'alexnet_jax'], capture_output=True, text=True, cwd=ROOT, check=True)
     listed = re.findall(r'^alexnet_jax (\w+) ', result.stdout, re.M)
