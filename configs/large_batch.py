@@ -21,8 +21,8 @@ the file for 4,096 and of the logs of `NVIDIA/caffe`, models/bvlc_alexnet.
 
 Deviations from these files: initial weights of conv 3-5 are those of the authors' code (`paper.py:init=authors`), and
 crops, reflections and colors those of the paper. The file for 32,768 has 4,000 updates; 100 epochs are 3,910. Versions
-of their solver differ: in an early one the rate rises linearly, here with the square of the update; in later ones LARS
-has no weight decay in its denominator, here only with clipping.
+of their solver differ: in an early one the rate rises linearly, here with the square of the update; later ones leave
+the weight decay out of LARS's denominator, which this code does only with clipping.
 Reported elsewhere (top-1, center crop): 58.6% for 1024-sgd (6,400 images); the LARS paper claims batches of 8,192
 without loss of accuracy for AlexNet.
 Here: updates, clipping and schedule agree with NumPy, microbatches with the whole batch. It was not trained.

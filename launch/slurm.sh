@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains data-parallel on several nodes, with one process per node that uses all of its GPUs:
+# Trains on several nodes, with one process per node that uses all of its GPUs:
 #   sbatch [--nodes=4 --gpus-per-node=8 ...] launch/slurm.sh --config=paper --workdir=... --config.data.path=...
 # Two minutes before its time limit, or when preempted, the job saves a checkpoint (exit code 143) and is requeued; it
 # then resumes from that step. All nodes must see the workdir, the data, and the folder in JAX_COMPILATION_CACHE_DIR if

@@ -88,7 +88,10 @@ def roofline(
     """
     (low, small), (high, large) = sorted(program.items())
     total = sum(layer.parameters for layer in layers.values())
-    held = sum(layer.parameters / _split(name, scheme, devices) for name, layer in layers.items())
+    whole = _whole_classifier(layers, scheme, devices)
+    held = sum(
+        layer.parameters / (1 if name == whole else _split(name, scheme, devices)) for name, layer in layers.items()
+    )
     seconds, first = {}, next(iter(layers))
     for name, row in small.items():
         layer, parts = layers.get(name), _split(name, scheme, devices)
@@ -113,6 +116,12 @@ def _split(name: str, scheme: str, devices: int) -> int:
     if not name.startswith(('conv', 'local', 'fc')) or scheme == 'data':
         return 1
     return 2 if scheme == 'towers' else devices if name.startswith('fc') else 1
+
+
+def _whole_classifier(layers: Mapping[str, Layer], scheme: str, devices: int) -> str:
+    """Returns the name of the classifier if every device holds all of it, because they do not divide the classes."""
+    name, layer = list(layers.items())[-1]
+    return name if scheme == 'hybrid' and layer.outputs % devices else ''
 
 
 def backward_of_convolutions(layers: Mapping[str, Layer], seconds: Mapping[str, float]) -> float:
@@ -157,14 +166,18 @@ def messages(
             continue
         found += [Message(kind, size, group, stride) for kind in ('all-gather', 'reduce-scatter')]
     if scheme == 'hybrid':
-        found += 2 * [Message('all-to-all', last.outputs * images * activation, devices)]  # logits and their gradient
+        # The logits and their gradient are float32.
+        found += 2 * [Message('all-to-all', last.outputs * images * max(4, activation), devices)]
+        if _whole_classifier(layers, scheme, devices):  # the gradient and the update of its parameters
+            padded = last.outputs + -last.outputs % devices
+            found += 2 * [Message('all-gather', last.inputs * padded * gradient, devices)]
     else:
         found.append(Message('all-reduce', sums[True] / towers * gradient, shards, towers, overlaps=True))
     return [*found, Message('all-reduce', sums[False] / towers * gradient, shards, towers)]
 
 
 class Cost(NamedTuple):
-    """The time of a collective: seconds by what limits it, and the algorithm of its last stage between most devices."""
+    """The time of a collective: seconds by what limits it, and the algorithm of its last stage."""
 
     inside: float
     between: float
@@ -286,6 +299,9 @@ def predict(
                 continue
             if scheme == 'towers' and all(layer.groups == 1 for layer in layers.values()):
                 continue
+            hidden = [layer for name, layer in list(layers.items())[:-1] if name.startswith('fc')]
+            if scheme == 'hybrid' and any(layer.outputs % devices for layer in hidden):
+                continue  # `mesh.dense='split'` refuses it
             seconds = roofline(layers, program, peaks[network.kind], scheme, devices, images)
             sent = messages(layers, scheme, devices, images, activation=2, gradient=4)
             backward = backward_of_convolutions(layers, seconds) / share

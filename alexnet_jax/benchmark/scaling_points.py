@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alexnet_jax.benchmark.scaling import NET, NVLINK, PCIE, Layer, Link, Network, Step, messages, step
+from alexnet_jax.benchmark.scaling import IMAGENET, NET, NVLINK, PCIE, Layer, Link, Network, Step, messages, step
 
 
 def alexnet(features: Sequence[int], groups: Sequence[int]) -> dict[str, Layer]:
@@ -70,7 +70,7 @@ class Point(NamedTuple):
 
 _TF = 'tensorflow/benchmarks 2017'
 _LAMBDA, _OWT = 'lambda-tensorflow-benchmark', 'Krizhevsky 2014'
-_EPOCH = 1_281_167
+_RECORD = 95 * IMAGENET / 90  # images/s
 POINTS = [
     # Log files of models/bvlc_alexnet in NVIDIA's Caffe; batch 1,024 on eight devices.
     Point('NVCaffe', 'DGX-1, P100', 'paper', 8, 128, 2108, 16_861),
@@ -94,16 +94,16 @@ POINTS = [
     *(Point('Caffe', 'K40', 'paper', n, 256, 267, 267 * times) for n, times in ((2, 1.8), (4, 3.5))),
     # 410.2 times one device, 95 epochs in 1.5 minutes, batch 65,536; float16 gradients. The publication also leaves out
     # gradients near zero, which is not modeled.
-    Point('Sun et al. 2019', 'V100 cluster', 'paper', 512, 128, 95 * _EPOCH / 90 / 410.2, 95 * _EPOCH / 90, gradient=2),
+    Point('Sun et al. 2019', 'V100 cluster', 'paper', 512, 128, _RECORD / 410.2, _RECORD, gradient=2),
     # Table 2 of arXiv:1404.5997, as commonly cited: 98.05, 50.24, 26.20 and 15.68 hours for 90 epochs.
     *(
-        Point(_OWT, 'K20', 'one tower', n, 128, 90 * _EPOCH / 98.05 / 3600, 90 * _EPOCH / hours / 3600, 'hybrid')
+        Point(_OWT, 'K20', 'one tower', n, 128, 90 * IMAGENET / 98.05 / 3600, 90 * IMAGENET / hours / 3600, 'hybrid')
         for n, hours in ((2, 50.24), (4, 26.20), (8, 15.68))
     ),
     # No rate of one device is published.
-    Point('Jia et al. 2018', 'P40 cluster', 'paper', 1024, 64, None, 95 * _EPOCH / 240, gradient=2),
-    Point('You et al. 2018, 512 KNL', 'KNL cluster', 'paper', 512, 64, None, 100 * _EPOCH / 1440),
-    Point('You et al. 2018, 1,024 Xeon', 'KNL cluster', 'paper', 1024, 32, None, 100 * _EPOCH / 660),
+    Point('Jia et al. 2018', 'P40 cluster', 'paper', 1024, 64, None, 95 * IMAGENET / 240, gradient=2),
+    Point('You et al. 2018, 512 KNL', 'KNL cluster', 'paper', 512, 64, None, 100 * IMAGENET / 1440),
+    Point('You et al. 2018, 1,024 Xeon', 'KNL cluster', 'paper', 1024, 32, None, 100 * IMAGENET / 660),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Predictions of `scaling` for a config and a cluster, as a table and as a record."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,16 +42,9 @@ def layers_of(config: ConfigDict) -> dict[str, Layer]:
     shapes = architecture.infer_shapes(network, augmentation.image_size)
     sizes: dict[str, Layer] = {}
     for name, shape in shapes.items():
-        inputs, outputs = (_elements(part) for part in (shape.inputs, shape.linear))
+        inputs, outputs = math.prod(shape.inputs), math.prod(shape.linear)
         sizes[name] = Layer(shape.parameters, inputs, outputs, shape.flops, network.layers[name].groups)
     return sizes
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def program_of(config: ConfigDict, kind: str) -> Mapping[int, Rows]:
@@ -69,7 +63,10 @@ def program_of(config: ConfigDict, kind: str) -> Mapping[int, Rows]:
     dataset, found = datasets.synthetic(config.data.image_size, config.model.num_classes), {}
     for batch in _COMPILED:
         config.batch_size = batch
-        layers = hlo_cost.compile_step_for(config, dataset, 'bfloat16', kind)['layers']
+        try:
+            layers = hlo_cost.compile_step_for(config, dataset, 'bfloat16', kind)['layers']
+        except UserError as error:
+            raise UserError(f"a network other than the paper's must be compiled: {error}") from error
         parts = [name for name in layers if name not in ('all', 'masks')]
         found[batch] = {name: [layers[name][key] / 1e6 for key in ('product_bytes', 'other_bytes')] for name in parts}
     return found
@@ -160,7 +157,7 @@ def report(found: Mapping[str, Any]) -> str:
     if large:
         lines.append(
             f'With {" and ".join(large)} devices the batch is above {scaling.LARGEST_BATCH:,}, the largest with a '
-            'published recipe: use a smaller --batch_size.'
+            'published recipe: use fewer --images_per_device.'
         )
     errors = found['published']['mean_error_percent']['all']
     lines.append(

@@ -198,7 +198,7 @@ class Loop:
 class Scaling:
     """Predicts the time of training on many devices, without running anything (docs/scaling.md).
 
-        alexnet_jax benchmark scaling [--devices=1..1024] [--network=h200] [--batch_size=128] [--epochs=90]
+        alexnet_jax benchmark scaling [--devices=1..1024] [--network=h200] [--images_per_device=128] [--epochs=90]
 
     Computing in bfloat16 is a roofline times the share of it that one H100 reached. For a network other than the
     paper's, this compiles its step, which needs JAX's compiler for NVIDIA GPUs.
@@ -208,7 +208,7 @@ class Scaling:
         CONFIG,
         Flag('devices', '1..1024', 'Numbers of devices: 1,8,64, or doublings from A to B: A..B.'),
         Flag('network', 'h200', 'Devices and links: h100, h200 or h200_ethernet.', choices=NETWORKS),
-        Flag('batch_size', 128, 'Images per batch and device.', at_least=1),
+        Flag('images_per_device', 128, 'Images of a batch for each device.', at_least=1),
         Flag('epochs', 90.0, 'Epochs of 1,281,167 images.'),
         OUTPUT,
     )
@@ -223,9 +223,9 @@ class Scaling:
         counts = scaling_report.device_counts(args.devices)
         if not args.epochs > 0:
             raise UserError(f'--epochs={args.epochs:g}: expected a positive number.')
-        jax.config.update('jax_platforms', 'cpu')  # see `hlo_cost.topology_devices`
+        jax.config.update('jax_platforms', 'cpu')  # see `topologies.topology_devices`
         settings = _settings(args, 'scaling', 'bfloat16')
-        found = scaling_report.predictions(args.config, args.network, counts, args.batch_size, args.epochs)
+        found = scaling_report.predictions(args.config, args.network, counts, args.images_per_device, args.epochs)
         print(scaling_report.report(found), flush=True)
         if args.output:
             record.write(args.output, settings, found)

@@ -148,9 +148,10 @@ class AlexNet(nn.Module):
         whole_batch = False  # whether `parts` hold the images of all devices
         for name, layer in self.layers.items():
             with jax.named_scope(name):
-                parts = self._gather(parts, [axis for axis in split if layer.groups == 1 or axis != self.tower_axis])
+                # Gather images before the channels of towers: then only one tower's part of them crosses hosts.
                 if self.dense_axis in self.split_axes(name) and not whole_batch:
                     parts, whole_batch = self._gather(parts, [self.dense_axis], axis=0), True
+                parts = self._gather(parts, [axis for axis in split if layer.groups == 1 or axis != self.tower_axis])
                 parts = self._linear(name, layer, ops.regroup(parts, max(1, layer.groups // towers)))
                 parts = self._output(f'{name}.linear', parts, edit or {})
                 for i, op in enumerate(layer.ops):

@@ -81,7 +81,7 @@ def forward(model: AlexNet, mesh: Mesh, *, split_dense: bool = False) -> Callabl
     padding = -model.num_classes % (mesh.size if dense_axis else mesh.shape['tower'])
     local_model = model.clone(tower_axis=tower_axis, dense_axis=dense_axis, num_classes=model.num_classes + padding)
     if dense_axis:
-        _check_dense(local_model, mesh)
+        _check_dense(local_model, mesh, padding)
 
     def output_spec(name: str, rank: int) -> P:
         """Returns the spec of a layer's outputs, [N, ..., features]."""
@@ -107,6 +107,8 @@ def forward(model: AlexNet, mesh: Mesh, *, split_dense: bool = False) -> Callabl
         if padding:  # the devices do not divide the classes: add some here, and remove their outputs below
             padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), params[classifier])
             params = {**params, classifier: padded}
+            if masks and classifier in masks:
+                masks = {**masks, classifier: jnp.pad(masks[classifier], [(0, 0), (0, padding)])}
         local = functools.partial(local_forward, edit=edit, outputs=outputs)
         layers = [name.partition('.')[0] for name, _ in outputs] or [classifier]
         in_specs = (
@@ -125,16 +127,19 @@ def forward(model: AlexNet, mesh: Mesh, *, split_dense: bool = False) -> Callabl
     return apply
 
 
-def _check_dense(model: AlexNet, mesh: Mesh) -> None:
-    """Raises UserError if the devices of a mesh cannot share the dense layers."""
+def _check_dense(model: AlexNet, mesh: Mesh, padding: int) -> None:
+    """Raises UserError if the devices of a mesh cannot share the dense layers. padding: classes added to the last."""
     for name, layer in model.layers.items():
-        if isinstance(layer, DenseSpec) and (
-            layer.features % mesh.size or layer.groups not in (1, mesh.shape['tower'])
-        ):
+        if not isinstance(layer, DenseSpec):
+            continue
+        outputs = layer.features - padding * (name == list(model.layers)[-1])
+        # Padding would move the boundary between two groups.
+        groups = (1,) if outputs < layer.features else (1, mesh.shape['tower'])
+        if layer.features % mesh.size or layer.groups not in groups:
             raise UserError(
-                f"mesh.dense='split': {mesh.size} devices in {mesh.shape['tower']} towers cannot share the "
-                f'{layer.features} outputs of {name} (groups={layer.groups}): expected devices that divide them, and '
-                "one group or one for each tower; change mesh.data or use mesh.dense='replicated'."
+                f"mesh.dense='split': {mesh.size} devices cannot share the {outputs} outputs of {name} (groups="
+                f'{layer.groups}): expected devices that divide them, and one group or one for each tower '
+                f"(mesh.tower={mesh.shape['tower']}); change mesh.data or use mesh.dense='replicated'."
             )
 
 

@@ -210,7 +210,6 @@ def large_batch(base: ConfigDict) -> list[Variant]:
     large = {
         **poly,
         'batch_size': 16 * base.batch_size,
-        'log_every_steps': base.log_every_steps // 16,
         'optim.warmup_epochs': base.num_epochs / 10,
     }
     root = {**large, 'optim.learning_rate': 4 * base.optim.learning_rate, 'optim.warmup_start': 1 / 4}

@@ -111,7 +111,7 @@ def warn_of_unreadable(results: Iterable[ShardResult]) -> Iterator[ShardResult]:
 def finish(folder: str, plan: Plan, results: Iterable[ShardResult], max_unreadable: int) -> None:
     """Writes what a dataset has besides its shards. Merges the sums over images in the order of the shards.
 
-    Raises UserError if there are too many unreadable images, or nothing else in a split.
+    Raises UserError if there are too many unreadable images, or if no image of a split can be read.
 
     Args:
       folder: contains the shards, and nothing else.

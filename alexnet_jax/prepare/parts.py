@@ -84,7 +84,7 @@ def write(output: str, part: str, plan: Plan, splits: Splits, options: Mapping[s
             results = dataset_writer.write_shards(todo, workers, write_shard) if todo else []
             shutil.rmtree(scratch)
     unreadable = sum(len(result.unreadable) for result in results)
-    skipped = f'; skipped {unreadable} unreadable images' if unreadable else ''
+    skipped = f'; skipped {unreadable} unreadable images in the shards of this run' if unreadable else ''
     logging.info('part %s is finished: %d of %d shards%s.', part, len(own), len(shards), skipped)
 
 
@@ -169,14 +169,15 @@ def _begin(folder: str, content: Mapping[str, Any]) -> None:
         return
     new = os.path.join(os.path.dirname(folder), f'.{os.path.basename(folder)}.{uuid.uuid4().hex}')
     os.makedirs(new)
-    with atomic_file(os.path.join(new, 'plan.json')) as file:
-        json.dump(content, file)
     try:
+        with atomic_file(os.path.join(new, 'plan.json')) as file:
+            json.dump(content, file, default=int)  # NumPy integers
         os.rename(new, folder)  # fails if the folder exists and is not empty
     except OSError:
-        shutil.rmtree(new)
         if not os.path.isdir(folder):
             raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _read_plan(folder: str) -> tuple[dict[str, Any], Plan]:

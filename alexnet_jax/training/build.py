@@ -160,8 +160,8 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     Args:
       config: from `alexnet_jax.get_config`. configs/paper.py explains every key.
       dataset: for example from `alexnet_jax.in_memory`. None opens the dataset at `config.data.path`.
-      devices: None uses `jax.devices()`. Steps for devices that this machine lacks (`hlo_cost.topology_devices`) can be
-        compiled but not run; `image_stats` then holds only shapes.
+      devices: None uses `jax.devices()`. Steps for devices that this machine lacks (`topologies.topology_devices`)
+        can be compiled but not run; `image_stats` then holds only shapes.
 
     Returns:
       A `TrainingSetup`. Its `init` and `train_step` are enough for a training loop:
@@ -182,10 +182,11 @@ def build(config: ConfigDict, dataset: datasets.Dataset | None = None, devices: 
     _check_dataset(dataset, config.data.path, network)
     augment.crop_positions(dataset.record_size, augmentation.image_size)
     mesh = sharding.make_mesh(data=config.mesh.data, tower=config.mesh.tower, devices=devices)
-    if network.dtype == 'bfloat16' and mesh.shape['tower'] == 2 and mesh.devices.flat[0].platform == 'cpu':
+    gathers = mesh.shape['tower'] == 2 or (config.mesh.dense == 'split' and mesh.shape['data'] > 1)
+    if network.dtype == 'bfloat16' and gathers and mesh.devices.flat[0].platform == 'cpu':
         raise UserError(  # XLA's AllReducePromotion pass would crash the process
-            "model.dtype='bfloat16' with mesh.tower=2: XLA's CPU compiler crashes on this combination; use "
-            '--config.mesh.tower=1 or --config.model.dtype=float32.'
+            "model.dtype='bfloat16' with mesh.tower=2 or mesh.dense='split': XLA's CPU compiler crashes; use "
+            '--config.mesh.tower=1 with --config.mesh.dense=replicated, or --config.model.dtype=float32.'
         )
     # Check the config's number of towers, even if a single device holds both.
     architecture.infer_shapes(network, augmentation.image_size, towers=config.mesh.tower)
@@ -222,12 +223,11 @@ def make_steps(
     hooks = recipes.optimizer_hooks(config.optim, steps_per_epoch, total_steps)
     layers = list(network.layers)
     optimizer = optimizer_from_config(config.optim, steps_per_epoch=steps_per_epoch, layers=layers, **hooks)
-    split_dense = config.mesh.dense == 'split'
-    forward = sharding.forward(network, mesh, split_dense=split_dense)
+    split = {'split_dense': config.mesh.dense == 'split'}
+    forward = sharding.forward(network, mesh, **split)
     init = functools.partial(train_step.init_state, network, optimizer, image_size=augmentation.image_size)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.state_sharding(mesh, shapes, split_dense=split_dense)
-    replicated = sharding.replicated(mesh)
+    shardings, replicated = sharding.state_sharding(mesh, shapes, **split), sharding.replicated(mesh)
     # With the first option alone, XLA (JAX 0.11) lowers products to Triton, which that option forbids, and fails.
     options: dict[str, Any] = compiler.compiler_options(mesh.devices.flat[0].platform)
     if config.deterministic:

@@ -383,6 +383,7 @@ def test_inference_ratio_is_the_lowest_to_the_fastest():
     )  # no ratio without others
 
 
+@pytest.mark.slow
 def test_inference_refuses_unknown_programs_and_other_results(monkeypatch):
     with pytest.raises(UserError, match='--against=tflite: expected names of torch, onnxruntime, openvino'):
         inference.check_peers(['onnxruntime', 'tflite'])

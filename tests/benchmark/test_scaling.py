@@ -67,6 +67,24 @@ def test_bytes_equal_those_of_compiled_programs(data, tower):
     assert received == {name: pytest.approx(size, abs=1e4) for name, (_, size) in found.items()}
 
 
+@pytest.mark.parametrize('name', ['bytes_128_8x1_split', 'compiled_h200_8x16_hybrid'])
+def test_bytes_of_the_hybrid_equal_those_of_compiled_programs(name):
+    """On 8 devices, and on 128, which do not divide the classes."""
+    record = json.loads((RESULTS / f'{name}.json').read_text())
+    found, devices = record['compiled']['collectives'], record['compiled']['devices']
+    received = dict.fromkeys(found, 0.0)
+    for message in scaling.messages(LAYERS, 'hybrid', devices, record['batch_size'] / devices, 2, 4):
+        share = (devices - 1) / devices * (2 if message.kind == 'all-reduce' else 1)
+        received[message.kind] += message.size * share
+    assert received == {name: pytest.approx(size, rel=0.03) for name, (_, size) in found.items()}
+
+
+def test_devices_that_cannot_share_layers_have_no_hybrid():
+    share = scaling.efficiency(LAYERS, hlo_cost.PEAKS)
+    steps = scaling.predict(LAYERS, scaling.PAPER, 'h200', hlo_cost.PEAKS, share, [3, 4, 6], 128)
+    assert [step.devices for step in steps if step.scheme == 'hybrid'] == [4]
+
+
 def test_hybrid_sends_activations_of_the_whole_batch():
     """The inputs of fc6, fc7 and fc8 in both directions, logits and the gradients of the convolutions."""
     sent = scaling.messages(LAYERS, 'hybrid', 8, 128, 4, 4)

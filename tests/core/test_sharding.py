@@ -176,20 +176,28 @@ check_split_dense(8, 1, parts=2)
 
 def test_unshareable_dense_layers_are_refused():
     mesh = sharding.make_mesh(data=4, tower=1)
-    with pytest.raises(UserError, match=r'4 devices in 1 towers cannot share the 30 outputs of fc6'):
+    with pytest.raises(UserError, match='4 devices cannot share the 30 outputs of fc6'):
         sharding.forward(helpers.network(layers=helpers.layers(fc6={'features': 30})), mesh, split_dense=True)
     with pytest.raises(UserError, match=r'outputs of fc6 \(groups=2\)'):
         sharding.forward(helpers.network(layers=helpers.layers(fc6={'groups': 2})), mesh, split_dense=True)
+    # Classes that are added would move the boundary between the groups of the classifier.
+    grouped = helpers.layers(fc6={'groups': 2}, fc7={'groups': 2}, fc8={'groups': 2})
+    towers = sharding.make_mesh(data=2, tower=2)
+    sharding.forward(helpers.network(layers=grouped), towers, split_dense=True)
+    with pytest.raises(UserError, match=r'the 10 outputs of fc8 \(groups=2\)'):
+        sharding.forward(helpers.network(layers=grouped, num_classes=10), towers, split_dense=True)
 
 
 @pytest.mark.slow
 def test_towers_can_stay_separate_in_split_dense_layers():
-    """With one group for each tower, a dense layer reads its own tower."""
-    network = helpers.network(layers=helpers.layers(fc6={'groups': 2}, fc7={'groups': 2}))
+    """With one group for each tower, a dense layer reads its own tower. Classes that are added get no dropout."""
+    layers = helpers.layers(fc6={'groups': 2}, fc7={'groups': 2}, fc8={'post': 'dropout'})
+    network = helpers.network(layers=layers, num_classes=10)
     mesh, params = sharding.make_mesh(data=2, tower=2), helpers.init(network)
     x = 60 * jax.random.normal(jax.random.key(1), (4, helpers.SIZE, helpers.SIZE, 3))
-    logits = jax.jit(sharding.forward(network, mesh, split_dense=True))(_place(mesh, params, True), x)
-    expected = network.apply({'params': params}, x)
+    masks = model.dropout_masks(network, jax.random.key(2), 4, helpers.SIZE)
+    logits = jax.jit(sharding.forward(network, mesh, split_dense=True))(_place(mesh, params, True), x, masks)
+    expected = network.apply({'params': params}, x, masks)
     chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 

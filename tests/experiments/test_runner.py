@@ -146,7 +146,7 @@ def _csv(folder):
         return [(row['variant'], int(row['seed']), row['epochs'], row['reached']) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize('suite', ['figure1', 'cifar10'])
+@pytest.mark.parametrize('suite', [pytest.param('figure1', marks=pytest.mark.slow), 'cifar10'])
 def test_killed_suite_resumes_where_it_stopped(suite, fakes, tmp_path):
     """Also during a rate search: each network is trained and measured once, and the rows equal those of one run."""
 

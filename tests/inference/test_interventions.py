@@ -88,6 +88,7 @@ def test_gradients_agree_with_finite_differences(checkpoint, images):
     assert found['pixels'].shape == (2, checkpoint.image_size, checkpoint.image_size, 3)
 
 
+@pytest.mark.slow
 def test_two_towers_give_the_same_edits_and_gradients(checkpoint, images):
     edit = {'conv2.relu': lambda y: y[..., ::-1], 'fc6': lambda y: y - y.mean(1, keepdims=True)}
     calls = (

@@ -41,8 +41,9 @@ def test_bfloat16_gradients_agree_with_float32():
 def test_bfloat16_over_two_cpu_towers_is_refused():
     """XLA's compiler would abort the process."""
     changes = {'model.dtype': 'bfloat16', 'mesh.data': 1}
-    with pytest.raises(UserError, match=r"'bfloat16' with mesh.tower=2: .*; use --config.mesh.tower=1 or"):
-        build.build(helpers.run_config(**changes, **{'mesh.tower': 2}))
+    for mesh in ({'mesh.tower': 2}, {'mesh.tower': 1, 'mesh.data': 2, 'mesh.dense': 'split'}):
+        with pytest.raises(UserError, match=r"'bfloat16' with mesh.tower=2 or mesh.dense='split': .*; use --config"):
+            build.build(helpers.run_config(**{**changes, **mesh}))
     build.build(helpers.run_config(**changes, **{'mesh.tower': 1}))
 
 

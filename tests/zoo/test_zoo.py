@@ -24,7 +24,7 @@ from alexnet_jax.commands import app
 from alexnet_jax.convert import loading
 from alexnet_jax.data import datasets
 from alexnet_jax.inference import activations
-from alexnet_jax.prepare import prepare
+from alexnet_jax.prepare import dataset_writer, prepare
 from tests import ROOT, helpers
 from tests.commands import forked
 from tests.zoo import activations_cases, convert_cases, listing, predict_cases, prepare_cases, weights
@@ -54,7 +54,7 @@ def made(tmp_path_factory):
 def _in_process():
     """Lets `prepare` write shards in a thread, since the start of a process takes longer than most cases."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, 'ProcessPoolExecutor', lambda workers, **_: ThreadPoolExecutor(1))
+        patch.setattr(dataset_writer, 'ProcessPoolExecutor', lambda workers, **_: ThreadPoolExecutor(1))
         yield
 
 
