@@ -189,6 +189,7 @@ def test_bytes_are_counted_per_kernel():
     ]
 
 
+@pytest.mark.slow
 def test_step_costs_cover_the_minimum_of_each_layer():
     config = helpers.digits_config(**{'batch_size': 8, 'mesh.data': 1, 'mesh.tower': 1})
     run = build.build(config)

@@ -215,7 +215,8 @@ def test_checkpoint_restores_on_any_mesh(uninterrupted):
         chex.assert_trees_all_equal(other, states[0])
 
 
-@pytest.mark.parametrize('page', ['README.md', pytest.param('docs/python_api.md', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('page', ['README.md', 'docs/python_api.md'])
 def test_python_code_of_a_page_runs(page, uninterrupted):
     _, workdir, _ = uninterrupted
     code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.S))
@@ -296,6 +297,7 @@ def test_init_from_copies_parameters(uninterrupted, tmp_path, capsys):
         train.train_and_evaluate(other, str(tmp_path / 'other'))
 
 
+@pytest.mark.slow
 def test_extended_run_equals_one_planned_longer(uninterrupted, tmp_path):
     """The validation at the first end, outside the interval, does not affect the rate."""
     config, workdir, _ = uninterrupted
