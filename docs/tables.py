@@ -72,6 +72,21 @@ def figure1(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def errors(records: Sequence[Record]) -> list[Row]:
+    """A row for each network that was trained to its end: test errors beside that of the authors."""
+    return [
+        {
+            'network': f'`{record["name"].partition(":")[2]}`',
+            "the author's error": f'{record["authors_error"]:g}%',
+            **{f'here, {view}': f'{error:.2f}%' for view, error in record['test_error'].items()},
+            'training error': f'{record["training_error"]:.2f}%',
+            'epochs': f'{record["epochs"]:g}',
+            'seeds': str(record['seeds']),
+        }
+        for record in records
+    ]
+
+
 def step(records: Sequence[Record]) -> list[Row]:
     """A row for each measurement of a training step: images/s, ratio, and the share of the machine's product."""
     return [
@@ -252,7 +267,7 @@ def _share(record: Record) -> Row:
 
 def _source(records: Sequence[Record], kind: str) -> str:
     """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
-    if kind in ('suite', 'figure1'):
+    if kind in ('suite', 'figure1', 'errors'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
     computed = kind in ('communication', 'moved', 'scaling', 'published', 'compiled', 'compiled_links')
@@ -271,6 +286,7 @@ def _environment(record: Record) -> list[str]:
 _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | None, ...]]] = {  # and the modes
     'suite': (suite, (None,)),
     'figure1': (figure1, (None,)),
+    'errors': (errors, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
     'moved': (moved, ('step',)),
