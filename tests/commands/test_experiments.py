@@ -132,7 +132,7 @@ def test_csv_row_agrees_with_evaluation(tmp_path):
         (('views', '--scale=2'), '--scale=2.0'),
         (('views', '--base=configs/papr.py'), "no config file 'configs/papr.py'"),
         (('views', '--output=README.md/out'), "--output='README.md/out' cannot be used: Not a directory"),
-        ((), 'give one SUITE (figure1, ablations, recipe, cifar10, ensemble, views)'),
+        ((), 'give one SUITE (figure1, ablations, recipe, large_batch, cifar10, ensemble, views)'),
     ],
 )
 @pytest.mark.slow
