@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alexnet_jax.benchmark.topologies import BETWEEN, INSIDE, LINKS
+
 IMAGENET = 1_281_167  # training images
 LARGEST_BATCH = 65_536  # the largest batch with a published recipe for AlexNet: Jia et al. 2018, Sun et al. 2019
 RECORD = (95, 90.0)  # epochs and seconds of Sun et al. (arXiv:1902.06855): the fastest published training of AlexNet
@@ -25,7 +27,7 @@ class Link(NamedTuple):
 class Network(NamedTuple):
     """A cluster: `per_node` devices share a node."""
 
-    kind: str  # JAX's name of the device, a key of `hlo_cost.PEAKS`; '' if only its links matter
+    kind: str  # JAX's name of the device, a key of `topologies.PEAKS`; '' if only its links matter
     per_node: int
     inside: Link  # between the devices of a node
     between: Link  # between nodes, the share of one device
@@ -35,10 +37,9 @@ class Network(NamedTuple):
 # differ in those of trees.
 NVLINK, PCIE, NET = (3.4e-6, 4.0e-6), (5.7e-6, 4.0e-6), (14e-6, 14e-6)  # ring, tree
 _LAUNCH = 8.4e-6  # of any collective
-# Bandwidths: the data sheets of NVIDIA's H100 and H200 (NVLink: 900 GB/s, which counts both directions) and of DGX H100
-# and H200 (eight ConnectX-7 of 400 Gb/s for eight devices: InfiniBand NDR). 'ethernet': 100 Gb/s for a node of eight.
-_NVLINK4, _NDR = Link(450e9, *NVLINK), Link(50e9, *NET)
 _H100, _H200 = 'NVIDIA H100 80GB HBM3', 'NVIDIA H200'
+# 'ethernet': 100 Gb/s for a node of eight.
+_NVLINK4, _NDR = Link(LINKS[_H200][INSIDE], *NVLINK), Link(LINKS[_H200][BETWEEN], *NET)
 NETWORKS = {
     'h100': Network(_H100, 8, _NVLINK4, _NDR),
     'h200': Network(_H200, 8, _NVLINK4, _NDR),

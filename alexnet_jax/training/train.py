@@ -236,13 +236,16 @@ class _Profiler(contextlib.ExitStack):
 def _describe_setup(setup: TrainingSetup) -> None:
     """Logs devices and mesh, and warns about probable mistakes in the config."""
     devices = setup.mesh.devices
-    split = ", mesh.dense='split'" if setup.config.mesh.dense == 'split' else ''
+    split = setup.config.mesh.dense == 'split'
+    dense = ", mesh.dense='split'" if split and devices.shape[0] > 1 else ''
     logging.info(
         f'Training on {devices.size} x {devices.flat[0].device_kind}, mesh.data={devices.shape[0]}, '
-        f'mesh.tower={devices.shape[1]}{split}. Compiling the first update takes a while.'
+        f'mesh.tower={devices.shape[1]}{dense}. Compiling the first update takes a while.'
     )
     if 'val' not in setup.dataset.splits:
         distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
+    if split and not dense:
+        distributed.warn("mesh.dense='split' has no effect with mesh.data=1.")
     optim = setup.config.optim
     if optim.schedule != 'epochs' and optim.stages:
         distributed.warn(f"optim.stages has no effect with optim.schedule={optim.schedule!r}; use 'epochs'.")

@@ -165,13 +165,17 @@ def test_keys_without_effect_are_named(monkeypatch):
     said = []
     monkeypatch.setattr(train.distributed, 'warn', said.append)
     mesh, dataset = types.SimpleNamespace(devices=np.array([jax.devices()[:1]])), types.SimpleNamespace(splits=['val'])
-    for changes in ({'warmup_start': 0.1}, {'trust_clip': True}, {'stages': ((0, 1, 1, ()),)}, {}):
-        changes = {f'optim.{key}': value for key, value in {'schedule': 'poly', 'stages': (), **changes}.items()}
+    for changes in (
+        {'optim.warmup_start': 0.1}, {'optim.trust_clip': True}, {'optim.stages': ((0, 1, 1, ()),)},
+        {'mesh.dense': 'split'}, {},
+    ):  # fmt: skip
+        changes = {'optim.schedule': 'poly', 'optim.stages': (), **changes}
         train._describe_setup(types.SimpleNamespace(mesh=mesh, dataset=dataset, config=helpers.run_config(**changes)))
     assert said == [
         'optim.warmup_start=0.1 has no effect with optim.warmup_epochs=0.',
         'optim.trust_clip=True has no effect with optim.trust_coefficient=0.',
         "optim.stages has no effect with optim.schedule='poly'; use 'epochs'.",
+        "mesh.dense='split' has no effect with mesh.data=1.",
     ]
 
 
