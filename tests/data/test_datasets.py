@@ -1,10 +1,13 @@
 """Datasets by name, by folder and from arrays, and what is refused."""
 
+import collections
+import importlib.util
 import sys
 
 import chex
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from alexnet_jax.data import datasets
@@ -39,6 +42,17 @@ def test_foreign_features_are_not_imported(named, tmp_path):
         datasets.open_dataset(str(data))
 
 
+def test_digits_are_those_of_scikit_learn():
+    expected = sklearn.datasets.load_digits()
+    digits = datasets.open_dataset('digits')
+    records = [*digits.split('train'), *digits.split('val')]
+    assert collections.Counter(record['label'] for record in records) == collections.Counter(expected.target.tolist())
+    scaled = expected.images.sum() * (255 / 16) * 4 * 4 * 3  # enlarged from 8 to 32 px, three channels
+    assert sum(int(record['image'].sum()) for record in records) == pytest.approx(scaled, rel=1e-3)
+    validated = np.random.default_rng(0).permutation(len(records))[:360]
+    assert [record['label'] for record in digits.split('val')] == expected.target[validated].tolist()
+
+
 def test_digits_splits_are_disjoint():
     digits = datasets.open_dataset('digits')
     train, val = digits.split('train'), digits.split('val')
@@ -49,6 +63,12 @@ def test_digits_splits_are_disjoint():
     chex.assert_trees_all_close(digits.image_stats.mean_image, mean.astype(np.float32), rtol=1e-5)
     with pytest.raises(UserError, match="no split 'test' in this dataset; choose from: train, val"):
         digits.split('test')
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=r"needs scikit-learn: pip install 'alexnet_jax\[quickstart\]'"):
+        datasets.open_dataset('digits')
 
 
 def test_missing_data_error_names_the_command(tmp_path):
