@@ -14,7 +14,7 @@ from absl import logging
 from google.protobuf.message import DecodeError
 
 from alexnet_jax.utils.errors import as_user_error
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, sync
 
 # Hide PyTorch from tensorboardX, which imports it for record types that are not used here. The import takes seconds and
 # 450 MB in this process and in each decoding process.
@@ -33,7 +33,7 @@ class MetricWriter:
 
     The constructor removes everything after `step`: a killed run may have written beyond its last checkpoint, and the
     resumed run repeats these steps. validated: whether to keep a validation line of `step` itself. The constructor,
-    `write` and `flush` raise UserError if the files cannot be written, for example on a full disk.
+    `write` and `sync` raise UserError if the files cannot be written, for example on a full disk.
     """
 
     def __init__(self, workdir: str, step: int, *, validated: bool = True):
@@ -43,7 +43,7 @@ class MetricWriter:
             with _as_user_error(self._workdir):
                 path = os.path.join(workdir, _METRICS)
                 _cut_metrics(path, step, validated)
-                for events in glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*')):
+                for events in _event_files(workdir):
                     _cut_events(events, step, validated)
                 self._lines = open(path, 'a', encoding='utf-8')
                 # SummaryWriter is not used: its thread dies when the disk is full, and waiting for it never ends.
@@ -65,14 +65,16 @@ class MetricWriter:
                         event.summary.value.add(tag=tag, simple_value=number)
             self._events.write_event(event)
             if now - self._flushed > 10:
-                self.flush()
+                self._events.flush()
+                self._flushed = now
 
-    def flush(self) -> None:
-        """Flushes the events. Call it before saving: a resumed run does not rewrite events before its checkpoint."""
+    def sync(self) -> None:
+        """Forces all lines to disk. Call it before saving: a resumed run does not repeat steps before its checkpoint."""
         if self._writes:
             with _as_user_error(self._workdir):
                 self._events.flush()
-                self._flushed = time.time()
+                for path in (os.path.join(self._workdir, _METRICS), *_event_files(self._workdir), self._workdir):
+                    sync(path)
 
     def close(self) -> None:
         """Closes the files. Ignores write errors: a resumed run writes the lost lines again."""
@@ -80,6 +82,10 @@ class MetricWriter:
             for file in (self._lines, self._events):
                 with contextlib.suppress(OSError):
                     file.close()
+
+
+def _event_files(workdir: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(workdir), 'events.out.tfevents.*'))
 
 
 def _as_user_error(workdir: str):

@@ -184,7 +184,7 @@ class StepHooks:
 
     def save(self, state: TrainState, top1_error: float | None, *, unfinished: bool = False) -> None:
         """Starts saving the state and the metadata that resuming needs."""
-        self.writer.flush()
+        self.writer.sync()
         meta = {**self.meta, 'log': self.log.state(), 'unfinished': unfinished}
         image_stats = self.setup.dataset.image_stats
         assert image_stats is not None  # `build` refuses data without them

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Container, Mapping
 
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, sync
 
 FILE_NAME = 'SHA256SUMS'
 
@@ -22,9 +22,18 @@ def sha256(path: str) -> str:
 
 
 def write(folder: str, known: Mapping[str, str] | None = None) -> None:
-    """Atomically writes the digests of all files below a folder. known: digests already computed, by relative path."""
+    """Forces a folder to disk, then atomically writes the digests of all its files.
+
+    After a power failure, a folder with a list of digests is therefore complete. known: digests already computed, by
+    relative path.
+    """
     known = known or {}
     names = _files(folder)
+    for name in names:
+        sync(os.path.join(folder, name))
+    for parent, _, _ in os.walk(folder, topdown=False):
+        sync(parent)
+    sync(os.path.dirname(os.path.abspath(folder)))  # which contains the name of the folder
     lines = [f'# {len(names)} files\n']  # a comment for sha256sum; reveals a truncated list
     lines += [f'{known.get(name) or sha256(os.path.join(folder, name))}  {name}\n' for name in names]
     with atomic_file(os.path.join(folder, FILE_NAME)) as file:

@@ -1,6 +1,7 @@
 """Path checks, locks, and atomic writes of files and folders."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -78,11 +79,24 @@ def check_declared_size(path: str, declared: int) -> None:
         raise ValueError(f'{size} bytes, but {declared} declared')
 
 
+def sync(path: str) -> None:
+    """Forces a file, or the list of names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO]:
     """Opens a temporary file that atomically replaces `path` when the context exits without an error.
 
-    The file is first synced to disk. Text is UTF-8. If the context raises an error, `path` is unchanged.
+    The file is synced to disk before, and its folder after it replaces `path`. Text is UTF-8. If the context raises an
+    error, `path` is unchanged.
     """
     partial = f'{path}.tmp'
     try:
@@ -91,6 +105,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync(os.path.dirname(path) or '.')
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(partial)
@@ -131,6 +146,7 @@ def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
                 os.makedirs(partial)
                 yield partial
                 os.rename(partial, output)
+                sync(os.path.dirname(output))
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
                 os.remove(f'{partial}.lock')
