@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.faults import faults
+from tests.faults import faults, power_cut
 from tests.faults.scene import (
     LostError,
     NotPossibleError,
@@ -82,3 +82,17 @@ def test_fault_is_survived(fault, shared, tmp_path):
         attempt(fault, tmp_path, shared, seed)
     except NotPossibleError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_power_cuts(shared, tmp_path):
+    """Of the disks that a power cut could leave; `python -m tests.faults.power_cut` tries all of them."""
+    seed = int.from_bytes(os.urandom(4))
+    print('seed', seed)
+    try:
+        results = power_cut.replay_all(Scene(tmp_path, np.random.default_rng(seed), shared), every=60)
+    except NotPossibleError as error:
+        pytest.skip(str(error))
+    assert [counts['losses'] for counts in results.values()] == [[], []]
+    assert results['run']['outcomes'].keys() >= {'0', '8', '16'}
+    assert results['out']['outcomes'].keys() == {'absent', 'whole'}
