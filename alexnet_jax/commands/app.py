@@ -96,6 +96,8 @@ def set_up_jax(cpu_devices: int) -> None:
     """
     import jax  # not at the top: the processes of alexnet_jax prepare do not load JAX
 
+    from alexnet_jax.utils import compiler
+
     if cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', cpu_devices)
@@ -116,10 +118,11 @@ def set_up_jax(cpu_devices: int) -> None:
     # finds in its cache, and would wait for its share of the autotuning.
     cache_dir = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache_dir is None and not processes.on_several_machines():
-        cache = cache_folder()
         with contextlib.suppress(OSError):  # no cache without a writable home folder
-            os.makedirs(cache, exist_ok=True)
-            jax.config.update('jax_compilation_cache_dir', cache)
+            os.makedirs(cache_folder(), exist_ok=True)
+            cache_dir = cache_folder()
+    if cache_dir is not None:
+        compiler.cache_programs(cache_dir)
 
 
 def _call(command: Any, words: Sequence[str]) -> None:

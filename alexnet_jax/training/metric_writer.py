@@ -69,7 +69,7 @@ class MetricWriter:
                 self._flushed = now
 
     def sync(self) -> None:
-        """Forces all lines to disk. Call it before saving: a resumed run does not repeat steps before its checkpoint."""
+        """Forces all lines to disk. Call it before saving: a resumed run does not repeat the steps before."""
         if self._writes:
             with _as_user_error(self._workdir):
                 self._events.flush()
