@@ -61,6 +61,7 @@ def run(setup: TrainingSetup, workdir: str, profile: int = 0) -> dict[str, float
     meta: dict[str, Any] = {'config': config_to_json(config), 'class_names': list(data.class_names)}
     sizes = {'record_size': data.record_size, 'examples': setup.num_examples}
     meta |= {**sizes, 'fingerprint': data.fingerprint}  # see `CheckpointManager.save`
+    _check_same_in_all_processes(setup, meta)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_open_workdir(workdir))
         _describe_setup(setup)
@@ -110,6 +111,21 @@ def run(setup: TrainingSetup, workdir: str, profile: int = 0) -> dict[str, float
     command = f'alexnet_jax evaluate --checkpoint={workdir} --data={config.data.path or "DIR"}'
     logging.info('The run is in %s. Evaluate it: %s', workdir, command)
     return hooks.result
+
+
+def _check_same_in_all_processes(setup: TrainingSetup, meta: dict[str, Any]) -> None:
+    """Raises UserError if a process has another config or other data, which would train silently on a mixture."""
+    config = {**meta['config'], 'data': {**meta['config']['data'], 'path': ''}}  # local disks may have other names
+    stats = setup.dataset.image_stats
+    distributed.check_equal(
+        {
+            'the config': config,
+            'the fingerprint of the data': meta['fingerprint'],
+            'the numbers of images': {split: len(records) for split, records in setup.dataset.splits.items()},
+            'the class names': meta['class_names'],
+            'the image statistics': [x.tobytes().hex() for x in stats] if stats else None,
+        }
+    )
 
 
 class StepActions(NamedTuple):

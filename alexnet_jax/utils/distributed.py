@@ -1,12 +1,13 @@
 """Coordination between the processes of one training run."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +40,20 @@ def broadcast_from_process_0(function: Callable[[], Any]) -> Any:
     if 'error' in outcome:
         raise UserError(outcome['error'])
     return outcome['result']
+
+
+def check_equal(values: Mapping[str, Any]) -> None:
+    """Raises UserError in all processes if a value differs between them. values: JSON by name, in all processes."""
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in values.values()]
+    own = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
+    gathered = multihost_utils.process_allgather(own)  # [process, value, byte]
+    for process, value in np.argwhere((gathered != gathered[0]).any(axis=2)):
+        raise UserError(
+            f'process {process} has another value of {list(values)[value]} than process 0; give all processes the same '
+            'config and the same prepared data.'
+        )
 
 
 @contextlib.contextmanager
