@@ -72,6 +72,29 @@ def figure1(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def faults(records: Sequence[Record]) -> list[Row]:
+    """A row for each kind of fault: trials, and what was lost."""
+    (result,) = records
+    rows = {**result['kinds'], '**all**': result}
+    columns = ('trials', 'survived', 'lost', 'silent')
+    return [{'fault': name.replace('_', ' '), **{key: str(row[key]) for key in columns}} for name, row in rows.items()]
+
+
+def power_cuts(records: Sequence[Record]) -> list[Row]:
+    """A row for each recorded command: its changes of files, the disks built from them, and what they led to."""
+    (result,), commands = records, {'run': 'training, 24 updates, 3 saves', 'out': '`prepare`, 1,797 images'}
+    return [
+        {
+            'recorded': commands[name],
+            'changes': f'{counts["changes"]:,}',
+            'disks': f'{counts["disks"]:,}',
+            'lost': str(counts['lost']),
+            'continues from': ', '.join(f'{key}: {number:,}' for key, number in counts['outcomes'].items()),
+        }
+        for name, counts in result['replayed'].items()
+    ]
+
+
 def errors(records: Sequence[Record]) -> list[Row]:
     """A row for each network that was trained to its end: test errors beside that of the authors."""
     return [
@@ -296,6 +319,8 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'inference': (inference, ('inference',)),
     'loop': (loop, ('loop',)),
     'scaling': (scaling, ('scaling',)),
+    'faults': (faults, (None,)),
+    'power_cuts': (power_cuts, (None,)),
     'published': (published, ('scaling',)),
 }
 

@@ -180,13 +180,13 @@ def _random_file(scene: Scene, folder: pathlib.Path) -> pathlib.Path:
     return files[scene.rng.choice(len(files), p=[size / sum(sizes) for size in sizes])]
 
 
-def _flip(scene: Scene, path: pathlib.Path) -> None:
+def flip(scene: Scene, path: pathlib.Path) -> None:
     content = bytearray(path.read_bytes())
     content[scene.rng.integers(len(content))] ^= 1 << int(scene.rng.integers(8))
     path.write_bytes(content)
 
 
-def _truncate(scene: Scene, path: pathlib.Path) -> None:
+def truncate(scene: Scene, path: pathlib.Path) -> None:
     os.truncate(path, scene.rng.integers(path.stat().st_size))
 
 
@@ -211,17 +211,17 @@ def _damaged_checkpoint(scene: Scene, damage) -> None:
 
 def bit_flipped_in_a_checkpoint(scene: Scene) -> None:
     """A flipped bit in the last step: the file is named, and training resumes from the previous step."""
-    _damaged_checkpoint(scene, lambda path: _flip(scene, path))
+    _damaged_checkpoint(scene, lambda path: flip(scene, path))
 
 
 def file_of_a_checkpoint_truncated(scene: Scene) -> None:
     """A file of the last step is truncated at a random position."""
-    _damaged_checkpoint(scene, lambda path: _truncate(scene, path))
+    _damaged_checkpoint(scene, lambda path: truncate(scene, path))
 
 
 def file_of_a_checkpoint_missing(scene: Scene) -> None:
     """A missing file, except the list of checksums: without it the step does not count, see `half_written_step`."""
-    _damaged_checkpoint(scene, lambda path: path.unlink() if path.name != checksums.FILE_NAME else _flip(scene, path))
+    _damaged_checkpoint(scene, lambda path: path.unlink() if path.name != checksums.FILE_NAME else flip(scene, path))
 
 
 def half_written_step(scene: Scene) -> None:
@@ -241,7 +241,7 @@ def bit_flipped_in_prepared_data(scene: Scene) -> None:
     copy = scene.folder / 'prepared'
     subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
     path = _random_file(scene, copy)
-    _flip(scene, path)
+    flip(scene, path)
     code, printed = scene.run(None, command=('verify', str(copy)))
     expect(code == 1, f'verify ends with {code}: {printed}')
     expect(path.name in printed or path.name == checksums.FILE_NAME, f'{path} is not named in {printed}')
@@ -393,7 +393,7 @@ def killed_in_prepare(scene: Scene) -> None:
     expect(scene.run(None, command=('verify', str(out)))[0] == 0, 'verify finds damage')
 
 
-def _prepare_again(scene: Scene, command, out: pathlib.Path, code: int, remedy) -> None:
+def prepare_again(scene: Scene, command, out: pathlib.Path, code: int, remedy) -> None:
     """After a fault in `prepare`: one line, no partial output; after `remedy` the same command writes all data."""
     expect(code in (0, 2) and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
     expect(out.exists() == (code == 0), f'ends with {code}, and {out} is {"" if out.exists() else "not "}there')
@@ -415,7 +415,7 @@ def permission_lost_in_prepare(scene: Scene) -> None:
     time.sleep(scene.rng.uniform(0, 4))
     require_running(child.poll() is None)
     os.chmod(place, 0o555)
-    _prepare_again(scene, command, place / 'out', scene.wait_for_exit(child), lambda: os.chmod(place, 0o755))
+    prepare_again(scene, command, place / 'out', scene.wait_for_exit(child), lambda: os.chmod(place, 0o755))
 
 
 def images_vanish_in_prepare(scene: Scene) -> None:
@@ -429,7 +429,7 @@ def images_vanish_in_prepare(scene: Scene) -> None:
     time.sleep(scene.rng.uniform(0, 4))
     require_running(child.poll() is None)
     raw.rename(away)
-    _prepare_again(scene, command, scene.folder / 'out', scene.wait_for_exit(child), lambda: away.rename(raw))
+    prepare_again(scene, command, scene.folder / 'out', scene.wait_for_exit(child), lambda: away.rename(raw))
 
 
 ALL = [

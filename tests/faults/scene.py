@@ -27,6 +27,10 @@ class LostError(AssertionError):
     """A promise did not hold."""
 
 
+class SilentError(LostError):
+    """The result is wrong, and nothing was said."""
+
+
 class NotPossibleError(Exception):
     """This machine does not allow the fault."""
 
@@ -35,9 +39,9 @@ class TooLateError(Exception):
     """The run had finished before the fault: nothing was tested."""
 
 
-def expect(holds, what: str) -> None:
+def expect(holds, what: str, error: type[LostError] = LostError) -> None:
     if not holds:
-        raise LostError(what)
+        raise error(what)
 
 
 def require_running(condition) -> None:
@@ -54,7 +58,8 @@ def last_step(workdir) -> int:
 
 def expect_noticed(code: int, before: int) -> None:
     """Checks that a fault at step `before` changed the exit code; 0 is accepted only near the end of the run."""
-    expect(code != 0 or before > config_file.get_config().num_steps - 24, f'a fault at step {before} changed nothing')
+    noticed = code != 0 or before > config_file.get_config().num_steps - 24
+    expect(noticed, f'a fault at step {before} changed nothing', SilentError)
     require_running(code != 0)
 
 
@@ -70,8 +75,14 @@ class Scene:
         self.mark = f'{os.getpid()}-{rng.integers(1 << 40)}'
         self.slowest_stop = 0.0
 
-    def start(self, workdir, *options, command=('train',), processes=1, limited=False, **popen) -> subprocess.Popen:
-        """Starts the command itself, without a wrapper except for several processes."""
+    def start(
+        self, workdir, *options, command=('train',), processes=1, limited=False, through=(), environment=None, **popen
+    ) -> subprocess.Popen:
+        """Starts the command itself, without a wrapper except for several processes.
+
+        limited: root obeys permissions. through: words of a program that starts it, such as strace. environment: added
+        variables.
+        """
         words = [sys.executable, '-m', 'alexnet_jax', *command]
         if command == ('train',):
             words = [sys.executable, '-m', 'alexnet_jax.main']
@@ -84,11 +95,16 @@ class Scene:
             if shutil.which('setpriv') is None:
                 raise NotPossibleError('needs setpriv, to bind root by permissions')
             words = ['setpriv', _NO_OVERRIDE, *words]
-        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark}
+        if through and shutil.which(through[0]) is None:
+            raise NotPossibleError(f'needs {through[0]}')
+        # All trials share the compiled programs, also those that compile in less than a second.
+        fast = {'XDG_CACHE_HOME': str(self._shared / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+        own = {'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark, **(environment or {})}
         log = open(self.folder / 'log.txt', 'a+')
         return subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, **popen
-        )
+            [*through, *words], cwd=ROOT, env={**os.environ, **fast, **own}, stdout=log, stderr=log,
+            start_new_session=True, **popen,
+        )  # fmt: skip
 
     def run(self, workdir, *options, **keywords) -> tuple[int, str]:
         """Runs a command undisturbed; returns (exit code, output)."""
@@ -213,9 +229,10 @@ class Scene:
         expect(re.search(written, printed), f'{written!r} is not in what it says: {printed[-3000:]}')
         whole = self.reference(*options, processes=processes)
         found, expected = (helpers.untimed_metrics(path) for path in (workdir, whole))
-        expect(found == expected, f'the metrics differ: {found} and {expected}')
+        expect(found == expected, f'the metrics differ: {found} and {expected}', SilentError)
         a, b = (jax.tree.leaves(helpers.last_state(config_file.get_config(), path)) for path in (workdir, whole))
-        expect(all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), 'the parameters or velocities differ')
+        same = all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        expect(same, 'the parameters or velocities differ', SilentError)
         expect(not verify.verify(str(workdir))[1], f'damage at the end: {verify.verify(str(workdir))[1]}')
 
 

@@ -1,5 +1,6 @@
-"""One trial of each fault; `python -m tests.faults --trials=N` runs more."""
+"""Trials of twenty faults; `python -m tests.faults --trials=N` runs more."""
 
+import datetime
 import os
 import signal
 import subprocess
@@ -7,7 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.faults import faults, power_cut
+from tests.faults import __main__ as campaign
+from tests.faults import faults, power_cut, system_faults
 from tests.faults.scene import (
     LostError,
     NotPossibleError,
@@ -18,6 +20,11 @@ from tests.faults.scene import (
     last_step,
     require_running,
 )
+
+# Twenty kinds of faults, others each day: the processes of pytest must agree on them.
+_ALL = [*faults.ALL, *system_faults.ALL]
+_DAY = np.random.default_rng(datetime.date.today().toordinal())
+_OF_THE_DAY = [_ALL[i] for i in sorted(_DAY.choice(len(_ALL), 20, replace=False))]
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +81,7 @@ def test_restart_from_the_beginning_counts_as_lost(printed, tmp_path):
 @pytest.mark.skipif(
     not os.path.isdir('/proc/self'), reason='looks processes up in /proc, which this system has not got'
 )
-@pytest.mark.parametrize('fault', faults.ALL, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize('fault', _OF_THE_DAY, ids=lambda fault: fault.__name__)
 def test_fault_is_survived(fault, shared, tmp_path):
     try:
         seed = int.from_bytes(os.urandom(4))
@@ -96,3 +103,23 @@ def test_power_cuts(shared, tmp_path):
     assert [counts['losses'] for counts in results.values()] == [[], []]
     assert results['run']['outcomes'].keys() >= {'0', '8', '16'}
     assert results['out']['outcomes'].keys() == {'absent', 'whole'}
+
+
+def test_campaigns_add_up():
+    trial = {'fault': 'killed', 'outcome': 'survived', 'reason': None, 'seconds': 10.0, 'slowest_stop': 1.5}
+    lost = {**trial, 'outcome': 'lost', 'reason': 'why', 'seconds': 20.0}
+    not_made = {**trial, 'fault': 'slow_disk', 'outcome': 'not made', 'seconds': 5.0}
+    result = {'name': 'faults'}
+    for seed, line in ((1, trial), (1, lost), (2, not_made), (2, trial)):
+        result = campaign.add(result, line, seed, 'abc')
+    assert (result['trials'], result['survived'], result['lost'], result['silent'], result['not_made']) == (
+        3,
+        2,
+        1,
+        0,
+        1,
+    )
+    assert result['seconds_per_trial'] == 13.3 and result['slowest_stop'] == 1.5
+    assert result['seeds'] == {'1': 2, '2': 2} and result['commits'] == {'abc': 4}
+    assert result['failures'] == [{'fault': 'killed', 'outcome': 'lost', 'reason': 'why'}]
+    assert result['kinds']['killed'] == {'trials': 3, 'survived': 2, 'lost': 1, 'silent': 0}

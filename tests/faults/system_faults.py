@@ -1,0 +1,399 @@
+"""Faults of the system around a run: memory, disks, clocks, limits, signals at a chosen system call."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import time
+
+from alexnet_jax.utils import checksums
+from tests.faults.faults import TWO, WORKERS, expect_saved, flip, prepare_again, truncate
+from tests.faults.scene import (
+    NotPossibleError,
+    Scene,
+    SilentError,
+    expect,
+    expect_noticed,
+    last_step,
+    require_running,
+    small_disk,
+)
+from tests.helpers import untimed_metrics
+
+_PROCESS = b'-m\0alexnet_jax.main'
+_CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+static time_t shift(time_t now) { static time_t first; if (!first) first = now; return now > first + 4 ? 7200 : 0; }
+int clock_gettime(clockid_t id, struct timespec *t) {
+  static int (*real)(clockid_t, struct timespec *);
+  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+  int code = real(id, t);
+  if (!code && id == CLOCK_REALTIME) t->tv_sec -= shift(t->tv_sec);
+  return code;
+}
+time_t time(time_t *out) {
+  struct timespec t; clock_gettime(CLOCK_REALTIME, &t); if (out) *out = t.tv_sec;
+  return t.tv_sec;
+}
+int gettimeofday(struct timeval *t, void *zone) {
+  struct timespec now; clock_gettime(CLOCK_REALTIME, &now); t->tv_sec = now.tv_sec; t->tv_usec = now.tv_nsec / 1000;
+  return 0;
+}
+"""
+
+
+def _paused(scene: Scene, child, pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(scene.rng.uniform(1, 6))
+    require_running(child.poll() is None)
+    os.kill(pid, signal.SIGCONT)
+    expect(scene.wait_for_exit(child) == 0, scene.log()[-3000:])
+
+
+def paused_worker(scene: Scene) -> None:
+    """SIGSTOP of a decoding worker, then SIGCONT: the run waits."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *WORKERS)
+    scene.wait_for_training(child, workdir)
+    workers = scene.child_processes(b'spawn_main')
+    require_running(workers)
+    with contextlib.suppress(ProcessLookupError):
+        _paused(scene, child, int(scene.rng.choice(workers)))
+    scene.expect_same_result(workdir, *WORKERS)
+
+
+def paused_process_of_two(scene: Scene) -> None:
+    """SIGSTOP of one of two processes, then SIGCONT: the other waits."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *TWO, processes=2)
+    scene.wait_for_training(child, workdir)
+    processes = scene.child_processes(_PROCESS)
+    require_running(processes)
+    _paused(scene, child, int(scene.rng.choice(processes)))
+    scene.expect_same_result(workdir, *TWO, processes=2)
+
+
+@contextlib.contextmanager
+def _memory_limit(scene: Scene):
+    """Makes a memory cgroup; yields its folder."""
+    group = pathlib.Path('/sys/fs/cgroup/memory') / f'faults-{scene.mark}'
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NotPossibleError(f'needs the right to make a memory cgroup ({error})') from None
+    try:
+        yield group
+    finally:
+        deadline = time.monotonic() + 20
+        while (group / 'cgroup.procs').read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        group.rmdir()
+
+
+def out_of_memory_in_a_worker(scene: Scene) -> None:
+    """The kernel's out-of-memory killer ends a decoding worker: one clear error, then the run resumes."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, *WORKERS)
+    scene.wait_for_training(child, workdir)
+    workers = scene.child_processes(b'spawn_main')
+    require_running(workers)
+    with _memory_limit(scene) as group:
+        (group / 'memory.limit_in_bytes').write_text('65536')
+        with contextlib.suppress(ProcessLookupError):
+            (group / 'cgroup.procs').write_text(str(scene.rng.choice(workers)))
+        code = scene.wait_for_exit(child)
+    require_running(code != 0)
+    expect(code == 2 and 'a decoding process died' in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_clean_exit()
+    scene.expect_same_result(workdir, *WORKERS)
+
+
+def out_of_memory(scene: Scene) -> None:
+    """The out-of-memory killer ends the training process, at any moment."""
+    workdir = scene.folder / 'run'
+    with _memory_limit(scene) as group:
+        child = scene.start(workdir)
+        (group / 'cgroup.procs').write_text(str(child.pid))
+        scene.wait_random(child, workdir)
+        require_running(child.poll() is None)
+        used = int((group / 'memory.usage_in_bytes').read_text())
+        with contextlib.suppress(OSError):  # busy, if nothing can be reclaimed
+            (group / 'memory.limit_in_bytes').write_text(str(used + (1 << 20)))
+        code = scene.wait_for_exit(child)
+    require_running(code != 0)
+    expect(code == -signal.SIGKILL, f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_same_result(workdir)
+
+
+def slow_disk(scene: Scene) -> None:
+    """Each write and sync takes up to a tenth of a second: the run is slower, and ends the same."""
+    delay = int(scene.rng.integers(1_000, 100_000))
+    calls = 'write,writev,pwrite64,fsync,rename'
+    workdir = scene.folder / 'run'
+    traced = ('strace', '-f', '--seccomp-bpf', '-o', '/dev/null', '-e', f'inject={calls}:delay_exit={delay}:when=20+7')
+    code = scene.wait_for_exit(scene.start(workdir, through=traced), 400)
+    expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_same_result(workdir)
+
+
+def read_error(scene: Scene) -> None:
+    """A read of a record file fails: the record is named and has weight 0, or the run ends with one clear error."""
+    copy = scene.folder / 'prepared'
+    subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
+    shard = str(scene.rng.choice(sorted(copy.glob('*train*array_record*'))))
+    when = int(scene.rng.integers(1, 60))
+    calls = 'read,pread64,readv,preadv'
+    traced = (
+        'strace',
+        '-f',
+        '--seccomp-bpf',
+        '-o',
+        '/dev/null',
+        '-P',
+        shard,
+        '-e',
+        f'inject={calls}:error=EIO:when={when}',
+    )
+    options = (f'--config.data.path={copy}',)
+    workdir = scene.folder / 'run'
+    code = scene.wait_for_exit(scene.start(workdir, *options, through=traced), 400)
+    expect(code in (0, 2) and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+    said = 'unreadable' in scene.log() or 'Input/output error' in scene.log()
+    expect(code == 0 or said, f'the cause is not named: {scene.log()[-3000:]}')
+    if code == 0 and not said:
+        whole = scene.reference(f'--config.data.path={scene.prepared()}')
+        expect(untimed_metrics(workdir) == untimed_metrics(whole), 'other metrics, and nothing is said', SilentError)
+    if code == 2:
+        scene.expect_same_result(workdir, *options)
+
+
+def inodes_used_up(scene: Scene) -> None:
+    """No more files can be made: one clear error, and the same command resumes once there are inodes."""
+    with small_disk(scene.folder / 'disk', '60m,nr_inodes=1200') as disk:
+        workdir = disk / 'run'
+        child = scene.start(workdir)
+        scene.wait_for_training(child, workdir, more=int(scene.rng.integers(1, 12)))
+        before = last_step(workdir)
+        filler = disk / 'filler'
+        filler.mkdir()
+        with contextlib.suppress(OSError):
+            for i in range(2000):
+                (filler / str(i)).touch()
+        code = scene.wait_for_exit(child)
+        shutil.rmtree(filler)
+        expect_noticed(code, before)
+        expect(code == 2 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+        expect('No space left on device' in scene.log().splitlines()[-1], scene.log()[-3000:])
+        scene.expect_same_result(workdir)
+
+
+def every_printable_character_in_a_path(scene: Scene) -> None:
+    """A workdir and data whose path has every printable character; those that Orbax cannot take are refused."""
+    refused, allowed = '[*?\\', set(string.printable) - set('/[*?\\\r\n\x0b\x0c\t')
+    name = ''.join(scene.rng.permutation(sorted(allowed)))
+    place = scene.folder / f'a{name}'
+    place.mkdir()
+    subprocess.run(['cp', '-r', str(scene.prepared()), str(place / 'data')], check=True)
+    options = (f'--config.data.path={place}/data',)
+    workdir = place / 'run'
+    child = scene.start(workdir, *options)
+    scene.wait_random(child, workdir)
+    scene.stop(child, signal.SIGKILL)
+    scene.expect_same_result(workdir, *options)
+    code, printed = scene.run(None, command=('verify', str(workdir), str(place / 'data')))
+    expect(code == 0, f'verify ends with {code}: {printed}')
+    bad = scene.folder / f'b{scene.rng.choice(list(refused))}'
+    code, printed = scene.run(bad)
+    expect(code == 2 and 'checkpoints cannot be saved below' in printed, f'ends with {code}: {printed}')
+
+
+def clock_jumps_back(scene: Scene) -> None:
+    """The wall clock jumps back two hours, four seconds after the start: the run ends the same, all rates positive."""
+    compiler = shutil.which('gcc') or shutil.which('cc')
+    if compiler is None:
+        raise NotPossibleError('needs a C compiler')
+    source, library = scene.folder / 'clock.c', scene.folder / 'clock.so'
+    source.write_text(_CLOCK)
+    subprocess.run([compiler, '-shared', '-fPIC', '-o', str(library), str(source), '-ldl'], check=True)
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, environment={'LD_PRELOAD': str(library)})
+    code = scene.wait_for_exit(child)
+    expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    expect(not re.search(r' -\d+ images/s|ETA -', scene.log()), scene.log()[-3000:])
+    scene.expect_same_result(workdir)
+
+
+def shared_memory_full(scene: Scene) -> None:
+    """/dev/shm is full: one clear error, or the workers do without it; then the run resumes."""
+    workdir = scene.folder / 'run'
+    size = int(scene.rng.integers(4, 400))
+    inner = f'mount -t tmpfs -o size={size}k none /dev/shm && exec "$@"'
+    through = ('unshare', '--mount', 'sh', '-c', inner, 'sh')
+    code = scene.wait_for_exit(scene.start(workdir, *WORKERS, through=through))
+    expect(code in (0, 2) and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+    expect(code == 0 or '/dev/shm' in scene.log(), f'the cause is not named: {scene.log()[-3000:]}')
+    scene.expect_clean_exit()
+    scene.expect_same_result(workdir, *WORKERS)
+
+
+def few_open_files(scene: Scene) -> None:
+    """At most 256 open files: the run is not affected."""
+    workdir = scene.folder / 'run'
+    code = scene.wait_for_exit(scene.start(workdir, *WORKERS, through=('prlimit', '--nofile=256:256')))
+    expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_same_result(workdir, *WORKERS)
+
+
+def home_not_writable(scene: Scene) -> None:
+    """No compiled programs can be kept: the run is not affected."""
+    home = scene.folder / 'home'
+    home.mkdir()
+    home.chmod(0o555)
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir, limited=True, environment={'HOME': str(home), 'XDG_CACHE_HOME': ''})
+    code = scene.wait_for_exit(child)
+    expect(code == 0 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_same_result(workdir)
+
+
+def damaged_compiled_program(scene: Scene) -> None:
+    """A flipped bit or a truncated file in the cache of compiled programs: told once, and compiled again."""
+    cache = scene.folder / 'cache'  # its path is part of JAX's keys, so that a copy of the shared one would not do
+    environment = {'XDG_CACHE_HOME': str(cache)}
+    code, printed = scene.run(scene.folder / 'first', environment=environment)
+    expect(code == 0, f'ends with {code}: {printed[-3000:]}')
+    for path in cache.rglob('*-cache'):
+        (flip if scene.rng.integers(2) else truncate)(scene, path)
+    workdir = scene.folder / 'run'
+    code = scene.wait_for_exit(scene.start(workdir, environment=environment))
+    expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    told = scene.log().count('damaged compiled programs')
+    expect(told == 1, f'told {told} times: {scene.log()[-3000:]}')
+    code, printed = scene.run(scene.folder / 'again', environment=environment)
+    expect(code == 0 and 'damaged' not in printed, f'ends with {code}: {printed[-3000:]}')
+    scene.expect_same_result(workdir)
+
+
+def other_data_in_one_process(scene: Scene) -> None:
+    """Two machines with different prepared data: both processes are refused before the first step."""
+    copy, workdir = scene.folder / 'other', scene.folder / 'run'
+    command = ('prepare', f'--input={scene.raw()}', f'--output={copy}', '--size=32', '--format=raw')
+    code, printed = scene.run(None, command=command)
+    expect(code == 0, printed[-2000:])
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    environment = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2', 'LOCAL_WORLD_SIZE': '2'}
+    data = [scene.prepared(), copy]
+    children = [
+        scene.start(workdir, *TWO, f'--config.data.path={path}', environment={**environment, 'JAX_PROCESS_ID': str(i)})
+        for i, path in enumerate(data if scene.rng.integers(2) else data[::-1])
+    ]
+    codes = [scene.wait_for_exit(child) for child in children]
+    expect(codes == [2, 2], f'end with {codes}: {scene.log()[-3000:]}')
+    expect('than process 0; give all processes the same' in scene.log(), scene.log()[-3000:])
+    expect(not (workdir / 'metrics.jsonl').exists(), 'it has trained')
+
+
+def other_number_of_processes(scene: Scene) -> None:
+    """A run of two processes goes on in one, or the other way around, on the same mesh."""
+    workdir = scene.folder / 'run'
+    ways = [{'processes': 2}, {'options': ('--cpu_devices=2', *TWO)}]
+    first, second = ways if scene.rng.integers(2) else ways[::-1]
+    child = scene.start(workdir, *first.get('options', TWO), processes=first.get('processes', 1))
+    scene.wait_random(child, workdir)
+    scene.stop(child, signal.SIGKILL, group=True)
+    scene.expect_same_result(workdir, *second.get('options', TWO), processes=second.get('processes', 1))
+
+
+def terminated_during_restore(scene: Scene) -> None:
+    """SIGTERM while a run restores its checkpoint."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir)
+    scene.wait_for_training(child, workdir, more=int(scene.rng.integers(4, 12)))
+    scene.stop(child, signal.SIGKILL)
+    require_running(list(workdir.glob(f'checkpoints/*/{checksums.FILE_NAME}')))
+    child = scene.start(workdir)
+    time.sleep(scene.rng.uniform(1, 6))
+    code = scene.stop(child)
+    expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
+    scene.expect_same_result(workdir)
+
+
+def terminated_twice(scene: Scene) -> None:
+    """A second SIGTERM while the first is obeyed."""
+    workdir = scene.folder / 'run'
+    child = scene.start(workdir)
+    scene.wait_for_training(child, workdir)
+    time.sleep(scene.rng.uniform(0, 1))
+    require_running(child.poll() is None)
+    os.kill(child.pid, signal.SIGTERM)
+    time.sleep(scene.rng.uniform(0, 0.5))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGTERM)
+    code = scene.wait_for_exit(child)
+    require_running(code != 0)
+    expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
+    if code == 143:
+        expect_saved(scene, workdir)
+    scene.expect_same_result(workdir)
+
+
+def _killed_at(scene: Scene, call: str, path: pathlib.Path, when: int = 1) -> None:
+    """SIGKILL as training enters a system call on a path."""
+    workdir = scene.folder / 'run'
+    inject = f'inject={call}:signal=KILL:when={when}'
+    traced = ('strace', '-f', '--seccomp-bpf', '-o', '/dev/null', '-P', str(path), '-e', inject)
+    code = scene.wait_for_exit(scene.start(workdir, through=traced), 400)
+    require_running(code != 0)
+    expect(code in (137, -signal.SIGKILL), f'ends with {code}: {scene.log()[-3000:]}')
+    scene.expect_clean_exit()
+    scene.expect_same_result(workdir)
+    expect(not list(workdir.glob('checkpoints/*.damaged')), 'a kill is taken for damage')
+
+
+def killed_in_the_digest(scene: Scene) -> None:
+    """SIGKILL while the digests of a step are computed or written."""
+    step = scene.folder / 'run' / 'checkpoints' / str(scene.rng.choice([8, 16, 24, 56, 60]))
+    places = [('write', step / f'{checksums.FILE_NAME}.tmp'), ('rename', step / checksums.FILE_NAME), ('fsync', step)]
+    places += [('read', step / '_CHECKPOINT_METADATA'), ('fsync', step / '_CHECKPOINT_METADATA')]
+    _killed_at(scene, *places[scene.rng.integers(len(places))])
+
+
+def killed_in_the_retirement(scene: Scene) -> None:
+    """SIGKILL while an old step is removed."""
+    removed = scene.folder / 'run' / 'checkpoints' / 'removed'
+    step = removed / str(scene.rng.choice([8, 16]))
+    places = [('rename', step), ('unlinkat', step), ('unlinkat', removed), ('mkdir', removed)]
+    _killed_at(scene, *places[scene.rng.integers(len(places))])
+
+
+def killed_in_join(scene: Scene) -> None:
+    """SIGKILL of `prepare --join` at any moment; the same command then joins the same data."""
+    out = scene.folder / 'out'
+    command = ('prepare', f'--input={scene.raw()}', f'--output={out}', '--size=32')
+    for part in ('1/2', '2/2'):
+        code, printed = scene.run(None, command=(*command, f'--part={part}'))
+        expect(code == 0, printed[-2000:])
+    child = scene.start(None, command=(*command, '--join'))
+    time.sleep(scene.rng.uniform(0, 6))
+    require_running(child.poll() is None)
+    child.kill()
+    child.wait()
+    prepare_again(scene, (*command, '--join'), out, 2, lambda: None)
+
+
+ALL = [
+    paused_worker, paused_process_of_two, out_of_memory_in_a_worker, out_of_memory, slow_disk, read_error,
+    inodes_used_up, every_printable_character_in_a_path, clock_jumps_back, shared_memory_full, few_open_files,
+    home_not_writable, damaged_compiled_program, other_data_in_one_process, other_number_of_processes,
+    terminated_during_restore, terminated_twice, killed_in_the_digest, killed_in_the_retirement, killed_in_join,
+]  # fmt: skip
