@@ -4,6 +4,7 @@ import os
 import threading
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
@@ -39,3 +40,17 @@ def test_broadcast_results_have_one_size(monkeypatch):
     with pytest.raises(UserError, match='no such folder'):
         distributed.broadcast_from_process_0(lambda: (_ for _ in ()).throw(OSError('no such folder')))
     assert len(set(sizes)) == 1
+
+
+def test_other_values_in_one_process_are_refused_in_all(monkeypatch):
+    distributed.check_equal({'the config': 1})  # one process has nothing to compare with
+    monkeypatch.setattr(distributed.jax, 'process_count', lambda: 2)
+    sent = []
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda own: sent.append(own) or np.stack([own, own]))
+    distributed.check_equal({'the config': {'b': 1, 'a': 2}, 'the data': 'x'})
+    distributed.check_equal({'the config': {'a': 2, 'b': 1}, 'the data': 'y'})
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda own: np.stack(sent))
+    for process in range(2):  # they are refused in both
+        monkeypatch.setattr(distributed.jax, 'process_index', lambda process=process: process)
+        with pytest.raises(UserError, match='process 1 has another value of the data than process 0'):
+            distributed.check_equal({'the config': {'a': 2, 'b': 1}, 'the data': 'xy'[process]})
