@@ -134,7 +134,9 @@ def measure(
 ) -> Samples:
     """Runs a command that trains in a workdir. Returns `count` samples, each of all readings since the previous one.
 
-    statistic: 'median' of the readings, or 'max'. Raises RuntimeError if the command fails or leaves processes or shared memory.
+    statistic: 'median' of the readings, or 'max'.
+
+    Raises RuntimeError if the command fails or leaves processes or shared memory.
     """
     samples: list[dict[str, float]] = []
     readings: list[dict[str, float]] = []
