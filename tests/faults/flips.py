@@ -16,7 +16,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -30,6 +30,7 @@ from alexnet_jax.data import cache, datasets
 from alexnet_jax.prepare import dataset_writer, prepare
 from alexnet_jax.training import build, restore, train
 from alexnet_jax.utils import checksums
+from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
 from tests.faults import long_run, results
@@ -162,8 +163,8 @@ class Checkpoints:
 def _checkpoint_kind(path: pathlib.PurePath) -> str:
     if path.name == checksums.FILE_NAME:
         return 'checkpoint: list of digests'
-    if path.parts[0] in ('meta', 'metrics') and path.name == path.parts[0]:
-        return f'checkpoint: {path.name}'
+    if path.name == 'metrics':
+        return 'checkpoint: metrics'
     if path.name == 'manifest.ocdbt':
         return 'checkpoint: manifests'
     if path.parent.name == 'd':
@@ -290,7 +291,9 @@ def choose(strata: list[Stratum], flips: int) -> list[int]:
     return taken
 
 
-def run(flips: int, seed: int, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    flips: int, seed: int, formats: Sequence[str] = ('raw', 'jpeg'), *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Flips about `flips` bits and returns the outcomes by class of file; 'problems' describes those that must not be.
 
     Also reads without the digests after some of the flips, and counts how many are then silent.
@@ -300,7 +303,7 @@ def run(flips: int, seed: int, *, say: Callable[[str], None] = print) -> dict[st
         folder = pathlib.Path(name)
         pictures = helpers.write_pictures(folder / 'pictures', range(3), count=10)
         scenes: list[Checkpoints | Prepared] = [Checkpoints(folder / 'run')]
-        scenes += [Prepared(folder / format, pictures, format) for format in ('raw', 'jpeg')]
+        scenes += [Prepared(folder / format, pictures, format) for format in formats]
         strata = [(stratum, scene.readers()) for scene in scenes for stratum in scene.strata()]
         counts = choose([stratum for stratum, _ in strata], flips)
         return _flip_all(zip(strata, counts, strict=True), np.random.default_rng(seed), say)
@@ -347,8 +350,9 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update('jax_platforms', 'cpu')
     logging.root.handlers[:] = [logging.NullHandler()]  # damage is reported thousands of times
+    environment = describe_environment()
     found = run(args.flips, args.seed, say=functools.partial(print, flush=True))
-    results.write(args.output, 'flips', {'seed': args.seed, **found})
+    results.write(args.output, 'flips', {'seed': args.seed, **found}, environment)
     print(f'{found["flips"]} flips, {len(found["problems"])} neither named nor harmless')
     raise SystemExit(bool(found['problems']))
 

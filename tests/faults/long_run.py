@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from alexnet_jax.utils.environment import describe_environment
 from tests import ROOT, helpers
 from tests.faults import results
 
@@ -30,7 +31,7 @@ LIMIT = 0.02  # a quantity is flat if a line fitted to it over the last three qu
 FLAT = ('rss', 'pss', 'files', 'threads', 'processes', 'shared_files', 'shared_bytes', 'checkpoint_bytes')
 COUNTERS = ('cpu', 'seconds', 'metrics_bytes', 'event_bytes')  # these grow
 CRITERION = f'a line fitted over the last three quarters rises by less than {LIMIT:.0%}'
-_SECONDS = 0.25  # between two readings
+_SECONDS = 0.5  # between two readings
 _TICK = os.sysconf('SC_CLK_TCK')
 
 
@@ -163,7 +164,10 @@ def measure(
         raise RuntimeError(
             f'{command} ended with {child.returncode} at step {progress.step()}:\n{log.read_text()[-3000:]}'
         )
-    if left := [pid for pid in children if helpers.is_running(pid)]:
+    deadline = time.monotonic() + 20  # Python's resource tracker ends a little later than the process
+    while (left := [pid for pid in children if helpers.is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
         raise RuntimeError(f'{command} left the processes {left}')
     mapped = set().union(*map(_mapped_shared_memory, pathlib.Path('/proc').glob('[0-9]*')))
     if left := {f'/dev/shm/{name}' for name in os.listdir('/dev/shm')} - shared - mapped:
@@ -214,9 +218,12 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     return output
 
 
-def run(updates: int, resumed: int, times: int, count: int = 200) -> dict[str, dict]:
-    """Returns the samples and trends of both parts. resumed: updates of the second part, in `times` resumed runs."""
-    found = {}
+def run(updates: int, resumed: int, times: int, count: int = 200) -> Iterator[dict[str, dict]]:
+    """Yields the samples and trends of the first part, then those of both.
+
+    resumed: updates of the second part, in `times` resumed runs.
+    """
+    found: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         data = prepare(folder)
@@ -233,7 +240,7 @@ def run(updates: int, resumed: int, times: int, count: int = 200) -> dict[str, d
             found[part] = {'updates': total, 'statistic': statistic, 'trends': trends(samples)}
             found[part] |= {'per_update': per_update(samples), 'samples': samples}
             report(part, found[part])
-    return found
+            yield found
 
 
 def report(part: str, result: dict) -> None:
@@ -271,13 +278,15 @@ def plot(path: pathlib.Path, found: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--updates', type=int, default=100_000, help='of the uninterrupted run')
-    parser.add_argument('--resumed', type=int, default=6_000, help='updates of the run that is resumed')
-    parser.add_argument('--times', type=int, default=60, help='how often that run is resumed')
+    parser.add_argument('--resumed', type=int, default=2_500, help='updates of the run that is resumed')
+    parser.add_argument('--times', type=int, default=25, help='how often that run is resumed')
     parser.add_argument('--output', required=True, help='file of the results; the figure is written to ../img')
     args = parser.parse_args()
-    found = run(args.updates, args.resumed, args.times)
-    results.write(args.output, 'long_run', {'criterion': CRITERION, **found})
-    plot(pathlib.Path(args.output).resolve().parents[1] / 'img' / 'long_run.png', found)
+    found: dict[str, dict] = {}
+    environment = describe_environment()  # before the files of the results change the working tree
+    for found in run(args.updates, args.resumed, args.times):
+        results.write(args.output, 'long_run', {'criterion': CRITERION, **found}, environment)
+        plot(pathlib.Path(args.output).resolve().parents[1] / 'img' / 'long_run.png', found)
     raise SystemExit(any(not trend['flat'] for result in found.values() for trend in result['trends'].values()))
 
 

@@ -8,12 +8,13 @@ import sys
 from typing import Any
 
 from alexnet_jax.benchmark import record
-from alexnet_jax.utils.environment import describe_environment
 
 
-def write(path: str, mode: str, found: dict[str, Any]) -> None:
-    """Writes what was measured and where, in the form of `alexnet_jax benchmark --output`."""
-    environment = describe_environment()
+def write(path: str, mode: str, found: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Writes what was measured and where, in the form of `alexnet_jax benchmark --output`.
+
+    environment: from `describe_environment`, at the start of the program.
+    """
     words = [f'tests.faults.{mode}', *sys.argv[1:]]
     facts = {
         'mode': mode,
