@@ -142,7 +142,7 @@ def measure(
     samples: list[dict[str, float]] = []
     readings: list[dict[str, float]] = []
     every = updates / count
-    shared = {f'/dev/shm/{name}' for name in os.listdir('/dev/shm')}
+    shared = _shared_memory()
     progress, log = _Progress(workdir / 'metrics.jsonl'), workdir.with_suffix('.log')
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(workdir.parent)}
     with (
@@ -164,15 +164,24 @@ def measure(
         raise RuntimeError(
             f'{command} ended with {child.returncode} at step {progress.step()}:\n{log.read_text()[-3000:]}'
         )
-    deadline = time.monotonic() + 20  # Python's resource tracker ends a little later than the process
-    while (left := [pid for pid in children if helpers.is_running(pid)]) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20  # Python's resource tracker ends a little later than the process, and cleans up
+    while left := _left(children, shared):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f'{command} left {left}')
         time.sleep(0.1)
-    if left:
-        raise RuntimeError(f'{command} left the processes {left}')
-    mapped = set().union(*map(_mapped_shared_memory, pathlib.Path('/proc').glob('[0-9]*')))
-    if left := {f'/dev/shm/{name}' for name in os.listdir('/dev/shm')} - shared - mapped:
-        raise RuntimeError(f'{command} left {sorted(left)}')
     return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def _left(children: set[int], shared: set[str]) -> list:
+    """Returns the processes that still run, and the memory in /dev/shm that is new and that no process has mapped."""
+    mapped = set().union(*map(_mapped_shared_memory, pathlib.Path('/proc').glob('[0-9]*')))
+    names = _shared_memory() - shared - mapped
+    return [*filter(helpers.is_running, children), *sorted(names)]
+
+
+def _shared_memory() -> set[str]:
+    """Returns the blocks and semaphores of `multiprocessing`, of all programs."""
+    return {f'/dev/shm/{name}' for name in os.listdir('/dev/shm') if name.startswith(('psm_', 'sem.mp-'))}
 
 
 def _mapped_shared_memory(process: pathlib.Path) -> set[str]:
