@@ -241,6 +241,73 @@ def compiled_links(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+_READERS = {
+    'verify': '`verify`',
+    'training': 'resuming',
+    'load': 'loading the network',
+    'best': 'finding the best step',
+    'reading': 'opening and reading',
+}
+
+
+def flips(records: Sequence[Record]) -> list[Row]:
+    """A row for each class of files in which bits were flipped: what each reader did, and how many are silent alone."""
+    (record,), table = records, []
+    total = {'bytes': 0, 'flips': 0, 'without_digests': {'flips': 0, 'silent': 0}}
+    for kind, found in [*record['kinds'].items(), ('all', total)]:
+        row = {'files': kind, 'bytes': f'{found["bytes"]:,}', 'flips': f'{found["flips"]:,}'}
+        for name, title in _READERS.items():
+            counts = found.get('readers', {}).get(name, {})
+            tried = {word: count for word, count in counts.items() if word != 'not tried'}
+            row[title] = ', '.join(f'{count:,} {word}' for word, count in sorted(tried.items(), reverse=True))
+        without = found['without_digests']
+        row['silent without digests'] = f'{without["silent"]:,} of {without["flips"]:,}'
+        table.append(row)
+        if found is not total:
+            total |= {name: total[name] + found[name] for name in ('bytes', 'flips')}
+            total['without_digests'] = {key: value + without[key] for key, value in total['without_digests'].items()}
+    return table
+
+
+_LEVELS: dict[str, tuple[str, float, str]] = {
+    'pss': ('memory (PSS)', 2**20, ' MiB'),
+    'rss': ('memory (RSS)', 2**20, ' MiB'),
+    'shared_bytes': ('shared memory', 2**10, ' KiB'),
+    'shared_files': ('files in shared memory', 1, ''),
+    'files': ('open files', 1, ''),
+    'threads': ('threads', 1, ''),
+    'processes': ('processes', 1, ''),
+    'checkpoint_bytes': ('checkpoints on disk', 2**10, ' KiB'),
+}
+_PER_UPDATE = {
+    'metrics_bytes': ('`metrics.jsonl`', 'bytes per update'),
+    'event_bytes': ('TensorBoard events', 'bytes per update'),
+    'cpu_ms': ('processor time', 'ms per update'),
+}
+
+
+def long_run(records: Sequence[Record]) -> list[Row]:
+    """A row for each quantity of a long run: its level and its rise; and what grows with each update."""
+    (record,), table = records, []
+    titles = {'run': 'one run', 'resumed': 'resumed run'}
+    parts = {part: column for part, column in titles.items() if part in record}
+    for name, (title, unit, suffix) in _LEVELS.items():
+        row = {'quantity': title}
+        for part, column in parts.items():
+            trend = record[part]['trends'][name]
+            row[column] = f'{trend["median"] / unit:,.{1 if unit > 1 and trend["median"] < 100 * unit else 0}f}{suffix}'
+            row[f'{column}, rise'] = f'{trend["rise"]:+.2%}'
+            slope = trend['per_1000_updates']
+            row[f'{column}, per 1,000 updates'] = f'{slope:+,.0f} bytes' if unit > 1 else f'{slope:+.3f}'
+        table.append(row)
+    for name, (title, unit_name) in _PER_UPDATE.items():
+        row = {'quantity': f'{title}, {unit_name}, in the second and the last quarter'}
+        for part, column in parts.items():
+            row[column] = ' and '.join(f'{value:.1f}' for value in record[part]['per_update'][name])
+        table.append(row)
+    return table
+
+
 def _by_size(records: Sequence[Record]) -> list[Record]:
     """Returns compiled steps by device, number of devices and mesh."""
     found = [(record['compiled'], record) for record in records]
@@ -303,7 +370,7 @@ def _environment(record: Record) -> list[str]:
     devices = [device.partition(' ')[2] for device in record['devices'] if not device.startswith('cpu')]
     where = devices or [f'{machine["cpu"]} ({machine["cores"]} cores, {machine["memory_gib"]:.0f} GiB)']
     commit, dirty = re.fullmatch(r'(.{,12}).*?(-dirty)?', record['commit'] or 'unknown').groups()
-    return [' + '.join(where), versions, f'commit {commit}{dirty or ""}', record['date'], f'n = {record["n"]}']
+    return [' + '.join(where), versions, f'commit {commit}{dirty or ""}', record['date'], f'n = {record.get("n", 1)}']
 
 
 _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | None, ...]]] = {  # and the modes
@@ -322,6 +389,8 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'faults': (faults, (None,)),
     'power_cuts': (power_cuts, (None,)),
     'published': (published, ('scaling',)),
+    'flips': (flips, ('flips',)),
+    'long_run': (long_run, ('long_run',)),
 }
 
 
