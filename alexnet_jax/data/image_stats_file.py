@@ -26,8 +26,11 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f'{name}.npy') as file:
         np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        content = np.frombuffer(file.read(), dtype)  # raises for Python objects
-    return content.reshape(shape, order='F' if fortran_order else 'C').astype(np.float32)
+        if dtype.kind != 'f':
+            raise ValueError(f'{name} is {dtype}')
+        content = np.frombuffer(file.read(), dtype).reshape(shape, order='F' if fortran_order else 'C')
+    with np.errstate(over='ignore'):  # `load` rejects infinity
+        return content.astype(np.float32)
 
 
 def load(directory: str) -> ImageStats | None:

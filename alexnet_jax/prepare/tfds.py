@@ -2,6 +2,7 @@
 
 import functools
 
+from alexnet_jax.data import datasets
 from alexnet_jax.prepare.image_ref import SPLIT_NAMES, ImageRef, Listing
 from alexnet_jax.utils.errors import UserError, first_line
 
@@ -37,10 +38,15 @@ def list_images(path: str) -> Listing:
 def open_builder(path: str):
     """Returns the builder of a dataset. Generates a missing dataset, which needs TensorFlow. Raises UserError."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
 
     name = path.removeprefix(PREFIX)
     try:
+        if folder := read_only_builder._find_builder_dir(name):  # may be loaded from its files, without code of TFDS
+            datasets.check_features(str(folder))
         builder = tfds.builder(name, file_format='array_record')
+    except UserError:
+        raise
     except Exception as error:  # TFDS raises different exception types for unknown names, configs and versions
         raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
     if not builder.info.splits:

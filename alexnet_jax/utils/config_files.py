@@ -22,23 +22,24 @@ def config_names() -> dict[str, pathlib.Path]:
     return {}
 
 
-def get_config(name: str | os.PathLike) -> ConfigDict:
+def get_config(name: str | os.PathLike, *, packaged: bool = False) -> ConfigDict:
     """Loads a config by its name ('paper') or by the path of a Python file that defines `get_config()`.
 
-    A variant may follow after a colon: 'paper:init=authors'. Raises UserError if there is no such config or variant, or
+    A variant may follow after a colon: 'paper:init=authors'. A file of that name in the current folder goes before the
+    config of the package, unless `packaged`. Raises UserError if there is no such config or variant, or
     if the file cannot be loaded.
     """
     name = as_path(name)
-    file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
-    path, packaged = pathlib.Path(file), config_names()
-    if file in packaged and path.is_file():
+    file, _, argument = (name, '', '') if os.path.isfile(name) and not packaged else name.partition(':')
+    path, names = pathlib.Path(file), config_names()
+    if file in names and path.is_file() and not packaged:
         logging.info('Using the file %s in this folder, not the config of that name in alexnet_jax.', file)
-    elif file in packaged:
-        path = packaged[file]
+    elif file in names:
+        path = names[file]
     elif not path.is_file():
         siblings = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
-        by_name = path.stem in packaged or not siblings
-        hint = did_you_mean(path.stem, packaged) if by_name else did_you_mean(file, siblings)
+        by_name = path.stem in names or not siblings
+        hint = did_you_mean(path.stem, names) if by_name else did_you_mean(file, siblings)
         raise UserError(f'no config file {file!r}.{hint}')
     try:
         function = runpy.run_path(str(path)).get('get_config')

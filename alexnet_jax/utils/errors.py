@@ -43,8 +43,9 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error message, or the name of the error's class if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an error message, with ? for control characters; if it is empty, the error's class."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ''.join(c if c.isprintable() else '?' for c in line)
 
 
 def listed(names: Sequence[str], most: int) -> str:
