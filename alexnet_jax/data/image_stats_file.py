@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 
 import numpy as np
@@ -39,7 +40,8 @@ def load(directory: str) -> ImageStats | None:
     if not os.path.exists(path):
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
+        # NumPy warns of files of Python 2.
+        with warnings.catch_warnings(action='ignore'), zipfile.ZipFile(path) as archive:
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # saved uncompressed
             image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
         side = image_stats.mean_image.shape[0]

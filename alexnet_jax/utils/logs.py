@@ -19,8 +19,13 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def escape_controls(text: str) -> str:
-    """Returns text with control characters, except tabs and newlines, as escapes: '\\\\x1b'."""
+    """Returns text with control characters, except tabs and newlines, as escapes: '\\x1b'."""
     return _CONTROLS.sub(lambda found: found[0].encode('unicode_escape').decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Returns text with control characters as escapes, also newlines."""
+    return escape_controls(text).replace('\n', '\\n')
 
 
 def escape_stream(stream: TextIO) -> None:
@@ -39,7 +44,8 @@ class _PlainHandler(std_logging.Handler):
     def emit(self, record: std_logging.LogRecord) -> None:
         prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
         stream = sys.stdout if self._to_stdout and not prefix and _is_own(record) else sys.stderr
-        print(escape_controls(f'{prefix}{record.getMessage()}'), file=stream, flush=True)
+        escape = one_line if _is_own(record) else escape_controls
+        print(escape(f'{prefix}{record.getMessage()}'), file=stream, flush=True)
 
 
 def _is_own(record: std_logging.LogRecord) -> bool:
