@@ -87,6 +87,17 @@ def errors(records: Sequence[Record]) -> list[Row]:
     ]
 
 
+def fuzz(records: Sequence[Record]) -> list[Row]:
+    """A row for each reader of `python -m tests.fuzz`: cases, and what was wrong."""
+    (record,) = records
+    rows = []
+    for name, found in record['readers'].items():
+        row = {'reader': name, 'cases': f'{found["cases"]:,}', 'read without an error': f'{found["accepted"]:,}'}
+        row |= {'seconds': str(found['seconds']), 'findings': str(found['findings'])}
+        rows.append({**row, 'commit': found['commit'][:12]})
+    return rows
+
+
 def step(records: Sequence[Record]) -> list[Row]:
     """A row for each measurement of a training step: images/s, ratio, and the share of the machine's product."""
     return [
@@ -267,7 +278,7 @@ def _share(record: Record) -> Row:
 
 def _source(records: Sequence[Record], kind: str) -> str:
     """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
-    if kind in ('suite', 'figure1', 'errors'):
+    if kind in ('suite', 'figure1', 'errors', 'fuzz'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
     computed = kind in ('communication', 'moved', 'scaling', 'published', 'compiled', 'compiled_links')
@@ -287,6 +298,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'suite': (suite, (None,)),
     'figure1': (figure1, (None,)),
     'errors': (errors, (None,)),
+    'fuzz': (fuzz, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
     'moved': (moved, ('step',)),

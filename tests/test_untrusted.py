@@ -264,6 +264,7 @@ def test_class_that_is_a_number_of_many_digits():
             'records in',
         ),
         ('dataset_info.json', '{DATASET}-', '../{DATASET}-', 'not in this directory'),
+        ('dataset_info.json', '"images"', r'"\u0000"', 'not in this directory'),
     ],
 )
 def test_sizes_and_files_that_prepared_data_declares(prepared, tmp_path, file, old, new, problem):
@@ -303,7 +304,7 @@ def test_names_cannot_control_the_terminal(tmp_path, capfd):
     logging.warning('%s cannot be read', 'a\x1b[2J')
     assert capfd.readouterr().err == 'warning: a\\x1b[2J cannot be read\n'
     assert logs.one_line('a\nerror: b') == 'a\\nerror: b'
-    assert first_line(ValueError('a\x0fb')) == 'a?b'
+    assert first_line(ValueError('a\x0fb')) == 'a?b' and str(UserError('a\x1b\nb')) == 'a? b'
 
 
 def test_links_in_a_workdir_of_others_are_not_followed(tmp_path):

@@ -123,7 +123,7 @@ def _check_declared(path: str, splits: Iterable[Any], classes: int) -> None:
     for split in splits:
         files = list(map(os.fspath, split.filepaths))
         for file in files:
-            if os.path.dirname(os.path.abspath(file)) != os.path.abspath(path):
+            if os.path.dirname(os.path.abspath(file)) != os.path.abspath(path) or '\0' in file:
                 raise UserError(f'{path!r}: dataset_info.json names the file {file!r}, which is not in this directory.')
         if all(map(os.path.exists, files)) and split.num_examples > (size := sum(map(os.path.getsize, files))):
             raise UserError(f'{path!r} declares {split.num_examples:,} {split.name} records in {size:,} bytes.')

@@ -38,11 +38,14 @@ def list_images(path: str) -> Listing:
 def open_builder(path: str):
     """Returns the builder of a dataset. Generates a missing dataset, which needs TensorFlow. Raises UserError."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core import read_only_builder, registered
+    from tensorflow_datasets.core.utils import error_utils
 
     name = path.removeprefix(PREFIX)
     try:
-        if folder := read_only_builder._find_builder_dir(name):  # may be loaded from its files, without code of TFDS
+        with error_utils.reraise_with_context(registered.DatasetNotFoundError):  # the function below requires it
+            folder = read_only_builder._find_builder_dir(name)
+        if folder:  # TFDS loads datasets that it has no code of from their files
             datasets.check_features(str(folder))
         builder = tfds.builder(name, file_format='array_record')
     except UserError:

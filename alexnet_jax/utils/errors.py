@@ -8,7 +8,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message names the value, what was expected and the remedy."""
+    """An error that the user can fix. The message names the value, what was expected and the remedy.
+
+    Characters that are not printable become ?: names and values may be those of files of others.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(''.join(c if c.isprintable() else ' ' if c.isspace() else '?' for c in message))
 
 
 class UnreadableError(UserError):
