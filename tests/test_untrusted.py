@@ -26,6 +26,7 @@ from safetensors.numpy import save as save_safetensors
 
 from alexnet_jax.commands import app
 from alexnet_jax.convert import archive, convert, loading, pytorch, safetensors, unpickle
+from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets, image_stats_file
 from alexnet_jax.experiments import plots
 from alexnet_jax.export import card
@@ -284,6 +285,13 @@ def test_long_name_in_a_record():
     record = {'image': np.zeros((4, 4, 3), np.uint8), 'label': 0, 'file_name': b'x' * 10**6}
     source = ImageSource(None, [record])
     assert source[0]['label'] == 0 and len(source.files[0]) == 4096
+
+
+@pytest.mark.parametrize('name', ['lrn_n', 'spatial_n'])
+def test_window_of_a_config_that_takes_forever(name):
+    """The sums over a window are one operation for each of its positions."""
+    with _limits(), pytest.raises(UserError, match='an integer from 1 to 999'):
+        model_from_config({**made.get_config('paper').model, name: 2**31})
 
 
 # What is written and printed.
