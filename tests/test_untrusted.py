@@ -31,7 +31,7 @@ from alexnet_jax.data import datasets, image_stats_file
 from alexnet_jax.experiments import plots
 from alexnet_jax.export import card
 from alexnet_jax.inference.image_source import ImageSource
-from alexnet_jax.prepare import class_lists, discovery, ground_truth, label_files, prepare, tfds
+from alexnet_jax.prepare import class_lists, discovery, ground_truth, label_files, parquet, prepare, tfds
 from alexnet_jax.training import metric_writer, restore
 from alexnet_jax.utils import checksums, environment, logs
 from alexnet_jax.utils.errors import UserError, first_line
@@ -235,6 +235,13 @@ def test_parquet_file_that_stores_a_long_label_once(tmp_path):
     images = [b'%064d' % i for i in range(1000)]
     path = _write_parquet(tmp_path / 'a.parquet', images, lambda repeat: repeat('x' * 10**6, 1000), 'y' * 10**5)
     with _limits(memory=2**29), pytest.raises(UserError, match='expected at least two classes'):
+        discovery.find_images(path)
+
+
+def test_parquet_file_whose_columns_have_different_lengths(tmp_path, monkeypatch):
+    path = _write_parquet(tmp_path / 'a.parquet', [b'%064d' % i for i in range(9)], lambda _: pa.array(range(9)), 'y')
+    monkeypatch.setattr(parquet, '_to_list', lambda array, convert: list(range(7)))  # as pyarrow reads damaged pages
+    with pytest.raises(UserError, match='7 labels, but 9 names'):
         discovery.find_images(path)
 
 

@@ -200,6 +200,8 @@ def _read_texts(file: str, columns: _Columns) -> tuple[list[Any], list[str | Non
     for batch in opened.iter_batches(_BATCH_NAMES, columns=[columns.path], use_threads=False):
         items = batch.column(columns.image).to_pylist()
         paths += [os.path.basename(item['path'])[:_MAX_NAME] if item and item['path'] else None for item in items]
+    if len(paths) != len(labels):
+        raise ValueError(f'{len(labels)} labels, but {len(paths)} names')
     return labels, paths
 
 
