@@ -63,7 +63,7 @@ def test_a_finding_is_noticed(tmp_path, monkeypatch):
             case b'bug':
                 raise KeyError('x')
             case b'lines':
-                raise UserError('a\x1bb')
+                raise ValueError('a\x1bb')
             case b'warning':
                 warnings.warn('careful', stacklevel=1)
             case b'elsewhere':
@@ -74,7 +74,7 @@ def test_a_finding_is_noticed(tmp_path, monkeypatch):
                 except MemoryError as error:
                     raise UserError('damaged') from error
 
-    monkeypatch.setitem(readers.READERS, 'x', readers.Reader(lambda folder: [('a', b'fine')], read))
+    monkeypatch.setitem(readers.READERS, 'x', readers.Reader(lambda folder: [('a', b'fine')], read, ValueError))
     fuzz = campaign.Campaign('x', tmp_path / 'files')
     for content in (b'fine', b'bug', b'lines', b'warning', b'elsewhere', b'memory'):
         fuzz.run(b'\0' + content)
