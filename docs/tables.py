@@ -88,14 +88,20 @@ def errors(records: Sequence[Record]) -> list[Row]:
 
 
 def fuzz(records: Sequence[Record]) -> list[Row]:
-    """A row for each reader of `python -m tests.fuzz`: cases, and what was wrong."""
-    (record,) = records
-    rows = []
-    for name, found in record['readers'].items():
-        row = {'reader': name, 'cases': f'{found["cases"]:,}', 'read without an error': f'{found["accepted"]:,}'}
-        row |= {'seconds': str(found['seconds']), 'findings': str(found['findings'])}
-        rows.append({**row, 'commit': found['commit'][:12]})
-    return rows
+    """A row for each run of `python -m tests.fuzz`: cases, and what was wrong."""
+    return [
+        {
+            'reader': f'`{name}`',
+            'cases': f'{run["cases"]:,}',
+            'read without an error': f'{run["accepted"]:,}',
+            'seconds': str(run['seconds']),
+            'findings': str(run['findings']),
+            'commit': run['commit'][:7],
+        }
+        for record in records
+        for name, runs in record['readers'].items()
+        for run in runs
+    ]
 
 
 def step(records: Sequence[Record]) -> list[Row]:

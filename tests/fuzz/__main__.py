@@ -93,7 +93,8 @@ def _record(args: argparse.Namespace, fuzz, seconds: int, engine: str) -> None:
     found |= {'command': 'python -m tests.fuzz READER', 'python': facts['python'], 'versions': versions}
     found['machine'] = {key: facts[key] for key in ('cpu', 'cores', 'memory_gib')}
     row = {'cases': fuzz.executions, 'accepted': fuzz.accepted, 'seconds': seconds, 'engine': engine}
-    found['readers'][args.reader] = {**row, 'findings': len(fuzz.findings), 'commit': facts['commit']}
+    row |= {'findings': len(fuzz.findings), 'commit': facts['commit']}
+    found['readers'].setdefault(args.reader, []).append(row)
     path.write_text(json.dumps(found, indent=1) + '\n')
 
 
