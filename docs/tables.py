@@ -110,6 +110,23 @@ def errors(records: Sequence[Record]) -> list[Row]:
     ]
 
 
+def fuzz(records: Sequence[Record]) -> list[Row]:
+    """A row for each run of `python -m tests.fuzz`: cases, and what was wrong."""
+    return [
+        {
+            'reader': f'`{name}`',
+            'cases': f'{run["cases"]:,}',
+            'read without an error': f'{run["accepted"]:,}',
+            'seconds': str(run['seconds']),
+            'findings': str(run['findings']),
+            'commit': run['commit'][:7],
+        }
+        for record in records
+        for name, runs in record['readers'].items()
+        for run in runs
+    ]
+
+
 def step(records: Sequence[Record]) -> list[Row]:
     """A row for each measurement of a training step: images/s, ratio, and the share of the machine's product."""
     return [
@@ -357,7 +374,7 @@ def _share(record: Record) -> Row:
 
 def _source(records: Sequence[Record], kind: str) -> str:
     """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
-    if kind in ('suite', 'figure1', 'errors'):
+    if kind in ('suite', 'figure1', 'errors', 'fuzz'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
     computed = kind in ('communication', 'moved', 'scaling', 'published', 'compiled', 'compiled_links')
@@ -377,6 +394,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'suite': (suite, (None,)),
     'figure1': (figure1, (None,)),
     'errors': (errors, (None,)),
+    'fuzz': (fuzz, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),
     'moved': (moved, ('step',)),

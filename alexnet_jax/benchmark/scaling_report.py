@@ -52,7 +52,7 @@ def program_of(config: ConfigDict, kind: str) -> Mapping[int, Rows]:
 
     kind: 'h100' or 'h200'. Raises UserError if the config is another and JAX's compiler for GPUs is not installed.
     """
-    config, paper = config.copy_and_resolve_references(), get_config('paper')
+    config, paper = config.copy_and_resolve_references(), get_config('paper', packaged=True)
     for one in (config, paper):
         one.model.dtype = 'bfloat16'
     ours, theirs = config.to_dict(), paper.to_dict()  # of which one is locked and therefore never equal
@@ -78,7 +78,7 @@ def predictions(config: ConfigDict, name: str, counts: Sequence[int], images: in
     name: a key of `scaling.NETWORKS`. images: per device.
     """
     layers = layers_of(config)
-    paper = layers_of(get_config('paper'))
+    paper = layers_of(get_config('paper', packaged=True))
     share = scaling.efficiency(paper, hlo_cost.PEAKS)
     program = program_of(config, name.partition('_')[0])
     steps = scaling.predict(layers, program, name, hlo_cost.PEAKS, share, [1, *counts], images)

@@ -38,6 +38,7 @@ def run(command: Any, words: Sequence[str] | None = None) -> None:
     threading.excepthook, sys.unraisablehook = _report_thread, _report_unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may not fit the terminal's encoding
         sys.stdout.reconfigure(errors='backslashreplace')
+    logs.escape_stream(sys.stdout)
     words = sys.argv[1:] if words is None else list(words)
     if subcommands := getattr(command, 'SUBCOMMANDS', None):
         if words and words[0] in subcommands:
@@ -200,7 +201,8 @@ def _discard_output():
 
 def _report_thread(failure) -> None:
     """Prints the error that ended a thread as one line. The code that waits for the thread also raises it."""
-    print('error in a background thread:', ' '.join(str(failure.exc_value).split())[:300], file=sys.stderr, flush=True)
+    reason = logs.escape_controls(' '.join(str(failure.exc_value).split()))[:300]
+    print('error in a background thread:', reason, file=sys.stderr, flush=True)
 
 
 def _report_unraisable(failure) -> None:
@@ -211,7 +213,7 @@ def _report_unraisable(failure) -> None:
 
 def _fail(message: str, code: int):
     with contextlib.suppress(OSError):
-        print('error:', ' '.join(message.split()), file=sys.stderr, flush=True)
+        print('error:', logs.escape_controls(' '.join(message.split())), file=sys.stderr, flush=True)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ and code != 143:
         os._exit(code)  # a normal exit of `jax.distributed` would wait five minutes for the other processes
     # If orbax cannot create the folder of a checkpoint, its threads would delay the exit by twenty minutes.

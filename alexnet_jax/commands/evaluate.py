@@ -17,6 +17,7 @@ from absl import flags, logging
 
 from alexnet_jax.commands.flag import CHECKPOINT, CPU_DEVICES, VIEWS, Flag
 from alexnet_jax.data import imagenet_classes
+from alexnet_jax.utils import logs
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -104,7 +105,7 @@ def _rows(per_class: dict[str, Any], classes) -> list[dict[str, Any]]:
 
 
 def _print_table(rows: list[dict[str, Any]], few: bool) -> None:
-    shown = [imagenet_classes.with_meaning(row['class']) for row in rows]
+    shown = [logs.one_line(imagenet_classes.with_meaning(row['class'])) for row in rows]
     width = max(map(len, ['class', *shown]))
     print(f'{"class":{width}}  images   top-1{"" if few else "   top-5"}  (accuracy)')
     for name, row in zip(shown, rows, strict=True):

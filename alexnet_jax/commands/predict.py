@@ -50,7 +50,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
         if args.json:
             print(json.dumps(line), flush=True)
             continue
-        named = [f'{with_meaning(row["label"])} ({row["index"]})' for row in line['top']]
+        named = [f'{logs.one_line(with_meaning(row["label"]))} ({row["index"]})' for row in line['top']]
         rows = [f'{100 * row["probability"]:6.2f}%  {name}' for name, row in zip(named, line['top'], strict=True)]
         text = f': {rows[0].strip()}' if args.lines else ''.join(f'\n  {row}' for row in rows)
-        print(as_utf8(line['file']) + text, flush=True)
+        print(logs.one_line(as_utf8(line['file'])) + text, flush=True)

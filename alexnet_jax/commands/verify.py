@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from alexnet_jax.utils import logs
+
 FLAGS = ()
 ARGUMENTS = 'one directory or more'
 
@@ -22,7 +24,7 @@ def main(args: flags.FlagValues, paths: Sequence[str]) -> None:
     for path in paths:
         folders, mismatches = verify(path)
         for mismatch in mismatches:
-            print(f'damaged: {mismatch}', file=sys.stderr, flush=True)
+            print(logs.escape_controls(f'damaged: {mismatch}'), file=sys.stderr, flush=True)
         if not mismatches:
             print(f'{path}: all digests match (folders: {len(folders)}).', flush=True)
         damaged |= bool(mismatches)

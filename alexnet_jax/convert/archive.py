@@ -1,14 +1,16 @@
 """Finds and unpacks one file of a zip or tar archive."""
 
+import contextlib
+import gzip
 import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
-from typing import IO
+from collections.abc import Callable, Iterator
+from typing import IO, cast
 
-from alexnet_jax.convert.weight_file import printable
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.text import printable
 
 
 def find(path: str, wanted: Callable[[str], bool]) -> str | None:
@@ -21,7 +23,7 @@ def find(path: str, wanted: Callable[[str], bool]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         else:
-            with tarfile.open(path) as archive:
+            with _open_tar(path) as archive:
                 names = [entry.name for entry in archive if entry.isfile()]
     except Exception:  # damaged archives raise many types
         return None
@@ -39,7 +41,7 @@ def unpack(path: str, name: str, folder: str) -> str:
         with zipfile.ZipFile(path) as archive, archive.open(name) as content:
             _copy(path, name, content, archive.getinfo(name).file_size, target)
     else:
-        with tarfile.open(path) as tar:
+        with _open_tar(path) as tar:
             entry = tar.extractfile(name)
             assert entry is not None  # `find` returns regular files only
             with entry:
@@ -47,8 +49,44 @@ def unpack(path: str, name: str, folder: str) -> str:
     return target
 
 
+@contextlib.contextmanager
+def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar archive, which may be compressed by gzip."""
+    with open(path, 'rb') as file:
+        compressed = file.read(2) == b'\x1f\x8b'
+    with (gzip.open if compressed else open)(path, 'rb') as file:
+        with tarfile.open(
+            fileobj=cast(IO[bytes], _Bounded(cast(IO[bytes], file), _most_bytes(path))), mode='r:'
+        ) as tar:
+            yield tar
+
+
+class _Bounded:
+    """A file whose first `size` bytes can be read, for tarfile: little compressed data can unpack to any size."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self._file, self._size, self.tell, self.seekable = file, size, file.tell, file.seekable
+
+    def read(self, size: int) -> bytes:
+        self._check(self._file.tell() + size)
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        self._check(position)
+        return self._file.seek(position)
+
+    def _check(self, position: int) -> None:
+        if position > self._size:
+            raise tarfile.ReadError(f'it declares {position:,} bytes')
+
+
+def _most_bytes(path: str) -> int:
+    """Returns the most bytes that an archive may unpack to: weights and images hardly compress."""
+    return 2**26 + 100 * os.path.getsize(path)
+
+
 def _copy(path: str, name: str, content: IO[bytes], size: int, target: str) -> None:
-    if size > 2**26 + 100 * os.path.getsize(path):  # weights and images hardly compress
+    if size > _most_bytes(path):
         raise UserError(f'{path!r}: {printable(name)} declares {size:,} bytes, but the archive is too small for them.')
     with open(target, 'wb') as file:
         shutil.copyfileobj(content, file, 2**20)

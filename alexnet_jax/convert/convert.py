@@ -5,8 +5,8 @@ import collections
 import dataclasses
 import json
 import os
-import pathlib
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from alexnet_jax.checkpoints import loading, manager
 from alexnet_jax.checkpoints.manager import Checkpoint
 from alexnet_jax.convert import archive, caffe, layout, npy, pytorch, safetensors
 from alexnet_jax.convert.fit import fit_config
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, check_kind, printable, reading
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, check_kind, reading
 from alexnet_jax.core.architecture import ConvSpec
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
@@ -32,6 +32,7 @@ from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, as_user_error, first_line
 from alexnet_jax.utils.files import atomic_directory, check_new
+from alexnet_jax.utils.text import printable
 
 _READERS = {
     '.caffemodel': caffe.read,
@@ -42,6 +43,7 @@ _READERS = {
 }
 # Readers of files with other suffixes, by the first bytes.
 _CONTENTS = {b'PK\3\4': pytorch.read, b'\x80\2': pytorch.read, b'\x93NUMPY': npy.read}
+_MAX_CHARS = 2**21  # of a file of class names; parsed as a literal, each may take 500 bytes
 _RECORD_SIZE = 256  # record size in pixels without a mean image
 _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])  # RGB; from torchvision's transforms
 _PAPER_CONVS = [(96, 11, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2)]  # features, kernel, groups
@@ -203,7 +205,7 @@ def _choose_config(weights: WeightFile, config: ConfigDict | None, default: str)
         with reading(weights.path, safetensors.METADATA_FORMAT):
             augmentation_from_config(weights.metadata['config']['data'])
             return weights.path, fit_config(weights.metadata['config'], weights)
-    return default, fit_config(manager.config_to_json(get_config(default)), weights)
+    return default, fit_config(manager.config_to_json(get_config(default, packaged=True)), weights)
 
 
 def _log_network(network: AlexNet, layers: Sequence[LayerWeights], data: dict[str, Any], config_source: str) -> None:
@@ -304,7 +306,12 @@ def _class_names(count: int, path: str | None, metadata: dict | None) -> list[st
     if path:
         where = f'--classes={path!r}'
         try:
-            names = _parse_class_names(pathlib.Path(path).read_text(encoding='utf-8-sig').strip())
+            with open(path, encoding='utf-8-sig') as file:
+                text = file.read(_MAX_CHARS + 1)
+            if len(text) > _MAX_CHARS:
+                raise ValueError(f'more than {_MAX_CHARS:,} characters')
+            with warnings.catch_warnings(action='ignore'):  # of Python for a backslash in a name
+                names = _parse_class_names(text.strip())
         except Exception as error:  # `ast.literal_eval` raises several types
             raise UserError(f'{where} cannot be read: {first_line(error)}.') from error
     elif metadata is not None:

@@ -61,7 +61,7 @@ def load_published(name: str) -> Checkpoint:
             if not os.path.isdir(path):  # else another process has just converted them
                 mean = None if entry.mean is None else published.fetch(entry.mean)
                 weights = published.fetch(entry.weights)
-                convert.save(convert.read(weights, mean=mean, config=get_config(entry.config)), path)
+                convert.save(convert.read(weights, mean=mean, config=get_config(entry.config, packaged=True)), path)
                 logging.info('The converted weights are in %s.', path)
     try:
         return loading.load_saved(path)
@@ -75,7 +75,7 @@ def converted_path(name: str) -> str:
     Its name depends on everything that determines the checkpoint: the digests of the files, the config and the format.
     """
     entry = published.PUBLISHED[name]
-    config = manager.config_to_json(get_config(entry.config))
+    config = manager.config_to_json(get_config(entry.config, packaged=True))
     digests = [file.digest for file in (entry.weights, entry.mean) if file]
     contents = [_CONVERSION, manager.FORMAT, digests, config['model'], config['data']]
     key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
@@ -94,7 +94,7 @@ def _load_exported(folder: str) -> Checkpoint:
             with open(settings, encoding='utf-8') as file:
                 own = json.load(file)['alexnet_jax']
             step, config = int(own['step']), own['config']
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ArithmeticError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f'{settings!r} is not as alexnet_jax export wrote it ({first_line(error)}).') from error
         if config != metadata['config']:
             raise UserError(f'{settings!r} and {path!r} state different configs; export the network again.')

@@ -10,8 +10,9 @@ import numpy as np
 
 from alexnet_jax.convert import unpickle
 from alexnet_jax.convert.unpickle import Placeholder
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, printable, reading
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, reading
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.text import printable
 
 
 class _Array(Placeholder):

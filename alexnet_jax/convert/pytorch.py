@@ -1,5 +1,6 @@
 """Reads PyTorch's files without PyTorch, and without executing code from them."""
 
+import functools
 import io
 import math
 import pathlib
@@ -15,10 +16,12 @@ from absl import logging
 
 from alexnet_jax.convert import unpickle
 from alexnet_jax.convert.unpickle import Placeholder
-from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, pair_tensors, printable, reading
+from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, pair_tensors, reading
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import check_declared_size
+from alexnet_jax.utils.text import printable
 
+_MAX_AXES = 64  # NumPy's own limit
 _EXPECTED = 'a state_dict written by torch.save'
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file before PyTorch 1.6
 _DTYPES = {
@@ -141,6 +144,7 @@ def _load_zip(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.ndar
         names = ', '.join(printable(name) for name in list(entries)[:4])
         raise UserError(f'expected a file written by torch.save, found a zip archive of {names}; unpack it.')
 
+    @functools.cache  # many tensors may share one storage
     def content(name: str) -> np.ndarray:
         entry = entries[roots[0] + name]
         header = bytes(data[entry.header_offset :][:30])  # followed by a name and extra fields
@@ -203,7 +207,9 @@ def _array(path: str, name: str, tensor: _Tensor, storages: Callable[[str], np.n
     storage, offset, size, stride = tensor.args[:4]
     if storage.dtype is None:
         raise UserError(f'{name}: expected a tensor of floating-point numbers of 16, 32 or 64 bits; use float().')
-    if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+    if len(size) != len(stride) or len(size) > _MAX_AXES:
+        raise ValueError('axes are invalid')
+    if not all(isinstance(n, int) and 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise ValueError('sizes are invalid')
     itemsize = storage.dtype.itemsize
     check_declared_size(path, math.prod(size) * itemsize)  # with stride 0, one stored number can have any size

@@ -1,9 +1,9 @@
 """Reads pickles without executing anything: unknown objects become inert placeholders."""
 
+import os
 import pickle
-import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 
 class Placeholder(dict):
@@ -45,9 +45,36 @@ def kind(value: Any) -> str:
     return value.path if named else type(value).__name__
 
 
-class _Unpickler(pickle.Unpickler):
+class _Tuple(tuple):
+    """A tuple whose hash does not depend on its parts: nested ones take exponential time, or end the process."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def _as_tuple(opcode: bytes) -> tuple[int, Callable]:
+    load = pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
+
+    def load_tuple(self) -> None:
+        load(self)
+        self.stack[-1] = _Tuple(self.stack[-1])
+
+    return opcode[0], load_tuple
+
+
+def _refuse(self) -> None:
+    raise pickle.UnpicklingError('a bytearray')  # Python allocates its declared size
+
+
+# The implementation in Python, because that in C allocates the memo up to the highest index.
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        **dict(map(_as_tuple, (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))),
+        pickle.BYTEARRAY8[0]: _refuse,
+    }
+
     def __init__(self, file: BinaryIO, classes: Mapping[str, type], storage: Callable[[Any], Any] | None):
-        super().__init__(file, encoding='latin1')  # strings of Python 2
+        super().__init__(_Bounded(file), encoding='latin1')  # strings of Python 2
         self._classes, self._storage = dict(classes), storage
 
     def find_class(self, module: str, name: str) -> type:
@@ -63,6 +90,18 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
+class _Bounded:
+    """A file from which at most its rest is read: Python allocates the declared size of a read."""
+
+    def __init__(self, file: BinaryIO):
+        position = file.tell()
+        self._file, self._size, self.readline = file, file.seek(0, os.SEEK_END), file.readline
+        file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._size - self._file.tell()))
+
+
 def load(file: BinaryIO, classes: Mapping[str, type] | None = None, storage: Callable[[Any], Any] | None = None) -> Any:
     """Returns the object of the pickle that starts at the file's position.
 
@@ -74,10 +113,4 @@ def load(file: BinaryIO, classes: Mapping[str, type] | None = None, storage: Cal
     Raises:
       Exception: of any type, if the pickle is damaged.
     """
-    start = file.tell()
-    # The unpickler allocates its memo up to the highest index. Python's pickler numbers the entries from 0.
-    for count, (opcode, index, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and index is not None and not 0 <= index <= count:
-            raise ValueError(f'memo entry {index} after {count} operations')
-    file.seek(start)
     return _Unpickler(file, classes or {}, storage).load()

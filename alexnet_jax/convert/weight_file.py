@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from absl import logging
 
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import foreign_kind
+from alexnet_jax.utils.text import printable
 
 
 class LayerWeights(NamedTuple):
@@ -46,7 +48,8 @@ def reading(path: str, expected: str) -> Iterator[None]:
     first 8 bytes of the file.
     """
     try:
-        yield
+        with warnings.catch_warnings(action='ignore'):  # of NumPy for files of Python 2
+            yield
     except UserError as error:
         raise UserError(f'{path!r}: {printable(str(error), 1000)}') from error
     except Exception as error:
@@ -71,11 +74,6 @@ def check_kind(path: str) -> None:
         kind = 'a tar archive: unpack it and use the file in it'
     if kind:
         raise UserError(f'{path!r} is {kind}.')
-
-
-def printable(text: str, longest: int = 100) -> str:
-    """Returns text from a file as one short printable line."""
-    return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
 
 
 def pair_tensors(tensors: dict[str, np.ndarray]) -> list[LayerWeights]:

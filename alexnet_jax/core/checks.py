@@ -17,7 +17,8 @@ LAYER_CHECKS = (
     ('post', lambda value: isinstance(value, str), "names of operations, such as 'relu lrn pool'"),
 )
 MODEL_CHECKS = (
-    ('num_classes pool_window pool_stride lrn_n norm_groups spatial_n', is_positive_int, 'a positive integer'),
+    ('num_classes pool_window pool_stride norm_groups', is_positive_int, 'a positive integer'),
+    ('lrn_n spatial_n', lambda value: is_positive_int(value) and value < 1000, 'an integer from 1 to 999'),
     ('lrn_k spatial_k', lambda value: is_number(value) and value > 0, 'a positive number'),
     ('lrn_alpha lrn_beta spatial_alpha spatial_beta', is_number, 'a number'),
     ('dropout_rate', is_fraction, 'a number of at least 0 and below 1'),

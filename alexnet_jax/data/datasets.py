@@ -24,6 +24,7 @@ from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, 
 DIGITS = 'digits'  # value of data.path for the embedded digits
 _MAX_FEATURES_CHARS = 1 << 24  # longest accepted features.json
 _MAX_UNNAMED = 1_000_000  # classes
+_MAX_SIDE = 4096  # of prepared images, pixels
 _SPLITS = ('train', 'val', 'test')
 
 
@@ -89,11 +90,12 @@ def _prepared(path: str) -> Dataset:
     if checksums.present(path):  # array_record files have their own checksums; all other files do not
         if mismatches := checksums.find_mismatches(path, lambda name: 'array_record' not in name):
             raise UserError(f'the prepared data is damaged: {mismatches[0]}; prepare it again.')
-    _check_features(path)
+    check_features(path)
     try:
         builder = tfds.builder_from_directory(path)
         features = builder.info.features
         label, image = features['label'], features['image']
+        _check_declared(path, builder.info.splits.values(), label.num_classes)
         decoders = {'image': tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
         splits: dict[str, Sequence[dict[str, Any]]] = {
             name: _Records(builder.as_data_source(name, decoders=decoders), f'{name} of {path}', split.filepaths)
@@ -102,16 +104,34 @@ def _prepared(path: str) -> Dataset:
         }
         class_names, (side, width, channels) = tuple(label.names), image.shape
         fingerprint = (builder.info.metadata or {}).get('fingerprint', '')
+    except UserError:
+        raise
     except Exception as error:  # TFDS and array_record raise many exception types for damaged files
         raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     if fingerprint and not checksums.present(path):  # `prepare` writes both
         raise UserError(f'the prepared data is damaged: {path}/{checksums.FILE_NAME} is missing; prepare it again.')
-    if side is None or (side, channels) != (width, 3):
-        raise UserError(f'{path!r} has images of shape {image.shape}; expected squares of one size with 3 channels.')
+    if side is None or (side, channels) != (width, 3) or not 0 < side <= _MAX_SIDE:
+        raise UserError(
+            f'{path!r} has images of shape {image.shape}; expected squares of one size, at most {_MAX_SIDE} px, with 3 '
+            'channels.'
+        )
     return Dataset(splits, class_names, side, image_stats_file.load(path), fingerprint)
 
 
-def _check_features(path: str) -> None:
+def _check_declared(path: str, splits: Iterable[Any], classes: int) -> None:
+    """Raises UserError if files outside the directory, or impossible numbers of classes or records, are declared."""
+    if classes > _MAX_UNNAMED:
+        raise UserError(f'{path!r} declares {classes:,} classes; expected at most {_MAX_UNNAMED:,}.')
+    for split in splits:
+        files = list(map(os.fspath, split.filepaths))
+        for file in files:
+            if os.path.dirname(os.path.abspath(file)) != os.path.abspath(path) or '\0' in file:
+                raise UserError(f'{path!r}: dataset_info.json names the file {file!r}, which is not in this directory.')
+        if all(map(os.path.exists, files)) and split.num_examples > (size := sum(map(os.path.getsize, files))):
+            raise UserError(f'{path!r} declares {split.num_examples:,} {split.name} records in {size:,} bytes.')
+
+
+def check_features(path: str) -> None:
     """Raises UserError if features.json names a class that is not part of TFDS: TFDS would import and call it."""
     classes: list[str] = []
 
@@ -127,7 +147,7 @@ def _check_features(path: str) -> None:
             raise ValueError(f'features.json has {_MAX_FEATURES_CHARS} characters or more')
         json.loads(text, object_hook=collect)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {error}') from error
+        raise UserError(f'{path!r} cannot be opened as a prepared dataset: {first_line(error)}') from error
     for name in classes:
         if not name.startswith('tensorflow_datasets.core.features.'):
             raise UserError(f'{path!r}: features.json names the class {name!r}; expected only TFDS features.')

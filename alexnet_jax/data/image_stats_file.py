@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 
 import numpy as np
@@ -26,8 +27,11 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f'{name}.npy') as file:
         np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        content = np.frombuffer(file.read(), dtype)  # raises for Python objects
-    return content.reshape(shape, order='F' if fortran_order else 'C').astype(np.float32)
+        if dtype.kind != 'f':
+            raise ValueError(f'{name} is {dtype}')
+        content = np.frombuffer(file.read(), dtype).reshape(shape, order='F' if fortran_order else 'C')
+    with np.errstate(over='ignore'):  # `load` rejects infinity
+        return content.astype(np.float32)
 
 
 def load(directory: str) -> ImageStats | None:
@@ -36,7 +40,8 @@ def load(directory: str) -> ImageStats | None:
     if not os.path.exists(path):
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
+        # NumPy warns of files of Python 2.
+        with warnings.catch_warnings(action='ignore'), zipfile.ZipFile(path) as archive:
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # saved uncompressed
             image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
         side = image_stats.mean_image.shape[0]

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Sequence
 from importlib import resources
 
+_MAX_DIGITS = 100  # of a class that is a number; Python reads at most 4,300
+
 
 @functools.cache
 def names() -> dict[str, str]:
@@ -25,4 +27,4 @@ def with_meaning(name: str) -> str:
 
 def are_numbers(class_names: Sequence[str]) -> bool:
     """Returns whether all class names are decimal numbers, as the folders of ImageNet-V2 are."""
-    return all(name.isascii() and name.isdecimal() for name in class_names)
+    return all(name.isascii() and name.isdecimal() and len(name) <= _MAX_DIGITS for name in class_names)

@@ -197,7 +197,7 @@ def _log_lines(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f'{str(path)!r} does not exist; use the workdir of a run, or --checkpoint instead of --run.')
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError):  # an incomplete line
+        with contextlib.suppress(ValueError, RecursionError):  # an incomplete line
             if isinstance(line := json.loads(text), dict):
                 yield line
 

@@ -224,7 +224,8 @@ def predictions(images, labels: Sequence) -> Figure:
 def _short(name: str, most: int = 24) -> str:
     """Returns the first synonym of a class name, shortened to `most` characters."""
     name = name.split(',')[0]
-    return name if len(name) <= most else f'{name[: most - 1]}…'
+    name = name if len(name) <= most else f'{name[: most - 1]}…'
+    return name.replace('$', r'\$')  # two of them would be a formula
 
 
 def neighbors(queries, near, names: Sequence[str], near_names: Sequence[Sequence[str]]) -> Figure:

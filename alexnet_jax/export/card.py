@@ -105,10 +105,15 @@ def card(checkpoint: Checkpoint, views: int, results: dict[str, str]) -> str:
 
 def _origin(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
-    # Only the last part of a path: the others say where it is on this machine.
-    data, start = (os.path.basename(path.rstrip('/')) for path in (config['data']['path'], config.get('init_from', '')))
+    data, start = map(_last_part, (config['data'].get('path'), config.get('init_from')))
     if not checkpoint.step:
         return f'with weights that alexnet_jax derived from {start}' if start else 'with weights read from a file'
-    batches = f'{checkpoint.step:,} updates on batches of {config["batch_size"]}'
+    batches = f'{checkpoint.step:,} updates on batches of {int(config["batch_size"])}'
     start = f', starting from {start}' if start else ''
     return f'trained with alexnet_jax for {batches}{start}; data: {data or "not recorded"}'
+
+
+def _last_part(path: Any) -> str:
+    """Returns the last part of a path of the config, as code. The others say where it is on this machine."""
+    name = ' '.join(os.path.basename(str(path or '').rstrip('/')).split())
+    return f'`{name.replace("`", "")}`' if name else ''

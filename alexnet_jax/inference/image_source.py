@@ -14,6 +14,8 @@ from alexnet_jax.inference.evaluate import Evaluator
 from alexnet_jax.inference.predict import Images, list_image_files, to_records, unreadable
 from alexnet_jax.utils.errors import UnreadableError, UserError
 
+_MAX_NAME = 4096  # of an image, bytes: an array of names takes the space of the longest for each
+
 
 class ImageSource(Sequence):
     """The records of a split, or images as `predict` takes them, as records whose label is their index.
@@ -38,7 +40,7 @@ class ImageSource(Sequence):
         if isinstance(item, Mapping):
             self.labels[index] = item.get('label', -1)
             if name := item.get('file_name'):
-                self.files[index] = os.fsdecode(name)
+                self.files[index] = os.fsdecode(name[:_MAX_NAME])
             return {**item, 'label': index}
         if is_path(item):
             self.files[index] = os.fsdecode(item)

@@ -166,7 +166,7 @@ def _check_images(name: str, images: Any, value_range: Any) -> tuple[float, floa
 
 @functools.cache
 def _torchvision() -> AlexNet:
-    return model_from_config(get_config('torchvision').model)
+    return model_from_config(get_config('torchvision', packaged=True).model)
 
 
 def _convs(network: AlexNet) -> dict[str, ConvSpec]:

@@ -5,13 +5,13 @@ import csv
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 from absl import logging
 
 from alexnet_jax.data.imagenet_classes import are_numbers
 from alexnet_jax.utils.errors import UserError, first_line
+from alexnet_jax.utils.text import to_nfc
 
 CLASS_LISTS = (
     'classes.tsv', 'words.txt', 'classes.json', 'labels.json',
@@ -66,7 +66,7 @@ def _read_list(path: str, classes: Collection[str]) -> dict[str, str]:
     with open(path, 'rb') as file:
         content = file.read(_MAX_BYTES)
     encoding = 'utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig'
-    text = unicodedata.normalize('NFC', content.decode(encoding, 'replace'))
+    text = to_nfc(content.decode(encoding, 'replace'))
     if path.endswith('.json'):
         return _read_json(path, text, classes)
     names = {}

@@ -1,19 +1,32 @@
 """The classes of images in a flat folder, from the files that ILSVRC and Kaggle publish with it."""
 
 import glob
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 
 from absl import logging
 
 from alexnet_jax.prepare import tar, tfds
-from alexnet_jax.utils.errors import UserError, as_user_error, first_line
+from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import as_utf8
 
 # Names of images with a ground truth. That of the test set of 2012 was not published.
 PREFIXES = (tar.VAL_PREFIX, 'ILSVRC2010_val_', 'ILSVRC2010_test_')
 KAGGLE_LIST = 'LOC_val_solution.csv'  # ImageId,PredictionString; the latter is WNID X Y W H, once per box
+# SciPy allocates the sizes that a file declares, and deep nesting ends its process.
+_MAT_READER = """
+import json, resource, sys
+from scipy import io
+resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+synsets = io.loadmat(sys.argv[1], squeeze_me=True)['synsets']
+ids, names = synsets['ILSVRC2010_ID'], synsets['WNID']
+print(json.dumps([(int(number), str(name)) for number, name in zip(ids.ravel(), names.ravel(), strict=True)]))
+"""
+_MAT_SECONDS = 60
 _LEVELS = 5  # of folders above the images in which their files may be: Kaggle's list is beside ILSVRC/Data/CLS-LOC/val
 _PLACES = ('', 'data', '*devkit*', '*devkit*/data', '*devkit*/*/data')  # of ILSVRC's files in these folders
 
@@ -155,14 +168,17 @@ def _read_meta(ground_truth: str, folder: str) -> dict[int, str]:
 
 def _read_mat(path: str) -> dict[int, str]:
     """Returns {ILSVRC2010_ID: WordNet id} from the struct array `synsets` of MATLAB's file."""
-    from scipy import io
-
+    environment = {**os.environ, 'OPENBLAS_NUM_THREADS': '1'}  # each thread takes addresses
     try:
-        synsets = io.loadmat(path, squeeze_me=True)['synsets']
-        ids, names = synsets['ILSVRC2010_ID'], synsets['WNID']
-        return {int(number): str(name) for number, name in zip(ids.ravel(), names.ravel(), strict=True)}
-    except Exception as error:  # of many types, for damaged files and other contents
-        raise UserError(f'{path!r}: expected synsets with ILSVRC2010_ID and WNID ({first_line(error)}).') from error
+        command = [sys.executable, '-c', _MAT_READER, path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_MAT_SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        reason = f'reading it takes more than {_MAT_SECONDS} s'
+    else:
+        if not done.returncode:
+            return {int(number): name for number, name in json.loads(done.stdout)}
+        reason = (done.stderr.splitlines() or ['damaged'])[-1][:200]
+    raise UserError(f'{path!r}: expected synsets with ILSVRC2010_ID and WNID ({reason!r}).')
 
 
 def _find(folder: str, name: str) -> str | None:

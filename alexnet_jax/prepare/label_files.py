@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.split_folders import split_name
 from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.text import to_nfc
 
 _EXPECTED = 'expected rows file,label or file,label,split, or a header with these names'
 # Names of columns in lower case, without blanks and punctuation. The first that is there counts.
@@ -112,7 +112,7 @@ def read_rows(path: str) -> list[Row]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b'\n') + 1
         raise UserError(f'{path!r}, line {line}: not UTF-8; save the table as UTF-8.') from error
-    rows = _split_cells(path, unicodedata.normalize('NFC', text))
+    rows = _split_cells(path, to_nfc(text))
     if not rows:
         raise UserError(f'{path!r} has no rows; {_EXPECTED}.')
     columns = _columns(rows[0][1])
@@ -276,4 +276,4 @@ def _reverse(key: str) -> str:
 
 def _key(file: str) -> str:
     """Returns a path in one form: '/' between folders, no './', NFC."""
-    return unicodedata.normalize('NFC', os.path.normpath(file.replace('\\', '/')))
+    return to_nfc(os.path.normpath(file.replace('\\', '/')))

@@ -11,8 +11,7 @@ import itertools
 import json
 import os
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -23,6 +22,7 @@ from alexnet_jax.prepare.class_lists import in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import as_utf8, describe_damage
+from alexnet_jax.utils.text import to_nfc
 
 PREFIX = 'parquet:'  # of `ImageRef.path`
 _SUFFIX = '.parquet'
@@ -35,6 +35,9 @@ _IMAGES = ('image', 'img', 'images', 'picture', 'photo', 'jpg', 'png')
 _LABELS = ('label', 'labels', 'fine_label', 'class', 'target', 'category', 'cls')
 _MAX_CLASSES = 100_000  # without names; larger numbers are identifiers of something else
 _BATCH_ROWS = 16
+_MIN_ROW_BYTES = 8  # of an image and its label, after compression
+_BATCH_NAMES = 64  # read at once; a file may store a long one once
+_MAX_NAME = 255  # characters of an image's name
 _BUFFER_BYTES = 2**20
 
 
@@ -164,30 +167,58 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
     try:
         opened = _open(file)
         columns = _columns(file, opened.schema_arrow)
-        table = opened.read(columns=[columns.label, *([columns.path] if columns.path else [])], use_threads=False)
+        _check_rows(file, opened.metadata.num_rows)
+        labels, paths = _read_texts(file, columns)
     except UserError:
         raise
     except Exception as error:  # pyarrow's types, for damaged files
         raise UserError(describe_damage(file, error)) from error
-    labels = table[columns.label].to_pylist()
-    labels = [unicodedata.normalize('NFC', label) if isinstance(label, str) else label for label in labels]
-    paths = (
-        [item and item['path'] for item in table[columns.image].to_pylist()] if columns.path else [None] * len(labels)
-    )
     name = as_utf8(os.path.relpath(file, root))
     digits = len(str(len(labels)))
     rows = []
     for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        row_name = f'{name}/{i:0{digits}}' + (f'/{os.path.basename(path)}' if path else '')
+        row_name = f'{name}/{i:0{digits}}' + (f'/{path}' if path else '')
         rows.append((ImageRef(PREFIX + file, i, -1, row_name, -1, split), label))
     return columns, rows
 
 
-def _open(file: str):
+def _check_rows(file: str, rows: int) -> None:
+    """Raises UserError if a file is too small for its rows: a run of equal labels takes a few bytes."""
+    if rows * _MIN_ROW_BYTES > (size := os.path.getsize(file)):
+        raise UserError(f'{file!r} declares {rows:,} rows with an image each, but has {size:,} bytes.')
+
+
+def _read_texts(file: str, columns: _Columns) -> tuple[list[Any], list[str | None]]:
+    """Returns the labels and the names of the images. Equal labels, which a file may store once, are one object."""
+    labels: list[Any] = []
+    opened = _open(file, read_dictionary=[columns.label])
+    for chunk in opened.read(columns=[columns.label], use_threads=False)[columns.label].chunks:
+        labels += _to_list(chunk, lambda label: to_nfc(label) if isinstance(label, str) else label)
+    if not columns.path:
+        return labels, [None] * len(labels)
+    paths: list[str | None] = []
+    for batch in opened.iter_batches(_BATCH_NAMES, columns=[columns.path], use_threads=False):
+        items = batch.column(columns.image).to_pylist()
+        paths += [os.path.basename(item['path'])[:_MAX_NAME] if item and item['path'] else None for item in items]
+    if len(paths) != len(labels):
+        raise ValueError(f'{len(labels)} labels, but {len(paths)} names')
+    return labels, paths
+
+
+def _to_list(array, convert: Callable[[Any], Any]) -> list[Any]:
+    from pyarrow import types
+
+    if not types.is_dictionary(array.type):
+        return list(map(convert, array.to_pylist()))
+    values = list(map(convert, array.dictionary.to_pylist()))
+    return [None if i is None else values[i] for i in array.indices.to_pylist()]
+
+
+def _open(file: str, **options: Any):
     """Opens a file so that reading a batch of rows keeps little more than these rows in memory."""
     from pyarrow import parquet
 
-    options = {'pre_buffer': False, 'buffer_size': _BUFFER_BYTES, 'page_checksum_verification': True}
+    options |= {'pre_buffer': False, 'buffer_size': _BUFFER_BYTES, 'page_checksum_verification': True}
     return parquet.ParquetFile(file, **options)
 
 

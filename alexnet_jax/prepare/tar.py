@@ -13,7 +13,8 @@ from alexnet_jax.utils.files import as_utf8, describe_damage
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_MAX_HEADER_BYTES = 2**20  # of a header with the member's name
+_MAX_HEADER_BYTES = 2**13  # of a header with the member's name; older versions of tarfile need its square of time
+_MAX_PAX_HEADERS = 100  # for all members: tarfile copies them for each
 _MAX_END_BYTES = 2**24  # of zeros after the last member
 
 
@@ -78,7 +79,10 @@ class _Window:
 def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
     """Yields the files in an archive. Raises ReadError for damage that tarfile would mistake for the end."""
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
-        for member in archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
+            if len(archive.pax_headers) > _MAX_PAX_HEADERS or member.issparse():  # the size is not that in the file
+                raise tarfile.ReadError(f'the header at byte {member.offset} is of an unsupported kind')
             if member.size < 0 or archive.offset <= member.offset:  # would read the same members forever
                 raise tarfile.ReadError(f'the header at byte {member.offset} declares a member of {member.size} bytes')
             if member.isfile():

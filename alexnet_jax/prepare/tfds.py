@@ -2,6 +2,7 @@
 
 import functools
 
+from alexnet_jax.data import datasets
 from alexnet_jax.prepare.image_ref import SPLIT_NAMES, ImageRef, Listing
 from alexnet_jax.utils.errors import UserError, first_line
 
@@ -37,10 +38,18 @@ def list_images(path: str) -> Listing:
 def open_builder(path: str):
     """Returns the builder of a dataset. Generates a missing dataset, which needs TensorFlow. Raises UserError."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder, registered
+    from tensorflow_datasets.core.utils import error_utils
 
     name = path.removeprefix(PREFIX)
     try:
+        with error_utils.reraise_with_context(registered.DatasetNotFoundError):  # the function below requires it
+            folder = read_only_builder._find_builder_dir(name)
+        if folder:  # TFDS loads datasets that it has no code of from their files
+            datasets.check_features(str(folder))
         builder = tfds.builder(name, file_format='array_record')
+    except UserError:
+        raise
     except Exception as error:  # TFDS raises different exception types for unknown names, configs and versions
         raise UserError(f'{path} cannot be opened: {first_line(error)}') from error
     if not builder.info.splits:

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 from google.protobuf.message import DecodeError
 
-from alexnet_jax.utils.errors import as_user_error
+from alexnet_jax.utils.errors import UserError, as_user_error
 from alexnet_jax.utils.files import atomic_file, sync
 
 # Hide PyTorch from tensorboardX, which imports it for record types that are not used here. The import takes seconds and
@@ -125,7 +125,7 @@ def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
             try:
                 values = json.loads(line)
                 entry = int(values['step']), str(values['split'])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 entry = None
             yield line, entry
 
@@ -136,6 +136,8 @@ def _is_after(line_step: int, split: str, step: int, validated: bool) -> bool:
 
 def _cut_events(path: str, step: int, validated: bool) -> None:
     """Truncates an events file before its first record after `step`, or before an incomplete record."""
+    if os.path.islink(path):
+        raise UserError(f'{path!r} is a link; remove it, so that no file elsewhere is changed.')
     end, size = 0, os.path.getsize(path)
     with open(path, 'rb') as file:
         # Record format: length (8 bytes), checksum of the length (4), an Event, checksum of the Event (4).

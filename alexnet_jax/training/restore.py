@@ -96,7 +96,7 @@ def _check_same_run(old: dict, image_stats, meta: dict, setup: TrainingSetup, wo
 
 def _with_new_keys(config: dict) -> dict:
     """Adds the keys that an older config lacks, with the values of configs/paper.py, which change nothing."""
-    default = manager.config_to_json(get_config('paper'))
+    default = manager.config_to_json(get_config('paper', packaged=True))
     return {
         key: {**default[key], **value} if isinstance(value, dict) and key in default else value
         for key, value in {**default, **config}.items()

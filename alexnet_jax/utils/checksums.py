@@ -11,8 +11,10 @@ from collections.abc import Callable, Container, Mapping
 
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import atomic_file, sync
+from alexnet_jax.utils.text import printable
 
 FILE_NAME = 'SHA256SUMS'
+_MAX_SHOWN = 4096  # characters of a path in messages
 
 
 def sha256(path: str) -> str:
@@ -61,7 +63,8 @@ def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: Tr
         existing = set(_files(folder))
         names = sorted(listed if complete else listed.keys() | existing)
         problems = {name: _mismatch(folder, name, listed, existing, wanted) for name in names}
-        return [f'{os.path.join(folder, name)}: {problem}' for name, problem in problems.items() if problem]
+        paths = {name: printable(os.path.join(folder, name), _MAX_SHOWN) for name in names}
+        return [f'{paths[name]}: {problem}' for name, problem in problems.items() if problem]
     except PermissionError as error:
         raise UserError(f'cannot read {error.filename!r}: {error.strerror}.') from error
     except ValueError as error:

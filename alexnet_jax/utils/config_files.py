@@ -1,5 +1,6 @@
 """Loads configs by name or path. In a wheel, configs/ is part of the package; in the repository, it is beside it."""
 
+import contextvars
 import inspect
 import os
 import pathlib
@@ -12,6 +13,8 @@ from ml_collections.config_dict import RequiredValueError
 from alexnet_jax.utils.errors import UserError, did_you_mean, first_line
 from alexnet_jax.utils.files import as_path
 
+_in_package = contextvars.ContextVar('in_package', default=False)  # whether a config of the package calls `get_config`
+
 
 def config_names() -> dict[str, pathlib.Path]:
     """Returns the files of the configs that are part of the package, by name."""
@@ -22,24 +25,26 @@ def config_names() -> dict[str, pathlib.Path]:
     return {}
 
 
-def get_config(name: str | os.PathLike) -> ConfigDict:
+def get_config(name: str | os.PathLike, *, packaged: bool = False) -> ConfigDict:
     """Loads a config by its name ('paper') or by the path of a Python file that defines `get_config()`.
 
-    A variant may follow after a colon: 'paper:init=authors'. Raises UserError if there is no such config or variant, or
-    if the file cannot be loaded.
+    A variant may follow after a colon: 'paper:init=authors'. A file of that name in the current folder goes before the
+    config of the package, unless `packaged`, or if a config of the package asks for it. Raises UserError if there is no
+    such config or variant, or if the file cannot be loaded.
     """
-    name = as_path(name)
-    file, _, argument = (name, '', '') if os.path.isfile(name) else name.partition(':')
-    path, packaged = pathlib.Path(file), config_names()
-    if file in packaged and path.is_file():
+    name, packaged = as_path(name), packaged or _in_package.get()
+    file, _, argument = (name, '', '') if os.path.isfile(name) and not packaged else name.partition(':')
+    path, names = pathlib.Path(file), config_names()
+    if file in names and path.is_file() and not packaged:
         logging.info('Using the file %s in this folder, not the config of that name in alexnet_jax.', file)
-    elif file in packaged:
-        path = packaged[file]
+    elif file in names:
+        path = names[file]
     elif not path.is_file():
         siblings = [str(other) for other in path.parent.glob('*.py')] if path.suffix == '.py' else []
-        by_name = path.stem in packaged or not siblings
-        hint = did_you_mean(path.stem, packaged) if by_name else did_you_mean(file, siblings)
+        by_name = path.stem in names or not siblings
+        hint = did_you_mean(path.stem, names) if by_name else did_you_mean(file, siblings)
         raise UserError(f'no config file {file!r}.{hint}')
+    nested = _in_package.set(path == names.get(file))
     try:
         function = runpy.run_path(str(path)).get('get_config')
         if not callable(function):
@@ -51,6 +56,8 @@ def get_config(name: str | os.PathLike) -> ConfigDict:
         raise error if isinstance(error, UserError) else UserError(f'{file!r}: {first_line(error)}') from error
     except Exception as error:
         raise UserError(f'cannot load {file!r} ({type(error).__name__}: {first_line(error)}).') from error
+    finally:
+        _in_package.reset(nested)
     if not isinstance(config, ConfigDict):
         raise UserError(
             f'get_config() of {file!r} returns {type(config).__name__}: expected an ml_collections.ConfigDict.'

@@ -72,7 +72,7 @@ def warn_of_changes(workdir: str, now: dict[str, Any]) -> None:
         with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
             before = json.load(file)
         before = {**before, **before.pop('versions')}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return
     changes = [
         f'{key} {before.get(key)} -> {value}'

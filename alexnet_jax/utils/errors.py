@@ -8,7 +8,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message names the value, what was expected and the remedy."""
+    """An error that the user can fix. The message names the value, what was expected and the remedy.
+
+    Characters that are not printable become ?: names and values may be those of files of others.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(''.join(c if c.isprintable() else ' ' if c.isspace() else '?' for c in message))
 
 
 class UnreadableError(UserError):
@@ -43,8 +49,9 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error message, or the name of the error's class if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an error message, with ? for control characters; if it is empty, the error's class."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ''.join(c if c.isprintable() else '?' for c in line)
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -99,6 +99,8 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
     error, `path` is unchanged.
     """
     partial = f'{path}.tmp'
+    if os.path.islink(partial):  # in a folder of others; writing would change the file that it leads to
+        os.remove(partial)
     try:
         with open(partial, mode, encoding=None if 'b' in mode else 'utf-8', newline=newline) as file:
             yield file

@@ -6,12 +6,32 @@ The library logs with `absl.logging`. Commands call `configure`; notebooks can c
 import itertools
 import logging as std_logging
 import os
+import re
 import sys
 import time
+from typing import TextIO
 
 from absl import logging
 
+# Characters that control a terminal, or the direction of text. Names of files and classes may contain them.
+_CONTROLS = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def escape_controls(text: str) -> str:
+    """Returns text with control characters, except tabs and newlines, as escapes: '\\x1b'."""
+    return _CONTROLS.sub(lambda found: found[0].encode('unicode_escape').decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Returns text with control characters as escapes, also newlines."""
+    return escape_controls(text).replace('\n', '\\n')
+
+
+def escape_stream(stream: TextIO) -> None:
+    """Makes a stream write control characters as escapes."""
+    write = stream.write
+    stream.write = lambda text: write(escape_controls(text))  # type: ignore[method-assign]
 
 
 class _PlainHandler(std_logging.Handler):
@@ -24,7 +44,8 @@ class _PlainHandler(std_logging.Handler):
     def emit(self, record: std_logging.LogRecord) -> None:
         prefix = 'warning: ' if record.levelno >= std_logging.WARNING else ''
         stream = sys.stdout if self._to_stdout and not prefix and _is_own(record) else sys.stderr
-        print(f'{prefix}{record.getMessage()}', file=stream, flush=True)
+        escape = one_line if _is_own(record) else escape_controls
+        print(escape(f'{prefix}{record.getMessage()}'), file=stream, flush=True)
 
 
 def _is_own(record: std_logging.LogRecord) -> bool:

@@ -69,9 +69,11 @@ def test_card_has_valid_metadata_and_the_written_formats():
     assert 'divided by a standard deviation per color.' in text
     # A last layer that `finetune` has fitted, and all layers; no folder of this machine is named.
     config = {**source.config, 'init_from': '/home/me/runs/first/', 'data': {'path': '/home/me/data/cats'}}
-    assert 'weights that alexnet_jax derived from first.' in card.card(source._replace(config=config), 1, {'onnx': ''})
+    assert 'weights that alexnet_jax derived from `first`.' in card.card(
+        source._replace(config=config), 1, {'onnx': ''}
+    )
     text = card.card(scaled._replace(config={**config, 'batch_size': 8}), 1, {'onnx': ''})
-    assert 'on batches of 8, starting from first; data: cats.' in text and '/home' not in text
+    assert 'on batches of 8, starting from `first`; data: `cats`.' in text and '/home' not in text
 
 
 def test_formats_are_checked_before_anything_is_written(tmp_path):
