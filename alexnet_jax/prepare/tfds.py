@@ -2,7 +2,6 @@
 
 import functools
 
-from alexnet_jax.data import datasets
 from alexnet_jax.prepare.image_ref import SPLIT_NAMES, ImageRef, Listing
 from alexnet_jax.utils.errors import UserError, first_line
 
@@ -40,6 +39,8 @@ def open_builder(path: str):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder, registered
     from tensorflow_datasets.core.utils import error_utils
+
+    from alexnet_jax.data import datasets  # loads JAX, which the worker processes of `prepare` do not need
 
     name = path.removeprefix(PREFIX)
     try:

@@ -384,7 +384,7 @@ def killed_in_join(scene: Scene) -> None:
         code, printed = scene.run(None, command=(*command, f'--part={part}'))
         expect(code == 0, printed[-2000:])
     child = scene.start(None, command=(*command, '--join'))
-    time.sleep(scene.rng.uniform(0, 6))
+    time.sleep(scene.rng.uniform(0, 3))
     require_running(child.poll() is None)
     child.kill()
     child.wait()
