@@ -16,6 +16,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -305,7 +306,7 @@ def test_window_of_a_config_that_takes_forever(name):
 # What is written and printed.
 
 
-def test_names_cannot_control_the_terminal(tmp_path, capfd):
+def test_names_cannot_control_the_terminal(tmp_path, capfd, monkeypatch):
     fine, damaged = tmp_path / 'a\x1b[2J\u202eb', tmp_path / 'c'
     for folder in (fine, damaged):
         helpers.write_files(folder, {'x': b'1'})
@@ -314,6 +315,7 @@ def test_names_cannot_control_the_terminal(tmp_path, capfd):
     done = helpers.run_command('verify', fine, damaged)
     assert done.returncode == 1 and r'a\x1b[2J\u202eb: all digests match' in done.stdout
     assert 'missing' in done.stderr and done.stderr.replace('\n', '').isprintable()
+    monkeypatch.setattr(app.threading, 'Timer', mock.Mock())  # it would end this process
     with pytest.raises(SystemExit):
         app._fail('no file \x1b[2J', 2)
     assert capfd.readouterr().err == 'error: no file \\x1b[2J\n'
