@@ -1,4 +1,4 @@
-"""Injects faults in turn and prints a table: `python -m tests.faults --trials=60 [--seed=0] [--only=NAME]`.
+"""Injects faults in turn and prints a table: `python -m tests.faults [--trials=N] [--seed=0] [--only=NAME]`.
 
 --output=FILE adds each trial to a JSON file. The same command goes on where it was stopped, also on another machine.
 Several campaigns can add to the same file at once, with different seeds and each with its own /dev/shm:
@@ -66,7 +66,7 @@ def add(result: dict, trial: dict, seed: int, commit: str | None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--trials', type=int, default=60)
+    parser.add_argument('--trials', type=int, default=len(ALL))  # one of each kind
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=[fault.__name__ for fault in ALL])
     parser.add_argument('--output', type=pathlib.Path)
