@@ -383,12 +383,13 @@ def killed_in_join(scene: Scene) -> None:
     for part in ('1/2', '2/2'):
         code, printed = scene.run(None, command=(*command, f'--part={part}'))
         expect(code == 0, printed[-2000:])
-    child = scene.start(None, command=(*command, '--join'))
+    join = ('prepare', f'--output={out}', '--join')
+    child = scene.start(None, command=join)
     time.sleep(scene.rng.uniform(0, 3))
     require_running(child.poll() is None)
     child.kill()
     child.wait()
-    prepare_again(scene, (*command, '--join'), out, 2, lambda: None)
+    prepare_again(scene, join, out, 2, lambda: None)
 
 
 ALL = [
