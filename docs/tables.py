@@ -89,7 +89,7 @@ def power_cuts(records: Sequence[Record]) -> list[Row]:
             'changes': f'{counts["changes"]:,}',
             'disks': f'{counts["disks"]:,}',
             'lost': str(counts['lost']),
-            'continues from': ', '.join(f'{key}: {number:,}' for key, number in counts['outcomes'].items()),
+            'disks by last step or state': ', '.join(f'{key}: {number:,}' for key, number in counts['outcomes'].items()),
         }
         for name, counts in result['replayed'].items()
     ]
@@ -374,7 +374,7 @@ def _share(record: Record) -> Row:
 
 def _source(records: Sequence[Record], kind: str) -> str:
     """Returns a sentence on where and when measurements were made; for a suite, which has it elsewhere, nothing."""
-    if kind in ('suite', 'figure1', 'errors', 'fuzz'):
+    if kind in ('suite', 'figure1', 'errors', 'fuzz', 'faults', 'power_cuts'):
         return ''
     parts = ['; '.join(dict.fromkeys(column)) for column in zip(*map(_environment, records), strict=True)]
     computed = kind in ('communication', 'moved', 'scaling', 'published', 'compiled', 'compiled_links')

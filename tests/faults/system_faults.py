@@ -385,7 +385,7 @@ def killed_in_join(scene: Scene) -> None:
         expect(code == 0, printed[-2000:])
     join = ('prepare', f'--output={out}', '--join')
     child = scene.start(None, command=join)
-    time.sleep(scene.rng.uniform(0, 3))
+    time.sleep(scene.rng.uniform(0, 2))
     require_running(child.poll() is None)
     child.kill()
     child.wait()
