@@ -5,6 +5,7 @@ that is reshuffled every epoch. Random parameters depend only on (seed, position
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -249,6 +250,13 @@ def _closing(dataset, starting) -> Generator[Batch, None, None]:
             if first is not None:
                 yield first
                 yield from iterator
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(
+                f'{SHARED_MEMORY} is full; decoding processes pass images through it. Enlarge it (Docker: --shm-size), '
+                'or add --config.data.num_workers=0 to decode in threads.'
+            ) from error
         except RuntimeError as error:
             if 'terminated unexpectedly' not in str(error):
                 raise

@@ -1,5 +1,6 @@
 """Options of XLA's compiler, and the cache of compiled programs."""
 
+import contextlib
 import functools
 import pathlib
 import platform
@@ -41,10 +42,10 @@ def cache_programs(folder: str) -> None:
     show_warning = warnings.showwarning
 
     def show(message, category, filename, lineno, file=None, line=None):
-        if not (found := re.match(r"Error reading persistent compilation cache entry for '(.+?)'", str(message))):
+        found = re.match(r"Error reading persistent compilation cache entry for '(.+?)'", str(message))
+        if not (removed := _remove_damaged(folder, found[1]) if found else 0):
             return show_warning(message, category, filename, lineno, file, line)
-        removed = _remove_damaged(folder, found[1])
-        logging.warning(f'{removed} damaged compiled programs in {folder!r} were removed; they are compiled again.')
+        logging.warning(f'removed damaged compiled programs from {folder!r} ({removed}); they are compiled again.')
 
     warnings.showwarning = show  # JAX warns before it compiles
 
@@ -54,9 +55,12 @@ def _remove_damaged(folder: str, module: str) -> int:
     entries = list(pathlib.Path(folder).glob('*-cache'))
     damaged = [path for path in entries if _is_damaged(path)]
     damaged = damaged or [path for path in entries if path.name.startswith(f'{module}-')]
+    removed = 0
     for path in damaged:
-        path.unlink(missing_ok=True)
-    return len(damaged)
+        with contextlib.suppress(OSError):  # of others, or already gone
+            path.unlink()
+            removed += 1
+    return removed
 
 
 def _is_damaged(path: pathlib.Path) -> bool:

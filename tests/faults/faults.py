@@ -14,7 +14,8 @@ from tests.faults.scene import Scene, expect, expect_noticed, full_disk, last_st
 from tests.helpers import untimed_metrics
 
 WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=30')  # each validation starts two more
-_PROCESS = b'-m\0alexnet_jax.main'
+WORKER = b'spawn_main'  # in the command lines of workers, and of processes of a run
+PROCESS = b'-m\0alexnet_jax.main'
 TWO = ('--config.mesh.data=2',)  # two processes with one device each
 
 
@@ -41,10 +42,9 @@ def killed_worker(scene: Scene) -> None:
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *WORKERS)
     scene.wait_for_training(child, workdir)
-    workers = scene.child_processes(b'spawn_main')
-    require_running(workers)
+    worker = scene.random_process(WORKER)
     with contextlib.suppress(ProcessLookupError):  # it had already exited
-        os.kill(workers[scene.rng.integers(len(workers))], signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
     code = scene.wait_for_exit(child)
     require_running(code != 0)  # otherwise it had finished its work
     expect(code == 2 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
@@ -63,10 +63,8 @@ def killed_one_process_of_two(scene: Scene) -> None:
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *TWO, processes=2)
     scene.wait_random(child, workdir)
-    processes = scene.child_processes(_PROCESS)
-    require_running(processes)
-    before = last_step(workdir)
-    os.kill(scene.rng.choice(processes), signal.SIGKILL)
+    process, before = scene.random_process(PROCESS), last_step(workdir)
+    os.kill(process, signal.SIGKILL)
     code = scene.wait_for_exit(child)
     expect_noticed(code, before)
     expect(code == 137, f'the launcher ends with {code}')
@@ -115,10 +113,8 @@ def terminated_one_process_of_two(scene: Scene) -> None:
     child = scene.start(workdir, *TWO, processes=2)
     scene.wait_for_training(child, workdir)
     time.sleep(scene.rng.uniform(0, 1.5))
-    processes = scene.child_processes(_PROCESS)
-    require_running(processes)
-    before = last_step(workdir)
-    os.kill(scene.rng.choice(processes), signal.SIGTERM)
+    process, before = scene.random_process(PROCESS), last_step(workdir)
+    os.kill(process, signal.SIGTERM)
     code = scene.wait_for_exit(child)
     expect_noticed(code, before)
     expect(code == 143, f'the launcher ends with {code}: {scene.log()[-2000:]}')

@@ -218,6 +218,12 @@ class Scene:
                 found.append(int(pid))
         return found
 
+    def random_process(self, words: bytes) -> int:
+        """Returns one of the processes of this trial with `words` in their command line."""
+        processes = self.child_processes(words)
+        require_running(processes)
+        return int(self.rng.choice(processes))
+
     def expect_same_result(self, workdir, *options, processes=1, written: str = '') -> None:
         """Checks that the same command resumes to the same parameters, optimizer state and metrics, bit for bit."""
         sealed = [path.parent.name for path in workdir.glob('checkpoints/*/SHA256SUMS')]

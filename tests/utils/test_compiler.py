@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 import zlib
 
 import pytest
@@ -34,7 +35,7 @@ def test_damaged_programs_are_compiled_again(tmp_path):
     for damaged in (b'', bytes(flipped)):
         path.write_bytes(damaged)
         said, _ = run()
-        assert '1 damaged compiled programs in' in said and 'they are compiled again' in said
+        assert said.count('removed damaged compiled programs from') == 1 and '(1); they are compiled again' in said
         said, entries = run()
         assert said == '' and zlib.decompress(entries[path])
 
@@ -47,3 +48,18 @@ def test_only_damaged_programs_are_removed(tmp_path):
     assert compiler._remove_damaged(str(tmp_path), 'jit_step') == 1
     assert good.exists() and other.exists() and not bad.exists()
     assert compiler._remove_damaged(str(tmp_path), 'jit_step') == 2  # JAX could not load one of these
+
+
+def test_warnings_that_are_not_of_a_damaged_program_are_shown(tmp_path, monkeypatch):
+    """Also if nothing could be removed, as from a folder of others."""
+    shown = []
+    monkeypatch.setattr(warnings, 'showwarning', lambda message, *_: shown.append(str(message)))
+    monkeypatch.setattr(compiler.jax.config, 'update', lambda *_: None)
+    compiler.cache_programs(str(tmp_path))
+    damaged = "Error reading persistent compilation cache entry for 'jit_step': error: x"
+    for message in ('something else', damaged):
+        warnings.showwarning(UserWarning(message), UserWarning, 'file', 1)
+    assert shown == ['something else', damaged]
+    (tmp_path / 'jit_step-1-cache').write_bytes(b'half')
+    warnings.showwarning(UserWarning(damaged), UserWarning, 'file', 1)
+    assert len(shown) == 2 and not list(tmp_path.iterdir())
