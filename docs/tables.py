@@ -89,7 +89,9 @@ def power_cuts(records: Sequence[Record]) -> list[Row]:
             'changes': f'{counts["changes"]:,}',
             'disks': f'{counts["disks"]:,}',
             'lost': str(counts['lost']),
-            'disks by last step or state': ', '.join(f'{key}: {number:,}' for key, number in counts['outcomes'].items()),
+            'disks by last step or state': ', '.join(
+                f'{key}: {number:,}' for key, number in counts['outcomes'].items()
+            ),
         }
         for name, counts in result['replayed'].items()
     ]

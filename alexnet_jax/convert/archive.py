@@ -9,8 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, cast
 
-from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.text import printable
+from alexnet_jax.utils.errors import UserError, printable
 
 
 def find(path: str, wanted: Callable[[str], bool]) -> str | None:

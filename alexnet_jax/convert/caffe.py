@@ -8,8 +8,7 @@ import pathlib
 import numpy as np
 
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, reading
-from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.text import printable
+from alexnet_jax.utils.errors import UserError, printable
 
 _MAX_BYTES = 2**31 - 1  # protobuf's own limit
 _MAX_AXES = 32  # Caffe's own limit

@@ -30,9 +30,8 @@ from alexnet_jax.core.train_step import TrainState
 from alexnet_jax.data import image_stats_file
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
-from alexnet_jax.utils.errors import UserError, as_user_error, first_line
+from alexnet_jax.utils.errors import UserError, as_user_error, first_line, printable
 from alexnet_jax.utils.files import atomic_directory, check_new
-from alexnet_jax.utils.text import printable
 
 _READERS = {
     '.caffemodel': caffe.read,

@@ -11,8 +11,7 @@ import numpy as np
 from alexnet_jax.convert import unpickle
 from alexnet_jax.convert.unpickle import Placeholder
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, reading
-from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.text import printable
+from alexnet_jax.utils.errors import UserError, printable
 
 
 class _Array(Placeholder):

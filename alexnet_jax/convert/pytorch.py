@@ -17,9 +17,8 @@ from absl import logging
 from alexnet_jax.convert import unpickle
 from alexnet_jax.convert.unpickle import Placeholder
 from alexnet_jax.convert.weight_file import LayerWeights, WeightFile, in_numeric_order, pair_tensors, reading
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, printable
 from alexnet_jax.utils.files import check_declared_size
-from alexnet_jax.utils.text import printable
 
 _MAX_AXES = 64  # NumPy's own limit
 _EXPECTED = 'a state_dict written by torch.save'

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, printable
 from alexnet_jax.utils.files import foreign_kind
-from alexnet_jax.utils.text import printable
 
 
 class LayerWeights(NamedTuple):

@@ -9,9 +9,8 @@ import os
 import re
 from collections.abc import Callable, Container, Mapping
 
-from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.errors import UserError, printable
 from alexnet_jax.utils.files import atomic_file, sync
-from alexnet_jax.utils.text import printable
 
 FILE_NAME = 'SHA256SUMS'
 _MAX_SHOWN = 4096  # characters of a path in messages

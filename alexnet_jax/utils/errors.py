@@ -48,10 +48,15 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
         raise UserError(f'{name} is {type(value).__name__}: expected {expected}.')
 
 
+def printable(text: str, longest: int = 100) -> str:
+    """Returns text from a file as one short printable line."""
+    return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error message, with ? for control characters; if it is empty, the error's class."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    return ''.join(c if c.isprintable() else '?' for c in line)
+    return printable(line, len(line))
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -1,4 +1,4 @@
-"""Text of files."""
+"""The normal form of text from files."""
 
 import re
 import unicodedata
@@ -7,11 +7,6 @@ from alexnet_jax.utils.errors import UserError
 
 _MAX_MARKS = 500  # one after another. Unicode's Stream-Safe Text Format has at most 30
 _LONG_RUN = re.compile(f'[^\x00-\u02ff]{{{_MAX_MARKS},}}')
-
-
-def printable(text: str, longest: int = 100) -> str:
-    """Returns text from a file as one short printable line."""
-    return ''.join(c if c.isprintable() else '?' for c in text[:longest]) + ('...' if len(text) > longest else '')
 
 
 def to_nfc(text: str) -> str:
