@@ -13,7 +13,7 @@ from alexnet_jax.utils import checksums
 from tests.faults.scene import Scene, expect, expect_noticed, full_disk, last_step, require_running, small_disk
 from tests.helpers import untimed_metrics
 
-WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=30')  # each validation starts two more
+WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=60')  # the validation starts two more
 WORKER = b'spawn_main'  # in the command lines of workers, and of processes of a run
 PROCESS = b'-m\0alexnet_jax.main'
 TWO = ('--config.mesh.data=2',)  # two processes with one device each
@@ -111,8 +111,7 @@ def terminated_one_process_of_two(scene: Scene) -> None:
     """SIGTERM to one of two processes: both save the same step."""
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *TWO, processes=2)
-    scene.wait_for_training(child, workdir)
-    time.sleep(scene.rng.uniform(0, 1.5))
+    scene.wait_into_training(child, workdir)
     process, before = scene.random_process(PROCESS), last_step(workdir)
     os.kill(process, signal.SIGTERM)
     code = scene.wait_for_exit(child)
@@ -132,8 +131,7 @@ def interrupted_in_two_processes(scene: Scene) -> None:
     if scene.rng.uniform() < 0.3:
         time.sleep(scene.rng.uniform(0.5, 4))  # while they start
     else:
-        scene.wait_for_training(child, workdir)
-        time.sleep(scene.rng.uniform(0, 1.0))
+        scene.wait_into_training(child, workdir)
     before = last_step(workdir)
     code = scene.stop(child, signal.SIGINT, group=True)
     expect_noticed(code, before)
@@ -160,8 +158,7 @@ def interrupted(scene: Scene) -> None:
     """Ctrl-C: SIGINT to the whole process group."""
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *WORKERS)
-    scene.wait_for_training(child, workdir)
-    time.sleep(scene.rng.uniform(0, 1.5))
+    scene.wait_into_training(child, workdir)
     before = last_step(workdir)
     code = scene.stop(child, signal.SIGINT, group=True)
     expect_noticed(code, before)
@@ -353,7 +350,7 @@ def data_vanish(scene: Scene) -> None:
     expect(code == 2 and 'there is no data directory' in printed, f'evaluate ends with {code}: {printed[-2000:]}')
     away.rename(copy)
     child = scene.start(None, command=('evaluate', f'--checkpoint={scene.reference()}', f'--data={copy}'))
-    time.sleep(scene.rng.uniform(3, 9))  # while it starts or reads
+    time.sleep(scene.rng.uniform(1, 6))  # while it starts or reads
     copy.rename(away)
     code = scene.wait_for_exit(child)
     expect(code in (0, 2) and 'Traceback' not in scene.log(), f'evaluate ends with {code}: {scene.log()[-3000:]}')

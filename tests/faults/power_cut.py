@@ -301,7 +301,6 @@ def continue_one(scene: Scene, changes: list[tuple], folder: pathlib.Path) -> No
 
 def replay_all(scene: Scene, *, every: int = 1, continued: int = 1) -> dict[str, dict]:
     """Records and replays training and `prepare`; returns the counts of both. continued: number of runs to end."""
-    logging.set_verbosity(logging.ERROR)
     results, python = {}, [sys.executable, '-m']
     train = ['alexnet_jax.main', '--config=tests/faults/config.py', '--cpu_devices=1', f'--config.num_steps={_STEPS}']
     jobs = {
@@ -328,6 +327,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output')
     args = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(pathlib.Path(folder), np.random.default_rng(args.seed), pathlib.Path(folder))
         results = replay_all(scene, continued=10)

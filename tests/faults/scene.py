@@ -1,6 +1,7 @@
 """Child processes that train, means to disturb them, and checks that nothing was lost."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.checkpoints import verify
+from alexnet_jax.checkpoints import manager, verify
 from alexnet_jax.data import datasets
+from alexnet_jax.training import build
 from tests import ROOT, helpers
 from tests.faults import config as config_file
 
@@ -100,9 +102,10 @@ class Scene:
         # All trials share the compiled programs, also those that compile in less than a second.
         fast = {'XDG_CACHE_HOME': str(self._shared / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
         own = {'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'FAULT_MARK': self.mark, **(environment or {})}
+        inherited = {key: value for key, value in os.environ.items() if key != 'JAX_COMPILATION_CACHE_DIR'}  # of pytest
         log = open(self.folder / 'log.txt', 'a+')
         return subprocess.Popen(
-            [*through, *words], cwd=ROOT, env={**os.environ, **fast, **own}, stdout=log, stderr=log,
+            [*through, *words], cwd=ROOT, env={**inherited, **fast, **own}, stdout=log, stderr=log,
             start_new_session=True, **popen,
         )  # fmt: skip
 
@@ -150,14 +153,18 @@ class Scene:
         return path
 
     def raw(self) -> pathlib.Path:
-        raw = self._shared / f'raw-{self.mark}'
-        if not raw.exists():
+        """Returns the digits as JPEG files, in a folder for each class; shared by all trials."""
+        path = self._shared / 'raw'
+        if not path.exists():
+            partial = self._shared / f'partial-{self.mark}'
             for split, records in datasets.open_dataset('digits').splits.items():
                 for i, record in enumerate(records):
-                    folder = raw / split / str(record['label'])
+                    folder = partial / split / str(record['label'])
                     folder.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(record['image']).save(folder / f'{i}.jpg')
-        return raw
+            with contextlib.suppress(OSError):
+                partial.rename(path)
+        return path
 
     def wait_for_training(self, child, workdir, *, more: int = 1) -> None:
         """Waits until the child has written `more` lines, or has exited."""
@@ -172,12 +179,16 @@ class Scene:
             time.sleep(0.02)
 
     def wait_random(self, child, workdir) -> None:
-        """Waits for a random time: mostly until training, sometimes only into the start."""
+        """Waits for a random time: mostly into training, sometimes only into the start."""
         if self.rng.uniform() < 0.2:
-            time.sleep(self.rng.uniform(0, 8))
+            time.sleep(self.rng.uniform(0, 6))
         else:
-            self.wait_for_training(child, workdir)
-            time.sleep(self.rng.uniform(0, 2.5))
+            self.wait_into_training(child, workdir)
+
+    def wait_into_training(self, child, workdir) -> None:
+        """Waits for a random line of the first two thirds of a run, and a moment more."""
+        self.wait_for_training(child, workdir, more=int(self.rng.integers(1, 16)))
+        time.sleep(self.rng.uniform(0, 0.2))
 
     def stop(self, child, number=signal.SIGTERM, *, group=False) -> int:
         """Sends a signal and waits; checks that no process and no shared memory of the child is left."""
@@ -236,10 +247,20 @@ class Scene:
         whole = self.reference(*options, processes=processes)
         found, expected = (helpers.untimed_metrics(path) for path in (workdir, whole))
         expect(found == expected, f'the metrics differ: {found} and {expected}', SilentError)
-        a, b = (jax.tree.leaves(helpers.last_state(config_file.get_config(), path)) for path in (workdir, whole))
+        a, b = (jax.tree.leaves(_last_state(path)) for path in (workdir, whole))
         same = all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         expect(same, 'the parameters or velocities differ', SilentError)
         expect(not verify.verify(str(workdir))[1], f'damage at the end: {verify.verify(str(workdir))[1]}')
+
+
+@functools.cache
+def _state_shapes():
+    return build.build(config_file.get_config()).steps.state_shapes
+
+
+def _last_state(workdir):
+    with manager.CheckpointManager(str(workdir), read_only=True) as saved:
+        return jax.device_get(saved.restore(saved.latest(), _state_shapes()))
 
 
 def _unmapped_memory() -> set[str]:

@@ -51,7 +51,7 @@ int gettimeofday(struct timeval *t, void *zone) {
 
 def _paused(scene: Scene, child, pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(scene.rng.uniform(1, 6))
+    time.sleep(scene.rng.uniform(0.5, 4))
     require_running(child.poll() is None)
     os.kill(pid, signal.SIGCONT)
     expect(scene.wait_for_exit(child) == 0, scene.log()[-3000:])
@@ -327,8 +327,7 @@ def terminated_twice(scene: Scene) -> None:
     """A second SIGTERM while the first is obeyed."""
     workdir = scene.folder / 'run'
     child = scene.start(workdir)
-    scene.wait_for_training(child, workdir)
-    time.sleep(scene.rng.uniform(0, 1))
+    scene.wait_into_training(child, workdir)
     require_running(child.poll() is None)
     os.kill(child.pid, signal.SIGTERM)
     time.sleep(scene.rng.uniform(0, 0.5))
