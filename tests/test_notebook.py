@@ -12,7 +12,7 @@ import pytest
 from tests import ROOT
 
 NAMES = ('tour', 'two_towers', 'edges_parts_objects', 'own_experiment')
-TOUR, TOWERS, PARTS, OWN = (ROOT / 'notebooks' / f'{name}.ipynb' for name in NAMES)
+TOUR, TOWERS, PARTS, OWN = (ROOT / 'docs' / 'notebooks' / f'{name}.ipynb' for name in NAMES)
 
 
 def _run(path, tmp_path):

@@ -23,7 +23,8 @@ def load_checkpoint(source: str | os.PathLike) -> Checkpoint:
     """Loads a network for evaluation, prediction or fine-tuning.
 
     Args:
-      source: one of
+      source: one of these:
+
         - the folder of a step, or a workdir or its `checkpoints` folder (loads the best step, else the latest);
         - a folder written by `alexnet_jax export` or `alexnet_jax convert --to=safetensors`;
         - the name of published weights (`published.PUBLISHED`), such as 'torchvision', which are fetched and converted

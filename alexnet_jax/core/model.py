@@ -72,8 +72,10 @@ class AlexNet(nn.Module):
     tower's part of every parameter and feature map. It gathers a split input before each layer with one group.
     `dense_axis` names a second axis that splits the dense layers, that of the batch: see `sharding.forward`.
 
-    Attributes (sources: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
-    `bvlc_alexnet`; torchvision's `alexnet`):
+    Sources of the attributes: the paper's sections; `layer.py` and `layers-145.cfg` of the authors' release; Caffe's
+    `bvlc_alexnet`; torchvision's `alexnet`.
+
+    Attributes:
       layers: layer specs by name, sorted in network order. A name is a kind (`architecture.KINDS`) and a number.
         None: the paper's conv1 to conv5, fc6, fc7 and fc8.
       num_classes: width of the last layer, the classifier; replaces `features` of its spec.

@@ -71,13 +71,13 @@ def activations(
         'conv3.relu', 'conv1.lrn', 'conv1.pool', ... are the outputs of single operations. `activation_names` lists all.
       batch_size: images per batch; it does not change the results.
       mesh: from `sharding.make_mesh`; None uses one device.
-      **options: pool, units, edit.
-        pool: 'mean' or 'max' over the positions of feature maps.
-        units: {name: channels [U]}, or {name: [(row, column, channel), ...]} for single units of feature maps. Other
-          units of the layer are not returned.
-        edit: {name: function}. The function replaces the output of the operation, float [n, H, W, C] or [n, F] for a
-          batch of images, before the next operation reads it: it ablates, scales or exchanges units. It is traced by
-          `jax.jit`. The outputs that are returned are the edited ones.
+      **options: `pool`, `units` and `edit`:
+      pool: 'mean' or 'max' over the positions of feature maps.
+      units: {name: channels [U]}, or {name: [(row, column, channel), ...]} for single units of feature maps. Other
+        units of the layer are not returned.
+      edit: {name: function}. The function replaces the output of the operation, float [n, H, W, C] or [n, F] for a
+        batch of images, before the next operation reads it: it ablates, scales or exchanges units. It is traced by
+        `jax.jit`. The outputs that are returned are the edited ones.
 
     Returns:
       {name: float32 [N, H, W, C] for feature maps, or [N, F] for dense layers}; with `pool` [N, C]; with `units`

@@ -2,14 +2,12 @@
 
     pictures = alexnet_jax.visualize.deconvnet(checkpoint, images, 'conv5', unit=3)  # float32 [N, s, s, 3]
 
-| function | picture | source |
-|---|---|---|
-| `deconvnet` | a unit's activation projected to the pixels | Zeiler and Fergus 2014 |
-| `guided_backprop` | a unit's gradient at the pixels, without negative parts | Springenberg et al. 2015 |
-| `grad_cam` | where a layer supports a class | Selvaraju et al. 2017 |
-| `occlusion_map` | the probability of a class with parts of an image covered | Zeiler and Fergus 2014 |
-| `top_patches` | the patches of many images that excite units most | Zeiler and Fergus 2014 |
-| `maximize_activation` | an image made to excite a unit | Yosinski et al. 2015, with regularizers of others |
+- `deconvnet`: a unit's activation projected to the pixels (Zeiler and Fergus 2014)
+- `guided_backprop`: a unit's gradient at the pixels, without negative parts (Springenberg et al. 2015)
+- `grad_cam`: where a layer supports a class (Selvaraju et al. 2017)
+- `occlusion_map`: the probability of a class with parts of an image covered (Zeiler and Fergus 2014)
+- `top_patches`: the patches of many images that excite units most (Zeiler and Fergus 2014)
+- `maximize_activation`: an image made to excite a unit (Yosinski et al. 2015, with regularizers of others)
 """
 
 from importlib import import_module

@@ -383,7 +383,7 @@ def killed_in_join(scene: Scene) -> None:
     require_running(child.poll() is None)
     child.kill()
     child.wait()
-    prepare_again(scene, join, out, 2, lambda: None)
+    prepare_again(scene, join, out, 0 if out.exists() else 2, lambda: None)  # it may have come just before the exit
 
 
 ALL = [
