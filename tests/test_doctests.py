@@ -1,0 +1,28 @@
+"""The examples in docstrings give the results that they show."""
+
+import doctest
+import importlib
+
+import pytest
+
+from tests import ROOT
+
+PACKAGE = ROOT / 'alexnet_jax'
+SOURCES = {path: text for path in sorted(PACKAGE.rglob('*.py')) if '>>> ' in (text := path.read_text())}
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_examples_of_a_module(path):
+    module = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts))
+    tests = doctest.DocTestFinder().find(module)
+    # The finder leaves out objects that a decorator has wrapped.
+    assert sum(len(test.examples) for test in tests) == SOURCES[path].count('>>> ')
+    runner = doctest.DocTestRunner()
+    output = []
+    for test in tests:
+        runner.run(test, out=output.append)
+    assert not runner.failures, ''.join(output)
+
+
+def test_docstrings_have_examples():
+    assert sum(text.count('>>> ') for text in SOURCES.values()) >= 40
