@@ -1,11 +1,12 @@
-"""The examples in docstrings give the results that they show."""
+"""The examples in docstrings give the results that they show, and the code of the gallery draws its pictures."""
 
 import doctest
 import importlib
+import re
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, helpers
 
 PACKAGE = ROOT / 'alexnet_jax'
 SOURCES = {path: text for path in sorted(PACKAGE.rglob('*.py')) if '>>> ' in (text := path.read_text())}
@@ -26,3 +27,13 @@ def test_examples_of_a_module(path):
 
 def test_docstrings_have_examples():
     assert sum(text.count('>>> ') for text in SOURCES.values()) >= 40
+
+
+@pytest.mark.slow
+def test_code_of_the_gallery_draws_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    helpers.save_untrained('runs/quickstart')
+    names = {}
+    for block in re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'gallery.md').read_text(), re.S | re.M):
+        exec(block, names)
+    assert {path.name for path in (tmp_path / 'figures').glob('*.png')} == {'maps.png', 'gradients.png', 'rdm.png'}
