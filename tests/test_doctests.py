@@ -2,10 +2,12 @@
 
 import doctest
 import importlib
+import inspect
 import re
 
 import pytest
 
+from alexnet_jax.experiments import figures, picture_plots, tables
 from tests import ROOT, helpers
 
 PACKAGE = ROOT / 'alexnet_jax'
@@ -27,6 +29,14 @@ def test_examples_of_a_module(path):
 
 def test_docstrings_have_examples():
     assert sum(text.count('>>> ') for text in SOURCES.values()) >= 40
+
+
+def test_gallery_shows_every_figure():
+    text = (ROOT / 'docs' / 'gallery.md').read_text()
+    names = {'error', 'loss', 'gradient_norms', 'update_norms', *tables._CAPTIONS}
+    for module in (figures, picture_plots):
+        names |= set(re.findall(r"^ +yield '(\w+)'", inspect.getsource(module), re.M))
+    assert len(names) > 15 and {name for name in names if f'`{name}`' not in text} == set()
 
 
 @pytest.mark.slow
