@@ -22,7 +22,11 @@ _JPEG_BYTES, _JPEG_RATE = 22.01e9 / scaling.IMAGENET, 700
 
 
 def device_counts(text: str) -> list[int]:
-    """Returns the numbers of devices of a flag: '1,8,64', or the doublings '1..1024'. Raises UserError otherwise."""
+    """Returns the numbers of devices of a flag: '1,8,64', or the doublings '1..1024'. Raises UserError otherwise.
+
+    >>> device_counts('1..16'), device_counts('8,1')
+    ([1, 2, 4, 8, 16], [1, 8])
+    """
     numbers = re.split(r',|\.\.', text)
     counts = [int(number) for number in numbers if re.fullmatch('[0-9]{1,9}', number)]
     ranged = '..' in text

@@ -62,7 +62,11 @@ def parse_name(name: str) -> tuple[str, int]:
 
 
 def sort_layers(names: Iterable[str]) -> list[str]:
-    """Sorts layer names in network order: by kind (conv, local, fc), then by number. Gaps are allowed."""
+    """Sorts layer names in network order: by kind (conv, local, fc), then by number. Gaps are allowed.
+
+    >>> sort_layers(['fc6', 'conv10', 'conv2'])
+    ['conv2', 'conv10', 'fc6']
+    """
     order = list(KINDS)
     return sorted(names, key=lambda name: (order.index(parse_name(name)[0]), parse_name(name)[1]))
 
@@ -90,6 +94,11 @@ def infer_shapes(model: Any, image_size: int, towers: int = 1) -> dict[str, Laye
 
     `model` is an AlexNet, or any object with its attributes. `towers` is the number of devices that share the channels.
     Raises UserError if the layers are incompatible with each other, with the image size (in pixels), or with `towers`.
+
+    >>> from alexnet_jax.core.model import AlexNet
+    >>> shapes = infer_shapes(AlexNet(), image_size=224)
+    >>> shapes['conv1'].linear, shapes['conv1'].outputs, sum(layer.parameters for layer in shapes.values())
+    ((55, 55, 96), (27, 27, 96), 60965224)
     """
     groups = [spec.groups for spec in model.layers.values()]
     groups += [_mixing_groups(model, op) for spec in model.layers.values() for op in spec.ops]

@@ -67,7 +67,11 @@ def _crop(image_HWC: Array | np.ndarray, offset: Array, reflect: Array, size: in
 
 
 def default_record_size(image_size: int) -> int:
-    """Returns the side of the records for crops of a given size, in the paper's ratio of 256 to 224."""
+    """Returns the side of the records for crops of a given size, in the paper's ratio of 256 to 224.
+
+    >>> default_record_size(224)
+    256
+    """
     return -(-image_size * 8 // 7)
 
 
@@ -138,7 +142,11 @@ def _fixed_mean(image_stats: ImageStats, augmentation: Augmentation, size: int) 
 
 
 def center_crop(image_NHWC: Images, size: int) -> Images:
-    """Returns the central size x size part of images [N, S, S, 3]."""
+    """Returns the central size x size part of images [N, S, S, 3].
+
+    >>> center_crop(np.arange(16).reshape(1, 4, 4, 1), 2).ravel()
+    array([ 5,  6,  9, 10])
+    """
     y, x = ((side - size) // 2 for side in image_NHWC.shape[1:3])
     return image_NHWC[:, y : y + size, x : x + size]
 
@@ -148,6 +156,12 @@ def ten_views(image_NHWC: Images, size: int) -> list[Images]:
 
     `image_NHWC` is [N, S, S, 3] of any dtype. The five reflections come last, in the order of the originals. Raises
     UserError for another shape, and for views that are larger than the images.
+
+    Of a 3 x 3 image, the center pixel, the corners, and the same again: their reflections have one pixel too.
+
+    >>> pixels = np.arange(9).repeat(3).reshape(1, 3, 3, 3)
+    >>> [int(view[0, 0, 0, 0]) for view in ten_views(pixels, 1)]
+    [4, 0, 2, 6, 8, 4, 0, 2, 6, 8]
     """
     shape = np.shape(image_NHWC)
     if len(shape) != 4 or shape[3] != 3 or not isinstance(image_NHWC, np.ndarray | Array):

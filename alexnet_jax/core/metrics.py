@@ -35,6 +35,11 @@ def top_k_error(score_NK: AnyArray, label_N: AnyArray, k: int) -> jax.Array:
     the true class), the true class is among the first k with probability (k - above) / tied, as in `LogregCostLayer` of
     the authors' src/layer.cu. NaN scores count as errors.
     Deviation: the paper's "not among the five" does not say how ties count.
+
+    The first label has the highest score; the second ties for it:
+
+    >>> print(top_k_error(np.array([[3, 2, 1], [5, 5, 0]]), np.array([0, 1]), k=1))
+    [0.  0.5]
     """
     score_N1 = take_label(score_NK, label_N)[:, None]
     above = jnp.sum(score_NK > score_N1, axis=-1)
@@ -68,7 +73,11 @@ def merge(a: Sums | None, b: Sums) -> Sums:
 
 
 def means(total: Sums) -> dict[str, float]:
-    """Returns means over all images: loss in nats, errors in percent (0 to 100) as in the paper."""
+    """Returns means over all images: loss in nats, errors in percent (0 to 100) as in the paper.
+
+    >>> means({'loss': 6.0, 'top1': 1.0, 'top5': 0.0, 'weight': 4.0})
+    {'loss': 1.5, 'top1_error': 25.0, 'top5_error': 0.0}
+    """
     count = float(total['weight'])
     return {
         'loss': float(total['loss']) / count,

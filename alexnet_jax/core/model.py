@@ -93,6 +93,11 @@ class AlexNet(nn.Module):
       tower_axis, dense_axis: mesh axes of the towers and of the split dense layers; None: not split.
 
     Raises UserError for an attribute of another type or out of range.
+
+    >>> network = AlexNet({'conv1': ConvSpec(features=4, kernel=3, post='relu'), 'fc2': DenseSpec()}, num_classes=2)
+    >>> params = init_params(network, jax.random.key(0), image_size=8)
+    >>> network.apply({'params': params}, jnp.zeros((5, 8, 8, 3))).shape
+    (5, 2)
     """
 
     layers: Mapping[str, LayerSpec] = cast(Any, None)  # a FrozenDict after __post_init__

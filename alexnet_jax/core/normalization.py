@@ -24,6 +24,12 @@ def local_response_norm(
       k, alpha, beta: the paper's constants. Alpha multiplies the sum, as printed, not the mean.
       groups: number of equal channel groups; windows are truncated at their edges. Deviation: the paper's formula sums
         up to N, all kernels of the layer, but each of its GPUs held only half of them (groups=2).
+
+    Two maps are summed at the edges, 1 / (2 + 1 + 1), and three between them. In two groups, every map is at an edge:
+
+    >>> x, constants = jnp.ones((1, 1, 1, 4)), {'n': 3, 'k': 2, 'alpha': 1, 'beta': 1}
+    >>> print(local_response_norm(x, **constants).ravel(), local_response_norm(x, groups=2, **constants).ravel())
+    [0.25 0.2  0.2  0.25] [0.25 0.25 0.25 0.25]
     """
     chex.assert_rank(x_NHWC, 4)
     x = x_NHWC.reshape(*x_NHWC.shape[:-1], groups, -1)

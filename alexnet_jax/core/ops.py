@@ -37,6 +37,10 @@ def conv(x_NHWC: Array, kernel_HWIO: Array, *, stride: int, padding: tuple[int, 
       stride: step of the window in both directions, in pixels.
       padding: zeros (before, after), the same for rows and columns. With `(0, 3)`, an 11x11 window with stride 4 has
         55 positions per axis of a 224 px image; the last extends past the right or bottom edge (authors' code).
+
+    >>> x, kernel = jnp.array([1, 2, 4, 7.0]).reshape(1, 1, 4, 1), jnp.array([-1, 1.0]).reshape(1, 2, 1, 1)
+    >>> print(conv(x, kernel, stride=1, padding=(0, 0)).ravel())
+    [1. 2. 3.]
     """
     chex.assert_rank([x_NHWC, kernel_HWIO], 4)
     return _convolve(stride, tuple(padding), x_NHWC, kernel_HWIO)
@@ -125,6 +129,10 @@ def dropout(x: Array, mask: Array | None, *, rate: float, inverted: bool = False
     `mask` is bool with the shape of x, True to keep a unit; None at test time. `rate` is the probability of zero.
     The paper multiplies by 1 - rate at test time. With `inverted` the kept units are divided by 1 - rate in training
     instead, as in Caffe and PyTorch.
+
+    >>> x = jnp.array([1, 2, 3.0])
+    >>> print(dropout(x, jnp.array([True, False, True]), rate=0.5), dropout(x, None, rate=0.5))
+    [1. 0. 3.] [0.5 1.  1.5]
     """
     if mask is None:
         return x if inverted else x * (1 - rate)

@@ -170,6 +170,15 @@ def make_optimizer(
     `decay` is the transformation before the rate: `add_decays`, or a replacement for large batches. The paper's
     momentum is 0.9. With `rate_in_velocity=False` the update is that of `torch.optim.SGD`. `average`, at the end of the
     chain, keeps an average of the parameters in its state; the paper has none.
+
+    A gradient of 1 at a rate of 0.1 gives the velocities -0.1 and 0.9 * -0.1 - 0.1:
+
+    >>> rates = RateTable([Stage(0, 1, 1)], learning_rate=0.1, steps_per_epoch=1)
+    >>> sgd = make_optimizer(rates, add_decays(DecayTable(weights=0)))
+    >>> params = gradient = {'fc1': {'kernel': jnp.ones(1)}}
+    >>> update, state = sgd.tx.update(gradient, sgd.tx.init(params), params)
+    >>> print(update['fc1']['kernel'], sgd.tx.update(gradient, state, params)[0]['fc1']['kernel'])
+    [-0.1] [-0.19]
     """
     scale, trace = _scale_by_rates(), _trace_unless_frozen(optax.trace(momentum))
     steps = (decay, scale, trace) if rate_in_velocity else (decay, trace, scale)

@@ -14,7 +14,11 @@ from alexnet_jax.core import cpu
 
 
 def pooled_size(size: int, window: int, stride: int) -> int:
-    """Number of windows along a side of `size` pixels. The last may be truncated, as in the authors' code."""
+    """Number of windows along a side of `size` pixels. The last may be truncated, as in the authors' code.
+
+    >>> pooled_size(55, window=3, stride=2)
+    27
+    """
     return 1 + -(-(size - window) // stride)
 
 
@@ -24,6 +28,13 @@ def max_pool(x_NHWC: Array, *, window: int, stride: int) -> Array:
     Windows overlap if window > stride; the paper's values are 3 and 2.
     Deviation: positions that tie for the maximum of a window share its gradient. The paper does not mention ties. The
     authors' CUDA kernels give the whole gradient to each of these positions; PyTorch gives it to the first.
+
+    The two windows of a row share its third pixel:
+
+    >>> x = jnp.array([4, 1, 9, 2, 3.0] * 5).reshape(1, 5, 5, 1)
+    >>> print(max_pool(x, window=3, stride=2)[0, :, :, 0])
+    [[9. 9.]
+     [9. 9.]]
     """
     chex.assert_rank(x_NHWC, 4)
     return _max_pool(window, stride, x_NHWC)

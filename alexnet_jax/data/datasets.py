@@ -255,6 +255,12 @@ def in_memory(
 
     Raises:
       UserError: there are no training images, images differ in type or size, or a label has no name.
+
+    >>> black, white = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 255, np.uint8)
+    >>> images = {'image': np.concatenate([black, white]), 'label': np.array([0, 1])}
+    >>> dataset = in_memory({'train': images, 'val': images}, ['black', 'white'])
+    >>> len(dataset.split('val')), dataset.record_size, float(dataset.image_stats.mean_image[0, 0, 0])
+    (2, 8, 127.5)
     """
     check_type('splits', splits, Mapping, "a dict of 'train' and, optionally, 'val' and 'test'")
     if unknown := [name for name in splits if name not in _SPLITS]:

@@ -20,7 +20,11 @@ def wordnet_ids() -> tuple[str, ...]:
 
 
 def with_meaning(name: str) -> str:
-    """Returns the name of a class, after its meaning if it is a WordNet id of ILSVRC-2012: 'tench, n01440764'."""
+    """Returns the name of a class, after its meaning if it is a WordNet id of ILSVRC-2012.
+
+    >>> with_meaning('n01440764'), with_meaning('my cat')
+    ('tench, n01440764', 'my cat')
+    """
     meaning = names().get(name)
     return f'{meaning}, {name}' if meaning else name
 

@@ -101,6 +101,11 @@ def color_share(kernel_HWIO) -> np.ndarray:
     Let k [H, W, 3] be a kernel and m [H, W] its mean over R, G and B. The gray part of k has m in every channel, so the
     share is 1 - 3 |m|^2 / |k|^2. It is 0 for gray kernels and kernels of zeros, 2/3 on average for Gaussian noise, and
     1 if the channels sum to zero everywhere (opponent colors).
+
+    A gray kernel, one of opponent colors, and a red one, of one pixel each:
+
+    >>> print(color_share(np.array([[1, 1, 1], [1, -1, 0], [1, 0, 0]]).T.reshape(1, 1, 3, 3)).round(2))
+    [0.   1.   0.67]
     """
     kernel = np.asarray(kernel_HWIO, np.float64)
     energy = (kernel**2).sum((0, 1, 2))
@@ -146,7 +151,12 @@ def nearest(query_ND, base: Iterable, count: int = 6) -> tuple[np.ndarray, np.nd
 
 
 def confusion(labels, predicted, classes: int) -> np.ndarray:
-    """Returns the confusion matrix int [K, K] of int [N]: rows are true classes, columns predicted classes."""
+    """Returns the confusion matrix int [K, K] of int [N]: rows are true classes, columns predicted classes.
+
+    >>> confusion(labels=[0, 0, 1], predicted=[0, 1, 1], classes=2)
+    array([[1, 1],
+           [0, 1]])
+    """
     pairs = np.ravel_multi_index((labels, predicted), (classes, classes))
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 

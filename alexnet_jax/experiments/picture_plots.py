@@ -56,7 +56,10 @@ def draw(checkpoint: Checkpoint, records: Sequence, order: Any) -> Iterator[tupl
             logging.info('No pictures of %s: %s', title, error)
     rows['Grad-CAM'] = visualize.grad_cam(checkpoint, image_NHWC).resized
     rows['occlusion'] = [visualize.occlusion_map(checkpoint, image).probability for image in image_NHWC]
-    yield 'visualizations', pictures(rows), [f'maps of {layer}: {", ".join(map(str, unit_N))}']
+    lines = [f'maps of {layer}: {", ".join(map(str, unit_N))}']
+    lowest = ', '.join(f'{covered.min():.3f}' for covered in rows['occlusion'])
+    lines.append(f'occlusion: lowest probability of the class, by image: {lowest}')
+    yield 'visualizations', pictures(rows), lines
 
     units = range(min(_MAPS, checkpoint.network.layers[layer.partition('.')[0]].features))
     top = visualize.top_patches(checkpoint, records, layer, list(units))
@@ -83,7 +86,7 @@ def pictures(rows: Mapping[str, Sequence[np.ndarray]]) -> Figure:
 
     rows: {title: pictures}. A picture is an image, uint8 [H, W, 3]; an image with signs, float [H, W, 3], of which each
     picture is divided by its largest magnitude and drawn around gray; or a map, float [H, W], drawn in colors from its
-    lowest to its highest value. Rows may have different lengths.
+    lowest to its highest value; if these are equal and positive, from 0. Rows may have different lengths.
     """
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(1.1 * columns + 1.2, 1.1 * len(rows)), layout='constrained')
@@ -93,7 +96,9 @@ def pictures(rows: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     for line, (title, row) in zip(grid, rows.items(), strict=True):
         line[0].text(-0.08, 0.5, title, transform=line[0].transAxes, ha='right', va='center', fontsize=8)
         for axes, picture in zip(line, row, strict=False):
-            axes.imshow(_around_gray(picture), cmap='cividis', interpolation='nearest')
+            # Otherwise an occlusion map of ones would look as dark as one of zeros.
+            low = 0 if picture.ndim == 2 and picture.min() == picture.max() > 0 else None
+            axes.imshow(_around_gray(picture), cmap='cividis', interpolation='nearest', vmin=low)
     return figure
 
 

@@ -16,7 +16,11 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 
 
 def error_with_interval(correct: int, total: int) -> str:
-    """Returns, for example, '20.0% (95% confidence interval 10.5% to 34.8%)'."""
+    """Returns an error in percent with its 95% confidence interval, as text.
+
+    >>> error_with_interval(correct=32, total=40)
+    '20.0% (95% confidence interval 10.5% to 34.8%)'
+    """
     low, high = wilson(total - correct, total)
     return f'{100 * (1 - correct / total):.1f}% (95% confidence interval {100 * low:.1f}% to {100 * high:.1f}%)'
 

@@ -54,6 +54,9 @@ def match_classes(names: Sequence[str], network_names: Sequence[str], path: str)
 
     Raises:
       UserError: no class matches, two match the same class, or they are numbers that cannot be the network's indices.
+
+    >>> match_classes(['Dog', 'car', 'tabby_cat'], ['tabby cat', 'dog'], 'runs/pets').labels
+    array([ 1, -1,  0])
     """
     names, network_names = tuple(names), tuple(network_names)
     if names == network_names:

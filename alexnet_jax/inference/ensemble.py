@@ -14,6 +14,10 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float]) -> np
     """Returns the weighted mean [N, K] of softmax outputs.
 
     Raises UserError if a weight is negative, all are 0, or their number differs from the number of networks.
+
+    >>> networks = [np.array([[0.8, 0.2]]), np.array([[0.4, 0.6]])]
+    >>> average(networks, [1, 1]).round(3), average(networks, [1, 3]).round(3)
+    (array([[0.6, 0.4]]), array([[0.5, 0.5]]))
     """
     if len(weights) != len(probabilities) or not min(weights) >= 0 or not 0 < sum(weights) < np.inf:
         raise UserError(

@@ -114,7 +114,11 @@ def _to_record(image: Image.Image | np.ndarray | str | os.PathLike, size: int) -
 
 
 def top_k(probabilities_NK, k: int) -> np.ndarray:
-    """Returns the indices of the k most probable classes, int [N, k], in descending order. Ties: lower index first."""
+    """Returns the indices of the k most probable classes, int [N, k], in descending order. Ties: lower index first.
+
+    >>> top_k([[0.1, 0.7, 0.2]], 2)
+    array([[1, 2]])
+    """
     return np.argsort(-np.asarray(probabilities_NK), axis=-1, kind='stable')[:, :k]
 
 

@@ -107,6 +107,13 @@ def receptive_field(network: AlexNet, layer: str) -> ReceptiveField:
 
     Raises:
       UserError: the layer is unknown, or the window of an operation that was added to `POST_OPS` is.
+
+    The pooling of conv 1 reads three units, 4 pixels apart: 11 + 2 * 4 pixels.
+
+    >>> receptive_field(AlexNet(), 'conv1.pool')
+    ReceptiveField(layer='conv1.pool', size=19, stride=8, start=0)
+    >>> receptive_field(AlexNet(), 'conv1.pool').box(row=0, column=1, image_size=224)
+    (0, 8, 19, 27)
     """
     check_type('network', network, AlexNet, 'an AlexNet, such as checkpoint.network')
     check_type('layer', layer, str, "a name, such as 'conv3'")

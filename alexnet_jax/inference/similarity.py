@@ -36,6 +36,11 @@ def rdm(x_ND: Any, metric: str = 'correlation') -> np.ndarray:
     Raises:
       UserError: the activations have another shape or values that are not finite; the metric is unknown; or, for
         'correlation', the activations of an image are all equal.
+
+    >>> rdm([[1, 2, 3], [2, 4, 6], [3, 2, 1]]).round(3)
+    array([[0., 0., 2.],
+           [0., 0., 2.],
+           [2., 2., 0.]])
     """
     _check_choice('metric', metric, ('correlation', 'euclidean'))
     x_ND = _activations('x_ND', x_ND, least=2)
@@ -59,6 +64,10 @@ def rsa(rdm_a: Any, rdm_b: Any, method: str = 'spearman') -> float:
 
     Raises:
       UserError: an argument is not an RDM, their sizes differ, all entries of one are equal, or the method is unknown.
+
+    >>> a, b = ([[0, 1, 2], [1, 0, 4], [2, 4, 0]], [[0, 2, 1], [2, 0, 3], [1, 3, 0]])  # pairs: 1, 2, 4 and 2, 1, 3
+    >>> round(rsa(a, b), 6)  # ranks 1, 2, 3 and 2, 1, 3
+    0.5
     """
     return _correlation(*_pairs({'rdm_a': rdm_a, 'rdm_b': rdm_b}, method))
 
@@ -101,6 +110,10 @@ def linear_cka(x_ND: Any, y_NE: Any) -> float:
 
     Raises:
       UserError: the numbers of images differ, values are not finite, or all images have the same activations.
+
+    >>> x = np.array([[0, 1], [2, 0], [0, 3]])
+    >>> round(linear_cka(x, -2 * x[:, ::-1]), 6)  # two units exchanged and scaled
+    1.0
     """
     x_ND, y_NE = _activations('x_ND', x_ND, least=3), _activations('y_NE', y_NE, least=3)
     if len(x_ND) != len(y_NE):

@@ -24,7 +24,11 @@ _GENERIC = ('images', 'image', 'imgs', 'img', 'unlabeled', 'unlabelled', 'unknow
 
 
 def split_name(folder: str) -> str | None:
-    """Returns the split of a folder's name, such as 'val' for 'Validation_set', or None for other names."""
+    """Returns the split that the name of a folder means, or None.
+
+    >>> split_name('Validation_set'), split_name('TrainData'), split_name('photos')
+    ('val', 'train', None)
+    """
     words = _words(folder)
     splits = {_SPLITS.get(word) for word in words if word not in _FILLERS}
     return splits.pop() if len(splits) == 1 else None

@@ -46,7 +46,11 @@ def add_decays_with_lars(
 
 
 def warmup(count: Array, steps: int, *, start: float) -> Array:
-    """Learning-rate factor that rises linearly from `start` to 1 over `steps` updates (Goyal et al. 2017)."""
+    """Learning-rate factor that rises linearly from `start` to 1 over `steps` updates (Goyal et al. 2017).
+
+    >>> print(warmup(jnp.arange(6), 4, start=0))
+    [0.25 0.5  0.75 1.   1.   1.  ]
+    """
     return jnp.minimum(1.0, start + (1 - start) * (count + 1) / steps)
 
 

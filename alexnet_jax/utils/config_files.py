@@ -31,6 +31,10 @@ def get_config(name: str | os.PathLike, *, packaged: bool = False) -> ConfigDict
     A variant may follow after a colon: 'paper:init=authors'. A file of that name in the current folder goes before the
     config of the package, unless `packaged`, or if a config of the package asks for it. Raises UserError if there is no
     such config or variant, or if the file cannot be loaded.
+
+    >>> config = get_config('paper')
+    >>> config.optim.momentum, config.model.layers.conv1.features
+    (0.9, 96)
     """
     name, packaged = as_path(name), packaged or _in_package.get()
     file, _, argument = (name, '', '') if os.path.isfile(name) and not packaged else name.partition(':')

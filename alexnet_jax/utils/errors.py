@@ -65,7 +65,11 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Returns `" Did you mean 'pool'?"` for the closest of `choices`, or a list of all choices if none is close."""
+    """Returns a question for the closest of `choices`, or a list of all choices if none is close.
+
+    >>> did_you_mean('poool', ['relu', 'lrn', 'pool'])
+    " Did you mean 'pool'?"
+    """
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f' Did you mean {near[0]!r}?' if near else f' Choose from: {", ".join(choices)}.'

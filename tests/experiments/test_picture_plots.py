@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -28,6 +29,13 @@ def test_a_picture_of_zeros_is_gray():
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), 0.5)
 
 
+def test_constant_maps_are_bright_unless_they_are_zero():
+    figure = picture_plots.pictures({'occlusion': [np.ones((2, 2)), np.zeros((2, 2)), np.array([[0.5, 1.0]])]})
+    colors = [axes.images[0].to_rgba(axes.images[0].get_array())[0, 0].tolist() for axes in figure.axes]
+    lowest, highest = (matplotlib.colormaps['cividis'](share) for share in (0.0, 1.0))
+    assert colors == [list(highest), list(lowest), list(lowest)]
+
+
 def test_receptive_fields_are_outlined_and_named():
     fields = {'conv1': (3, 0, 10, 7), 'fc6': (0, 0, 28, 28)}
     figure = picture_plots.receptive_fields(np.zeros((28, 28, 3), np.uint8), fields)
@@ -50,7 +58,9 @@ def test_pictures_of_a_network_are_of_its_most_active_maps():
     inputs = [tiny.network_input(checkpoint, image) for image in images[:1:-1]]
     units = [tiny.forward(checkpoint, x, 'conv2.relu')[1].max((0, 1)).argmax() for x in inputs]
     figure, lines = drawn['visualizations']
-    assert lines == [f'maps of conv2.relu: {", ".join(map(str, units))}'] and len(units) == 8
+    assert lines[0] == f'maps of conv2.relu: {", ".join(map(str, units))}' and len(units) == 8
+    covered = [axes.images[0].get_array().min() for axes in figure.axes[4 * 8 :]]
+    assert lines[1].endswith(f': {", ".join(f"{lowest:.3f}" for lowest in covered)}') and len(covered) == 8
     titles = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert titles == ['center crop', 'deconvnet', 'guided\nbackpropagation', 'Grad-CAM', 'occlusion']
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), images[9, 1:20, 1:20])
