@@ -166,7 +166,7 @@ def test_modules_and_functions_are_short():
     }
     assert len(functions) > 400 and not {name: count for name, count in functions.items() if count > 60}
     core = sum(count for path, count in modules.items() if path.startswith('core/') and path != 'core/cpu.py')
-    assert 1_000 < core <= 2_060 + 71  # 71 lines are examples in docstrings
+    assert 1_000 < core <= 2_060 + 72  # 72 lines are examples in docstrings
 
 
 def test_code_lines_exclude_the_docstring():
