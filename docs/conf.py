@@ -34,7 +34,12 @@ suppress_warnings = ['ref.python']  # two classes have a field `bytes`
 
 html_theme = 'sphinx_book_theme'
 html_title = 'alexnet_jax'
-html_theme_options = {'show_toc_level': 2, 'home_page_in_toc': True, 'collapse_navigation': True}
+html_theme_options = {
+    'show_toc_level': 2,
+    'home_page_in_toc': True,
+    'collapse_navigation': True,
+    'navbar_persistent': [],
+}
 
 
 ARGUMENT = re.compile(r'[a-z]\w*(, \w+)*: ')
