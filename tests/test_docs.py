@@ -20,7 +20,12 @@ from tests import ROOT, SHARED_DATA, helpers
 
 CHECKLIST = ROOT / 'docs' / 'paper.md'
 ARCHITECTURE = ROOT / 'docs' / 'architecture.md'
-EVERY_PAGE = ['README.md', *sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))]
+EVERY_PAGE = [
+    'README.md',
+    'CONTRIBUTING.md',
+    'CHANGELOG.md',
+    *sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md')),
+]
 STATES = ('holds', 'measured', 'needs ImageNet', 'not built')
 
 

@@ -278,19 +278,21 @@ def damaged_compiled_program(scene: Scene) -> None:
 
 
 def other_data_in_one_process(scene: Scene) -> None:
-    """Two machines with different prepared data: both processes are refused before the first step."""
+    """Two machines with different prepared data or configs: both processes are refused before the first step."""
     copy, workdir = scene.folder / 'other', scene.folder / 'run'
-    command = ('prepare', f'--input={scene.raw()}', f'--output={copy}', '--size=32', '--format=raw')
-    code, printed = scene.run(None, command=command)
-    expect(code == 0, printed[-2000:])
+    options = [f'--config.data.path={scene.prepared()}', '--config.optim.momentum=0.8']
+    if scene.rng.integers(2):
+        command = ('prepare', f'--input={scene.raw()}', f'--output={copy}', '--size=32', '--format=raw')
+        code, printed = scene.run(None, command=command)
+        expect(code == 0, printed[-2000:])
+        options[1] = f'--config.data.path={copy}'
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
     environment = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2', 'LOCAL_WORLD_SIZE': '2'}
-    data = [scene.prepared(), copy]
     children = [
-        scene.start(workdir, *TWO, f'--config.data.path={path}', environment={**environment, 'JAX_PROCESS_ID': str(i)})
-        for i, path in enumerate(data if scene.rng.integers(2) else data[::-1])
+        scene.start(workdir, *TWO, options[0], option, environment={**environment, 'JAX_PROCESS_ID': str(i)})
+        for i, option in enumerate(options if scene.rng.integers(2) else options[::-1])
     ]
     codes = [scene.wait_for_exit(child) for child in children]
     expect(codes == [2, 2], f'end with {codes}: {scene.log()[-3000:]}')
