@@ -17,8 +17,7 @@ from alexnet_jax.utils.errors import UserError
 
 _MOST_DEVICES = 2**20
 _COMPILED = (128, 1024)  # batches
-# FFCV: ImageNet at 256 px is 22.01 GB as JPEG. A core decodes 540 to 860 of them a second (ternaus/imread_benchmark).
-_JPEG_BYTES, _JPEG_RATE = 22.01e9 / scaling.IMAGENET, 700
+_JPEG_BYTES, _JPEG_RATE = 33e3, 2830  # of a prepared image, and images/s a core: docs/imagenet.md, docs/performance.md
 
 
 def device_counts(text: str) -> list[int]:
@@ -188,5 +187,5 @@ def record_line(found: Mapping[str, Any]) -> str:
     return goal + (
         f'{devices} devices ({scheme}) at a batch of {row["batch"]:,}. The input must deliver '
         f'{rate * 256 * 256 * 3 / 1e9:,.0f} GB/s of raw squares of 256 px, or {rate * _JPEG_BYTES / 1e9:,.0f} GB/s of '
-        f'JPEG and {rate / _JPEG_RATE:,.0f} cores that each decode {_JPEG_RATE} images/s.'
+        f'JPEG and {rate / _JPEG_RATE:,.0f} cores that each decode {_JPEG_RATE:,} images/s.'
     )

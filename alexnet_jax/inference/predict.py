@@ -199,6 +199,8 @@ def predict_files(
 
 
 def _read_square(path: str, size: int) -> np.ndarray:
+    if os.path.isdir(path):
+        raise UserError(f'{path!r} is a folder; give its files, predict.list_image_files([{path!r}])')
     notes: list[str] = []
     try:
         record = image_io.resize_center_crop(image_io.read_bytes(path), size, notes)

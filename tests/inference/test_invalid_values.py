@@ -47,6 +47,11 @@ def test_predict_and_activations_refuse_other_images(checkpoint, image):
             call(checkpoint, image)
 
 
+def test_predict_says_how_to_read_a_folder(checkpoint, tmp_path):
+    with _raises(r"' is a folder; give its files, predict.list_image_files\("):
+        alexnet_jax.predict(checkpoint, tmp_path)
+
+
 def test_all_unreadable_images_are_named_at_once(checkpoint, tmp_path):
     """Files, and arrays among them; the readable ones in between do not hide those that follow."""
     bad = {f'bad{i:02}.png': b'no image' for i in range(13)}
