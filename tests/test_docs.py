@@ -16,6 +16,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.__main__ import COMMANDS
+from alexnet_jax.experiments import ablations
 from tests import ROOT, SHARED_DATA, helpers
 
 CHECKLIST = ROOT / 'docs' / 'paper.md'
@@ -86,6 +87,11 @@ def _defined_flags(command, subcommand):
     return None if module is None else frozenset(flag.name for flag in module.FLAGS)
 
 
+@functools.cache
+def _variants(suite):
+    return frozenset(variant.name for variant in ablations.SUITES[suite](_paper_config()))
+
+
 def _missing(words):
     """Returns the parts of a command line that do not exist: command, option, config key or file of configs/."""
     if words[0] == 'python':  # python -m alexnet_jax.main, python -m alexnet_jax COMMAND
@@ -94,18 +100,21 @@ def _missing(words):
         words = ['alexnet_jax', 'train', *words[1:]]
     if words[0] != 'alexnet_jax' or words[1] not in COMMANDS:
         return words[:2]
-    defined = _defined_flags(words[1], words[2] if len(words) > 2 else '')
+    subcommand = words[2] if len(words) > 2 else ''
+    defined = _defined_flags(words[1], subcommand)
     if defined is None:
         return words[2:3]
     missing = []
     for word in words[2:]:
-        if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(\S*?))?\]?', word)):  # [--option] in a synopsis
+        if not (option := re.fullmatch(r'\[?--([\w.]+)(?:=(.*?))?\]?', word)):  # [--option] in a synopsis
             continue
         name, value = option.groups()
         flag, _, key = name.partition('.')  # --config.KEY and --base.KEY
         known = _is_key(key) if key and flag in (*defined, 'config') else name in defined
         if name in ('config', 'base') and re.fullmatch(r'[\w/.]+(:\S+)?', value) and not value.isupper():
             known = known and _config_exists(value)
+        if name == 'only':  # names of the suite's variants
+            known = known and not set(value.split(',')) - _variants(subcommand)
         missing += [] if known else [name]
     return missing
 
@@ -244,6 +253,7 @@ def test_readme_is_short_and_starts_with_commands():
         'alexnet_jax benchmark prepare --against=torch',
         'alexnet_jax experiments figure1 [--basis=configs/paper.py]',
         'alexnet_jax experiments ablations --base.optim.nothing=1',
+        "alexnet_jax experiments ablations --only='no normalization,no overlap'",
         'alexnet_jax train --base.seed=1',
         'launch/local.sh 2 --configs=configs/paper.py',
     ],

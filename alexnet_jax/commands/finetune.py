@@ -63,7 +63,7 @@ def main(args: flags.FlagValues) -> None:
     print(f'{result.workdir}, step {result.step}, {result.crops}:')
     print(*result.verdict, sep='\n')
     for true, predicted, number, share in figures.most_confused(result.confusion, result.class_names):
-        print(f'  {true} predicted as {predicted}: {number} ({100 * share:.0f}% of {true})')
+        print(f'  {true} predicted as {predicted}: {number} ({100 * share:.0f}% of class {true})')
     print(result.figure)
     print(f'Next: alexnet_jax predict --checkpoint={result.workdir} IMAGE_OR_FOLDER')
 

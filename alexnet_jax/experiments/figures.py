@@ -313,7 +313,7 @@ def _image_figures(
     matrix = confusion(all_labels, outputs.argmax(1), len(classes))
     lines = [f'{split}: {matrix.trace()} of {len(all_labels)} images correct (center crop); most frequent errors:']
     for true, predicted, number, share in most_confused(matrix, classes):
-        lines.append(f'  {true} predicted as {predicted}: {number} ({100 * share:.1f}% of {true})')
+        lines.append(f'  {true} predicted as {predicted}: {number} ({100 * share:.1f}% of class {true})')
     if shown is None or len(shown) == len(classes):
         yield 'confusion', plots.confusion(matrix, classes), lines
     else:

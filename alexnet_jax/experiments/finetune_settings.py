@@ -84,7 +84,7 @@ def schedule(train: int, *, trained: bool, given: Mapping[str, Any]) -> list[Set
 
     largest, rate = (64, 0.001) if trained else (128, 0.01)
     batch = choose(
-        'batch_size', _batch_size(train, largest), f'about 8 updates per epoch, in batches of 8 to {largest}'
+        'batch_size', _batch_size(train, largest), f'a power of two up to an eighth of the pictures, but 8 to {largest}'
     )
     per_epoch = train / max(1, batch)  # values below 1 are refused later
     choose(

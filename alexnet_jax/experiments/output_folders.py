@@ -94,6 +94,8 @@ def _choose(output: str, name: str, description: dict[str, Any]) -> str:
         changes = old and config_differences({key: old.get(key) for key in description}, description)
         if not changes:
             return folder
+        if name == 'run':  # a run's images are a digest
+            changes = ['other images' if change.startswith('images: ') else change for change in changes]
         logging.info('%s has other settings (%s) and is kept.', folder, '; '.join(changes))
     with as_user_error(f'{output!r} cannot be written'):
         os.makedirs(output, exist_ok=True)

@@ -362,6 +362,7 @@ def test_command(path, tmp_path):
     share = figures.color_share(kernel)[:4].mean()
     assert f'conv1, tower 0: mean color share {share:.3f}, ' in result.stdout
     assert 'of 360 images correct (center crop); most frequent errors:' in result.stdout
+    assert re.search(r'\n  \d predicted as \d: \d+ \([\d.]+% of class \d\)\n', result.stdout)
     assert 'nearest training images in fc7: ' in result.stdout
     assert len(re.search(r'maps of conv5.relu: (.*)\n', result.stdout)[1].split(', ')) == 8
 

@@ -134,6 +134,15 @@ def test_other_pictures_and_settings_get_new_folders(tmp_path, monkeypatch, capl
         _prepare(one, out)
 
 
+def test_run_with_other_images_is_announced_without_their_digests(tmp_path, caplog):
+    dataset = datasets.open_dataset('digits')
+    first = output_folders.run_folder(str(tmp_path), {'seed': 0}, 'full', None, dataset)
+    os.mkdir(first)
+    other = datasets.open_dataset('digits')._replace(fingerprint='0' * 64)
+    assert output_folders.run_folder(str(tmp_path), {'seed': 1}, 'full', None, other) == f'{tmp_path}/run-2'
+    assert 'run has other settings (other images; seed: 0 -> 1) and is kept' in caplog.text
+
+
 def test_a_fitted_run_without_its_settings_is_refused(tmp_path):
     """Else the result of another run would be reported. A run that is trained is checked by `train`."""
     dataset = datasets.open_dataset('digits')

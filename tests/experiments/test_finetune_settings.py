@@ -32,6 +32,11 @@ def test_schedule_follows_number_of_pictures(train, trained, batch, rate, epochs
     assert [stage[1] for stage in found['optim.stages']] == [1.0, 0.1, 0.01]
 
 
+def test_reason_of_the_batch_size_holds_where_a_batch_is_more_than_an_eighth():
+    batch = finetune_settings.schedule(39, trained=False, given={})[0]
+    assert str(batch) == '--config.batch_size=8: a power of two up to an eighth of the pictures, but 8 to 128'
+
+
 @pytest.mark.parametrize('train', [1, 7, 40, 60, 333, 499, 500, 1000, 9999, 10**6])
 @pytest.mark.parametrize('trained', [False, True])
 def test_a_run_saves_at_most_twenty_times_and_never_mid_epoch(train, trained):
