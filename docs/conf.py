@@ -14,6 +14,7 @@ extensions = [
     'sphinx.ext.autodoc',
     'sphinx.ext.autosummary',
     'sphinx.ext.napoleon',
+    'sphinx_copybutton',
 ]
 exclude_patterns = ['results', 'generated/alexnet_jax.configs*']
 templates_path = ['templates']
