@@ -1,4 +1,4 @@
-"""Sphinx: `python -m sphinx -W docs site` builds the documentation site. Needs `pip install -e '.[docs]'`."""
+"""Sphinx: `python -m sphinx -W docs build/site` builds the documentation site. Needs `pip install -e '.[docs]'`."""
 
 import itertools
 import re
