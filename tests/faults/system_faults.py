@@ -273,7 +273,7 @@ def damaged_compiled_program(scene: Scene) -> None:
     told = scene.log().count('removed damaged compiled programs')
     expect(told == 1, f'told {told} times: {scene.log()[-3000:]}')
     code, printed = scene.run(scene.folder / 'again', *options, environment=environment)
-    expect(code == 0 and 'damaged' not in printed, f'ends with {code}: {printed[-3000:]}')
+    expect(code == 0 and 'removed damaged' not in printed, f'ends with {code}: {printed[-3000:]}')
     scene.expect_same_result(workdir, *options)
 
 
