@@ -16,19 +16,17 @@ extensions = [
     'sphinx.ext.napoleon',
     'sphinx_copybutton',
 ]
-exclude_patterns = ['results', 'generated/alexnet_jax.configs*']
+exclude_patterns = ['results']
 templates_path = ['templates']
 
 # The notebooks are shown as they were run; tests run them again.
 nb_execution_mode = 'off'
 myst_heading_anchors = 4
-myst_enable_extensions = ['dollarmath']
 
 autosummary_generate = True
 autodoc_member_order = 'bysource'
 autodoc_mock_imports = ['torch']
 napoleon_use_param = False  # else `a, b: text` is read as an argument b of type a
-autodoc_typehints_format = 'short'
 python_maximum_signature_line_length = 88
 default_role = 'code'  # docstrings have `names` in single backticks, as Markdown has them
 suppress_warnings = ['ref.python']  # two classes have a field `bytes`
@@ -52,7 +50,7 @@ def to_rst(app, what, name, obj, options, lines):
     found = []
     for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
         paragraph = list(group)
-        if blank:
+        if blank or paragraph[0].startswith('>>> '):
             found += paragraph
         elif paragraph[0].startswith('    ') and (not found or any(re.match(r'\S', line) for line in found[-2:])):
             found += ['::', '', *paragraph]

@@ -39,11 +39,27 @@ def test_gallery_shows_every_figure():
     assert len(names) > 15 and {name for name in names if f'`{name}`' not in text} == set()
 
 
-@pytest.mark.slow
-def test_code_of_the_gallery_draws_its_pictures(tmp_path, monkeypatch):
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """Runs the Python code of a page with an untrained network; returns the variables."""
     monkeypatch.chdir(tmp_path)
     helpers.save_untrained('runs/quickstart')
-    names = {}
-    for block in re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / 'gallery.md').read_text(), re.S | re.M):
-        exec(block, names)
+
+    def run(page):
+        names = {}
+        for block in re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / page).read_text(), re.S | re.M):
+            exec(block, names)
+        return names
+
+    return run
+
+
+def test_code_of_the_tutorial_runs(run_page):
+    names = run_page('tutorial.md')
+    assert names['probabilities'].shape == (4, 10) and names['maps'].keys() == {'conv1', 'conv5'}
+
+
+@pytest.mark.slow
+def test_code_of_the_gallery_draws_its_pictures(run_page, tmp_path):
+    run_page('gallery.md')
     assert {path.name for path in (tmp_path / 'figures').glob('*.png')} == {'maps.png', 'gradients.png', 'rdm.png'}
