@@ -132,8 +132,12 @@ def untimed_metrics(workdir):
 
 def last_state(config, workdir):
     """Returns the whole state of the last checkpoint as NumPy arrays."""
+    return read_state(workdir, build.build(config).steps.state_shapes)
+
+
+def read_state(workdir, shapes):
     with manager.CheckpointManager(str(workdir), read_only=True) as saved:
-        return jax.device_get(saved.restore(saved.latest(), build.build(config).steps.state_shapes))
+        return jax.device_get(saved.restore(saved.latest(), shapes))
 
 
 class Records:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.checkpoints import manager, verify
+from alexnet_jax.checkpoints import verify
 from alexnet_jax.data import datasets
 from alexnet_jax.training import build
 from tests import ROOT, helpers
@@ -247,7 +247,7 @@ class Scene:
         whole = self.reference(*options, processes=processes)
         found, expected = (helpers.untimed_metrics(path) for path in (workdir, whole))
         expect(found == expected, f'the metrics differ: {found} and {expected}', SilentError)
-        a, b = (jax.tree.leaves(_last_state(path)) for path in (workdir, whole))
+        a, b = (jax.tree.leaves(helpers.read_state(path, _state_shapes())) for path in (workdir, whole))
         same = all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         expect(same, 'the parameters or velocities differ', SilentError)
         expect(not verify.verify(str(workdir))[1], f'damage at the end: {verify.verify(str(workdir))[1]}')
@@ -256,11 +256,6 @@ class Scene:
 @functools.cache
 def _state_shapes():
     return build.build(config_file.get_config()).steps.state_shapes
-
-
-def _last_state(workdir):
-    with manager.CheckpointManager(str(workdir), read_only=True) as saved:
-        return jax.device_get(saved.restore(saved.latest(), _state_shapes()))
 
 
 def _unmapped_memory() -> set[str]:
