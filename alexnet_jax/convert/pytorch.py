@@ -176,7 +176,7 @@ def _load_legacy(path: str, data: np.ndarray) -> tuple[Any, Callable[[str], np.n
 
     with pathlib.Path(path).open('rb') as file:
         if unpickle.load(file) != _MAGIC:
-            raise ValueError('no file of torch.save')
+            raise ValueError('no magic number')
         unpickle.load(file)  # version
         _check_byte_order(unpickle.load(file)['little_endian'] is True)
         loaded = unpickle.load(file, _CLASSES, storage)

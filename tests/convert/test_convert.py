@@ -499,7 +499,7 @@ def _wrong_files(folder):
     for part, key, pattern in (
         ('model', 'lrn_k', 'model.lrn_k=1000+: expected a positive number'),
         ('data', 'color_std', 'data.color_std=1000+: expected a number of 0 or more'),
-        ('model', '\n', r"own.safetensors.: unknown config key 'model.\?'."),
+        ('model', '\n', r"own.safetensors.: unknown config key 'model\. '\."),
     ):
         changed = {**plain, part: {**plain[part], key: 10**400}}
         own = json.dumps({'config': changed, 'class_names': [], 'record_size': 256})
