@@ -225,7 +225,7 @@ def test_commands_of_cpu_figures_exist(small, tmp_path):
     assert len(names) == len(outputs) == (9 if small else 21)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('small', ['', '1'])
 def test_commands_of_gpu_figures_exist(small, tmp_path):
     """The options of every command of every stage, at full size and at toy size."""

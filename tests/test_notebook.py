@@ -58,7 +58,7 @@ def test_two_towers_runs(tmp_path):
     assert len(re.findall('between the towers 0', said)) == 7
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_edges_parts_objects_runs(tmp_path):
     """Classes are more alike in fc 6 than in the pixels, and there as much as is possible."""
     said = _run(PARTS, tmp_path)
@@ -71,7 +71,7 @@ def test_edges_parts_objects_runs(tmp_path):
     assert len(re.findall(r'^conv\d: \d+ x \d+ pixels', said, re.M)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_own_experiment_runs(tmp_path):
     """Networks recognize the images that they were trained on; blurred training helps with blurred images."""
     said = _run(OWN, tmp_path)

@@ -71,8 +71,13 @@ def _run(*words, code=0):
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('suite', ['ablations', 'recipe', 'cifar10', 'ensemble', 'views', 'figure1'])
+@pytest.mark.parametrize(
+    'suite',
+    [
+        *(pytest.param(suite, marks=pytest.mark.slow) for suite in ('ensemble', 'views', 'figure1')),
+        *(pytest.param(suite, marks=pytest.mark.full) for suite in ('ablations', 'recipe', 'cifar10')),
+    ],
+)
 def test_suite_end_to_end(suite, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     out = tmp_path / 'out'
