@@ -259,7 +259,9 @@ def _describe_setup(setup: TrainingSetup) -> None:
         f'mesh.tower={devices.shape[1]}{dense}. Compiling the first update takes a while.'
     )
     if 'val' not in setup.dataset.splits:
-        distributed.warn("no val split: nothing is evaluated, and optim.schedule='plateau' never lowers the rate.")
+        plateau = setup.config.optim.schedule == 'plateau'
+        rate = ", and optim.schedule='plateau' never lowers the rate" if plateau else ''
+        distributed.warn(f'no val split: nothing is evaluated{rate}.')
     if split and not dense:
         distributed.warn("mesh.dense='split' has no effect with mesh.data=1.")
     optim = setup.config.optim

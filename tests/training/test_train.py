@@ -104,10 +104,17 @@ def test_plateau_without_val_split_warns_once(tmp_path, capsys):
     config = helpers.run_config(num_steps=13, **{'optim.schedule': 'plateau'})
     result = train.train_and_evaluate(config, str(tmp_path), dataset=no_val)
     assert result == {}
-    assert capsys.readouterr().err.count('no val split') == 1
+    told = capsys.readouterr().err
+    assert told.count('no val split') == 1
+    assert 'never lowers the rate' in told
     assert {line['split'] for line in helpers.read_metrics(tmp_path)} == {'train'}
     assert len({line['learning_rate'] for line in helpers.read_metrics(tmp_path)}) == 1
     assert loading.load_checkpoint(str(tmp_path)).step == 13  # the latest, since there is no best
+
+    config.optim.schedule = 'cosine'
+    config.num_steps = 1
+    train.train_and_evaluate(config, str(tmp_path / 'cosine'), dataset=no_val)
+    assert 'no val split: nothing is evaluated.' in capsys.readouterr().err
 
 
 @pytest.mark.slow
