@@ -35,4 +35,5 @@ def main(args: flags.FlagValues) -> None:
     hub.check_formats(formats)
     checkpoint = load_checkpoint(args.checkpoint)
     for file in hub.export(checkpoint, args.output, args.views, formats):
-        print(f'Wrote {args.output}/{file.name} ({file.size / 2**20:.1f} MiB). {file.result}')
+        size = f'{file.size / 2**20:.1f} MiB' if file.size >= 2**20 else f'{file.size / 2**10:.1f} KiB'
+        print(f'Wrote {args.output}/{file.name} ({size}). {file.result}')
