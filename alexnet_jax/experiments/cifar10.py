@@ -108,13 +108,13 @@ NETS = {
         epochs=10,
     ),
     '19pct': _net(_three_convs(), decays=(('fc4', 3.0),), stages=_STAGES, epochs=140),
-    # Response normalization after the first two pooling layers; conv1 pools before its ReLU.
+    # Normalization within each map (`type=rnorm`) after the first two pooling layers; conv1 pools before its ReLU.
     '18pct': _net(
-        _three_convs('pool relu lrn', 'relu avg_pool lrn'),
+        _three_convs('pool relu spatial_norm', 'relu avg_pool spatial_norm'),
         decays=(('fc4', 1.0),),
         stages=_STAGES,
         epochs=140,
-        **{'model.lrn_n': 3, 'model.lrn_alpha': 5e-5},
+        **{'model.spatial_n': 3, 'model.spatial_k': 1.0, 'model.spatial_alpha': 5e-5, 'model.spatial_beta': 0.75},
     ),
     # Section 3.3: "13% without, 11% with normalization". '11pct' also differs in local3 and the decay of fc5.
     '13pct': _locally_connected('relu pool', 'relu pool', 32, decays=(('conv1', 0.0), ('conv2', 0.0))),

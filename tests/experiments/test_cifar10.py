@@ -7,7 +7,7 @@ import pytest
 
 import alexnet_jax
 from alexnet_jax.convert import layout
-from alexnet_jax.core import architecture, model, sharding
+from alexnet_jax.core import architecture, model, post_ops, sharding
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.experiments import cifar10
@@ -48,6 +48,20 @@ def test_authors_weight_decays_and_stages():
     assert (config.optim.weight_decay, dict(config.optim.layer_decays)) == (0.004, {'fc4': 3.0})
     assert [row[:3] for row in config.optim.stages] == [(0, 1.0, 1.0), (120, 0.1, 0.1), (130, 0.01, 0.01)]
     assert (config.optim.learning_rate, config.optim.bias_rate, config.batch_size) == (0.001, 2.0, 128)
+
+
+def test_18pct_normalizes_within_each_map():
+    """layers-18pct.cfg: type=rnorm, size=3, scale=0.00005, pow=.75; scale / size^2, the constant is 1."""
+    network = model_from_config(_config('18pct').model)
+    for name in ('conv1', 'conv2'):
+        assert network.layers[name].post.split()[-1] == 'spatial_norm'
+    x = np.random.default_rng(0).uniform(-400, 400, (1, 4, 5, 2)).astype(np.float32)
+    expected = np.empty_like(x, np.float64)
+    for i, j, c in np.ndindex(4, 5, 2):
+        window = x[0, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2, c].astype(np.float64)
+        expected[0, i, j, c] = x[0, i, j, c] / (1 + 0.00005 / 9 * (window**2).sum()) ** 0.75
+    found = post_ops.POST_OPS['spatial_norm'].function(x, post_ops.Context(network, 1, None))
+    chex.assert_trees_all_close(np.asarray(found, np.float64), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch', 'modern'])
