@@ -38,6 +38,7 @@ class Net(nn.Sequential):
             'relu': nn.ReLU,
             'tanh': nn.Tanh,
             'lrn': lambda: _GroupedNorm(network),
+            'spatial_norm': lambda: _SpatialNorm(network),
             'pool': lambda: nn.MaxPool2d(network.pool_window, network.pool_stride, ceil_mode=True),
             'avg_pool': lambda: nn.AvgPool2d(network.pool_window, network.pool_stride, ceil_mode=True),
             'dropout': lambda: nn.Dropout(network.dropout_rate),
@@ -92,6 +93,20 @@ class _GroupedNorm(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.norm(part) for part in x.chunk(self.groups, dim=1)], dim=1)
+
+
+class _SpatialNorm(nn.Module):
+    """Response normalization over windows of each map."""
+
+    def __init__(self, network: AlexNet):
+        super().__init__()
+        self.constants = network.spatial_k, network.spatial_alpha, network.spatial_beta
+        n = network.spatial_n
+        self.mean = nn.Sequential(nn.ZeroPad2d((n // 2, (n - 1) // 2) * 2), nn.AvgPool2d(n, stride=1))
+
+    def forward(self, x):
+        k, alpha, beta = self.constants
+        return x * (k + alpha * self.mean(x * x)) ** -beta  # alpha is divided by n^2, as in the mean
 
 
 class ImageDataset(Dataset):

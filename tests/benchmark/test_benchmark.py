@@ -14,7 +14,7 @@ from PIL import Image
 
 from alexnet_jax.benchmark import hlo_cost, inference, limits, loop, record, throughput
 from alexnet_jax.benchmark.throughput import Contender
-from alexnet_jax.core import architecture, sharding
+from alexnet_jax.core import architecture, post_ops, sharding
 from alexnet_jax.data import datasets
 from alexnet_jax.training import build
 from alexnet_jax.utils.errors import UserError
@@ -335,11 +335,12 @@ def test_peer_computes_same_network(local):
     torch = pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 
-    layers = helpers.layers(conv5={'groups': 1 if local else 2})
+    layers = helpers.layers(conv2={'post': 'relu spatial_norm pool'}, conv5={'groups': 1 if local else 2})
     if local:
         layers = {name.replace('conv5', 'local5'): layer for name, layer in layers.items()}
         layers['local5'] = architecture.LocalSpec(**dataclasses.asdict(layers['local5']))
-    network = helpers.network(dropout_rate=0.0, layers=layers)
+    norm = {'spatial_n': 4 if local else 3, 'spatial_alpha': 0.1}
+    network = helpers.network(dropout_rate=0.0, layers=layers, **norm)
     params, x = helpers.init(network), 60 * np.random.default_rng(0).standard_normal((2, helpers.SIZE, helpers.SIZE, 3))
     net = torch_baseline.Net(network, helpers.SIZE).eval()
     with torch.no_grad():
@@ -359,13 +360,12 @@ def test_peer_computes_same_network(local):
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(
-    'change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'spatial_norm'}}], ids=['grouped dense', 'spatial_norm']
-)
-def test_network_unsupported_by_peer_is_refused(change):
+@pytest.mark.parametrize('change', [{'fc6': {'groups': 2}}, {'conv1': {'post': 'swish'}}], ids=['grouped', 'post op'])
+def test_network_unsupported_by_peer_is_refused(change, monkeypatch):
     pytest.importorskip('torch')
     from alexnet_jax.benchmark import torch_baseline
 
+    monkeypatch.setitem(post_ops.POST_OPS, 'swish', post_ops.PostOp(lambda x, context: jax.nn.swish(x)))
     with pytest.raises(UserError, match='no PyTorch equivalent of (fc6|conv1)'):
         torch_baseline.Net(helpers.network(layers=helpers.layers(**change)), helpers.SIZE)
 
