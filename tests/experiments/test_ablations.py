@@ -75,10 +75,10 @@ def test_names_of_variants_can_be_given_to_only():
 def test_large_batches_differ_only_in_batch_rate_and_warmup():
     quickstart = alexnet_jax.get_config('quickstart')
     configs = [ablations.with_changes(quickstart, variant.changes) for variant in ablations.large_batch(quickstart)]
-    assert [config.batch_size for config in configs] == [64, 1024, 1024, 1024]
-    assert [config.optim.learning_rate for config in configs] == [0.01, 0.04, 0.16, 10.0]
-    assert [config.optim.trust_coefficient for config in configs] == [0.0, 0.0, 0.0, 0.001]
-    assert [config.optim.warmup_epochs for config in configs] == [0.0, 2.0, 2.0, 2.0]
+    assert [config.batch_size for config in configs] == [64, 1024, 1024, 1024, 4096]
+    assert [config.optim.learning_rate for config in configs] == [0.01, 0.04, 0.16, 10.0, 10.0]
+    assert [config.optim.trust_coefficient for config in configs] == [0.0, 0.0, 0.0, 0.001, 0.001]
+    assert [config.optim.warmup_epochs for config in configs] == [0.0, 2.0, 2.0, 2.0, 2.0]
     base, *large = configs
     for config in large:  # the rest is the base's: also the schedule and the number of epochs
         config.update(batch_size=64, log_every_steps=base.log_every_steps)
