@@ -201,27 +201,27 @@ def cifar10(base: ConfigDict) -> list[Variant]:
     ]
 
 
+def _times_batch(base: ConfigDict, factor: int) -> dict[str, int]:
+    return {'batch_size': factor * base.batch_size, 'grad_accum_steps': factor * base.grad_accum_steps}
+
+
 def large_batch(base: ConfigDict) -> list[Variant]:
     """Returns the base and four recipes for batches 16 and 64 times as large, trained for as many epochs.
 
-    All multiply their learning rate by (1 - progress)^2, so that they differ only in what a larger batch changes.
+    All multiply their learning rate by (1 - progress)^2, so that they differ only in what a larger batch changes. Large
+    batches are computed in microbatches of the base's size, so they fit in memory wherever the base does.
     """
     poly = {'optim.schedule': 'poly', 'optim.stages': ()}
-    large = {
-        **poly,
-        'batch_size': 16 * base.batch_size,
-        'optim.warmup_epochs': base.num_epochs / 10,
-    }
+    large = {**poly, **_times_batch(base, 16), 'optim.warmup_epochs': base.num_epochs / 10}
     root = {**large, 'optim.learning_rate': 4 * base.optim.learning_rate, 'optim.warmup_start': 1 / 4}
     linear = {**large, 'optim.learning_rate': 16 * base.optim.learning_rate, 'optim.warmup_start': 1 / 16}
     lars = {**large, 'optim.learning_rate': 10.0, 'optim.trust_coefficient': 0.001, 'optim.warmup_start': 1 / 10}
-    larger = {**lars, 'batch_size': 64 * base.batch_size}
     return [
         Variant('base', poly),
         Variant('batch x 16 rate x 4', root, 'base', source='square root of the batch, Krizhevsky 2014, section 5'),
         Variant('batch x 16 rate x 16', linear, 'base', source='linear scaling, Goyal et al. 2017'),
         Variant('batch x 16 LARS', lars, 'base', source='configs/large_batch.py'),
-        Variant('batch x 64 LARS', larger, 'base', source='configs/large_batch.py'),
+        Variant('batch x 64 LARS', {**lars, **_times_batch(base, 64)}, 'base', source='configs/large_batch.py'),
     ]
 
 
