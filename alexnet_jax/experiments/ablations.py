@@ -209,7 +209,7 @@ def large_batch(base: ConfigDict) -> list[Variant]:
     """Returns the base and four recipes for batches 16 and 64 times as large, trained for as many epochs.
 
     All multiply their learning rate by (1 - progress)^2, so that they differ only in what a larger batch changes. Large
-    batches are computed in microbatches of the base's size, so they fit in memory wherever the base does.
+    batches are computed in microbatches of the base's size, so activations take no more memory than the base's.
     """
     poly = {'optim.schedule': 'poly', 'optim.stages': ()}
     large = {**poly, **_times_batch(base, 16), 'optim.warmup_epochs': base.num_epochs / 10}

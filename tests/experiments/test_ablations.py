@@ -80,7 +80,7 @@ def test_large_batches_differ_only_in_batch_rate_and_warmup():
     assert [config.optim.trust_coefficient for config in configs] == [0.0, 0.0, 0.0, 0.001, 0.001]
     assert [config.optim.warmup_epochs for config in configs] == [0.0, 2.0, 2.0, 2.0, 2.0]
     base, *large = configs
-    # Microbatches of the base's size: as little memory as the base.
+    # Microbatches of the base's size: activations take no more memory.
     assert [config.batch_size // config.grad_accum_steps for config in configs] == [64] * 5
     for config in large:  # the rest is the base's: also the schedule and the number of epochs
         config.update(batch_size=64, grad_accum_steps=1, log_every_steps=base.log_every_steps)
