@@ -181,15 +181,24 @@ def communication(records: Sequence[Record]) -> list[Row]:
 
 
 def moved(records: Sequence[Record]) -> list[Row]:
-    """A row for each mesh: the MB that a device receives in a step, for each number of images per device."""
+    """A row for each mesh: the MB that a device receives in a step, for each number of images per device.
+
+    The least of each number of devices is bold.
+    """
     table: dict[tuple, Row] = {}
+    sizes: dict[tuple[int, str], list[tuple[float, Row]]] = {}  # by devices and column
     for record in sorted(records, key=lambda record: record['batch_size']):
         mesh, facts = record['mesh'], record['compiled']
         keys = (facts['devices'], mesh['tower'], mesh['dense'])
         shape = '{data}x{tower}'.format(**mesh)
         row = table.setdefault(keys, {'devices': str(keys[0]), 'mesh': shape, '`mesh.dense`': mesh['dense']})
         images = record['batch_size'] // facts['devices']
-        row[f'{images:,} images per device'] = f'{sum(size for _, size in facts["collectives"].values()) / 1e6:,.0f}'
+        column, size = f'{images:,} images per device', sum(size for _, size in facts['collectives'].values()) / 1e6
+        row[column] = f'{size:,.0f}'
+        sizes.setdefault((keys[0], column), []).append((size, row))
+    for (_, column), found in sizes.items():
+        _, least = min(found, key=lambda pair: pair[0])
+        least[column] = f'**{least[column]}**'
     return [table[keys] for keys in sorted(table)]
 
 

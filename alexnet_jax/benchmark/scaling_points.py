@@ -49,7 +49,7 @@ MACHINES = {
     'K20': Network('', 8, _PCIE2, _NONE),
     'V100 cluster': Network('', 8, Link(150e9, *NVLINK), Link(_IB_FDR / 8, *NET)),  # one port for eight devices
     'P40 cluster': Network('', 8, _PCIE3, Link(12.5e9 / 8, *NET)),  # 100 Gb/s for eight devices
-    'KNL cluster': Network('', 1, _NONE, Link(12.5e9, *NET)),  # Omni-Path, 100 Gb/s
+    'Omni-Path cluster': Network('', 1, _NONE, Link(12.5e9, *NET)),  # Omni-Path, 100 Gb/s
 }
 
 
@@ -102,8 +102,8 @@ POINTS = [
     ),
     # No rate of one device is published.
     Point('Jia et al. 2018', 'P40 cluster', 'paper', 1024, 64, None, 95 * IMAGENET / 240, gradient=2),
-    Point('You et al. 2018, 512 KNL', 'KNL cluster', 'paper', 512, 64, None, 100 * IMAGENET / 1440),
-    Point('You et al. 2018, 1,024 Xeon', 'KNL cluster', 'paper', 1024, 32, None, 100 * IMAGENET / 660),
+    Point('You et al. 2018, 512 KNL', 'Omni-Path cluster', 'paper', 512, 64, None, 100 * IMAGENET / 1440),
+    Point('You et al. 2018, 1,024 Xeon', 'Omni-Path cluster', 'paper', 1024, 32, None, 100 * IMAGENET / 660),
 ]  # fmt: skip
 
 

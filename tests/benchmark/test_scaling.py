@@ -16,6 +16,7 @@ from tests import ROOT
 
 RESULTS = ROOT / 'docs' / 'results'
 LAYERS = scaling_points.NETWORKS['paper']
+SHARE = scaling.efficiency(LAYERS, hlo_cost.PEAKS)
 LAUNCH = 8.4e-6
 # Nodes of four devices: 1 MB takes 1 s inside a node and 10 s between nodes.
 SLOW = Network('', 4, Link(1e6, ring=0.01, tree=0.1), Link(1e5, ring=0.02, tree=0.2))
@@ -80,8 +81,7 @@ def test_bytes_of_the_hybrid_equal_those_of_compiled_programs(name):
 
 
 def test_devices_that_cannot_share_layers_have_no_hybrid():
-    share = scaling.efficiency(LAYERS, hlo_cost.PEAKS)
-    steps = scaling.predict(LAYERS, scaling.PAPER, 'h200', hlo_cost.PEAKS, share, [3, 4, 6], 128)
+    steps = scaling.predict(LAYERS, scaling.PAPER, 'h200', hlo_cost.PEAKS, SHARE, [3, 4, 6], 128)
     assert [step.devices for step in steps if step.scheme == 'hybrid'] == [4]
 
 
@@ -106,12 +106,25 @@ def test_roofline_equals_that_of_compiled_programs():
         assert 1e6 * sum(seconds.values()) == pytest.approx(microseconds, rel=error)
 
 
+@pytest.mark.parametrize(
+    ('name', 'scheme', 'error'),
+    [('8x1_data', 'data', -0.11), ('8x1_towers', 'towers', -0.09), ('8x1_hybrid', 'hybrid', -0.02),
+     ('8x16_hybrid', 'hybrid', -0.07), ('8x128_hybrid', 'hybrid', -0.11)],
+)  # fmt: skip
+def test_roofline_is_lower_than_that_of_programs_with_sums(name, scheme, error):
+    """By as much as docs/scaling.md says."""
+    compiled = json.loads((RESULTS / f'compiled_h200_{name}.json').read_text())['compiled']
+    seconds = scaling.roofline(
+        LAYERS, scaling.PAPER, hlo_cost.PEAKS['NVIDIA H200'], scheme, compiled['devices'], images=128
+    )
+    assert 1e6 * sum(seconds.values()) / compiled['layers']['all']['roofline_us'] - 1 == pytest.approx(error, abs=0.005)
+
+
 def test_one_h100_reaches_the_measured_rate():
     record = json.loads((RESULTS / 'gpu_step_bfloat16_128.json').read_text())
-    share = scaling.efficiency(LAYERS, hlo_cost.PEAKS)
-    (step,) = scaling.predict(LAYERS, scaling.PAPER, 'h100', hlo_cost.PEAKS, share, [1], 128)
+    (step,) = scaling.predict(LAYERS, scaling.PAPER, 'h100', hlo_cost.PEAKS, SHARE, [1], 128)
     assert step.rate == pytest.approx(record['images_per_second']['alexnet_jax']['median'])
-    assert 0 < share < 1 and step.communication == 0
+    assert 0 < SHARE < 1 and step.communication == 0
 
 
 def test_layers_of_points_are_those_of_configs():
@@ -157,6 +170,18 @@ def test_published_errors_are_those_of_the_committed_file():
     assert committed['mean_error_percent'] == {
         name: pytest.approx(row, rel=1e-4) for name, row in found['mean_error_percent'].items()
     }
+
+
+@pytest.mark.parametrize('name', ['scaling_h200', 'scaling_h200_32', 'scaling_h200_ethernet'])
+def test_predictions_are_those_of_the_committed_files(name):
+    record = json.loads((RESULTS / f'{name}.json').read_text())
+    counts, images = map(int, record['steps']), record['images_per_device']
+    steps = scaling.predict(LAYERS, scaling.PAPER, record['network'], hlo_cost.PEAKS, SHARE, counts, images)
+    rates = {(str(step.devices), step.scheme): step.rate for step in steps}
+    committed = {
+        (n, name): row['images_per_second'] for n, rows in record['steps'].items() for name, row in rows.items()
+    }
+    assert committed == {key: pytest.approx(rate, rel=1e-4) for key, rate in rates.items()}
 
 
 @pytest.mark.parametrize(

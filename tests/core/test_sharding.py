@@ -24,7 +24,7 @@ from alexnet_jax.utils.errors import UserError
 from tests import ROOT, helpers
 
 MESHES = [(1, 2), (2, 2)]
-SPLIT = [(4, 1), (2, 2)]  # for mesh.dense='split'
+SPLIT = [(2, 1), (4, 1), (2, 2)]  # for mesh.dense='split'
 
 
 def test_gpus_of_several_hosts_form_a_mesh():
@@ -68,10 +68,15 @@ def _place(mesh, tree, split_dense=False):
 )
 @pytest.mark.parametrize('full_size', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_forward_agrees_with_one_device(data, tower, split_dense, full_size):
+    check_forward(data, tower, split_dense, full_size=full_size)
+
+
+def check_forward(data, tower, split_dense, *, full_size=False, batch=4):
+    """Compares the logits with those of one device, without and with dropout."""
     network, size = (model.AlexNet(), 224) if full_size else (helpers.network(), helpers.SIZE)
     params = helpers.init(network, 0, size)
-    x = 60 * jax.random.normal(jax.random.key(1), (4, size, size, 3))
-    masks = model.dropout_masks(network, jax.random.key(2), 4, size)
+    x = 60 * jax.random.normal(jax.random.key(1), (batch, size, size, 3))
+    masks = model.dropout_masks(network, jax.random.key(2), batch, size)
     mesh = sharding.make_mesh(data=data, tower=tower)
     forward = jax.jit(sharding.forward(network, mesh, split_dense=split_dense))
     for train in (None, masks):
@@ -79,7 +84,7 @@ def test_forward_agrees_with_one_device(data, tower, split_dense, full_size):
         logits = forward(_place(mesh, params, split_dense), x, train)
         chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
         # Each device holds the logits of its images for the classes of its tower.
-        assert logits.addressable_data(0).shape == (4 // data, network.num_classes // tower)
+        assert logits.addressable_data(0).shape == (batch // data, network.num_classes // tower)
 
 
 def _train(network, mesh, number, size, parts=1, weight=(1, 1, 1, 1), hooks=None, split_dense=False, **changes):
@@ -166,7 +171,9 @@ def test_eight_devices_share_the_dense_layers():
 import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-from tests.core.test_sharding import check_split_dense
+from tests.core.test_sharding import check_forward, check_split_dense
+check_forward(4, 2, True, batch=8)
+check_forward(8, 1, True, batch=8)
 check_split_dense(4, 2)
 check_split_dense(8, 1, parts=2)
 """
