@@ -302,7 +302,8 @@ def test_killed_part_and_parts_at_once(tmp_path):
     source, out = helpers.write_files(tmp_path / 'in', files), tmp_path / 'out'
     prepare.prepare(source, tmp_path / 'whole', size=128, val_fraction=0.2)
     options = [f'--input={source}', f'--output={out}', '--size=128', '--val_fraction=0.2']
-    words = [[sys.executable, '-m', 'alexnet_jax', 'prepare', *options, f'--part={i}/2'] for i in (1, 2)]
+    prepare_command = [sys.executable, '-m', 'alexnet_jax', 'prepare']
+    words = [[*prepare_command, *options, f'--part={i}/2'] for i in (1, 2)]
     running = [subprocess.Popen(command, cwd=ROOT) for command in words]
     results = tmp_path / 'out.parts' / 'results'
     deadline = time.monotonic() + 60
@@ -311,6 +312,6 @@ def test_killed_part_and_parts_at_once(tmp_path):
     running[0].kill()
     assert [process.wait() for process in running] == [-9, 0]
     subprocess.run(words[0], cwd=ROOT, check=True)
-    parts.join(out)
+    subprocess.run([*prepare_command, f'--output={out}', '--join'], cwd=ROOT, check=True)
     assert _contents(out) == _contents(tmp_path / 'whole')
     assert sorted(os.listdir(tmp_path)) == ['in', 'out', 'whole']
