@@ -11,16 +11,19 @@ their predicted durations.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
+from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag, flat_keys, overrides
+from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, did_you_mean
 
 FLAGS = (
     Flag('data', None, 'A prepared directory, or any input of alexnet_jax prepare.', required=True),
     Flag('output', None, 'Directory for runs/, results.csv and report.html.', required=True),
-    ConfigFlag('base', 'paper', 'Config that all runs start from.'),
+    ConfigFlag('base', 'paper', 'Config that all runs start from; figure1: cifar10:19pct unless another is given.'),
     Flag('seeds', 0, 'Runs of each network with different seeds; 0: 3, or 5 for ensemble.', at_least=0),
     Flag('scale', 1.0, 'Fraction of the training images to train on; always the same images.'),
     Flag('only', '', "Networks to run, separated by commas: 'no dropout,no crops or reflections'; empty: all."),
@@ -31,21 +34,35 @@ ARGUMENTS = 'one SUITE (figure1, ablations, recipe, large_batch, cifar10, ensemb
 
 
 def main(args: flags.FlagValues, words: Sequence[str]) -> None:
-    from alexnet_jax.experiments import runner
+    from alexnet_jax.experiments import ablations, runner, trials
 
     name, *rest = words
-    if rest or name not in runner.SUITES:
-        raise UserError(f'unknown suite {" ".join(words)!r}.{did_you_mean(words[-1], runner.SUITES)}')
+    if rest or name not in ablations.SUITES:
+        raise UserError(f'unknown suite {" ".join(words)!r}.{did_you_mean(words[-1], ablations.SUITES)}')
     seeds = args.seeds or (5 if name == 'ensemble' else 3)
     if not 0 < args.scale <= 1:
         raise UserError(f'--scale={args.scale}: expected a number above 0 and at most 1.')
     from alexnet_jax.experiments import plots  # noqa: F401  (raises UserError now, not after days, without matplotlib)
 
     only = tuple(word for part in args.only.split(',') if (word := part.strip()))
-    suite = runner.Suite(name, args.base, seeds, args.output, args.scale, only)
-    suite.variants()  # checks --only before anything is prepared
+    base, given = args.base, overrides(args, 'base')
+    if name == trials.FIGURE1 and args['base'].using_default_value:
+        base = _figure1_base(given)
+    suite = trials.Suite(name, base, seeds, args.output, args.scale, only, given)
+    suite.variants()  # checks --only and --base.KEY before anything is prepared
     if args.dry_run:
         print(runner.plan_suite(suite, args.data))
         return
     print('\n\n'.join(runner.run_suite(suite, args.data)))
     print(f'Wrote {args.output}/results.csv and {args.output}/report.html.')
+
+
+def _figure1_base(given: dict[str, Any]) -> ConfigDict:
+    """Returns the default base of figure 1 with the given settings."""
+    from alexnet_jax.experiments import cifar10
+
+    base = get_config(cifar10.FIGURE1_BASE)
+    for key in given.keys() - flat_keys(base):
+        raise UserError(f'--base.{key}: {cifar10.FIGURE1_BASE}, the network of figure 1, has no such setting.')
+    base.update_from_flattened_dict(given)
+    return base

@@ -16,9 +16,8 @@ folder (run-2/, ...) and uses the prepared images again.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag
+from alexnet_jax.commands.flag import CPU_DEVICES, ConfigFlag, Flag, overrides
 from alexnet_jax.utils.errors import UserError
 
 FLAGS = (
@@ -47,7 +46,6 @@ def main(args: flags.FlagValues) -> None:
 
     if not 0 <= args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction}: expected a number between 0 and 1.')
-    overrides = {key: _value(args.config, key) for key in config_flags.get_override_values(args['config'])}
     result = finetune.finetune(
         None if args['config'].using_default_value else args.config,
         args.input,
@@ -56,7 +54,7 @@ def main(args: flags.FlagValues) -> None:
         val_fraction=args.val_fraction or None,
         max_unreadable=args.max_unreadable,
         mode=args.mode,
-        overrides=overrides,
+        overrides=overrides(args, 'config'),
         labels=args.labels,
         nested_classes=args.nested_classes,
     )
@@ -66,10 +64,3 @@ def main(args: flags.FlagValues) -> None:
         print(f'  {true} predicted as {predicted}: {number} ({100 * share:.0f}% of class {true})')
     print(result.figure)
     print(f'Next: alexnet_jax predict --checkpoint={result.workdir} IMAGE_OR_FOLDER')
-
-
-def _value(config, key: str):
-    """Returns the value of a key such as 'optim.momentum'."""
-    for part in key.split('.'):
-        config = config[part]
-    return config

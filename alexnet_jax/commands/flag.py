@@ -1,5 +1,7 @@
 """Command-line flags, defined with absl, and configs as flags."""
 
+import functools
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +71,7 @@ class ConfigFlag(NamedTuple):
             flags.DEFINE_string(self.name, None, self.help, flag_values=values)
             return rest
         config = get_config(spec)
-        known = list(_flat_keys(config))
+        known = list(flat_keys(config))
         for key in keys:
             if key not in known:
                 raise UserError(f'unknown config key {key!r}.{did_you_mean(key, known)}')
@@ -89,10 +91,17 @@ class ConfigFlag(NamedTuple):
         return given, rest
 
 
-def _flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
+def overrides(args: flags.FlagValues, name: str) -> dict[str, Any]:
+    """Returns the values of the keys that were given for a `ConfigFlag`, such as {'num_epochs': 10.0}."""
+    config: Any = args[name].value
+    keys = config_flags.get_override_values(args[name])
+    return {key: functools.reduce(operator.getitem, key.split('.'), config) for key in keys}
+
+
+def flat_keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
     """Yields the keys of all values, such as 'optim.momentum'."""
     for key, value in config.items():
-        yield from _flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
+        yield from flat_keys(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else [prefix + key]
 
 
 CHECKPOINT = Flag(

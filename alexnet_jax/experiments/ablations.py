@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from alexnet_jax.core.architecture import parse_name, sort_layers
-from alexnet_jax.experiments.cifar10 import NETS, Layers
+from alexnet_jax.experiments.cifar10 import ACTIVATIONS, NETS, RATES, Layers, figure1_changes
 from alexnet_jax.utils.errors import UserError
 
 Points = tuple[float | None, float | None]
@@ -188,6 +188,16 @@ def recipe(base: ConfigDict) -> list[Variant]:
     ]
 
 
+def figure1(base: ConfigDict) -> list[Variant]:
+    """Returns the base's network with ReLU and with tanh, each with several learning rates."""
+    del base  # the changes of the layers are called with it
+    return [
+        Variant(f'{activation} {rate:g}', figure1_changes(activation, rate))
+        for activation in ACTIVATIONS
+        for rate in RATES
+    ]
+
+
 def cifar10(base: ConfigDict) -> list[Variant]:
     """Returns the CIFAR-10 networks of the authors' release, with the test errors that their files state."""
     without = 'section 3.3, 13% without normalization; the name layers-conv-local-13pct.cfg'
@@ -226,6 +236,7 @@ def large_batch(base: ConfigDict) -> list[Variant]:
 
 
 SUITES: dict[str, Callable[[ConfigDict], list[Variant]]] = {
+    'figure1': figure1,
     'ablations': ablations,
     'recipe': recipe,
     'large_batch': large_batch,

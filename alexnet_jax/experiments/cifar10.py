@@ -12,6 +12,8 @@ start. Shuffling, the last batch of an epoch and ties in max pooling are configu
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 Layers = dict[str, dict[str, Any]]  # the type of `config.model.layers`
 
 
@@ -73,12 +75,12 @@ def _fc(std: float = 0.01, post: str = '', **features) -> dict[str, Any]:
     return {**features, 'groups': 1, 'init': f'normal({std})', 'bias': 0.0, 'post': post}
 
 
-def _three_convs(first: str = 'relu pool', second: str = 'relu avg_pool', third: str = 'relu avg_pool') -> Layers:
-    """Returns three 5x5 convolutions and a classifier. Arguments: the operations after each convolution."""
+def _three_convs(first: str = 'relu pool', second: str = 'relu avg_pool') -> Layers:
+    """Returns three 5x5 convolutions and a classifier. Arguments: the operations after the first two."""
     return {
         'conv1': _conv(32, 0.0001, first),
         'conv2': _conv(32, 0.01, second),
-        'conv3': _conv(64, 0.01, third),
+        'conv3': _conv(64, 0.01, 'relu avg_pool'),
         'fc4': _fc(),
     }
 
@@ -126,15 +128,25 @@ NETS = {
         **{'model.lrn_n': 9, 'model.lrn_alpha': 1e-3},
     ),
 }
+ACTIVATIONS = ('relu', 'tanh')  # of figure 1
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # candidate learning rates of figure 1
+FIGURE1_BASE = 'cifar10:19pct'  # the release does not name the network of figure 1; this one has four layers
 
 
 def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
-    """Returns the network of figure 1: four layers, "no regularization of any kind", constant learning rate.
+    """Returns the changes of a base for figure 1: "no regularization of any kind", constant learning rate.
 
-    Training stops at 25% training error. The release does not name the network; '19pct' without weight decay is used.
-    activation: 'relu' or 'tanh'. learning_rate: chosen for each activation.
+    Training stops at 25% training error. activation: 'relu' or 'tanh', which replaces the base's ReLUs. learning_rate:
+    chosen for each activation.
     """
-    posts = [f'{activation} {pool}' for pool in ('pool', 'avg_pool', 'avg_pool')]
+
+    def layers(base: ConfigDict) -> Layers:
+        found = base.model.layers.to_dict()
+        for layer in found.values():
+            ops = [activation if op == 'relu' else op for op in layer['post'].split() if op != 'dropout']
+            layer['post'] = ' '.join(ops)
+        return found
+
     changes = {'optim.weight_decay': 0.0, 'optim.learning_rate': learning_rate, 'stop_at_error': 25.0}
-    return _net(_three_convs(*posts), decays=(), stages=((0, 1.0),), epochs=100, **changes)
+    shared = _net({}, decays=(), stages=((0, 1.0),), epochs=100, **changes)
+    return {**shared, 'model.layers': layers}

@@ -2,15 +2,15 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 
-from alexnet_jax.commands import experiments
+from alexnet_jax.commands import app, experiments
 from alexnet_jax.convert import loading
 from alexnet_jax.data import datasets
-from alexnet_jax.experiments import ablations, cifar10, figures, runner
+from alexnet_jax.experiments import ablations, cifar10, figures, runner, trials
 from alexnet_jax.inference import predict
 from alexnet_jax.utils.errors import UserError
 from tests import helpers
@@ -26,18 +26,36 @@ def get_config():
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """`main` in this process, with every run reported as diverged."""
-    base = helpers.digits_config()
-    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'scale': 1.0, 'dry_run': False}
-    fixed |= {'base': base, 'only': ''}
+    (tmp_path / 'base.py').write_text(BASE)
+    fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'base': f'{tmp_path}/base.py'}
 
-    def run(suite, **changes):
-        experiments.main(SimpleNamespace(**{**fixed, **changes}), [suite])
+    def run(suite, *words, **changes):
+        given = [f'--{name}={value}' for name, value in {**fixed, **changes}.items() if value]
+        values = flags.FlagValues()
+        experiments.main(values, app.parse(experiments, [suite, *given, *words], values))
 
     def diverged(trial, suite, dataset):
         return {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, 'diverged': True}
 
-    monkeypatch.setattr(runner, 'run_trial', diverged)
+    monkeypatch.setattr(trials, 'run_trial', diverged)
     return run
+
+
+def test_base_of_figure1_is_a_network_of_the_release(command, monkeypatch):
+    """Unless another one is given. Settings that are given without a base change this network."""
+    suites = []
+    monkeypatch.setattr(runner, 'run_suite', lambda suite, data: suites.append(suite) or [])
+    command('figure1', '--base.seed=5', '--base.model.layers.conv3.init=normal(0.5)', base=None)
+    command('figure1', base='cifar10:80sec')
+    assert [suite.base.model.layers.conv3.init for suite in suites] == ['normal(0.5)', 'normal(0.01)']
+    assert [list(suite.base.model.layers) for suite in suites] == [
+        ['conv1', 'conv2', 'conv3', 'fc4'], ['conv1', 'conv2', 'conv3', 'fc4', 'fc5']
+    ]  # fmt: skip
+    assert suites[0].base.seed == 5 and suites[0].overrides['seed'] == 5
+    with pytest.raises(UserError, match='--base.model.layers.conv4.init: cifar10:19pct, the network of figure 1, has'):
+        command('figure1', '--base.model.layers.conv4.init=zeros', base=None)
+    with pytest.raises(UserError, match=r'--base.optim.learning_rate=0.5: every network of figure1 has its own'):
+        command('figure1', '--base.optim.learning_rate=0.5')
 
 
 def test_divergence_remedy_fits_the_suite(command):
@@ -158,4 +176,4 @@ def test_dry_run_trains_nothing(tmp_path):
 
 
 def test_help_names_every_suite():
-    assert f'({", ".join(runner.SUITES)})' in experiments.ARGUMENTS
+    assert f'({", ".join(ablations.SUITES)})' in experiments.ARGUMENTS

@@ -10,7 +10,7 @@ from alexnet_jax.convert import layout
 from alexnet_jax.core import architecture, model, post_ops, sharding
 from alexnet_jax.core.architecture import ConvSpec, DenseSpec, LocalSpec
 from alexnet_jax.core.config import model_from_config
-from alexnet_jax.experiments import cifar10
+from alexnet_jax.experiments import ablations, cifar10
 from alexnet_jax.training.check_config import _check_keys
 from alexnet_jax.utils.errors import UserError
 
@@ -109,12 +109,14 @@ def test_unshared_layers_agree_over_two_towers():
 
 
 def test_figure1_variants_differ_only_in_activation():
-    relu, tanh = (cifar10.figure1_changes(activation, 0.01) for activation in ('relu', 'tanh'))
-    assert {key for key in relu if relu[key] != tanh[key]} == {'model.layers'}
-    assert str(relu['model.layers']).replace('relu', 'tanh') == str(tanh['model.layers'])
-    assert not any(
-        (relu['optim.weight_decay'], relu['optim.layer_decays'], relu['data.reflect'], relu['data.color_std'])
+    base = alexnet_jax.get_config(cifar10.FIGURE1_BASE)
+    base.model.layers.conv3.post += ' dropout'  # is no part of "no regularization of any kind"
+    relu, tanh = (
+        ablations.with_changes(base, cifar10.figure1_changes(activation, 0.01)) for activation in ('relu', 'tanh')
     )
+    assert str(relu) != str(tanh) and str(relu).replace('relu', 'tanh') == str(tanh)
+    assert [layer.post for layer in tanh.model.layers.values()] == ['tanh pool', 'tanh avg_pool', 'tanh avg_pool', '']
+    assert not any((relu.optim.weight_decay, relu.optim.layer_decays, relu.data.reflect, relu.data.color_std))
 
 
 def test_export_of_unshared_layers_is_refused():
@@ -130,6 +132,4 @@ def test_unknown_variant_is_refused():
 
 def test_changes_use_known_config_keys():
     for changes in (*cifar10.NETS.values(), cifar10.figure1_changes('tanh', 0.1)):
-        config = alexnet_jax.get_config('paper')
-        config.update_from_flattened_dict(changes)
-        _check_keys(config)
+        _check_keys(ablations.with_changes(alexnet_jax.get_config('paper'), changes))

@@ -12,7 +12,7 @@ import pytest
 import alexnet_jax
 from alexnet_jax.checkpoints import manager
 from alexnet_jax.data import datasets
-from alexnet_jax.experiments import ablations, figures, runner, tables
+from alexnet_jax.experiments import ablations, cifar10, figure1, figures, runner, tables, trials
 from alexnet_jax.experiments.ablations import Variant
 from alexnet_jax.prepare import prepare
 from alexnet_jax.training import train
@@ -21,7 +21,7 @@ from tests import SHARED_DATA, helpers
 
 
 def _suite(name, base, seeds, output):
-    return runner.Suite(name, base, seeds, str(output), 1.0)
+    return trials.Suite(name, base, seeds, str(output), 1.0)
 
 
 @pytest.mark.parametrize('name', ['authors_2012', 'sixth_conv:finetune', 'cifar10:11pct', 'cifar10:18pct', 'caffe'])
@@ -29,8 +29,8 @@ def test_shipped_configs_work_as_base(name, tmp_path):
     """Includes a config that freezes a layer removed by a variant, and one without hidden layers: all can be built."""
     base = alexnet_jax.get_config(name)
     base.init_from = 'somewhere'  # required if init_fresh is set
-    trials = runner.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
-    names = [trial.variant.name for trial in trials]
+    found = trials.make_trials(ablations.ablations(base), base, 1, str(tmp_path))
+    names = [trial.variant.name for trial in found]
     assert 'without conv 1' in names and ('towers without communication' in names) == (name != 'cifar10:18pct')
 
 
@@ -56,6 +56,53 @@ def test_only_refuses_other_names(suite, name, message, tmp_path):
         _suite(suite, helpers.digits_config(), 1, tmp_path)._replace(only=(name,)).variants()
 
 
+def test_given_settings_change_all_networks(tmp_path):
+    """Also if all networks of the suite change them, to the same value."""
+    given = {'batch_size': 64, 'optim.momentum': 0.5, 'seed': 3}
+    base = alexnet_jax.get_config('cifar10:19pct')
+    base.update_from_flattened_dict(given)
+    for name in ('cifar10', 'figure1'):
+        suite = _suite(name, base, 1, tmp_path)._replace(overrides=given)
+        for trial in trials.make_trials(suite.variants(), base, 1, 'out'):
+            assert (trial.config.batch_size, trial.config.optim.momentum, trial.seed) == (64, 0.5, 3)
+    # What some of the networks change remains theirs.
+    variants = _suite('ablations', base, 1, tmp_path)._replace(overrides={'data.color_std': 0.2}).variants()
+    assert {variant.name: variant.changes.get('data.color_std') for variant in variants}['no color'] == 0.0
+
+
+@pytest.mark.parametrize(
+    ('suite', 'key', 'value', 'message'),
+    [
+        ('figure1', 'optim.learning_rate', 0.1, 'every network of figure1 has its own optim.learning_rate; remove it'),
+        ('cifar10', 'data.image_size', 28, '--base.data.image_size=28: every network of cifar10 has its own data.im'),
+        (
+            'cifar10',
+            'model.layers.conv1.init',
+            'normal(1)',
+            r'=normal.1.: every network of cifar10 has its own model',
+        ),
+        ('views', 'log_every_steps', 10, 'the suite sets log_every_steps; suites log once per epoch'),
+        ('ablations', 'data.path', 'here', '--base.data.path=here: the suite sets data.path; use --data'),
+    ],
+)
+def test_settings_without_effect_are_refused(suite, key, value, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        _suite(suite, helpers.digits_config(), 1, tmp_path)._replace(overrides={key: value}).variants()
+
+
+@pytest.mark.parametrize('name', cifar10.NETS)
+def test_figure1_trains_the_network_of_its_base(name, tmp_path):
+    base = alexnet_jax.get_config(f'cifar10:{name}')
+    base.model.layers.conv1.init = 'normal(0.02)'
+    for trial in trials.make_trials(_suite('figure1', base, 1, tmp_path).variants(), base, 1, 'out'):
+        config, activation = trial.config, trial.variant.name.split()[0]
+        layers = config.model.layers.to_dict()
+        for layer in layers.values():
+            layer['post'] = layer['post'].replace(activation, 'relu')
+        assert layers == base.model.layers.to_dict() and activation in config.model.layers.conv1.post
+        assert (config.optim.weight_decay, config.optim.layer_decays, config.data.reflect) == (0.0, (), False)
+
+
 def test_short_durations_are_in_minutes():
     hours = (0.001, 0.5, 59.01 / 60, 1.0, 26.26)
     assert [runner.format_hours(value) for value in hours] == ['1 min', '30 min', '60 min', '1.0 h', '26.3 h']
@@ -65,22 +112,22 @@ def test_invalid_variant_is_refused_before_training(tmp_path):
     base = helpers.digits_config()
     variants = [Variant('fine', {}), Variant('broken', {'model.pool_window': 1})]
     with pytest.raises(UserError, match="variant 'broken' cannot be built from this base: model.pool_stride=2"):
-        runner.make_trials(variants, base, 1, str(tmp_path))
+        trials.make_trials(variants, base, 1, str(tmp_path))
 
 
 def test_ten_views_need_a_base_or_variant_with_reflections(tmp_path):
     variants = [Variant('base', {}), Variant('none', {'data.reflect': False}), Variant('own', {'data.reflect': True})]
     for reflect, expected in ((True, [True, True, True]), (False, [False, False, True])):
         base = helpers.digits_config(**{'data.reflect': reflect})
-        assert [trial.ten_views for trial in runner.make_trials(variants, base, 1, str(tmp_path))] == expected
+        assert [trial.ten_views for trial in trials.make_trials(variants, base, 1, str(tmp_path))] == expected
 
 
 @pytest.mark.slow
 def test_network_without_first_layer_is_measured(tmp_path):
     base = helpers.digits_config(**{'num_steps': 2, 'mesh.tower': 1, 'optim.layer_rates': (('conv1', 0.1),)})
     variants = [variant for variant in ablations.ablations(base) if variant.name == 'without conv 1']
-    (trial,) = runner.make_trials(variants, base, 1, str(tmp_path))
-    row = runner.run_trial(trial, 'ablations', datasets.open_dataset('digits'))
+    (trial,) = trials.make_trials(variants, base, 1, str(tmp_path))
+    row = trials.run_trial(trial, 'ablations', datasets.open_dataset('digits'))
     assert not row['diverged'] and 0 <= row['color_0'] and row['test_images'] == 360
     assert 'top1_error' in row and 'top1_ten' not in row, 'digits are not reflected'
 
@@ -97,17 +144,18 @@ def test_rate_search_stops_between_two_slower_rates(monkeypatch, tmp_path):
         asked.append((rate, limit))
         return {'learning_rate': rate, 'epochs': min(needs[rate], limit) + 0.0016, 'reached': needs[rate] <= limit}
 
-    monkeypatch.setattr(runner, 'run_trial', run)
+    monkeypatch.setattr(trials, 'run_trial', run)
     needs.update({0.001: 30, 0.003: 12, 0.01: 9, 0.03: 11})
-    best, rows = runner.search_rate('relu', _suite('figure1', alexnet_jax.get_config('paper'), 1, tmp_path), None)
-    assert best == 0.01
+    suite = _suite('figure1', alexnet_jax.get_config('cifar10:19pct'), 1, tmp_path)
+    best, rows = figure1.search_rate('relu', suite, None)
+    assert best.name == 'relu 0.01' and best.changes['num_epochs'] == 100
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.03, 9.0)]  # the lower rates are not tried
     assert [row['reached'] for row in rows] == [True, True, False]
 
     asked.clear()
     needs.update({0.0001: 9, 0.0003: 8, 0.001: 11, 0.01: 12})
-    best, _ = runner.search_rate('relu', _suite('figure1', alexnet_jax.get_config('paper'), 1, tmp_path), None)
-    assert best == 0.0003
+    best, _ = figure1.search_rate('relu', suite, None)
+    assert best.name == 'relu 0.0003'
     assert asked == [(0.003, 100.0), (0.01, 12.0), (0.001, 12.0), (0.0003, 11.0), (0.0001, 8.0)]
 
 
@@ -136,8 +184,8 @@ def fakes(monkeypatch):
         return {'epochs': epochs, 'learning_rate': trial.config.optim.learning_rate, 'reached': needs < epochs}
 
     monkeypatch.setattr(train, 'train_and_evaluate', train_and_evaluate)
-    monkeypatch.setattr(runner, 'measure', measure)
-    monkeypatch.setattr(runner, '_latest_step', lambda trial: 7)
+    monkeypatch.setattr(trials, 'measure', measure)
+    monkeypatch.setattr(trials, '_latest_step', lambda trial: 7)
     return state
 
 
@@ -151,7 +199,7 @@ def test_killed_suite_resumes_where_it_stopped(suite, fakes, tmp_path):
     """Also during a rate search: each network is trained and measured once, and the rows equal those of one run."""
 
     def run_suite(folder):
-        run = runner.run_figure1 if suite == 'figure1' else runner.run_variants
+        run = figure1.run if suite == 'figure1' else runner.run_variants
         return run(_suite(suite, helpers.digits_config(), 2, tmp_path / folder), None)[1]
 
     expected, count = run_suite('whole'), len(fakes.trained)
@@ -195,11 +243,11 @@ def test_diverged_run_is_not_trained_again(fakes, tmp_path, monkeypatch, capsys)
         raise DivergedError('step 1: not finite.')
 
     monkeypatch.setattr(train, 'train_and_evaluate', diverges)
-    monkeypatch.setattr(runner, '_latest_step', lambda trial: None)
+    monkeypatch.setattr(trials, '_latest_step', lambda trial: None)
     for rate in (9.0, 9.0, 8.0):
         base = helpers.digits_config(**{'optim.learning_rate': rate})
-        (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
-        assert runner.run_trial(trial, 'ablations', None)['diverged']
+        (trial,) = trials.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+        assert trials.run_trial(trial, 'ablations', None)['diverged']
     assert asked == [9.0, 8.0]
     first, again, other = capsys.readouterr().out.splitlines()
     assert first == other == f'wild, seed {base.seed}: step 1: not finite.'
@@ -213,10 +261,10 @@ def test_measure_compares_error_with_threshold(threshold, error, reached, monkey
     network = SimpleNamespace(layers={'conv1': SimpleNamespace(features=3)})
     monkeypatch.setattr(tables, 'load_last', lambda workdir: SimpleNamespace(network=network))
     monkeypatch.setattr(figures, 'curves', lambda workdir: {'train': curve})
-    (trial,) = runner.make_trials(
+    (trial,) = trials.make_trials(
         [Variant('a', {'stop_at_error': threshold})], helpers.digits_config(), 1, str(tmp_path)
     )
-    found = runner.measure(trial, datasets.Dataset({'train': [0] * 4}, ('a',), 32, None))
+    found = trials.measure(trial, datasets.Dataset({'train': [0] * 4}, ('a',), 32, None))
     assert found.get('reached') is reached and found['train_error'] == error and found['train_images'] == 4
 
 
@@ -288,7 +336,7 @@ def test_figure1_needs_no_evaluation_images(sources, tmp_path):
 @pytest.mark.parametrize(('seeds', 'count'), [(1, 14), (3, 18)])
 def test_max_trials_of_figure1(seeds, count):
     """One seed trains seven rates for each of two activations; further seeds train the best rate of each."""
-    found = runner.max_trials(alexnet_jax.get_config('paper'), seeds, 'out')
+    found = figure1.max_trials(_suite('figure1', alexnet_jax.get_config('cifar10:19pct'), seeds, 'out'))
     assert len(found) == len({trial.workdir for trial in found}) == count
     assert sum(trial.seed > 0 for trial in found) == count - 14
 
@@ -297,10 +345,10 @@ def test_max_trials_of_figure1(seeds, count):
 def test_immediate_divergence_is_a_result(tmp_path, capsys):
     """The run diverges before its first checkpoint; the second time the result is read from its files."""
     base = helpers.digits_config(**{'optim.learning_rate': 1e30, 'num_steps': 4, 'mesh.tower': 1})
-    (trial,) = runner.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
+    (trial,) = trials.make_trials([Variant('wild', {})], base, 1, str(tmp_path))
     digits = datasets.open_dataset('digits')
     for _ in range(2):
-        row = runner.run_trial(trial, 'ablations', digits)
+        row = trials.run_trial(trial, 'ablations', digits)
         assert row['diverged'] and 'top1_error' not in row
     assert 'not finite' in capsys.readouterr().out
     table = tables.comparison_table('ablations', [row], [trial.variant])
