@@ -17,5 +17,5 @@ def get_config(arg: str = '18pct') -> ml_collections.ConfigDict:
     if arg not in cifar10.NETS:
         raise ValueError(f'unknown variant {arg!r}; expected one of {", ".join(cifar10.NETS)}.')
     config = alexnet_jax.get_config('paper')
-    config.update_from_flattened_dict(cifar10.NETS[arg])
+    config.update_from_flattened_dict({'model.num_classes': 10, **cifar10.NETS[arg]})
     return config

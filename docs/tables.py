@@ -37,7 +37,8 @@ def suite(records: Sequence[Record]) -> list[Row]:
         runs = [row for row in rows if row['variant'] == name]
         measured = [row for row in runs if not row['diverged']]
         diverged = f', {len(runs) - len(measured)} diverged' if len(measured) < len(runs) else ''
-        change = tables.deltas(rows, ablations.Variant(name, {}, baseline)) if baseline else []
+        measure = result.get('measures', {}).get(name, 'top1_error')
+        change = tables.deltas(rows, ablations.Variant(name, {}, baseline, measure=measure)) if baseline else []
         views = 'ten' if all('top1_ten' in row for row in measured) else 'error'
         keys = {'training error': 'train_error', 'top-1': f'top1_{views}', 'top-5': f'top5_{views}'}
         errors = {title: tables.format_mean_std([row[key] for row in measured]) for title, key in keys.items()}

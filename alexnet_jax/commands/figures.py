@@ -49,7 +49,8 @@ def main(args: flags.FlagValues) -> None:
         evaluate.check_record_size(checkpoint, dataset, path)
         dataset, shown = figures.match_dataset(checkpoint, dataset, args.split, path)
     if args.beside:
-        _check_beside(args.beside, checkpoint.class_names)
+        images = figures.train_images(args.run, checkpoint.config['batch_size'])
+        _check_beside(args.beside, checkpoint.class_names, images)
     print(f'{path} (step {checkpoint.step})', flush=True)
     options = {'split': args.split, 'shown': shown, 'seed': args.seed, 'beside': args.beside}
     drawn = figures.draw(checkpoint, run=args.run, dataset=dataset, **options)
@@ -57,14 +58,16 @@ def main(args: flags.FlagValues) -> None:
         print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)
 
 
-def _check_beside(name: str, class_names: Sequence[str]) -> None:
-    """Raises UserError if there is no published curve of a name, or if a network has other classes than ImageNet."""
+def _check_beside(name: str, classes: Sequence[str], images: int) -> None:
+    """Raises UserError if there is no published curve of a name, or if a run is not on all of ImageNet."""
     from alexnet_jax.data import imagenet_classes
-    from alexnet_jax.training.published_curves import CURVES
+    from alexnet_jax.training.published_curves import CURVES, is_imagenet
 
     if name not in CURVES:
         raise UserError(f'--beside={name}: expected one of {", ".join(CURVES)}.{did_you_mean(name, CURVES)}')
-    if set(class_names) != set(imagenet_classes.wordnet_ids()):
+    if not is_imagenet(classes, images):
+        other = '' if set(classes) == set(imagenet_classes.wordnet_ids()) else 'other '
         raise UserError(
-            f'--beside={name}: expected a run on the 1,000 classes of ImageNet, got {len(class_names)} other classes.'
+            f'--beside={name}: expected a run on all of ImageNet, got {len(classes):,} {other}classes and {images:,} '
+            'training images, whose epochs have another length.'
         )

@@ -3,7 +3,8 @@
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -52,6 +53,7 @@ class ConfigFlag(NamedTuple):
     default: str | None  # name of the default config
     help: str
     required: bool = False
+    defaults: Mapping[str, str] = types.MappingProxyType({})  # {first word of the command line: other default}
 
     def define(self, values: flags.FlagValues, words: Sequence[str] | None = None) -> list[str]:
         """Defines the flag, and a flag for each key in `words`. Returns the words that are still to be parsed.
@@ -64,7 +66,7 @@ class ConfigFlag(NamedTuple):
         given, rest = self.split(words)
         is_key = re.compile(rf'--?(?:no)?{self.name}\.([^=]*)')
         keys = [match[1] for word in rest if (match := is_key.match(word))]
-        spec = self.default if given is None else given
+        spec = self.defaults.get(words[0] if words else '', self.default) if given is None else given
         if spec is None:
             if keys:
                 raise UserError(f'--{self.name}.{keys[0]} requires --{self.name}=NAME.')

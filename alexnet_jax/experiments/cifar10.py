@@ -14,6 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from alexnet_jax.utils.errors import UserError
+
 Layers = dict[str, dict[str, Any]]  # the type of `config.model.layers`
 
 
@@ -37,7 +39,6 @@ def _net(layers: Layers, *, decays, stages, epochs, **changes) -> dict[str, Any]
         'data.draw_every': 1,
         'data.color_std': 0.0,
         'model.layers': layers,
-        'model.num_classes': 10,
         'model.pool_window': 3,
         'model.pool_stride': 2,
         'model.lrn_k': 1.0,
@@ -130,18 +131,19 @@ NETS = {
 }
 ACTIVATIONS = ('relu', 'tanh')  # of figure 1
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # candidate learning rates of figure 1
-FIGURE1_BASE = 'cifar10:19pct'  # the release does not name the network of figure 1; this one has four layers
 
 
 def figure1_changes(activation: str, learning_rate: float) -> dict[str, Any]:
     """Returns the changes of a base for figure 1: "no regularization of any kind", constant learning rate.
 
-    Training stops at 25% training error. activation: 'relu' or 'tanh', which replaces the base's ReLUs. learning_rate:
-    chosen for each activation.
+    Also removes dropout. Training stops at 25% training error. activation: 'relu' or 'tanh', which replaces the base's
+    ReLUs; UserError if it has none. learning_rate: chosen for each activation.
     """
 
     def layers(base: ConfigDict) -> Layers:
         found = base.model.layers.to_dict()
+        if not any('relu' in layer['post'].split() for layer in found.values()):
+            raise UserError('figure1: expected a base with ReLUs, which tanh replaces; use another --base.')
         for layer in found.values():
             ops = [activation if op == 'relu' else op for op in layer['post'].split() if op != 'dropout']
             layer['post'] = ' '.join(ops)

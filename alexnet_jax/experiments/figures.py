@@ -191,10 +191,15 @@ def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
 
 
+def train_images(workdir: str | os.PathLike, batch_size: int) -> int:
+    """Returns the number of training images of a run, from the first line of metrics.jsonl; 0 if there is none."""
+    return next((round(line['step'] * batch_size / line['epoch']) for line in _log_lines(workdir)), 0)
+
+
 def norms(workdir: str | os.PathLike, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns {layer: (epochs, norms)} of a run. kind: 'gradient_norms', or 'update_norms', those of the updates.
 
-    A norm is that of a layer's weights and biases together, the mean over the updates of a log line.
+    A norm is that of a layer's weights and biases together, in the last update of a log line.
     """
     rows = [(line['epoch'], line[kind]) for line in _log_lines(workdir) if kind in line]
     epochs = np.array([epoch for epoch, _ in rows])

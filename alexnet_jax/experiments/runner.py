@@ -8,7 +8,7 @@ from absl import logging
 
 from alexnet_jax.benchmark import throughput
 from alexnet_jax.checkpoints.manager import check_workdir
-from alexnet_jax.core.architecture import infer_shapes
+from alexnet_jax.core.architecture import infer_shapes, sort_layers
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets
 from alexnet_jax.experiments import ablations, figure1, tables, trials
@@ -45,13 +45,13 @@ def run_suite(suite: Suite, data: str) -> list[str]:
     runs = {trial.workdir: trial.variant.name for trial in done if (trial.variant.name, trial.seed) not in diverged}
     if not runs:
         remedy = 'use a lower --base.optim.learning_rate and another --output.'
-        if suite.name in SMALL:
+        if suite.name == FIGURE1:
             remedy = 'the suite sets the learning rates itself, so check the images (docs/trouble.md).'
         raise UserError(f'all networks of {suite.name} diverged; {remedy}')
     effects: dict[str, list[float]] = {}
     if suite.name == FIGURE1:
         names = list(dict.fromkeys(trial.variant.name for trial in done))
-        results = [tables.figure1_table(rows, names, RATES)]
+        results = [tables.figure1_table(rows, names, RATES, sort_layers(suite.base.model.layers))]
     elif suite.name in ('ensemble', 'views'):
         results = [tables.averaged_table(suite.name, list(runs), dataset, suite.base.data.max_unreadable)]
     else:
@@ -59,9 +59,8 @@ def run_suite(suite: Suite, data: str) -> list[str]:
         results = [tables.comparison_table(suite.name, rows, variants), tables.color_table(rows, variants)]
         effects = {variant.name: tables.deltas(rows, variant) for variant in variants if variant.baseline}
     tables.publish(suite.name, suite.output, results, runs, rows, dataset, effects)
-    networks = {trial.variant.name: trial.variant.baseline for trial in done}
     environment = next(filter(None, (trials.read_json(trial, 'environment') for trial in done)))  # of the training
-    tables.write_json(suite.output, suite.name, networks, rows, environment)
+    tables.write_json(suite.output, suite.name, [trial.variant for trial in done], rows, environment)
     return [tables.as_text(table) for table in results]
 
 

@@ -8,7 +8,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,14 @@ def deltas(rows: Sequence[dict], variant: ablations.Variant) -> list[float]:
 
 
 def write_json(
-    output: str, suite: str, networks: Mapping[str, str], rows: Sequence[dict], environment: dict[str, Any]
+    output: str,
+    suite: str,
+    variants: Iterable[ablations.Variant],
+    rows: Sequence[dict],
+    environment: dict[str, Any],
 ) -> None:
-    """Writes SUITE.json: the command, the environment and all runs of a suite. networks: {variant: baseline or ''}."""
+    """Writes SUITE.json: the command, the environment and all runs of a suite."""
+    networks = {variant.name: variant for variant in variants}
     first = next(row for row in rows if not row['diverged'])
     result = {
         'name': suite,
@@ -76,7 +81,8 @@ def write_json(
         **{key: environment[key] for key in ('commit', 'versions', 'devices')},
         **{key: first[key] for key in ('train_images', 'epochs')},
         'seeds': len({row['seed'] for row in rows}),
-        'networks': networks,
+        'networks': {name: variant.baseline for name, variant in networks.items()},
+        'measures': {name: variant.measure for name, variant in networks.items()},
         'runs': list(rows),
     }
     with atomic_file(os.path.join(output, f'{suite}.json')) as file:
@@ -169,8 +175,13 @@ def color_table(rows: Sequence[dict], variants: Sequence[ablations.Variant]) -> 
     return report.Table('Do the towers specialize?', columns, table, note)
 
 
-def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence[float]) -> report.Table:
-    """Returns the epochs that ReLU and tanh need for 25% training error, and their ratio; the paper's is 6."""
+def figure1_table(
+    rows: Sequence[dict], variants: Sequence[str], rates: Sequence[float], layers: Sequence[str]
+) -> report.Table:
+    """Returns the epochs that ReLU and tanh need for 25% training error, and their ratio; the paper's is 6.
+
+    layers: names of the network's layers.
+    """
     table, epochs = [], []  # for each variant: {seed: epochs}
     for variant in variants:
         measured = [row for row in rows if row['variant'] == variant]
@@ -183,7 +194,7 @@ def figure1_table(rows: Sequence[dict], variants: Sequence[str], rates: Sequence
     note = (
         'Epochs until the training error of a whole epoch is at most 25%. Each activation uses the learning rate, of '
         f'{", ".join(f"{rate:g}" for rate in rates)}, with which the first seed is fastest. The release does not name '
-        'the network; three 5x5 convolutions (32, 32, 64 kernels) and a classifier are used.'
+        f'the network; this one has the layers {", ".join(layers)}.'
     )
     columns = ('network', 'seeds that reach 25%', 'epochs', 'paper')
     result = 'No seed reaches 25% with both.'

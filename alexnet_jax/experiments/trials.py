@@ -50,34 +50,39 @@ class Suite(NamedTuple):
     def variants(self) -> list[Variant]:
         """Returns the variants to run; of figure 1, all that may be run.
 
-        Raises UserError if `only` has an unknown name, and for an override that every variant replaces.
+        Raises UserError if `only` has an unknown name, and for an override without effect.
         """
-        variants = self._override(ablations.SUITES[self.name](self.base))
-        known = {variant.name: variant for variant in variants}
+        known = {variant.name: variant for variant in ablations.SUITES[self.name](self.base)}
         if self.only and (len(known) < 2 or self.name == FIGURE1):
             raise UserError(f'--only={",".join(self.only)}: expected no names, because {self.name} needs all its runs.')
         for name in self.only:
             if name not in known:
                 raise UserError(f'--only={name}: expected one of {", ".join(known)}.{did_you_mean(name, known)}')
         wanted = {*self.only, *(known[name].baseline for name in self.only)} or set(known)
-        return [variant for name, variant in known.items() if name in wanted]
+        return self._override([variant for name, variant in known.items() if name in wanted])
 
     def _override(self, variants: Sequence[Variant]) -> list[Variant]:
-        """Returns the variants with the overrides of settings that all of them change to the same value."""
-        common: dict[str, Any] = {}
+        """Returns the variants with the overrides of settings that they share.
+
+        The networks of `SMALL` change all settings, most of them to the same value, which an override replaces. In the
+        other suites, a variant's own change is what the suite measures.
+        """
+        shared: dict[str, Any] = {}
         for key, value in self.overrides.items():
-            if key in SET:
-                raise UserError(f'--base.{key}={value}: the suite sets {key}; {SET[key]}.')
+            said = f'--base.{key}={value}'
+            if key in SET or (self.name, key) == (FIGURE1, 'stop_at_error'):
+                raise UserError(f'{said}: {self.name} sets {key}; {SET.get(key, "it counts the epochs until 25%")}.')
             changes = [  # of each variant: those of the key and of the settings that contain it
                 [change for name, change in variant.changes.items() if f'{key}.'.startswith(f'{name}.')]
                 for variant in variants
             ]
-            if not all(changes) or any(callable(change) for found in changes for change in found):
+            if not any(changes) or any(callable(change) for found in changes for change in found):
                 continue  # the base's setting matters
-            if any(found != changes[0] for found in changes) or key not in variants[0].changes:
-                raise UserError(f'--base.{key}={value}: every network of {self.name} has its own {key}; remove it.')
-            common[key] = value
-        return [variant._replace(changes={**variant.changes, **common}) for variant in variants]
+            if self.name in SMALL and all(found == changes[0] for found in changes):
+                shared[key] = value
+            elif self.name in SMALL or all(changes):
+                raise UserError(f'{said}: the networks of {self.name} have their own {key}; remove it.')
+        return [variant._replace(changes={**variant.changes, **shared}) for variant in variants]
 
     @property
     def record_size(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 
 from alexnet_jax.data import imagenet_classes
 
+_UPDATE = 0.03  # epochs of an update with 32,768 images, rounded up
 _IMAGENET = 1_200_000  # training images: fewer are a part of ILSVRC-2012, whose epochs are shorter
 
 
@@ -24,9 +25,12 @@ class PublishedCurve(NamedTuple):
         return np.array(list(values)), np.array(list(values.values()))
 
     def at(self, epoch: float) -> float | None:
-        """Returns the top-1 error at an epoch, interpolated linearly; None outside the published epochs."""
+        """Returns the top-1 error at an epoch, interpolated linearly; None outside the published epochs.
+
+        A validation at the end of an epoch comes with the first update after it, up to `_UPDATE` epochs later.
+        """
         epochs, errors = self.points('top1_error')
-        return float(np.interp(epoch, epochs, errors)) if epochs[0] <= epoch <= epochs[-1] else None
+        return float(np.interp(epoch, epochs, errors)) if epochs[0] <= epoch <= epochs[-1] + _UPDATE else None
 
 
 CURVES = {

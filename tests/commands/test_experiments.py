@@ -29,10 +29,10 @@ def command(monkeypatch, tmp_path):
     (tmp_path / 'base.py').write_text(BASE)
     fixed = {'data': 'digits', 'output': str(tmp_path), 'seeds': 1, 'base': f'{tmp_path}/base.py'}
 
-    def run(suite, *words, **changes):
+    def run(*words, **changes):
         given = [f'--{name}={value}' for name, value in {**fixed, **changes}.items() if value]
         values = flags.FlagValues()
-        experiments.main(values, app.parse(experiments, [suite, *given, *words], values))
+        experiments.main(values, app.parse(experiments, [*words, *given], values))
 
     def diverged(trial, suite, dataset):
         return {'suite': suite, 'variant': trial.variant.name, 'seed': trial.seed, 'diverged': True}
@@ -45,22 +45,24 @@ def test_base_of_figure1_is_a_network_of_the_release(command, monkeypatch):
     """Unless another one is given. Settings that are given without a base change this network."""
     suites = []
     monkeypatch.setattr(runner, 'run_suite', lambda suite, data: suites.append(suite) or [])
-    command('figure1', '--base.seed=5', '--base.model.layers.conv3.init=normal(0.5)', base=None)
+    command('figure1', '--base.seed=5', '--base.model.layers.fc4.init=normal(0.5)', base=None)
+    command('--dry_run=False', 'figure1', '--base.model.layers.conv3.init=normal(0.5)', base=None)
     command('figure1', base='cifar10:80sec')
-    assert [suite.base.model.layers.conv3.init for suite in suites] == ['normal(0.5)', 'normal(0.01)']
-    assert [list(suite.base.model.layers) for suite in suites] == [
-        ['conv1', 'conv2', 'conv3', 'fc4'], ['conv1', 'conv2', 'conv3', 'fc4', 'fc5']
-    ]  # fmt: skip
+    layers = [suite.base.model.layers for suite in suites]
+    assert [list(found)[-1] for found in layers] == ['fc4', 'fc4', 'fc5']
+    assert (layers[0].fc4.init, layers[1].conv3.init, layers[2].conv3.init) == (*2 * ['normal(0.5)'], 'normal(0.01)')
     assert suites[0].base.seed == 5 and suites[0].overrides['seed'] == 5
-    with pytest.raises(UserError, match='--base.model.layers.conv4.init: cifar10:19pct, the network of figure 1, has'):
+    with pytest.raises(UserError, match="unknown config key 'model.layers.conv4.init'"):
         command('figure1', '--base.model.layers.conv4.init=zeros', base=None)
-    with pytest.raises(UserError, match=r'--base.optim.learning_rate=0.5: every network of figure1 has its own'):
+    with pytest.raises(UserError, match="unknown config key 'model.layers.conv4.init' of cifar10:19pct"):
+        command('--dry_run=False', 'figure1', '--base.model.layers.conv4.init=zeros', base=None)
+    with pytest.raises(UserError, match=r'--base.optim.learning_rate=0.5: the networks of figure1 have their own'):
         command('figure1', '--base.optim.learning_rate=0.5')
 
 
 def test_divergence_remedy_fits_the_suite(command):
-    with pytest.raises(UserError, match='all networks of cifar10 diverged; the suite sets the learning rates itself'):
-        command('cifar10')
+    with pytest.raises(UserError, match='all networks of figure1 diverged; the suite sets the learning rates itself'):
+        command('figure1')
     with pytest.raises(UserError, match='all networks of views diverged; use a lower --base.optim.learning_rate'):
         command('views')
 

@@ -66,8 +66,8 @@ def test_18pct_normalizes_within_each_map():
 
 @pytest.mark.parametrize('base', ['quickstart', 'caffe', 'torchvision', 'authors_2012', 'large_batch', 'modern'])
 def test_networks_do_not_depend_on_the_base_config(base):
-    """Except the data path, and keys about dropout and color augmentation, which these networks do not use."""
-    no_matter = {'path', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}
+    """Except the data path, the classes, and keys about dropout and color augmentation, which these networks lack."""
+    no_matter = {'path', 'num_classes', 'dropout_inverted', 'color_scale', 'color_divide', 'color_epochs'}
     for name in cifar10.NETS:
         config, expected = alexnet_jax.get_config(base), _config(name)
         config.update_from_flattened_dict(cifar10.NETS[name])
@@ -109,7 +109,7 @@ def test_unshared_layers_agree_over_two_towers():
 
 
 def test_figure1_variants_differ_only_in_activation():
-    base = alexnet_jax.get_config(cifar10.FIGURE1_BASE)
+    base = alexnet_jax.get_config('cifar10:19pct')
     base.model.layers.conv3.post += ' dropout'  # is no part of "no regularization of any kind"
     relu, tanh = (
         ablations.with_changes(base, cifar10.figure1_changes(activation, 0.01)) for activation in ('relu', 'tanh')

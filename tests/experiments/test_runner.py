@@ -70,19 +70,54 @@ def test_given_settings_change_all_networks(tmp_path):
     assert {variant.name: variant.changes.get('data.color_std') for variant in variants}['no color'] == 0.0
 
 
+def test_given_settings_change_the_selected_networks(tmp_path):
+    given = {'num_epochs': 5.0, 'model.layers.conv1.init': 'normal(1.0)'}
+    base = alexnet_jax.get_config('cifar10:19pct')
+    suite = _suite('cifar10', base, 1, tmp_path)._replace(only=('18pct',), overrides=given)
+    (trial,) = trials.make_trials(suite.variants(), base, 1, 'out')
+    layers = alexnet_jax.get_config('cifar10:18pct').model.layers
+    layers.conv1.init = 'normal(1.0)'
+    assert trial.config.num_epochs == 5 and trial.config.model.layers.to_dict() == layers.to_dict()
+    suite = suite._replace(only=('18pct', '19pct'), overrides={'num_epochs': 5.0})
+    assert [variant.changes['num_epochs'] for variant in suite.variants()] == [5.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ('suite', 'key', 'value', 'message'),
     [
-        ('figure1', 'optim.learning_rate', 0.1, 'every network of figure1 has its own optim.learning_rate; remove it'),
-        ('cifar10', 'data.image_size', 28, '--base.data.image_size=28: every network of cifar10 has its own data.im'),
+        (
+            'figure1',
+            'optim.learning_rate',
+            0.1,
+            'the networks of figure1 have their own optim.learning_rate; remove it',
+        ),
+        (
+            'figure1',
+            'stop_at_error',
+            50.0,
+            'stop_at_error=50.0: figure1 sets stop_at_error; it counts the epochs until',
+        ),
+        ('cifar10', 'data.image_size', 28, '--base.data.image_size=28: the networks of cifar10 have their own data.im'),
         (
             'cifar10',
             'model.layers.conv1.init',
-            'normal(1)',
-            r'=normal.1.: every network of cifar10 has its own model',
+            'zeros',
+            'the networks of cifar10 have their own model.layers.conv1.init',
         ),
-        ('views', 'log_every_steps', 10, 'the suite sets log_every_steps; suites log once per epoch'),
-        ('ablations', 'data.path', 'here', '--base.data.path=here: the suite sets data.path; use --data'),
+        (
+            'cifar10',
+            'model.spatial_n',
+            5,
+            'the networks of cifar10 have their own model.spatial_n; remove it',
+        ),  # of one
+        (
+            'large_batch',
+            'optim.schedule',
+            'cosine',
+            'the networks of large_batch have their own optim.schedule; remove',
+        ),
+        ('views', 'log_every_steps', 10, 'views sets log_every_steps; suites log once per epoch'),
+        ('ablations', 'data.path', 'here', '--base.data.path=here: ablations sets data.path; use --data'),
     ],
 )
 def test_settings_without_effect_are_refused(suite, key, value, message, tmp_path):
@@ -101,6 +136,14 @@ def test_figure1_trains_the_network_of_its_base(name, tmp_path):
             layer['post'] = layer['post'].replace(activation, 'relu')
         assert layers == base.model.layers.to_dict() and activation in config.model.layers.conv1.post
         assert (config.optim.weight_decay, config.optim.layer_decays, config.data.reflect) == (0.0, (), False)
+
+
+def test_figure1_needs_relu(tmp_path):
+    base = alexnet_jax.get_config('cifar10:19pct')
+    for layer in base.model.layers.values():
+        layer.post = layer.post.replace('relu', 'tanh')
+    with pytest.raises(UserError, match='figure1: expected a base with ReLUs'):
+        trials.make_trials(_suite('figure1', base, 1, tmp_path).variants(), base, 1, 'out')
 
 
 def test_short_durations_are_in_minutes():

@@ -69,7 +69,8 @@ def test_figure1_ratio_uses_seeds_that_reach_in_both():
             ('tanh 0.003', 0, 24.0, True), ('tanh 0.003', 1, 25.0, True), ('tanh 0.003', 2, 100.0, False),
         )
     ]  # fmt: skip
-    table = tables.figure1_table(rows, variants, cifar10.RATES)
+    table = tables.figure1_table(rows, variants, cifar10.RATES, ['conv1', 'fc2'])
+    assert 'has the layers conv1, fc2.' in table.note
     assert table.rows[0][1:3] == ('3 of 3', '4.67 ± 0.58')
     assert table.rows[2][1:] == ('2', '5.50 ± 0.71', '6')
 

@@ -22,6 +22,11 @@ IDS = imagenet_classes.wordnet_ids()
         (4, 70.0, '  1.2 points behind caffenet, 3.1 points behind nvcaffe'),  # (72.2 + 65.3) / 2 = 68.75; 66.9
         (60, 43.5, '  0.0 points ahead of caffenet, 1.3 points ahead of nvcaffe'),  # 43.5; 44.8
         (90, 42.0, '  0.4 points ahead of nvcaffe'),  # (43.4 + 41.4) / 2
+        # The first updates after epochs 60 and 100 with batches of 128, 256 and 32,768 images.
+        (600_547 * 128 / 1_281_167, 43.5, '  0.0 points ahead of caffenet, 1.3 points ahead of nvcaffe'),
+        (500_456 * 256 / 1_281_167, 41.4, '  0.0 points ahead of nvcaffe'),
+        (3_910 * 32_768 / 1_281_167, 42.4, '  1.0 points behind nvcaffe'),
+        (60.05, 43.5, '  1.3 points ahead of nvcaffe'),
         (0.5, 99.0, ''),
         (120, 38.0, ''),
     ],
@@ -53,11 +58,12 @@ def test_published_curve_is_drawn_beside_the_run(tmp_path):
     [
         ('caffenet', False, '--beside=caffenet: needs training curves; use --run=WORKDIR'),
         ('cafenet', True, '--beside=cafenet: expected one of caffenet, nvcaffe. Did you mean'),
-        ('nvcaffe', True, 'expected a run on the 1,000 classes of ImageNet, got 10 other classes'),
+        ('nvcaffe', True, 'expected a run on all of ImageNet, got 10 other classes'),
     ],
 )
 def test_figures_command_refuses(beside, run, message, tmp_path):
     path = helpers.save_untrained(tmp_path)
+    (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "step": 10, "epoch": 0.1}\n')
     args = {'run': path if run else None, 'checkpoint': None if run else path}
     with pytest.raises(UserError, match=message):
         command.main(SimpleNamespace(**args, beside=beside, data=None, output=str(tmp_path / 'out')))
