@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Measures what the GPU rows of docs/performance.md and docs/experiments.md lack, one stage after the other.
 #
-#     launch/gpu_figures.sh STAGE...       step, train, inference, resume, learn, cifar; in the root of a clone
+#     launch/gpu_figures.sh STAGE...       step, train, inference, resume, learn, cifar, suites; in the root of a clone
 #
 # The environment needs '.[cuda13,oracle]'. Settings are environment variables:
 #   TINY, CIFAR: folders of tiny_imagenet_20 and CIFAR-10, as for `alexnet_jax prepare` (stages train,
-#     resume and learn; cifar). CLASSES: number of classes of TINY (20)
+#     resume, learn and suites; cifar). CLASSES: number of classes of TINY (20)
 #   OUT: the folder of the results (gpu_figures), STAGE.json and STAGE.log; WORK: of data and runs ($OUT/work)
 #   BUDGET: seconds for all stages together (none); a command that does not fit is not started
 #   SMALL=1: everything at toy size, to try this script on a CPU
@@ -113,9 +113,9 @@ resume() { # a whole run against a stopped one, with and without deterministic o
     same_bits "whole_$deterministic" "again_$deterministic"
   done
 }
-learn() { # do the paper's words train? full width, 20 classes, three seeds
+learn() { # do the paper's words train? full width, 20 classes, three seeds; and with other biases, and a warm-up
   prepared tiny256 "${TINY:-}" --size=256
-  local options=("${tiny[@]}" --config.num_epochs=60 --config.data.cache=device --config.log_every_steps=0)
+  local options=("${tiny[@]}" --config.num_epochs=60 --config.data.cache=device --config.log_every_steps=10)
   options+=(--config.model.dtype="$(pick float32 bfloat16)" --config.mesh.tower=1)
   [ "$small" ] && options+=(--config.num_steps=1 --config.batch_size=2)
   for seed in 0 1 2; do
@@ -124,12 +124,20 @@ learn() { # do the paper's words train? full width, 20 classes, three seeds
     done
     [ "$small" ] && break
   done
+  local biases=() layer
+  for layer in conv2 conv4 conv5 fc6 fc7; do biases+=("--config.model.layers.$layer.bias=0.1"); done
+  train_run 600 paper-biases paper "${options[@]}" "${biases[@]}"
+  train_run 600 paper-warmup paper "${options[@]}" --config.optim.warmup_epochs=5
 }
 cifar() { # all of CIFAR-10
   prepared cifar32 "${CIFAR:-}" --size=32 --format=raw
   local toy=(--scale=0.02 --seeds=1 --base.num_steps=2)
   run 1800 experiments figure1 --data="$work/cifar32" --output="$work/figure1" --base.data.cache=device \
     ${small:+"${toy[@]}"}
+  run 900 experiments figure1 --data="$work/cifar32" --output="$work/figure1_wide" --base.data.cache=device \
+    --seeds=1 --base.model.layers.conv1.init='normal(0.01)' ${small:+"${toy[@]}"}
+  run 900 experiments figure1 --data="$work/cifar32" --output="$work/figure1_80sec" --base=cifar10:80sec \
+    --seeds=1 --base.data.cache=device ${small:+"${toy[@]}"}
   for network in 18pct 19pct 11pct 13pct; do
     train_run 3600 "$network" "cifar10:$network" --config.data.path="$work/cifar32" --config.data.cache=device \
       ${small:+--config.num_steps=2 --config.batch_size=8}
@@ -138,12 +146,23 @@ cifar() { # all of CIFAR-10
   done
 }
 
-(($#)) || { echo "usage: launch/gpu_figures.sh step|train|inference|resume|learn|cifar ..." >&2; exit 2; }
+suites() { # ablations and the modern recipe at 64 px, four times as long as configs/tiny_imagenet.py
+  prepared tiny64 "${TINY:-}" --size=64 --format=raw
+  local options=(--data="$work/tiny64" --base=tiny_imagenet --base.data.cache=device --base.num_epochs=60)
+  options+=(--base.optim.stages='((0,1.0,1.0,()),(40,0.1,0.1,()),(52,0.01,0.01,()))')
+  [ "$small" ] && options+=(--scale=0.02 --seeds=1 --base.num_steps=2)
+  local arms='no normalization,non-overlapping pooling,one GPU (half the kernels),no dropout'
+  arms+=',no crops or reflections,no weight decay'
+  run 3600 experiments ablations "${options[@]}" --output="$work/ablations" --only="$arms"
+  run 3600 experiments recipe "${options[@]}" --output="$work/recipe"
+}
+
+(($#)) || { echo "usage: launch/gpu_figures.sh step|train|inference|resume|learn|cifar|suites ..." >&2; exit 2; }
 for stage in "$@"; do
   case $stage in
-    step | train | inference | resume | learn | cifar) ;;
+    step | train | inference | resume | learn | cifar | suites) ;;
     *)
-      echo "unknown stage $stage: expected step, train, inference, resume, learn or cifar" >&2
+      echo "unknown stage $stage: expected step, train, inference, resume, learn, cifar or suites" >&2
       exit 2
       ;;
   esac

@@ -192,10 +192,10 @@ def test_dockerfile_copies_the_sources_of_the_package():
 
 
 # Replaces Python in gpu_figures.sh and cpu_figures.sh: notes the commands of the package, and runs everything else.
-NOTES = """#!/bin/sh
-if [ "$1" = -m ]; then shift 2; echo "$@" >> "$NOTED"; else exec "$REAL" "$@"; fi
+NOTES = """#!/bin/bash
+if [ "$1" = -m ]; then shift 2; printf -v line '%q ' "$@"; echo "$line" >> "$NOTED"; else exec "$REAL" "$@"; fi
 """
-STAGES = ('step', 'train', 'inference', 'resume', 'learn', 'cifar')
+STAGES = ('step', 'train', 'inference', 'resume', 'learn', 'cifar', 'suites')
 
 
 def _figures(tmp_path, *stages, script='gpu_figures.sh', **environment):
@@ -229,7 +229,7 @@ def test_commands_of_cpu_figures_exist(small, tmp_path):
 def test_commands_of_gpu_figures_exist(small, tmp_path):
     """The options of every command of every stage, at full size and at toy size."""
     commands = _noted(tmp_path, *STAGES, SMALL=small, TINY='tiny', CIFAR='cifar')
-    assert len(commands) >= 36 - 6 * bool(small)  # at toy size, stage learn has one seed
+    assert len(commands) >= 43 - 6 * bool(small)  # at toy size, stage learn has one seed
     assert [command for command in commands if test_docs._missing(shlex.split(command))] == []
     assert {path.name for path in (tmp_path / 'out').glob('*.json')} == {f'{stage}.json' for stage in STAGES}
 

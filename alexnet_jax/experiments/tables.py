@@ -74,12 +74,12 @@ def write_json(
 ) -> None:
     """Writes SUITE.json: the command, the environment and all runs of a suite."""
     networks = {variant.name: variant for variant in variants}
-    first = next(row for row in rows if not row['diverged'])
+    measured = [row for row in rows if not row['diverged']]
     result = {
         'name': suite,
         'command': ' '.join(map(shlex.quote, ['alexnet_jax', *sys.argv[1:]])),
         **{key: environment[key] for key in ('commit', 'versions', 'devices')},
-        **{key: first[key] for key in ('train_images', 'epochs')},
+        **{key: max(row[key] for row in measured) for key in ('train_images', 'epochs')},
         'seeds': len({row['seed'] for row in rows}),
         'networks': {name: variant.baseline for name, variant in networks.items()},
         'measures': {name: variant.measure for name, variant in networks.items()},
