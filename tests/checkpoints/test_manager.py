@@ -133,8 +133,9 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
 
 
 def test_only_decimal_numbers_are_steps(tmp_path):
-    for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663'):
+    for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663', '02'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    (tmp_path / 'checkpoints' / '3').write_text('')
     assert repair.list_steps(str(tmp_path / 'checkpoints')) == [2, 10]
 
 
@@ -259,6 +260,23 @@ def test_step_saved_again_is_never_missing(copy):
         saved.save(train_step.TrainState(jnp.int32(3), before.params, None), before.image_stats, meta, 1.0)
         saved.wait()
         assert saved.best() == 3 and {path.name for path in step.parent.iterdir()} == {'2', '3'}
+
+
+def test_names_that_others_gave_remove_nothing(copy):
+    """Once, `...replaced` removed the whole workdir, and `foo.replaced` removed `foo`."""
+    checkpoints, notes = copy / 'checkpoints', copy / 'notes'
+    for kept in (notes / 'kept', checkpoints / 'foo' / 'kept', checkpoints / 'foo.replaced' / 'kept'):
+        kept.parent.mkdir()
+        kept.write_text('')
+    for name in ('03.replaced', 'foo.orbax-checkpoint-tmp', '3.old.orbax-checkpoint-tmp'):
+        (checkpoints / name).mkdir()
+    for name in ('...replaced', '.replaced', '2.replaced', '4.orbax-checkpoint-tmp', '5'):
+        (checkpoints / name).write_text('')
+    for name in ('3.replaced', '5.orbax-checkpoint-tmp', 'removed'):
+        (checkpoints / name).symlink_to(notes)
+    before = sorted(copy.rglob('*'))
+    assert not repair.repair(str(checkpoints))
+    assert sorted(copy.rglob('*')) == before
 
 
 def test_steps_without_checksums_are_not_removed(copy):
