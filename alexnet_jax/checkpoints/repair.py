@@ -14,8 +14,9 @@ _STEP = '(?:0|[1-9][0-9]*)'  # the name of a step's folder
 
 def list_steps(folder: str) -> list[int]:
     """Returns the sorted steps that have a folder in a `checkpoints` folder, including incomplete steps."""
-    entries = os.scandir(folder) if os.path.isdir(folder) else []
-    return sorted(int(entry.name) for entry in entries if re.fullmatch(_STEP, entry.name) and entry.is_dir())
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(entry.name) for entry in os.scandir(folder) if re.fullmatch(_STEP, entry.name) and entry.is_dir())
 
 
 def repair(folder: str) -> list[str]:
