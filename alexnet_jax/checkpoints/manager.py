@@ -291,12 +291,18 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     def _stored(self, step: int, item: str) -> Any:
-        """Returns the array metadata of an item as a tree, read from its files. Raises ValueError for large chunks."""
+        """Returns the array metadata of an item as a tree, read from its files.
+
+        Raises ValueError for chunks that tensorstore would allocate whatever their array declares: those that are
+        larger, or compressed by blosc, which is decoded before the sizes are compared.
+        """
         tree = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
         for path, x in jax.tree.leaves_with_path(tree):
-            chunk = x.storage.chunk_shape
-            if any(c > max(1, side) for c, side in zip(chunk, x.shape, strict=True)):  # tensorstore allocates a chunk
-                raise ValueError(f'{item}/{_name(path)}: chunks of {chunk}; expected at most {x.shape}')
+            name, chunk, zarr = f'{item}/{_name(path)}', x.storage.chunk_shape, x.storage.zarr_metadata
+            if any(c > max(1, side) for c, side in zip(chunk, x.shape, strict=True)):
+                raise ValueError(f'{name}: chunks of {chunk}; expected at most {x.shape}')
+            if zarr and (zarr.zarr_format != 2 or (zarr.compression and zarr.compression.algorithm != 'zstd')):
+                raise ValueError(f'{name}: zarr {zarr.zarr_format}, {zarr.compression}; expected zarr 2, zstd')
         return tree
 
     @contextlib.contextmanager

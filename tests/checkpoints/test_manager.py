@@ -104,20 +104,29 @@ def _enlarge_mean_image(step):
     _set_meta(3000, 'record_size')(step)
 
 
-def _enlarge_chunk(step, item='image_stats', array='eigenvalues'):
-    """Stores a vector in a chunk of 5,000,000 numbers: 20 MB of memory, a few kB on disk."""
-    store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/{item}/'}).result()
-    meta = json.loads(store.read(f'{array}/.zarray').result().value) | {'chunks': [5_000_000]}
-    store.write(f'{array}/.zarray', json.dumps(meta).encode()).result()
-    store.write(f'{array}/0', None).result()  # its content is shorter than the new chunk
-    spec = {'driver': 'zarr', 'kvstore': store.spec().to_json(), 'path': f'{array}/'}
+def _store_eigenvalues(step, **changes):
+    """Stores a vector with other metadata, such as a chunk of 5,000,000 numbers: 20 MB of memory, a few kB on disk."""
+    store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/image_stats/'}).result()
+    meta = json.loads(store.read('eigenvalues/.zarray').result().value) | changes
+    store.write('eigenvalues/.zarray', json.dumps(meta).encode()).result()
+    store.write('eigenvalues/0', None).result()  # its content is shorter than the new chunk
+    spec = {'driver': 'zarr', 'kvstore': store.spec().to_json(), 'path': 'eigenvalues/'}
     ts.open(spec, open=True).result().write(np.ones(meta['shape'], np.float32)).result()
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (_enlarge_chunk, r'image_stats/eigenvalues: chunks of \(5000000,\); expected at most \(3,\)'),
+        (
+            functools.partial(_store_eigenvalues, chunks=[5_000_000]),
+            r'image_stats/eigenvalues: chunks of \(5000000,\); expected at most \(3,\)',
+        ),
+        (
+            functools.partial(
+                _store_eigenvalues, compressor={'id': 'blosc', 'cname': 'lz4', 'clevel': 5, 'shuffle': 1}
+            ),
+            'image_stats/eigenvalues: zarr 2, blosc; expected zarr 2, zstd',
+        ),
         (_enlarge_mean_image, r'image_stats declares 108,000,048 bytes, but its files have \d'),
         (_enlarge_fc7, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
         (_set_meta(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
