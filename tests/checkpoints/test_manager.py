@@ -104,13 +104,13 @@ def _enlarge_mean_image(step):
     _set_meta(3000, 'record_size')(step)
 
 
-def _store_eigenvalues(step, **changes):
+def _store_vector(step, item='image_stats', name='eigenvalues', **changes):
     """Stores a vector with other metadata, such as a chunk of 5,000,000 numbers: 20 MB of memory, a few kB on disk."""
-    store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/image_stats/'}).result()
-    meta = json.loads(store.read('eigenvalues/.zarray').result().value) | changes
-    store.write('eigenvalues/.zarray', json.dumps(meta).encode()).result()
-    store.write('eigenvalues/0', None).result()  # its content is shorter than the new chunk
-    spec = {'driver': 'zarr', 'kvstore': store.spec().to_json(), 'path': 'eigenvalues/'}
+    store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/{item}/'}).result()
+    meta = json.loads(store.read(f'{name}/.zarray').result().value) | changes
+    store.write(f'{name}/.zarray', json.dumps(meta).encode()).result()
+    store.write(f'{name}/0', None).result()  # its content is shorter than the new chunk
+    spec = {'driver': 'zarr', 'kvstore': store.spec().to_json(), 'path': f'{name}/'}
     ts.open(spec, open=True).result().write(np.ones(meta['shape'], np.float32)).result()
 
 
@@ -118,13 +118,11 @@ def _store_eigenvalues(step, **changes):
     ('change', 'message'),
     [
         (
-            functools.partial(_store_eigenvalues, chunks=[5_000_000]),
+            functools.partial(_store_vector, chunks=[5_000_000]),
             r'image_stats/eigenvalues: chunks of \(5000000,\); expected at most \(3,\)',
         ),
         (
-            functools.partial(
-                _store_eigenvalues, compressor={'id': 'blosc', 'cname': 'lz4', 'clevel': 5, 'shuffle': 1}
-            ),
+            functools.partial(_store_vector, compressor={'id': 'blosc', 'cname': 'lz4', 'clevel': 5, 'shuffle': 1}),
             'image_stats/eigenvalues: zarr 2, blosc; expected zarr 2, zstd',
         ),
         (_enlarge_mean_image, r'image_stats declares 108,000,048 bytes, but its files have \d'),
@@ -151,6 +149,15 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
     with pytest.raises(UserError, match=message) as error:
         loading.load_saved(str(step))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_large_chunk_is_not_restored(copy):
+    saved = loading.load_saved(str(copy))
+    like = train_step.TrainState(np.int32(3), saved.params, None)
+    _store_vector(copy / 'checkpoints' / '3', 'params', 'fc8.bias', chunks=[5_000_000])
+    with manager.CheckpointManager(str(copy), read_only=True) as saved:
+        with pytest.raises(UserError, match=r'params/fc8/bias: chunks of \(5000000,\); expected at most \(10,\)'):
+            saved.restore(3, like)
 
 
 def test_only_decimal_numbers_are_steps(tmp_path):
