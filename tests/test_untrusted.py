@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from absl import logging
+from array_record.python import array_record_module
 from pyarrow import parquet as pq
 from safetensors.numpy import save as save_safetensors
 
@@ -287,6 +288,29 @@ def test_sizes_and_files_that_prepared_data_declares(prepared, tmp_path, file, o
     checksums.write(str(data))
     with _limits(), pytest.raises(UserError, match=problem):
         datasets.open_dataset(str(data))
+
+
+@pytest.mark.parametrize('options', ['brotli:2', 'zstd', 'snappy', 'transpose,uncompressed'])
+def test_compressed_records(prepared, tmp_path, options):
+    """A shard of 128 KiB had a record of 100 MiB."""
+    data = shutil.copytree(prepared, tmp_path / 'data')
+    shard = min(data.glob('*train*array_record*'))
+    (record,) = array_record_module.ArrayRecordReader(str(shard)).read_all()
+    writer = array_record_module.ArrayRecordWriter(str(shard), f'group_size:1,{options}')
+    writer.write(record + bytes(10**6))
+    writer.close()
+    with pytest.raises(UserError, match=f'{shard.name}. has compressed records; expected'):
+        datasets.open_dataset(data)
+
+
+def test_pipe_instead_of_a_shard(prepared, tmp_path):
+    data = shutil.copytree(prepared, tmp_path / 'data')
+    shard = min(data.glob('*train*array_record*'))
+    shard.unlink()
+    checksums.write(str(data))  # a list without the shard
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match=f'{shard.name}. is not a file'):
+        datasets.open_dataset(data)
 
 
 def test_long_name_in_a_record():

@@ -242,6 +242,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         params = ocp.args.StandardRestore(like.params)
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
         with self._read_errors(step):
+            for item in ('params', 'training'):
+                self._stored(step, item)  # checks the chunks
             items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
         return TrainState(items.training['step'], items.params, items.training['opt_state']).swap_average()
 
@@ -275,9 +277,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """Returns numpy arrays of a step. Compares declared shapes with `like`: orbax would allocate any shape."""
-        named = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
         stored, wanted = (
-            {named(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (self._stored(step, item), like)
+            {_name(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (self._stored(step, item), like)
         )
         for name in {**wanted, **stored}:
             if stored.get(name) != wanted.get(name):
@@ -290,8 +291,19 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
     def _stored(self, step: int, item: str) -> Any:
-        """Returns the array metadata of an item as a tree, read from its files."""
-        return ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
+        """Returns the array metadata of an item as a tree, read from its files.
+
+        Raises ValueError for chunks that tensorstore would allocate whatever their array declares: those that are
+        larger, or compressed by blosc, which is decoded before the sizes are compared.
+        """
+        tree = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
+        for path, x in jax.tree.leaves_with_path(tree):
+            name, chunk, zarr = f'{item}/{_name(path)}', x.storage.chunk_shape, x.storage.zarr_metadata
+            if any(c > max(1, side) for c, side in zip(chunk, x.shape, strict=True)):
+                raise ValueError(f'{name}: chunks of {chunk}; expected at most {x.shape}')
+            if zarr and (zarr.zarr_format != 2 or (zarr.compression and zarr.compression.algorithm != 'zstd')):
+                raise ValueError(f'{name}: zarr {zarr.zarr_format}, {zarr.compression}; expected zarr 2, zstd')
+        return tree
 
     @contextlib.contextmanager
     def _read_errors(self, step: int):
@@ -315,6 +327,10 @@ def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
     """Returns the step with the lowest error, the latest of several; None if no step has an error."""
     known = {step: error for step, error in errors.items() if isinstance(error, float)}
     return min(known, key=lambda step: (known[step], -step), default=None)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def config_to_json(config) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from alexnet_jax.utils.errors import UserError
 
 REPLACED = '.replaced'  # suffix of a step's old folder while the step is saved again
 REMOVED = 'removed'  # folder for steps to be deleted: a crash may leave partially deleted steps
+_STEP = '(?:0|[1-9][0-9]*)'  # the name of a step's folder
 
 
 def list_steps(folder: str) -> list[int]:
     """Returns the sorted steps that have a folder in a `checkpoints` folder, including incomplete steps."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(name) for name in names if re.fullmatch('[0-9]+', name))
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(entry.name) for entry in os.scandir(folder) if re.fullmatch(_STEP, entry.name) and entry.is_dir())
 
 
 def repair(folder: str) -> list[str]:
@@ -24,13 +26,13 @@ def repair(folder: str) -> list[str]:
     """
     os.makedirs(folder, exist_ok=True)
     incomplete = []
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
+    for name in [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]:
+        path = os.path.join(folder, name)  # a folder that a run made, if its whole name is one of these:
         if name == REMOVED:
             shutil.rmtree(path)
-        elif '.orbax-checkpoint-tmp' in name:
+        elif re.fullmatch(rf'{_STEP}\.orbax-checkpoint-tmp.*', name):
             incomplete.append(path)
-        elif name.endswith(REPLACED):  # delete the old folder only if the new one is complete
+        elif re.fullmatch(_STEP + re.escape(REPLACED), name):  # delete the old folder only if the new one is complete
             step = path.removesuffix(REPLACED)
             if checksums.present(step):
                 shutil.rmtree(path)

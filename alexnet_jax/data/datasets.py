@@ -129,6 +129,20 @@ def _check_declared(path: str, splits: Iterable[Any], classes: int) -> None:
                 raise UserError(f'{path!r}: dataset_info.json names the file {file!r}, which is not in this directory.')
         if all(map(os.path.exists, files)) and split.num_examples > (size := sum(map(os.path.getsize, files))):
             raise UserError(f'{path!r} declares {split.num_examples:,} {split.name} records in {size:,} bytes.')
+        for file in filter(os.path.exists, files):
+            _check_shard(file)
+
+
+def _check_shard(file: str) -> None:
+    """Raises UserError for a pipe, or if the first record is compressed: a small one may decode to any size."""
+    if not os.path.isfile(file):
+        raise UserError(f'{file!r} is not a file.')
+    with open(file, 'rb') as opened:
+        start = opened.read(105)
+    # Riegeli: 24 bytes of block header, 40 of signature, 40 of chunk header, compression type.
+    transposed, compression = start[88:89] == b't', start[104:105]
+    if transposed or compression in (b'b', b's', b'z'):
+        raise UserError(f'{file!r} has compressed records; expected those of alexnet_jax prepare, which are not.')
 
 
 def check_features(path: str) -> None:

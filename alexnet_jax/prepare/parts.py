@@ -101,13 +101,21 @@ def join(output: str | os.PathLike, *, max_unreadable: int = 0) -> None:
         raise UserError(f'--max_unreadable={max_unreadable}: expected 0 or more.')
     output = absolute_local_path(output)
     folder = f'{output}.parts'
-    # If there is a dataset instead of its parts, a call was stopped at the end.
-    if not (os.path.isdir(output) and os.path.isdir(folder) and not os.path.isdir(os.path.join(folder, 'dataset'))):
+    if not (os.path.isdir(output) and _is_left_over(folder)):
         check_new(output)
         with as_write_error(output):
             _join(output, folder, max_unreadable)
     shutil.rmtree(folder, ignore_errors=True)  # after the locks: network file systems keep files that are open
     logging.info('%s is ready.', output)
+
+
+def _is_left_over(folder: str) -> bool:
+    """Returns whether a call was stopped at the end, so that a folder has the rest of the parts, without the dataset.
+
+    A folder with anything else is not one of parts, although its name is.
+    """
+    own = r'plan\.json|results|part-[0-9]+-of-[0-9]+(\.lock)?'
+    return os.path.isdir(folder) and all(re.fullmatch(own, name) for name in os.listdir(folder))
 
 
 def _join(output: str, folder: str, max_unreadable: int) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -103,9 +104,27 @@ def _enlarge_mean_image(step):
     _set_meta(3000, 'record_size')(step)
 
 
+def _store_vector(step, item='image_stats', name='eigenvalues', **changes):
+    """Stores a vector with other metadata, such as a chunk of 5,000,000 numbers: 20 MB of memory, a few kB on disk."""
+    store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/{item}/'}).result()
+    meta = json.loads(store.read(f'{name}/.zarray').result().value) | changes
+    store.write(f'{name}/.zarray', json.dumps(meta).encode()).result()
+    store.write(f'{name}/0', None).result()  # its content is shorter than the new chunk
+    spec = {'driver': 'zarr', 'kvstore': store.spec().to_json(), 'path': f'{name}/'}
+    ts.open(spec, open=True).result().write(np.ones(meta['shape'], np.float32)).result()
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
+        (
+            functools.partial(_store_vector, chunks=[5_000_000]),
+            r'image_stats/eigenvalues: chunks of \(5000000,\); expected at most \(3,\)',
+        ),
+        (
+            functools.partial(_store_vector, compressor={'id': 'blosc', 'cname': 'lz4', 'clevel': 5, 'shuffle': 1}),
+            'image_stats/eigenvalues: zarr 2, blosc; expected zarr 2, zstd',
+        ),
         (_enlarge_mean_image, r'image_stats declares 108,000,048 bytes, but its files have \d'),
         (_enlarge_fc7, r'params/fc7/kernel: \(4000, 4000\); expected \(32, 32\)'),
         (_set_meta(16, 'record_size'), r'image_stats/mean_image: \(32, 32, 3\); expected \(16, 16, 3\)'),
@@ -132,9 +151,19 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_large_chunk_is_not_restored(copy):
+    saved = loading.load_saved(str(copy))
+    like = train_step.TrainState(np.int32(3), saved.params, None)
+    _store_vector(copy / 'checkpoints' / '3', 'params', 'fc8.bias', chunks=[5_000_000])
+    with manager.CheckpointManager(str(copy), read_only=True) as saved:
+        with pytest.raises(UserError, match=r'params/fc8/bias: chunks of \(5000000,\); expected at most \(10,\)'):
+            saved.restore(3, like)
+
+
 def test_only_decimal_numbers_are_steps(tmp_path):
-    for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663'):
+    for name in ('2', '10', '\u00b2', '-1', '1.5', '3.damaged', '\u0663', '02'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    (tmp_path / 'checkpoints' / '3').write_text('')
     assert repair.list_steps(str(tmp_path / 'checkpoints')) == [2, 10]
 
 
@@ -259,6 +288,23 @@ def test_step_saved_again_is_never_missing(copy):
         saved.save(train_step.TrainState(jnp.int32(3), before.params, None), before.image_stats, meta, 1.0)
         saved.wait()
         assert saved.best() == 3 and {path.name for path in step.parent.iterdir()} == {'2', '3'}
+
+
+def test_names_that_others_gave_remove_nothing(copy):
+    """Once, `...replaced` removed the whole workdir, and `foo.replaced` removed `foo`."""
+    checkpoints, notes = copy / 'checkpoints', copy / 'notes'
+    for kept in (notes / 'kept', checkpoints / 'foo' / 'kept', checkpoints / 'foo.replaced' / 'kept'):
+        kept.parent.mkdir()
+        kept.write_text('')
+    for name in ('03.replaced', 'foo.orbax-checkpoint-tmp', '3.old.orbax-checkpoint-tmp'):
+        (checkpoints / name).mkdir()
+    for name in ('...replaced', '.replaced', '2.replaced', '4.orbax-checkpoint-tmp', '5'):
+        (checkpoints / name).write_text('')
+    for name in ('3.replaced', '5.orbax-checkpoint-tmp', 'removed'):
+        (checkpoints / name).symlink_to(notes)
+    before = sorted(copy.rglob('*'))
+    assert not repair.repair(str(checkpoints))
+    assert sorted(copy.rglob('*')) == before
 
 
 def test_steps_without_checksums_are_not_removed(copy):

@@ -162,6 +162,16 @@ def test_join_that_was_stopped_can_be_repeated(folder, tmp_path, in_process, mon
     assert left.exists()
 
 
+def test_folder_that_is_only_named_like_that_of_parts_is_kept(tmp_path):
+    """Once, its name sufficed for `join` to remove it."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out.parts').mkdir()
+    (tmp_path / 'out.parts' / 'notes.txt').write_text('')
+    with pytest.raises(UserError, match='already exists'):
+        parts.join(tmp_path / 'out')
+    assert (tmp_path / 'out.parts' / 'notes.txt').exists()
+
+
 def test_unfinished_parts_are_named(folder, tmp_path, in_process):
     out = tmp_path / 'out'
     with pytest.raises(UserError, match=r"out.parts' does not exist; first write the parts: --part=1/n to --part=n/n"):
