@@ -26,7 +26,7 @@ from pyarrow import parquet as pq
 from safetensors.numpy import save as save_safetensors
 
 from alexnet_jax.commands import app
-from alexnet_jax.convert import archive, convert, loading, pytorch, safetensors, unpickle
+from alexnet_jax.convert import archive, convert, loading, npy, pytorch, safetensors, unpickle
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets, image_stats_file
 from alexnet_jax.experiments import plots
@@ -36,7 +36,7 @@ from alexnet_jax.prepare import class_lists, discovery, ground_truth, label_file
 from alexnet_jax.training import metric_writer, restore
 from alexnet_jax.utils import checksums, environment, logs
 from alexnet_jax.utils.errors import UserError, first_line
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, file_lock
 from alexnet_jax.utils.text import to_nfc
 from tests import ROOT, helpers
 from tests import test_fuzz as made
@@ -193,6 +193,25 @@ def test_archives(tmp_path, content, problem):
     assert len(discovery.find_images(_val_tar(tmp_path, b'')).splits['val']) == 2
 
 
+@pytest.mark.parametrize(
+    'content',
+    [
+        made._entry('x', b'1' * 40_000, b'x'),
+        made._entry('g', b''.join(made._pax(f'comment{i}', 'x') for i in range(200)), b'g'),
+    ],
+    ids=['long', 'many'],
+)
+def test_headers_of_an_archive_of_weights(tmp_path, content):
+    path = tmp_path / 'x.tar'
+    path.write_bytes(content + made._entry('y', bytes(2**14)) + bytes(1024))
+    with _limits(seconds=1):
+        assert archive.find(str(path), lambda name: True) is None
+    path.write_bytes(made._entry('y', bytes(2**14)) + bytes(1024))
+    assert (
+        pathlib.Path(archive.unpack(str(path), archive.find(str(path), 'y'.__eq__), tmp_path)).stat().st_size == 2**14
+    )
+
+
 def test_compressed_archive_that_unpacks_to_anything(tmp_path):
     path, header = tmp_path / 'x.tar.gz', made._header('long', 2**29, b'L')
     with gzip.open(path, 'wb', 1) as file:
@@ -303,6 +322,16 @@ def test_window_of_a_config_that_takes_forever(name):
         model_from_config({**made.get_config('paper').model, name: 2**31})
 
 
+def test_layers_without_weights(tmp_path):
+    layers = {
+        'conv1': [np.zeros((3, 3, 3, 4), 'f4'), np.zeros(4, 'f4')],
+        'fc': [np.zeros((0, 5), 'f4'), np.zeros(5, 'f4')],
+    }
+    np.save(tmp_path / 'w.npy', np.array(layers, object))
+    with pytest.raises(UserError, match='cannot reshape'):
+        npy.read(str(tmp_path / 'w.npy'))
+
+
 # What is written and printed.
 
 
@@ -336,6 +365,15 @@ def test_links_in_a_workdir_of_others_are_not_followed(tmp_path):
     with pytest.raises(UserError, match='is a link'):
         metric_writer.MetricWriter(str(run), 0)
     assert victim.read_text() == 'precious' and (run / 'a.json').read_text() == '{}'
+
+
+def test_lock_is_no_link_and_no_pipe(tmp_path):
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'link')
+    os.mkfifo(tmp_path / 'pipe')
+    for name in ('link', 'pipe'):
+        with pytest.raises(UserError, match='cannot lock'), file_lock(str(tmp_path / name), 'training'):
+            raise AssertionError
+    assert not (tmp_path / 'elsewhere').exists()
 
 
 def test_json_of_a_workdir(tmp_path):

@@ -10,6 +10,8 @@ from typing import IO
 
 from alexnet_jax.utils.errors import UserError, check_type, first_line
 
+MAX_TAR_HEADER_BYTES = 2**13  # of a header with the member's name; older versions of tarfile need its square of time
+MAX_PAX_HEADERS = 100  # for all members of a tar archive: tarfile copies them for each
 # What servers and programs leave under the names of other files, by the first bytes in lower case.
 _FOREIGN = {
     b'version https://git-lfs': 'a Git LFS pointer, not the file itself: use git lfs pull',
@@ -114,12 +116,17 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
         raise
 
 
+def _open_here(path: str, flags: int) -> int:
+    """Opens a file in a folder of others: a link may lead to any file, and a pipe would wait for its reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
     """Holds a lock on a file, which the system releases if the process dies. Raises UserError if it is locked."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, 'a'))
+            file = stack.enter_context(open(path, 'a', opener=_open_here))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error
