@@ -170,7 +170,7 @@ def _read_mat(path: str) -> dict[int, str]:
     """Returns {ILSVRC2010_ID: WordNet id} from the struct array `synsets` of MATLAB's file."""
     environment = {**os.environ, 'OPENBLAS_NUM_THREADS': '1'}  # each thread takes addresses
     try:
-        command = [sys.executable, '-c', _MAT_READER, path]
+        command = [sys.executable, '-P', '-c', _MAT_READER, path]  # nothing from the current folder
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MAT_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         reason = f'reading it takes more than {_MAT_SECONDS} s'
