@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from alexnet_jax.utils.errors import UserError, check_type, first_line
 
@@ -81,6 +81,18 @@ def check_declared_size(path: str, declared: int) -> None:
         raise ValueError(f'{size} bytes, but {declared} declared')
 
 
+def is_special(path: str | os.PathLike) -> bool:
+    """Returns whether a path is a pipe, a socket or a device: opening it may block forever, and it may have no end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO:
+    """Opens a file of others like `open`. Raises UserError if it is special."""
+    if is_special(path):
+        raise UserError(f'{os.fspath(path)!r} is not a regular file')
+    return open(path, mode, **options)
+
+
 def sync(path: str) -> None:
     """Forces a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -101,7 +113,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
     error, `path` is unchanged.
     """
     partial = f'{path}.tmp'
-    if os.path.islink(partial):  # in a folder of others; writing would change the file that it leads to
+    with contextlib.suppress(FileNotFoundError):  # in a folder of others, it may be a link to any file, or a pipe
         os.remove(partial)
     try:
         with open(partial, mode, encoding=None if 'b' in mode else 'utf-8', newline=newline) as file:
