@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -27,17 +28,17 @@ from pyarrow import parquet as pq
 from safetensors.numpy import save as save_safetensors
 
 from alexnet_jax.commands import app
-from alexnet_jax.convert import archive, convert, loading, pytorch, safetensors, unpickle
+from alexnet_jax.convert import archive, convert, loading, npy, pytorch, safetensors, unpickle
 from alexnet_jax.core.config import model_from_config
 from alexnet_jax.data import datasets, image_stats_file
-from alexnet_jax.experiments import plots
+from alexnet_jax.experiments import output_folders, plots, tables, trials
 from alexnet_jax.export import card
 from alexnet_jax.inference.image_source import ImageSource
-from alexnet_jax.prepare import class_lists, discovery, ground_truth, label_files, parquet, prepare, tfds
+from alexnet_jax.prepare import class_lists, discovery, ground_truth, label_files, parquet, parts, prepare, tfds
 from alexnet_jax.training import metric_writer, restore
 from alexnet_jax.utils import checksums, environment, logs
 from alexnet_jax.utils.errors import UserError, first_line
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, file_lock
 from alexnet_jax.utils.text import to_nfc
 from tests import ROOT, helpers
 from tests import test_fuzz as made
@@ -194,6 +195,25 @@ def test_archives(tmp_path, content, problem):
     assert len(discovery.find_images(_val_tar(tmp_path, b'')).splits['val']) == 2
 
 
+@pytest.mark.parametrize(
+    'content',
+    [
+        made._entry('x', b'1' * 40_000, b'x'),
+        made._entry('g', b''.join(made._pax(f'comment{i}', 'x') for i in range(200)), b'g'),
+    ],
+    ids=['long', 'many'],
+)
+def test_headers_of_an_archive_of_weights(tmp_path, content):
+    path = tmp_path / 'x.tar'
+    path.write_bytes(content + made._entry('y', bytes(2**14)) + bytes(1024))
+    with _limits(seconds=1):
+        assert archive.find(str(path), lambda name: True) is None
+    path.write_bytes(made._entry('y', bytes(2**14)) + bytes(1024))
+    assert (
+        pathlib.Path(archive.unpack(str(path), archive.find(str(path), 'y'.__eq__), tmp_path)).stat().st_size == 2**14
+    )
+
+
 def test_compressed_archive_that_unpacks_to_anything(tmp_path):
     path, header = tmp_path / 'x.tar.gz', made._header('long', 2**29, b'L')
     with gzip.open(path, 'wb', 1) as file:
@@ -327,6 +347,16 @@ def test_window_of_a_config_that_takes_forever(name):
         model_from_config({**made.get_config('paper').model, name: 2**31})
 
 
+def test_layers_without_weights(tmp_path):
+    layers = {
+        'conv1': [np.zeros((3, 3, 3, 4), 'f4'), np.zeros(4, 'f4')],
+        'fc': [np.zeros((0, 5), 'f4'), np.zeros(5, 'f4')],
+    }
+    np.save(tmp_path / 'w.npy', np.array(layers, object))
+    with pytest.raises(UserError, match='cannot reshape'):
+        npy.read(str(tmp_path / 'w.npy'))
+
+
 # What is written and printed.
 
 
@@ -360,6 +390,71 @@ def test_links_in_a_workdir_of_others_are_not_followed(tmp_path):
     with pytest.raises(UserError, match='is a link'):
         metric_writer.MetricWriter(str(run), 0)
     assert victim.read_text() == 'precious' and (run / 'a.json').read_text() == '{}'
+
+
+_READERS_OF_TEXT = {
+    'metrics.jsonl': lambda path: metric_writer.last_step(str(path.parent)),
+    'environment.json': lambda path: environment.warn_of_changes(str(path.parent), {'versions': {}}),
+    'events.out.tfevents.1': lambda path: metric_writer.MetricWriter(str(path.parent), 0),
+    'metrics.jsonl.tmp': lambda path: metric_writer.MetricWriter(str(path.parent), 0).close(),
+    'image_stats.npz': lambda path: image_stats_file.load(str(path.parent)),
+    'dataset_info.json': lambda path: datasets.open_dataset(path.parent),
+    'features.json': lambda path: datasets.open_dataset(path.parent),
+    'labels.csv': lambda path: label_files.read_rows(str(path)),
+    'LOC_val_solution.csv': lambda path: ground_truth._read_kaggle_list(str(path)),
+    'ground_truth.txt': lambda path: ground_truth._read_ids(str(path)),
+    'meta.txt': lambda path: ground_truth._read_meta(str(path.parent / 'x'), str(path.parent)),
+    'meta.mat': lambda path: ground_truth._read_mat(str(path)),
+    'names.txt': lambda path: convert._class_names(3, str(path), None),
+    'a.parquet': lambda path: discovery.find_images(str(path.parent)),
+    'plan.json': lambda path: parts._read_plan(str(path.parent)),
+    'data.source': lambda path: prepare.prepare_if_needed('raw', str(path.parent / 'data'), size=8),
+    'run.json': lambda path: output_folders._read_description(str(path.parent / 'run')),
+    'results.csv': lambda path: tables.write_csv(str(path), [{'suite': '', 'variant': '', 'seed': 0}], whole=True),
+    'result.json': lambda path: trials.read_json(mock.Mock(workdir=path.parent), 'result'),
+}
+
+
+@pytest.mark.parametrize('name', _READERS_OF_TEXT)
+def test_pipes_do_not_block(name, tmp_path):
+    """Opening a pipe waits for its other end."""
+    helpers.write_files(tmp_path, {'data/a': b'', 'run/a': b'', 'dataset_info.json': b'{}', 'features.json': b'{}'})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with _interrupted_after(5), contextlib.suppress(UserError):
+        _READERS_OF_TEXT[name](tmp_path / name)
+
+
+@contextlib.contextmanager
+def _interrupted_after(seconds):
+    def interrupt(*_):
+        raise SystemExit('it waits')  # no Exception, which readers turn into UserError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_in_folders_with_digests_are_reported(tmp_path):
+    """Orbax and TFDS open files by their names, also files that the list does not name."""
+    helpers.write_files(tmp_path, {'a': b'1', checksums.FILE_NAME: b'# 0 files\n'})
+    assert not checksums.find_mismatches(str(tmp_path))
+    (tmp_path / 'metrics').mkdir()
+    os.mkfifo(tmp_path / 'metrics' / 'metrics')
+    assert checksums.find_mismatches(str(tmp_path)) == [f'{tmp_path}/metrics/metrics: not a file']
+
+
+def test_lock_is_no_link_and_no_pipe(tmp_path):
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'link')
+    os.mkfifo(tmp_path / 'pipe')
+    for name in ('link', 'pipe'):
+        with pytest.raises(UserError, match='cannot lock'), file_lock(str(tmp_path / name), 'training'):
+            raise AssertionError
+    assert not (tmp_path / 'elsewhere').exists()
 
 
 def test_json_of_a_workdir(tmp_path):

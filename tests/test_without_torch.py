@@ -39,6 +39,7 @@ class _WithoutTorch:
 
 @pytest.fixture
 def no_torch(monkeypatch):
+    monkeypatch.setenv('PYTHONSAFEPATH', '1')  # which the commands set
     for name in [name for name in sys.modules if name.partition('.')[0] == 'torch']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, 'meta_path', [_WithoutTorch(finder) for finder in sys.meta_path])

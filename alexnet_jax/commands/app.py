@@ -144,6 +144,9 @@ def _call(command: Any, words: Sequence[str]) -> None:
         raise UserError(f'missing argument: give {arguments}.')
     if 'cpu_devices' in values:
         processes.use_huge_pages()
+    # From here on, interpreters that are started do not import modules from the current folder. A restart may need it.
+    os.environ['PYTHONSAFEPATH'] = '1'
+    if 'cpu_devices' in values:
         set_up_jax(values.cpu_devices)
     command.main(values, *([words] if arguments else []))
 

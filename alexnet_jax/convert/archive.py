@@ -4,12 +4,14 @@ import contextlib
 import gzip
 import os
 import shutil
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, cast
 
 from alexnet_jax.utils.errors import UserError, printable
+from alexnet_jax.utils.files import MAX_PAX_HEADERS, MAX_TAR_HEADER_BYTES
 
 
 def find(path: str, wanted: Callable[[str], bool]) -> str | None:
@@ -22,8 +24,8 @@ def find(path: str, wanted: Callable[[str], bool]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         else:
-            with _open_tar(path) as archive:
-                names = [entry.name for entry in archive if entry.isfile()]
+            with _open_tar(path) as (archive, _):
+                names = list(_names(archive))
     except Exception:  # damaged archives raise many types
         return None
     found = [name for name in names if wanted(os.path.basename(name))]
@@ -40,33 +42,47 @@ def unpack(path: str, name: str, folder: str) -> str:
         with zipfile.ZipFile(path) as archive, archive.open(name) as content:
             _copy(path, name, content, archive.getinfo(name).file_size, target)
     else:
-        with _open_tar(path) as tar:
+        with _open_tar(path) as (tar, window):
             entry = tar.extractfile(name)
             assert entry is not None  # `find` returns regular files only
+            window.longest = sys.maxsize  # all headers have been read
             with entry:
                 _copy(path, name, entry, tar.getmember(name).size, target)
     return target
 
 
+def _names(archive: tarfile.TarFile) -> Iterator[str]:
+    for entry in archive:
+        if len(archive.pax_headers) > MAX_PAX_HEADERS:
+            raise tarfile.ReadError('too many pax headers')
+        if entry.isfile():
+            yield entry.name
+
+
 @contextlib.contextmanager
-def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
+def _open_tar(path: str) -> Iterator[tuple[tarfile.TarFile, '_Bounded']]:
     """Opens a tar archive, which may be compressed by gzip."""
     with open(path, 'rb') as file:
         compressed = file.read(2) == b'\x1f\x8b'
     with (gzip.open if compressed else open)(path, 'rb') as file:
-        with tarfile.open(
-            fileobj=cast(IO[bytes], _Bounded(cast(IO[bytes], file), _most_bytes(path))), mode='r:'
-        ) as tar:
-            yield tar
+        window = _Bounded(cast(IO[bytes], file), _most_bytes(path))
+        with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as tar:
+            yield tar, window
 
 
 class _Bounded:
-    """A file whose first `size` bytes can be read, for tarfile: little compressed data can unpack to any size."""
+    """A file whose first `size` bytes can be read, for tarfile: little compressed data can unpack to any size.
+
+    longest: the most bytes of one read, those of a header.
+    """
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._size, self.tell, self.seekable = file, size, file.tell, file.seekable
+        self.longest = MAX_TAR_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.longest:
+            raise tarfile.ReadError(f'a header of {size:,} bytes')
         self._check(self._file.tell() + size)
         return self._file.read(size)
 

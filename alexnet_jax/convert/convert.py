@@ -31,7 +31,7 @@ from alexnet_jax.data import image_stats_file
 from alexnet_jax.data.imagenet_classes import wordnet_ids
 from alexnet_jax.utils.config_files import get_config
 from alexnet_jax.utils.errors import UserError, as_user_error, first_line, printable
-from alexnet_jax.utils.files import atomic_directory, check_new
+from alexnet_jax.utils.files import atomic_directory, check_new, open_regular
 
 _READERS = {
     '.caffemodel': caffe.read,
@@ -305,7 +305,7 @@ def _class_names(count: int, path: str | None, metadata: dict | None) -> list[st
     if path:
         where = f'--classes={path!r}'
         try:
-            with open(path, encoding='utf-8-sig') as file:
+            with open_regular(path, encoding='utf-8-sig') as file:
                 text = file.read(_MAX_CHARS + 1)
             if len(text) > _MAX_CHARS:
                 raise ValueError(f'more than {_MAX_CHARS:,} characters')

@@ -42,16 +42,16 @@ def read(path: str) -> WeightFile:
         layers = [_layer(printable(str(name)), value) for name, value in found.items() if isinstance(name, str)]
         if len(layers) < len(found):
             raise ValueError('names of other types than str')
-    weights = WeightFile(path, in_numeric_order(layers), bgr=True)
-    convs, dense = weights.of_rank(4), weights.of_rank(2)
-    converted = [layer._replace(weight=layer.weight.transpose(3, 2, 0, 1)) for layer in convs]
-    for i, layer in enumerate(dense):
-        weight = layer.weight.T
-        maps = convs[-1].weight.shape[3] if convs and i == 0 else 0  # the first linear layer reads maps
-        side = math.isqrt(weight.shape[1] // maps) if maps else 0
-        if maps and weight.shape[1] == side * side * maps:
-            weight = weight.reshape(-1, side, side, maps).transpose(0, 3, 1, 2).reshape(weight.shape)
-        converted.append(layer._replace(weight=weight))
+        weights = WeightFile(path, in_numeric_order(layers), bgr=True)
+        convs, dense = weights.of_rank(4), weights.of_rank(2)
+        converted = [layer._replace(weight=layer.weight.transpose(3, 2, 0, 1)) for layer in convs]
+        for i, layer in enumerate(dense):
+            weight = layer.weight.T
+            maps = convs[-1].weight.shape[3] if convs and i == 0 else 0  # the first linear layer reads maps
+            side = math.isqrt(weight.shape[1] // maps) if maps else 0
+            if maps and weight.shape[1] == side * side * maps:
+                weight = weight.reshape(-1, side, side, maps).transpose(0, 3, 1, 2).reshape(weight.shape)
+            converted.append(layer._replace(weight=weight))
     return dataclasses.replace(weights, layers=converted)
 
 

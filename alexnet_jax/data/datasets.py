@@ -20,6 +20,7 @@ from alexnet_jax.core import augment, image_stats
 from alexnet_jax.data import image_stats_file
 from alexnet_jax.utils import checksums
 from alexnet_jax.utils.errors import UnreadableError, UserError, as_user_error, check_type, first_line
+from alexnet_jax.utils.files import is_special
 
 DIGITS = 'digits'  # value of data.path for the embedded digits
 _MAX_FEATURES_CHARS = 1 << 24  # longest accepted features.json
@@ -146,7 +147,11 @@ def _check_shard(file: str) -> None:
 
 
 def check_features(path: str) -> None:
-    """Raises UserError if features.json names a class that is not part of TFDS: TFDS would import and call it."""
+    """Raises UserError if TFDS cannot read a directory safely.
+
+    That is, if a file in it is a pipe or a device, or if features.json names a class that is not part of TFDS, which
+    TFDS would import and call.
+    """
     classes: list[str] = []
 
     def collect(node: dict[str, Any]) -> None:
@@ -155,6 +160,8 @@ def check_features(path: str) -> None:
         classes.extend(name for key, name in node.items() if key in keys and isinstance(name, str))
 
     try:
+        if special := [name for name in os.listdir(path) if is_special(os.path.join(path, name))]:
+            raise ValueError(f'{special[0]!r} is not a regular file')
         with open(os.path.join(path, 'features.json'), encoding='utf-8') as file:
             text = file.read(_MAX_FEATURES_CHARS)
         if len(text) == _MAX_FEATURES_CHARS:

@@ -9,7 +9,7 @@ import numpy as np
 
 from alexnet_jax.core.image_stats import ImageStats
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import check_declared_size
+from alexnet_jax.utils.files import check_declared_size, open_regular
 
 FILE_NAME = 'image_stats.npz'
 
@@ -41,7 +41,11 @@ def load(directory: str) -> ImageStats | None:
         return None
     try:
         # NumPy warns of files of Python 2.
-        with warnings.catch_warnings(action='ignore'), zipfile.ZipFile(path) as archive:
+        with (
+            warnings.catch_warnings(action='ignore'),
+            open_regular(path, 'rb') as file,
+            zipfile.ZipFile(file) as archive,
+        ):
             check_declared_size(path, sum(entry.file_size for entry in archive.infolist()))  # saved uncompressed
             image_stats = ImageStats(*(_array(archive, name) for name in ImageStats._fields))
         side = image_stats.mean_image.shape[0]

@@ -15,7 +15,7 @@ from alexnet_jax.prepare import discovery, prepare
 from alexnet_jax.prepare.image_ref import Listing
 from alexnet_jax.training.restore import config_differences
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, open_regular
 
 
 class Pictures(NamedTuple):
@@ -110,7 +110,7 @@ def _read_description(folder: str) -> dict[str, Any]:
     if not os.path.exists(folder) or not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_regular(path, encoding='utf-8') as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f'{path!r} cannot be read ({error}); use another --output.') from error

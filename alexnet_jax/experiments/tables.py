@@ -21,7 +21,7 @@ from alexnet_jax.data.datasets import Dataset
 from alexnet_jax.experiments import ablations, figures, report
 from alexnet_jax.inference import evaluate
 from alexnet_jax.utils.environment import describe_environment
-from alexnet_jax.utils.files import atomic_file
+from alexnet_jax.utils.files import atomic_file, open_regular
 
 COLUMNS = (
     'suite', 'variant', 'seed', 'data', 'train_images', 'test_images', 'epochs', 'learning_rate', 'train_error',
@@ -48,7 +48,7 @@ def write_csv(path: str, rows: Sequence[dict], *, whole: bool) -> None:
     """Replaces rows of a suite in results.csv: all of them if `whole`, else those with the same variant and seed."""
     suite, runs, old = rows[0]['suite'], {(row['variant'], str(row['seed'])) for row in rows}, []
     if os.path.exists(path):
-        with open(path, encoding='utf-8', newline='') as file:
+        with open_regular(path, encoding='utf-8', newline='') as file:
             old = list(csv.DictReader(file))
     others = [row for row in old if row['suite'] != suite or not (whole or (row['variant'], row['seed']) in runs)]
     with atomic_file(path, newline='') as file:

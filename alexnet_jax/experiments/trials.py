@@ -25,6 +25,7 @@ from alexnet_jax.inference import evaluate
 from alexnet_jax.training import metric_writer, train
 from alexnet_jax.training.check_config import network_and_augmentation
 from alexnet_jax.utils.errors import DivergedError, UserError, did_you_mean
+from alexnet_jax.utils.files import open_regular
 
 FIGURE1 = 'figure1'
 SMALL = (FIGURE1, 'cifar10')  # suites with 32 px images
@@ -159,7 +160,10 @@ def run_trial(trial: Trial, suite: str, dataset: datasets.Dataset) -> dict[str, 
 def read_json(trial: Trial, name: str) -> dict[str, Any] | None:
     """Returns the content of NAME.json in the run directory, or None if there is no such file."""
     path = pathlib.Path(trial.workdir, f'{name}.json')
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+    if not path.exists():
+        return None
+    with open_regular(path, encoding='utf-8') as file:
+        return json.load(file)
 
 
 def _latest_step(trial: Trial) -> int | None:

@@ -1,6 +1,7 @@
 """Writes a prepared dataset: its shards on all cores, then the statistics, the metadata and the digests."""
 
 import collections
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -86,7 +87,8 @@ def write_shards(
     progress = Progress(sum(len(shard.refs) for shard in shards), seconds=1)
     # Not fork, because TFDS and array_record run threads in the parent.
     context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=processes.end_with_parent) as pool:
+    new_pool = functools.partial(ProcessPoolExecutor, mp_context=context, initializer=processes.end_with_parent)
+    with processes.safe_path(), new_pool(workers) as pool:
         with processes.without_main():
             futures = [pool.submit(write, shard) for shard in shards]
         try:

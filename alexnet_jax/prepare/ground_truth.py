@@ -12,7 +12,7 @@ from absl import logging
 
 from alexnet_jax.prepare import tar, tfds
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.files import as_utf8, open_regular
 
 # Names of images with a ground truth. That of the test set of 2012 was not published.
 PREFIXES = (tar.VAL_PREFIX, 'ILSVRC2010_val_', 'ILSVRC2010_test_')
@@ -83,7 +83,7 @@ def _classes_of_2012(folder: str, names: Sequence[str]) -> dict[str, str]:
 def _read_kaggle_list(path: str) -> dict[str, str]:
     """Returns {ImageId: WordNet id}. Raises UserError for other rows, and for an image with boxes of two classes."""
     classes: dict[str, str] = {}
-    with as_user_error(f'{path!r} cannot be read'), open(path, encoding='utf-8-sig', errors='replace') as file:
+    with as_user_error(f'{path!r} cannot be read'), open_regular(path, encoding='utf-8-sig', errors='replace') as file:
         for line, cells in enumerate((row.strip().split(',') for row in file), 1):
             if not cells[0] or (line == 1 and cells[0] == 'ImageId'):
                 continue
@@ -138,7 +138,7 @@ def _classes_of_2010(folder: str, prefix: str, names: Sequence[str]) -> tuple[di
 
 def _read_ids(path: str) -> list[int]:
     """Returns the class number of each image, in the order of their names. Raises UserError for other lines."""
-    with as_user_error(f'{path!r} cannot be read'), open(path, encoding='utf-8-sig', errors='replace') as file:
+    with as_user_error(f'{path!r} cannot be read'), open_regular(path, encoding='utf-8-sig', errors='replace') as file:
         lines = file.read().split('\n')
     lines = [line.strip() for line in (lines[:-1] if not lines[-1].strip() else lines)]
     for i, line in enumerate(lines, 1):
@@ -159,7 +159,7 @@ def _read_meta(ground_truth: str, folder: str) -> dict[int, str]:
         )
     if path.endswith('.mat'):
         return _read_mat(path)
-    with as_user_error(f'{path!r} cannot be read'), open(path, encoding='utf-8-sig', errors='replace') as file:
+    with as_user_error(f'{path!r} cannot be read'), open_regular(path, encoding='utf-8-sig', errors='replace') as file:
         lines = [re.match(r'\s*(\d{1,8})[\s,;]+(n\d{8})\b', line, re.ASCII) for line in file if line.strip()]
     if not lines or not all(lines) or len({line[1] for line in lines if line}) < len(lines):
         raise UserError(f'{path!r}: expected lines NUMBER WORDNET_ID, such as 1 n01440764, with each number once.')
@@ -168,9 +168,11 @@ def _read_meta(ground_truth: str, folder: str) -> dict[int, str]:
 
 def _read_mat(path: str) -> dict[int, str]:
     """Returns {ILSVRC2010_ID: WordNet id} from the struct array `synsets` of MATLAB's file."""
+    with as_user_error(f'{path!r} cannot be read'):
+        open_regular(path, 'rb').close()
     environment = {**os.environ, 'OPENBLAS_NUM_THREADS': '1'}  # each thread takes addresses
     try:
-        command = [sys.executable, '-c', _MAT_READER, path]
+        command = [sys.executable, '-P', '-c', _MAT_READER, path]  # nothing from the current folder
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MAT_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         reason = f'reading it takes more than {_MAT_SECONDS} s'

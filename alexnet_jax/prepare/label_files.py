@@ -17,7 +17,7 @@ from alexnet_jax.data.imagenet_classes import are_numbers
 from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.split_folders import split_name
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import as_utf8
+from alexnet_jax.utils.files import as_utf8, open_regular
 from alexnet_jax.utils.text import to_nfc
 
 _EXPECTED = 'expected rows file,label or file,label,split, or a header with these names'
@@ -105,7 +105,7 @@ def _log_rest(table: str, missing: Sequence[str], repeated: int, index: '_Index'
 
 def read_rows(path: str) -> list[Row]:
     """Reads a table. Raises UserError for rows without a file or with another number of cells than the first row."""
-    with as_user_error(f'{path!r} cannot be read'), open(path, 'rb') as file:
+    with as_user_error(f'{path!r} cannot be read'), open_regular(path, 'rb') as file:
         content = file.read()
     try:
         text = content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')

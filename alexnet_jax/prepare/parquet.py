@@ -21,7 +21,7 @@ from alexnet_jax.prepare import split_folders
 from alexnet_jax.prepare.class_lists import in_label_order
 from alexnet_jax.prepare.image_ref import ImageRef, Listing
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import as_utf8, describe_damage
+from alexnet_jax.utils.files import as_utf8, describe_damage, open_regular
 from alexnet_jax.utils.text import to_nfc
 
 PREFIX = 'parquet:'  # of `ImageRef.path`
@@ -218,6 +218,7 @@ def _open(file: str, **options: Any):
     """Opens a file so that reading a batch of rows keeps little more than these rows in memory."""
     from pyarrow import parquet
 
+    open_regular(file, 'rb').close()
     options |= {'pre_buffer': False, 'buffer_size': _BUFFER_BYTES, 'page_checksum_verification': True}
     return parquet.ParquetFile(file, **options)
 

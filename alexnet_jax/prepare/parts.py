@@ -36,7 +36,14 @@ from alexnet_jax.prepare.dataset_writer import Plan
 from alexnet_jax.prepare.image_ref import Splits
 from alexnet_jax.prepare.record_writer import Shard, ShardResult
 from alexnet_jax.utils.errors import UserError, first_line, listed
-from alexnet_jax.utils.files import absolute_local_path, as_write_error, atomic_file, check_new, file_lock
+from alexnet_jax.utils.files import (
+    absolute_local_path,
+    as_write_error,
+    atomic_file,
+    check_new,
+    file_lock,
+    open_regular,
+)
 
 _MAX_PARTS = 500  # `join` holds the locks of all parts
 _PACKAGES = ('alexnet_jax', 'numpy', 'pillow', 'array-record', 'tensorflow-datasets', 'protobuf')
@@ -192,7 +199,7 @@ def _read_plan(folder: str) -> tuple[dict[str, Any], Plan]:
     """Returns the conditions and the plan of the parts in a folder. Raises UserError if it has none."""
     path = os.path.join(folder, 'plan.json')
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_regular(path, encoding='utf-8') as file:
             content = json.load(file)
         return content['conditions'], Plan(**content['plan'])
     except (OSError, ValueError, KeyError, TypeError) as error:

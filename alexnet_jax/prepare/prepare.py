@@ -11,7 +11,7 @@ from alexnet_jax.prepare import class_lists, dataset_writer, discovery, parquet,
 from alexnet_jax.prepare.image_ref import Listing, Splits
 from alexnet_jax.utils import processes
 from alexnet_jax.utils.errors import UserError, as_user_error, listed
-from alexnet_jax.utils.files import absolute_local_path, as_path, atomic_directory, check_new
+from alexnet_jax.utils.files import absolute_local_path, as_path, atomic_directory, check_new, open_regular
 
 
 def prepare(
@@ -115,12 +115,14 @@ def prepare_if_needed(
             f'the source of {output} is unknown; if it is {description}, write this text to {source_file}; otherwise '
             'use another --output, or remove that folder.'
         )
-    # For a source with a val split, only `path` is recorded.
-    elif (recorded := source_file.read_text(**encoding).rstrip('\n')) not in (description, path):
-        raise UserError(
-            f'{output} was prepared from {recorded}, not from {description}; use the same source or another --output, '
-            'or remove that folder.'
-        )
+    else:
+        with open_regular(source_file, **encoding) as file:
+            recorded = file.read().rstrip('\n')
+        if recorded not in (description, path):  # for a source with a val split, only `path` is recorded
+            raise UserError(
+                f'{output} was prepared from {recorded}, not from {description}; use the same source or another '
+                '--output, or remove that folder.'
+            )
 
 
 def _shuffle_and_split(splits: Splits, val_fraction: float, seed: int) -> Splits:

@@ -9,12 +9,10 @@ from typing import IO, BinaryIO, cast
 from alexnet_jax.prepare.image_ref import ImageRef
 from alexnet_jax.prepare.tfds import validation_classes
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.utils.files import as_utf8, describe_damage
+from alexnet_jax.utils.files import MAX_PAX_HEADERS, MAX_TAR_HEADER_BYTES, as_utf8, describe_damage
 
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 VAL_PREFIX = 'ILSVRC2012_val_'
-_MAX_HEADER_BYTES = 2**13  # of a header with the member's name; older versions of tarfile need its square of time
-_MAX_PAX_HEADERS = 100  # for all members: tarfile copies them for each
 _MAX_END_BYTES = 2**24  # of zeros after the last member
 
 
@@ -66,7 +64,7 @@ class _Window:
         self._position = position
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_HEADER_BYTES:
+        if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise tarfile.ReadError(f'a header at byte {self._position} declares its own size as {size} bytes')
         if self._position >= self._size:  # file.seek may fail for a position past the end
             return b''
@@ -81,7 +79,7 @@ def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=cast(IO[bytes], window), mode='r:') as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
-            if len(archive.pax_headers) > _MAX_PAX_HEADERS or member.issparse():  # the size is not that in the file
+            if len(archive.pax_headers) > MAX_PAX_HEADERS or member.issparse():  # the size is not that in the file
                 raise tarfile.ReadError(f'the header at byte {member.offset} is of an unsupported kind')
             if member.size < 0 or archive.offset <= member.offset:  # would read the same members forever
                 raise tarfile.ReadError(f'the header at byte {member.offset} declares a member of {member.size} bytes')
@@ -89,7 +87,7 @@ def _iter_files(window: _Window) -> Iterator[tarfile.TarInfo]:
                 yield member
         window.seek(archive.offset)
         zeros = 0
-        while content := window.read(_MAX_HEADER_BYTES):
+        while content := window.read(MAX_TAR_HEADER_BYTES):
             zeros += len(content)
             if content.strip(b'\0') or zeros > _MAX_END_BYTES:
                 raise tarfile.ReadError(f'damaged at byte {archive.offset}')

@@ -14,7 +14,7 @@ from absl import logging
 from google.protobuf.message import DecodeError
 
 from alexnet_jax.utils.errors import UserError, as_user_error
-from alexnet_jax.utils.files import atomic_file, sync
+from alexnet_jax.utils.files import atomic_file, open_regular, sync
 
 # Hide PyTorch from tensorboardX, which imports it for record types that are not used here. The import takes seconds and
 # 450 MB in this process and in each decoding process.
@@ -120,7 +120,7 @@ def _cut_metrics(path: str, step: int, validated: bool) -> None:
 
 def _read_lines(path: str) -> Iterator[tuple[str, tuple[int, str] | None]]:
     """Yields (line, (step, split)) for each line of a metrics.jsonl, if it exists; (line, None) if it is incomplete."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
+    with contextlib.suppress(FileNotFoundError), open_regular(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 values = json.loads(line)
@@ -139,7 +139,7 @@ def _cut_events(path: str, step: int, validated: bool) -> None:
     if os.path.islink(path):
         raise UserError(f'{path!r} is a link; remove it, so that no file elsewhere is changed.')
     end, size = 0, os.path.getsize(path)
-    with open(path, 'rb') as file:
+    with open_regular(path, 'rb') as file:
         # Record format: length (8 bytes), checksum of the length (4), an Event, checksum of the Event (4).
         while len(header := file.read(12)) == 12:
             length = int.from_bytes(header[:8], 'little')

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Container, Mapping
 
 from alexnet_jax.utils.errors import UserError, printable
-from alexnet_jax.utils.files import atomic_file, sync
+from alexnet_jax.utils.files import atomic_file, is_special, sync
 
 FILE_NAME = 'SHA256SUMS'
 _MAX_SHOWN = 4096  # characters of a path in messages
@@ -52,15 +52,16 @@ def present(folder: str) -> bool:
 def find_mismatches(folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Returns 'PATH: problem' for each file that has changed since the list was written.
 
-    Files that are not in the list are reported only if the list does not state the number of files. wanted: selects, by
-    relative path, the files whose digests are checked; missing files are always reported. Raises UserError if the
-    permission to read a file is missing.
+    Files that are not in the list are reported only if the list does not state the number of files, or if a reader of
+    the folder might wait for them forever. wanted: selects, by relative path, the files whose digests are checked;
+    missing files are always reported. Raises UserError if the permission to read a file is missing.
     """
     path = os.path.join(folder, FILE_NAME)
     try:
         listed, complete = _read_list(path)
         existing = set(_files(folder))
-        names = sorted(listed if complete else listed.keys() | existing)
+        special = {name for name in existing if is_special(os.path.join(folder, name))}
+        names = sorted(listed.keys() | (special if complete else existing))
         problems = {name: _mismatch(folder, name, listed, existing, wanted) for name in names}
         paths = {name: printable(os.path.join(folder, name), _MAX_SHOWN) for name in names}
         return [f'{paths[name]}: {problem}' for name, problem in problems.items() if problem]
@@ -93,10 +94,10 @@ def _mismatch(folder: str, name: str, listed: Mapping[str, str], existing: Conta
     try:
         if name not in existing:
             return 'missing'
-        if name not in listed:
-            return f'not in {FILE_NAME} (remove it if it is not needed)'
         if not os.path.isfile(path):  # reading a pipe would block forever
             return 'not a file'
+        if name not in listed:
+            return f'not in {FILE_NAME} (remove it if it is not needed)'
         if wanted(name) and sha256(path) != listed[name]:
             return 'its content has changed (SHA-256 mismatch)'
     except PermissionError:

@@ -14,6 +14,7 @@ import jax
 from absl import logging
 
 from alexnet_jax.utils import distributed, processes
+from alexnet_jax.utils.files import open_regular
 
 
 def describe_environment() -> dict[str, Any]:
@@ -69,7 +70,7 @@ def warn_if_no_accelerator(platform: str) -> None:
 def warn_of_changes(workdir: str, now: dict[str, Any]) -> None:
     """Warns if software versions or the number of cores differ from environment.json of a resumed run."""
     try:
-        with open(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
+        with open_regular(os.path.join(workdir, 'environment.json'), encoding='utf-8') as file:
             before = json.load(file)
         before = {**before, **before.pop('versions')}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):

@@ -6,10 +6,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from alexnet_jax.utils.errors import UserError, check_type, first_line
 
+MAX_TAR_HEADER_BYTES = 2**13  # of a header with the member's name; older versions of tarfile need its square of time
+MAX_PAX_HEADERS = 100  # for all members of a tar archive: tarfile copies them for each
 # What servers and programs leave under the names of other files, by the first bytes in lower case.
 _FOREIGN = {
     b'version https://git-lfs': 'a Git LFS pointer, not the file itself: use git lfs pull',
@@ -79,6 +81,18 @@ def check_declared_size(path: str, declared: int) -> None:
         raise ValueError(f'{size} bytes, but {declared} declared')
 
 
+def is_special(path: str | os.PathLike) -> bool:
+    """Returns whether a path is a pipe, a socket or a device: opening it may block forever, and it may have no end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO:
+    """Opens a file of others like `open`. Raises UserError if it is special."""
+    if is_special(path):
+        raise UserError(f'{os.fspath(path)!r} is not a regular file')
+    return open(path, mode, **options)
+
+
 def sync(path: str) -> None:
     """Forces a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -99,7 +113,7 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
     error, `path` is unchanged.
     """
     partial = f'{path}.tmp'
-    if os.path.islink(partial):  # in a folder of others; writing would change the file that it leads to
+    with contextlib.suppress(FileNotFoundError):  # in a folder of others, it may be a link to any file, or a pipe
         os.remove(partial)
     try:
         with open(partial, mode, encoding=None if 'b' in mode else 'utf-8', newline=newline) as file:
@@ -114,12 +128,17 @@ def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> It
         raise
 
 
+def _open_here(path: str, flags: int) -> int:
+    """Opens a file in a folder of others: a link may lead to any file, and a pipe would wait for its reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 @contextlib.contextmanager
 def file_lock(path: str, doing: str):
     """Holds a lock on a file, which the system releases if the process dies. Raises UserError if it is locked."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, 'a'))
+            file = stack.enter_context(open(path, 'a', opener=_open_here))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f'another process is {doing}; wait for it, or stop it.') from error

@@ -41,6 +41,23 @@ def script_without_guard() -> str | None:
 
 
 @contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Prevents interpreters started within the context from importing modules from the current folder.
+
+    Python starts worker processes and their tracker with -c, which searches the current folder first. Commands set
+    PYTHONSAFEPATH for all their processes (`app`); this is for programs that use this package.
+    """
+    if os.environ.get('PYTHONSAFEPATH'):
+        yield
+        return
+    os.environ['PYTHONSAFEPATH'] = '1'
+    try:
+        yield
+    finally:
+        del os.environ['PYTHONSAFEPATH']
+
+
+@contextlib.contextmanager
 def without_main() -> Iterator[None]:
     """Prevents processes spawned within the context from importing the main module of the program.
 
@@ -113,9 +130,10 @@ def signals_blocked() -> Iterator[None]:
     """
     if _NO_LEAK_WARNING not in sys.warnoptions:  # the tracker process inherits these options
         sys.warnoptions.append(_NO_LEAK_WARNING)
-    resource_tracker.ensure_running()  # starting it later would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with safe_path():
+        resource_tracker.ensure_running()  # starting it later would unblock the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

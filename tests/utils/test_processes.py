@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from scipy import io
 
 from alexnet_jax.utils import processes
 from tests import ROOT
@@ -36,6 +38,52 @@ if __name__ == '__main__':
         parent.kill()
         os.kill(int(pid), 9)
     assert found & (1 << 14) and found & (1 << 1) and not own  # bits 14 and 1: SIGTERM, SIGINT
+
+
+_STARTS = {
+    'workers': """
+    with processes.signals_blocked():
+        worker = multiprocessing.get_context('spawn').Process(target=print, args=('worked',))
+        worker.start()
+        worker.join()
+""",
+    'prepare': """
+    from alexnet_jax.prepare import dataset_writer
+    shard = dataset_writer.Shard(os.path.abspath('a.array_record'), [], 8, 'raw', (), False)
+    dataset_writer.write_shards([shard], 1)
+    print('worked')
+""",
+    'command': """
+    from types import SimpleNamespace
+    from alexnet_jax.commands import app
+    main = lambda args: print('worked', subprocess.run([sys.executable, '-c', 'import json']).returncode)
+    app._call(SimpleNamespace(FLAGS=(), main=main), [])
+    del os.environ['PYTHONSAFEPATH']
+""",
+    'meta.mat': """
+    from alexnet_jax.prepare import ground_truth
+    print('worked', ground_truth._read_mat('meta.mat'))
+""",
+}
+
+
+@pytest.mark.parametrize('start', _STARTS)
+def test_nothing_is_imported_from_the_current_folder(start, tmp_path):
+    """Python searches it first in interpreters that are started with -c, as multiprocessing does."""
+    folder, script = tmp_path / 'of others', tmp_path / 'script.py'
+    folder.mkdir()
+    for name in ('json', 'multiprocessing', 'scipy'):
+        (folder / f'{name}.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\nraise SystemExit')
+    synsets = np.array([(1, 'n1')], [('ILSVRC2010_ID', object), ('WNID', object)])
+    io.savemat(folder / 'meta.mat', {'synsets': synsets})
+    imports = 'import multiprocessing, os, subprocess, sys\nfrom alexnet_jax.utils import processes\n'
+    after = "    assert not os.environ.get('PYTHONSAFEPATH')\n"
+    script.write_text(f"{imports}if __name__ == '__main__':{_STARTS[start]}{after}")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONSAFEPATH': ''},
+    )  # fmt: skip
+    assert 'worked' in done.stdout and not done.returncode and not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def _run(words, capfd):
     line, code = '', 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['alexnet_jax', *words])
+        patch.setenv('PYTHONSAFEPATH', '1')  # which the command sets
         patch.setattr(loading, 'load_checkpoint', _load)
         try:
             app._call(command, words[1:])
