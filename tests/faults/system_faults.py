@@ -94,6 +94,11 @@ def _memory_limit(scene: Scene):
         group.rmdir()
 
 
+def _out_of_memory(group: pathlib.Path) -> bool:
+    """Whether the out-of-memory killer has ended a process of the cgroup."""
+    return bool(re.search(r'^oom_kill [1-9]', (group / 'memory.oom_control').read_text(), re.M))
+
+
 def out_of_memory_in_a_worker(scene: Scene) -> None:
     """The kernel's out-of-memory killer ends a decoding worker: one clear error, then the run resumes."""
     workdir = scene.folder / 'run'
@@ -104,8 +109,12 @@ def out_of_memory_in_a_worker(scene: Scene) -> None:
         (group / 'memory.limit_in_bytes').write_text('65536')
         with contextlib.suppress(ProcessLookupError):
             (group / 'cgroup.procs').write_text(str(worker))
+        while not (ended := _out_of_memory(group)) and child.poll() is None:
+            time.sleep(0.02)
+        before = last_step(workdir)
         code = scene.wait_for_exit(child)
-    require_running(code != 0)
+    require_running(ended or code)  # otherwise the worker had finished, or needed no more memory
+    expect_noticed(code, before)
     expect(code == 2 and 'a decoding process died' in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
     scene.expect_clean_exit()
     scene.expect_same_result(workdir, *WORKERS)
@@ -123,7 +132,7 @@ def out_of_memory(scene: Scene) -> None:
         with contextlib.suppress(OSError):  # busy, if nothing can be reclaimed
             (group / 'memory.limit_in_bytes').write_text(str(used + (1 << 20)))
         code = scene.wait_for_exit(child)
-    require_running(code != 0)
+        require_running(code or _out_of_memory(group))
     expect(code == -signal.SIGKILL, f'ends with {code}: {scene.log()[-3000:]}')
     scene.expect_same_result(workdir)
 
@@ -311,6 +320,11 @@ def other_number_of_processes(scene: Scene) -> None:
     scene.expect_same_result(workdir, *second.get('options', TWO), processes=second.get('processes', 1))
 
 
+def _saved_steps(workdir: pathlib.Path) -> list[int]:
+    names = [path.parent.name for path in workdir.glob(f'checkpoints/*/{checksums.FILE_NAME}')]
+    return [int(name) for name in names if name.isdigit()]
+
+
 def terminated_during_restore(scene: Scene) -> None:
     """SIGTERM while a run restores its checkpoint."""
     workdir = scene.folder / 'run'
@@ -331,15 +345,19 @@ def terminated_twice(scene: Scene) -> None:
     child = scene.start(workdir)
     scene.wait_into_training(child, workdir)
     require_running(child.poll() is None)
+    before = last_step(workdir)
     os.kill(child.pid, signal.SIGTERM)
     time.sleep(scene.rng.uniform(0, 0.5))
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGTERM)
     code = scene.wait_for_exit(child)
-    require_running(code != 0)
+    expect_noticed(code, before)
+    # The second signal may come after the save, while the program ends.
     expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
     if code == 143:
         expect_saved(scene, workdir)
+    step = max(_saved_steps(workdir), default=0)
+    expect(step >= before, f'ends with {code}; step {before} was made, and step {step} is saved')
     scene.expect_same_result(workdir)
 
 
