@@ -330,16 +330,26 @@ def _saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def terminated_during_restore(scene: Scene) -> None:
-    """SIGTERM while a run restores its checkpoint."""
-    workdir = scene.folder / 'run'
+    """SIGTERM while a run checks the digests of its optimizer state, or reads its arrays."""
+    workdir, log = scene.folder / 'run', scene.folder / 'strace.txt'
     child = scene.start(workdir)
     scene.wait_for_training(child, workdir, more=int(scene.rng.integers(4, 12)))
     scene.stop(child, signal.SIGKILL)
-    require_running(list(workdir.glob(f'checkpoints/*/{checksums.FILE_NAME}')))
-    child = scene.start(workdir)
-    time.sleep(scene.rng.uniform(1, 6))
-    code = scene.stop(child)
-    expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
+    require_running(steps := _saved_steps(workdir))
+    files = [path for path in (workdir / 'checkpoints' / f'{max(steps)}/training').rglob('*') if path.is_file()]
+    call = scene.rng.choice(['read', 'pread64'])  # of the digests, and of TensorStore
+    child = scene.start(workdir, through=_strace(log, call, 'delay_enter=100000', *files))
+    text = lambda: log.read_text() if log.exists() else ''  # noqa: E731
+    while not (reading := re.search(rf'^(\d+) +{call}\(.*\n', text(), re.M)) and child.poll() is None:
+        time.sleep(0.01)
+    require_running(reading and child.poll() is None)
+    os.kill(int(reading[1]), signal.SIGTERM)  # of a thread, which stands for its process
+    require_running('Resuming from' not in scene.log())
+    code = scene.wait_for_exit(child)
+    expect(code == 143, f'ends with {code}: {scene.log()[-2000:]}')
+    expect(f'Resuming from step {max(steps)} of' in scene.log(), scene.log()[-2000:])
+    expect_saved(scene, workdir)
+    expect(max(_saved_steps(workdir)) == max(steps) + 1, f'saved are {_saved_steps(workdir)}, after {steps}')
     scene.expect_same_result(workdir)
 
 
