@@ -1,6 +1,7 @@
 """Faults of the system around a run: memory, disks, clocks, limits, signals at a chosen system call."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -10,6 +11,8 @@ import socket
 import string
 import subprocess
 import time
+
+from tensorboardX.proto import event_pb2
 
 from alexnet_jax.utils import checksums
 from tests.faults.faults import PROCESS, TWO, WORKER, WORKERS, expect_saved, flip, prepare_again, truncate
@@ -28,14 +31,22 @@ from tests.helpers import untimed_metrics
 _CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
 #include <sys/time.h>
 #include <time.h>
-static time_t shift(time_t now) { static time_t first; if (!first) first = now; return now > first + 4 ? 7200 : 0; }
+static time_t shift(void) {  /* two hours, from the moment when the file CALL is there, which becomes SEEN */
+  static time_t back;
+  int error = errno;
+  if (!back && !rename(CALL, SEEN)) back = 7200;
+  errno = error;
+  return back;
+}
 int clock_gettime(clockid_t id, struct timespec *t) {
   static int (*real)(clockid_t, struct timespec *);
   if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
   int code = real(id, t);
-  if (!code && id == CLOCK_REALTIME) t->tv_sec -= shift(t->tv_sec);
+  if (!code && id == CLOCK_REALTIME) t->tv_sec -= shift();
   return code;
 }
 time_t time(time_t *out) {
@@ -224,19 +235,34 @@ def every_printable_character_in_a_path(scene: Scene) -> None:
 
 
 def clock_jumps_back(scene: Scene) -> None:
-    """The wall clock jumps back two hours, four seconds after the start: the run ends the same, all rates positive."""
+    """The wall clock jumps back two hours during training: the run ends the same, all rates positive."""
     compiler = shutil.which('gcc') or shutil.which('cc')
     if compiler is None:
         raise NotPossibleError('needs a C compiler')
     source, library = scene.folder / 'clock.c', scene.folder / 'clock.so'
+    call, seen = scene.folder / 'call', scene.folder / 'seen'
     source.write_text(_CLOCK)
-    subprocess.run([compiler, '-shared', '-fPIC', '-o', str(library), str(source), '-ldl'], check=True)
+    names = [f'-DCALL="{call}"', f'-DSEEN="{seen}"']
+    subprocess.run([compiler, '-shared', '-fPIC', *names, '-o', str(library), str(source), '-ldl'], check=True)
     workdir = scene.folder / 'run'
     child = scene.start(workdir, environment={'LD_PRELOAD': str(library)})
+    scene.wait_for_training(child, workdir, more=int(scene.rng.integers(1, 12)))
+    call.touch()
     code = scene.wait_for_exit(child)
     expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    times = _times_of_events(workdir)
+    require_running(any(later < time - 7000 for time, later in itertools.pairwise(times)))
     expect(not re.search(r' -\d+ images/s|ETA -', scene.log()), scene.log()[-3000:])
     scene.expect_same_result(workdir)
+
+
+def _times_of_events(workdir: pathlib.Path) -> list[float]:
+    times = []
+    with open(*workdir.glob('events.*'), 'rb') as file:
+        while header := file.read(12):
+            record = file.read(int.from_bytes(header[:8], 'little') + 4)[:-4]
+            times.append(event_pb2.Event.FromString(record).wall_time)
+    return times
 
 
 def shared_memory_full(scene: Scene) -> None:
