@@ -106,6 +106,33 @@ def test_power_cuts(shared, tmp_path):
     assert results['out']['outcomes'].keys() == {'absent', 'whole'}
 
 
+@pytest.mark.full
+def test_power_cuts_lose_metrics_without_syncs(shared, tmp_path):
+    """The trial above can fail."""
+    scene = Scene(tmp_path, np.random.default_rng(0), shared)
+    results = power_cut.replay_all(scene, every=20, syncs=False)
+    assert 'metrics up to step' in ' '.join(results['run']['losses'])
+
+
+def test_missing_syncs_are_found(tmp_path):
+    """In a recording of four changes and their syncs: a line is on disk before the file that counts it."""
+    run, rng = f'{tmp_path}/run', np.random.default_rng(0)
+    changes = [('mkdir', run), ('sync', str(tmp_path)), ('create', f'{run}/metrics.jsonl'), ('sync', run)]
+    changes += [('append', f'{run}/metrics.jsonl', b'1'), ('sync', f'{run}/metrics.jsonl'), ('create', f'{run}/saved')]
+
+    def check(folder, *_):
+        lost = (folder / 'saved').exists() and not (folder / 'metrics.jsonl').read_text()
+        assert not lost, 'metrics'
+
+    def lost(changes):
+        return sum(power_cut.replay('run', changes, tmp_path, tmp_path, check, rng)['lost'] for _ in range(12))
+
+    fewer = power_cut.without_syncs(changes, str(tmp_path))
+    assert len(fewer) == 4
+    assert lost(changes) == 0
+    assert lost(fewer) > 0
+
+
 def test_campaigns_add_up():
     trial = {'fault': 'killed', 'outcome': 'survived', 'reason': None, 'seconds': 10.0, 'slowest_stop': 1.5}
     lost = {**trial, 'outcome': 'lost', 'reason': 'why', 'seconds': 20.0}
