@@ -19,7 +19,7 @@ from absl import logging
 from alexnet_jax.utils.environment import describe_environment
 from alexnet_jax.utils.files import atomic_file
 from tests.faults import faults, system_faults
-from tests.faults.scene import NotPossibleError, SilentError, attempt
+from tests.faults.scene import TOO_LATE, NotPossibleError, SilentError, attempt
 
 ALL = [*faults.ALL, *system_faults.ALL]
 _OUTCOMES = ('trials', 'survived', 'lost', 'silent')
@@ -57,10 +57,9 @@ def add(result: dict, trial: dict, seed: int, commit: str | None) -> dict:
     for key, value in (('seeds', str(seed)), ('commits', str(commit))):  # and their numbers of trials
         counts = result.get(key, {})
         new[key] = {**counts, value: counts.get(value, 0) + 1}
-    failed = (
-        [{key: trial[key] for key in ('fault', 'outcome', 'reason')}] if trial['outcome'] in ('lost', 'silent') else []
-    )
-    new['failures'] = result.get('failures', []) + failed
+    told = [{key: trial[key] for key in ('fault', 'outcome', 'reason')}]
+    new['failures'] = result.get('failures', []) + told * (trial['outcome'] in ('lost', 'silent'))
+    new['reasons_not_made'] = result.get('reasons_not_made', []) + told * (not made)
     return {**result, **new, 'kinds': kinds}
 
 
@@ -100,7 +99,10 @@ def main() -> None:
         print(f'| {name.replace("_", " "):38} | {" | ".join(str(row[key]) for key in _OUTCOMES)} |')
     counts = ', '.join(f'{result[key]} {key.replace("_", " ")}' for key in (*_OUTCOMES, 'not_made'))
     print(f'\n{counts}; {result["seconds_per_trial"]} s a trial; slowest end after SIGTERM {result["slowest_stop"]} s')
-    raise SystemExit(1 if result['failures'] else 0)
+    too_late = [row['fault'] for row in result.get('reasons_not_made', []) if row['reason'] == TOO_LATE]
+    if too_late:
+        print(f'never in time, so that nothing was tested: {", ".join(too_late)}')
+    raise SystemExit(1 if result['failures'] or too_late else 0)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Faults injected into a run. Each function injects one fault and raises `LostError` if a promise does not hold."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -10,7 +9,17 @@ import subprocess
 import time
 
 from alexnet_jax.utils import checksums
-from tests.faults.scene import Scene, expect, expect_noticed, full_disk, last_step, require_running, small_disk
+from tests.faults.scene import (
+    Scene,
+    SilentError,
+    TooLateError,
+    expect,
+    expect_noticed,
+    full_disk,
+    last_step,
+    require_running,
+    small_disk,
+)
 from tests.helpers import untimed_metrics
 
 WORKERS = ('--config.data.num_workers=2', '--config.eval_every_steps=60')  # the validation starts two more
@@ -42,11 +51,13 @@ def killed_worker(scene: Scene) -> None:
     workdir = scene.folder / 'run'
     child = scene.start(workdir, *WORKERS)
     scene.wait_for_training(child, workdir)
-    worker = scene.random_process(WORKER)
-    with contextlib.suppress(ProcessLookupError):  # it had already exited
+    worker, before = scene.random_process(WORKER), last_step(workdir)
+    try:
         os.kill(worker, signal.SIGKILL)
+    except ProcessLookupError:
+        raise TooLateError from None
     code = scene.wait_for_exit(child)
-    require_running(code != 0)  # otherwise it had finished its work
+    expect_noticed(code, before)
     expect(code == 2 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
     expect('a decoding process died' in scene.log(), scene.log()[-3000:])
     scene.expect_clean_exit()
@@ -244,9 +255,8 @@ def bit_flipped_in_prepared_data(scene: Scene) -> None:
     expect(code == 0 or str(copy) in printed or 'record' in printed, f'what is damaged is not named: {printed[-3000:]}')
     if code == 0 and 'warning: unreadable image: ' not in printed:
         whole = scene.reference(f'--config.data.path={scene.prepared()}')
-        expect(
-            untimed_metrics(workdir) == untimed_metrics(whole), f'other metrics, and nothing is said: {printed[-3000:]}'
-        )
+        same = untimed_metrics(workdir) == untimed_metrics(whole)
+        expect(same, f'other metrics, and nothing is said: {printed[-3000:]}', SilentError)
 
 
 def damaged_record(scene: Scene) -> None:

@@ -22,6 +22,7 @@ from tests import ROOT, helpers
 from tests.faults import config as config_file
 
 _PATIENCE = 90.0  # seconds from a signal to the exit, on a loaded machine and during compilation
+TOO_LATE = 'five runs were over before it came'
 _NO_OVERRIDE = '--bounding-set=-dac_override,-dac_read_search'  # root without the capabilities that bypass permissions
 
 
@@ -309,4 +310,4 @@ def attempt(fault, folder: pathlib.Path, shared: pathlib.Path, *seed: int) -> Sc
         except TooLateError:
             for pid in scene.child_processes():
                 os.kill(pid, signal.SIGKILL)
-    raise NotPossibleError('five runs were over before it came')
+    raise NotPossibleError(TOO_LATE)

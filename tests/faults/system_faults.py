@@ -1,6 +1,7 @@
 """Faults of the system around a run: memory, disks, clocks, limits, signals at a chosen system call."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -10,6 +11,8 @@ import socket
 import string
 import subprocess
 import time
+
+from tensorboardX.proto import event_pb2
 
 from alexnet_jax.utils import checksums
 from tests.faults.faults import PROCESS, TWO, WORKER, WORKERS, expect_saved, flip, prepare_again, truncate
@@ -28,14 +31,22 @@ from tests.helpers import untimed_metrics
 _CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
 #include <sys/time.h>
 #include <time.h>
-static time_t shift(time_t now) { static time_t first; if (!first) first = now; return now > first + 4 ? 7200 : 0; }
+static time_t shift(void) {  /* two hours, from the moment when the file CALL is there, which becomes SEEN */
+  static time_t back;
+  int error = errno;
+  if (!back && !rename(CALL, SEEN)) back = 7200;
+  errno = error;
+  return back;
+}
 int clock_gettime(clockid_t id, struct timespec *t) {
   static int (*real)(clockid_t, struct timespec *);
   if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
   int code = real(id, t);
-  if (!code && id == CLOCK_REALTIME) t->tv_sec -= shift(t->tv_sec);
+  if (!code && id == CLOCK_REALTIME) t->tv_sec -= shift();
   return code;
 }
 time_t time(time_t *out) {
@@ -94,6 +105,11 @@ def _memory_limit(scene: Scene):
         group.rmdir()
 
 
+def _out_of_memory(group: pathlib.Path) -> bool:
+    """Whether the out-of-memory killer has ended a process of the cgroup."""
+    return bool(re.search(r'^oom_kill [1-9]', (group / 'memory.oom_control').read_text(), re.M))
+
+
 def out_of_memory_in_a_worker(scene: Scene) -> None:
     """The kernel's out-of-memory killer ends a decoding worker: one clear error, then the run resumes."""
     workdir = scene.folder / 'run'
@@ -104,8 +120,12 @@ def out_of_memory_in_a_worker(scene: Scene) -> None:
         (group / 'memory.limit_in_bytes').write_text('65536')
         with contextlib.suppress(ProcessLookupError):
             (group / 'cgroup.procs').write_text(str(worker))
+        while not (ended := _out_of_memory(group)) and child.poll() is None:
+            time.sleep(0.02)
+        before = last_step(workdir)
         code = scene.wait_for_exit(child)
-    require_running(code != 0)
+    require_running(ended or code)  # otherwise the worker had finished, or needed no more memory
+    expect_noticed(code, before)
     expect(code == 2 and 'a decoding process died' in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
     scene.expect_clean_exit()
     scene.expect_same_result(workdir, *WORKERS)
@@ -123,51 +143,55 @@ def out_of_memory(scene: Scene) -> None:
         with contextlib.suppress(OSError):  # busy, if nothing can be reclaimed
             (group / 'memory.limit_in_bytes').write_text(str(used + (1 << 20)))
         code = scene.wait_for_exit(child)
-    require_running(code != 0)
+        require_running(code or _out_of_memory(group))
     expect(code == -signal.SIGKILL, f'ends with {code}: {scene.log()[-3000:]}')
     scene.expect_same_result(workdir)
+
+
+def _strace(log: pathlib.Path, calls: str, fault: str, *paths: pathlib.Path) -> tuple[str, ...]:
+    """Returns the words that start a program under strace with a fault in system calls, on all paths or on some."""
+    words = ['strace', '-f', '--seccomp-bpf', '-o', str(log), '-e', f'trace={calls}', '-e', f'inject={calls}:{fault}']
+    return (*words, *(word for path in paths for word in ('-P', str(path))))
 
 
 def slow_disk(scene: Scene) -> None:
     """Every seventh write or sync takes up to a tenth of a second longer: the run ends the same."""
     delay = int(scene.rng.integers(1_000, 100_000))
     calls = 'write,writev,pwrite64,fsync,rename'
-    workdir = scene.folder / 'run'
-    traced = ('strace', '-f', '--seccomp-bpf', '-o', '/dev/null', '-e', f'inject={calls}:delay_exit={delay}:when=20+7')
+    workdir, log = scene.folder / 'run', scene.folder / 'strace.txt'
+    traced = _strace(log, calls, f'delay_exit={delay}:when=20+7')
     code = scene.wait_for_exit(scene.start(workdir, through=traced), 400)
+    require_running(code or '(DELAYED)' in log.read_text())
     expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
     scene.expect_same_result(workdir)
 
 
 def read_error(scene: Scene) -> None:
-    """A read of a record file fails: the record is named and has weight 0, or the run ends with one clear error."""
+    """A read of a record fails: it is read again. If that fails too, the record is named and has weight 0."""
     copy = scene.folder / 'prepared'
     subprocess.run(['cp', '-r', str(scene.prepared()), str(copy)], check=True)
-    shard = str(scene.rng.choice(sorted(copy.glob('*train*array_record*'))))
-    when = int(scene.rng.integers(1, 60))
-    calls = 'read,pread64,readv,preadv'
-    traced = (
-        'strace',
-        '-f',
-        '--seccomp-bpf',
-        '-o',
-        '/dev/null',
-        '-P',
-        shard,
-        '-e',
-        f'inject={calls}:error=EIO:when={when}',
-    )
-    options = (f'--config.data.path={copy}',)
-    workdir = scene.folder / 'run'
-    code = scene.wait_for_exit(scene.start(workdir, *options, through=traced), 400)
-    expect(code in (0, 2) and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
-    said = 'unreadable' in scene.log() or 'Input/output error' in scene.log()
-    expect(code == 0 or said, f'the cause is not named: {scene.log()[-3000:]}')
-    if code == 0 and not said:
-        whole = scene.reference(f'--config.data.path={scene.prepared()}')
-        expect(untimed_metrics(workdir) == untimed_metrics(whole), 'other metrics, and nothing is said', SilentError)
-    if code == 2:
-        scene.expect_same_result(workdir, *options)
+    shard = scene.rng.choice(sorted(copy.glob('*train*array_record*')))
+    first, twice = int(scene.rng.integers(1, 16)), bool(scene.rng.integers(2))
+    workdir, log = scene.folder / 'run', scene.folder / 'strace.txt'
+    # strace counts the calls of each thread. In one epoch, two threads read each record of the shard at most once.
+    traced = _strace(log, 'pread64' if twice else 'read,pread64', f'error=EIO:when={first}..{first + twice}', shard)
+    options = ('--config.num_steps=22', '--config.data.num_threads=2', '--config.data.num_workers=0')
+    code = scene.wait_for_exit(scene.start(workdir, *options, f'--config.data.path={copy}', through=traced), 400)
+    require_running(code or '(INJECTED)' in log.read_text())
+    offsets = re.findall(r', (\d+)\) = -1 EIO .*\(INJECTED\)', log.read_text()) if twice else []
+    expect(code == 0 and 'Traceback' not in scene.log(), f'ends with {code}: {scene.log()[-3000:]}')
+    named = set(re.findall(r'unreadable image: (record \d+) in train.*Input/output error', scene.log()))
+    right = len(offsets) == 2 * len(named) and bool(named) == twice
+    expect(right, f'reads at {offsets} failed, named are {named}: {scene.log()[-3000:]}')
+    content = bytearray(shard.read_bytes())
+    for offset in map(int, set(offsets)):  # damaged, so that the undisturbed run cannot read these records either
+        content[offset] ^= 255
+    shard.write_bytes(content)
+    whole = scene.folder / 'whole'
+    code, printed = scene.run(whole, *options, f'--config.data.path={copy}')
+    expect(code == 0, f'ends with {code}: {printed[-3000:]}')
+    expect(set(re.findall(r'unreadable image: (record \d+) in train', printed)) == named, f'others than {named}')
+    expect(untimed_metrics(workdir) == untimed_metrics(whole), f'the metrics differ; named: {named}', SilentError)
 
 
 def inodes_used_up(scene: Scene) -> None:
@@ -211,19 +235,34 @@ def every_printable_character_in_a_path(scene: Scene) -> None:
 
 
 def clock_jumps_back(scene: Scene) -> None:
-    """The wall clock jumps back two hours, four seconds after the start: the run ends the same, all rates positive."""
+    """The wall clock jumps back two hours during training: the run ends the same, all rates positive."""
     compiler = shutil.which('gcc') or shutil.which('cc')
     if compiler is None:
         raise NotPossibleError('needs a C compiler')
     source, library = scene.folder / 'clock.c', scene.folder / 'clock.so'
+    call, seen = scene.folder / 'call', scene.folder / 'seen'
     source.write_text(_CLOCK)
-    subprocess.run([compiler, '-shared', '-fPIC', '-o', str(library), str(source), '-ldl'], check=True)
+    names = [f'-DCALL="{call}"', f'-DSEEN="{seen}"']
+    subprocess.run([compiler, '-shared', '-fPIC', *names, '-o', str(library), str(source), '-ldl'], check=True)
     workdir = scene.folder / 'run'
     child = scene.start(workdir, environment={'LD_PRELOAD': str(library)})
+    scene.wait_for_training(child, workdir, more=int(scene.rng.integers(1, 12)))
+    call.touch()
     code = scene.wait_for_exit(child)
     expect(code == 0, f'ends with {code}: {scene.log()[-3000:]}')
+    times = _times_of_events(workdir)
+    require_running(any(later < time - 7000 for time, later in itertools.pairwise(times)))
     expect(not re.search(r' -\d+ images/s|ETA -', scene.log()), scene.log()[-3000:])
     scene.expect_same_result(workdir)
+
+
+def _times_of_events(workdir: pathlib.Path) -> list[float]:
+    times = []
+    with open(*workdir.glob('events.*'), 'rb') as file:
+        while header := file.read(12):
+            record = file.read(int.from_bytes(header[:8], 'little') + 4)[:-4]
+            times.append(event_pb2.Event.FromString(record).wall_time)
+    return times
 
 
 def shared_memory_full(scene: Scene) -> None:
@@ -311,17 +350,32 @@ def other_number_of_processes(scene: Scene) -> None:
     scene.expect_same_result(workdir, *second.get('options', TWO), processes=second.get('processes', 1))
 
 
+def _saved_steps(workdir: pathlib.Path) -> list[int]:
+    names = [path.parent.name for path in workdir.glob(f'checkpoints/*/{checksums.FILE_NAME}')]
+    return [int(name) for name in names if name.isdigit()]
+
+
 def terminated_during_restore(scene: Scene) -> None:
-    """SIGTERM while a run restores its checkpoint."""
-    workdir = scene.folder / 'run'
+    """SIGTERM while a run checks the digests of its optimizer state, or reads its arrays."""
+    workdir, log = scene.folder / 'run', scene.folder / 'strace.txt'
     child = scene.start(workdir)
     scene.wait_for_training(child, workdir, more=int(scene.rng.integers(4, 12)))
     scene.stop(child, signal.SIGKILL)
-    require_running(list(workdir.glob(f'checkpoints/*/{checksums.FILE_NAME}')))
-    child = scene.start(workdir)
-    time.sleep(scene.rng.uniform(1, 6))
-    code = scene.stop(child)
-    expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
+    require_running(steps := _saved_steps(workdir))
+    files = [path for path in (workdir / 'checkpoints' / f'{max(steps)}/training').rglob('*') if path.is_file()]
+    call = scene.rng.choice(['read', 'pread64'])  # of the digests, and of TensorStore
+    child = scene.start(workdir, through=_strace(log, call, 'delay_enter=100000', *files))
+    text = lambda: log.read_text() if log.exists() else ''  # noqa: E731
+    while not (reading := re.search(rf'^(\d+) +{call}\(.*\n', text(), re.M)) and child.poll() is None:
+        time.sleep(0.01)
+    require_running(reading and child.poll() is None)
+    os.kill(int(reading[1]), signal.SIGTERM)  # of a thread, which stands for its process
+    require_running('Resuming from' not in scene.log())
+    code = scene.wait_for_exit(child)
+    expect(code == 143, f'ends with {code}: {scene.log()[-2000:]}')
+    expect(f'Resuming from step {max(steps)} of' in scene.log(), scene.log()[-2000:])
+    expect_saved(scene, workdir)
+    expect(max(_saved_steps(workdir)) == max(steps) + 1, f'saved are {_saved_steps(workdir)}, after {steps}')
     scene.expect_same_result(workdir)
 
 
@@ -331,23 +385,26 @@ def terminated_twice(scene: Scene) -> None:
     child = scene.start(workdir)
     scene.wait_into_training(child, workdir)
     require_running(child.poll() is None)
+    before = last_step(workdir)
     os.kill(child.pid, signal.SIGTERM)
     time.sleep(scene.rng.uniform(0, 0.5))
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGTERM)
     code = scene.wait_for_exit(child)
-    require_running(code != 0)
+    expect_noticed(code, before)
+    # The second signal may come after the save, while the program ends.
     expect(code in (143, -signal.SIGTERM), f'ends with {code}: {scene.log()[-2000:]}')
     if code == 143:
         expect_saved(scene, workdir)
+    step = max(_saved_steps(workdir), default=0)
+    expect(step >= before, f'ends with {code}; step {before} was made, and step {step} is saved')
     scene.expect_same_result(workdir)
 
 
 def _killed_at(scene: Scene, call: str, path: pathlib.Path, when: int = 1) -> None:
     """SIGKILL as training enters a system call on a path."""
     workdir = scene.folder / 'run'
-    inject = f'inject={call}:signal=KILL:when={when}'
-    traced = ('strace', '-f', '--seccomp-bpf', '-o', '/dev/null', '-P', str(path), '-e', inject)
+    traced = _strace(scene.folder / 'strace.txt', call, f'signal=KILL:when={when}', path)
     code = scene.wait_for_exit(scene.start(workdir, through=traced), 400)
     require_running(code != 0)
     expect(code in (137, -signal.SIGKILL), f'ends with {code}: {scene.log()[-3000:]}')

@@ -14,6 +14,7 @@ from tests.faults.scene import (
     LostError,
     NotPossibleError,
     Scene,
+    SilentError,
     TooLateError,
     attempt,
     expect_noticed,
@@ -105,10 +106,37 @@ def test_power_cuts(shared, tmp_path):
     assert results['out']['outcomes'].keys() == {'absent', 'whole'}
 
 
+@pytest.mark.full
+def test_power_cuts_lose_metrics_without_syncs(shared, tmp_path):
+    """The trial above can fail."""
+    scene = Scene(tmp_path, np.random.default_rng(0), shared)
+    results = power_cut.replay_all(scene, every=20, syncs=False)
+    assert 'metrics up to step' in ' '.join(results['run']['losses'])
+
+
+def test_missing_syncs_are_found(tmp_path):
+    """In a recording of four changes and their syncs: a line is on disk before the file that counts it."""
+    run, rng = f'{tmp_path}/run', np.random.default_rng(0)
+    changes = [('mkdir', run), ('sync', str(tmp_path)), ('create', f'{run}/metrics.jsonl'), ('sync', run)]
+    changes += [('append', f'{run}/metrics.jsonl', b'1'), ('sync', f'{run}/metrics.jsonl'), ('create', f'{run}/saved')]
+
+    def check(folder, *_):
+        lost = (folder / 'saved').exists() and not (folder / 'metrics.jsonl').read_text()
+        assert not lost, 'metrics'
+
+    def lost(changes):
+        return sum(power_cut.replay('run', changes, tmp_path, tmp_path, check, rng)['lost'] for _ in range(12))
+
+    fewer = power_cut.without_syncs(changes, str(tmp_path))
+    assert len(fewer) == 4
+    assert lost(changes) == 0
+    assert lost(fewer) > 0
+
+
 def test_campaigns_add_up():
     trial = {'fault': 'killed', 'outcome': 'survived', 'reason': None, 'seconds': 10.0, 'slowest_stop': 1.5}
     lost = {**trial, 'outcome': 'lost', 'reason': 'why', 'seconds': 20.0}
-    not_made = {**trial, 'fault': 'slow_disk', 'outcome': 'not made', 'seconds': 5.0}
+    not_made = {**trial, 'fault': 'slow_disk', 'outcome': 'not made', 'reason': 'no strace', 'seconds': 5.0}
     result = {'name': 'faults'}
     for seed, line in ((1, trial), (1, lost), (2, not_made), (2, trial)):
         result = campaign.add(result, line, seed, 'abc')
@@ -122,4 +150,30 @@ def test_campaigns_add_up():
     assert result['seconds_per_trial'] == 13.3 and result['slowest_stop'] == 1.5
     assert result['seeds'] == {'1': 2, '2': 2} and result['commits'] == {'abc': 4}
     assert result['failures'] == [{'fault': 'killed', 'outcome': 'lost', 'reason': 'why'}]
+    assert result['reasons_not_made'] == [{'fault': 'slow_disk', 'outcome': 'not made', 'reason': 'no strace'}]
     assert result['kinds']['killed'] == {'trials': 3, 'survived': 2, 'lost': 1, 'silent': 0}
+
+
+def test_fault_that_never_comes_in_time_fails_the_campaign(monkeypatch, tmp_path, capsys):
+    def late(scene):
+        require_running(False)
+
+    monkeypatch.setattr(campaign, 'ALL', [late])
+    monkeypatch.setattr('sys.argv', ['faults', '--trials=1', f'--output={tmp_path}/out.json'])
+    for _ in range(2):  # also when the same command has nothing left to do
+        with pytest.raises(SystemExit, match='1'):
+            campaign.main()
+        assert 'nothing was tested: late' in capsys.readouterr().out
+
+
+def test_worker_whose_end_changes_nothing_counts_as_silent(monkeypatch, tmp_path):
+    """A run that goes on without the batches of a dead worker."""
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'metrics.jsonl').write_text('{"step": 3, "split": "train"}\n')
+    scene = Scene(tmp_path, np.random.default_rng(0), tmp_path)
+    worker = subprocess.Popen(['sleep', '60'])
+    for name, value in (('start', None), ('wait_for_training', None), ('random_process', worker.pid)):
+        monkeypatch.setattr(scene, name, lambda *_, value=value: value)
+    monkeypatch.setattr(scene, 'wait_for_exit', lambda _: 0)
+    with worker, pytest.raises(SilentError, match='a fault at step 3 changed nothing'):
+        faults.killed_worker(scene)

@@ -1,8 +1,9 @@
 """Fuzzes a reader: `python -m tests.fuzz READER [--seconds=600] [--output=FILE]`.
 
 Changes valid files at random. If atheris is installed, the code that they reach guides it (pip install atheris).
-Prints what must not happen: any error but one of one line, a warning, a file written elsewhere, 20 s or 1 GiB for a
-case. Exits with 1 then. --output adds the number of cases to a JSON file, see docs/results/fuzz.json.
+Prints what must not happen: any error but one of one line, a warning, a file written elsewhere, 20 s for a case, or
+more memory than `Reader.memory` plus 100 times its size. Exits with 1 then. --output adds the number of cases to a JSON
+file, see docs/results/fuzz.json.
 """
 
 import argparse

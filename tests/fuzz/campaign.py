@@ -55,8 +55,8 @@ class Campaign:
         seconds, memory = time.monotonic() - began, made._peak() - before
         if seconds > made._MOST_SECONDS:
             self._found(case, None, f'{name}: {seconds:.0f} s')
-        if memory > made._MOST_MEMORY:
-            self._found(case, None, f'{name}: {memory / 2**30:.1f} GiB')
+        if memory > self._reader.memory + 100 * len(case):
+            self._found(case, None, f'{name}: {memory / 2**20:,.0f} MiB for {len(case):,} bytes')
         for warning in warned:
             if issubclass(warning.category, _SHOWN):
                 self._found(case, None, f'{warning.category.__name__} in {warning.filename}: {warning.message}')

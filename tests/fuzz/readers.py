@@ -9,12 +9,16 @@ import io
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable
 
 import jax
 import numpy as np
 import pyarrow as pa
+import tensorstore as ts
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from pyarrow import parquet as pq
 from safetensors.numpy import save as save_safetensors
 from scipy import io as scipy_io
@@ -44,6 +48,7 @@ class Reader:
     read: Callable[[pathlib.Path, str], object]  # reads a file in the folder; may raise UserError
     errors: type[Exception] = UserError  # what `read` may raise
     encode: Callable[[str, bytes], bytes] = lambda name, content: content  # from a case to the content of the file
+    memory: int = 2**27  # bytes that a small case may take: readers grant 64 MiB, and may copy them
 
 
 def _images(folder):
@@ -285,20 +290,40 @@ def _read_npy(folder, name):
     return image_stats_file.load(str(folder))
 
 
+_SHARD = 'images-train.array_record-00003-of-00004'
 _PREPARED = ('features.json', 'dataset_info.json', 'metadata.json', 'label.labels.txt')
 
 
 def _prepared(folder):
     raw = {f'{c}/{i}.jpg': helpers.encode(helpers.picture(i, 16, 16)) for c in ('cat', 'dog') for i in range(2)}
     prepare.prepare(helpers.write_files(folder / 'raw', raw), str(folder / 'data'), size=8, workers=1)
-    return [(name, (folder / 'data' / name).read_bytes()) for name in _PREPARED]
+    whole = (folder / 'data' / _SHARD).read_bytes()
+    reader = ArrayRecordReader(str(folder / 'data' / _SHARD))
+    shards = [(_SHARD, whole), (_SHARD, _shard(bytes(2**27), 'brotli:2')), ('record', *reader.read([0]))]
+    reader.close()
+    return [(name, (folder / 'data' / name).read_bytes()) for name in _PREPARED] + shards
+
+
+def _shard(record: bytes, compression: str = 'uncompressed') -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'shard')
+        writer = ArrayRecordWriter(path, f'group_size:1,{compression}')
+        writer.write(record)
+        writer.close()
+        return pathlib.Path(path).read_bytes()
+
+
+def _in_shard(name, content):
+    """Returns the shard of a record, which then has the right checksum."""
+    return _shard(content) if name == 'record' else content
 
 
 def _read_prepared(folder, name):
-    data = folder / 'data'
+    data, source = folder / 'data', folder / name
+    name = _SHARD if name == 'record' else name
     whole = (data / name).read_bytes()
     try:
-        os.replace(folder / name, data / name)
+        os.replace(source, data / name)
         checksums.write(str(data))
         found = datasets.open_dataset(str(data))
         for split in found.splits.values():
@@ -312,16 +337,37 @@ def _read_prepared(folder, name):
 
 
 _CHECKPOINT = ('meta/metadata', 'params/_METADATA', '_CHECKPOINT_METADATA', 'params/_sharding')
+_IN_ARRAYS = {'zarray': 'eigenvalues/.zarray', 'chunk': 'eigenvalues/0'}  # keys of the database of an item
+_LARGE = {'large_chunk': 'eigenvalues/0'}  # for which .zarray declares 256 MiB
+
+
+def _database(step):
+    return ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{step}/image_stats/'}).result()
 
 
 def _checkpoint(folder):
     helpers.save_untrained(folder / 'run')
     step = folder / 'run' / 'checkpoints' / '0'
-    return [(name, (step / name).read_bytes()) for name in _CHECKPOINT if (step / name).exists()]
+    files = [(name, (step / name).read_bytes()) for name in _CHECKPOINT if (step / name).exists()]
+    stored = {name: _database(step).read(key).result().value for name, key in _IN_ARRAYS.items()}
+    return [*files, *stored.items(), ('large_chunk', pa.compress(bytes(2**28), 'zstd', asbytes=True))]
 
 
 def _read_checkpoint(folder, name):
-    step = folder / 'run' / 'checkpoints' / '0'
+    step, kept = folder / 'run' / 'checkpoints' / '0', folder / 'kept'
+    if key := (_IN_ARRAYS | _LARGE).get(name):
+        shutil.copytree(step / 'image_stats', kept)
+        try:
+            database = _database(step)
+            database.write(key, (folder / name).read_bytes()).result()
+            if name in _LARGE:
+                declared = json.loads(database.read(_IN_ARRAYS['zarray']).result().value)
+                database.write(_IN_ARRAYS['zarray'], json.dumps({**declared, 'chunks': [2**26]}).encode()).result()
+            checksums.write(str(step))
+            return loading.load_checkpoint(str(step))
+        finally:
+            shutil.rmtree(step / 'image_stats')
+            kept.rename(step / 'image_stats')
     whole = (step / name).read_bytes()
     try:
         os.replace(folder / name, step / name)
@@ -410,16 +456,16 @@ def _read_onnx(folder, name):
 
 
 READERS = {
-    'images': Reader(_images, _read_image, ValueError),
+    'images': Reader(_images, _read_image, ValueError, memory=2**30),  # 256 MiB of pixels, and copies
     'archives': Reader(_archives, _read_archive, encode=_with_checksums),
     'labels': Reader(_labels, _read_labels),
     'meta.mat': Reader(_meta, _read_meta),
-    'parquet': Reader(_parquet, _read_archive),
+    'parquet': Reader(_parquet, _read_archive, memory=2**31),  # one page
     'safetensors': Reader(_safetensors, _read_safetensors),
     'caffemodel': Reader(_caffemodel, _read_caffe),
     'pth': Reader(_pth, _read_pth, encode=_zipped),
     'npy': Reader(_npy, _read_npy, encode=_in_npz),
-    'features': Reader(_prepared, _read_prepared),
+    'features': Reader(_prepared, _read_prepared, encode=_in_shard),
     'checkpoints': Reader(_checkpoint, _read_checkpoint),
     'digests': Reader(_digests, _read_digests),
     'records': Reader(_records, _read_records),
