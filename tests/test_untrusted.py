@@ -329,7 +329,7 @@ def test_pipe_instead_of_a_shard(prepared, tmp_path):
     shard.unlink()
     checksums.write(str(data))  # a list without the shard
     os.mkfifo(shard)
-    with pytest.raises(UserError, match=f'{shard.name}. is not a file'):
+    with pytest.raises(UserError, match=f'{shard.name}: not a file'):
         datasets.open_dataset(data)
 
 

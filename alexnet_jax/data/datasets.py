@@ -135,9 +135,7 @@ def _check_declared(path: str, splits: Iterable[Any], classes: int) -> None:
 
 
 def _check_shard(file: str) -> None:
-    """Raises UserError for a pipe, or if the first record is compressed: a small one may decode to any size."""
-    if not os.path.isfile(file):
-        raise UserError(f'{file!r} is not a file.')
+    """Raises UserError if the first record is compressed: a small one may decode to any size."""
     with open(file, 'rb') as opened:
         start = opened.read(105)
     # Riegeli: 24 bytes of block header, 40 of signature, 40 of chunk header, compression type.

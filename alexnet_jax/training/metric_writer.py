@@ -53,18 +53,17 @@ class MetricWriter:
         """Writes one line: 'step', 'split', and metrics. A metric is a number or a dict {layer: number}."""
         if not self._writes:
             return
-        now = time.time()
         with _as_user_error(self._workdir):
             self._lines.write(json.dumps(line, allow_nan=False) + '\n')
             self._lines.flush()
-            event = event_pb2.Event(step=line['step'], wall_time=now)
+            event = event_pb2.Event(step=line['step'], wall_time=time.time())
             for key, value in line.items():
                 for layer, number in (value if isinstance(value, dict) else {'': value}).items():
                     if key not in ('step', 'split'):
                         tag = f'{line["split"]}/{key}/{layer}'.removesuffix('/')
                         event.summary.value.add(tag=tag, simple_value=number)
             self._events.write_event(event)
-            if now - self._flushed > 10:
+            if (now := time.monotonic()) - self._flushed > 10:
                 self._events.flush()
                 self._flushed = now
 

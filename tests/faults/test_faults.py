@@ -155,6 +155,8 @@ def test_campaigns_add_up():
 
 
 def test_fault_that_never_comes_in_time_fails_the_campaign(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(campaign.logging, 'set_verbosity', lambda level: None)  # it would stay for later tests
+
     def late(scene):
         require_running(False)
 
