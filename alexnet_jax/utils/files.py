@@ -40,13 +40,13 @@ def describe_damage(path: str, error: Exception) -> str:
     return f'{path!r} is {kind}.' if kind else f'{path!r} cannot be read: {reason}.'
 
 
-def as_path(path: str | os.PathLike) -> str:
+def as_path(path: str | os.PathLike[str]) -> str:
     """Returns a path as str. Raises UserError if it is not a path."""
-    check_type('a path', path, str | os.PathLike, 'str or pathlib.Path')
+    check_type('a path', path, str | os.PathLike[str], 'str or pathlib.Path')
     return os.fsdecode(path)
 
 
-def absolute_local_path(path: str | os.PathLike) -> str:
+def absolute_local_path(path: str | os.PathLike[str]) -> str:
     """Returns an absolute path without a trailing slash. Raises UserError for remote paths and a leading ~/."""
     path = as_path(path)
     if path.startswith('~/'):
@@ -81,12 +81,12 @@ def check_declared_size(path: str, declared: int) -> None:
         raise ValueError(f'{size} bytes, but {declared} declared')
 
 
-def is_special(path: str | os.PathLike) -> bool:
+def is_special(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path is a pipe, a socket or a device: opening it may block forever, and it may have no end."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
-def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO:
+def open_regular(path: str | os.PathLike[str], mode: str = 'r', **options: Any) -> IO[Any]:
     """Opens a file of others like `open`. Raises UserError if it is special."""
     if is_special(path):
         raise UserError(f'{os.fspath(path)!r} is not a regular file')
@@ -106,7 +106,7 @@ def sync(path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO]:
+def atomic_file(path: str, mode: str = 'w', *, newline: str | None = None) -> Iterator[IO[Any]]:
     """Opens a temporary file that atomically replaces `path` when the context exits without an error.
 
     The file is synced to disk before, and its folder after it replaces `path`. Text is UTF-8. If the context raises an
@@ -134,7 +134,7 @@ def _open_here(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def file_lock(path: str, doing: str):
+def file_lock(path: str, doing: str) -> Iterator[None]:
     """Holds a lock on a file, which the system releases if the process dies. Raises UserError if it is locked."""
     with contextlib.ExitStack() as stack:
         try:
@@ -151,7 +151,7 @@ def file_lock(path: str, doing: str):
 
 
 @contextlib.contextmanager
-def atomic_directory(output: str | os.PathLike) -> Iterator[str]:
+def atomic_directory(output: str | os.PathLike[str]) -> Iterator[str]:
     """Yields a temporary folder that is renamed to `output` when the context exits, or removed after an error.
 
     Raises UserError if the folder cannot be written, or if another process is writing the same output.
