@@ -337,6 +337,22 @@ def long_run(records: Sequence[Record]) -> list[Row]:
     return table
 
 
+def words(records: Sequence[Record]) -> list[Row]:
+    """A row for each run of "Do the paper's initial weights train?"."""
+    return [
+        {
+            'config': f'`{record["name"]}`',
+            'updates': f'{record["updates"]:,}',
+            'below the loss of a guess from': f'{record["below_guess_from"]:,}',
+            'loss, last 100 updates': f'{record["loss"]:.2f}',
+            'training error, last 100 updates': f'{record["training_error"]:.1f}%',
+            'validation error': f'{record["validation_error"]:.1f}%',
+            'seeds': str(record['seeds']),
+        }
+        for record in records
+    ]
+
+
 def _by_size(records: Sequence[Record]) -> list[Record]:
     """Returns compiled steps by device, number of devices and mesh."""
     found = [(record['compiled'], record) for record in records]
@@ -406,6 +422,7 @@ _KINDS: dict[str, tuple[Callable[[Sequence[Record]], list[Row]], tuple[str | Non
     'suite': (suite, (None,)),
     'figure1': (figure1, (None,)),
     'errors': (errors, (None,)),
+    'words': (words, (None,)),
     'fuzz': (fuzz, (None,)),
     'step': (step, ('step', 'train')),
     'communication': (communication, ('step',)),

@@ -475,6 +475,17 @@ def test_suite_table_has_means_and_differences_by_seed():
     ]
 
 
+def test_suite_table_compares_what_a_variant_is_about():
+    errors = [('base', 5.0, 20.0), ('no weight decay', 8.0, 19.0)]
+    runs = [
+        {'variant': name, 'seed': 0, 'diverged': False, 'train_error': train, 'top1_error': top1, 'top5_error': 0.0}
+        for name, train, top1 in errors
+    ]
+    result = {'runs': runs, 'networks': {'base': '', 'no weight decay': 'base'}}
+    for measures, difference in (({}, '-1.00'), ({'no weight decay': 'train_error'}, '+3.00')):
+        assert _tables().suite([{**result, 'measures': measures}])[1]['difference'] == difference
+
+
 def test_figure1_table_has_ratios_by_seed():
     """A run that does not reach 25% has trained for longer than the epochs it states."""
     cases = [
