@@ -42,7 +42,7 @@ def describe_damage(path: str, error: Exception) -> str:
 
 def as_path(path: str | os.PathLike[str]) -> str:
     """Returns a path as str. Raises UserError if it is not a path."""
-    check_type('a path', path, str | os.PathLike[str], 'str or pathlib.Path')
+    check_type('a path', path, str | os.PathLike, 'str or pathlib.Path')
     return os.fsdecode(path)
 
 
