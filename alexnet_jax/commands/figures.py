@@ -9,7 +9,9 @@ training images (figure 4), the confusion matrix, and pictures of what the netwo
 classes of the data may be some of the network's, in any order: they are matched as `alexnet_jax evaluate` does.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -49,13 +51,21 @@ def main(args: flags.FlagValues) -> None:
         evaluate.check_record_size(checkpoint, dataset, path)
         dataset, shown = figures.match_dataset(checkpoint, dataset, args.split, path)
     if args.beside:
-        images = figures.train_images(args.run, checkpoint.config['batch_size'])
+        images = _train_images(figures.log_lines(args.run), checkpoint.config['batch_size'])
         _check_beside(args.beside, checkpoint.class_names, images)
     print(f'{path} (step {checkpoint.step})', flush=True)
     options = {'split': args.split, 'shown': shown, 'seed': args.seed, 'beside': args.beside}
     drawn = figures.draw(checkpoint, run=args.run, dataset=dataset, **options)
     for name, figure, lines in drawn:
         print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)
+
+
+def _train_images(lines: Iterable[dict[str, Any]], batch_size: int) -> int:
+    """Returns the number of training images of a run, from the lines of metrics.jsonl; 0 if no line is whole."""
+    for line in lines:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+            return round(line['step'] * batch_size / line['epoch'])
+    return 0
 
 
 def _check_beside(name: str, classes: Sequence[str], images: int) -> None:

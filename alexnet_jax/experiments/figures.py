@@ -185,15 +185,10 @@ def most_confused(matrix, class_names: Sequence[str], count: int = 10) -> list[t
 def curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     """Returns the 'train' and 'val' curves of a run, finished or not. Raises UserError without metrics.jsonl."""
     rows_of: dict[str, list] = {'train': [], 'val': []}
-    for line in _log_lines(workdir):
+    for line in log_lines(workdir):
         with contextlib.suppress(KeyError):
             rows_of[line['split']].append([line[key] for key in Curve._fields])
     return {split: Curve(*np.array(rows, float).reshape(-1, 3).T) for split, rows in rows_of.items()}
-
-
-def train_images(workdir: str | os.PathLike, batch_size: int) -> int:
-    """Returns the number of training images of a run, from the first line of metrics.jsonl; 0 if there is none."""
-    return next((round(line['step'] * batch_size / line['epoch']) for line in _log_lines(workdir)), 0)
 
 
 def norms(workdir: str | os.PathLike, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -201,12 +196,12 @@ def norms(workdir: str | os.PathLike, kind: str) -> dict[str, tuple[np.ndarray, 
 
     A norm is that of a layer's weights and biases together, in the last update of a log line.
     """
-    rows = [(line['epoch'], line[kind]) for line in _log_lines(workdir) if kind in line]
+    rows = [(line['epoch'], line[kind]) for line in log_lines(workdir) if kind in line]
     epochs = np.array([epoch for epoch, _ in rows])
     return {layer: (epochs, np.array([row[layer] for _, row in rows])) for layer in (rows[0][1] if rows else ())}
 
 
-def _log_lines(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def log_lines(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Yields the lines of metrics.jsonl. Raises UserError if there is no such file."""
     path = pathlib.Path(workdir, 'metrics.jsonl')
     if not path.is_file():

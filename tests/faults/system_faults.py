@@ -364,9 +364,9 @@ def terminated_during_restore(scene: Scene) -> None:
     require_running(steps := _saved_steps(workdir))
     files = [path for path in (workdir / 'checkpoints' / f'{max(steps)}/training').rglob('*') if path.is_file()]
     call = scene.rng.choice(['read', 'pread64'])  # of the digests, and of TensorStore
+    log.touch()
     child = scene.start(workdir, through=_strace(log, call, 'delay_enter=100000', *files))
-    text = lambda: log.read_text() if log.exists() else ''  # noqa: E731
-    while not (reading := re.search(rf'^(\d+) +{call}\(.*\n', text(), re.M)) and child.poll() is None:
+    while not (reading := re.search(rf'^(\d+) +{call}\(.*\n', log.read_text(), re.M)) and child.poll() is None:
         time.sleep(0.01)
     require_running(reading and child.poll() is None)
     os.kill(int(reading[1]), signal.SIGTERM)  # of a thread, which stands for its process

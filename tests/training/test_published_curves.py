@@ -42,6 +42,13 @@ def test_only_runs_on_all_of_imagenet_are_compared():
     assert not published_curves.is_imagenet([str(i) for i in range(1000)], 1_281_167)
 
 
+def test_training_images_follow_from_the_first_whole_line():
+    """1,281,167 images: the first line of a run with batches of 128, after damaged ones."""
+    lines = [{}, {'step': 'x', 'epoch': 1}, {'step': 5, 'epoch': 0}, {'step': 100, 'epoch': 100 * 128 / 1_281_167}]
+    assert command._train_images(lines, 128) == 1_281_167
+    assert command._train_images(lines[:3], 128) == 0
+
+
 def test_published_curve_is_drawn_beside_the_run(tmp_path):
     checkpoint = loading.load_checkpoint(helpers.save_untrained(tmp_path))
     (tmp_path / 'metrics.jsonl').write_text('{"split": "val", "epoch": 1, "top1_error": 80, "loss": 4}\n')
