@@ -145,11 +145,8 @@ def _load_source(init_from: str) -> Checkpoint:
     try:
         source = load_checkpoint(init_from)
     except UserError as error:
-        if init_from != DEFAULT_WEIGHTS:
-            raise
-        raise UserError(
-            f'{error} finetune starts from {DEFAULT_WEIGHTS!r} by default; to train from scratch, use --init_from=none.'
-        ) from error
+        default = f' finetune starts from {DEFAULT_WEIGHTS!r} by default.' if init_from == DEFAULT_WEIGHTS else ''
+        raise UserError(f'{error}{default} To train from scratch, use --init_from=none.') from error
     logging.info(
         'starting from %s (%s classes); --init_from=none trains from scratch.', init_from, len(source.class_names)
     )

@@ -171,7 +171,8 @@ def test_impossible_requests_are_refused_before_anything_is_written(tmp_path, mo
 
     monkeypatch.setattr(finetune, 'load_checkpoint', no_network)
     assert 'torchvision cannot be fetched.' in refusal() and 'use --init_from=none' in refusal()
-    assert refusal(init_from='runs/old') == 'runs/old cannot be fetched.'
+    hint = 'To train from scratch, use --init_from=none.'
+    assert refusal(init_from='runs/old') == f'runs/old cannot be fetched. {hint}'
     assert "nothing' does not exist" in refusal(pictures='nothing')  # before weights are fetched
 
 
