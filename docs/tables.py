@@ -343,7 +343,7 @@ def words(records: Sequence[Record]) -> list[Row]:
         {
             'config': f'`{record["name"]}`',
             'updates': f'{record["updates"]:,}',
-            'below the loss of a guess from': f'{record["below_guess_from"]:,}',
+            'below the loss of a guess from': _count(record['below_guess_from']),
             'loss, last 100 updates': f'{record["loss"]:.2f}',
             'training error, last 100 updates': f'{record["training_error"]:.1f}%',
             'validation error': f'{record["validation_error"]:.1f}%',
@@ -351,6 +351,10 @@ def words(records: Sequence[Record]) -> list[Row]:
         }
         for record in records
     ]
+
+
+def _count(updates: int | None) -> str:
+    return 'not reached' if updates is None else f'{updates:,}'
 
 
 def _by_size(records: Sequence[Record]) -> list[Record]:
