@@ -12,7 +12,8 @@ The argument selects the schedule of one training log ("epoch N" of a log is tak
                  validation set, ten views, 40.53% and 18.05%; center crop 42.34% and 19.58%.
 
 Here: forward pass, update, augmentation and ten-view test agree with a NumPy implementation of the released code's
-formulas (tests/configs/test_authors.py). It was not trained.
+formulas (tests/configs/test_authors.py). It was trained for 3,000 updates on 20 classes (docs/initialization.md), not
+on ImageNet.
 
 Deviations:
 - Images are reshuffled in every epoch; the authors used a fixed order.
