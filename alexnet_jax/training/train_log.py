@@ -116,7 +116,7 @@ class TrainLog:
             state.norms = jax.tree.map(float, norms)
             if self._monitor.add(float(report['loss']), float(report['weight'])):
                 distributed.warn(
-                    f'step {step}: the loss of the last {self._monitor.length} updates is at chance level, '
+                    f'step {step}: the loss of the last {self._monitor.counted} updates is at chance level, '
                     f'ln(num_classes) = {math.log(self.num_classes):.2f}. Nothing is learned yet. Try wider initial '
                     'weights (as in --config=paper:init=authors) or a learning rate three times lower or higher, and '
                     'check the labels.'
@@ -190,15 +190,27 @@ def is_valid_state(saved) -> bool:
 
 @dataclasses.dataclass
 class ChanceLevelMonitor:
-    """Detects a loss stuck at chance level: within 1% of ln(num_classes) over a window of `length` updates."""
+    """Detects a loss stuck at chance level: within 1% of ln(num_classes) at the end of a window of `length` updates.
+
+    Only the last quarter of a window counts. The mean over a whole window is near ln(num_classes) also for a run that
+    starts above it and has learned since.
+    """
 
     num_classes: int
     length: int
-    window: tuple[float, float, int] = (0.0, 0.0, 0)  # summed loss, summed weight and updates of the current window
+    window: tuple[float, float, int] = (0.0, 0.0, 0)  # summed loss and weight of its last quarter; updates so far
+
+    @property
+    def counted(self) -> int:
+        """Number of updates at the end of a window whose loss counts."""
+        return math.ceil(self.length / 4)
 
     def add(self, loss: float, weight: float) -> bool:
         """Adds a batch's summed loss and weight. Returns True if a window has just ended at chance level."""
-        loss, weight, steps = self.window[0] + loss, self.window[1] + weight, self.window[2] + 1
+        total, count, steps = self.window
+        steps += 1
+        if steps > self.length - self.counted:
+            total, count = total + loss, count + weight
         ended, chance = steps >= self.length, math.log(self.num_classes)
-        self.window = (0.0, 0.0, 0) if ended else (loss, weight, steps)
-        return ended and abs(loss / max(weight, 1) - chance) < 0.01 * chance
+        self.window = (0.0, 0.0, 0) if ended else (total, count, steps)
+        return ended and abs(total / max(count, 1) - chance) < 0.01 * chance

@@ -146,10 +146,24 @@ def test_nonfinite_validation_loss_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_loss_at_chance_level_is_detected():
-    """ln 10 = 2.3026: within 1% over a window, reported once per window; a falling loss is not reported."""
-    stall = train_log.ChanceLevelMonitor(10, length=4)
-    assert [stall.add(2.3 * 64, 64) for _ in range(8)] == [False] * 3 + [True] + [False] * 3 + [True]
-    assert not any(stall.add(loss * 64, 64) for loss in (2.3, 2.3, 2.2, 2.1, 2.35, 2.35, 2.35, 2.35))
+    """ln 10 = 2.3026: within 1% over the last quarter of a window, reported once per window."""
+    stall = train_log.ChanceLevelMonitor(10, length=8)
+    assert [stall.add(2.3 * 64, 64) for _ in range(16)] == ([False] * 7 + [True]) * 2
+    assert [stall.add(loss * 64, 64) for loss in (4.6, 3.0, 2.5, 2.4, 2.31, 2.31, 2.29, 2.31)] == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize(
+    'losses',
+    [
+        (2.3, 2.3, 2.3, 2.3, 2.3, 2.3, 2.2, 2.1),  # learned at the end
+        (2.35,) * 8,  # above chance level
+        (4.6, 3.0, 2.3, 2.0, 1.8, 1.7, 1.6, 1.5),  # has learned, with a mean of 2.31
+        (3.0, 2.7, 2.4, 2.3, 2.3, 2.3, 2.2, 2.1),
+    ],
+)
+def test_loss_that_has_left_chance_level_is_not_reported(losses):
+    stall = train_log.ChanceLevelMonitor(10, length=8)
+    assert not any(stall.add(loss * 64, 64) for loss in losses)
 
 
 def _logged(losses, at, saved=None):
@@ -195,7 +209,7 @@ def test_chance_level_is_detected_after_resume(capsys):
 def test_run_at_chance_level_warns(capsys, tmp_path):
     train.train_and_evaluate(resume_config(num_steps=101, **{'optim.learning_rate': 0.0}), str(tmp_path / 'stalled'))
     told = [line for line in capsys.readouterr().err.splitlines() if 'ln(num_classes) = 2.30' in line]
-    assert len(told) == 1 and told[0].startswith('warning: step 100: the loss of the last 100 updates is at chance')
+    assert len(told) == 1 and told[0].startswith('warning: step 100: the loss of the last 25 updates is at chance')
 
 
 class Damaged(helpers.Records):
