@@ -386,7 +386,7 @@ def killed_in_prepare(scene: Scene) -> None:
     raw, out = scene.raw(), scene.folder / 'out'
     command = ('prepare', f'--input={raw}', f'--output={out}', '--size=32')
     child = scene.start(None, command=command)
-    time.sleep(scene.rng.uniform(0, 4))
+    scene.wait_into_prepare()
     scene.stop(child, signal.SIGKILL)
     if not out.exists():
         code, printed = scene.run(None, command=command)
@@ -415,7 +415,7 @@ def permission_lost_in_prepare(scene: Scene) -> None:
     place.mkdir()
     command = ('prepare', f'--input={scene.raw()}', f'--output={place}/out', '--size=32')
     child = scene.start(None, command=command, limited=True)
-    time.sleep(scene.rng.uniform(0, 4))
+    scene.wait_into_prepare()
     require_running(child.poll() is None)
     os.chmod(place, 0o555)
     prepare_again(scene, command, place / 'out', scene.wait_for_exit(child), lambda: os.chmod(place, 0o755))
@@ -429,7 +429,7 @@ def images_vanish_in_prepare(scene: Scene) -> None:
     if scene.rng.uniform() < 0.5:  # missing files are not damaged: they do not count against this limit
         command += ('--max_unreadable=10000',)
     child = scene.start(None, command=command)
-    time.sleep(scene.rng.uniform(0, 4))
+    scene.wait_into_prepare()
     require_running(child.poll() is None)
     raw.rename(away)
     prepare_again(scene, command, scene.folder / 'out', scene.wait_for_exit(child), lambda: away.rename(raw))

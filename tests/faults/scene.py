@@ -147,11 +147,18 @@ class Scene:
         if not path.exists():
             raw = self.raw()
             partial = self._shared / f'partial-{self.mark}'
+            began = time.monotonic()
             code, printed = self.run(None, command=('prepare', f'--input={raw}', f'--output={partial}', '--size=32'))
             expect(code == 0, printed[-2000:])
+            (self._shared / 'prepare_seconds').write_text(str(time.monotonic() - began))
             with contextlib.suppress(OSError):
                 partial.rename(path)
         return path
+
+    def wait_into_prepare(self) -> None:
+        """Waits for a random time, up to most of the time that `prepare` took on this machine."""
+        self.prepared()
+        time.sleep(self.rng.uniform(0, 0.8 * float((self._shared / 'prepare_seconds').read_text())))
 
     def raw(self) -> pathlib.Path:
         """Returns the digits as JPEG files, in a folder for each class; shared by all trials."""

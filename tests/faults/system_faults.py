@@ -149,9 +149,13 @@ def out_of_memory(scene: Scene) -> None:
 
 
 def _strace(log: pathlib.Path, calls: str, fault: str, *paths: pathlib.Path) -> tuple[str, ...]:
-    """Returns the words that start a program under strace with a fault in system calls, on all paths or on some."""
-    words = ['strace', '-f', '--seccomp-bpf', '-o', str(log), '-e', f'trace={calls}', '-e', f'inject={calls}:{fault}']
-    return (*words, *(word for path in paths for word in ('-P', str(path))))
+    """Returns the words that start a program under strace with a fault in system calls, on all paths or on some.
+
+    Of the two paths of `rename`, strace 6.1 looks only at the first.
+    """
+    words = ['strace', '-f', '-o', str(log), '-e', f'trace={calls}', '-e', f'inject={calls}:{fault}']
+    # With --seccomp-bpf, which is faster, strace 6.1 misses calls on these paths after a call on another path.
+    return (*words, *(word for path in paths for word in ('-P', str(path)))) if paths else (*words, '--seccomp-bpf')
 
 
 def slow_disk(scene: Scene) -> None:
@@ -409,8 +413,7 @@ def _killed_at(scene: Scene, call: str, path: pathlib.Path, when: int = 1) -> No
     workdir = scene.folder / 'run'
     traced = _strace(scene.folder / 'strace.txt', call, f'signal=KILL:when={when}', path)
     code = scene.wait_for_exit(scene.start(workdir, through=traced), 400)
-    require_running(code != 0)
-    expect(code in (137, -signal.SIGKILL), f'ends with {code}: {scene.log()[-3000:]}')
+    expect(code in (137, -signal.SIGKILL), f'{call} on {path}: ends with {code}: {scene.log()[-3000:]}')
     scene.expect_clean_exit()
     scene.expect_same_result(workdir)
     expect(not list(workdir.glob('checkpoints/*.damaged')), 'a kill is taken for damage')
@@ -419,16 +422,17 @@ def _killed_at(scene: Scene, call: str, path: pathlib.Path, when: int = 1) -> No
 def killed_in_the_digest(scene: Scene) -> None:
     """SIGKILL while the digests of a step are computed or written."""
     step = scene.folder / 'run' / 'checkpoints' / str(scene.rng.choice([8, 16, 24, 56, 60]))
-    places = [('write', step / f'{checksums.FILE_NAME}.tmp'), ('rename', step / checksums.FILE_NAME), ('fsync', step)]
+    temporary = step / f'{checksums.FILE_NAME}.tmp'
+    places = [('write', temporary), ('rename', temporary), ('fsync', step)]
     places += [('read', step / '_CHECKPOINT_METADATA'), ('fsync', step / '_CHECKPOINT_METADATA')]
     _killed_at(scene, *places[scene.rng.integers(len(places))])
 
 
 def killed_in_the_retirement(scene: Scene) -> None:
     """SIGKILL while an old step is removed."""
-    removed = scene.folder / 'run' / 'checkpoints' / 'removed'
-    step = removed / str(scene.rng.choice([8, 16]))
-    places = [('rename', step), ('unlinkat', step), ('unlinkat', removed), ('mkdir', removed)]
+    checkpoints, step = scene.folder / 'run' / 'checkpoints', str(scene.rng.choice([8, 16]))
+    removed = checkpoints / 'removed'
+    places = [('rename', checkpoints / step), ('unlinkat', removed / step), ('unlinkat', removed), ('mkdir', removed)]
     _killed_at(scene, *places[scene.rng.integers(len(places))])
 
 
