@@ -441,11 +441,13 @@ def killed_in_join(scene: Scene) -> None:
     out = scene.folder / 'out'
     command = ('prepare', f'--input={scene.raw()}', f'--output={out}', '--size=32')
     for part in ('1/2', '2/2'):
+        began = time.monotonic()
         code, printed = scene.run(None, command=(*command, f'--part={part}'))
         expect(code == 0, printed[-2000:])
+    seconds = 0.4 * (time.monotonic() - began)  # a join takes about a third of the time of a part
     join = ('prepare', f'--output={out}', '--join')
     child = scene.start(None, command=join)
-    time.sleep(scene.rng.uniform(0, 2))
+    time.sleep(scene.rng.uniform(0, seconds))
     require_running(child.poll() is None)
     child.kill()
     child.wait()
