@@ -365,8 +365,9 @@ def _saved_steps(workdir: pathlib.Path) -> list[int]:
 def terminated_during_restore(scene: Scene) -> None:
     """SIGTERM while a run checks the digests of its optimizer state, or reads its arrays."""
     workdir, log = scene.folder / 'run', scene.folder / 'strace.txt'
-    child = scene.start(workdir)
-    scene.wait_for_training(child, workdir, more=int(scene.rng.integers(4, 12)))
+    child, least = scene.start(workdir), scene.rng.choice([8, 16, 24, 32])
+    while child.poll() is None and max(_saved_steps(workdir), default=0) < least:
+        time.sleep(0.01)
     scene.stop(child, signal.SIGKILL)
     require_running(steps := _saved_steps(workdir))
     files = [path for path in (workdir / 'checkpoints' / f'{max(steps)}/training').rglob('*') if path.is_file()]
