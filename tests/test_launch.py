@@ -224,6 +224,22 @@ def test_commands_of_cpu_figures_exist(small, tmp_path):
     assert len(names) == len(outputs) == (9 if small else 21)
 
 
+def test_second_interrupt_does_not_delay_the_exit():
+    """One of several processes exits at once. A normal exit would wait for the others."""
+    code = """if True:
+        import os, signal
+        from alexnet_jax.commands import app
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        app.logs.escape_controls = lambda text: os.kill(os.getpid(), signal.SIGINT) or text
+        def interrupted():
+            raise KeyboardInterrupt
+        app.report_errors(interrupted)
+    """
+    environment = {**os.environ, 'JAX_COORDINATOR_ADDRESS': 'localhost:1', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, 'error: interrupted.\n')
+
+
 @pytest.mark.full
 @pytest.mark.parametrize('small', ['', '1'])
 def test_commands_of_gpu_figures_exist(small, tmp_path):

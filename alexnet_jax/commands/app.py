@@ -162,6 +162,9 @@ def report_errors(function: Callable[[], None]) -> None:
         _discard_output()
         sys.exit(141)
     except BaseException as error:
+        if 'JAX_COORDINATOR_ADDRESS' in os.environ:
+            # Ctrl-C comes twice: launch/local.sh forwards it. The second one must not get in the way of `_fail`.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if message_and_code := _describe_error(error):
             _fail(*message_and_code)
         if 'JAX_COORDINATOR_ADDRESS' not in os.environ or not isinstance(error, Exception):
