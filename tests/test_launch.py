@@ -224,7 +224,8 @@ def test_commands_of_cpu_figures_exist(small, tmp_path):
     assert len(names) == len(outputs) == (9 if small else 21)
 
 
-def test_second_interrupt_does_not_delay_the_exit():
+@pytest.mark.parametrize('variables', [{'JAX_COORDINATOR_ADDRESS': 'localhost:1'}, {}])
+def test_second_interrupt_does_not_disturb_the_exit(variables):
     """One of several processes exits at once. A normal exit would wait for the others."""
     code = """if True:
         import os, signal
@@ -235,7 +236,7 @@ def test_second_interrupt_does_not_delay_the_exit():
             raise KeyboardInterrupt
         app.report_errors(interrupted)
     """
-    environment = {**os.environ, 'JAX_COORDINATOR_ADDRESS': 'localhost:1', 'PYTHONPATH': str(ROOT)}
+    environment = {**os.environ, **variables, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, 'error: interrupted.\n')
 

@@ -162,8 +162,8 @@ def report_errors(function: Callable[[], None]) -> None:
         _discard_output()
         sys.exit(141)
     except BaseException as error:
-        if 'JAX_COORDINATOR_ADDRESS' in os.environ:
-            # Ctrl-C comes twice: launch/local.sh forwards it. The second one must not get in the way of `_fail`.
+        if 'JAX_COORDINATOR_ADDRESS' in os.environ or isinstance(error, KeyboardInterrupt):
+            # A second Ctrl-C must not get in the way of `_fail`. launch/local.sh sends each Ctrl-C twice.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if message_and_code := _describe_error(error):
             _fail(*message_and_code)
