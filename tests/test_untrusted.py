@@ -481,6 +481,9 @@ def test_card_of_a_checkpoint_with_any_config(tmp_path):
         config = {**checkpoint.config, 'init_from': path, 'data': {**checkpoint.config['data'], 'path': path}}
         text = card.card(checkpoint._replace(step=5, config=config), 1, {'onnx': ''})
     assert 'starting from `b # [x](y)z`; data: `b # [x](y)z`.' in text
+    for size, expected in ((8, '5 updates on batches of 8, starting'), ('8', '5 updates, starting')):
+        text = card.card(checkpoint._replace(step=5, config={**config, 'batch_size': size}), 1, {'onnx': ''})
+        assert expected in text
 
 
 def test_files_that_cause_warnings(tmp_path):

@@ -13,6 +13,8 @@ import os
 import pathlib
 import re
 import shutil
+import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -313,9 +315,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
         except UserError as error:
             raise UserError(f'the checkpoint {self._path(step)} is from another version: {error}') from error
         except Exception as error:
+            with warnings.catch_warnings():  # of coroutines in these frames that Orbax has never awaited
+                warnings.simplefilter('ignore', RuntimeWarning)
+                traceback.clear_frames(error.__traceback__)
             self._check_exists(step)
+            reason = first_line(error).partition(' [tensorstore_spec=')[0][:300]
             raise UserError(
-                f'the checkpoint {self._path(step)} cannot be read ({first_line(error)}); move that folder away to use '
+                f'the checkpoint {self._path(step)} cannot be read ({reason}); move that folder away to use '
                 'the previous step.'
             ) from error
 

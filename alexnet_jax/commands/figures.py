@@ -51,7 +51,7 @@ def main(args: flags.FlagValues) -> None:
         evaluate.check_record_size(checkpoint, dataset, path)
         dataset, shown = figures.match_dataset(checkpoint, dataset, args.split, path)
     if args.beside:
-        images = _train_images(figures.log_lines(args.run), checkpoint.config['batch_size'])
+        images = _train_images(figures.log_lines(args.run), checkpoint.config.get('batch_size'))
         _check_beside(args.beside, checkpoint.class_names, images)
     print(f'{path} (step {checkpoint.step})', flush=True)
     options = {'split': args.split, 'shown': shown, 'seed': args.seed, 'beside': args.beside}
@@ -60,8 +60,8 @@ def main(args: flags.FlagValues) -> None:
         print(*plots.save(figure, args.output, name), *lines, sep='\n', flush=True)
 
 
-def _train_images(lines: Iterable[dict[str, Any]], batch_size: int) -> int:
-    """Returns the number of training images of a run, from the lines of metrics.jsonl; 0 if no line is whole."""
+def _train_images(lines: Iterable[dict[str, Any]], batch_size: Any) -> int:
+    """Returns the number of training images of a run, from the lines of metrics.jsonl; 0 if it is not recorded."""
     for line in lines:
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
             return round(line['step'] * batch_size / line['epoch'])

@@ -108,7 +108,8 @@ def _origin(checkpoint: Checkpoint) -> str:
     data, start = map(_last_part, (config['data'].get('path'), config.get('init_from')))
     if not checkpoint.step:
         return f'with weights that alexnet_jax derived from {start}' if start else 'with weights read from a file'
-    batches = f'{checkpoint.step:,} updates on batches of {int(config["batch_size"])}'
+    size = config.get('batch_size')
+    batches = f'{checkpoint.step:,} updates' + (f' on batches of {size}' if isinstance(size, int) else '')
     start = f', starting from {start}' if start else ''
     return f'trained with alexnet_jax for {batches}{start}; data: {data or "not recorded"}'
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import gc
 import json
 import operator
 import os
@@ -11,6 +12,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import chex
 import jax
@@ -135,6 +137,8 @@ def _store_vector(step, item='image_stats', name='eigenvalues', **changes):
             r'fc6/bias: \(32,\); expected \(2147483648,\)',
         ),
         (_set_meta('nonsense', 'config', 'model', 'layers', 'conv1', 'post'), "'nonsense'"),
+        (_set_meta('text', 'config', 'data'), "data='text': expected a dict"),
+        (_set_meta([], 'config', 'model'), r'model=\[\]: expected a dict'),
         (_set_meta(0, 'config', 'data', 'image_size'), 'data.image_size=0'),
         (_set_meta(33, 'config', 'data', 'image_size'), 'data.image_size=33'),
         (_set_meta(5, 'class_names'), 'cannot be read'),
@@ -149,6 +153,22 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
     with pytest.raises(UserError, match=message) as error:
         loading.load_saved(str(step))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_unknown_type_of_an_array_prints_no_warning(copy):
+    """Orbax fails after it has created coroutines. Python warns about each of them that was never awaited."""
+    step = copy / 'checkpoints' / '3'
+    path = step / 'params' / '_METADATA'
+    metadata = json.loads(path.read_text())
+    list(metadata['tree_metadata'].values())[-1]['value_metadata']['value_type'] = 'unknown'
+    path.write_text(json.dumps(metadata))
+    checksums.write(str(step))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        with pytest.raises(UserError, match=r'cannot be read \(Unknown type: "unknown"'):
+            loading.load_saved(str(step))
+        gc.collect()
+    assert [warning for warning in warned if warning.category is RuntimeWarning] == []
 
 
 def test_large_chunk_is_not_restored(copy):

@@ -452,7 +452,7 @@ def _read_onnx(folder, name):
     onnx_model.onnx_model(checkpoint, 1)
     compile(pytorch_module.pytorch_module(checkpoint, 10), 'alexnet.py', 'exec')
     json.dumps(hub.hub_config(checkpoint, 1))
-    return card.card(checkpoint, 1, {'onnx': '', 'pytorch': ''})
+    return [card.card(checkpoint._replace(step=step), 1, {'onnx': '', 'pytorch': ''}) for step in (0, 5)]
 
 
 READERS = {
