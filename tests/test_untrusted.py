@@ -254,6 +254,29 @@ def test_parquet_file_with_more_rows_than_bytes(tmp_path):
         discovery.find_images(path)
 
 
+@pytest.mark.parametrize('count', [50, 2**31 - 1, 2**62])
+def test_parquet_file_whose_row_group_declares_other_rows(tmp_path, count):
+    """A few bytes would take 16 GiB, and rows that are not declared would be left out silently."""
+    path = _write_parquet(tmp_path / 'a.parquet', [b'%064d' % i for i in range(100)], lambda _: pa.array(range(100)))
+    content = pathlib.Path(path).read_bytes()
+    size = int.from_bytes(content[-8:-4], 'little')
+    body, footer = content[: -8 - size], content[-8 - size : -8]
+    at = footer.rindex(b'\x16' + _varint(200)) + 1  # of the row group; before it are those of the file and the columns
+    footer = footer[:at] + _varint(2 * count) + footer[at + 2 :]
+    pathlib.Path(path).write_bytes(body + footer + len(footer).to_bytes(4, 'little') + b'PAR1')
+    with _limits(memory=2**29), pytest.raises(UserError, match=f'declares 100 rows, but {count:,} in its row groups'):
+        discovery.find_images(path)
+
+
+def _varint(number):
+    """Returns a number as Thrift's compact protocol stores it. Positive numbers are stored twice as large."""
+    content = b''
+    while number >= 128:
+        content += bytes([number % 128 + 128])
+        number //= 128
+    return content + bytes([number])
+
+
 def test_parquet_file_that_stores_a_long_label_once(tmp_path):
     images = [b'%064d' % i for i in range(1000)]
     path = _write_parquet(tmp_path / 'a.parquet', images, lambda repeat: repeat('x' * 10**6, 1000), 'y' * 10**5)

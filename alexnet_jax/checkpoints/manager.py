@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import pathlib
 import re
 import shutil
 import traceback
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from alexnet_jax.checkpoints import repair
+from alexnet_jax.checkpoints import arrays, repair
 from alexnet_jax.core import architecture, augment, model
 from alexnet_jax.core.augment import Augmentation
 from alexnet_jax.core.config import augmentation_from_config, model_from_config
@@ -185,10 +184,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
         Raises UserError if this or the previous state cannot be written. Steps saved earlier stay unchanged.
         """
         state = state.swap_average()  # the averaged parameters are those to evaluate
-        arrays: dict[str, Any] = {'params': state.params, 'image_stats': image_stats._asdict()}
+        trees: dict[str, Any] = {'params': state.params, 'image_stats': image_stats._asdict()}
         if state.opt_state is not None:
-            arrays['training'] = {'step': state.step, 'opt_state': state.opt_state}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+            trees['training'] = {'step': state.step, 'opt_state': state.opt_state}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items['meta'] = ocp.args.JsonSave({**meta, 'format': FORMAT})
         if top1_error is not None:
             items[_METRICS] = ocp.args.JsonSave({'top1_error': top1_error})
@@ -198,7 +197,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             path = self._path(step)
             distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
-        shapes = {name: sorted(map(np.shape, jax.tree.leaves(tree))) for name, tree in arrays.items()}
+        shapes = {name: sorted(map(np.shape, jax.tree.leaves(tree))) for name, tree in trees.items()}
         self._finalizing = self._finalizer.submit(self._finalize, step, shapes)
 
     def _finalize(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
@@ -218,7 +217,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """Reads back the shapes of a saved step: orbax has reported success for steps that could not be read."""
         try:
             for item, expected in shapes.items():
-                if (found := sorted(x.shape for x in jax.tree.leaves(self._stored(step, item)))) != expected:
+                if (found := arrays.read_shapes(self._path(step, item))) != expected:
                     raise ValueError(f'{item} has arrays of shapes {found}; expected {expected}')
         except Exception as error:
             raise UserError(
@@ -245,7 +244,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
         with self._read_errors(step):
             for item in ('params', 'training'):
-                self._stored(step, item)  # checks the chunks
+                arrays.read_metadata(self._path(step, item))  # checks the chunks
             items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
         return TrainState(items.training['step'], items.params, items.training['opt_state']).swap_average()
 
@@ -279,33 +278,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """Returns numpy arrays of a step. Compares declared shapes with `like`: orbax would allocate any shape."""
-        stored, wanted = (
-            {_name(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (self._stored(step, item), like)
-        )
-        for name in {**wanted, **stored}:
-            if stored.get(name) != wanted.get(name):
-                found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
-                raise ValueError(f'{item}/{name}: {found}; expected {expected}')
-        size = sum(file.stat().st_size for file in pathlib.Path(self._path(step), item).rglob('*'))
-        if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # not compressible
-            raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
+        arrays.check_stored(self._path(step, item), like)
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
-
-    def _stored(self, step: int, item: str) -> Any:
-        """Returns the array metadata of an item as a tree, read from its files.
-
-        Raises ValueError for chunks that tensorstore would allocate whatever their array declares: those that are
-        larger, or compressed by blosc, which is decoded before the sizes are compared.
-        """
-        tree = ocp.StandardCheckpointHandler().metadata(pathlib.Path(self._path(step), item)).tree
-        for path, x in jax.tree.leaves_with_path(tree):
-            name, chunk, zarr = f'{item}/{_name(path)}', x.storage.chunk_shape, x.storage.zarr_metadata
-            if any(c > max(1, side) for c, side in zip(chunk, x.shape, strict=True)):
-                raise ValueError(f'{name}: chunks of {chunk}; expected at most {x.shape}')
-            if zarr and (zarr.zarr_format != 2 or (zarr.compression and zarr.compression.algorithm != 'zstd')):
-                raise ValueError(f'{name}: zarr {zarr.zarr_format}, {zarr.compression}; expected zarr 2, zstd')
-        return tree
 
     @contextlib.contextmanager
     def _read_errors(self, step: int):
@@ -325,18 +300,14 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 'the previous step.'
             ) from error
 
-    def _path(self, step: int) -> str:
-        return os.path.join(self.folder, str(step))
+    def _path(self, step: int, *item: str) -> str:
+        return os.path.join(self.folder, str(step), *item)
 
 
 def _lowest(errors: dict[int, float | UserError | None]) -> int | None:
     """Returns the step with the lowest error, the latest of several; None if no step has an error."""
     known = {step: error for step, error in errors.items() if isinstance(error, float)}
     return min(known, key=lambda step: (known[step], -step), default=None)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def config_to_json(config) -> dict[str, Any]:

@@ -54,12 +54,11 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
 
     Raises UserError for a key that is not an attribute of `AlexNet`, or for an invalid value.
     """
-    _check_section('model', fields)
     for key in fields:
         if key not in MODEL_FIELDS:
             raise UserError(f"unknown config key 'model.{key}'.{did_you_mean(key, MODEL_FIELDS)}")
     check_values(checks.MODEL_CHECKS, fields, 'model.{}={!r}')
-    fields = dict(fields)
+    fields = {**fields}  # not `dict(fields)`: a list is no config
     if 'layers' in fields:
         fields['layers'] = _layers_from_config(fields['layers'])
     network = AlexNet(**fields)
@@ -71,11 +70,6 @@ def model_from_config(fields: Mapping[str, Any] | ConfigDict) -> AlexNet:
     if network.dtype == 'float64' and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # set at run time
         raise UserError("model.dtype='float64': needs jax.enable_x64; set it, or use float32 or bfloat16.")
     return network
-
-
-def _check_section(name: str, fields: Any) -> None:
-    if not isinstance(fields, Mapping | ConfigDict):
-        raise UserError(f'{name}={fields!r:.100}: expected a dict, see configs/paper.py.')
 
 
 def _layers_from_config(layers: Mapping[str, Mapping[str, Any]] | ConfigDict) -> dict[str, LayerSpec]:
@@ -109,8 +103,7 @@ def to_tuples(value: Any) -> Any:
 
 def augmentation_from_config(fields: dict[str, Any]) -> Augmentation:
     """Returns the augmentation in a config's `data`; ignores other keys. Raises UserError for an invalid value."""
-    _check_section('data', fields)
-    augmentation = Augmentation(**{key: to_tuples(fields[key]) for key in Augmentation._fields if key in fields})
+    augmentation = Augmentation(**{key: to_tuples(x) for key, x in fields.items() if key in Augmentation._fields})
     check_values(_AUGMENTATION_CHECKS, augmentation._asdict(), 'data.{}={!r}')
     area = augmentation.crop_area
     if area and not augmentation.random_crop:

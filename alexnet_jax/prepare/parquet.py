@@ -167,7 +167,7 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
     try:
         opened = _open(file)
         columns = _columns(file, opened.schema_arrow)
-        _check_rows(file, opened.metadata.num_rows)
+        _check_rows(file, opened.metadata)
         labels, paths = _read_texts(file, columns)
     except UserError:
         raise
@@ -182,8 +182,14 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
     return columns, rows
 
 
-def _check_rows(file: str, rows: int) -> None:
-    """Raises UserError if a file is too small for its rows: a run of equal labels takes a few bytes."""
+def _check_rows(file: str, metadata: Any) -> None:
+    """Raises UserError if a file is too small for its rows: a run of equal labels takes a few bytes.
+
+    pyarrow allocates the rows that a row group declares, and returns no more than these.
+    """
+    rows, groups = metadata.num_rows, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if sum(groups) != rows or min(groups, default=0) < 0:
+        raise UserError(f'{file!r} is damaged: it declares {rows:,} rows, but {sum(groups):,} in its row groups.')
     if rows * _MIN_ROW_BYTES > (size := os.path.getsize(file)):
         raise UserError(f'{file!r} declares {rows:,} rows with an image each, but has {size:,} bytes.')
 

@@ -3,7 +3,7 @@
 Changes valid files at random. If atheris is installed, the code that they reach guides it (pip install atheris).
 Prints what must not happen: any error but one of one line, a warning, a file written elsewhere, 20 s for a case, or
 more memory than `Reader.memory` plus 100 times its size. Exits with 1 then. --output adds the number of cases to a JSON
-file, see docs/results/fuzz.json.
+file, see docs/results/fuzz.json, and writes the cases that were found beside it.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -58,6 +59,9 @@ def main() -> None:
                   f'findings: {len(fuzz.findings)}', flush=True)  # fmt: skip
             if args.output:
                 _record(args, fuzz, round(seconds), engine)
+                for i, (_, case) in enumerate(fuzz.findings.values(), start=1):
+                    pathlib.Path(f'{args.output}.{args.reader}.{i}').write_bytes(case)
+            shutil.rmtree(root)
             os._exit(bool(fuzz.findings))  # libFuzzer has no other end
 
         def test(case: bytes) -> None:
