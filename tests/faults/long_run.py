@@ -31,7 +31,7 @@ LIMIT = 0.02  # a quantity is flat if a line fitted to it over the last three qu
 FLAT = ('rss', 'pss', 'files', 'threads', 'processes', 'shared_files', 'shared_bytes', 'checkpoint_bytes')
 COUNTERS = ('cpu', 'seconds', 'metrics_bytes', 'event_bytes')  # these grow
 CRITERION = f'a line fitted over the last three quarters rises by less than {LIMIT:.0%}'
-_SECONDS = 0.5  # between two readings
+_SECONDS = 0.2  # between two readings
 _TICK = os.sysconf('SC_CLK_TCK')
 
 
@@ -227,7 +227,7 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     return output
 
 
-def run(updates: int, resumed: int, times: int, count: int = 200) -> Iterator[dict[str, dict]]:
+def run(updates: int, resumed: int, times: int, count: int = 100) -> Iterator[dict[str, dict]]:
     """Yields the samples and trends of the first part, then those of both.
 
     resumed: updates of the second part, in `times` resumed runs.
