@@ -265,7 +265,7 @@ def plot(path: pathlib.Path, found: dict[str, dict]) -> None:
     import matplotlib.pyplot as plt
 
     titles = {
-        'pss': ('memory (PSS), MiB', 2**20), 'shared_bytes': ('shared memory, MiB', 2**20), 'files': ('open files', 1),
+        'rss': ('memory (RSS), MiB', 2**20), 'shared_bytes': ('shared memory, MiB', 2**20), 'files': ('open files', 1),
         'threads': ('threads', 1), 'processes': ('processes', 1),
         'checkpoint_bytes': ('checkpoints on disk, KiB', 2**10),
     }  # fmt: skip
