@@ -15,7 +15,7 @@ import shutil
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ FOLDER = 'checkpoints'
 FORMAT = 3  # format version of checkpoints; version 1 did not state it
 _METRICS = 'metrics'  # name of an item and of its file
 _NUM_LAST = 2  # number of last steps to keep, besides the best
+_WARN_SECONDS = 60  # of waiting for a save
 
 
 class Checkpoint(NamedTuple):
@@ -90,14 +91,14 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self.damaged = distributed.broadcast_from_process_0(lambda: repair.repair(self.folder))
         # Orbax's CheckpointManager is not used: it reads all steps when it opens, including damaged ones; and if a save
         # fails in one of several processes, all processes wait for each other forever.
-        arrays = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
+        trees = {name: ocp.StandardCheckpointHandler() for name in ('params', 'training', 'image_stats')}
         texts = {'meta': ocp.JsonCheckpointHandler(), _METRICS: ocp.JsonCheckpointHandler(filename=_METRICS)}
-        handler = ocp.CompositeCheckpointHandler(**arrays, **texts)
+        handler = ocp.CompositeCheckpointHandler(**trees, **texts)
         # Create directories synchronously: an error in the background would never reach the threads that wait for it.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
-        self._finalizer = ThreadPoolExecutor(1)
-        self._finalizing: Future | None = None
+        self._finalizer = futures.ThreadPoolExecutor(1)
+        self._finalizing: futures.Future | None = None
 
     def __exit__(self, kind, *_) -> None:
         # After an error in one of several processes, closing would wait for the others forever.
@@ -114,9 +115,15 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 self._orbax.close()
 
     def wait(self) -> None:
-        """Waits until the save in progress is finalized. Raises UserError if it failed."""
+        """Waits until the save in progress is finalized, and warns each minute. Raises UserError if it failed."""
         if self._finalizing is not None:
             finalizing, self._finalizing = self._finalizing, None
+            while not futures.wait([finalizing], _WARN_SECONDS).done:
+                logging.warning(
+                    'still waiting for a checkpoint to be saved in %r. Either its disk is slow, or the clock was set '
+                    'back during the save, which then waits until the clock has caught up.',
+                    self.folder,
+                )
             finalizing.result()
 
     def poll(self) -> None:

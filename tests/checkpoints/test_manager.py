@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 
 import chex
@@ -305,6 +306,15 @@ def test_failed_background_save_is_raised_by_poll(copy, monkeypatch):
         with pytest.raises(UserError, match='step 4 cannot be saved .* No space left on device'):
             saved.poll()
         assert saved.steps() == [2, 3]
+
+
+def test_slow_save_is_reported(copy, monkeypatch, capsys):
+    wait = ocp.AsyncCheckpointer.wait_until_finished
+    monkeypatch.setattr(ocp.AsyncCheckpointer, 'wait_until_finished', lambda self: (time.sleep(0.5), wait(self)))
+    monkeypatch.setattr(manager, '_WARN_SECONDS', 0.2)
+    _save_again(copy, copy, step=4)
+    assert f"warning: still waiting for a checkpoint to be saved in '{copy}/checkpoints'" in capsys.readouterr().err
+    assert checksums.present(str(copy / 'checkpoints' / '4'))
 
 
 def test_step_saved_again_is_never_missing(copy):
