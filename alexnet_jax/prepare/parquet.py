@@ -183,9 +183,10 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
 
 
 def _check_rows(file: str, metadata: Any) -> None:
-    """Raises UserError if a file is too small for its rows: a run of equal labels takes a few bytes.
+    """Raises UserError if row groups have other rows than their file, or if the file is too small for its rows.
 
-    pyarrow allocates the rows that a row group declares, and returns no more than these.
+    A run of equal labels takes a few bytes. pyarrow allocates the rows that a row group declares, and returns no more
+    than these.
     """
     rows, groups = metadata.num_rows, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if sum(groups) != rows or min(groups, default=0) < 0:

@@ -244,7 +244,7 @@ def every_printable_character_in_a_path(scene: Scene) -> None:
 def clock_jumps_back(scene: Scene) -> None:
     """The wall clock jumps back 20 s during training: the run ends the same, all rates positive.
 
-    If the clock jumps in the few milliseconds in which TensorStore merges the files of a step, the save waits until
+    If the clock jumps in the tens of milliseconds in which TensorStore merges the files of a step, the save waits until
     the clock has caught up.
     """
     compiler = shutil.which('gcc') or shutil.which('cc')
