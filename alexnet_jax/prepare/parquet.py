@@ -183,7 +183,7 @@ def _read_labels(file: str, root: str, split: str) -> tuple[_Columns, list[tuple
 
 
 def _check_rows(file: str, metadata: Any) -> None:
-    """Raises UserError if row groups have other rows than their file, or if the file is too small for its rows.
+    """Raises UserError if row groups do not add up to the rows of their file, or if the file is too small for these.
 
     A run of equal labels takes a few bytes. pyarrow allocates the rows that a row group declares, and returns no more
     than these.
