@@ -3,58 +3,67 @@
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
 import tensorstore as ts
 
 
-def check_stored(folder: str, like: Any) -> None:
-    """Compares the arrays in the folder of an item, such as `params`, with a tree of arrays.
+def shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the arrays of a tree. The names are those in Orbax's files, such as `conv1.kernel`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): np.shape(x) for path, x in leaves}
 
-    Raises ValueError if a name or a shape differs, or if the files are too small for the arrays.
+
+def check_declared(folder: str, expected: dict[str, tuple[int, ...]]) -> None:
+    """Checks what the folder of an item, such as `params`, declares about its arrays.
+
+    Orbax's `metadata` is not used: for each array it calls `tensorstore.Spec.to_json`, which never frees its result
+    (tensorstore 0.1.86). Only the expected names are read, because a crafted database can list names without end.
+
+    Args:
+      folder: the folder of the item.
+      expected: {name: shape}, as `shapes_by_name` returns it.
+
+    Raises:
+      ValueError: a name or a shape differs; or an array is stored in a way for which Orbax and tensorstore would
+        allocate more memory than its shape and type need. These are: another driver; chunks larger than the array;
+        elements that are arrays themselves; blosc, which is decoded before the sizes are compared.
     """
     item = os.path.basename(folder)
-    stored, wanted = (
-        {_name(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (read_metadata(folder), like)
-    )
-    for name in {**wanted, **stored}:
-        if stored.get(name) != wanted.get(name):
-            found, expected = stored.get(name, 'missing'), wanted.get(name, 'nothing')
-            raise ValueError(f'{item}/{name}: {found}; expected {expected}')
-    size = sum(file.stat().st_size for file in pathlib.Path(folder).rglob('*'))
-    if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:  # not compressible
-        raise ValueError(f'{item} declares {num_bytes:,} bytes, but its files have {size:,}')
-
-
-def read_metadata(folder: str) -> Any:
-    """Returns the array metadata of an item as a tree.
-
-    Raises ValueError for chunks that tensorstore would allocate whatever their array declares: those that are
-    larger, or compressed by blosc, which is decoded before the sizes are compared.
-    """
-    tree = ocp.StandardCheckpointHandler().metadata(pathlib.Path(folder)).tree
-    for path, x in jax.tree.leaves_with_path(tree):
-        name, chunk, zarr = f'{os.path.basename(folder)}/{_name(path)}', x.storage.chunk_shape, x.storage.zarr_metadata
-        if any(c > max(1, side) for c, side in zip(chunk, x.shape, strict=True)):
-            raise ValueError(f'{name}: chunks of {chunk}; expected at most {x.shape}')
-        if zarr and (zarr.zarr_format != 2 or (zarr.compression and zarr.compression.algorithm != 'zstd')):
-            raise ValueError(f'{name}: zarr {zarr.zarr_format}, {zarr.compression}; expected zarr 2, zstd')
-    return tree
-
-
-def read_shapes(folder: str) -> list[tuple[int, ...]]:
-    """Returns the shapes of the arrays of an item, sorted. Raises ValueError if they cannot be read.
-
-    For checkpoints of this run: nothing is checked. Unlike `read_metadata`, it leaks no memory. Orbax calls
-    `tensorstore.Spec.to_json` for each array, which never frees its result (tensorstore 0.1.86).
-    """
+    tree = json.loads(pathlib.Path(folder, '_METADATA').read_bytes())
+    if tree.get('use_zarr3') or tree.get('use_ocdbt', True) is not True:  # selects Orbax's driver
+        raise ValueError(f'{item}/_METADATA: another driver; expected zarr 2 in OCDBT')
+    entries = tree['tree_metadata'].values()
+    entries = [x for x in entries if not x['value_metadata']['skip_deserialize']]  # skipped: empty nodes
+    names = {'.'.join(key['key'] for key in x['key_metadata']) for x in entries}
+    if unexpected := names - expected.keys():
+        raise ValueError(f'{item}/{min(unexpected)}: unexpected; expected {len(expected)} other arrays')
     files = {'driver': 'file', 'path': os.path.join(folder, '')}
     database = ts.KvStore.open({'driver': 'ocdbt', 'base': files}).result()
-    keys = [key for key in database.list().result() if key.endswith(b'/.zarray')]
-    return sorted(tuple(json.loads(database[key])['shape']) for key in keys)
+    for name, shape in expected.items():
+        stored = database.read(f'{name}/.zarray').result()
+        if name not in names or stored.state != 'value':
+            raise ValueError(f'{item}/{name}: missing; expected {shape}')
+        declared = json.loads(stored.value)
+        found, chunks, dtype = tuple(declared['shape']), tuple(declared['chunks']), declared['dtype']
+        if found != shape:
+            raise ValueError(f'{item}/{name}: {found}; expected {shape}')
+        if any(c > max(1, side) for c, side in zip(chunks, shape, strict=True)):
+            raise ValueError(f'{item}/{name}: chunks of {chunks}; expected at most {shape}')
+        if (compressor := (declared['compressor'] or {}).get('id')) not in (None, 'zstd'):
+            raise ValueError(f'{item}/{name}: compressed by {compressor!r}; expected zstd')
+        if not re.fullmatch('bfloat16|[<>|][biuf][1248]', str(dtype)):
+            raise ValueError(f'{item}/{name}: elements of type {dtype!r}; expected numbers')
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator='/')
+def check_size(folder: str, like: Any) -> None:
+    """Raises ValueError if the files of an item are too small for the float32 arrays of a tree.
+
+    Only for arrays that cannot be compressed a hundred times: the optimizer state of an untrained network can.
+    """
+    size = sum(file.stat().st_size for file in pathlib.Path(folder).rglob('*'))
+    if (num_bytes := sum(4 * x.size for x in jax.tree.leaves(like))) > 2**26 + 100 * size:
+        raise ValueError(f'{os.path.basename(folder)} declares {num_bytes:,} bytes, but its files have {size:,}')

@@ -12,8 +12,6 @@ import json
 import os
 import re
 import shutil
-import traceback
-import warnings
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -204,10 +202,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
             path = self._path(step)
             distributed.broadcast_from_process_0(lambda: _move_aside(path))
             self._orbax.save(path, args=ocp.args.Composite(**items))
-        shapes = {name: sorted(map(np.shape, jax.tree.leaves(tree))) for name, tree in trees.items()}
+        shapes = {name: arrays.shapes_by_name(tree) for name, tree in trees.items()}
         self._finalizing = self._finalizer.submit(self._finalize, step, shapes)
 
-    def _finalize(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
+    def _finalize(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
         with self._save_errors(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -220,12 +218,11 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 for path in (self._path(step) + repair.REPLACED, removed):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _check_readable(self, step: int, shapes: dict[str, list[tuple[int, ...]]]) -> None:
+    def _check_readable(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
         """Reads back the shapes of a saved step: orbax has reported success for steps that could not be read."""
         try:
             for item, expected in shapes.items():
-                if (found := arrays.read_shapes(self._path(step, item))) != expected:
-                    raise ValueError(f'{item} has arrays of shapes {found}; expected {expected}')
+                arrays.check_declared(self._path(step, item), expected)
         except Exception as error:
             raise UserError(
                 f'step {step} was saved in {self.folder!r}, but cannot be read ({first_line(error)}). Steps saved '
@@ -247,12 +244,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a training state. like: its shapes and shardings, as ShapeDtypeStructs. Raises UserError."""
-        params = ocp.args.StandardRestore(like.params)
-        training = ocp.args.StandardRestore({'step': like.step, 'opt_state': like.opt_state})
+        trees = {'params': like.params, 'training': {'step': like.step, 'opt_state': like.opt_state}}
         with self._read_errors(step):
-            for item in ('params', 'training'):
-                arrays.read_metadata(self._path(step, item))  # checks the chunks
-            items = self._orbax.restore(self._path(step), args=ocp.args.Composite(params=params, training=training))
+            for item, tree in trees.items():
+                arrays.check_declared(self._path(step, item), arrays.shapes_by_name(tree))
+            args = {item: ocp.args.StandardRestore(tree) for item, tree in trees.items()}
+            items = self._orbax.restore(self._path(step), args=ocp.args.Composite(**args))
         return TrainState(items.training['step'], items.params, items.training['opt_state']).swap_average()
 
     def read_meta(self, step: int) -> tuple[dict[str, Any], ImageStats]:
@@ -285,7 +282,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _load_arrays(self, step: int, item: str, like: dict[str, Any]) -> dict[str, Any]:
         """Returns numpy arrays of a step. Compares declared shapes with `like`: orbax would allocate any shape."""
-        arrays.check_stored(self._path(step, item), like)
+        arrays.check_declared(self._path(step, item), arrays.shapes_by_name(like))
+        arrays.check_size(self._path(step, item), like)
         args = ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
         return self._orbax.restore(self._path(step), args=ocp.args.Composite(**{item: args}))[item]
 
@@ -297,9 +295,6 @@ class CheckpointManager(contextlib.AbstractContextManager):
         except UserError as error:
             raise UserError(f'the checkpoint {self._path(step)} is from another version: {error}') from error
         except Exception as error:
-            with warnings.catch_warnings():  # of coroutines in these frames that Orbax has never awaited
-                warnings.simplefilter('ignore', RuntimeWarning)
-                traceback.clear_frames(error.__traceback__)
             self._check_exists(step)
             reason = first_line(error).partition(' [tensorstore_spec=')[0][:300]
             raise UserError(
