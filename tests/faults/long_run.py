@@ -28,9 +28,12 @@ from tests.faults import results
 Samples = dict[str, list[float]]
 LIMIT = 0.02  # a quantity is flat if a line fitted to it over the last three quarters of a run rises by less
 # These must stay flat. Times do not count, because other programs may use the same cores.
-FLAT = ('rss', 'pss', 'files', 'threads', 'processes', 'shared_files', 'shared_bytes', 'checkpoint_bytes')
+FLAT = ('rss', 'pss', 'files', 'threads', 'processes', 'shared_files', 'shared_bytes')
+# There are two to four steps at any time, so a line says little: the largest value must not rise by more.
+BOUNDED = ('checkpoint_bytes',)
 COUNTERS = ('cpu', 'seconds', 'metrics_bytes', 'event_bytes')  # these grow
-CRITERION = f'a line fitted over the last three quarters rises by less than {LIMIT:.0%}'
+CRITERION = f'a line fitted over the last three quarters rises by less than {LIMIT:.0%}; for bytes of checkpoints, the '
+CRITERION += 'largest value in the second half of these three quarters exceeds that in the first half by less than that'
 _SECONDS = 0.2  # between two readings
 _TICK = os.sysconf('SC_CLK_TCK')
 
@@ -135,7 +138,7 @@ def measure(
 ) -> Samples:
     """Runs a command that trains in a workdir. Returns `count` samples, each of all readings since the previous one.
 
-    statistic: 'median' of the readings, or 'max'.
+    statistic: 'median' of the readings, or 'max'; always 'max' for the quantities in BOUNDED.
 
     Raises RuntimeError if the command fails or leaves processes or shared memory.
     """
@@ -157,6 +160,7 @@ def measure(
             if (step := progress.step()) >= every * (len(samples) + 1) and readings:
                 reduce = max if statistic == 'max' else statistics.median
                 levels = {name: reduce([one[name] for one in readings]) for name in FLAT}
+                levels |= {name: max(one[name] for one in readings) for name in BOUNDED}
                 samples.append({'step': step, **levels, **{name: readings[-1][name] for name in COUNTERS}})
                 readings = []
             time.sleep(_SECONDS)
@@ -191,15 +195,21 @@ def _mapped_shared_memory(process: pathlib.Path) -> set[str]:
 
 
 def trends(samples: Samples) -> dict[str, dict]:
-    """Fits a line to the last three quarters of each quantity. The rise is relative to the start of the line."""
+    """Fits a line to the last three quarters of each quantity. The rise is relative to the start of the line.
+
+    For quantities in BOUNDED, compares the largest values in both halves of these three quarters.
+    """
     first = len(samples['step']) // 4
     steps = np.array(samples['step'][first:])
     span, found = np.ptp(steps), {}
-    for name in FLAT:
+    for name in (*FLAT, *BOUNDED):
         values = np.array(samples[name][first:])
         slope = float(np.polyfit(steps, values, 1)[0])
-        start = values.mean() - slope * span / 2
-        rise = slope * span / start if start > 0 else float(slope > 0)
+        if name in BOUNDED:
+            start, end = (half.max() for half in np.array_split(values, 2))
+        else:
+            start, end = values.mean() + slope * span * np.array([-0.5, 0.5])
+        rise = (end - start) / start if start > 0 else end > start
         found[name] = {'median': float(np.median(values)), 'rise': float(rise), 'flat': bool(rise < LIMIT)}
         found[name]['per_1000_updates'] = 1000 * slope
     return found

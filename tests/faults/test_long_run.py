@@ -14,7 +14,7 @@ STEPS = list(range(500, 100_001, 500))
 def _samples(**changed):
     """Returns the samples of a run in which nothing grows but what must, with a little noise."""
     noisy = [1e9 + 1e6 * (i % 7) for i in range(len(STEPS))]
-    levels = {name: changed.get(name, noisy) for name in long_run.FLAT}
+    levels = {name: changed.get(name, noisy) for name in (*long_run.FLAT, *long_run.BOUNDED)}
     return {'step': STEPS, **levels, **{name: [3.0 * step for step in STEPS] for name in long_run.COUNTERS}}
 
 
@@ -30,6 +30,16 @@ def test_leak_is_not_flat():
     assert trends['pss']['per_1000_updates'] == pytest.approx(500_000)
     assert trends['pss']['rise'] == pytest.approx(0.0365, abs=1e-3)
     assert not long_run.trends(_samples(shared_bytes=[max(0, step - 60_000) for step in STEPS]))['shared_bytes']['flat']
+
+
+def test_checkpoints_may_vary_but_not_accumulate():
+    varying = [4e5 if i in (60, 150) else 3e5 if i < 120 else 2e5 for i in range(len(STEPS))]
+    accumulating = [4.1e5 if i == 170 else value for i, value in enumerate(varying)]
+    varying, accumulating = (
+        long_run.trends(_samples(checkpoint_bytes=values))['checkpoint_bytes'] for values in (varying, accumulating)
+    )
+    assert (varying['rise'], varying['flat']) == (0, True)
+    assert (accumulating['rise'], accumulating['flat']) == (pytest.approx(0.025), False)
 
 
 def test_costs_of_an_update():
