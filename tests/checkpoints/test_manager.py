@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import gc
 import json
 import operator
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import chex
 import jax
@@ -184,6 +186,21 @@ def test_inconsistent_checkpoint_is_refused(copy, change, message):
     with pytest.raises(UserError, match=message) as error:
         loading.load_saved(str(step))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_array_of_unknown_type_is_loaded(copy):
+    """The config determines all types. Orbax's `metadata` failed here, and Python warned of unfinished coroutines."""
+    path = copy / 'checkpoints' / '3' / 'params' / '_METADATA'
+    metadata = json.loads(path.read_text())
+    expected = loading.load_saved(str(copy / 'checkpoints' / '3')).params
+    list(metadata['tree_metadata'].values())[-1]['value_metadata']['value_type'] = 'unknown'
+    path.write_text(json.dumps(metadata))
+    checksums.write(str(copy / 'checkpoints' / '3'))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        chex.assert_trees_all_equal(loading.load_saved(str(copy / 'checkpoints' / '3')).params, expected)
+        gc.collect()
+    assert [warning for warning in warned if warning.category is RuntimeWarning] == []
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads /proc')
