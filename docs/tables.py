@@ -326,8 +326,9 @@ def long_run(records: Sequence[Record]) -> list[Row]:
             trend = record[part]['trends'][name]
             row[column] = f'{trend["median"] / unit:,.{1 if unit > 1 and trend["median"] < 100 * unit else 0}f}{suffix}'
             row[f'{column}, rise'] = f'{trend["rise"]:+.2%}'
-            slope = trend['per_1000_updates']
-            row[f'{column}, per 1,000 updates'] = f'{slope:+,.0f} bytes' if unit > 1 else f'{slope:+.3f}'
+            slope = trend.get('per_1000_updates')
+            text = '' if slope is None else f'{slope:+,.0f} bytes' if unit > 1 else f'{slope:+.3f}'
+            row[f'{column}, per 1,000 updates'] = text
         table.append(row)
     for name, (title, unit_name) in _PER_UPDATE.items():
         row = {'quantity': f'{title}, {unit_name}, in the second and the last quarter'}

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+Shapes = dict[str, tuple[int, ...]]  # by the names in Orbax's files, such as `conv1.kernel`
 
-def shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the arrays of a tree. The names are those in Orbax's files, such as `conv1.kernel`."""
+
+def shapes_by_name(tree: Any) -> Shapes:
+    """Returns the shapes of the arrays of a tree."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='.'): np.shape(x) for path, x in leaves}
 
 
-def check_declared(folder: str, expected: dict[str, tuple[int, ...]]) -> None:
+def check_declared(folder: str, expected: Shapes) -> None:
     """Checks what the folder of an item, such as `params`, declares about its arrays.
 
     Orbax's `metadata` is not used: for each array it calls `tensorstore.Spec.to_json`, which never frees its result
@@ -25,7 +27,7 @@ def check_declared(folder: str, expected: dict[str, tuple[int, ...]]) -> None:
 
     Args:
       folder: the folder of the item.
-      expected: {name: shape}, as `shapes_by_name` returns it.
+      expected: the names and shapes of its arrays, see `shapes_by_name`.
 
     Raises:
       ValueError: a name or a shape differs; or an array is stored in a way for which Orbax and tensorstore would

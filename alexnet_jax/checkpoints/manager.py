@@ -205,7 +205,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         shapes = {name: arrays.shapes_by_name(tree) for name, tree in trees.items()}
         self._finalizing = self._finalizer.submit(self._finalize, step, shapes)
 
-    def _finalize(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    def _finalize(self, step: int, shapes: dict[str, arrays.Shapes]) -> None:
         with self._save_errors(step):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -218,8 +218,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 for path in (self._path(step) + repair.REPLACED, removed):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _check_readable(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]]) -> None:
-        """Reads back the shapes of a saved step: orbax has reported success for steps that could not be read."""
+    def _check_readable(self, step: int, shapes: dict[str, arrays.Shapes]) -> None:
+        """Reads back what a saved step declares: orbax has reported success for steps that could not be read."""
         try:
             for item, expected in shapes.items():
                 arrays.check_declared(self._path(step, item), expected)

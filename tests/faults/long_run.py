@@ -34,8 +34,8 @@ FLAT = ('rss', 'pss', 'files', 'threads', 'processes', 'shared_files', 'shared_b
 BOUNDED = ('checkpoint_bytes',)
 COUNTERS = ('cpu', 'seconds', 'metrics_bytes', 'event_bytes')  # these grow
 CRITERION = (
-    f'a line with the median of all slopes over the last three quarters rises by less than {LIMIT:.0%}; for bytes of '
-    'checkpoints, the largest value in the second half of these three quarters exceeds that in the first half by less'
+    f'a Theil-Sen line through the last three quarters rises by less than {LIMIT:.0%}; for bytes of checkpoints, the '
+    f'largest value rises by less than {LIMIT:.0%} from the first to the second half of these three quarters'
 )
 _SECONDS = 0.2  # between two readings
 _TICK = os.sysconf('SC_CLK_TCK')
@@ -208,14 +208,15 @@ def trends(samples: Samples) -> dict[str, dict]:
     found = {}
     for name in (*FLAT, *BOUNDED):
         values = np.array(samples[name][first:])
-        line = stats.theilslopes(values, steps)
+        found[name] = {'median': float(np.median(values))}
         if name in BOUNDED:
             start, end = (half.max() for half in np.array_split(values, 2))
         else:
+            line = stats.theilslopes(values, steps)
             start, end = line.intercept + line.slope * steps[[0, -1]]
+            found[name]['per_1000_updates'] = 1000 * float(line.slope)
         rise = (end - start) / start if start > 0 else end > start
-        found[name] = {'median': float(np.median(values)), 'rise': float(rise), 'flat': bool(rise < LIMIT)}
-        found[name]['per_1000_updates'] = 1000 * float(line.slope)
+        found[name] |= {'rise': float(rise), 'flat': bool(rise < LIMIT)}
     return found
 
 
